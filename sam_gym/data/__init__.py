@@ -1,0 +1,36 @@
+"""Datasets by name: `make_dataset("scenes", split="test")`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from sam_gym.data.sample import Dataset, Sample
+from sam_gym.registry import unknown_name
+
+__all__ = ["DATASETS", "Dataset", "Sample", "make_dataset"]
+
+#: Dataset name -> "module:factory". A factory takes `split` and its own keyword arguments.
+DATASETS: dict[str, str] = {
+    "scenes": "sam_gym.data.scenes:Scenes",
+    "coco": "sam_gym.data.coco:Coco",
+    "folder": "sam_gym.data.folder:Folder",
+}
+
+
+def make_dataset(name: str, split: str = "train", **kwargs: Any) -> Dataset:
+    """Make a registered dataset.
+
+    Args:
+        name: a key of `DATASETS`.
+        split: "train", "val" or "test".
+        **kwargs: what the dataset takes, for example `root=` for those that read files.
+
+    Raises:
+        ValueError: the name, the split or an option is unknown, or the data does not validate.
+        FileNotFoundError: a file or folder is missing.
+    """
+    if name not in DATASETS:
+        raise unknown_name("dataset", name, DATASETS)
+    module, _, factory = DATASETS[name].partition(":")
+    return getattr(importlib.import_module(module), factory)(split=split, **kwargs)

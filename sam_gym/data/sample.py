@@ -1,0 +1,54 @@
+"""What a dataset yields, and what a dataset is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its annotated instances.
+
+    Attributes:
+        image: uint8 (H, W, 3), RGB.
+        masks: bool (N, H, W), one visible mask per instance.
+        categories: int64 (N,), index of each instance's category in `Dataset.categories`.
+        source: where the sample comes from, for messages and result tables.
+        ignore: bool (H, W) of pixels that metrics leave out, or None.
+        parts: bool (P, H, W), visible masks of parts of instances (training targets only), or None.
+    """
+
+    image: np.ndarray
+    masks: np.ndarray
+    categories: np.ndarray
+    source: str
+    ignore: np.ndarray | None = None
+    parts: np.ndarray | None = None
+
+    def category_mask(self, category: int) -> np.ndarray:
+        """The union of all instances of `category`: bool (H, W)."""
+        return self.masks[self.categories == category].any(axis=0)
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """What environments, trainers and benchmarks need of a dataset.
+
+    A dataset validates its annotations when it is made, so that bad input stops before work starts.
+    """
+
+    name: str
+    categories: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`, the same at every call; `IndexError` outside `range(len(self))`."""
+        ...
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
+        """Draw an image at random: its index, and the category to segment (None: any in the image)."""
+        ...

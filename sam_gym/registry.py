@@ -1,0 +1,44 @@
+"""A table of named things in which a misspelt name is an error, never silence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
+    """The error for a name that is not in a table: lists the valid names and the nearest match."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"Unknown {kind} {name!r}.{hint} Valid names: {', '.join(names)}.")
+
+
+class Registry(Generic[T]):
+    """Maps names to values; `get` of an unknown name raises `ValueError` naming the nearest one."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, T] = {}
+
+    def add(self, name: str, item: T) -> T:
+        """Add `item` under `name`; a name can be taken only once."""
+        if name in self._items:
+            raise ValueError(f"{self.kind} {name!r} is registered already.")
+        self._items[name] = item
+        return item
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator form of `add`."""
+        return lambda item: self.add(name, item)
+
+    def get(self, name: str) -> T:
+        if name not in self._items:
+            raise unknown_name(self.kind, name, self._items)
+        return self._items[name]
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._items))
