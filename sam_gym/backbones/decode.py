@@ -1,0 +1,213 @@
+"""SAM's prompt encoder and mask decoder, batched: many images and ragged prompts in one call.
+
+segment_anything decodes one image at a time with equally many points per prompt set. Here each row
+is a prompt set on an image of its own; missing points, boxes and masks are left out of attention
+instead of standing in as tokens, so that a row gives what it would give alone. The weights are
+those of the segment_anything modules, read in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: Label of an entry of `Prompts.labels` that holds no point.
+NO_POINT = -2
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """P prompt sets, in pixels of the model's input frame (see `Backbone.to_input_frame`).
+
+    Attributes:
+        points: float32 (P, N, 2), (x, y).
+        labels: int64 (P, N): 1 positive, 0 negative, `NO_POINT` where a row has fewer points.
+        boxes: float32 (P, 4), (x0, y0, x1, y1), or None.
+        has_box: bool (P,), which rows have a box (None: all, if `boxes` is given).
+        masks: float32 (P, hm, wm), previous low-res mask logits, or None.
+        has_mask: bool (P,), which rows have a mask (None: all, if `masks` is given).
+        rows: int64 (P,), which embedding each prompt set is for (None: row i is for embedding i).
+    """
+
+    points: Tensor | None = None
+    labels: Tensor | None = None
+    boxes: Tensor | None = None
+    has_box: Tensor | None = None
+    masks: Tensor | None = None
+    has_mask: Tensor | None = None
+    rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        for item in (self.points, self.boxes, self.masks):
+            if item is not None:
+                return len(item)
+        raise ValueError("A prompt needs at least points, boxes or masks; all of them are None.")
+
+
+def encode_points_and_boxes(encoder: PromptEncoder, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """Prompt tokens (P, T, C) and which of them exist, bool (P, T)."""
+    tokens, present = [], []
+    count = len(prompts)
+    weight = encoder.no_mask_embed.weight
+    has_box = torch.zeros(count, dtype=torch.bool, device=weight.device)
+    if prompts.boxes is not None:
+        has_box = ~has_box if prompts.has_box is None else prompts.has_box
+    if prompts.points is not None:
+        if prompts.labels is None:
+            raise ValueError("points were given without labels.")
+        position = encoder.pe_layer.forward_with_coords(
+            prompts.points.float() + 0.5, encoder.input_image_size
+        )
+        kinds = torch.stack([encoder.point_embeddings[k].weight[0] for k in (0, 1)])
+        kind = kinds[prompts.labels.clamp(0, 1)]
+        tokens.append(position + kind)
+        exists = prompts.labels >= 0
+        present.append(exists)
+        if prompts.boxes is None or prompts.has_box is not None:
+            # SAM closes a list of points that has no box with one "not a point" token.
+            tokens.append(encoder.not_a_point_embed.weight.expand(count, 1, -1))
+            present.append((exists.any(dim=1) & ~has_box)[:, None])
+    if prompts.boxes is not None:
+        corners = prompts.boxes.reshape(-1, 2, 2).float() + 0.5
+        position = encoder.pe_layer.forward_with_coords(corners, encoder.input_image_size)
+        kinds = torch.stack([encoder.point_embeddings[k].weight[0] for k in (2, 3)])
+        tokens.append(position + kinds)
+        present.append(has_box[:, None].expand(-1, 2))
+    if not tokens:
+        empty = weight.new_zeros((count, 0, weight.shape[1]))
+        return empty, empty.new_zeros((count, 0), dtype=torch.bool)
+    return torch.cat(tokens, dim=1), torch.cat(present, dim=1)
+
+
+def encode_masks(encoder: PromptEncoder, prompts: Prompts) -> Tensor:
+    """What mask prompts add to the image embedding: (P, C, h, w), or (1, C, 1, 1) without any."""
+    none = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+    if prompts.masks is None:
+        return none
+    dense = encoder.mask_downscaling(prompts.masks[:, None])
+    if prompts.has_mask is None:
+        return dense
+    return torch.where(prompts.has_mask[:, None, None, None], dense, none)
+
+
+def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    heads = attention.num_heads
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    q, k, v = attention.q_proj(q), attention.k_proj(k), attention.v_proj(v)
+    out = F.scaled_dot_product_attention(split(q), split(k), split(v), attn_mask=mask)
+    return attention.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def _two_way(
+    transformer: nn.Module, image: Tensor, image_pe: Tensor, tokens: Tensor, present: Tensor
+) -> tuple[Tensor, Tensor]:
+    """segment_anything's TwoWayTransformer with absent tokens left out of every attention."""
+    mask = None if present is None else present[:, None, None, :]
+    queries, keys = tokens, image
+    for layer in transformer.layers:
+        if layer.skip_first_layer_pe:
+            queries = _attend(layer.self_attn, queries, queries, queries, mask)
+        else:
+            q = queries + tokens
+            queries = queries + _attend(layer.self_attn, q, q, queries, mask)
+        queries = layer.norm1(queries)
+        k = keys + image_pe
+        attended = _attend(layer.cross_attn_token_to_image, queries + tokens, k, keys, None)
+        queries = layer.norm2(queries + attended)
+        queries = layer.norm3(queries + layer.mlp(queries))
+        q = queries + tokens
+        keys = keys + _attend(layer.cross_attn_image_to_token, k, q, queries, mask)
+        keys = layer.norm4(keys)
+    attended = _attend(
+        transformer.final_attn_token_to_image, queries + tokens, keys + image_pe, keys, None
+    )
+    return transformer.norm_final_attn(queries + attended), keys
+
+
+def _upscale(decoder: MaskDecoder, keys: Tensor) -> Tensor:
+    """`output_upscaling` in channels-last form: (P, h * w, C) -> (P, h * w, 16, C / 8).
+
+    A transposed convolution of kernel 2 and stride 2 is a linear map from each pixel to its four
+    children; the last two axes of the result hold the 4 x 4 grandchildren and their features.
+    """
+    first, norm, act, second, last_act = decoder.output_upscaling
+
+    def children(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
+        weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
+        return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
+
+    x = children(keys, first)
+    x = act(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
+    return last_act(children(x, second)).flatten(2, 3)
+
+
+def _unfold(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(P, M, h * w, 16) grandchildren in (row, column, row, column) order -> (P, M, 4h, 4w)."""
+    h, w = grid
+    x = masks.reshape(*masks.shape[:2], h, w, 2, 2, 2, 2)
+    return x.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(*masks.shape[:2], 4 * h, 4 * w)
+
+
+@dataclass(frozen=True)
+class MaskTokens:
+    """A decoded prompt before masks are drawn: the mask tokens' vectors and predicted IoU.
+
+    Attributes:
+        vectors: (P, K, C / 8), one per mask token; token 0 is the single mask, 1.. the multimask.
+        features: (P, h * w, 16, C / 8), upscaled image features.
+        iou: (P, K), predicted IoU of each.
+        grid: (h, w) of the embedding.
+    """
+
+    vectors: Tensor
+    features: Tensor
+    iou: Tensor
+    grid: tuple[int, int]
+
+    def draw(self, vectors: Tensor) -> Tensor:
+        """Mask logits (P, M, 4h, 4w) of the chosen vectors (P, M, C / 8)."""
+        masks = torch.einsum("pmc,pnkc->pmnk", vectors, self.features)
+        return _unfold(masks, self.grid)
+
+
+def decode_tokens(sam: Sam, embeddings: Tensor, prompts: Prompts) -> MaskTokens:
+    """Run the prompt encoder and the two-way transformer; differentiable.
+
+    Args:
+        sam: the model whose weights are used.
+        embeddings: (B, C, h, w) from the image encoder.
+        prompts: P prompt sets; without `rows`, P equals B.
+    """
+    decoder = sam.mask_decoder
+    count = len(prompts)
+    if prompts.rows is not None:
+        embeddings = embeddings[prompts.rows]
+    elif len(embeddings) != count:
+        raise ValueError(f"{count} prompt sets for {len(embeddings)} embeddings: pass rows=.")
+    sparse, present = encode_points_and_boxes(sam.prompt_encoder, prompts)
+    output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens = torch.cat([output.expand(count, -1, -1), sparse.to(output.dtype)], dim=1)
+    present = torch.cat([present.new_ones((count, len(output))), present], dim=1)
+
+    grid = (embeddings.shape[-2], embeddings.shape[-1])
+    image = (embeddings + encode_masks(sam.prompt_encoder, prompts)).flatten(2).transpose(1, 2)
+    image_pe = sam.prompt_encoder.get_dense_pe().to(image.dtype).flatten(2).transpose(1, 2)
+    tokens, keys = _two_way(decoder.transformer, image, image_pe, tokens, present)
+
+    vectors = torch.stack(
+        [mlp(tokens[:, 1 + k]) for k, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1
+    )
+    iou = decoder.iou_prediction_head(tokens[:, 0])
+    return MaskTokens(vectors, _upscale(decoder, keys), iou, grid)
+
+
+def best_token(iou: Tensor, multimask: Tensor) -> Tensor:
+    """Index (P,) of the mask to keep: the best multimask by predicted IoU, or the single mask."""
+    return torch.where(multimask, 1 + iou[:, 1:].argmax(dim=1), 0)

@@ -1,0 +1,102 @@
+"""`micro`: a SAM of our own size. 256 x 256 input, 16 x 16 x 128 embedding, 64 x 64 masks.
+
+The prompt encoder, mask decoder and transformer blocks are segment_anything's modules. The image
+encoder is a convolutional stem, which learns from few images, under a small ViT, which sees the
+whole image. Fine features reach the embedding by a pixel-unshuffle beside the coarse ones, so that
+one tensor carries all that the decoder needs.
+"""
+
+from __future__ import annotations
+
+import torch
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.modeling.image_encoder import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = _conv(width, width), _conv(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+class MicroEncoder(nn.Module):
+    """Image encoder of `micro`: float32 (B, 3, S, S) -> (B, out_chans, S / 16, S / 16)."""
+
+    def __init__(
+        self,
+        img_size: int = 256,
+        widths: tuple[int, int, int, int] = (24, 40, 80, 160),
+        depth: int = 4,
+        num_heads: int = 5,
+        out_chans: int = 128,
+    ) -> None:
+        super().__init__()
+        self.img_size = img_size
+        half, quarter, eighth, coarse = widths
+        self.stem = nn.Sequential(
+            _conv(3, half, 2), nn.ReLU(inplace=True), _conv(half, quarter, 2), nn.ReLU(inplace=True)
+        )
+        self.quarter = _Residual(quarter)
+        self.eighth = nn.Sequential(_conv(quarter, eighth, 2), nn.ReLU(), _Residual(eighth))
+        self.coarse = _conv(eighth, coarse, 2)
+        grid = img_size // 16
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, coarse))
+        self.blocks = nn.ModuleList(
+            Block(coarse, num_heads, 3.0, use_rel_pos=True, input_size=(grid, grid))
+            for _ in range(depth)
+        )
+        self.fine_quarter = nn.Conv2d(quarter, 16, 1)
+        self.fine_eighth = nn.Conv2d(eighth, 48, 1)
+        self.neck = nn.Sequential(
+            nn.Conv2d(coarse + 16 * 16 + 4 * 48, 256, 1),
+            LayerNorm2d(256),
+            nn.GELU(),
+            nn.Conv2d(256, out_chans, 3, padding=1),
+            LayerNorm2d(out_chans),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        quarter = self.quarter(self.stem(x))
+        eighth = self.eighth(quarter)
+        coarse = self.coarse(eighth).permute(0, 2, 3, 1) + self.pos_embed
+        for block in self.blocks:
+            coarse = block(coarse)
+        fine = [
+            F.pixel_unshuffle(self.fine_quarter(quarter), 4),
+            F.pixel_unshuffle(self.fine_eighth(eighth), 2),
+        ]
+        return self.neck(torch.cat([coarse.permute(0, 3, 1, 2), *fine], dim=1))
+
+
+def build_micro() -> Sam:
+    """`micro` with random weights."""
+    width, size, grid = 128, 256, 16
+    return Sam(
+        image_encoder=MicroEncoder(size, out_chans=width),  # type: ignore[arg-type]
+        prompt_encoder=PromptEncoder(
+            embed_dim=width,
+            image_embedding_size=(grid, grid),
+            input_image_size=(size, size),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=width, mlp_dim=512, num_heads=8),
+            transformer_dim=width,
+            iou_head_depth=3,
+            iou_head_hidden_dim=128,
+        ),
+    )

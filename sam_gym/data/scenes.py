@@ -1,0 +1,299 @@
+"""`scenes`: procedural images of named objects, endless, seeded, no files needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import cv2
+import numpy as np
+
+from sam_gym.data.sample import Sample
+from sam_gym.data.shapes import SHAPES, Contours, blob
+from sam_gym.registry import unknown_name
+
+#: Split name -> first word of the seed, so that no scene of one split occurs in another.
+SPLITS = {"train": 1, "val": 2, "test": 3}
+
+#: Fills an area: `(rng, height, width) -> uint8 (height, width, 3)`.
+Material = Callable[[np.random.Generator, int, int], np.ndarray]
+
+_TILE = 320
+_SUBPIXEL_BITS = 4
+_CONTRASTS = (12.0, 35.0, 80.0)
+_RAMP = np.linspace(0.0, 1.0, 256)[:, None]
+
+
+@lru_cache(maxsize=1)
+def _pattern_tiles() -> np.ndarray:
+    """Grey patterns that materials are cut from: uint8 (48, 320, 320)."""
+    rng = np.random.default_rng(20260101)
+    ys, xs = np.mgrid[0:_TILE, 0:_TILE].astype(np.float32)
+
+    def noise(cells: int) -> np.ndarray:
+        grid = rng.random((cells, cells), dtype=np.float32)
+        return cv2.resize(grid, (_TILE, _TILE), interpolation=cv2.INTER_CUBIC)
+
+    def wave(period: float) -> np.ndarray:
+        angle, bend = rng.uniform(0, np.pi), rng.uniform(0, 12)
+        phase = xs * np.cos(angle) + ys * np.sin(angle) + bend * noise(6)
+        return 0.5 + 0.5 * np.sin(2 * np.pi * phase / period)
+
+    tiles = []
+    for _ in range(8):
+        tiles.append(sum(noise(4 * 2**k) / 2**k for k in range(5)))
+        tiles.append(noise(int(rng.integers(40, 160))))
+        tiles.append(wave(rng.uniform(6, 26)))
+        tiles.append(np.sign(wave(rng.uniform(8, 30)) - 0.5) * np.sign(wave(rng.uniform(8, 30)) - 0.5))
+        tiles.append((wave(rng.uniform(8, 24)) * wave(rng.uniform(8, 24)) > 0.45) + 0.3 * noise(80))
+        seeds = rng.integers(0, _TILE, (int(rng.integers(30, 200)), 2))
+        dots = np.full((_TILE, _TILE), 255, np.uint8)
+        dots[seeds[:, 1], seeds[:, 0]] = 0
+        tiles.append(np.minimum(cv2.distanceTransform(dots, cv2.DIST_L2, 3), 14.0))
+    stack = np.stack(tiles).astype(np.float32)
+    low = stack.min(axis=(1, 2), keepdims=True)
+    high = stack.max(axis=(1, 2), keepdims=True)
+    return np.round(255 * (stack - low) / (high - low)).astype(np.uint8)
+
+
+@lru_cache(maxsize=1)
+def _grain_tile() -> np.ndarray:
+    """Unit noise that camera grain is cut from: float32 (512, 512, 3)."""
+    return np.random.default_rng(20260102).standard_normal((512, 512, 3), dtype=np.float32)
+
+
+def patterned(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """The default material: two random colours blended by a random pattern."""
+    tiles = _pattern_tiles()
+    tile = tiles[rng.integers(len(tiles))]
+    zoom = int(rng.integers(1, 3)) if max(height, width) <= _TILE // 2 else 1
+    h, w = -(-height // zoom), -(-width // zoom)
+    top, left = rng.integers(0, _TILE - h + 1), rng.integers(0, _TILE - w + 1)
+    pattern = tile[top : top + h, left : left + w]
+    if zoom > 1:
+        pattern = cv2.resize(pattern, (width, height), interpolation=cv2.INTER_LINEAR)
+    vivid = rng.uniform(0.2, 1.0)
+    first = vivid * rng.uniform(10, 245, 3) + (1 - vivid) * rng.uniform(20, 235)
+    second = first + rng.normal(0, _CONTRASTS[rng.integers(3)], 3)
+    table = np.clip(first + (second - first) * _RAMP, 0, 255).astype(np.uint8)
+    return cv2.applyColorMap(np.ascontiguousarray(pattern), table[:, None])
+
+
+class _Canvas:
+    """A scene in the making: the image so far, and what each drawn thing covers of it."""
+
+    def __init__(self, rng: np.random.Generator, size: int, material: Material) -> None:
+        self.rng, self.size, self.material = rng, size, material
+        self.image = self._ground().astype(np.float32)
+        self.masks: list[np.ndarray] = []
+        self.parts: list[np.ndarray] = []
+        self.areas: list[int] = []
+        self.light = rng.uniform(0, 2 * np.pi)
+        self.shadow = float(rng.uniform(0.0, 0.5))
+
+    def _ground(self) -> np.ndarray:
+        rng, size = self.rng, self.size
+        image = self.material(rng, size, size)
+        for _ in range(int(rng.integers(0, 3))):
+            center, angle = rng.uniform(0, size, 2), rng.uniform(0, 2 * np.pi)
+            normal = np.array([np.cos(angle), np.sin(angle)])
+            along = np.array([-normal[1], normal[0]])
+            far = 2.0 * size
+            corners = [
+                center + along * far,
+                center - along * far,
+                center - along * far + normal * far,
+                center + along * far + normal * far,
+            ]
+            region = np.zeros((size, size), np.uint8)
+            cv2.fillPoly(region, [np.array(corners, np.int32)], 255)
+            np.copyto(image, self.material(rng, size, size), where=region[..., None] > 0)
+        return image
+
+    def draw(self, parts: list[Contours], scale: float, labelled: bool) -> bool:
+        """Draw an object from its outline at a free place; returns whether there was one.
+
+        Args:
+            parts: the outline, back to front, in the unit square.
+            scale: half the size of the unit square, in pixels.
+            labelled: an instance of a category (else clutter, whose mask counts as a part).
+        """
+        rng, size = self.rng, self.size
+        angle = rng.normal(0, 0.35)
+        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        squash = np.diag(rng.uniform(0.8, 1.0, 2) * [rng.choice([-1.0, 1.0]), 1.0])
+        pose = squash @ turn * scale
+        outline = [[contour @ pose for contour in part] for part in parts]
+        points = np.concatenate([contour for part in outline for contour in part])
+        low, high = points.min(axis=0) - 1.0, points.max(axis=0) + 1.0
+
+        for _ in range(6):
+            center = rng.uniform(0.08 * size, 0.92 * size, 2)
+            x0, y0 = np.maximum(np.floor(center + low), 0).astype(int)
+            x1, y1 = np.minimum(np.ceil(center + high), size).astype(int)
+            if x1 - x0 < 12 or y1 - y0 < 12:
+                continue
+            if self._paint(outline, center, (slice(y0, y1), slice(x0, x1)), labelled):
+                return True
+        return False
+
+    def _paint(self, outline, center, window, labelled: bool) -> bool:
+        rng = self.rng
+        height, width = (s.stop - s.start for s in window)
+        origin = np.array([window[1].start, window[0].start])
+        alphas = np.zeros((len(outline), height, width), np.uint8)
+        for alpha, part in zip(alphas, outline, strict=True):
+            fixed = [
+                np.round((contour + center - origin) * 2**_SUBPIXEL_BITS).astype(np.int32)
+                for contour in part
+            ]
+            cv2.fillPoly(alpha, fixed, 255, cv2.LINE_AA, _SUBPIXEL_BITS)
+        whole = alphas.max(axis=0)
+        covered = whole > 127
+        area = int(np.count_nonzero(covered))
+        if area < 0.004 * self.size**2 or not self._leaves_others_visible(window, covered):
+            return False
+
+        self._cast_shadow(window, whole)
+        self._fill(window, alphas, whole)
+        for mask in (*self.masks, *self.parts):
+            mask[window] &= ~covered
+        if labelled:
+            self.masks.append(self._full(window, covered))
+            self.areas.append(area)
+            hidden = np.zeros_like(covered)
+            for alpha in alphas[::-1]:
+                part = (alpha > 127) & ~hidden
+                hidden |= part
+                self.parts.append(self._full(window, part))
+        else:
+            self.parts.append(self._full(window, covered))
+        return True
+
+    def _fill(self, window, alphas: np.ndarray, whole: np.ndarray) -> None:
+        rng = self.rng
+        height, width = whole.shape
+        fill = self.material(rng, height, width)
+        if rng.random() < 0.7:
+            for alpha in alphas[1:]:
+                x, y, w, h = cv2.boundingRect(alpha)
+                if w and h:
+                    area = (slice(y, y + h), slice(x, x + w))
+                    fill[area] = np.where(
+                        alpha[area][..., None] > 127, self.material(rng, h, w), fill[area]
+                    )
+        ramp_x = np.linspace(-1, 1, width, dtype=np.float32) * np.float32(np.cos(self.light))
+        ramp_y = np.linspace(-1, 1, height, dtype=np.float32) * np.float32(np.sin(self.light))
+        rim = rng.uniform(0.0, 0.45)
+        bevel = cv2.blur(whole, (7, 7)) * np.float32(rim / 255.0) + np.float32(1.0 - rim)
+        shade = (1.0 + 0.22 * (ramp_x[None] + ramp_y[:, None])) * bevel
+        weight = (whole * np.float32(1 / 255.0))[..., None]
+        view = self.image[window]
+        view += weight * (fill * shade[..., None] - view)
+
+    def _leaves_others_visible(self, window, covered: np.ndarray) -> bool:
+        return all(
+            np.count_nonzero(mask) - np.count_nonzero(mask[window] & covered) > 0.45 * area
+            for mask, area in zip(self.masks, self.areas, strict=True)
+        )
+
+    def _cast_shadow(self, window, whole: np.ndarray) -> None:
+        if self.shadow < 0.1:
+            return
+        reach = max(2, whole.shape[0] // 12)
+        dx, dy = (round(reach * f) for f in (-np.cos(self.light), -np.sin(self.light)))
+        shift = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
+        soft = cv2.blur(cv2.warpAffine(whole, shift, whole.shape[::-1]), (2 * reach + 1,) * 2)
+        self.image[window] *= 1.0 - self.shadow / 255.0 * soft[..., None].astype(np.float32)
+
+    def _full(self, window, covered: np.ndarray) -> np.ndarray:
+        mask = np.zeros((self.size, self.size), bool)
+        mask[window] = covered
+        return mask
+
+    def clutter(self) -> None:
+        """Thin strokes that belong to nothing."""
+        rng = self.rng
+        for _ in range(int(rng.integers(0, 5))):
+            points = rng.uniform(0, self.size, (3, 2)).round().astype(np.int32)
+            color = tuple(float(c) for c in rng.uniform(0, 255, 3))
+            cv2.polylines(self.image, [points], False, color, int(rng.integers(1, 3)), cv2.LINE_AA)
+
+    def finish(self) -> np.ndarray:
+        """Camera effects: light falling off, colour cast, blur, noise. uint8 (H, W, 3)."""
+        rng, size = self.rng, self.size
+        ramps = np.linspace(-1, 1, size, dtype=np.float32) * rng.uniform(-0.25, 0.25, (2, 1))
+        light = (1.0 + ramps[0][None] + ramps[1][:, None]).astype(np.float32)
+        image = self.image * light[..., None] * rng.uniform(0.85, 1.1, 3).astype(np.float32)
+        if rng.random() < 0.3:
+            image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.1))
+        top, left = rng.integers(0, 512 - size + 1, 2)
+        image += np.float32(rng.uniform(2, 13)) * _grain_tile()[top : top + size, left : left + size]
+        return np.clip(image, 0, 255).astype(np.uint8)
+
+
+class Scenes:
+    """Procedural images of named objects made of parts.
+
+    Ten categories; three to seven objects of two to four categories per image, with texture,
+    shading, shadow, occlusion, clutter, blur and noise. Colours and textures are drawn at random,
+    independently of the category: only shape tells what a thing is, and colour alone does not
+    tell an object from its ground. Sample `i` of a split is always the same image.
+
+    Args:
+        split: "train", "val" or "test"; disjoint by seed.
+        length: how many different images there are (None: 2^31 - 1, in effect endless).
+        size: height and width of the images, in pixels.
+        material: fills areas instead of the random patterns (for trainers that mix in photographs).
+
+    Raises:
+        ValueError: unknown split, or a length or size that is too small.
+    """
+
+    name = "scenes"
+    categories: tuple[str, ...] = SHAPES.names()
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        length: int | None = None,
+        size: int = 256,
+        material: Material = patterned,
+    ) -> None:
+        if split not in SPLITS:
+            raise unknown_name("split", split, SPLITS)
+        if length is not None and length < 1:
+            raise ValueError(f"length must be at least 1, got {length}.")
+        if not 64 <= size <= _TILE:
+            raise ValueError(f"size must be from 64 to {_TILE} pixels, got {size}.")
+        self.split, self.length, self.size, self.material = split, length, size, material
+
+    def __len__(self) -> int:
+        return 2**31 - 1 if self.length is None else self.length
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
+        return int(rng.integers(len(self))), None
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"scene {index} is not in range({len(self)}).")
+        rng = np.random.default_rng([SPLITS[self.split], index])
+        canvas = _Canvas(rng, self.size, self.material)
+        canvas.clutter()
+        present = rng.choice(len(self.categories), int(rng.integers(2, 5)), replace=False)
+        categories: list[int] = []
+        for number in range(int(rng.integers(3, 8))):
+            if rng.random() < 0.35:
+                canvas.draw(blob(rng), self.size * rng.uniform(0.06, 0.16), labelled=False)
+            category = int(present[number] if number < 2 else rng.choice(present))
+            outline = SHAPES.get(self.categories[category])(rng)
+            if canvas.draw(outline, self.size * rng.uniform(0.13, 0.27), labelled=True):
+                categories.append(category)
+        return Sample(
+            image=canvas.finish(),
+            masks=np.stack(canvas.masks),
+            categories=np.array(categories, np.int64),
+            source=f"scenes/{self.split}/{index}",
+            parts=np.stack(canvas.parts),
+        )
