@@ -39,7 +39,7 @@ class MicroEncoder(nn.Module):
         img_size: int = 256,
         widths: tuple[int, int, int, int] = (24, 40, 80, 160),
         depth: int = 4,
-        num_heads: int = 5,
+        num_heads: int = 4,
         out_chans: int = 128,
     ) -> None:
         super().__init__()
@@ -54,8 +54,7 @@ class MicroEncoder(nn.Module):
         grid = img_size // 16
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, coarse))
         self.blocks = nn.ModuleList(
-            Block(coarse, num_heads, 3.0, use_rel_pos=True, input_size=(grid, grid))
-            for _ in range(depth)
+            Block(coarse, num_heads, mlp_ratio=3.0) for _ in range(depth)
         )
         self.fine_quarter = nn.Conv2d(quarter, 16, 1)
         self.fine_eighth = nn.Conv2d(eighth, 48, 1)

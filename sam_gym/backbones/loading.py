@@ -1,0 +1,139 @@
+"""Which SAMs there are, and how their weights are loaded and shared."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
+from segment_anything.modeling import Sam
+
+from sam_gym.backbones.micro import build_micro
+from sam_gym.backbones.service import Backbone
+from sam_gym.registry import unknown_name
+
+MICRO_WEIGHTS = Path(__file__).parent / "weights" / "micro.safetensors"
+
+#: Backbone name -> what builds it with random weights.
+BACKBONES: dict[str, Callable[[], Sam]] = {
+    "micro": build_micro,
+    "vit_b": build_sam_vit_b,
+    "vit_l": build_sam_vit_l,
+    "vit_h": build_sam_vit_h,
+}
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_loaded: dict[tuple[str, str, str, str], Backbone] = {}
+_lock = threading.Lock()
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """The torch device of a name; "auto" is CUDA, then MPS, then CPU."""
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"Unknown device {device!r}: expected auto, cpu, mps, cuda or cuda:N."
+            ) from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a name; "auto" is bfloat16 on CUDA and float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in _DTYPES:
+        raise unknown_name("dtype", dtype, ["auto", *_DTYPES])
+    return _DTYPES[dtype]
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict from a .safetensors file, or from a torch file without running any code.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, corrupt or not a state dict.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every format has its own errors for a damaged file
+        raise ValueError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}: {error}). "
+            "The file may be truncated: compare its size with the published one."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path}: not a state dict of tensors, got {type(state).__name__}.")
+    return state
+
+
+def load_weights(sam: Sam, name: str, path: Path) -> None:
+    """Load a checkpoint strictly; raises `ValueError` that says how it differs from `name`."""
+    state = read_weights(path)
+    expected = sam.state_dict()
+    missing = sorted(expected.keys() - state.keys())
+    extra = sorted(state.keys() - expected.keys())
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if missing or extra or shapes:
+        found = []
+        for kind, items in (("missing", missing), ("unexpected", extra), ("of wrong shape", shapes)):
+            if items:
+                found.append(f"{len(items)} {kind} (first: {items[0]})")
+        raise ValueError(
+            f"{path}: not a checkpoint of {name!r}: weights {'; '.join(found)}. "
+            f"Pass the backbone that this file is for: {', '.join(BACKBONES)}."
+        )
+    sam.load_state_dict(state)
+
+
+def load_backbone(
+    name: str = "micro",
+    checkpoint: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Backbone:
+    """The shared backbone of a name; the same arguments give the same object in a process.
+
+    Args:
+        name: a key of `BACKBONES`.
+        checkpoint: path of the weights; `micro` brings its own.
+        device: "auto" (CUDA, then MPS, then CPU), or a torch device.
+        dtype: "auto" (bfloat16 on CUDA, else float32), "float32", "bfloat16" or "float16".
+
+    Raises:
+        ValueError: unknown name, device or dtype, or a checkpoint that does not fit.
+        FileNotFoundError: the checkpoint does not exist or none was given.
+    """
+    if name not in BACKBONES:
+        raise unknown_name("backbone", name, BACKBONES)
+    if checkpoint is None:
+        if name != "micro":
+            raise FileNotFoundError(
+                f"Backbone {name!r} needs its published weights: pass checkpoint='PATH'."
+            )
+        path = MICRO_WEIGHTS
+    else:
+        path = Path(checkpoint).expanduser().resolve()
+    target = resolve_device(device)
+    precision = resolve_dtype(dtype, target)
+    key = (name, str(path), str(target), str(precision))
+    with _lock:
+        if key not in _loaded:
+            sam = BACKBONES[name]()
+            load_weights(sam, name, path)
+            _loaded[key] = Backbone(name, sam, target, precision)
+        return _loaded[key]

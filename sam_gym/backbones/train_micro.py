@@ -1,0 +1,442 @@
+"""Train `micro`, the SAM in the box: `python -m sam_gym.backbones.train_micro --help`.
+
+The recipe is SAM's (Kirillov et al. 2023, appendix A) made small: simulated clicks, boxes and noisy
+masks, corrections from the error region, focal + Dice loss, best of three masks for an ambiguous
+prompt, a predicted-IoU head. New here: a semantic head on the embedding (dropped afterwards), which
+teaches the encoder what things are, and corrections that are played forward without gradients, so
+that long click sequences cost little.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from sam_gym.backbones.decode import NO_POINT, Prompts, best_token, decode_tokens
+from sam_gym.backbones.micro import build_micro
+from sam_gym.backbones.micro_data import LABEL_STRIDE, NO_LABEL, SIZE, MicroStream, TrainItem
+from sam_gym.backbones.service import Backbone
+from sam_gym.data.sample import Sample
+from sam_gym.data.scenes import Scenes
+from sam_gym.interactive import Target, click_out
+from sam_gym.prompts import interior_distance
+
+MASK = SIZE // 4
+CELL = SIZE // MASK
+
+
+@dataclass
+class Config:
+    """Train micro, the SAM in the box.
+
+    The run resumes from `out` when it is started again with the same settings; `steps` may change
+    between starts, which moves the final decay of the learning rate.
+    """
+
+    out: str = "runs/micro"
+    """Folder for the checkpoint, the weights and the evaluation."""
+    photos: str | None = None
+    """Root of a COCO-style dataset whose train split is mixed in (none: scenes only)."""
+    steps: int = 4000
+    """Optimizer steps."""
+    images: int = 12
+    """Images per step."""
+    targets: int = 4
+    """Prompted targets per image."""
+    max_rounds: int = 6
+    """Longest sequence of corrections without gradients before the last, trained one."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.03
+    """Weight decay of matrices; vectors have none."""
+    warmup: int = 150
+    """Steps of linear warm-up."""
+    decay: float = 0.3
+    """Share of the steps, at the end, in which the learning rate falls to zero."""
+    ema: float = 0.998
+    """Decay of the moving average of the weights, which is what is saved."""
+    semantic_weight: float = 0.4
+    """Weight of the semantic head's cross-entropy."""
+    seed: int = 0
+    """Seed of data, prompts and initial weights."""
+    workers: int = 1
+    """Processes that make training images."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    device: str = "auto"
+    """Where to train: auto, cpu, cuda, mps."""
+    evaluate: int = 200
+    """Objects of held-out scenes to click out at the end."""
+
+
+class PromptBatch:
+    """The prompts of one step, growing by a click per round.
+
+    Args:
+        items: the images and targets of the step.
+        capacity: clicks per target at most.
+        rng: draws prompt kinds and click places.
+    """
+
+    def __init__(self, items: Sequence[TrainItem], capacity: int, rng: np.random.Generator) -> None:
+        targets = [target for item in items for target in item.targets]
+        self.rng = rng
+        self.rows = np.repeat(np.arange(len(items)), [len(item.targets) for item in items])
+        self.full = np.stack([target.mask for target in targets])
+        area = self.full.reshape(-1, MASK, CELL, MASK, CELL).mean(axis=(2, 4), dtype=np.float32)
+        self.target = torch.from_numpy(area)
+        self.hard = area > 0.5
+        count = len(targets)
+        self.points = np.zeros((count, capacity, 2), np.float32)
+        self.labels = np.full((count, capacity), NO_POINT, np.int64)
+        self.boxes = np.zeros((count, 4), np.float32)
+        self.has_box = np.zeros(count, bool)
+        self.masks = torch.zeros(count, MASK, MASK)
+        self.has_mask = np.zeros(count, bool)
+        self.used = np.zeros(count, np.int64)
+        self.partial = np.zeros(count, bool)
+        for i, target in enumerate(targets):
+            self._first_prompt(i, target.clicks)
+
+    def _first_prompt(self, i: int, clicks: np.ndarray) -> None:
+        kind = self.rng.random()
+        if kind < 0.18:
+            self._add_box(i)
+            return
+        count = len(clicks) if len(clicks) > 1 and self.rng.random() < 0.5 else 1
+        # One click into a union asks for one object of it: there is nothing to learn from yet.
+        self.partial[i] = count < len(clicks)
+        for click in clicks[:count]:
+            self._add_click(i, click[0], click[1], True)
+        if kind > 0.9:
+            self._add_noisy_mask(i)
+
+    def _add_click(self, i: int, x: float, y: float, positive: bool) -> None:
+        if self.used[i] < self.points.shape[1]:
+            self.points[i, self.used[i]] = x, y
+            self.labels[i, self.used[i]] = int(positive)
+            self.used[i] += 1
+
+    def _add_box(self, i: int) -> None:
+        x, y, w, h = cv2.boundingRect(self.full[i].astype(np.uint8))
+        corners = np.array([x, y, x + w - 1, y + h - 1], np.float32)
+        noise = self.rng.normal(0, 0.06, 4) * [w, h, w, h]
+        self.boxes[i] = np.clip(corners + np.clip(noise, -15, 15), 0, SIZE - 1)
+        self.has_box[i] = True
+
+    def _add_noisy_mask(self, i: int) -> None:
+        mask = self.hard[i].astype(np.float32)
+        move = np.float32([[1, 0, self.rng.normal(0, 2)], [0, 1, self.rng.normal(0, 2)]])
+        mask = cv2.GaussianBlur(cv2.warpAffine(mask, move, (MASK, MASK)), (0, 0), 1.5)
+        bumps = cv2.resize(self.rng.normal(0, 0.25, (8, 8)).astype(np.float32), (MASK, MASK))
+        self.masks[i] = torch.from_numpy((mask + bumps - 0.5) * self.rng.uniform(6, 20))
+        self.has_mask[i] = True
+
+    @property
+    def ambiguous(self) -> Tensor:
+        """bool (P,): rows whose only prompt is one click."""
+        return torch.from_numpy((self.used == 1) & ~self.has_box & ~self.has_mask)
+
+    def prompts(self, device: torch.device) -> Prompts:
+        used = max(1, int(self.used.max()))
+
+        def to(x: np.ndarray) -> Tensor:
+            return torch.from_numpy(x).to(device)
+
+        return Prompts(
+            points=to(self.points[:, :used]),
+            labels=to(self.labels[:, :used]),
+            boxes=to(self.boxes),
+            has_box=to(self.has_box),
+            masks=self.masks.to(device),
+            has_mask=to(self.has_mask),
+            rows=to(self.rows),
+        )
+
+    def correct(self, logits: Tensor) -> None:
+        """Give each target a click in its error region, and the logits as its mask prompt."""
+        self.masks = logits.detach().float().cpu().clamp(-32, 32)
+        self.has_mask[:] = True
+        predicted = self.masks.numpy() > 0
+        for i, (mask, truth) in enumerate(zip(predicted, self.hard, strict=True)):
+            missed, extra = truth & ~mask, mask & ~truth
+            if not (missed.any() or extra.any()):
+                continue
+            if self.rng.random() < 0.65:
+                inner_missed, inner_extra = interior_distance(missed), interior_distance(extra)
+                positive = bool(inner_missed.max() > inner_extra.max())
+                index = int((inner_missed if positive else inner_extra).argmax())
+            else:
+                wrong = np.flatnonzero(missed | extra)
+                index = int(wrong[self.rng.integers(len(wrong))])
+                positive = bool(truth.flat[index])
+            y, x = divmod(index, MASK)
+            self._add_click(i, *(CELL * np.array([x, y]) + self.rng.integers(0, CELL, 2)), positive)
+
+
+def mask_losses(logits: Tensor, target: Tensor) -> Tensor:
+    """Focal x 20 + Dice per mask: logits (P, M, h, w), target (P, h, w) in [0, 1] -> (P, M)."""
+    target = target[:, None].expand_as(logits)
+    probability = logits.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    focal = ((probability - target).square() * entropy).mean(dim=(2, 3))
+    overlap = (probability * target).sum(dim=(2, 3))
+    total = probability.sum(dim=(2, 3)) + target.sum(dim=(2, 3))
+    return 20.0 * focal + 1.0 - (2.0 * overlap + 1.0) / (total + 1.0)
+
+
+def true_iou(logits: Tensor, target: Tensor) -> Tensor:
+    """IoU of thresholded masks: logits (P, M, h, w), target (P, h, w) -> (P, M)."""
+    predicted, truth = logits > 0, (target > 0.5)[:, None]
+    overlap = (predicted & truth).sum(dim=(2, 3))
+    return overlap / (predicted | truth).sum(dim=(2, 3)).clamp(min=1)
+
+
+def round_loss(sam: Sam, embeddings: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of the prompts as they stand, the logits to go on with (P, h, w), their IoU (P,)."""
+    device = embeddings.device
+    tokens = decode_tokens(sam, embeddings, batch.prompts(device))
+    logits = tokens.draw(tokens.vectors)
+    target = batch.target.to(device)
+    ambiguous = batch.ambiguous.to(device)
+    learn = (~torch.from_numpy(batch.partial).to(device)).float()
+
+    losses = mask_losses(logits, target)
+    three = losses[:, 1:]
+    # The winner learns the target; a trickle to the others keeps them alive.
+    multimask = 0.93 * three.min(dim=1).values + 0.07 * three.mean(dim=1)
+    shared = torch.where(ambiguous, multimask + 0.4 * losses[:, 0], losses[:, 0] + 0.2 * multimask)
+    quality = true_iou(logits.detach(), target)
+    quality_loss = (tokens.iou - quality).square().mean(dim=1)
+    loss = ((shared + quality_loss) * learn).sum() / learn.sum().clamp(min=1)
+
+    chosen = best_token(tokens.iou, ambiguous)[:, None]
+    kept = logits.detach().take_along_dim(chosen[:, :, None, None], dim=1)[:, 0]
+    return loss, kept, quality.gather(1, chosen)[:, 0]
+
+
+@torch.no_grad()
+def play_round(sam: Sam, embeddings: Tensor, batch: PromptBatch) -> Tensor:
+    """The logits (P, h, w) that the prompts give, without gradients."""
+    tokens = decode_tokens(sam, embeddings, batch.prompts(embeddings.device))
+    best = best_token(tokens.iou, batch.ambiguous.to(embeddings.device))[:, None, None]
+    return tokens.draw(tokens.vectors.take_along_dim(best, dim=1))[:, 0]
+
+
+class MicroTrainer:
+    """Owns the model, its moving average, the optimizer and the step counter."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device, self.step = config, device, 0
+        torch.manual_seed(config.seed)
+        self.sam = build_micro().to(device)
+        width = self.sam.prompt_encoder.embed_dim
+        per_cell = (16 // LABEL_STRIDE) ** 2
+        self.semantic = nn.Conv2d(width, (1 + len(Scenes.categories)) * per_cell, 1).to(device)
+        self.average = AveragedModel(
+            self.sam, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
+        )
+        parameters = [*self.sam.parameters(), *self.semantic.parameters()]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.parameters = parameters
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+
+    def learning_rate(self) -> float:
+        config = self.config
+        warm = min(1.0, (self.step + 1) / config.warmup)
+        cool = min(1.0, (config.steps - self.step) / max(1.0, config.decay * config.steps))
+        return config.learning_rate * warm * cool
+
+    def train_step(self, items: Sequence[TrainItem]) -> dict[str, float]:
+        """One optimizer step; returns numbers for the log."""
+        config = self.config
+        rng = np.random.default_rng([config.seed, 11, self.step])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.sam.train()
+        pixels = torch.from_numpy(np.stack([item.image for item in items])).to(self.device)
+        pixels = (pixels.permute(0, 3, 1, 2) - self.sam.pixel_mean) / self.sam.pixel_std
+        embeddings = self.sam.image_encoder(pixels)
+        semantic = self._semantic_loss(embeddings, items)
+
+        rounds = int(rng.integers(0, config.max_rounds))
+        batch = PromptBatch(items, rounds + 6, rng)
+        first, logits, first_iou = round_loss(self.sam, embeddings, batch)
+        batch.correct(logits)
+        batch.partial[:] = False
+        for _ in range(rounds):
+            batch.correct(play_round(self.sam, embeddings, batch))
+        last, _, last_iou = round_loss(self.sam, embeddings, batch)
+
+        loss = first + last + config.semantic_weight * semantic
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.average.update_parameters(self.sam)
+        self.step += 1
+        numbers = {
+            "loss": loss,
+            "first": first,
+            "last": last,
+            "semantic": semantic,
+            "grad_norm": norm,
+            "iou_first": first_iou.mean(),
+            "iou_last": last_iou.mean(),
+        }
+        return {key: float(torch.as_tensor(value).detach()) for key, value in numbers.items()}
+
+    def _semantic_loss(self, embeddings: Tensor, items: Sequence[TrainItem]) -> Tensor:
+        labels = torch.from_numpy(np.stack([item.labels for item in items])).long()
+        if (labels == NO_LABEL).all():
+            return embeddings.new_zeros(())
+        scores = F.pixel_shuffle(self.semantic(embeddings), 16 // LABEL_STRIDE)
+        return F.cross_entropy(scores, labels.to(self.device), ignore_index=NO_LABEL)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint atomically."""
+        state = {
+            "step": self.step,
+            "sam": self.sam.state_dict(),
+            "semantic": self.semantic.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.step = state["step"]
+        self.sam.load_state_dict(state["sam"])
+        self.semantic.load_state_dict(state["semantic"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def export(self, path: Path) -> None:
+        """Write the averaged weights as float16 safetensors."""
+        state = {
+            key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
+            for key, value in self.average.module.state_dict().items()
+        }
+        partial = path.with_suffix(".partial")
+        save_file(state, partial, metadata={"model": "sam-gym micro", "steps": str(self.step)})
+        os.replace(partial, path)
+
+
+def item_batches(config: Config, photos: Sequence[Sample], start: int) -> Iterator[list[TrainItem]]:
+    """The stream from a step on, in batches of `config.images`."""
+    total = config.steps * config.images
+    stream = MicroStream(config.seed, total, photos, config.targets)
+    loader = DataLoader(
+        stream,
+        batch_size=config.images,
+        sampler=range(start * config.images, total),  # type: ignore[arg-type]
+        num_workers=config.workers,
+        collate_fn=list,
+        worker_init_fn=_single_thread,
+        prefetch_factor=4 if config.workers else None,
+    )
+    return iter(loader)
+
+
+def _single_thread(_: int) -> None:
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def evaluate(backbone: Backbone, objects: int, num_clicks: int = 5) -> dict[str, float]:
+    """mIoU after 1..num_clicks simulated clicks on objects of held-out scenes."""
+    scenes = Scenes("val")
+    targets: list[Target] = []
+    index = 0
+    while len(targets) < objects:
+        sample = scenes[index]
+        targets += [Target(sample.image, mask) for mask in sample.masks]
+        index += 1
+    ious = [
+        session.ious
+        for first in range(0, objects, 32)
+        for session in click_out(backbone, targets[first : min(first + 32, objects)], num_clicks)
+    ]
+    means = np.mean(ious, axis=0)
+    return {f"miou@{k + 1}": round(float(value), 4) for k, value in enumerate(means)}
+
+
+def train(config: Config) -> dict[str, float]:
+    """Train, or go on training, and write `micro.safetensors` and `evaluation.json`."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from sam_gym.backbones.loading import resolve_device
+
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    device = resolve_device(config.device)
+    photos: list[Sample] = []
+    if config.photos:
+        from sam_gym.data import make_dataset
+
+        dataset = make_dataset("coco", "train", root=config.photos)
+        photos = [dataset[i] for i in range(len(dataset))]
+    trainer = MicroTrainer(config, device)
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+        print(f"Going on from step {trainer.step} of {checkpoint}.")
+    (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+
+    columns = (
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    log = (out / "log.jsonl").open("a")
+    window: list[dict[str, float]] = []
+    started = time.monotonic()
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=config.steps, completed=trainer.step, numbers="")
+        for items in item_batches(config, photos, trainer.step):
+            window.append(trainer.train_step(items))
+            if trainer.step % 20 == 0:
+                row = {key: round(float(np.mean([n[key] for n in window])), 4) for key in window[0]}
+                row |= {"step": trainer.step, "seconds": round(time.monotonic() - started, 1)}
+                window.clear()
+                print(json.dumps(row), file=log, flush=True)
+                shown = f"loss {row['loss']:.3f}  IoU {row['iou_first']:.3f} -> {row['iou_last']:.3f}"
+                progress.update(task, completed=trainer.step, numbers=shown)
+            if trainer.step % config.save_every == 0:
+                trainer.save(checkpoint)
+                trainer.export(out / "micro.safetensors")
+    trainer.save(checkpoint)
+    trainer.export(out / "micro.safetensors")
+
+    backbone = Backbone("micro", trainer.average.module, device, torch.float32)
+    result = evaluate(backbone, config.evaluate)
+    (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    print("held-out scenes:", result)
+    return result
+
+
+if __name__ == "__main__":
+    import tyro
+
+    train(tyro.cli(Config))

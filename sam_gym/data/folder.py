@@ -1,0 +1,229 @@
+"""A folder of images with one mask file each."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from sam_gym.data.files import OnError, Records, Reject, read_image, read_labels, resolve
+from sam_gym.data.sample import Sample
+from sam_gym.registry import unknown_name
+
+BACKGROUND, IGNORE, OBJECT = 0, 128, 255
+
+_IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_SPLITS = ("train", "val", "test")
+_TARGETS = ("mask", "components", "instances")
+
+
+class Folder:
+    """Images in `root/images`, masks of the same stem as PNG in `root/masks`.
+
+    A mask holds 0 for background, 255 for the object and 128 for pixels to ignore, nothing else.
+    `root/splits.json` lists the stems of each split under "train", "val" and "test"; other keys
+    are not read. **Without that file every split is all images**, in the order of their stems.
+
+    Existence, names and sizes are checked when the dataset is made, contents when they are read.
+
+    Args:
+        split: "train", "val" or "test".
+        root: folder of the dataset.
+        target: what is an instance. "mask": the whole object mask. "components": each of its
+            8-connected components. "instances": each id of `root/instances/STEM.png` (uint8 or
+            uint16, 0 is background; `root/masks` is not read).
+        min_area: smallest component or instance in pixels; smaller ones are not segmented but
+            ignored. Not applied to target="mask".
+        category: name of the one category.
+        on_error: what to do at construction with an image that does not validate: "raise", or
+            "skip" to count it in `skipped`, with one warning. Reading always raises.
+
+    Attributes:
+        name: the name of the root folder.
+        categories: the one category.
+        skipped: number of images left out, by reason.
+
+    Raises:
+        FileNotFoundError: the root, its folders, an image or a mask is missing.
+        ValueError: an option is unknown, splits.json does not validate, sizes of an image and its
+            mask differ, a file is no image, a name leaves the root, or nothing is left.
+    """
+
+    def __init__(
+        self,
+        split: str = "test",
+        *,
+        root: str,
+        target: Literal["mask", "components", "instances"] = "mask",
+        min_area: int = 0,
+        category: str = "object",
+        on_error: OnError = "raise",
+    ) -> None:
+        if split not in _SPLITS:
+            raise unknown_name("split", split, _SPLITS)
+        if target not in _TARGETS:
+            raise unknown_name("target", target, _TARGETS)
+        self.name = os.path.basename(os.path.realpath(root))
+        self.categories = (category,)
+        self._target = target
+        self._min_area = min_area
+        images = os.path.join(root, "images")
+        masks = os.path.join(root, "instances" if target == "instances" else "masks")
+        for folder in (images, masks):
+            if not os.path.isdir(folder):
+                raise FileNotFoundError(f"{folder}: the folder does not exist. Check root=.")
+
+        files = _image_files(images)
+        listed = _stems(root, split)
+        records = Records(root, on_error)
+        self._pairs: list[tuple[str, str, str]] = []
+        seen: set[str] = set()
+        for stem in sorted(files) if listed is None else listed:
+            with records.validate(f"image {stem!r} of split {split!r}"):
+                mask = resolve(masks, f"{stem}.png")
+                if stem in seen:
+                    raise Reject("image is listed twice")
+                image = _only(files.get(stem, []), os.path.join(images, f"{stem}.*"))
+                resolve(images, os.path.basename(image))  # refuses a link out of the folder
+                _check_sizes(image, mask)
+                seen.add(stem)
+                self._pairs.append((stem, image, mask))
+        self.skipped: dict[str, int] = dict(records.skipped)
+        if not self._pairs:
+            raise ValueError(
+                f"{root}: split {split!r} has no usable image ({sum(self.skipped.values())} "
+                "skipped). Check the images folder and splits.json."
+            )
+        records.warn()
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The image at `index` with its instances, all of category 0.
+
+        `ignore` marks pixels of value 128, and components or instances below `min_area`.
+
+        Raises:
+            IndexError: `index` is outside `range(len(self))`.
+            FileNotFoundError: a file has gone.
+            ValueError: a file is corrupt, sizes differ, the mask holds other values than 0, 128
+                and 255, or nothing to segment.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: index {index} is outside 0..{len(self) - 1}")
+        stem, image_path, mask_path = self._pairs[index]
+        record = f"image {stem!r} of {self.name}"
+        image = read_image(image_path, record)
+        labels = read_labels(mask_path, record)
+        if image.shape[:2] != labels.shape:
+            raise ValueError(
+                f"{mask_path}: {record}: the mask is {labels.shape[1]} x {labels.shape[0]} pixels, "
+                f"the image {image.shape[1]} x {image.shape[0]}. Export one of them again."
+            )
+        ignore = None
+        if self._target != "instances":
+            _check_values(labels, mask_path, record)
+            ignore = labels == IGNORE
+            labels = (labels == OBJECT).astype(np.uint8)
+        if self._target == "components":
+            labels = cv2.connectedComponents(labels, connectivity=8)[1]
+        masks, small = _split(labels, 0 if self._target == "mask" else self._min_area)
+        if not len(masks):
+            least = f" of at least {self._min_area} pixels" if small.any() else ""
+            raise ValueError(
+                f"{mask_path}: {record}: the mask has no object{least}. "
+                "Fix the file, drop the image, or lower min_area=."
+            )
+        ignore = small if ignore is None else ignore | small
+        return Sample(
+            image=image,
+            masks=masks,
+            categories=np.zeros(len(masks), dtype=np.int64),
+            source=f"{self.name}/{stem}",
+            ignore=ignore if ignore.any() else None,
+        )
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
+        """Draw an image uniformly; the category is None, for there is only one."""
+        return int(rng.integers(len(self))), None
+
+
+def _image_files(folder: str) -> dict[str, list[str]]:
+    """Paths of the image files in `folder` by stem."""
+    files: dict[str, list[str]] = {}
+    for name in sorted(os.listdir(folder)):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in _IMAGE_SUFFIXES and not name.startswith("."):
+            files.setdefault(stem, []).append(os.path.join(folder, name))
+    return files
+
+
+def _stems(root: str, split: str) -> list[str] | None:
+    """The stems that splits.json lists for `split`; None if there is no such file."""
+    path = os.path.join(root, "splits.json")
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            splits: Any = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}). Write it again.") from error
+    stems = splits.get(split) if isinstance(splits, dict) else None
+    if not isinstance(stems, list) or not all(isinstance(stem, str) for stem in stems):
+        raise ValueError(
+            f"{path}: split {split!r} is not a list of stems (got {type(stems).__name__!r}). "
+            f"Add the list, or pass another split= ({', '.join(_SPLITS)})."
+        )
+    return stems
+
+
+def _only(paths: list[str], pattern: str) -> str:
+    if not paths:
+        raise Reject("image file is missing", f"looked for {pattern}", FileNotFoundError)
+    if len(paths) > 1:
+        raise Reject("several image files have this stem", ", ".join(paths))
+    return paths[0]
+
+
+def _check_sizes(image: str, mask: str) -> None:
+    if not os.path.isfile(mask):
+        raise Reject("mask file is missing", f"looked for {mask}", FileNotFoundError)
+    (width, height), mask_size = _size(image), _size(mask)
+    if (width, height) != mask_size:
+        detail = f"{image} is {width} x {height}, {mask} is {mask_size[0]} x {mask_size[1]}"
+        raise Reject("image and mask differ in size", detail)
+
+
+def _size(path: str) -> tuple[int, int]:
+    """Width and height from the header, without decoding."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError:
+        raise Reject("file is not an image", path) from None
+
+
+def _check_values(labels: np.ndarray, path: str, record: str) -> None:
+    values = np.unique(labels)
+    strange = np.setdiff1d(values, (BACKGROUND, IGNORE, OBJECT))
+    if strange.size:
+        shown = ", ".join(map(str, values[:8].tolist())) + (", ..." if values.size > 8 else "")
+        raise ValueError(
+            f"{path}: {record}: expected values 0 (background), 128 (ignore) and 255 (object), "
+            f"found {shown}. Convert the mask to these values"
+            " (a JPEG or a resized mask is not exact)."
+        )
+
+
+def _split(labels: np.ndarray, min_area: int) -> tuple[np.ndarray, np.ndarray]:
+    """Masks, bool (N, H, W), of the labels of at least `min_area` pixels, and the rest (H, W)."""
+    areas = np.bincount(labels.ravel())
+    areas[BACKGROUND] = 0
+    kept = np.flatnonzero(areas >= max(min_area, 1))
+    masks = labels == kept[:, None, None]
+    return masks, (labels > 0) & ~masks.any(axis=0)

@@ -1,0 +1,55 @@
+"""How good a mask is, and how many clicks it took."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def iou(prediction: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = None) -> float:
+    """Intersection over union of two masks; 1 when both are empty.
+
+    Args:
+        prediction: bool (H, W).
+        target: bool (H, W).
+        ignore: bool (H, W), pixels that are left out.
+    """
+    if ignore is not None:
+        prediction, target = prediction & ~ignore, target & ~ignore
+    union = np.count_nonzero(prediction | target)
+    return np.count_nonzero(prediction & target) / union if union else 1.0
+
+
+def dice(prediction: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = None) -> float:
+    """Dice coefficient (F1 of pixels); 1 when both masks are empty. Arguments as for `iou`."""
+    overlap = iou(prediction, target, ignore)
+    return 2.0 * overlap / (1.0 + overlap)
+
+
+def number_of_clicks(ious: np.ndarray, threshold: float) -> np.ndarray:
+    """NoC: the first click that reaches an IoU; all clicks where none does.
+
+    Args:
+        ious: (N, K), IoU after each of K clicks.
+        threshold: the IoU to reach, for example 0.9.
+
+    Returns:
+        int (N,), from 1 to K.
+    """
+    reached = np.asarray(ious) >= threshold
+    return np.where(reached.any(axis=1), reached.argmax(axis=1) + 1, reached.shape[1])
+
+
+def number_of_failures(ious: np.ndarray, threshold: float) -> int:
+    """NoF: how many of N objects never reach an IoU in K clicks; `ious` is (N, K)."""
+    return int((~(np.asarray(ious) >= threshold).any(axis=1)).sum())
+
+
+def mean_and_ci95(values: np.ndarray) -> tuple[float, float]:
+    """Mean and the half-width of its 95% confidence interval (Student's t over N values)."""
+    from scipy import stats
+
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), float(half)
