@@ -20,6 +20,8 @@ SIZE = 256
 #: Semantic labels are taken every `LABEL_STRIDE` pixels; `NO_LABEL` where nothing is known.
 LABEL_STRIDE = 8
 NO_LABEL = 255
+#: The colour that normalises to zero, with which SAM pads an image to a square.
+PADDING = (124, 116, 104)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class PhotoMixer:
     """
 
     def __init__(self, photos: Sequence[Sample]) -> None:
-        self.photos = [photo for photo in photos if len(photo.masks)]
+        self.photos = [_shrunk(photo) for photo in photos if len(photo.masks)]
         self._big = [
             [k for k, mask in enumerate(photo.masks) if 0.02 < mask.mean() < 0.7]
             for photo in self.photos
@@ -83,8 +85,14 @@ class PhotoMixer:
         piece = image[top : top + h, left : left + w]
         return cv2.resize(piece, (width, height), interpolation=cv2.INTER_LINEAR)
 
-    def crop(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """A view of one photograph, around one of its objects: image and bool (N, 256, 256)."""
+    def crop(
+        self, rng: np.random.Generator, *, focus_only: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A view of one photograph around one of its objects.
+
+        Returns:
+            The image, and bool (N, 256, 256), the masks of all objects in view or of that one.
+        """
         number = self._with_big[rng.integers(len(self._with_big))]
         photo = self.photos[number]
         height, width = photo.image.shape[:2]
@@ -97,28 +105,25 @@ class PhotoMixer:
         scale = SIZE / max(crop_h, crop_w)
         size = (max(1, round(crop_w * scale)), max(1, round(crop_h * scale)))
         view = (slice(top, top + crop_h), slice(left, left + crop_w))
-        image = np.zeros((SIZE, SIZE, 3), np.uint8)
-        image[: size[1], : size[0]] = cv2.resize(
-            photo.image[view], size, interpolation=cv2.INTER_AREA
-        )
-        kept = [mask[view] for mask in photo.masks if mask[view].sum() > 0.002 * side**2]
+        content = _recolour(rng, cv2.resize(photo.image[view], size, interpolation=cv2.INTER_AREA))
+        image = np.full((SIZE, SIZE, 3), PADDING, np.uint8)
+        image[: size[1], : size[0]] = content
+        shown = [focus] if focus_only else photo.masks
+        kept = [m[view] for m in shown if np.count_nonzero(m[view]) > 0.002 * side**2]
         masks = np.zeros((len(kept), SIZE, SIZE), bool)
         for full, mask in zip(masks, kept, strict=True):
-            small = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
-            full[: size[1], : size[0]] = small > 0.5
+            full[: size[1], : size[0]] = cv2.resize(mask.astype(np.uint8) * 255, size) > 127
         if rng.random() < 0.5:
             image[:, : size[0]] = image[:, : size[0]][:, ::-1]
             masks[:, :, : size[0]] = masks[:, :, : size[0]][:, :, ::-1]
-        return _recolour(rng, image), masks
+        return image, masks
 
     def paste(self, rng: np.random.Generator, image: np.ndarray, masks: np.ndarray):
         """Paste an object of another photograph over an image, hiding what lies below."""
-        other, others = self.crop(rng)
-        areas = others.mean(axis=(1, 2))
-        usable = np.flatnonzero((areas > 0.02) & (areas < 0.6))
-        if not len(usable):
+        other, focus = self.crop(rng, focus_only=True)
+        if not len(focus):
             return image, masks
-        mask = others[rng.choice(usable)]
+        mask = focus[0]
         shrink = rng.uniform(0.5, 1.1)
         move = np.array(
             [[shrink, 0, rng.uniform(-40, 100)], [0, shrink, rng.uniform(-40, 100)]], np.float32
@@ -145,6 +150,18 @@ class PhotoMixer:
         return image, masks
 
 
+def _shrunk(photo: Sample, longest: int = 400) -> Sample:
+    """The photograph at a size that is quick to cut up."""
+    height, width = photo.image.shape[:2]
+    scale = longest / max(height, width)
+    if scale >= 1.0:
+        return photo
+    size = (round(width * scale), round(height * scale))
+    masks = [cv2.resize(mask.astype(np.uint8) * 255, size) > 127 for mask in photo.masks]
+    image = cv2.resize(photo.image, size, interpolation=cv2.INTER_AREA)
+    return Sample(image, np.stack(masks), photo.categories, photo.source)
+
+
 def _window(rng: np.random.Generator, start: int, extent: int, crop: int, total: int) -> int:
     """Where a crop begins so that it holds the object if it can."""
     low, high = start + extent - crop, start
@@ -152,11 +169,16 @@ def _window(rng: np.random.Generator, start: int, extent: int, crop: int, total:
     return int(np.clip(first, 0, total - crop))
 
 
+def _areas(masks: np.ndarray) -> np.ndarray:
+    return np.array([np.count_nonzero(mask) for mask in masks])
+
+
 def _recolour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     if rng.random() < 0.15:
-        image = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2)
+        image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     gain = rng.uniform(0.7, 1.3) * rng.uniform(0.88, 1.12, 3)
-    return np.clip(image * gain + rng.uniform(-25, 25), 0, 255).astype(np.uint8)
+    table = np.clip(np.arange(256)[:, None] * gain + rng.uniform(-25, 25), 0, 255)
+    return cv2.LUT(image, table.astype(np.uint8)[None])
 
 
 class MicroStream(TorchDataset[TrainItem]):
@@ -199,7 +221,7 @@ class MicroStream(TorchDataset[TrainItem]):
     def _photo(self, rng: np.random.Generator) -> TrainItem | None:
         assert self.mixer is not None
         image, masks = self.mixer.compose(rng)
-        areas = masks.sum(axis=(1, 2))
+        areas = _areas(masks)
         masks, areas = masks[areas > 120], areas[areas > 120]
         if not len(masks):
             return None
@@ -238,9 +260,9 @@ class MicroStream(TorchDataset[TrainItem]):
             image = cv2.resize(image[view], (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
             masks, parts = enlarge(masks), enlarge(parts)
             labels = cv2.resize(labels[view], (SIZE, SIZE), interpolation=cv2.INTER_NEAREST)
-        visible = masks.sum(axis=(1, 2)) > 120
+        visible = _areas(masks) > 120
         masks, categories = masks[visible], sample.categories[visible]
-        parts = parts[parts.sum(axis=(1, 2)) > 200]
+        parts = parts[_areas(parts) > 200]
         if not len(masks):
             return None
         targets = []

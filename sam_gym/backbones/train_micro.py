@@ -59,7 +59,7 @@ class Config:
     """Prompted targets per image."""
     max_rounds: int = 6
     """Longest sequence of corrections without gradients before the last, trained one."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 8e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.03
     """Weight decay of matrices; vectors have none."""
@@ -189,14 +189,14 @@ class PromptBatch:
 
 
 def mask_losses(logits: Tensor, target: Tensor) -> Tensor:
-    """Focal x 20 + Dice per mask: logits (P, M, h, w), target (P, h, w) in [0, 1] -> (P, M)."""
+    """Focal x 8 + Dice per mask: logits (P, M, h, w), target (P, h, w) in [0, 1] -> (P, M)."""
     target = target[:, None].expand_as(logits)
     probability = logits.sigmoid()
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     focal = ((probability - target).square() * entropy).mean(dim=(2, 3))
     overlap = (probability * target).sum(dim=(2, 3))
     total = probability.sum(dim=(2, 3)) + target.sum(dim=(2, 3))
-    return 20.0 * focal + 1.0 - (2.0 * overlap + 1.0) / (total + 1.0)
+    return 8.0 * focal + 1.0 - (2.0 * overlap + 1.0) / (total + 1.0)
 
 
 def true_iou(logits: Tensor, target: Tensor) -> Tensor:
@@ -301,7 +301,7 @@ class MicroTrainer:
             "iou_first": first_iou.mean(),
             "iou_last": last_iou.mean(),
         }
-        return {key: float(torch.as_tensor(value).detach()) for key, value in numbers.items()}
+        return {key: float(value.detach()) for key, value in numbers.items()}
 
     def _semantic_loss(self, embeddings: Tensor, items: Sequence[TrainItem]) -> Tensor:
         labels = torch.from_numpy(np.stack([item.labels for item in items])).long()

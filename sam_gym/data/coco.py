@@ -151,7 +151,7 @@ class Coco:
                 f"{image.width} x {image.height}. Restore the original file, or drop the image."
             )
         masks = image.decode(image.masks)
-        ignore = None
+        ignore: np.ndarray | None = None
         if image.ignored:
             ignore = image.decode(image.ignored).any(axis=0) & ~masks.any(axis=0)
         return Sample(
@@ -204,13 +204,13 @@ def _annotation_file(root: str, split: str) -> str:
     return path
 
 
-def _load(path: str) -> dict[str, list[Any]]:
+def _load(path: str) -> Any:
     """The annotation file, checked to have COCO's three tables."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: the annotation file does not exist. Check annotations=.")
     try:
         with open(path, encoding="utf-8") as file:
-            data = json.load(file)
+            data: Any = json.load(file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}). Fetch or export it again.") from error
     for key in ("images", "annotations", "categories"):
@@ -325,7 +325,7 @@ def _encode(segmentation: Any, height: int, width: int) -> bytes:
         if not segmentation:
             raise Reject("segmentation has no polygon")
         polygons = [_polygon(polygon, height, width) for polygon in segmentation]
-        return rle.merge(rle.frPyObjects(polygons, height, width))["counts"]
+        return bytes(rle.merge(rle.frPyObjects(polygons, height, width))["counts"])
     if isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
         size = segmentation["size"]
         if size != [height, width]:
@@ -339,7 +339,7 @@ def _encode(segmentation: Any, height: int, width: int) -> bytes:
                 "RLE counts do not sum to height x width",
                 f"got {runs.sum()}, expected {height * width}",
             )
-        return rle.frPyObjects({"size": size, "counts": runs}, height, width)["counts"]
+        return bytes(rle.frPyObjects({"size": size, "counts": runs}, height, width)["counts"])
     raise Reject("segmentation is neither polygon nor RLE", f"got {type(segmentation).__name__!r}")
 
 
