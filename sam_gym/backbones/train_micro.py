@@ -387,6 +387,8 @@ def train(config: Config) -> dict[str, float]:
 
     from sam_gym.backbones.loading import resolve_device
 
+    # OpenCV's threads do not survive the fork of a data worker: a worker would wait for them forever.
+    cv2.setNumThreads(0)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     device = resolve_device(config.device)

@@ -153,7 +153,8 @@ class Coco:
         masks = image.decode(image.masks)
         ignore: np.ndarray | None = None
         if image.ignored:
-            ignore = image.decode(image.ignored).any(axis=0) & ~masks.any(axis=0)
+            ignored = image.decode(image.ignored)
+            ignore = np.logical_and(ignored.any(axis=0), ~masks.any(axis=0))
         return Sample(
             image=pixels,
             masks=masks,

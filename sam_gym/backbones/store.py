@@ -1,0 +1,159 @@
+"""Image embeddings kept on the device, so that an image is encoded once and passed around as a number."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sam_gym.backbones.service import Backbone
+
+#: Handles travel through float32 observations, which hold integers exactly below this.
+MAX_HANDLES = 2**24
+
+
+def content_key(image: np.ndarray) -> bytes:
+    """What identifies an image: a digest of its pixels and shape."""
+    digest = hashlib.sha256(repr(image.shape).encode())
+    digest.update(np.ascontiguousarray(image))
+    return digest.digest()
+
+
+class EmbeddingStore:
+    """Embeddings of one backbone, keyed by image content, bounded, least recently used out first.
+
+    A *handle* is the index of an embedding in the store; it is recycled once its embedding has been
+    evicted. A pinned embedding is never evicted: environments pin what their slots show, and
+    `pin_new_epoch` pins everything that is handed out until the epoch is over.
+
+    Args:
+        backbone: encodes what is missing.
+        max_bytes: bound on the memory of all embeddings, at least one embedding.
+        batch_size: images per encoder call.
+    """
+
+    def __init__(self, backbone: Backbone, max_bytes: int = 2**30, batch_size: int = 16) -> None:
+        self.backbone, self.batch_size = backbone, batch_size
+        self._table = torch.empty((0, *backbone.embedding_shape), device=backbone.device)
+        self._handles: OrderedDict[bytes, int] = OrderedDict()
+        self._keys: dict[int, bytes] = {}
+        self._free: list[int] = []
+        self._pins: dict[int, int] = {}
+        self._epoch: set[int] | None = None
+        self.max_bytes = max_bytes
+        #: How many images were encoded so far.
+        self.encoded = 0
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    @property
+    def capacity(self) -> int:
+        """How many embeddings fit."""
+        size = int(np.prod(self.backbone.embedding_shape)) * 4
+        return max(1, min(self.max_bytes // size, MAX_HANDLES))
+
+    def acquire(self, images: Sequence[np.ndarray]) -> list[int]:
+        """Handles of images, each pinned once more; images that are not here yet are encoded.
+
+        Args:
+            images: uint8 (H, W, 3), sizes may differ.
+
+        Raises:
+            MemoryError: everything in the store is pinned and it may not grow.
+        """
+        keys = [content_key(image) for image in images]
+        missing: dict[bytes, np.ndarray] = {}
+        for key, image in zip(keys, images, strict=True):
+            if key in self._handles:
+                self._handles.move_to_end(key)
+                self.pin(self._handles[key])
+            elif key not in missing:
+                missing[key] = image
+        todo = list(missing.items())
+        for first in range(0, len(todo), self.batch_size):
+            chunk = todo[first : first + self.batch_size]
+            embeddings = self.backbone.encode([image for _, image in chunk])
+            for (key, _), embedding in zip(chunk, embeddings, strict=True):
+                handle = self._new_handle()
+                self._table[handle] = embedding
+                self._handles[key], self._keys[handle] = handle, key
+                self.pin(handle)
+            self.encoded += len(chunk)
+        counted: set[bytes] = set()
+        for key in keys:
+            if key in missing and key in counted:
+                self.pin(self._handles[key])
+            counted.add(key)
+        return [self._handles[key] for key in keys]
+
+    def gather(self, handles: Tensor) -> Tensor:
+        """Embeddings float32 (B, C, h, w) of integer handles (B,), on the device."""
+        return self._table[handles.to(self.backbone.device, torch.long)]
+
+    def pin(self, handle: int) -> None:
+        """Keep an embedding until it is unpinned as often as it was pinned."""
+        self._pins[handle] = self._pins.get(handle, 0) + 1
+        if self._epoch is not None:
+            self._epoch.add(handle)
+
+    def unpin(self, handle: int) -> None:
+        self._pins[handle] -= 1
+        if not self._pins[handle]:
+            del self._pins[handle]
+
+    def pin_new_epoch(self) -> None:
+        """Keep every embedding that is pinned now or from now on, until the next call.
+
+        Call it before each rollout: what the rollout's observations refer to then outlives the
+        update that follows.
+        """
+        self._epoch = set(self._pins)
+
+    def end_epoch(self) -> None:
+        """Stop keeping what only the current epoch keeps."""
+        self._epoch = None
+
+    def _new_handle(self) -> int:
+        if not self._free and len(self._table) < self.capacity:
+            self._grow()
+        if not self._free:
+            self._evict()
+        return self._free.pop()
+
+    def _grow(self) -> None:
+        old = len(self._table)
+        new = min(max(64, 2 * old), self.capacity)
+        table = self._table.new_empty((new, *self.backbone.embedding_shape))
+        table[:old] = self._table
+        self._table = table
+        self._free.extend(range(new - 1, old - 1, -1))
+
+    def _evict(self) -> None:
+        held = self._epoch or ()
+        for key, handle in self._handles.items():
+            if handle not in self._pins and handle not in held:
+                del self._handles[key], self._keys[handle]
+                self._free.append(handle)
+                return
+        raise MemoryError(
+            f"The embedding store is full: all of its {self.capacity} embeddings are in use. "
+            f"Raise its bound (now {self.max_bytes / 2**30:.2f} GiB; environments take store_gib=), "
+            "use fewer different images, or shorter rollouts."
+        )
+
+
+_stores: dict[int, EmbeddingStore] = {}
+
+
+def shared_store(backbone: Backbone, max_bytes: int = 2**30) -> EmbeddingStore:
+    """The process-wide store of a backbone; its bound is the largest that was ever asked for."""
+    store = _stores.get(id(backbone))
+    if store is None:
+        store = _stores[id(backbone)] = EmbeddingStore(backbone, max_bytes)
+    store.max_bytes = max(store.max_bytes, max_bytes)
+    return store

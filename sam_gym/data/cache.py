@@ -1,0 +1,45 @@
+"""Samples kept in memory, because drawing or decoding one costs more than a step."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+import numpy as np
+
+from sam_gym.data.sample import Dataset, Sample
+
+
+class SampleCache:
+    """The most recently used samples of a dataset, masks packed eight pixels to a byte.
+
+    Args:
+        dataset: where samples come from.
+        max_bytes: bound on the memory of what is kept; 0 keeps nothing.
+    """
+
+    def __init__(self, dataset: Dataset, max_bytes: int) -> None:
+        self.dataset, self.max_bytes = dataset, max_bytes
+        self._kept: OrderedDict[int, tuple[Sample, np.ndarray]] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`, without its parts."""
+        if index in self._kept:
+            self._kept.move_to_end(index)
+            sample, packed = self._kept[index]
+            masks = np.unpackbits(packed, axis=-1, count=sample.image.shape[1]).view(bool)
+            return replace(sample, masks=masks)
+        sample = self.dataset[index]
+        packed = np.packbits(sample.masks, axis=-1)
+        size = sample.image.nbytes + packed.nbytes
+        if size <= self.max_bytes:
+            self._kept[index] = replace(sample, masks=packed[:0], parts=None), packed
+            self._bytes += size
+            while self._bytes > self.max_bytes:
+                _, (old, old_packed) = self._kept.popitem(last=False)
+                self._bytes -= old.image.nbytes + old_packed.nbytes
+        return sample

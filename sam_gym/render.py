@@ -1,0 +1,144 @@
+"""The one place that draws images, masks and clicks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+MASK_COLOUR = (30, 144, 255)
+TARGET_COLOUR = (255, 255, 255)
+POSITIVE_COLOUR = (40, 200, 64)
+NEGATIVE_COLOUR = (235, 50, 50)
+CUE_COLOUR = (255, 214, 10)
+
+_warned = False
+
+
+def draw_episode(
+    image: np.ndarray,
+    mask: np.ndarray,
+    clicks: Sequence[tuple[float, float, bool]] = (),
+    *,
+    target: np.ndarray | None = None,
+    caption: str = "",
+    cue: tuple[float, float] | None = None,
+    height: int = 384,
+) -> np.ndarray:
+    """Draw a mask and clicks over an image.
+
+    Args:
+        image: uint8 (H, W, 3), RGB.
+        mask: bool (H, W), tinted blue.
+        clicks: (x, y, positive) in pixels of the image; a green plus or a red minus each, in order.
+        target: bool (H, W), outlined in white, or None.
+        caption: one line below the picture; no line if empty.
+        cue: (x, y) of a cue click, a yellow ring.
+        height: of the drawn image in pixels; the width keeps the aspect ratio.
+
+    Returns:
+        uint8 (height [+ caption], W', 3), RGB.
+    """
+    scale = height / image.shape[0]
+    size = (round(image.shape[1] * scale), height)
+    canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
+    large = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
+    canvas[~large] *= 0.62
+    canvas[large] = 0.6 * canvas[large] + 0.4 * np.array(MASK_COLOUR, np.float32)
+    canvas = canvas.astype(np.uint8)
+    _outline(canvas, large, MASK_COLOUR, 2)
+    if target is not None:
+        truth = cv2.resize(target.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
+        _outline(canvas, truth, TARGET_COLOUR, 1)
+    if cue is not None:
+        cv2.circle(canvas, _at(cue[0], cue[1], scale), height // 32, CUE_COLOUR, 2, cv2.LINE_AA)
+    for number, (x, y, positive) in enumerate(clicks, start=1):
+        _mark(canvas, _at(x, y, scale), bool(positive), number == len(clicks))
+    return np.concatenate([canvas, _caption(caption, size[0])]) if caption else canvas
+
+
+def _at(x: float, y: float, scale: float) -> tuple[int, int]:
+    return round((x + 0.5) * scale), round((y + 0.5) * scale)
+
+
+def _outline(canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], width: int) -> None:
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    cv2.drawContours(canvas, contours, -1, colour, width, cv2.LINE_AA)
+
+
+def _mark(canvas: np.ndarray, center: tuple[int, int], positive: bool, newest: bool) -> None:
+    radius = max(6, canvas.shape[0] // (34 if newest else 44))
+    colour = POSITIVE_COLOUR if positive else NEGATIVE_COLOUR
+    cv2.circle(canvas, center, radius + 2, (255, 255, 255), -1, cv2.LINE_AA)
+    cv2.circle(canvas, center, radius, colour, -1, cv2.LINE_AA)
+    arm = radius // 2 + 1
+    x, y = center
+    cv2.line(canvas, (x - arm, y), (x + arm, y), (255, 255, 255), 2, cv2.LINE_AA)
+    if positive:
+        cv2.line(canvas, (x, y - arm), (x, y + arm), (255, 255, 255), 2, cv2.LINE_AA)
+
+
+def _caption(text: str, width: int) -> np.ndarray:
+    strip = np.full((30, width, 3), 24, np.uint8)
+    scale = 0.5
+    while scale > 0.25 and cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] > width - 12:
+        scale -= 0.02
+    cv2.putText(
+        strip, text, (6, 20), cv2.FONT_HERSHEY_SIMPLEX, scale, (240, 240, 240), 1, cv2.LINE_AA
+    )
+    return strip
+
+
+def tile(frames: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Put frames of one size side by side, row by row: uint8 (rows * H, columns * W, 3)."""
+    height, width = frames[0].shape[:2]
+    rows = -(-len(frames) // columns)
+    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
+    for number, frame in enumerate(frames):
+        y, x = divmod(number, columns)
+        sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] = frame
+    return sheet
+
+
+def save_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
+    """Write uint8 (H, W, 3) RGB; raises `OSError` if the file cannot be written."""
+    if not cv2.imwrite(os.fspath(path), image[..., ::-1]):
+        raise OSError(f"{path}: could not be written.")
+
+
+def save_gif(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps: float = 1.5) -> None:
+    """Write frames of one size as an endless GIF."""
+    from PIL import Image
+
+    pictures = [Image.fromarray(frame).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
+    pictures[0].save(
+        path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+    )
+
+
+def has_display() -> bool:
+    """Whether a window can be opened; OpenCV aborts the process if asked to without one."""
+    if sys.platform.startswith("linux"):
+        return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    return True
+
+
+def show(title: str, frame: np.ndarray) -> None:
+    """Show uint8 (H, W, 3) RGB in a window; without a display, say so once and carry on."""
+    global _warned
+    if has_display():
+        try:
+            cv2.imshow(title, frame[..., ::-1])
+            cv2.waitKey(1)
+            return
+        except cv2.error:
+            reason = "this OpenCV has no windows (install opencv-python)"
+    else:
+        reason = "there is no display"
+    if not _warned:
+        _warned = True
+        warnings.warn(f"render_mode='human' shows nothing: {reason}.", stacklevel=3)
