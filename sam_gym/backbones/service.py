@@ -84,6 +84,12 @@ class Backbone:
             full = F.interpolate(full, image_size, mode="bilinear", align_corners=False)
         return full.reshape(*logits.shape[:-2], *image_size)
 
+    def resize(self, image: np.ndarray) -> np.ndarray:
+        """Scale uint8 (H, W, 3) so that its longest side is the model's, as SAM does."""
+        if max(image.shape[:2]) == self.image_size:
+            return image
+        return self._resizer.apply_image(image)
+
     # Work --------------------------------------------------------------------------------------
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
@@ -95,10 +101,9 @@ class Backbone:
                 raise ValueError(
                     f"An image must be uint8 (H, W, 3), got {image.dtype} {image.shape}."
                 )
-            if max(image.shape[:2]) != self.image_size:
-                image = self._resizer.apply_image(image)
-            height, width = image.shape[:2]
-            slot[:height, :width] = image
+            resized = self.resize(image)
+            height, width = resized.shape[:2]
+            slot[:height, :width] = resized
             sizes.append((height, width))
         pixels = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
         pixels = (pixels - self.sam.pixel_mean) / self.sam.pixel_std

@@ -1,0 +1,1 @@
+"""Supervised adaptation of a backbone: one trainer, one file per strategy."""

@@ -1,0 +1,1 @@
+"""Agents that click: policies, baselines, training, evaluation."""

@@ -1,0 +1,1 @@
+"""Benchmarks, each of which writes JSON, CSV, pictures and one HTML page."""

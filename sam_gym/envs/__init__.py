@@ -1,0 +1,1 @@
+"""The environments, registered by name on `import sam_gym`."""

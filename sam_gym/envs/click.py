@@ -1,0 +1,314 @@
+"""`SamSeg-v0`: segment a target by clicking a Segment Anything Model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from sam_gym.envs.core import ClickConfig, ClickCore, check_render_mode
+from sam_gym.render import show
+
+
+class SamSegEnv(gym.Env[dict[str, np.ndarray], int]):
+    """Segment a target by clicking a Segment Anything Model.
+
+    ## Description
+
+    An image and the name of a category are given. The agent places positive and negative clicks on
+    a grid over the image; after each click SAM decodes all clicks so far together with its previous
+    mask. The aim is a mask of *all* instances of the category (`target="category"`), the task of
+    AlignSAM (Huang et al., CVPR 2024), or of the one instance that a cue click shows
+    (`target="instance"`).
+
+    ## Action Space
+
+    `Discrete(2 * grid * grid [+ 1] [+ 1])`, with G = grid * grid cells over SAM's square input
+    frame, row by row:
+
+    | action            | meaning                                               |
+    |-------------------|-------------------------------------------------------|
+    | 0 .. G - 1        | positive click at the centre of the cell              |
+    | G .. 2G - 1       | negative click at the centre of the cell              |
+    | 2G                | stop (with `stop=True`)                               |
+    | the one after     | undo the last click (with `undo=True`)                |
+
+    SAM pads an image that is not square; a click in the padding falls on the nearest image pixel.
+
+    ## Observation Space
+
+    A `Dict`. With `obs="full"`:
+
+    | key                    | space                          | meaning                           |
+    |------------------------|--------------------------------|-----------------------------------|
+    | `image`                | uint8 (S, S, 3)                | RGB, in SAM's input frame         |
+    | `target_category`      | Discrete(number of categories) | its name is in `info`             |
+    | `sam_image_embeddings` | float32 (C, h, w)              | SAM's image embedding             |
+    | `sam_pred_mask_prob`   | float32 (4h, 4w) in [0, 1]     | probability of the current mask   |
+    | `num_steps`            | Discrete(max_steps + 1)        | actions so far                    |
+    | `cue_click`            | float32 (2,) in [0, 1]         | only for `target="instance"`      |
+
+    With `obs="handle"` (for training) the first and third are replaced by `handle`, int32 (1,),
+    the index of the embedding in the store of this process, and the mask is uint8 (h, w).
+
+    ## Rewards
+
+    `reward="iou_gain"` (default), `"dice_gain"`, `"click_correct"` or `"shaped"`; see
+    `sam_gym.rewards`. `click_cost` is subtracted for every click and undo.
+
+    ## Starting State
+
+    No clicks and an empty mask. Image and target are drawn from the dataset with the environment's
+    own random generator.
+
+    ## Episode End
+
+    *Terminated* by `stop`, or when the true IoU reaches `iou_target` if one is set. *Truncated*
+    after `max_steps` actions.
+
+    ## Information
+
+    `iou`, `dice` (of the current mask and the target), `predicted_iou` (SAM's own estimate),
+    `clicks`, `target_name`, `source`.
+
+    ## Arguments
+
+    ```python
+    import gymnasium as gym
+    import sam_gym
+
+    env = gym.make("SamSeg-v0", dataset="scenes", max_steps=5, render_mode="rgb_array")
+    ```
+
+    All arguments are the fields of `sam_gym.envs.core.ClickConfig`. The vector environment,
+    `gym.make_vec("SamSeg-v0", num_envs=64, vectorization_mode="vector_entry_point")`, decodes the
+    clicks of all its environments in one batch.
+
+    ## Version History
+
+    * v0: initial version.
+
+    Args:
+        render_mode: None, "rgb_array" or "human".
+        **settings: fields of `ClickConfig`.
+
+    Raises:
+        ValueError: unknown name or impossible value, or data that does not validate.
+        FileNotFoundError: a file is missing.
+    """
+
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 2}
+
+    def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
+        check_render_mode(render_mode)
+        self.render_mode = render_mode
+        self.core = ClickCore(make_config(settings), num_slots=1)
+        self.action_space = self.core.action_space
+        self.observation_space = self.core.observation_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        super().reset(seed=seed)
+        self.core.reset([0], [self.np_random])
+        if self.render_mode == "human":
+            self.render()
+        return self._observation(), self._info()
+
+    def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        actions = self.core.check_actions(np.array([action]))
+        reward, terminated, truncated = self.core.step(np.array([0]), actions)
+        if self.render_mode == "human":
+            self.render()
+        return (
+            self._observation(),
+            float(reward[0]),
+            bool(terminated[0]),
+            bool(truncated[0]),
+            self._info(),
+        )
+
+    def render(self) -> np.ndarray | None:
+        if self.render_mode is None:
+            gym.logger.warn('Call gym.make(..., render_mode="rgb_array") to render.')
+            return None
+        frame = self.core.render(0)
+        if self.render_mode == "human":
+            show("SamSeg-v0", frame)
+            return None
+        return frame
+
+    def close(self) -> None:
+        self.core.release([0])
+
+    def _observation(self) -> dict[str, Any]:
+        spaces = self.core.observation_space.spaces
+        return {
+            key: np.int64(value[0]) if isinstance(spaces[key], gym.spaces.Discrete) else value[0]
+            for key, value in self.core.observe([0]).items()
+        }
+
+    def _info(self) -> dict[str, Any]:
+        return {key: value[0] for key, value in self.core.info([0]).items()}
+
+
+class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
+    """`SamSeg-v0` with many environments that share one SAM decode per step.
+
+    Sub-environment `i` seeded with `seed` plays as the scalar environment seeded with `seed + i`.
+
+    Args:
+        num_envs: how many environments.
+        render_mode: None, "rgb_array" (one frame per environment) or "human" (all in one window).
+        autoreset_mode: "NextStep" (default), "SameStep" or "Disabled", or the enum.
+        **settings: fields of `sam_gym.envs.core.ClickConfig`; see `SamSegEnv`.
+    """
+
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 2}
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        render_mode: str | None = None,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        **settings: Any,
+    ) -> None:
+        check_render_mode(render_mode)
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.render_mode = render_mode
+        self.num_envs = num_envs
+        self.core = ClickCore(make_config(settings), num_envs)
+        self.single_action_space = self.core.action_space
+        self.single_observation_space = self.core.observation_space
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self._all = np.arange(num_envs)
+        self._ended = np.zeros(num_envs, bool)
+        self._rngs = [seeding.np_random(None)[0] for _ in range(num_envs)]
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Begin new episodes; `options={"reset_mask": bool (num_envs,)}` limits them to some."""
+        mask = np.ones(self.num_envs, bool)
+        if options and "reset_mask" in options:
+            mask = np.asarray(options["reset_mask"], bool)
+        for i, own in enumerate(self._seeds(seed)):
+            if own is not None and mask[i]:
+                self._rngs[i] = seeding.np_random(own)[0]
+        self._begin(np.flatnonzero(mask))
+        self._show()
+        return self.core.observe(self._all), self._infos(mask)
+
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, (int, np.integer)):
+            return [int(seed) + i for i in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise ValueError(f"Expected {self.num_envs} seeds, got {len(seed)}.")
+        return list(seed)
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        actions = self.core.check_actions(actions)
+        reward = np.zeros(self.num_envs)
+        terminated = np.zeros(self.num_envs, bool)
+        truncated = np.zeros(self.num_envs, bool)
+        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
+            self._begin(np.flatnonzero(self._ended))
+            playing = np.flatnonzero(~self._ended)
+        else:
+            if self._ended.any():
+                raise RuntimeError(
+                    f"Environments {np.flatnonzero(self._ended).tolist()} have ended: reset them "
+                    'with reset(options={"reset_mask": ...}) before the next step.'
+                )
+            playing = self._all
+        if len(playing):
+            reward[playing], terminated[playing], truncated[playing] = self.core.step(
+                playing, actions[playing]
+            )
+        ended = terminated | truncated
+        final: dict[str, Any] = {}
+        if self.autoreset_mode == AutoresetMode.SAME_STEP:
+            final = self._final(np.flatnonzero(ended))
+            self._begin(np.flatnonzero(ended))
+        else:
+            self._ended = ended
+        self._show()
+        infos = self._infos(np.ones(self.num_envs, bool)) | final
+        return self.core.observe(self._all), reward, terminated, truncated, infos
+
+    def _begin(self, slots: np.ndarray) -> None:
+        if len(slots):
+            self.core.reset(slots.tolist(), [self._rngs[slot] for slot in slots])
+            if self.autoreset_mode != AutoresetMode.NEXT_STEP:
+                self._ended[slots] = False
+
+    def _final(self, slots: np.ndarray) -> dict[str, Any]:
+        """`final_obs` and `final_info` of episodes that are about to be replaced."""
+        if not len(slots):
+            return {}
+        mask = np.zeros(self.num_envs, bool)
+        mask[slots] = True
+        observations = self.core.observe(slots)
+        final_obs = np.full(self.num_envs, None, object)
+        for i, slot in enumerate(slots):
+            final_obs[slot] = {key: value[i] for key, value in observations.items()}
+        return {
+            "final_obs": final_obs,
+            "_final_obs": mask,
+            "final_info": self._infos(mask),
+            "_final_info": mask,
+        }
+
+    def _infos(self, mask: np.ndarray) -> dict[str, Any]:
+        """Gymnasium's form of vector infos: an array per key, and which entries count."""
+        infos: dict[str, Any] = {}
+        slots = np.flatnonzero(mask)
+        for key, values in self.core.info(slots).items():
+            full = np.full(self.num_envs, None if values.dtype == object else 0, values.dtype)
+            full[slots] = values
+            infos[key], infos[f"_{key}"] = full, mask.copy()
+        return infos
+
+    def _show(self) -> None:
+        if self.render_mode == "human":
+            self.render()
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        if self.render_mode is None:
+            gym.logger.warn('Call gym.make_vec(..., render_mode="rgb_array") to render.')
+            return None
+        frames = tuple(self.core.render(slot) for slot in range(self.num_envs))
+        if self.render_mode == "human":
+            from sam_gym.render import tile
+
+            columns = int(np.ceil(np.sqrt(self.num_envs)))
+            show("SamSeg-v0", tile(frames, columns))
+            return None
+        return frames
+
+    def close_extras(self, **kwargs: Any) -> None:
+        self.core.release(self._all)
+
+
+def make_config(settings: dict[str, Any]) -> ClickConfig:
+    """The config of keyword arguments; an unknown one raises `ValueError` with the nearest name."""
+    from dataclasses import fields
+
+    from sam_gym.registry import unknown_name
+
+    valid = [f.name for f in fields(ClickConfig)]
+    for name in settings:
+        if name not in valid:
+            raise unknown_name("argument of SamSeg-v0", name, valid)
+    return ClickConfig(**settings)

@@ -1,0 +1,491 @@
+"""The rules of the click task over a batch of slots; the environments are thin faces of this."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch.nn import functional as F
+
+from sam_gym import metrics
+from sam_gym.backbones import NO_POINT, Prompts, load_backbone
+from sam_gym.backbones.store import MAX_HANDLES, shared_store
+from sam_gym.data import make_dataset
+from sam_gym.data.cache import SampleCache
+from sam_gym.registry import unknown_name
+from sam_gym.rewards import REWARDS, Transition
+
+_CHOICES = {
+    "target": ("category", "instance"),
+    "obs": ("full", "handle"),
+    "score": ("low", "full"),
+    "render_mode": (None, "rgb_array", "human"),
+}
+
+
+@dataclass(frozen=True)
+class ClickConfig:
+    """Settings of the click task, all JSON-plain."""
+
+    dataset: str = "scenes"
+    """Dataset name: scenes, coco, folder."""
+    data: str | None = None
+    """Root folder of a dataset that reads files."""
+    split: str = "train"
+    """Dataset split: train, val, test."""
+    dataset_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More options of the dataset, for example {"categories": "person"} or {"length": 2048}."""
+    backbone: str = "micro"
+    """SAM that is clicked: micro, vit_b, vit_l, vit_h."""
+    checkpoint: str | None = None
+    """Weights of the backbone (micro brings its own)."""
+    device: str = "auto"
+    """Device of the backbone: auto, cpu, cuda, mps."""
+    dtype: str = "auto"
+    """Precision of the backbone: auto, float32, bfloat16, float16."""
+    target: Literal["category", "instance"] = "category"
+    """What to segment: all instances of a category, or one instance shown by a cue click."""
+    obs: Literal["full", "handle"] = "full"
+    """Observations with image and embedding, or with a small handle of the embedding."""
+    reward: str = "iou_gain"
+    """Reward name: iou_gain, dice_gain, click_correct, shaped."""
+    grid: int = 16
+    """Clicks fall on the centres of grid x grid cells of SAM's square input frame."""
+    max_steps: int = 5
+    """Actions per episode, after which it is truncated."""
+    iou_target: float | None = None
+    """End the episode as soon as the true IoU reaches this."""
+    stop: bool = False
+    """Add an action that ends the episode."""
+    undo: bool = False
+    """Add an action that takes the last click back."""
+    keep_best: bool = False
+    """Keep the earlier mask when a click yields one of lower predicted IoU."""
+    click_cost: float = 0.0
+    """Subtracted from the reward of every click and undo."""
+    score: Literal["low", "full"] = "low"
+    """Compute the IoU on SAM's low-res mask, or at the size of the image (slower)."""
+    min_target: float = 0.002
+    """Targets that cover less than this share of the frame are not drawn."""
+    cache_mib: int = 1024
+    """Memory for samples that are kept instead of read again, in MiB."""
+    store_gib: float = 1.0
+    """Memory for embeddings that are kept instead of encoded again, in GiB."""
+
+    def validate(self) -> None:
+        """Raise `ValueError` for a value that cannot work."""
+        for name in ("target", "obs", "score"):
+            value = getattr(self, name)
+            if value not in _CHOICES[name]:
+                raise unknown_name(name, value, [str(v) for v in _CHOICES[name]])
+        REWARDS.get(self.reward)
+        if not 2 <= self.grid <= 64:
+            raise ValueError(f"grid must be from 2 to 64, got {self.grid}.")
+        if not 1 <= self.max_steps <= 100:
+            raise ValueError(f"max_steps must be from 1 to 100, got {self.max_steps}.")
+        if self.iou_target is not None and not 0 < self.iou_target <= 1:
+            raise ValueError(f"iou_target must be in (0, 1], got {self.iou_target}.")
+        if self.obs == "handle" and multiprocessing.current_process().daemon:
+            raise ValueError(
+                "obs='handle' refers to embeddings in this process, so it does not work in the "
+                "workers of AsyncVectorEnv or SubprocVecEnv. Use gymnasium.make_vec('SamSeg-v0', "
+                "vectorization_mode='vector_entry_point'), which is faster, or obs='full'."
+            )
+
+
+def check_render_mode(render_mode: str | None) -> None:
+    """Raise `ValueError` for a render mode that the click task does not have."""
+    if render_mode not in _CHOICES["render_mode"]:
+        raise unknown_name("render_mode", render_mode, ["None", "rgb_array", "human"])
+
+
+@dataclass
+class SlotTarget:
+    """What one slot is about: the sample, the mask to find and how it is named."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    ignore: np.ndarray | None
+    category: int
+    source: str
+    cue: tuple[int, int] | None
+
+
+class ClickCore:
+    """The click task in `num_slots` slots that share one `decode` per step.
+
+    State of a slot: its target, the clicks so far, and after each click the mask logits and their
+    predicted IoU. `undo` forgets the last entry.
+
+    Args:
+        config: the settings.
+        num_slots: how many episodes run side by side.
+
+    Raises:
+        ValueError, FileNotFoundError: a setting, the dataset or the checkpoint is wrong.
+    """
+
+    def __init__(self, config: ClickConfig, num_slots: int) -> None:
+        config.validate()
+        if num_slots < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_slots}.")
+        self.config, self.num_slots = config, num_slots
+        root = {} if config.data is None else {"root": config.data}
+        self.dataset = make_dataset(config.dataset, config.split, **root, **config.dataset_kwargs)
+        self.samples = SampleCache(self.dataset, config.cache_mib * 2**20)
+        self.backbone = load_backbone(
+            config.backbone, config.checkpoint, config.device, config.dtype
+        )
+        self.store = shared_store(self.backbone, int(config.store_gib * 2**30))
+        self.device = self.backbone.device
+        self._reward = REWARDS.get(config.reward)
+
+        cells = config.grid**2
+        self.stop_action = 2 * cells if config.stop else -1
+        self.undo_action = 2 * cells + int(config.stop) if config.undo else -1
+        self.action_space = spaces.Discrete(2 * cells + int(config.stop) + int(config.undo))
+        self.observation_space = self._make_observation_space()
+
+        mask_shape, steps = self.backbone.mask_shape, config.max_steps
+        self.handles = np.full(num_slots, -1, np.int64)
+        self.targets: list[SlotTarget | None] = [None] * num_slots
+        self.steps = np.zeros(num_slots, np.int64)
+        self.num_clicks = np.zeros(num_slots, np.int64)
+        self.points = np.zeros((num_slots, steps, 2), np.float32)
+        self.labels = np.full((num_slots, steps), NO_POINT, np.int64)
+        self.ious = np.zeros((num_slots, steps + 1))
+        self.predicted_ious = np.zeros((num_slots, steps + 1), np.float32)
+        # Entry 0 of a history is the empty mask before the first click.
+        self.logits = torch.full((num_slots, steps + 1, *mask_shape), -20.0, device=self.device)
+        self._low_target = torch.zeros((num_slots, *mask_shape), dtype=torch.bool, device=self.device)
+        self._low_valid = torch.ones_like(self._low_target)
+
+    def _make_observation_space(self) -> spaces.Dict:
+        config, backbone = self.config, self.backbone
+        size, (channels, height, width) = backbone.image_size, backbone.embedding_shape
+        entries: dict[str, spaces.Space] = {
+            "target_category": spaces.Discrete(len(self.dataset.categories)),
+            "num_steps": spaces.Discrete(config.max_steps + 1),
+        }
+        if config.obs == "full":
+            entries["image"] = spaces.Box(0, 255, (size, size, 3), np.uint8)
+            entries["sam_image_embeddings"] = spaces.Box(
+                -np.inf, np.inf, (channels, height, width), np.float32
+            )
+            entries["sam_pred_mask_prob"] = spaces.Box(0, 1, backbone.mask_shape, np.float32)
+        else:
+            entries["handle"] = spaces.Box(0, MAX_HANDLES - 1, (1,), np.int32)
+            entries["sam_pred_mask_prob"] = spaces.Box(0, 255, (height, width), np.uint8)
+        if config.target == "instance":
+            entries["cue_click"] = spaces.Box(0, 1, (2,), np.float32)
+        return spaces.Dict(entries)
+
+    # Episodes ----------------------------------------------------------------------------------
+
+    def reset(self, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> None:
+        """Begin new episodes in some slots, each with a target drawn from its own generator."""
+        drawn = [self._draw(rng) for rng in rngs]
+        handles = self.store.acquire([target.image for target, _, _ in drawn])
+        for slot, handle, (target, low, valid) in zip(slots, handles, drawn, strict=True):
+            self.release([slot])
+            self.handles[slot] = handle
+            self.targets[slot] = target
+            self._low_target[slot] = torch.from_numpy(low).to(self.device)
+            self._low_valid[slot] = torch.from_numpy(valid).to(self.device)
+        self.steps[slots] = 0
+        self.num_clicks[slots] = 0
+        self.labels[slots] = NO_POINT
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Let go of the embeddings of some slots."""
+        for slot in slots:
+            if self.handles[slot] >= 0:
+                self.store.unpin(int(self.handles[slot]))
+                self.handles[slot] = -1
+
+    def _draw(self, rng: np.random.Generator) -> tuple[SlotTarget, np.ndarray, np.ndarray]:
+        for _ in range(200):
+            index, category = self.dataset.draw(rng)
+            sample = self.samples[index]
+            if self.config.target == "category":
+                if category is None:
+                    category = int(rng.choice(np.unique(sample.categories)))
+                mask, cue = sample.category_mask(category), None
+            else:
+                pool = np.flatnonzero(sample.categories == category) if category is not None else (
+                    np.arange(len(sample.masks))
+                )
+                number = int(rng.choice(pool))
+                mask, category = sample.masks[number], int(sample.categories[number])
+                inside = np.flatnonzero(mask)
+                y, x = divmod(int(inside[rng.integers(len(inside))]), mask.shape[1])
+                cue = (x, y)
+            low, valid = self._low_res(mask, sample.ignore)
+            if np.count_nonzero(low) >= max(1.0, self.config.min_target * low.size):
+                target = SlotTarget(sample.image, mask, sample.ignore, category, sample.source, cue)
+                return target, low, valid
+        raise ValueError(
+            f"{self.dataset.name}: 200 draws found no target that covers at least "
+            f"{self.config.min_target:.2%} of the frame. Lower min_target or choose other categories."
+        )
+
+    def _low_res(
+        self, mask: np.ndarray, ignore: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The target and the scored area on SAM's low-res mask: two bool (hm, wm)."""
+        size, shape = self.backbone.image_size, self.backbone.mask_shape
+        height, width = self.backbone.input_size(mask.shape)
+
+        def shrink(area: np.ndarray) -> np.ndarray:
+            tensor = torch.from_numpy(area.astype(np.float32))[None, None]
+            if (height, width) != area.shape:
+                tensor = F.interpolate(tensor, (height, width), mode="area")
+            tensor = F.pad(tensor, (0, size - width, 0, size - height))
+            return F.avg_pool2d(tensor, size // shape[0])[0, 0].numpy() >= 0.5
+
+        target = shrink(mask)
+        if ignore is None and height == width:
+            return target, np.ones(shape, bool)
+        scored = np.ones_like(mask) if ignore is None else ~ignore
+        return target, shrink(scored)
+
+    # Steps -------------------------------------------------------------------------------------
+
+    def check_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Actions as int64 (num_slots,); raises `ValueError` if one is out of range."""
+        array = np.asarray(actions)
+        if array.shape != (self.num_slots,) or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(
+                f"Expected {self.num_slots} integer actions, got {array.dtype} {array.shape}."
+            )
+        if array.min() < 0 or array.max() >= self.action_space.n:
+            bad = array[(array < 0) | (array >= self.action_space.n)][0]
+            raise ValueError(
+                f"Action {bad} is out of range: expected 0 to {self.action_space.n - 1} "
+                f"({self.config.grid} x {self.config.grid} cells x positive, negative"
+                f"{', stop' * self.config.stop}{', undo' * self.config.undo})."
+            )
+        return array.astype(np.int64)
+
+    def click_of(self, action: int) -> tuple[float, float, bool]:
+        """Where a click action clicks: (x, y) in pixels of the input frame, and its polarity."""
+        grid = self.config.grid
+        negative, cell = divmod(int(action), grid * grid)
+        row, column = divmod(cell, grid)
+        side = self.backbone.image_size / grid
+        return (column + 0.5) * side - 0.5, (row + 0.5) * side - 0.5, not negative
+
+    def action_at(self, x: float, y: float, positive: bool) -> int:
+        """The click action of the cell that holds (x, y), in pixels of the input frame."""
+        grid = self.config.grid
+        side = self.backbone.image_size / grid
+        row, column = (int(np.clip((v + 0.5) // side, 0, grid - 1)) for v in (y, x))
+        return (0 if positive else grid * grid) + row * grid + column
+
+    def step(
+        self, slots: np.ndarray, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Play one action in each of some slots.
+
+        Args:
+            slots: int (S,), without repetition.
+            actions: int (S,), checked.
+
+        Returns:
+            reward float64 (S,), terminated bool (S,), truncated bool (S,).
+        """
+        config = self.config
+        before = self.ious[slots, self.num_clicks[slots]]
+        is_click = actions < 2 * config.grid**2
+        is_undo = actions == self.undo_action
+        positive = np.zeros(len(slots), bool)
+        on_target = np.zeros(len(slots), bool)
+        distance = np.full(len(slots), np.inf, np.float32)
+
+        for i in np.flatnonzero(is_click):
+            slot = slots[i]
+            positive[i], on_target[i], distance[i] = self._add_click(slot, actions[i])
+        if is_click.any():
+            self._decode(slots[is_click])
+        undone = slots[is_undo]
+        self.num_clicks[undone] = np.maximum(self.num_clicks[undone] - 1, 0)
+        self.labels[undone, self.num_clicks[undone]] = NO_POINT
+
+        self.steps[slots] += 1
+        after = self.ious[slots, self.num_clicks[slots]]
+        reward = self._reward(Transition(is_click, positive, on_target, distance, before, after))
+        reward = reward - config.click_cost * (is_click | is_undo)
+        terminated = actions == self.stop_action
+        if config.iou_target is not None:
+            terminated = terminated | (after >= config.iou_target)
+        truncated = (self.steps[slots] >= config.max_steps) & ~terminated
+        return reward, terminated, truncated
+
+    def _add_click(self, slot: int, action: int) -> tuple[bool, bool, float]:
+        """Add a click to a slot; returns its polarity, whether it hits the target, its distance."""
+        target = self._target(slot)
+        x, y, positive = self.click_of(action)
+        height, width = self.backbone.input_size(target.mask.shape)
+        x, y = min(x, width - 1.0), min(y, height - 1.0)
+        earlier = self.points[slot, : self.num_clicks[slot]]
+        distance = np.inf
+        if len(earlier):
+            distance = float(np.hypot(*(earlier - [x, y]).T).min()) / self.backbone.image_size
+        count = self.num_clicks[slot]
+        self.points[slot, count] = x, y
+        self.labels[slot, count] = int(positive)
+        self.num_clicks[slot] += 1
+        column, row = self.to_image(slot, x, y)
+        return positive, bool(target.mask[row, column]), distance
+
+    def to_image(self, slot: int, x: float, y: float) -> tuple[int, int]:
+        """The pixel (x, y) of a slot's image that lies at (x, y) of the input frame."""
+        image_height, image_width = self._target(slot).mask.shape
+        height, width = self.backbone.input_size((image_height, image_width))
+        column = int(np.clip((x + 0.5) * image_width / width, 0, image_width - 1))
+        return column, int(np.clip((y + 0.5) * image_height / height, 0, image_height - 1))
+
+    def _decode(self, slots: np.ndarray) -> None:
+        """Decode all clicks of some slots, after a click was added to each, and score the masks."""
+        index = torch.from_numpy(slots).to(self.device)
+        count = self.num_clicks[slots]
+        counts = torch.from_numpy(count).to(self.device)
+        used = int(count.max())
+        first = counts == 1
+        previous = self.logits[index, counts - 1]
+        prompts = Prompts(
+            points=torch.from_numpy(self.points[slots, :used]).to(self.device),
+            labels=torch.from_numpy(self.labels[slots, :used]).to(self.device),
+            masks=previous,
+            has_mask=~first,
+        )
+        embeddings = self.store.gather(torch.from_numpy(self.handles[slots]))
+        logits, quality = self.backbone.decode_best(embeddings, prompts, first)
+        predicted = quality.cpu().numpy()
+        if self.config.keep_best:
+            worse = (count > 1) & (predicted < self.predicted_ious[slots, count - 1])
+            kept = torch.from_numpy(worse).to(self.device)[:, None, None]
+            logits = torch.where(kept, previous, logits)
+            predicted = np.where(worse, self.predicted_ious[slots, count - 1], predicted)
+        self.logits[index, counts] = logits
+        self.predicted_ious[slots, count] = predicted
+        self.ious[slots, count] = self._score(slots, index, logits)
+
+    def _score(self, slots: np.ndarray, index: torch.Tensor, logits: torch.Tensor) -> np.ndarray:
+        if self.config.score == "full":
+            targets = [self._target(slot) for slot in slots]
+            return np.array(
+                [
+                    metrics.iou(
+                        (self.backbone.masks_at(row, t.mask.shape) > 0).cpu().numpy(), t.mask, t.ignore
+                    )
+                    for row, t in zip(logits, targets, strict=True)
+                ]
+            )
+        valid = self._low_valid[index]
+        predicted, truth = (logits > 0) & valid, self._low_target[index] & valid
+        overlap = (predicted & truth).sum(dim=(1, 2))
+        union = (predicted | truth).sum(dim=(1, 2)).clamp(min=1)
+        return (overlap / union).cpu().numpy().astype(np.float64)
+
+    # What is seen ------------------------------------------------------------------------------
+
+    def _target(self, slot: int) -> SlotTarget:
+        target = self.targets[slot]
+        if target is None:
+            raise RuntimeError("Call reset() before anything else.")
+        return target
+
+    def observe(self, slots: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Observations of some slots, stacked, in fresh arrays."""
+        slots = np.asarray(slots)
+        targets = [self._target(slot) for slot in slots]
+        obs: dict[str, np.ndarray] = {
+            "target_category": np.array([t.category for t in targets], np.int64),
+            "num_steps": self.steps[slots].copy(),
+        }
+        index = torch.from_numpy(slots).to(self.device)
+        counts = torch.from_numpy(self.num_clicks[slots]).to(self.device)
+        probability = self.logits[index, counts].sigmoid()
+        if self.config.obs == "full":
+            handles = torch.from_numpy(self.handles[slots])
+            obs["image"] = np.stack([self._framed(t.image) for t in targets])
+            obs["sam_image_embeddings"] = self.store.gather(handles).cpu().numpy()
+            obs["sam_pred_mask_prob"] = probability.cpu().numpy()
+        else:
+            small = F.avg_pool2d(probability[:, None], 4)[:, 0]
+            obs["handle"] = self.handles[slots].astype(np.int32)[:, None]
+            obs["sam_pred_mask_prob"] = (255 * small).round().to(torch.uint8).cpu().numpy()
+        if self.config.target == "instance":
+            obs["cue_click"] = np.array([self._cue(t) for t in targets], np.float32)
+        return {key: obs[key] for key in self.observation_space.spaces}
+
+    def _framed(self, image: np.ndarray) -> np.ndarray:
+        """The image as SAM sees it: longest side resized, padded with black."""
+        size = self.backbone.image_size
+        if image.shape[:2] == (size, size):
+            return image
+        frame = np.zeros((size, size, 3), np.uint8)
+        resized = self.backbone.resize(image)
+        frame[: resized.shape[0], : resized.shape[1]] = resized
+        return frame
+
+    def _cue(self, target: SlotTarget) -> np.ndarray:
+        point = self.backbone.to_input_frame(np.array(target.cue), target.mask.shape)
+        return point / self.backbone.image_size
+
+    def info(self, slots: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Numbers and names of some slots, stacked: float64, int64 or object (S,)."""
+        slots = np.asarray(slots)
+        targets = [self._target(slot) for slot in slots]
+        count = self.num_clicks[slots]
+        names = self.dataset.categories
+        overlap = self.ious[slots, count]
+        return {
+            "iou": overlap.copy(),
+            "dice": 2 * overlap / (1 + overlap),
+            "predicted_iou": self.predicted_ious[slots, count].astype(np.float64),
+            "clicks": count.copy(),
+            "target_name": np.array([names[t.category] for t in targets], object),
+            "source": np.array([t.source for t in targets], object),
+        }
+
+    def mask(self, slot: int) -> np.ndarray:
+        """The current mask of a slot at the size of its image: bool (H, W)."""
+        logits = self.logits[slot, int(self.num_clicks[slot])]
+        return (self.backbone.masks_at(logits, self._target(slot).mask.shape) > 0).cpu().numpy()
+
+    def render(self, slot: int) -> np.ndarray:
+        """A picture of a slot: uint8 (H, W, 3). The target is outlined in white."""
+        from sam_gym.render import draw_episode
+
+        target = self._target(slot)
+        count = int(self.num_clicks[slot])
+        clicks = [
+            (*self.to_image(slot, *point), bool(label == 1))
+            for point, label in zip(self.points[slot, :count], self.labels[slot], strict=False)
+        ]
+        name = self.dataset.categories[target.category]
+        return draw_episode(
+            target.image,
+            self.mask(slot),
+            clicks,
+            target=target.mask,
+            cue=target.cue,
+            caption=f"{name}  step {self.steps[slot]}  IoU {self.ious[slot, count]:.2f}",
+        )
+
+    # Oracle view -------------------------------------------------------------------------------
+
+    def ground_truth(self, slot: int) -> SlotTarget:
+        """The target of a slot, for rewards, metrics and agents that cheat on purpose."""
+        return self._target(slot)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as plain numbers and names."""
+        return asdict(self.config)
