@@ -1,0 +1,263 @@
+"""Evaluate an agent on held-out data: `python -m agents.evaluate --help`.
+
+Every agent plays the same episodes (the same images and targets) under the same rules, and is
+scored at the size of the image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+import sam_gym  # noqa: F401  (registers the environments)
+from agents.baselines import BASELINES, Agent
+from agents.policies import ImplicitPolicy
+from sam_gym.envs.core import ClickConfig, ClickCore
+from sam_gym.metrics import mean_and_ci95
+from sam_gym.registry import unknown_name
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Outcome of an evaluation.
+
+    Attributes:
+        ious: float64 (episodes,), final IoU of each.
+        rewards: float64 (episodes,), summed reward of each.
+        clicks: int64 (episodes,), clicks used.
+        sources: where each episode's image came from.
+        targets: name of each episode's target.
+    """
+
+    ious: np.ndarray
+    rewards: np.ndarray
+    clicks: np.ndarray
+    sources: list[str]
+    targets: list[str]
+
+    def summary(self) -> dict[str, float]:
+        """`mean_iou` with its `ci95` half-width, `episodes`, `mean_reward`, `mean_clicks`."""
+        mean, half = mean_and_ci95(self.ious)
+        return {
+            "mean_iou": round(mean, 4),
+            "ci95": round(half, 4),
+            "episodes": len(self.ious),
+            "mean_reward": round(float(self.rewards.mean()), 4),
+            "mean_clicks": round(float(self.clicks.mean()), 3),
+        }
+
+
+class PolicyAgent:
+    """A trained policy as an agent.
+
+    Args:
+        policy: the policy.
+        deterministic: play the most likely action instead of a sample.
+    """
+
+    def __init__(self, policy: ImplicitPolicy, *, deterministic: bool = True) -> None:
+        self.policy, self.deterministic = policy, deterministic
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "auto") -> PolicyAgent:
+        """Load `policy.zip`; raises `FileNotFoundError` or `ValueError` naming the file."""
+        from stable_baselines3 import PPO
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"{path}: no such policy. Pass the policy.zip of a training run, or one of "
+                f"{', '.join(BASELINES.names())}."
+            )
+        try:
+            policy = PPO.load(path, device=device).policy
+        except Exception as error:  # a zip can be damaged in many ways
+            raise ValueError(
+                f"{path}: not a readable policy ({type(error).__name__}: {error})."
+            ) from error
+        if not isinstance(policy, ImplicitPolicy):
+            raise ValueError(f"{path}: expected a click policy, got {type(policy).__name__}.")
+        return cls(policy)
+
+    @torch.no_grad()
+    def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
+        self.policy.set_training_mode(False)
+        self.policy.set_categories(core.dataset.categories)
+        action, *_ = self.policy.get_action_and_value(
+            observations, deterministic=self.deterministic
+        )
+        return action.cpu().numpy()
+
+
+def evaluate(
+    agent: Agent,
+    settings: ClickConfig,
+    *,
+    env_id: str = "SamSeg-v0",
+    episodes: int = 256,
+    num_envs: int = 64,
+    seed: int = 0,
+    score: str = "full",
+) -> Evaluation:
+    """Play episodes and record how they end.
+
+    Every slot plays equally many episodes, so that short ones do not count more often; agents
+    that are evaluated with the same settings and seed play the same episodes.
+
+    Args:
+        agent: who plays.
+        settings: of the environment; observations are handles whatever they say.
+        env_id: a registered environment.
+        episodes: at least how many, rounded up to a multiple of the slots.
+        num_envs: slots.
+        seed: of the episodes.
+        score: "full" (IoU at the size of the image) or "low".
+    """
+    num_envs = min(num_envs, episodes)
+    per_slot = -(-episodes // num_envs)
+    options: dict[str, Any] = asdict(replace(settings, obs="handle")) | {"score": score}
+    env = gym.make_vec(
+        env_id,
+        num_envs,
+        vectorization_mode="vector_entry_point",
+        autoreset_mode="SameStep",
+        **options,
+    )
+    core: ClickCore = env.unwrapped.core  # type: ignore[attr-defined]
+    observations, _ = env.reset(seed=seed)
+    totals = np.zeros(num_envs)
+    rows: list[list[tuple[float, float, int, str, str]]] = [[] for _ in range(num_envs)]
+    while any(len(row) < per_slot for row in rows):
+        actions = agent.act(core, observations)
+        observations, reward, terminated, truncated, infos = env.step(actions)
+        totals += reward
+        for i in np.flatnonzero(terminated | truncated):
+            final = {key: infos["final_info"][key][i] for key in core.info([i])}
+            if len(rows[i]) < per_slot:
+                rows[i].append(
+                    (final["iou"], totals[i], final["clicks"], final["source"], final["target_name"])
+                )
+            totals[i] = 0.0
+    env.close()
+    ious, rewards, clicks, sources, targets = zip(*(x for row in rows for x in row), strict=True)
+    return Evaluation(
+        np.array(ious), np.array(rewards), np.array(clicks), list(sources), list(targets)
+    )
+
+
+def film_episodes(
+    agent: Agent, settings: ClickConfig, *, env_id: str = "SamSeg-v0", count: int = 6, seed: int = 0
+) -> list[np.ndarray]:
+    """Frames of episodes played side by side: uint8 (H, W, 3) each, the last one held."""
+    from sam_gym.render import tile
+
+    options: dict[str, Any] = asdict(replace(settings, obs="handle")) | {"score": "full"}
+    env = gym.make_vec(
+        env_id,
+        count,
+        vectorization_mode="vector_entry_point",
+        autoreset_mode="NextStep",
+        render_mode="rgb_array",
+        **options,
+    )
+    core: ClickCore = env.unwrapped.core  # type: ignore[attr-defined]
+    observations, _ = env.reset(seed=seed)
+    current = list(env.render() or ())
+    columns = min(count, 3)
+    frames = [tile(current, columns)]
+    ended = np.zeros(count, bool)
+    for _ in range(settings.max_steps):
+        observations, _, terminated, truncated, _ = env.step(agent.act(core, observations))
+        drawn = env.render() or ()
+        for i in np.flatnonzero(~ended):
+            current[i] = drawn[i]
+        ended |= terminated | truncated
+        frames.append(tile(current, columns))
+        if ended.all():
+            break
+    env.close()
+    return [*frames, frames[-1], frames[-1]]
+
+
+@dataclass
+class Config:
+    """Evaluate a trained policy or a baseline on held-out data."""
+
+    policy: str
+    """Path of a policy.zip, or random, center, confident, oracle."""
+    env: str = "SamSeg-v0"
+    """Environment id."""
+    out: str = "runs/evaluate"
+    """Folder for results.json, episodes.csv and episodes.gif."""
+    episodes: int = 256
+    """Episodes to play."""
+    num_envs: int = 64
+    """Episodes side by side."""
+    seed: int = 1000
+    """Seed of the episodes."""
+    categories: str | None = None
+    """Comma-separated categories to segment (dataset coco)."""
+    settings: Annotated[ClickConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: ClickConfig(split="test")
+    )
+
+
+def load_agent(policy: str, seed: int = 0, device: str = "auto") -> Agent:
+    """A baseline by name, or a trained policy by path."""
+    if policy in BASELINES.names():
+        return BASELINES.get(policy)(seed)
+    if Path(policy).suffix != ".zip" and not Path(policy).exists():
+        raise unknown_name("policy", policy, [*BASELINES.names(), "PATH/policy.zip"])
+    return PolicyAgent.load(policy, device)
+
+
+def with_categories(settings: ClickConfig, categories: str | None) -> ClickConfig:
+    """Settings in which the dataset is limited to some categories."""
+    if categories is None:
+        return settings
+    return replace(settings, dataset_kwargs=settings.dataset_kwargs | {"categories": categories})
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, float]:
+    """The command line."""
+    from agents.training import write_json
+    from sam_gym.render import save_gif
+
+    config = tyro.cli(Config, args=args)
+    settings = with_categories(config.settings, config.categories)
+    agent = load_agent(config.policy, config.seed, settings.device)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    result = evaluate(
+        agent,
+        settings,
+        env_id=config.env,
+        episodes=config.episodes,
+        num_envs=config.num_envs,
+        seed=config.seed,
+    )
+    summary = result.summary()
+    write_json(out / "results.json", {config.policy: summary, "config": asdict(config)})
+    with (out / "episodes.csv").open("w") as file:
+        file.write("source,target,iou,reward,clicks\n")
+        rows = zip(
+            result.sources, result.targets, result.ious, result.rewards, result.clicks, strict=True
+        )
+        for source, target, overlap, reward, clicks in rows:
+            file.write(f"{source},{target},{overlap:.4f},{reward:.4f},{clicks}\n")
+    frames = film_episodes(agent, settings, env_id=config.env, seed=config.seed)
+    save_gif(out / "episodes.gif", frames)
+    print(json.dumps(summary, indent=2))
+    print(f"Wrote results.json, episodes.csv and episodes.gif to {out}.")
+    return summary
+
+
+if __name__ == "__main__":
+    main()

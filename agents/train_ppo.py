@@ -1,0 +1,260 @@
+"""Train a click agent with PPO: `python -m agents.train_ppo --env SamSeg-v0`, or `--help`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium as gym
+import tyro
+import yaml
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import VecMonitor
+
+import sam_gym
+from agents.baselines import BASELINES
+from agents.evaluate import PolicyAgent, evaluate, film_episodes, with_categories
+from agents.policies import POLICIES
+from agents.training import PinRollouts, WatchTraining, plot_learning_curve, write_json
+from agents.vec_env import VectorEnvAdaptor
+from sam_gym.data import make_dataset
+from sam_gym.envs.core import ClickConfig, ClickCore
+from sam_gym.registry import unknown_name
+from sam_gym.render import save_gif
+
+
+@dataclass
+class Config:
+    """Train a click agent with PPO and compare it with baselines on held-out data.
+
+    Writes to `out`: policy.zip, results.json, learning_curve.png, episodes.gif, checkpoints and
+    TensorBoard logs.
+    """
+
+    env: str = "SamSeg-v0"
+    """Environment id."""
+    policy: str = "implicit"
+    """Policy name: implicit."""
+    head: str = "spatial"
+    """Action head: spatial (logits read off the feature map) or flat (one linear layer)."""
+    out: str = "runs/ppo"
+    """Folder for everything that the run writes."""
+    seed: int = 0
+    """Seed of the environment, the policy and PPO."""
+    total_timesteps: int = 60_000
+    """Environment steps to train for."""
+    num_envs: int = 64
+    """Environments side by side."""
+    train_images: int = 3072
+    """How many different scenes are trained on; each is encoded once (dataset scenes only)."""
+    categories: str | None = None
+    """Comma-separated categories to segment (dataset coco)."""
+    held_out: str | None = None
+    """Split to report on (default: test for scenes and folder, val for coco)."""
+    n_steps: int = 16
+    """Steps per environment and rollout."""
+    batch_size: int = 256
+    """Minibatch size."""
+    n_epochs: int = 4
+    """Passes over each rollout."""
+    learning_rate: float = 1e-3
+    """Adam's learning rate; falls linearly to a tenth."""
+    gamma: float = 0.8
+    """Discount; an episode is short and a click should pay at once."""
+    gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    clip_range: float = 0.2
+    """PPO's clip range."""
+    ent_coef: float = 0.004
+    """Weight of the entropy bonus."""
+    eval_every: int = 10_000
+    """Environment steps between evaluations on validation data."""
+    eval_episodes: int = 128
+    """Episodes of each of those evaluations."""
+    final_episodes: int = 512
+    """Episodes of the final evaluation of the agent and of every baseline."""
+    checkpoint_every: int = 20_000
+    """Environment steps between checkpoints."""
+    settings: Annotated[ClickConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: ClickConfig(obs="handle")
+    )
+
+
+def read_config(args: Sequence[str] | None = None) -> Config:
+    """The config of the command line; `--config FILE.yaml` sets defaults that flags override."""
+    import sys
+
+    rest = list(sys.argv[1:] if args is None else args)
+    default = Config()
+    if "--config" in rest:
+        at = rest.index("--config")
+        if at + 1 >= len(rest):
+            raise SystemExit("--config needs the path of a YAML file.")
+        path = Path(rest[at + 1])
+        del rest[at : at + 2]
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such config file.")
+        content = yaml.safe_load(path.read_text()) or {}
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: expected 'name: value' lines, got {type(content).__name__}.")
+        default = _updated(default, content, str(path))
+    return tyro.cli(Config, args=rest, default=default)
+
+
+def _updated(config: Any, content: dict[str, Any], path: str) -> Any:
+    """A dataclass with values of a YAML file; names of nested dataclasses may stand at the top."""
+    valid = {f.name for f in fields(config)}
+    nested = [f.name for f in fields(config) if is_dataclass(getattr(config, f.name))]
+    changes: dict[str, Any] = {}
+    for name, value in content.items():
+        if name in nested and isinstance(value, dict):
+            changes[name] = _updated(getattr(config, name), value, path)
+        elif name in valid:
+            changes[name] = value
+        else:
+            home = [n for n in nested if name in {f.name for f in fields(getattr(config, n))}]
+            if not home:
+                inner = {f.name for n in nested for f in fields(getattr(config, n))}
+                raise ValueError(f"{path}: {unknown_name('setting', name, valid | inner)}")
+            base = changes.get(home[0], getattr(config, home[0]))
+            changes[home[0]] = replace(base, **{name: value})
+    return replace(config, **changes)
+
+
+def training_settings(config: Config) -> ClickConfig:
+    """The environment's settings in training."""
+    settings = with_categories(replace(config.settings, obs="handle"), config.categories)
+    if settings.dataset == "scenes" and "length" not in settings.dataset_kwargs:
+        kwargs = settings.dataset_kwargs | {"length": config.train_images}
+        settings = replace(settings, dataset_kwargs=kwargs)
+    return settings
+
+
+def held_out_settings(config: Config, split: str) -> ClickConfig:
+    """The same task on data that training never sees."""
+    settings = with_categories(replace(config.settings, obs="handle"), config.categories)
+    return replace(settings, split=split)
+
+
+def make_model(config: Config, settings: ClickConfig, env: VecMonitor, core: ClickCore) -> PPO:
+    """PPO with the policy of the config, on the environment."""
+    features = {
+        "backbone": {
+            "name": settings.backbone,
+            "checkpoint": settings.checkpoint,
+            "device": settings.device,
+            "dtype": settings.dtype,
+        },
+        "vocabulary": list(core.dataset.categories),
+        "categories": list(core.dataset.categories),
+        "max_steps": settings.max_steps,
+    }
+    return PPO(
+        POLICIES.get(config.policy),
+        env,
+        learning_rate=lambda left: config.learning_rate * max(0.1, left),
+        n_steps=config.n_steps,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip_range,
+        ent_coef=config.ent_coef,
+        policy_kwargs={"features": features, "grid": settings.grid, "head": config.head},
+        seed=config.seed,
+        device=core.device,
+        tensorboard_log=str(Path(config.out) / "tensorboard"),
+    )
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train, evaluate and write everything; returns what stands in results.json.
+
+    Raises:
+        ValueError, FileNotFoundError: a name, a value or the data is wrong (before work starts).
+    """
+    started = time.monotonic()
+    POLICIES.get(config.policy)
+    if config.env not in sam_gym.ENVIRONMENTS:
+        raise unknown_name("environment", config.env, sam_gym.ENVIRONMENTS)
+    settings = training_settings(config)
+    final_split = config.held_out or ("val" if settings.dataset == "coco" else "test")
+    held_out = held_out_settings(config, final_split)
+    validation = held_out_settings(config, "val")
+    for checked in (held_out, validation):
+        root = {} if checked.data is None else {"root": checked.data}
+        make_dataset(checked.dataset, checked.split, **root, **checked.dataset_kwargs)
+
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    options = asdict(settings)
+    vector = gym.make_vec(
+        config.env,
+        config.num_envs,
+        vectorization_mode="vector_entry_point",
+        autoreset_mode="SameStep",
+        **options,
+    )
+    core: ClickCore = vector.unwrapped.core  # type: ignore[attr-defined]
+    env = VecMonitor(VectorEnvAdaptor(vector))
+    model = make_model(config, settings, env, core)
+    agent = PolicyAgent(model.policy)  # type: ignore[arg-type]
+
+    def validate() -> float:
+        result = evaluate(
+            agent, validation, env_id=config.env, episodes=config.eval_episodes, seed=1
+        )
+        agent.policy.set_categories(core.dataset.categories)
+        return float(result.ious.mean())
+
+    watch = WatchTraining(
+        config.total_timesteps, out, config.eval_every, config.checkpoint_every, validate
+    )
+    print(f"Training {config.policy} on {config.env} ({settings.dataset}) with {core.backbone}.")
+    model.learn(config.total_timesteps, callback=[PinRollouts(core.store), watch])
+    watch.evaluate_now()
+    model.save(out / "policy.zip")
+    env.close()
+    trained = time.monotonic()
+
+    print(f"Evaluating on {final_split}, {config.final_episodes} episodes each.")
+    agents = {"agent": agent} | {name: BASELINES.get(name)(config.seed) for name in BASELINES.names()}
+    results: dict[str, Any] = {}
+    for name, player in agents.items():
+        outcome = evaluate(
+            player, held_out, env_id=config.env, episodes=config.final_episodes, seed=2
+        )
+        results[name] = outcome.summary()
+        row = results[name]
+        print(f"  {name:10s} mean IoU {row['mean_iou']:.3f} +- {row['ci95']:.3f}")
+    gap = results["oracle"]["mean_iou"] - results["random"]["mean_iou"]
+    results["gap_closed"] = (
+        round((results["agent"]["mean_iou"] - results["random"]["mean_iou"]) / gap, 4) if gap else None
+    )
+    print(f"  gap closed (agent - random) / (oracle - random): {results['gap_closed']}")
+    results |= {
+        "held_out_split": final_split,
+        "training_seconds": round(trained - started, 1),
+        "total_seconds": round(time.monotonic() - started, 1),
+        "config": asdict(config),
+        "train_curve": watch.train_curve,
+        "eval_curve": watch.eval_curve,
+    }
+    write_json(out / "results.json", results)
+    baselines = {name: results[name]["mean_iou"] for name in BASELINES.names()}
+    plot_learning_curve(out / "learning_curve.png", watch.train_curve, watch.eval_curve, baselines)
+    save_gif(out / "episodes.gif", film_episodes(agent, held_out, env_id=config.env, seed=3))
+    print(f"Wrote policy.zip, results.json, learning_curve.png and episodes.gif to {out}.")
+    return results
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command line."""
+    return train(read_config(args))
+
+
+if __name__ == "__main__":
+    main()
