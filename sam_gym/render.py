@@ -94,13 +94,18 @@ def _caption(text: str, width: int) -> np.ndarray:
 
 
 def tile(frames: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Put frames of one size side by side, row by row: uint8 (rows * H, columns * W, 3)."""
-    height, width = frames[0].shape[:2]
+    """Put frames side by side, row by row, smaller ones padded with black.
+
+    Returns:
+        uint8 (rows * H, columns * W, 3) with the greatest height and width of a frame.
+    """
+    height, width = (max(frame.shape[axis] for frame in frames) for axis in (0, 1))
     rows = -(-len(frames) // columns)
     sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
     for number, frame in enumerate(frames):
         y, x = divmod(number, columns)
-        sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] = frame
+        top, left = y * height, x * width
+        sheet[top : top + frame.shape[0], left : left + frame.shape[1]] = frame
     return sheet
 
 

@@ -198,7 +198,7 @@ class MicroStream(TorchDataset[TrainItem]):
         length: int,
         photos: Sequence[Sample] = (),
         targets_per_image: int = 4,
-        photo_share: float = 0.45,
+        photo_share: float = 0.35,
     ) -> None:
         self.seed, self.length, self.targets_per_image = seed, length, targets_per_image
         self.mixer = PhotoMixer(photos) if photos else None

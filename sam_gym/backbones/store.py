@@ -64,8 +64,16 @@ class EmbeddingStore:
             images: uint8 (H, W, 3), sizes may differ.
 
         Raises:
-            MemoryError: everything in the store is pinned and it may not grow.
+            MemoryError: everything in the store is pinned and it may not grow. No pin is left behind.
         """
+        pins = self._pins.copy()
+        try:
+            return self._acquire(images)
+        except BaseException:
+            self._pins = pins
+            raise
+
+    def _acquire(self, images: Sequence[np.ndarray]) -> list[int]:
         keys = [content_key(image) for image in images]
         missing: dict[bytes, np.ndarray] = {}
         for key, image in zip(keys, images, strict=True):

@@ -69,7 +69,7 @@ class Config:
     """Share of the steps, at the end, in which the learning rate falls to zero."""
     ema: float = 0.998
     """Decay of the moving average of the weights, which is what is saved."""
-    semantic_weight: float = 0.4
+    semantic_weight: float = 1.0
     """Weight of the semantic head's cross-entropy."""
     seed: int = 0
     """Seed of data, prompts and initial weights."""
@@ -308,7 +308,10 @@ class MicroTrainer:
         if (labels == NO_LABEL).all():
             return embeddings.new_zeros(())
         scores = F.pixel_shuffle(self.semantic(embeddings), 16 // LABEL_STRIDE)
-        return F.cross_entropy(scores, labels.to(self.device), ignore_index=NO_LABEL)
+        # Most cells are background: at full weight it would drown the categories.
+        weight = scores.new_ones(scores.shape[1])
+        weight[0] = 0.25
+        return F.cross_entropy(scores, labels.to(self.device), weight, ignore_index=NO_LABEL)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint atomically."""

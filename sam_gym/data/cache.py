@@ -33,11 +33,11 @@ class SampleCache:
             sample, packed = self._kept[index]
             masks = np.unpackbits(packed, axis=-1, count=sample.image.shape[1]).view(bool)
             return replace(sample, masks=masks)
-        sample = self.dataset[index]
+        sample = replace(self.dataset[index], parts=None)
         packed = np.packbits(sample.masks, axis=-1)
         size = sample.image.nbytes + packed.nbytes
         if size <= self.max_bytes:
-            self._kept[index] = replace(sample, masks=packed[:0], parts=None), packed
+            self._kept[index] = replace(sample, masks=packed[:0]), packed
             self._bytes += size
             while self._bytes > self.max_bytes:
                 _, (old, old_packed) = self._kept.popitem(last=False)

@@ -202,9 +202,16 @@ class _Canvas:
             return
         reach = max(2, whole.shape[0] // 12)
         dx, dy = (round(reach * f) for f in (-np.cos(self.light), -np.sin(self.light)))
-        shift = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
-        soft = cv2.blur(cv2.warpAffine(whole, shift, whole.shape[::-1]), (2 * reach + 1,) * 2)
-        self.image[window] *= 1.0 - self.shadow / 255.0 * soft[..., None].astype(np.float32)
+        # The shadow falls beyond the object's own window.
+        rows, columns = (
+            slice(max(s.start - 2 * reach, 0), min(s.stop + 2 * reach, self.size)) for s in window
+        )
+        shape = (columns.stop - columns.start, rows.stop - rows.start)
+        offset = (window[1].start - columns.start + dx, window[0].start - rows.start + dy)
+        shift = np.array([[1, 0, offset[0]], [0, 1, offset[1]]], np.float32)
+        soft = cv2.blur(cv2.warpAffine(whole, shift, shape), (2 * reach + 1,) * 2)
+        dark = np.float32(1.0) - np.float32(self.shadow / 255.0) * soft
+        self.image[rows, columns] *= dark[..., None]
 
     def _full(self, window, covered: np.ndarray) -> np.ndarray:
         mask = np.zeros((self.size, self.size), bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import gymnasium as gym
@@ -12,6 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from sam_gym.envs.core import ClickConfig, ClickCore, check_render_mode
+from sam_gym.registry import unknown_name
 from sam_gym.render import show
 
 
@@ -179,7 +181,7 @@ class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         **settings: Any,
     ) -> None:
         check_render_mode(render_mode)
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = render_mode
         self.num_envs = num_envs
@@ -199,10 +201,15 @@ class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         mask = np.ones(self.num_envs, bool)
         if options and "reset_mask" in options:
             mask = np.asarray(options["reset_mask"], bool)
+            if mask.shape != (self.num_envs,):
+                raise ValueError(
+                    f"reset_mask must be bool ({self.num_envs},), got shape {mask.shape}."
+                )
         for i, own in enumerate(self._seeds(seed)):
             if own is not None and mask[i]:
                 self._rngs[i] = seeding.np_random(own)[0]
         self._begin(np.flatnonzero(mask))
+        self._ended[mask] = False
         self._show()
         return self.core.observe(self._all), self._infos(mask)
 
@@ -250,8 +257,6 @@ class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
     def _begin(self, slots: np.ndarray) -> None:
         if len(slots):
             self.core.reset(slots.tolist(), [self._rngs[slot] for slot in slots])
-            if self.autoreset_mode != AutoresetMode.NEXT_STEP:
-                self._ended[slots] = False
 
     def _final(self, slots: np.ndarray) -> dict[str, Any]:
         """`final_obs` and `final_info` of episodes that are about to be replaced."""
@@ -301,12 +306,16 @@ class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         self.core.release(self._all)
 
 
+def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
+    modes = {valid.value: valid for valid in AutoresetMode}
+    name = mode.value if isinstance(mode, AutoresetMode) else mode
+    if name not in modes:
+        raise unknown_name("autoreset_mode", name, modes)
+    return modes[name]
+
+
 def make_config(settings: dict[str, Any]) -> ClickConfig:
     """The config of keyword arguments; an unknown one raises `ValueError` with the nearest name."""
-    from dataclasses import fields
-
-    from sam_gym.registry import unknown_name
-
     valid = [f.name for f in fields(ClickConfig)]
     for name in settings:
         if name not in valid:

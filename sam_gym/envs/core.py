@@ -137,11 +137,7 @@ class ClickCore:
         self.config, self.num_slots = config, num_slots
         root = {} if config.data is None else {"root": config.data}
         self.dataset = make_dataset(config.dataset, config.split, **root, **config.dataset_kwargs)
-        self.samples = SampleCache(self.dataset, config.cache_mib * 2**20)
-        self.backbone = load_backbone(
-            config.backbone, config.checkpoint, config.device, config.dtype
-        )
-        self.store = shared_store(self.backbone, int(config.store_gib * 2**30))
+        self._share()
         self.device = self.backbone.device
         self._reward = REWARDS.get(config.reward)
 
@@ -164,6 +160,27 @@ class ClickCore:
         self.logits = torch.full((num_slots, steps + 1, *mask_shape), -20.0, device=self.device)
         self._low_target = torch.zeros((num_slots, *mask_shape), dtype=torch.bool, device=self.device)
         self._low_valid = torch.ones_like(self._low_target)
+
+    def _share(self) -> None:
+        """Take what all cores of this process have in common, and an empty cache."""
+        config = self.config
+        self.samples = SampleCache(self.dataset, config.cache_mib * 2**20)
+        self.backbone = load_backbone(
+            config.backbone, config.checkpoint, config.device, config.dtype
+        )
+        self.store = shared_store(self.backbone, int(config.store_gib * 2**30))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle holds the episodes; the model and the embeddings stay in the process."""
+        left_out = ("samples", "backbone", "store")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.config.validate()
+        self._share()
+        held = np.flatnonzero(self.handles >= 0)
+        self.handles[held] = self.store.acquire([self._target(slot).image for slot in held])
 
     def _make_observation_space(self) -> spaces.Dict:
         config, backbone = self.config, self.backbone
@@ -202,11 +219,12 @@ class ClickCore:
         self.labels[slots] = NO_POINT
 
     def release(self, slots: Sequence[int]) -> None:
-        """Let go of the embeddings of some slots."""
+        """Let go of the targets and embeddings of some slots, which must be reset before use."""
         for slot in slots:
             if self.handles[slot] >= 0:
                 self.store.unpin(int(self.handles[slot]))
                 self.handles[slot] = -1
+            self.targets[slot] = None
 
     def _draw(self, rng: np.random.Generator) -> tuple[SlotTarget, np.ndarray, np.ndarray]:
         for _ in range(200):
@@ -300,6 +318,10 @@ class ClickCore:
             reward float64 (S,), terminated bool (S,), truncated bool (S,).
         """
         config = self.config
+        if (self.steps[slots] >= config.max_steps).any():
+            raise RuntimeError(
+                f"An episode of {config.max_steps} steps is over: call reset() before the next step."
+            )
         before = self.ious[slots, self.num_clicks[slots]]
         is_click = actions < 2 * config.grid**2
         is_undo = actions == self.undo_action
