@@ -1,0 +1,59 @@
+"""Options that every benchmark has."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from sam_gym.backbones import Backbone, load_backbone
+from sam_gym.version import __version__
+
+
+@dataclass
+class BackboneOptions:
+    """Which SAM is measured, and where it runs."""
+
+    backbone: str = "micro"
+    """SAM to measure: micro, vit_b, vit_l, vit_h."""
+    checkpoint: str | None = None
+    """Its weights (.safetensors or .pth); micro brings its own."""
+    device: str = "auto"
+    """Where it runs: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
+    dtype: str = "auto"
+    """Its precision: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
+    seed: int = 0
+    """Seed of every random choice."""
+
+    def load(self) -> Backbone:
+        return load_backbone(self.backbone, self.checkpoint, self.device, self.dtype)
+
+
+def provenance(options: BackboneOptions, backbone: Backbone) -> dict[str, Any]:
+    """What a reader of results.json needs to know about how they came about."""
+    return {
+        "backbone": backbone.name,
+        "backbone_identity": backbone.identity,
+        "device": device_name(backbone.device),
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "versions": {"sam-gym": __version__, "torch": torch.__version__},
+        "settings": asdict(options),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """A device as people call it, for example "cuda (NVIDIA H100)"."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.machine()})"
+
+
+def require_at_least(minimum: int, **values: int | None) -> None:
+    """Raise `ValueError` for an option below its minimum; None stands for "not limited"."""
+    for name, value in values.items():
+        if value is not None and value < minimum:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be at least {minimum}, got {value}.")

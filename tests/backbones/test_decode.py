@@ -1,0 +1,260 @@
+"""The batched decoder against segment_anything's own predictor, prompt set by prompt set."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from segment_anything import SamPredictor
+
+from sam_gym.backbones import NO_POINT, Backbone, Prompts
+from sam_gym.backbones.decode import decode_tokens
+
+#: How far logits may be from the predictor's, in units of the standard deviation of its logits.
+TOLERANCE = 1e-4
+GARBAGE = 7.7e3
+
+
+@dataclass
+class Row:
+    """A prompt set in pixels of its image, as `SamPredictor.predict` takes it."""
+
+    image: int
+    points: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    box: np.ndarray | None = None
+    mask: np.ndarray | None = None
+
+    def alone(
+        self, predictors: Sequence[SamPredictor], multimask: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Logits at the size of the image (M, H, W), IoU (M,) and low-res logits (M, h, w)."""
+        return predictors[self.image].predict(
+            self.points,
+            self.labels,
+            self.box,
+            None if self.mask is None else self.mask[None],
+            multimask_output=multimask,
+            return_logits=True,
+        )
+
+
+def make_images(backbone: Backbone) -> list[np.ndarray]:
+    """A square image of the model's own size, a wide one and a large tall one."""
+    rng = np.random.default_rng(1)
+    size = backbone.image_size
+    shapes = [(size, size), (size * 5 // 8, size), (size * 5 // 4, size * 3 // 4)]
+    return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+
+
+def make_predictors(backbone: Backbone, images: Sequence[np.ndarray]) -> list[SamPredictor]:
+    predictors = [SamPredictor(backbone.sam) for _ in images]
+    for predictor, image in zip(predictors, images, strict=True):
+        predictor.set_image(image)
+    return predictors
+
+
+def make_row(
+    rng: np.random.Generator,
+    backbone: Backbone,
+    images: Sequence[np.ndarray],
+    image: int,
+    num_points: int,
+    box: bool,
+    mask: bool,
+) -> Row:
+    height, width = images[image].shape[:2]
+    row = Row(image)
+    if num_points:
+        row.points = rng.uniform(0, [width - 1, height - 1], (num_points, 2))
+        row.labels = rng.integers(0, 2, num_points)
+    if box:
+        corners = rng.uniform(0, [width - 1, height - 1], (2, 2))
+        row.box = np.concatenate([corners.min(axis=0), corners.max(axis=0)])
+    if mask:
+        row.mask = rng.normal(0, 8, backbone.mask_shape).astype(np.float32)
+    return row
+
+
+def every_kind(backbone: Backbone, images: Sequence[np.ndarray]) -> list[Row]:
+    """No or one to ten points, with and without box, with and without mask, over all images."""
+    rng = np.random.default_rng(2)
+    kinds = [(n, box, mask) for n in range(11) for box in (False, True) for mask in (False, True)]
+    rows = [
+        make_row(rng, backbone, images, number % len(images), *kind)
+        for number, kind in enumerate(kinds)
+        if any(kind)
+    ]
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+def together(backbone: Backbone, images: Sequence[np.ndarray], rows: Sequence[Row]) -> Prompts:
+    """All rows in one batch; what a row does not have is filled with garbage."""
+    count, most = len(rows), max(len(row.points) for row in rows if row.points is not None)
+    points = np.full((count, most, 2), GARBAGE, np.float32)
+    labels = np.full((count, most), NO_POINT, np.int64)
+    boxes = np.full((count, 4), GARBAGE, np.float32)
+    masks = np.full((count, *backbone.mask_shape), GARBAGE, np.float32)
+    for i, row in enumerate(rows):
+        shape = images[row.image].shape[:2]
+        if row.points is not None:
+            points[i, : len(row.points)] = backbone.to_input_frame(row.points, shape)
+            labels[i, : len(row.points)] = row.labels
+        if row.box is not None:
+            boxes[i] = backbone.to_input_frame(row.box.reshape(2, 2), shape).ravel()
+        if row.mask is not None:
+            masks[i] = row.mask
+    return Prompts(
+        points=torch.from_numpy(points),
+        labels=torch.from_numpy(labels),
+        boxes=torch.from_numpy(boxes),
+        has_box=torch.tensor([row.box is not None for row in rows]),
+        masks=torch.from_numpy(masks),
+        has_mask=torch.tensor([row.mask is not None for row in rows]),
+        rows=torch.tensor([row.image for row in rows]),
+    )
+
+
+def assert_same(
+    backbone: Backbone,
+    logits: torch.Tensor,
+    iou: torch.Tensor,
+    alone: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    at_image, expected_iou, expected = alone
+    limit = TOLERANCE * expected.std(axis=(1, 2), keepdims=True)
+    assert (np.abs(logits.numpy() - expected) <= limit).all()
+    clear = np.abs(at_image) > limit
+    assert clear.mean() > 0.99
+    mask = backbone.masks_at(logits, at_image.shape[1:]).numpy() > 0
+    np.testing.assert_array_equal(mask[clear], (at_image > 0)[clear])
+    np.testing.assert_allclose(iou.numpy(), expected_iou, atol=1e-4)
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+def test_ragged_rows_equal_the_predictor(backbone: Backbone, multimask: bool) -> None:
+    images = make_images(backbone)
+    predictors = make_predictors(backbone, images)
+    rows = every_kind(backbone, images)
+    embeddings = backbone.encode(images)
+    prompts = together(backbone, images, rows)
+    logits, iou = backbone.decode(embeddings, prompts, multimask=multimask)
+    count = 3 if multimask else 1
+    assert logits.shape == (len(rows), count, *backbone.mask_shape) and iou.shape == logits.shape[:2]
+    assert logits.dtype == iou.dtype == torch.float32
+
+    expected = [row.alone(predictors, multimask) for row in rows]
+    for i, reference in enumerate(expected):
+        assert_same(backbone, logits[i], iou[i], reference)
+    # The comparison means something only if the prompts make a difference.
+    for (_, _, one), (_, _, other) in zip(expected, expected[1:], strict=False):
+        assert np.abs(one - other).max() > 100 * TOLERANCE * one.std()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [(3, False, False), (0, True, False), (0, False, True), (1, True, False), (2, True, True)],
+    ids=["points", "boxes", "masks", "points+boxes", "all"],
+)
+def test_uniform_rows_equal_the_predictor(backbone: Backbone, kind: tuple[int, bool, bool]) -> None:
+    """Without `rows`, `has_box` and `has_mask`: one prompt set of the same kind per image."""
+    images = make_images(backbone)
+    rng = np.random.default_rng(3)
+    rows = [make_row(rng, backbone, images, i, *kind) for i in range(len(images))]
+    filled = together(backbone, images, [*rows, make_row(rng, backbone, images, 0, 1, False, False)])
+    num_points, box, mask = kind
+    prompts = Prompts(
+        points=filled.points[: len(rows), :num_points] if num_points else None,
+        labels=filled.labels[: len(rows), :num_points] if num_points else None,
+        boxes=filled.boxes[: len(rows)] if box else None,
+        masks=filled.masks[: len(rows)] if mask else None,
+    )
+    logits, iou = backbone.decode(backbone.encode(images), prompts, multimask=True)
+    predictors = make_predictors(backbone, images)
+    for i, row in enumerate(rows):
+        assert_same(backbone, logits[i], iou[i], row.alone(predictors, True))
+
+
+def test_best_mask_is_the_predictors_choice(backbone: Backbone) -> None:
+    images = make_images(backbone)
+    predictors = make_predictors(backbone, images)
+    rows = every_kind(backbone, images)
+    multimask = np.random.default_rng(4).random(len(rows)) < 0.5
+    logits, iou = backbone.decode_best(
+        backbone.encode(images), together(backbone, images, rows), torch.from_numpy(multimask)
+    )
+    assert logits.shape == (len(rows), *backbone.mask_shape) and iou.shape == (len(rows),)
+    picked = set()
+    for i, row in enumerate(rows):
+        at_image, quality, low = row.alone(predictors, bool(multimask[i]))
+        best = int(quality.argmax())
+        picked.add((bool(multimask[i]), best))
+        chosen = at_image[best][None], quality[best][None], low[best][None]
+        assert_same(backbone, logits[i][None], iou[i][None], chosen)
+    assert {(False, 0)} < picked
+
+
+def test_order_and_company_do_not_matter(tiny: Backbone) -> None:
+    images = make_images(tiny)
+    rows = every_kind(tiny, images)
+    embeddings = tiny.encode(images)
+    logits, _ = tiny.decode(embeddings, together(tiny, images, rows))
+    backwards, _ = tiny.decode(embeddings, together(tiny, images, rows[::-1]))
+    torch.testing.assert_close(logits, backwards.flip(0), rtol=0, atol=1e-4 * float(logits.std()))
+
+
+def test_gradients_are_those_of_the_original_modules(tiny: Backbone) -> None:
+    sam = tiny.private_copy()
+    points, labels = torch.tensor([[[9.0, 20.0], [40.0, 33.0]]]), torch.tensor([[1, 0]])
+    weight = torch.randn(tiny.mask_shape, generator=torch.Generator().manual_seed(5))
+    image = make_images(tiny)[0]
+
+    def gradients(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        sam.zero_grad(set_to_none=True)
+        (logits * weight).sum().backward()
+        return {k: p.grad for k, p in sam.named_parameters() if p.grad is not None}
+
+    tokens = decode_tokens(sam, sam.image_encoder(tiny.prepare([image])), Prompts(points, labels))
+    ours = gradients(tokens.draw(tokens.vectors[:, :1]))
+    sparse, dense = sam.prompt_encoder(points=(points, labels), boxes=None, masks=None)
+    low, _ = sam.mask_decoder(
+        image_embeddings=sam.image_encoder(tiny.prepare([image])),
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=False,
+    )
+    expected = gradients(low)
+    assert "image_encoder.patch_embed.proj.weight" in expected
+    # The gradient of a key's bias is zero but for rounding, hence the second term.
+    noise = 1e-6 * max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        atol = 2e-4 * float(gradient.abs().max()) + noise
+        if name in ours:
+            torch.testing.assert_close(ours[name], gradient, rtol=0, atol=atol, msg=name)
+        else:
+            assert not gradient.any(), name
+
+
+def test_low_precision_is_close_and_returns_float32(tiny: Backbone) -> None:
+    images = make_images(tiny)
+    rows = every_kind(tiny, images)
+    low = Backbone("tiny", tiny.private_copy(), torch.device("cpu"), torch.bfloat16)
+    prompts = together(tiny, images, rows)
+    exact, _ = tiny.decode(tiny.encode(images), prompts)
+    rough, iou = low.decode(low.encode(images), prompts)
+    assert rough.dtype == iou.dtype == torch.float32
+    assert torch.corrcoef(torch.stack([exact.ravel(), rough.ravel()]))[0, 1] > 0.98
+    assert not torch.equal(exact, rough)
+
+
+def test_prompts_that_do_not_fit_are_refused(tiny: Backbone) -> None:
+    embeddings = tiny.encode(make_images(tiny)[:2])
+    points, labels = torch.zeros(3, 1, 2), torch.ones(3, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"3 prompt sets for 2 embeddings: pass rows="):
+        tiny.decode(embeddings, Prompts(points, labels))
+    with pytest.raises(ValueError, match="points were given without labels"):
+        tiny.decode(embeddings, Prompts(points[:2]))
+    with pytest.raises(ValueError, match="at least points, boxes or masks"):
+        tiny.decode(embeddings, Prompts())

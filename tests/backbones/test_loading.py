@@ -1,0 +1,198 @@
+"""Loading and sharing backbones, and what a bad checkpoint gets told."""
+
+import io
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from segment_anything import SamPredictor
+from segment_anything.modeling import Sam
+
+from sam_gym.backbones import BACKBONES, Backbone, Prompts, load_backbone, loading
+
+
+@pytest.fixture(autouse=True)
+def empty_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is loaded yet."""
+    monkeypatch.setattr(loading, "_loaded", {})
+
+
+@pytest.fixture
+def small_vit_b(monkeypatch: pytest.MonkeyPatch, build_tiny: Callable[[], Sam]) -> None:
+    """`vit_b` is a SAM of the same layout whose weights are a few KB."""
+    monkeypatch.setitem(BACKBONES, "vit_b", build_tiny)
+
+
+def test_same_arguments_give_the_same_object(micro_checkpoint: str) -> None:
+    one = load_backbone("micro", checkpoint=micro_checkpoint, device="cpu")
+    assert load_backbone("micro", checkpoint=micro_checkpoint, device="cpu") is one
+    folder, _, name = micro_checkpoint.rpartition("/")
+    assert load_backbone("micro", f"{folder}/../{Path(folder).name}/{name}", "cpu", "float32") is one
+    assert load_backbone("micro", micro_checkpoint, "cpu", "bfloat16") is not one
+
+
+def test_threads_share_one_object(micro_checkpoint: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(load_backbone, "micro", micro_checkpoint, "cpu") for _ in range(8)]
+    assert len({id(load.result()) for load in loads}) == 1
+
+
+def test_weights_are_those_of_the_file(micro_checkpoint: str) -> None:
+    loaded = load_backbone("micro", checkpoint=micro_checkpoint, device="cpu").sam.state_dict()
+    expected = load_file(micro_checkpoint)
+    assert loaded.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(loaded[key], value), key
+
+
+def test_half_precision_files_load_as_float32(micro_checkpoint: str, tmp_path: Path) -> None:
+    state = {k: v.half() if v.is_floating_point() else v for k, v in load_file(micro_checkpoint).items()}
+    save_file(state, tmp_path / "half.safetensors")
+    sam = load_backbone("micro", str(tmp_path / "half.safetensors"), "cpu").sam
+    assert {p.dtype for p in sam.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "mirco"}, r"Unknown backbone 'mirco'\. Did you mean 'micro'\?"),
+        ({"name": "vit-b"}, r"Did you mean 'vit_b'\? Valid names: micro, vit_b, vit_h, vit_l\."),
+        ({"device": "gpu:x"}, r"Unknown device 'gpu:x': expected auto, cpu"),
+        ({"dtype": "flaot32"}, r"Unknown dtype 'flaot32'\. Did you mean 'float32'\?"),
+    ],
+)
+def test_unknown_names(micro_checkpoint: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_backbone(**{"name": "micro", "checkpoint": micro_checkpoint, "device": "cpu", **arguments})
+
+
+def test_published_sams_need_a_checkpoint() -> None:
+    with pytest.raises(FileNotFoundError, match=r"'vit_b' needs .* pass checkpoint='PATH'"):
+        load_backbone("vit_b")
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth: no such checkpoint file"):
+        load_backbone("micro", checkpoint=str(tmp_path / "nowhere.pth"))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_truncated_file_is_named(micro_checkpoint: str, tmp_path: Path, suffix: str) -> None:
+    whole = tmp_path / f"whole{suffix}"
+    if suffix == ".pth":
+        torch.save(load_file(micro_checkpoint), whole)
+    else:
+        whole.write_bytes(Path(micro_checkpoint).read_bytes())
+    load_backbone("micro", str(whole), "cpu")
+    broken = tmp_path / f"broken{suffix}"
+    broken.write_bytes(whole.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=rf"broken\{suffix}: not a readable checkpoint .*truncated"):
+        load_backbone("micro", str(broken), "cpu")
+
+
+def test_failed_load_leaves_nothing_behind(micro_checkpoint: str, tmp_path: Path) -> None:
+    path = tmp_path / "later.safetensors"
+    path.write_bytes(b"not yet")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load_backbone("micro", str(path), "cpu")
+    path.write_bytes(Path(micro_checkpoint).read_bytes())
+    assert load_backbone("micro", str(path), "cpu").name == "micro"
+
+
+def test_checkpoint_of_another_architecture(micro_checkpoint: str, tiny_checkpoint: str) -> None:
+    with pytest.raises(ValueError, match=r"tiny\.pth: not a checkpoint of 'micro': .* missing .*"):
+        load_backbone("micro", checkpoint=tiny_checkpoint, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("mask_decoder.iou_token.weight"), r"1 missing \(first: mask_decoder\.iou"),
+        (lambda s: s.update(extra=torch.zeros(1)), r"1 unexpected \(first: extra\)"),
+        (
+            lambda s: s.update({"mask_decoder.iou_token.weight": torch.zeros(1, 64)}),
+            r"1 of wrong shape \(first: .* is \(1, 64\), expected \(1, 128\)\)",
+        ),
+    ],
+    ids=["missing", "unexpected", "shape"],
+)
+def test_keys_are_strict(
+    micro_checkpoint: str, tmp_path: Path, change: Callable[[dict], Any], message: str
+) -> None:
+    state = load_file(micro_checkpoint)
+    change(state)
+    save_file(state, tmp_path / "changed.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_backbone("micro", str(tmp_path / "changed.safetensors"), "cpu")
+
+
+class Evil:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, legacy: bool) -> None:
+    proof, path = tmp_path / "proof", tmp_path / "evil.pth"
+    torch.save(Evil(proof), path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"evil\.pth: not a readable checkpoint"):
+        load_backbone("micro", str(path), "cpu")
+    assert not proof.exists()
+    pickle.load(io.BytesIO(pickle.dumps(Evil(proof))))
+    assert proof.exists()  # it would have run
+
+
+def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "nested.pth")
+    with pytest.raises(ValueError, match=r"nested\.pth: not a state dict of tensors, got dict"):
+        load_backbone("micro", str(tmp_path / "nested.pth"), "cpu")
+
+
+def test_published_layout(
+    small_vit_b: None, tiny_checkpoint: str, build_tiny: Callable[[], Sam]
+) -> None:
+    """A torch file with a flat state dict, as SAM's authors publish it."""
+    backbone = load_backbone("vit_b", checkpoint=tiny_checkpoint, device="cpu")
+    image = np.random.default_rng(0).integers(0, 256, (50, 64, 3), dtype=np.uint8)
+    logits, _ = backbone.decode(
+        backbone.encode([image]), Prompts(torch.tensor([[[20.0, 9.0]]]), torch.tensor([[1]]))
+    )
+    predictor = SamPredictor(build_tiny())
+    predictor.set_image(image)
+    _, _, expected = predictor.predict(
+        np.array([[20.0, 9.0]]), np.array([1]), multimask_output=False, return_logits=True
+    )
+    np.testing.assert_allclose(logits[0].numpy(), expected, atol=1e-4 * expected.std())
+
+
+def test_the_sams_of_the_paper_can_be_built() -> None:
+    """Names and sizes of the published checkpoints, without allocating them."""
+    for name, width, depth in (("vit_b", 768, 12), ("vit_l", 1024, 24), ("vit_h", 1280, 32)):
+        with torch.device("meta"):
+            sam = BACKBONES[name]()
+        state = sam.state_dict()
+        assert state[f"image_encoder.blocks.{depth - 1}.attn.qkv.weight"].shape == (3 * width, width)
+        assert f"image_encoder.blocks.{depth}.attn.qkv.weight" not in state
+        assert state["image_encoder.neck.0.weight"].shape == (256, width, 1, 1)
+
+
+def test_automatic_precision_on_cpu_is_float32() -> None:
+    assert loading.resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert loading.resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+
+
+def test_shipped_weights(shipped: Backbone) -> None:
+    assert shipped.name == "micro" and not shipped.sam.training
+    assert loading.MICRO_WEIGHTS.stat().st_size < 16 * 2**20
+    assert all(torch.isfinite(value).all() for value in shipped.sam.state_dict().values())

@@ -1,0 +1,167 @@
+"""Models with seeded random weights, so that no test depends on how well `micro` was trained."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
+from torch import nn
+
+from sam_gym.backbones import Backbone, load_backbone
+from sam_gym.backbones.loading import BACKBONES, MICRO_WEIGHTS
+from sam_gym.backbones.micro import build_micro
+
+
+def spread(sam: Sam) -> Sam:
+    """Fill what initialises to zero or one, and give mask logits a spread that mask prompts feel."""
+    for module in sam.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0.0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0.0, 0.2)
+    for name, parameter in sam.named_parameters():
+        if "pos_embed" in name or "rel_pos" in name:
+            nn.init.normal_(parameter, 0.0, 0.3)
+    with torch.no_grad():
+        for mlp in sam.mask_decoder.output_hypernetworks_mlps:
+            mlp.layers[-1].weight.mul_(50.0)
+            mlp.layers[-1].bias.mul_(50.0)
+    return sam
+
+
+def tiny_sam() -> Sam:
+    """A SAM of the published architecture with 64 x 64 input, 4 x 4 x 32 embedding, 16 x 16 masks."""
+    size, width, grid = 64, 32, 4
+    return Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=size,
+            embed_dim=32,
+            depth=2,
+            num_heads=2,
+            out_chans=width,
+            use_rel_pos=True,
+            window_size=3,
+            global_attn_indexes=(1,),
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=width,
+            image_embedding_size=(grid, grid),
+            input_image_size=(size, size),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=width, mlp_dim=64, num_heads=4),
+            transformer_dim=width,
+            iou_head_depth=3,
+            iou_head_hidden_dim=32,
+        ),
+    )
+
+
+def seeded(build: Callable[[], Sam]) -> Sam:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return spread(build()).eval()
+
+
+@pytest.fixture(scope="session")
+def build_tiny() -> Callable[[], Sam]:
+    """Builds a small SAM of the published architecture; always with the same weights."""
+    return lambda: seeded(tiny_sam)
+
+
+@pytest.fixture(scope="session")
+def micro_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A `micro` checkpoint with random weights."""
+    path = tmp_path_factory.mktemp("weights") / "micro.safetensors"
+    save_file(seeded(build_micro).state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def micro(micro_checkpoint: str) -> Backbone:
+    return load_backbone("micro", checkpoint=micro_checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny(build_tiny: Callable[[], Sam]) -> Backbone:
+    return Backbone("tiny", build_tiny(), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Backbone:
+    """`micro` with the weights of the package."""
+    if not MICRO_WEIGHTS.is_file():
+        pytest.skip(f"the package has no weights yet: {MICRO_WEIGHTS.name} is missing")
+    return load_backbone("micro", device="cpu")
+
+
+@pytest.fixture(params=["micro", "tiny", "shipped"])
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def micro_env(micro_checkpoint: str) -> dict[str, Any]:
+    """Arguments of an environment over `micro` with random weights and eight scenes."""
+    return {"checkpoint": micro_checkpoint, "device": "cpu", "dataset_kwargs": {"length": 8}}
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, build_tiny: Callable[[], Sam]) -> str:
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    torch.save(build_tiny().state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture
+def tiny_env(
+    tiny_checkpoint: str, build_tiny: Callable[[], Sam], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """Arguments of an environment over the tiny SAM, which plays hundreds of steps in a second."""
+    monkeypatch.setitem(BACKBONES, "tiny", build_tiny)
+    return {
+        "backbone": "tiny",
+        "checkpoint": tiny_checkpoint,
+        "device": "cpu",
+        "dataset_kwargs": {"length": 8, "size": 128},
+    }
+
+
+@pytest.fixture
+def no_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No window can be opened, and nobody has been told so yet."""
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setattr("sam_gym.render._warned", False)
+
+
+@pytest.fixture
+def two_photos(tmp_path: Path) -> Path:
+    """Root of a `folder` dataset with a wide and a tall image, some pixels ignored."""
+    import cv2
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    root = tmp_path / "photos"
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for stem, (height, width) in {"tall": (128, 64), "wide": (48, 128)}.items():
+        coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        mask = np.zeros((height, width), np.uint8)
+        mask[height // 4 :, width // 3 : 3 * width // 4] = 255
+        mask[: height // 5, : width // 5] = 128
+        cv2.imwrite(str(root / "images" / f"{stem}.png"), cv2.resize(coarse, (width, height)))
+        cv2.imwrite(str(root / "masks" / f"{stem}.png"), mask)
+    return root
