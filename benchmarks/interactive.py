@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -126,10 +126,11 @@ def run(config: Config) -> dict[str, Any]:
 
     results: list[Result] = []
     with report.progress_bar() as progress:
-        for batch in progress.track(
-            list(_batches(items, config.batch_size)), description=f"clicking {len(items)} objects"
-        ):
+        task = progress.add_task("clicking", total=len(items))
+        for first in range(0, len(items), config.batch_size):
+            batch = items[first : first + config.batch_size]
             results += click_batch(backbone, samples, batch, config.clicks)
+            progress.advance(task, len(batch))
         if config.baseline:
             compared = _subset(results, config.baseline_objects, config.seed)
             for result in progress.track(compared, description="grabCut, same clicks"):
@@ -190,11 +191,6 @@ def _subset(items: Sequence[Any], count: int | None, seed: int) -> list[Any]:
         return list(items)
     chosen = np.random.default_rng(seed).choice(len(items), count, replace=False)
     return [items[i] for i in np.sort(chosen).tolist()]
-
-
-def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    for first in range(0, len(items), size):
-        yield items[first : first + size]
 
 
 def target_of(sample: Sample, item: Item) -> Target:
@@ -324,8 +320,8 @@ def _write(
         page.text(
             f"cv2.grabCut gets the clicks that {backbone.name} got, which were placed on "
             f"{backbone.name}'s errors and not on its own. It works on images of at most "
-            f"{LONGEST_SIDE} pixels a side and goes on from its last mask at each click; its row "
-            f"and the row below it are over the same {grabcut['n']} objects and count at most "
+            f"{LONGEST_SIDE} pixels a side and goes on from its last mask at each click; its column "
+            f"and the one after it are over the same {grabcut['n']} objects and count at most "
             f"{grabcut['clicks']} clicks."
         )
     if config.pictures:
@@ -359,24 +355,22 @@ def _headline(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    counts = _checkpoints(summary["clicks"])
-    columns = ["", "objects", *(f"mIoU@{k}" for k in counts)]
-    columns += ["NoC85", "NoC90", "NoF90", "ms/click"]
-
-    def row(name: str, numbers: dict[str, Any]) -> list[str]:
-        curve = numbers["miou_at_k"]
-        cells = [f"{curve[k - 1]:.3f}" if k <= len(curve) else "" for k in counts]
-        cells += [f"{numbers[key]:.2f}" for key in ("noc85", "noc90")]
-        ends = [str(numbers["nof90"]), f"{numbers['ms_per_click']:.1f}"]
-        return [name, str(numbers["n"]), *cells, *ends]
-
-    name = summary["backbone"]
-    rows = [row(name, summary)]
+    """Columns and rows of the table: a column per method, a row per number."""
+    methods = {summary["backbone"]: summary}
     if summary["grabcut"]:
         grabcut = summary["grabcut"]
-        rows.append(row("grabCut, same clicks", grabcut))
-        rows.append(row(f"{name}, those objects", grabcut["backbone_on_same_objects"]))
-    return columns, rows
+        methods["grabCut"] = grabcut
+        methods[f"{summary['backbone']}, those objects"] = grabcut["backbone_on_same_objects"]
+    rows = [["objects", *(str(m["n"]) for m in methods.values())]]
+    for k in _checkpoints(summary["clicks"]):
+        curves = (m["miou_at_k"] for m in methods.values())
+        rows.append([f"mIoU@{k}", *(f"{c[k - 1]:.3f}" if k <= len(c) else "" for c in curves)])
+    for name in ("NoC85", "NoC90"):
+        rows.append([name, *(f"{m[name.lower()]:.2f}" for m in methods.values())])
+    rows.append(["NoF90", *(str(m["nof90"]) for m in methods.values())])
+    rows.append(["clicks at most", *(str(len(m["miou_at_k"])) for m in methods.values())])
+    rows.append(["ms per click", *(f"{m['ms_per_click']:.1f}" for m in methods.values())])
+    return ["", *methods], rows
 
 
 def _curve(summary: dict[str, Any]) -> Any:

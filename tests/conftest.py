@@ -22,7 +22,7 @@ from sam_gym.backbones.micro import build_micro
 
 
 def spread(sam: Sam) -> Sam:
-    """Fill what initialises to zero or one, and give mask logits a spread that mask prompts feel."""
+    """Fill what initialises to zero or one, and spread the logits so that mask prompts matter."""
     for module in sam.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, 0.0, 0.2)
@@ -39,7 +39,7 @@ def spread(sam: Sam) -> Sam:
 
 
 def tiny_sam() -> Sam:
-    """A SAM of the published architecture with 64 x 64 input, 4 x 4 x 32 embedding, 16 x 16 masks."""
+    """A SAM of the published architecture: 64 x 64 input, 4 x 4 x 32 embedding, 16 x 16 masks."""
     size, width, grid = 64, 32, 4
     return Sam(
         image_encoder=ImageEncoderViT(

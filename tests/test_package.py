@@ -22,7 +22,9 @@ def test_import_is_cheap() -> None:
     """Under two seconds (the best of three: other processes may be busy), nothing heavy loaded."""
     seconds = []
     for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True
+        )
         probe = json.loads(done.stdout)
         seconds.append(probe["seconds"])
         heavy = {"torch", "torchvision", "cv2", "segment_anything", "scipy", "matplotlib"}

@@ -42,10 +42,10 @@ def test_arguments_are_not_changed(image: np.ndarray, mask: np.ndarray) -> None:
 def test_target_is_outlined_in_white(image: np.ndarray, mask: np.ndarray) -> None:
     nothing = np.zeros_like(mask)
     picture = draw_episode(image, nothing, target=mask, height=64)
-    white = (picture == 255).all(axis=2)
-    assert white[16, 24:72].all() and white[47, 24:72].all() and white[16:48, 24].all()
+    white = (picture > 220).all(axis=2)
+    assert white[16, 26:70].all() and white[47, 26:70].all() and white[18:46, 24].all()
     assert not white[20:44, 28:68].any() and not white[:12].any()
-    assert not (draw_episode(image, nothing, height=64) == 255).any()
+    assert draw_episode(image, nothing, height=64).max() < 100
 
 
 def test_clicks_are_marked_by_sign_at_their_place(image: np.ndarray) -> None:

@@ -12,8 +12,9 @@ import cv2
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 
+from sam_gym.data.materials import patterned
 from sam_gym.data.sample import Sample
-from sam_gym.data.scenes import Scenes, patterned
+from sam_gym.data.scenes import Scenes
 from sam_gym.prompts import interior_distance
 
 SIZE = 256

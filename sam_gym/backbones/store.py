@@ -64,7 +64,7 @@ class EmbeddingStore:
             images: uint8 (H, W, 3), sizes may differ.
 
         Raises:
-            MemoryError: everything in the store is pinned and it may not grow. No pin is left behind.
+            MemoryError: everything in the store is pinned and it may not grow; no pin is left.
         """
         pins = self._pins.copy()
         try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import cv2
 import numpy as np
 
+from sam_gym.data.materials import TILE, Material, category_look, ground, patterned
 from sam_gym.data.sample import Sample
 from sam_gym.data.shapes import SHAPES, Contours, blob
 from sam_gym.registry import unknown_name
@@ -15,68 +15,13 @@ from sam_gym.registry import unknown_name
 #: Split name -> first word of the seed, so that no scene of one split occurs in another.
 SPLITS = {"train": 1, "val": 2, "test": 3}
 
-#: Fills an area: `(rng, height, width) -> uint8 (height, width, 3)`.
-Material = Callable[[np.random.Generator, int, int], np.ndarray]
-
-_TILE = 320
 _SUBPIXEL_BITS = 4
-_CONTRASTS = (12.0, 35.0, 80.0)
-_RAMP = np.linspace(0.0, 1.0, 256)[:, None]
-
-
-@lru_cache(maxsize=1)
-def _pattern_tiles() -> np.ndarray:
-    """Grey patterns that materials are cut from: uint8 (48, 320, 320)."""
-    rng = np.random.default_rng(20260101)
-    ys, xs = np.mgrid[0:_TILE, 0:_TILE].astype(np.float32)
-
-    def noise(cells: int) -> np.ndarray:
-        grid = rng.random((cells, cells), dtype=np.float32)
-        return cv2.resize(grid, (_TILE, _TILE), interpolation=cv2.INTER_CUBIC)
-
-    def wave(period: float) -> np.ndarray:
-        angle, bend = rng.uniform(0, np.pi), rng.uniform(0, 12)
-        phase = xs * np.cos(angle) + ys * np.sin(angle) + bend * noise(6)
-        return 0.5 + 0.5 * np.sin(2 * np.pi * phase / period)
-
-    tiles = []
-    for _ in range(8):
-        tiles.append(sum(noise(4 * 2**k) / 2**k for k in range(5)))
-        tiles.append(noise(int(rng.integers(40, 160))))
-        tiles.append(wave(rng.uniform(6, 26)))
-        tiles.append(np.sign(wave(rng.uniform(8, 30)) - 0.5) * np.sign(wave(rng.uniform(8, 30)) - 0.5))
-        tiles.append((wave(rng.uniform(8, 24)) * wave(rng.uniform(8, 24)) > 0.45) + 0.3 * noise(80))
-        seeds = rng.integers(0, _TILE, (int(rng.integers(30, 200)), 2))
-        dots = np.full((_TILE, _TILE), 255, np.uint8)
-        dots[seeds[:, 1], seeds[:, 0]] = 0
-        tiles.append(np.minimum(cv2.distanceTransform(dots, cv2.DIST_L2, 3), 14.0))
-    stack = np.stack(tiles).astype(np.float32)
-    low = stack.min(axis=(1, 2), keepdims=True)
-    high = stack.max(axis=(1, 2), keepdims=True)
-    return np.round(255 * (stack - low) / (high - low)).astype(np.uint8)
 
 
 @lru_cache(maxsize=1)
 def _grain_tile() -> np.ndarray:
     """Unit noise that camera grain is cut from: float32 (512, 512, 3)."""
     return np.random.default_rng(20260102).standard_normal((512, 512, 3), dtype=np.float32)
-
-
-def patterned(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """The default material: two random colours blended by a random pattern."""
-    tiles = _pattern_tiles()
-    tile = tiles[rng.integers(len(tiles))]
-    zoom = int(rng.integers(1, 3)) if max(height, width) <= _TILE // 2 else 1
-    h, w = -(-height // zoom), -(-width // zoom)
-    top, left = rng.integers(0, _TILE - h + 1), rng.integers(0, _TILE - w + 1)
-    pattern = tile[top : top + h, left : left + w]
-    if zoom > 1:
-        pattern = cv2.resize(pattern, (width, height), interpolation=cv2.INTER_LINEAR)
-    vivid = rng.uniform(0.2, 1.0)
-    first = vivid * rng.uniform(10, 245, 3) + (1 - vivid) * rng.uniform(20, 235)
-    second = first + rng.normal(0, _CONTRASTS[rng.integers(3)], 3)
-    table = np.clip(first + (second - first) * _RAMP, 0, 255).astype(np.uint8)
-    return cv2.applyColorMap(np.ascontiguousarray(pattern), table[:, None])
 
 
 class _Canvas:
@@ -93,7 +38,7 @@ class _Canvas:
 
     def _ground(self) -> np.ndarray:
         rng, size = self.rng, self.size
-        image = self.material(rng, size, size)
+        image = ground(self.material(rng, size, size), rng)
         for _ in range(int(rng.integers(0, 3))):
             center, angle = rng.uniform(0, size, 2), rng.uniform(0, 2 * np.pi)
             normal = np.array([np.cos(angle), np.sin(angle)])
@@ -107,16 +52,17 @@ class _Canvas:
             ]
             region = np.zeros((size, size), np.uint8)
             cv2.fillPoly(region, [np.array(corners, np.int32)], 255)
-            np.copyto(image, self.material(rng, size, size), where=region[..., None] > 0)
+            other = ground(self.material(rng, size, size), rng)
+            np.copyto(image, other, where=region[..., None] > 0)
         return image
 
-    def draw(self, parts: list[Contours], scale: float, labelled: bool) -> bool:
+    def draw(self, parts: list[Contours], scale: float, category: str | None) -> bool:
         """Draw an object from its outline at a free place; returns whether there was one.
 
         Args:
             parts: the outline, back to front, in the unit square.
             scale: half the size of the unit square, in pixels.
-            labelled: an instance of a category (else clutter, whose mask counts as a part).
+            category: what it is an instance of (None: clutter, whose mask counts as a part).
         """
         rng, size = self.rng, self.size
         angle = rng.normal(0, 0.35)
@@ -133,11 +79,11 @@ class _Canvas:
             x1, y1 = np.minimum(np.ceil(center + high), size).astype(int)
             if x1 - x0 < 12 or y1 - y0 < 12:
                 continue
-            if self._paint(outline, center, (slice(y0, y1), slice(x0, x1)), labelled):
+            if self._paint(outline, center, (slice(y0, y1), slice(x0, x1)), category):
                 return True
         return False
 
-    def _paint(self, outline, center, window, labelled: bool) -> bool:
+    def _paint(self, outline, center, window, category: str | None) -> bool:
         rng = self.rng
         height, width = (s.stop - s.start for s in window)
         origin = np.array([window[1].start, window[0].start])
@@ -155,10 +101,10 @@ class _Canvas:
             return False
 
         self._cast_shadow(window, whole)
-        self._fill(window, alphas, whole)
+        self._fill(window, alphas, whole, category)
         for mask in (*self.masks, *self.parts):
             mask[window] &= ~covered
-        if labelled:
+        if category is not None:
             self.masks.append(self._full(window, covered))
             self.areas.append(area)
             hidden = np.zeros_like(covered)
@@ -170,21 +116,21 @@ class _Canvas:
             self.parts.append(self._full(window, covered))
         return True
 
-    def _fill(self, window, alphas: np.ndarray, whole: np.ndarray) -> None:
+    def _fill(self, window, alphas: np.ndarray, whole: np.ndarray, category: str | None) -> None:
         rng = self.rng
         height, width = whole.shape
-        fill = self.material(rng, height, width)
+        look = category_look(category, rng) if category is not None else None
+        fill = (look or self.material)(rng, height, width)
         if rng.random() < 0.7:
             for alpha in alphas[1:]:
                 x, y, w, h = cv2.boundingRect(alpha)
                 if w and h:
                     area = (slice(y, y + h), slice(x, x + w))
-                    fill[area] = np.where(
-                        alpha[area][..., None] > 127, self.material(rng, h, w), fill[area]
-                    )
+                    own = look if look is not None and rng.random() < 0.5 else self.material
+                    fill[area] = np.where(alpha[area][..., None] > 127, own(rng, h, w), fill[area])
         ramp_x = np.linspace(-1, 1, width, dtype=np.float32) * np.float32(np.cos(self.light))
         ramp_y = np.linspace(-1, 1, height, dtype=np.float32) * np.float32(np.sin(self.light))
-        rim = rng.uniform(0.0, 0.45)
+        rim = rng.uniform(0.15, 0.6)
         bevel = cv2.blur(whole, (7, 7)) * np.float32(rim / 255.0) + np.float32(1.0 - rim)
         shade = (1.0 + 0.22 * (ramp_x[None] + ramp_y[:, None])) * bevel
         weight = (whole * np.float32(1 / 255.0))[..., None]
@@ -243,9 +189,9 @@ class Scenes:
     """Procedural images of named objects made of parts.
 
     Ten categories; three to seven objects of two to four categories per image, with texture,
-    shading, shadow, occlusion, clutter, blur and noise. Colours and textures are drawn at random,
-    independently of the category: only shape tells what a thing is, and colour alone does not
-    tell an object from its ground. Sample `i` of a split is always the same image.
+    shading, shadow, occlusion, clutter, blur and noise. Two thirds of the objects have a look that
+    is typical of their category, the others any look, as clutter and ground have: colour alone
+    tells neither what a thing is nor where it ends. Sample `i` of a split is always the same image.
 
     Args:
         split: "train", "val" or "test"; disjoint by seed.
@@ -272,8 +218,8 @@ class Scenes:
             raise unknown_name("split", split, SPLITS)
         if length is not None and length < 1:
             raise ValueError(f"length must be at least 1, got {length}.")
-        if not 64 <= size <= _TILE:
-            raise ValueError(f"size must be from 64 to {_TILE} pixels, got {size}.")
+        if not 64 <= size <= TILE:
+            raise ValueError(f"size must be from 64 to {TILE} pixels, got {size}.")
         self.split, self.length, self.size, self.material = split, length, size, material
 
     def __len__(self) -> int:
@@ -292,10 +238,11 @@ class Scenes:
         categories: list[int] = []
         for number in range(int(rng.integers(3, 8))):
             if rng.random() < 0.35:
-                canvas.draw(blob(rng), self.size * rng.uniform(0.06, 0.16), labelled=False)
+                canvas.draw(blob(rng), self.size * rng.uniform(0.06, 0.16), category=None)
             category = int(present[number] if number < 2 else rng.choice(present))
-            outline = SHAPES.get(self.categories[category])(rng)
-            if canvas.draw(outline, self.size * rng.uniform(0.13, 0.27), labelled=True):
+            word = self.categories[category]
+            outline = SHAPES.get(word)(rng)
+            if canvas.draw(outline, self.size * rng.uniform(0.13, 0.27), category=word):
                 categories.append(category)
         return Sample(
             image=canvas.finish(),

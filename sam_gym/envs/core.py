@@ -320,7 +320,7 @@ class ClickCore:
         config = self.config
         if (self.steps[slots] >= config.max_steps).any():
             raise RuntimeError(
-                f"An episode of {config.max_steps} steps is over: call reset() before the next step."
+                f"An episode of {config.max_steps} steps is over: call reset() before going on."
             )
         before = self.ious[slots, self.num_clicks[slots]]
         is_click = actions < 2 * config.grid**2

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -141,14 +142,16 @@ def test_ragged_rows_equal_the_predictor(backbone: Backbone, multimask: bool) ->
     prompts = together(backbone, images, rows)
     logits, iou = backbone.decode(embeddings, prompts, multimask=multimask)
     count = 3 if multimask else 1
-    assert logits.shape == (len(rows), count, *backbone.mask_shape) and iou.shape == logits.shape[:2]
+    assert (
+        logits.shape == (len(rows), count, *backbone.mask_shape) and iou.shape == logits.shape[:2]
+    )
     assert logits.dtype == iou.dtype == torch.float32
 
     expected = [row.alone(predictors, multimask) for row in rows]
     for i, reference in enumerate(expected):
         assert_same(backbone, logits[i], iou[i], reference)
     # The comparison means something only if the prompts make a difference.
-    for (_, _, one), (_, _, other) in zip(expected, expected[1:], strict=False):
+    for (_, _, one), (_, _, other) in pairwise(expected):
         assert np.abs(one - other).max() > 100 * TOLERANCE * one.std()
 
 
@@ -162,7 +165,9 @@ def test_uniform_rows_equal_the_predictor(backbone: Backbone, kind: tuple[int, b
     images = make_images(backbone)
     rng = np.random.default_rng(3)
     rows = [make_row(rng, backbone, images, i, *kind) for i in range(len(images))]
-    filled = together(backbone, images, [*rows, make_row(rng, backbone, images, 0, 1, False, False)])
+    filled = together(
+        backbone, images, [*rows, make_row(rng, backbone, images, 0, 1, False, False)]
+    )
     num_points, box, mask = kind
     prompts = Prompts(
         points=filled.points[: len(rows), :num_points] if num_points else None,

@@ -33,7 +33,9 @@ def test_same_arguments_give_the_same_object(micro_checkpoint: str) -> None:
     one = load_backbone("micro", checkpoint=micro_checkpoint, device="cpu")
     assert load_backbone("micro", checkpoint=micro_checkpoint, device="cpu") is one
     folder, _, name = micro_checkpoint.rpartition("/")
-    assert load_backbone("micro", f"{folder}/../{Path(folder).name}/{name}", "cpu", "float32") is one
+    assert (
+        load_backbone("micro", f"{folder}/../{Path(folder).name}/{name}", "cpu", "float32") is one
+    )
     assert load_backbone("micro", micro_checkpoint, "cpu", "bfloat16") is not one
 
 
@@ -52,7 +54,9 @@ def test_weights_are_those_of_the_file(micro_checkpoint: str) -> None:
 
 
 def test_half_precision_files_load_as_float32(micro_checkpoint: str, tmp_path: Path) -> None:
-    state = {k: v.half() if v.is_floating_point() else v for k, v in load_file(micro_checkpoint).items()}
+    state = {
+        k: v.half() if v.is_floating_point() else v for k, v in load_file(micro_checkpoint).items()
+    }
     save_file(state, tmp_path / "half.safetensors")
     sam = load_backbone("micro", str(tmp_path / "half.safetensors"), "cpu").sam
     assert {p.dtype for p in sam.parameters()} == {torch.float32}
@@ -69,7 +73,9 @@ def test_half_precision_files_load_as_float32(micro_checkpoint: str, tmp_path: P
 )
 def test_unknown_names(micro_checkpoint: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_backbone(**{"name": "micro", "checkpoint": micro_checkpoint, "device": "cpu", **arguments})
+        load_backbone(
+            **{"name": "micro", "checkpoint": micro_checkpoint, "device": "cpu", **arguments}
+        )
 
 
 def test_published_sams_need_a_checkpoint() -> None:
@@ -92,7 +98,9 @@ def test_truncated_file_is_named(micro_checkpoint: str, tmp_path: Path, suffix: 
     load_backbone("micro", str(whole), "cpu")
     broken = tmp_path / f"broken{suffix}"
     broken.write_bytes(whole.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=rf"broken\{suffix}: not a readable checkpoint .*truncated"):
+    with pytest.raises(
+        ValueError, match=rf"broken\{suffix}: not a readable checkpoint .*truncated"
+    ):
         load_backbone("micro", str(broken), "cpu")
 
 
@@ -182,7 +190,10 @@ def test_the_sams_of_the_paper_can_be_built() -> None:
         with torch.device("meta"):
             sam = BACKBONES[name]()
         state = sam.state_dict()
-        assert state[f"image_encoder.blocks.{depth - 1}.attn.qkv.weight"].shape == (3 * width, width)
+        assert state[f"image_encoder.blocks.{depth - 1}.attn.qkv.weight"].shape == (
+            3 * width,
+            width,
+        )
         assert f"image_encoder.blocks.{depth}.attn.qkv.weight" not in state
         assert state["image_encoder.neck.0.weight"].shape == (256, width, 1, 1)
 

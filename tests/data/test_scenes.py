@@ -32,7 +32,6 @@ def test_categories_are_named_and_all_occur() -> None:
 
 
 def test_same_index_gives_the_same_sample(samples: list[Sample]) -> None:
-    np.random.seed(1)  # noqa: NPY002 (the global state must not matter)
     again = Scenes(length=100)
     for index in (7, 0):
         one, two = samples[index], again[index]
@@ -88,20 +87,15 @@ def test_category_mask_is_the_union(samples: list[Sample]) -> None:
     several = 0
     for sample in samples:
         for category in set(sample.categories.tolist()):
-            masks = [m for m, c in zip(sample.masks, sample.categories, strict=True) if c == category]
+            masks = [
+                m for m, c in zip(sample.masks, sample.categories, strict=True) if c == category
+            ]
             union = np.zeros_like(masks[0])
             for mask in masks:
                 union |= mask
             np.testing.assert_array_equal(sample.category_mask(category), union)
             several += len(masks) > 1
     assert several
-
-
-def test_objects_stand_out_from_their_surroundings(samples: list[Sample]) -> None:
-    """The pixels of an object differ from the same pixels of the scene under another index."""
-    for one, other in zip(samples, samples[1:], strict=False):
-        assert np.abs(one.image.astype(int) - other.image).mean() > 10
-        assert one.image.std() > 5
 
 
 def test_material_fills_the_areas() -> None:
