@@ -111,7 +111,7 @@ def _updated(config: Any, content: dict[str, Any], path: str) -> Any:
     changes: dict[str, Any] = {}
     for name, value in content.items():
         if name in nested and isinstance(value, dict):
-            changes[name] = _updated(getattr(config, name), value, path)
+            changes[name] = _updated(changes.get(name, getattr(config, name)), value, path)
         elif name in valid:
             changes[name] = value
         else:

@@ -1,0 +1,67 @@
+"""The training command, at a tiny size, from end to end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agents.evaluate import PolicyAgent
+from agents.train_ppo import Config, main, read_config
+
+
+def arguments(env: dict[str, Any], out: Path) -> list[str]:
+    return [
+        *("--env", "SamSeg-v0", "--out", str(out), "--backbone", "tiny"),
+        *("--checkpoint", env["checkpoint"], "--device", "cpu", "--train-images", "8"),
+        *("--num-envs", "4", "--n-steps", "8", "--batch-size", "16", "--total-timesteps", "96"),
+        *("--eval-every", "32", "--eval-episodes", "4", "--final-episodes", "4"),
+        *("--checkpoint-every", "32"),
+    ]
+
+
+def test_a_run_leaves_everything_it_promises(tiny_env: dict[str, Any], tmp_path: Path) -> None:
+    results = main(arguments(tiny_env, tmp_path / "a"))
+    stored = json.loads((tmp_path / "a" / "results.json").read_text())
+    for name in ("agent", "random", "center", "confident", "oracle"):
+        assert set(stored[name]) >= {"mean_iou", "ci95", "episodes"}
+    span = stored["oracle"]["mean_iou"] - stored["random"]["mean_iou"]
+    gain = stored["agent"]["mean_iou"] - stored["random"]["mean_iou"]
+    assert stored["gap_closed"] == pytest.approx(gain / span, abs=1e-3)
+    assert stored["held_out_split"] == "test" and stored["config"]["seed"] == 0
+    assert (tmp_path / "a" / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "a" / "episodes.gif").read_bytes()[:3] == b"GIF"
+    assert list((tmp_path / "a" / "tensorboard").rglob("events*"))
+    assert len(list((tmp_path / "a" / "checkpoints").glob("policy_*.zip"))) == 3
+    PolicyAgent.load(tmp_path / "a" / "policy.zip")
+
+    again = main(arguments(tiny_env, tmp_path / "b"))
+    assert again["train_curve"] == results["train_curve"]
+    assert again["agent"] == results["agent"]
+
+
+def test_yaml_sets_defaults_that_flags_override(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 7\nmax_steps: 3\nlearning_rate: 0.002\nsettings: {reward: dice_gain}\n")
+    config = read_config(["--config", str(path), "--seed", "9"])
+    assert (config.seed, config.learning_rate) == (9, 0.002)
+    assert (config.settings.max_steps, config.settings.reward) == (3, "dice_gain")
+    assert read_config([]) == Config()
+
+
+def test_wrong_input_is_an_error_before_work_starts(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
+    with pytest.raises(ValueError, match=r"bad\.yaml.*Did you mean 'learning_rate'"):
+        read_config(["--config", str(tmp_path / "bad.yaml")])
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        read_config(["--config", str(tmp_path / "nowhere.yaml")])
+    out = ["--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="Did you mean 'SamSeg-v0'"):
+        main(["--env", "SamSegg-v0", *out])
+    with pytest.raises(ValueError, match="Did you mean 'iou_gain'"):
+        main(["--reward", "iou_gains", *out])
+    with pytest.raises(ValueError, match="Did you mean 'implicit'"):
+        main(["--policy", "implicid", *out])
+    with pytest.raises(FileNotFoundError):
+        main(["--dataset", "coco", "--data", str(tmp_path / "nothing"), *out])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,400 @@
+"""What every registered environment must keep to, whatever its task."""
+
+import copy
+import itertools
+import json
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
+
+from sam_gym import ENVIRONMENTS
+
+Make = Callable[..., Any]
+
+#: Warnings that the checkers may give, and why each is no defect.
+ALLOWED_WARNINGS = {
+    "A Box observation space minimum value is -infinity": "an embedding has no bounds",
+    "A Box observation space maximum value is infinity": "an embedding has no bounds",
+    "sam_image_embeddings is an image but its `dtype`": "SB3 takes every 3-D box for an image",
+    "sam_image_embeddings is an image but the upper and lower bounds": "the same guess of SB3",
+    "Treating image space as channels-last, while second dimension was": "the same guess of SB3",
+    "The minimal resolution for an image is 36x36": "the same guess of SB3",
+    "sam_pred_mask_prob has an unconventional shape": "a mask has two dimensions",
+    "render_mode='human' shows nothing": "there is no display here",
+}
+
+
+@pytest.fixture(params=sorted(ENVIRONMENTS))
+def env_id(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(
+    params=itertools.product(("full", "handle"), ("category", "instance")), ids="-".join
+)
+def variant(request: pytest.FixtureRequest) -> dict[str, Any]:
+    obs, target = request.param
+    return {"obs": obs, "target": target, "stop": True, "undo": True}
+
+
+@pytest.fixture
+def make(env_id: str, tiny_env: dict[str, Any]) -> Make:
+    return lambda **more: gym.make(env_id, **{**tiny_env, **more})
+
+
+@pytest.fixture
+def make_vec(env_id: str, tiny_env: dict[str, Any]) -> Make:
+    def make_vec(mode: AutoresetMode, own: bool = True, **more: Any) -> VectorEnv:
+        settings = {**tiny_env, "num_envs": 3, **more}
+        if own:
+            return gym.make_vec(
+                env_id,
+                vectorization_mode="vector_entry_point",
+                autoreset_mode=mode.value,
+                **settings,
+            )
+        return gym.make_vec(
+            env_id,
+            vectorization_mode="sync",
+            vector_kwargs={"autoreset_mode": mode},
+            **settings,
+        )
+
+    return make_vec
+
+
+def assert_equal(one: Any, other: Any, path: str = "") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_equal(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, (tuple, list)):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal(a, b, f"{path}/{i}")
+    else:
+        np.testing.assert_array_equal(one, other, err_msg=path)
+
+
+def rollout(env: gym.Env, seed: int, steps: int, reset: bool = True) -> list[Any]:
+    """What an environment returns for random actions, starting over at the end of an episode."""
+    actions = np.random.default_rng(seed).integers(env.action_space.n, size=steps)
+    log: list[Any] = [env.reset(seed=seed)] if reset else []
+    for action in actions:
+        log.append(env.step(action))
+        if log[-1][2] or log[-1][3]:
+            log.append(env.reset())
+    return log
+
+
+# The checkers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checker", [check_env, check_env_for_sb3], ids=["gymnasium", "sb3"])
+def test_checkers_are_content(
+    checker: Callable[[gym.Env], None],
+    env_id: str,
+    variant: dict[str, Any],
+    micro_env: dict[str, Any],
+    no_display: None,
+) -> None:
+    env = gym.make(env_id, **micro_env, **variant)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checker(env.unwrapped)
+    unexpected = {
+        text
+        for text in (str(warning.message) for warning in caught)
+        if not any(allowed in text for allowed in ALLOWED_WARNINGS)
+    }
+    assert not unexpected
+
+
+def test_returned_types_are_plain(make: Make, variant: dict[str, Any]) -> None:
+    env = make(**variant).unwrapped
+    for entry in rollout(env, seed=0, steps=12):
+        obs, info = entry[0], entry[-1]
+        assert env.observation_space.contains(obs)
+        for value in info.values():
+            assert isinstance(value, (str, int, float, np.generic))
+        if len(entry) == 5:
+            assert [type(item) for item in entry[1:4]] == [float, bool, bool]
+
+
+# Determinism -----------------------------------------------------------------------------------
+
+
+def test_same_seed_gives_the_same_numbers(make: Make, variant: dict[str, Any]) -> None:
+    one, other = rollout(make(**variant), 5, 40), rollout(make(**variant), 5, 40)
+    assert sum(len(entry) == 2 for entry in one) > 3  # several episodes
+    assert_equal(one, other)
+
+
+def test_seed_alone_decides(make: Make) -> None:
+    env = make()
+    first = rollout(env, 5, 15)
+    np.random.seed(77)
+    torch.manual_seed(77)
+    assert_equal(rollout(env, 5, 15), first)
+    assert not np.array_equal(rollout(env, 6, 15)[0][0]["image"], first[0][0]["image"])
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_same_seed_gives_the_same_numbers_in_a_vector(make_vec: Make, mode: AutoresetMode) -> None:
+    def log(seed: int) -> list[Any]:
+        envs = make_vec(mode, max_steps=20)
+        entries: list[Any] = [envs.reset(seed=seed)]
+        actions = np.random.default_rng(0).integers(envs.single_action_space.n, size=(15, 3))
+        return entries + [envs.step(action) for action in actions]
+
+    assert_equal(log(3), log(3))
+    with pytest.raises(AssertionError):
+        assert_equal(log(3), log(4))
+
+
+# Specs, copies, pickles ------------------------------------------------------------------------
+
+
+def test_spec_survives_json(env_id: str, make: Make, variant: dict[str, Any]) -> None:
+    registered = gym.spec(env_id)
+    assert EnvSpec.from_json(registered.to_json()) == registered
+
+    env = make(**variant)
+    text = env.spec.to_json()
+    settings = json.loads(text)["kwargs"]
+    assert settings.items() >= variant.items()
+    again = gym.make(EnvSpec.from_json(text))
+    assert json.loads(again.spec.to_json()) == json.loads(text)
+    assert_equal(rollout(again, 1, 8), rollout(env, 1, 8))
+
+
+def test_vector_spec_survives_json(make_vec: Make, variant: dict[str, Any]) -> None:
+    envs = make_vec(AutoresetMode.SAME_STEP, **variant)
+    again = gym.make_vec(EnvSpec.from_json(envs.spec.to_json()))
+    assert (again.num_envs, again.metadata) == (3, envs.metadata)
+    assert_equal(again.reset(seed=1), envs.reset(seed=1))
+
+
+@pytest.mark.parametrize(
+    "clone",
+    [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))],
+    ids=["deepcopy", "pickle"],
+)
+def test_a_copy_goes_on_alike_and_shares_the_model(
+    make: Make, variant: dict[str, Any], clone: Callable[[gym.Env], gym.Env]
+) -> None:
+    env = make(max_steps=9, **variant)
+    rollout(env, 2, 12)
+    other = clone(env)
+    assert other.unwrapped.core.backbone is env.unwrapped.core.backbone
+    assert other.unwrapped.core.store is env.unwrapped.core.store
+    expected = rollout(env, 3, 20, reset=False)
+    env.close()
+    assert_equal(rollout(other, 3, 20, reset=False), expected)
+
+
+def test_pickle_holds_neither_model_nor_embeddings(env_id: str, micro_env: dict[str, Any]) -> None:
+    env = gym.make(env_id, **micro_env)
+    env.reset(seed=0)
+    size = len(pickle.dumps(env))  # the bounds of the spaces, an image and a history of logits
+    assert size < 2 * 2**20
+    for seed in range(8):
+        env.reset(seed=seed)
+    assert len(pickle.dumps(env)) < 1.1 * size
+    copied = pickle.loads(pickle.dumps(env))
+    assert_equal(copied.reset(seed=1), env.reset(seed=1))
+
+
+def test_a_copied_vector_goes_on_alike(make_vec: Make, variant: dict[str, Any]) -> None:
+    envs = make_vec(AutoresetMode.NEXT_STEP, **variant)
+    envs.reset(seed=0)
+    actions = np.random.default_rng(0).integers(envs.single_action_space.n, size=(20, 3))
+    for action in actions[:7]:
+        envs.step(action)
+    other = pickle.loads(pickle.dumps(envs))
+    expected = [envs.step(action) for action in actions]
+    assert_equal([other.step(action) for action in actions], expected)
+
+
+# Rendering -------------------------------------------------------------------------------------
+
+
+def test_every_render_mode(make: Make, env_id: str, no_display: None) -> None:
+    modes = make().metadata["render_modes"]
+    assert set(modes) == {"rgb_array", "human"}
+    env = make(render_mode="rgb_array", undo=True)
+    env.reset(seed=0)
+    frames = [env.render()]
+    env.step(20)
+    frames.append(env.render())
+    for frame in frames:
+        assert isinstance(frame, np.ndarray)
+        assert frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3
+    assert (frames[0] != frames[1]).any()
+
+    human = make(render_mode="human")
+    with pytest.warns(UserWarning, match="'human' shows nothing: there is no display") as caught:
+        human.reset(seed=0)
+        human.step(20)
+        assert human.render() is None
+    assert len(caught) == 1
+
+
+def test_every_render_mode_of_a_vector(make_vec: Make, no_display: None) -> None:
+    envs = make_vec(AutoresetMode.NEXT_STEP, render_mode="rgb_array")
+    envs.reset(seed=0)
+    frames = envs.render()
+    assert isinstance(frames, tuple) and len(frames) == 3
+    assert all(frame.dtype == np.uint8 and frame.shape[2] == 3 for frame in frames)
+    assert (frames[0] != frames[1]).any()
+
+    human = make_vec(AutoresetMode.NEXT_STEP, render_mode="human")
+    with pytest.warns(UserWarning, match="'human' shows nothing: there is no display") as caught:
+        human.reset(seed=0)
+        human.step(np.array([1, 2, 3]))
+        assert human.render() is None
+    assert len(caught) == 1
+
+
+def test_rendering_without_a_mode_is_a_warning(make: Make, make_vec: Make) -> None:
+    env = make().unwrapped
+    env.reset(seed=0)
+    with pytest.warns(UserWarning, match=r'gym\.make\(\.\.\., render_mode="rgb_array"\)'):
+        assert env.render() is None
+    envs = make_vec(AutoresetMode.NEXT_STEP)
+    with pytest.warns(UserWarning, match=r'gym\.make_vec\(\.\.\., render_mode="rgb_array"\)'):
+        assert envs.render() is None
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_unknown_render_mode(env_id: str, tiny_env: dict[str, Any], number: int) -> None:
+    creator = gym.envs.registration.load_env_creator(ENVIRONMENTS[env_id][number])
+    with pytest.raises(ValueError, match=r"Unknown render_mode 'rgb_aray'\. Did you mean 'rgb_arr"):
+        creator(render_mode="rgb_aray", **tiny_env)
+
+
+# The vector is the scalar, many times ----------------------------------------------------------
+
+
+class Comparison:
+    """Plays a vector environment and Gymnasium's own vector of scalar ones side by side.
+
+    Decoding in one batch or alone differs by rounding, so a pixel whose logit is next to zero may
+    fall on either side; `slack` is how much IoU such pixels of the episode can make up.
+    """
+
+    def __init__(self, own: VectorEnv, sync: SyncVectorEnv) -> None:
+        self.own, self.sync = own, sync
+        self.slack = np.zeros(own.num_envs)
+
+    def reset(self, **arguments: Any) -> None:
+        options = arguments.pop("options", None)
+        self.slack[:] = 0
+        one = self.own.reset(options=copy.deepcopy(options), **arguments)
+        self.compare(one, self.sync.reset(options=copy.deepcopy(options), **arguments))
+
+    def step(self, actions: np.ndarray) -> np.ndarray:
+        one, other = self.own.step(actions), self.sync.step(actions)
+        self.compare_logits()
+        self.compare(one, other)
+        return one[2] | one[3]
+
+    def compare_logits(self) -> None:
+        core = self.own.unwrapped.core
+        for i, env in enumerate(self.sync.envs):
+            alone = env.unwrapped.core
+            assert core.num_clicks[i] == alone.num_clicks[0] and core.steps[i] == alone.steps[0]
+            together = core.logits[i, core.num_clicks[i]]
+            expected = alone.logits[0, alone.num_clicks[0]]
+            limit = 1e-4 * float(expected.std())
+            assert float((together - expected).abs().max()) <= limit
+            unclear = expected.abs() <= limit if limit else torch.zeros_like(expected, dtype=bool)
+            assert torch.equal((together > 0)[~unclear], (expected > 0)[~unclear])
+            area = int(alone._low_target[0].sum())
+            self.slack[i] = max(self.slack[i], int(unclear.sum()) / area)
+
+    def compare(self, one: Any, other: Any, name: str = "") -> None:
+        if isinstance(one, dict):
+            assert one.keys() == other.keys(), name
+            for key in one:
+                self.compare(one[key], other[key], key)
+        elif isinstance(one, tuple):
+            for i, (a, b) in enumerate(zip(one, other, strict=True)):
+                self.compare(a, b, f"{name}{i}")
+        elif name == "final_obs":
+            for a, b in zip(one, other, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    self.compare(a, b)
+        else:
+            one, other = np.asarray(one), np.asarray(other)
+            assert one.dtype == other.dtype and one.shape == other.shape, name
+            if name in ("1", "iou", "dice"):  # 1 is the reward
+                assert (np.abs(one - other) <= 4 * self.slack + 1e-9).all(), name
+            elif name == "predicted_iou":
+                np.testing.assert_allclose(one, other, atol=1e-4, err_msg=name)
+            elif name == "sam_pred_mask_prob":
+                atol = 1e-3 if one.dtype == np.float32 else 1
+                np.testing.assert_allclose(one.astype(float), other, atol=atol, err_msg=name)
+            else:
+                np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+def play_side_by_side(own: VectorEnv, sync: SyncVectorEnv, steps: int) -> int:
+    """Compare `steps` steps with clicks, stops and undos; returns how many episodes ended."""
+    rng = np.random.default_rng(0)
+    game = Comparison(own, sync)
+    game.reset(seed=10)
+    last = own.single_action_space.n - 1
+    ended_episodes = 0
+    disabled = own.metadata["autoreset_mode"] == AutoresetMode.DISABLED
+    for step in range(steps):
+        actions = rng.integers(last - 1, size=own.num_envs)
+        kind = rng.random(own.num_envs)
+        actions[kind < 0.1], actions[kind > 0.8] = last - 1, last
+        ended = game.step(actions)
+        ended_episodes += int(ended.sum())
+        if disabled and ended.any():
+            game.reset(options={"reset_mask": ended})
+        elif step % 50 == 20 and ended.any():
+            game.reset()
+        elif step % 50 == 40:
+            game.reset(seed=[step, None, 7])
+    return ended_episodes
+
+
+@pytest.mark.parametrize(
+    "variant", [("full", "category"), ("handle", "instance")], ids="-".join, indirect=True
+)
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_vector_equals_scalars(
+    make_vec: Make, variant: dict[str, Any], mode: AutoresetMode
+) -> None:
+    settings = {**variant, "max_steps": 6, "click_cost": 0.01}
+    own, sync = make_vec(mode, **settings), make_vec(mode, own=False, **settings)
+    assert isinstance(sync, SyncVectorEnv) and not isinstance(own, SyncVectorEnv)
+    assert own.single_observation_space == sync.single_observation_space
+    assert own.observation_space == sync.observation_space
+    assert own.action_space == sync.action_space
+    steps = 100 if mode == AutoresetMode.DISABLED else 300
+    assert play_side_by_side(own, sync, steps) > steps / 3
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_vector_equals_scalars_over_micro(
+    env_id: str, make_vec: Make, micro_env: dict[str, Any], mode: AutoresetMode
+) -> None:
+    settings = {**micro_env, "backbone": "micro", "stop": True, "undo": True, "max_steps": 4}
+    own, sync = make_vec(mode, **settings), make_vec(mode, own=False, **settings)
+    assert play_side_by_side(own, sync, steps=30) > 10
