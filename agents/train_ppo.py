@@ -181,6 +181,7 @@ def train(config: Config) -> dict[str, Any]:
     if config.env not in sam_gym.ENVIRONMENTS:
         raise unknown_name("environment", config.env, sam_gym.ENVIRONMENTS)
     settings = training_settings(config)
+    settings.validate()
     final_split = config.held_out or ("val" if settings.dataset == "coco" else "test")
     held_out = held_out_settings(config, final_split)
     validation = held_out_settings(config, "val")

@@ -115,11 +115,20 @@ def save_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
         raise OSError(f"{path}: could not be written.")
 
 
-def save_gif(path: str | os.PathLike[str], frames: Sequence[np.ndarray], fps: float = 1.5) -> None:
-    """Write frames of one size as an endless GIF."""
+def save_gif(
+    path: str | os.PathLike[str],
+    frames: Sequence[np.ndarray],
+    fps: float = 1.5,
+    max_width: int = 840,
+) -> None:
+    """Write frames of one size as an endless GIF, no wider than `max_width` pixels."""
     from PIL import Image
 
-    pictures = [Image.fromarray(frame).convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames]
+    pictures = []
+    for frame in frames:
+        picture = Image.fromarray(frame)
+        picture.thumbnail((max_width, frame.shape[0]), Image.Resampling.LANCZOS)
+        pictures.append(picture.quantize(128, dither=Image.Dither.NONE))
     pictures[0].save(
         path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
     )
