@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from sam_gym.backbones import Prompts
+from sam_gym.backbones import NO_POINT, Prompts
 from sam_gym.envs.core import ClickCore
 from sam_gym.prompts import error_click, point_grid
 from sam_gym.registry import Registry
@@ -22,7 +23,7 @@ class Agent(Protocol):
 
 
 #: Baseline name -> class; each is made with a seed.
-BASELINES: Registry[type[Agent]] = Registry("baseline")
+BASELINES: Registry[Callable[[int], Agent]] = Registry("baseline")
 
 
 @BASELINES.register("random")
@@ -74,7 +75,7 @@ class ConfidentAgent:
         used = int(count.max()) + 1
         points = np.zeros((core.num_slots, used, 2), np.float32)
         points[:, : used - 1] = core.points[:, : used - 1]
-        labels = np.full((core.num_slots, used), -2)
+        labels = np.full((core.num_slots, used), NO_POINT)
         labels[:, : used - 1] = core.labels[:, : used - 1]
         points[slots, count], labels[slots, count] = (x, y), int(positive)
         device = core.device
@@ -111,7 +112,8 @@ class OracleAgent:
         region = truth.mask & ~mask if click.positive else mask & ~truth.mask
         cells = core.config.grid**2
         actions = np.arange(cells) + (0 if click.positive else cells)
-        pixels = np.array([core.to_image(slot, *core.click_of(action)[:2]) for action in actions])
+        places = [core.click_of(int(action)) for action in actions]
+        pixels = np.array([core.to_image(slot, x, y) for x, y, _ in places])
         distance = np.hypot(*(pixels - [click.x, click.y]).T)
         inside = region[pixels[:, 1], pixels[:, 0]]
         if inside.any():

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -139,10 +139,16 @@ def evaluate(
         observations, reward, terminated, truncated, infos = env.step(actions)
         totals += reward
         for i in np.flatnonzero(terminated | truncated):
-            final = {key: infos["final_info"][key][i] for key in core.info([i])}
+            final = {key: infos["final_info"][key][i] for key in core.info(np.array([i]))}
             if len(rows[i]) < per_slot:
                 rows[i].append(
-                    (final["iou"], totals[i], final["clicks"], final["source"], final["target_name"])
+                    (
+                        final["iou"],
+                        totals[i],
+                        final["clicks"],
+                        final["source"],
+                        final["target_name"],
+                    )
                 )
             totals[i] = 0.0
     env.close()
@@ -169,13 +175,13 @@ def film_episodes(
     )
     core: ClickCore = env.unwrapped.core  # type: ignore[attr-defined]
     observations, _ = env.reset(seed=seed)
-    current = list(env.render() or ())
+    current = list(cast(Any, env.render()))
     columns = min(count, 3)
     frames = [tile(current, columns)]
     ended = np.zeros(count, bool)
     for _ in range(settings.max_steps):
         observations, _, terminated, truncated, _ = env.step(agent.act(core, observations))
-        drawn = env.render() or ()
+        drawn = cast(Any, env.render())
         for i in np.flatnonzero(~ended):
             current[i] = drawn[i]
         ended |= terminated | truncated

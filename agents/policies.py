@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -201,7 +201,7 @@ class ImplicitPolicy(ActorCriticPolicy):
         self.mlp_extractor = SplitFeatures(width)  # type: ignore[assignment]
         if self.head == "flat":
             self.action_net = FlatHead(width, extractor.cells, num_actions)
-            last: nn.Module = self.action_net.linear
+            last: Any = self.action_net.linear
         else:
             self.action_net = SpatialHead(width, self.grid, num_actions - 2 * self.grid**2)
             last = self.action_net.clicks
@@ -209,7 +209,8 @@ class ImplicitPolicy(ActorCriticPolicy):
         nn.init.normal_(last.weight, std=0.01)
         nn.init.zeros_(last.bias)
         self.value_net = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
-        self.optimizer = self.optimizer_class(
+        make_optimizer: Any = self.optimizer_class
+        self.optimizer = make_optimizer(
             self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs
         )
 
@@ -232,7 +233,7 @@ class ImplicitPolicy(ActorCriticPolicy):
 
     def set_categories(self, categories: Sequence[str]) -> None:
         """Say which names the numbers in `target_category` stand for from now on."""
-        self.features_extractor.set_categories(categories)
+        cast(ClickFeatures, self.features_extractor).set_categories(categories)
 
     def get_value(self, obs: dict[str, Any]) -> Tensor:
         """State values, float32 (B, 1), for CleanRL-style loops.

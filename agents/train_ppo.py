@@ -222,7 +222,9 @@ def train(config: Config) -> dict[str, Any]:
     trained = time.monotonic()
 
     print(f"Evaluating on {final_split}, {config.final_episodes} episodes each.")
-    agents = {"agent": agent} | {name: BASELINES.get(name)(config.seed) for name in BASELINES.names()}
+    agents = {"agent": agent} | {
+        name: BASELINES.get(name)(config.seed) for name in BASELINES.names()
+    }
     results: dict[str, Any] = {}
     for name, player in agents.items():
         outcome = evaluate(
@@ -233,7 +235,9 @@ def train(config: Config) -> dict[str, Any]:
         print(f"  {name:10s} mean IoU {row['mean_iou']:.3f} +- {row['ci95']:.3f}")
     gap = results["oracle"]["mean_iou"] - results["random"]["mean_iou"]
     results["gap_closed"] = (
-        round((results["agent"]["mean_iou"] - results["random"]["mean_iou"]) / gap, 4) if gap else None
+        round((results["agent"]["mean_iou"] - results["random"]["mean_iou"]) / gap, 4)
+        if gap
+        else None
     )
     print(f"  gap closed (agent - random) / (oracle - random): {results['gap_closed']}")
     results |= {

@@ -140,12 +140,22 @@ def plot_learning_curve(
     if evaluations:
         axes.plot(*zip(*evaluations, strict=True), color="#1464b4", lw=2.5, marker="o", ms=4)
         axes.plot([], [], color="#1464b4", lw=2.5, marker="o", ms=4, label="agent, held-out")
-    colours = {"random": "#999999", "center": "#c08040", "confident": "#b04a9a", "oracle": "#2e8b57"}
+    colours = {
+        "random": "#999999",
+        "center": "#c08040",
+        "confident": "#b04a9a",
+        "oracle": "#2e8b57",
+    }
     for name, value in baselines.items():
         axes.axhline(value, color=colours.get(name, "black"), ls="--", lw=1.2)
         axes.annotate(
-            name, (1.0, value), xycoords=("axes fraction", "data"), xytext=(4, 0),
-            textcoords="offset points", va="center", color=colours.get(name, "black"),
+            name,
+            (1.0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            color=colours.get(name, "black"),
         )
     axes.set(xlabel="environment steps", ylabel="mean IoU at the end of an episode", ylim=(0, 1))
     axes.grid(alpha=0.25)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -69,10 +69,10 @@ class VectorEnvAdaptor(VecEnv):
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         frames = self.env.render()
-        return [None] * self.num_envs if frames is None else list(frames)
+        return [None] * self.num_envs if frames is None else list(cast(Any, frames))
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        return [getattr(self.env, attr_name)] * len(self._get_indices(indices))
+        return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         if indices is not None:
@@ -85,12 +85,12 @@ class VectorEnvAdaptor(VecEnv):
         self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any
     ) -> list[Any]:
         result = getattr(self.env, method_name)(*args, **kwargs)
-        return [result] * len(self._get_indices(indices))
+        return [result for _ in self._get_indices(indices)]
 
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None
     ) -> list[bool]:
-        return [False] * len(self._get_indices(indices))
+        return [False for _ in self._get_indices(indices)]
 
 
 def _split(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:

@@ -74,8 +74,10 @@ class GrabCut:
             labels[border] = cv2.GC_PR_BGD
         if _foreground(labels).any():
             cv2.setRNGSeed(0)  # its mixtures start from random clusters
-            models = np.zeros((1, 65)), np.zeros((1, 65))
-            cv2.grabCut(self._image, labels, None, *models, ITERATIONS, cv2.GC_INIT_WITH_MASK)
+            background, foreground = np.zeros((1, 65)), np.zeros((1, 65))
+            rect = (0, 0, 1, 1)  # not used where there is a mask
+            mode = cv2.GC_INIT_WITH_MASK
+            cv2.grabCut(self._image, labels, rect, background, foreground, ITERATIONS, mode)
         return _foreground(labels)
 
 

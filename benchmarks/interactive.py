@@ -136,9 +136,15 @@ def run(config: Config) -> dict[str, Any]:
             for result in progress.track(compared, description="grabCut, same clicks"):
                 run_grabcut(samples, result, config.baseline_clicks)
 
-    summary = {"benchmark": "interactive", "dataset": dataset.name, "split": _split(config)}
-    summary |= {"clicks": config.clicks, **summarise(results)}
-    summary |= {"grabcut": summarise_grabcut(results)} | provenance(config, backbone)
+    summary = {
+        "benchmark": "interactive",
+        "dataset": dataset.name,
+        "split": _split(config),
+        "clicks": config.clicks,
+        **summarise(results),
+        "grabcut": summarise_grabcut(results),
+        **provenance(config, backbone),
+    }
     _write(out, config, summary, results, backbone, samples)
     return summary
 
@@ -320,8 +326,8 @@ def _write(
         page.text(
             f"cv2.grabCut gets the clicks that {backbone.name} got, which were placed on "
             f"{backbone.name}'s errors and not on its own. It works on images of at most "
-            f"{LONGEST_SIDE} pixels a side and goes on from its last mask at each click; its column "
-            f"and the one after it are over the same {grabcut['n']} objects and count at most "
+            f"{LONGEST_SIDE} pixels a side and goes on from its last mask at every click. Its "
+            f"column and the one after it are over the same {grabcut['n']} objects and at most "
             f"{grabcut['clicks']} clicks."
         )
     if config.pictures:
@@ -332,11 +338,13 @@ def _write(
         )
         folder = out / "pictures"
         folder.mkdir(exist_ok=True)
-        for rank, result in _spread(results, config.pictures):
+        shown = [r for r in results if r.baseline] or results
+        for rank, result in _spread(shown, config.pictures):
             frames = _frames(backbone, samples, result)
-            name = f"{rank:05d}_{result.item.source}_{result.item.instance}".replace("/", "_")
+            name = f"{rank:03d}_{result.item.source}_{result.item.instance}".replace("/", "_")
             save_image(folder / f"{name}.png", frames)
-            page.photograph(frames, f"{result.item.source}, {result.item.category}: rank {rank}")
+            caption = f"{rank} of {len(shown)}: {result.item.category}, {result.item.source}"
+            page.photograph(frames, caption)
     page.settings(summary["settings"], [json_file, csv_file])
     page_file = page.write(out / "report.html")
     report.print_table(f"interactive: {backbone.name} on {summary['dataset']}", columns, table)
@@ -388,37 +396,58 @@ def _curve(summary: dict[str, Any]) -> Any:
             line(same, f"{summary['backbone']} ({grabcut['n']} of them)", report.BLUE, ":")
         line(grabcut["miou_at_k"], f"grabCut, same clicks ({grabcut['n']})", report.ORANGE)
     axes.set(xlabel="clicks", ylabel="mean IoU", ylim=(0, 1), xlim=(0.5, summary["clicks"] + 0.5))
-    axes.set_xticks(_checkpoints(summary["clicks"]))
-    axes.legend(frameon=False, loc="lower right")
+    axes.set_xticks(range(1, summary["clicks"] + 1, 1 + summary["clicks"] // 25))
+    axes.legend(frameon=False)
     return figure
 
 
 def _spread(results: Sequence[Result], count: int) -> list[tuple[int, Result]]:
     """Objects evenly spaced by their IoU after five clicks, with their rank (1 is the best)."""
-    shown = min(max(_SHOWN_CLICKS), len(results[0].ious)) - 1
-    ranked = sorted(results, key=lambda r: -r.ious[shown])
-    ranks = np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int))
-    return [(int(rank) + 1, ranked[rank]) for rank in ranks]
+    clicks = min(max(_SHOWN_CLICKS), len(results[0].ious))
+    ranked = sorted(results, key=lambda r: -r.ious[clicks - 1])
+    ranks = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
+    return [(rank + 1, ranked[rank]) for rank in ranks.tolist()]
 
 
 def _frames(backbone: Backbone, samples: SampleCache, result: Result) -> np.ndarray:
     """The object after one, three and five clicks, and what grabCut made of it, side by side."""
     target = target_of(samples[result.item.image], result.item)
-    frames = []
+    shown: list[tuple[str, np.ndarray, list[Click], float]] = []
     for count in (k for k in _SHOWN_CLICKS if k <= len(result.ious)):
         session = click_out(backbone, [target], count)[0]
-        caption = f"{count} click{'s' * (count > 1)}   IoU {session.ious[-1]:.2f}"
-        frames.append(_frame(target, session.mask, session.clicks, caption))
+        title = f"{count} click{'s' * (count > 1)}"
+        shown.append((title, session.mask, session.clicks, session.ious[-1]))
     if result.baseline:
-        grabcut = GrabCut(target.image)
         clicks = result.clicks[: len(result.baseline)]
-        masks = [grabcut.cut(clicks[:count]) for count in range(1, len(clicks) + 1)]
-        caption = f"grabCut, {len(clicks)} clicks   IoU {result.baseline[-1]:.2f}"
-        frames.append(_frame(target, masks[-1], clicks, caption))
-    return report.side_by_side(frames)
-
-
-def _frame(target: Target, mask: np.ndarray, clicks: Sequence[Click], caption: str) -> np.ndarray:
-    return draw_episode(
-        target.image, mask, clicks, target=target.mask, caption=caption, height=_FRAME_HEIGHT
+        grabcut = GrabCut(target.image)
+        mask = [grabcut.cut(clicks[:count]) for count in range(1, len(clicks) + 1)][-1]
+        shown.append((f"grabCut, {len(clicks)} clicks", mask, clicks, result.baseline[-1]))
+    window = _window(target, [click for _, _, clicks, _ in shown for click in clicks])
+    top, left = (side.start for side in window)
+    return report.side_by_side(
+        [
+            draw_episode(
+                target.image[window],
+                mask[window],
+                [(x - left, y - top, positive) for x, y, positive in clicks],
+                target=target.mask[window],
+                caption=f"{title}   IoU {overlap:.2f}",
+                height=_FRAME_HEIGHT,
+            )
+            for title, mask, clicks, overlap in shown
+        ]
     )
+
+
+def _window(target: Target, clicks: Sequence[Click]) -> tuple[slice, slice]:
+    """Rows and columns around an object and its clicks, so that small objects can be seen."""
+    ys, xs = np.nonzero(target.mask)
+    lows = min(ys.min(), *(c.y for c in clicks)), min(xs.min(), *(c.x for c in clicks))
+    highs = max(ys.max(), *(c.y for c in clicks)), max(xs.max(), *(c.x for c in clicks))
+    extent = max(high - low for low, high in zip(lows, highs, strict=True))
+    # Half the extent as surroundings, and never fewer pixels than can be looked at.
+    half = max(extent, 48)
+    return tuple(
+        slice(int(max(0, (low + high) // 2 - half)), int(min(size, (low + high) // 2 + half)))
+        for low, high, size in zip(lows, highs, target.mask.shape, strict=True)
+    )  # type: ignore[return-value]

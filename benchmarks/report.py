@@ -154,7 +154,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console().print(table)
 
 
-def new_plot(width: float = 7.2, height: float = 4.0) -> tuple[Figure, Axes]:
+def new_plot(width: float = 9.0, height: float = 4.2) -> tuple[Figure, Axes]:
     """A matplotlib figure in the style of the page; no window system is involved."""
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Clicking an object out of an image, many objects at once: the loop of interactive segmentation."""
+"""The loop of interactive segmentation: clicking objects out of images, many at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from sam_gym.prompts import Click, error_click
 
 @dataclass(frozen=True)
 class Target:
-    """One object to click out: image uint8 (H, W, 3), mask bool (H, W), ignore bool (H, W) or None."""
+    """One object to click out.
+
+    Attributes:
+        image: uint8 (H, W, 3), RGB.
+        mask: bool (H, W).
+        ignore: bool (H, W), pixels that do not count, or None.
+    """
 
     image: np.ndarray
     mask: np.ndarray

@@ -65,7 +65,9 @@ def _at(x: float, y: float, scale: float) -> tuple[int, int]:
     return round((x + 0.5) * scale), round((y + 0.5) * scale)
 
 
-def _outline(canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], width: int) -> None:
+def _outline(
+    canvas: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], width: int
+) -> None:
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     cv2.drawContours(canvas, contours, -1, colour, width, cv2.LINE_AA)
 
@@ -85,7 +87,10 @@ def _mark(canvas: np.ndarray, center: tuple[int, int], positive: bool, newest: b
 def _caption(text: str, width: int) -> np.ndarray:
     strip = np.full((30, width, 3), 24, np.uint8)
     scale = 0.5
-    while scale > 0.25 and cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] > width - 12:
+    while (
+        scale > 0.25
+        and cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] > width - 12
+    ):
         scale -= 0.02
     cv2.putText(
         strip, text, (6, 20), cv2.FONT_HERSHEY_SIMPLEX, scale, (240, 240, 240), 1, cv2.LINE_AA

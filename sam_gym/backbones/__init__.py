@@ -1,6 +1,6 @@
 """SAM as one shared, batched service.
 
-`load_backbone("micro")` works offline; the real SAMs take the checkpoint that their authors publish.
+`load_backbone("micro")` works offline; the real SAMs take the checkpoint their authors publish.
 """
 
 from sam_gym.backbones.decode import NO_POINT, Prompts

@@ -9,10 +9,11 @@ those of the segment_anything modules, read in place.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 #: Label of an entry of `Prompts.labels` that holds no point.
@@ -94,7 +95,7 @@ def encode_masks(encoder: PromptEncoder, prompts: Prompts) -> Tensor:
     return torch.where(prompts.has_mask[:, None, None, None], dense, none)
 
 
-def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     heads = attention.num_heads
 
     def split(x: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def _attend(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
 
 
 def _two_way(
-    transformer: nn.Module, image: Tensor, image_pe: Tensor, tokens: Tensor, present: Tensor
+    transformer: Any, image: Tensor, image_pe: Tensor, tokens: Tensor, present: Tensor
 ) -> tuple[Tensor, Tensor]:
     """segment_anything's TwoWayTransformer with absent tokens left out of every attention."""
     mask = None if present is None else present[:, None, None, :]
@@ -137,9 +138,9 @@ def _upscale(decoder: MaskDecoder, keys: Tensor) -> Tensor:
     A transposed convolution of kernel 2 and stride 2 is a linear map from each pixel to its four
     children; the last two axes of the result hold the 4 x 4 grandchildren and their features.
     """
-    first, norm, act, second, last_act = decoder.output_upscaling
+    first, norm, act, second, last_act = cast(Any, decoder.output_upscaling)
 
-    def children(x: Tensor, conv: nn.ConvTranspose2d) -> Tensor:
+    def children(x: Tensor, conv: Any) -> Tensor:
         weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
         return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
 

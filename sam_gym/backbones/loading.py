@@ -90,7 +90,11 @@ def load_weights(sam: Sam, name: str, path: Path) -> None:
     ]
     if missing or extra or shapes:
         found = []
-        for kind, items in (("missing", missing), ("unexpected", extra), ("of wrong shape", shapes)):
+        for kind, items in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("of wrong shape", shapes),
+        ):
             if items:
                 found.append(f"{len(items)} {kind} (first: {items[0]})")
         raise ValueError(

@@ -53,9 +53,7 @@ class MicroEncoder(nn.Module):
         self.coarse = _conv(eighth, coarse, 2)
         grid = img_size // 16
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, coarse))
-        self.blocks = nn.ModuleList(
-            Block(coarse, num_heads, mlp_ratio=3.0) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(coarse, num_heads, mlp_ratio=3.0) for _ in range(depth))
         self.fine_quarter = nn.Conv2d(quarter, 16, 1)
         self.fine_eighth = nn.Conv2d(eighth, 48, 1)
         self.neck = nn.Sequential(

@@ -260,7 +260,8 @@ class MicroStream(TorchDataset[TrainItem]):
 
             image = cv2.resize(image[view], (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
             masks, parts = enlarge(masks), enlarge(parts)
-            labels = cv2.resize(labels[view], (SIZE, SIZE), interpolation=cv2.INTER_NEAREST)
+            small = labels[view]
+            labels = np.asarray(cv2.resize(small, (SIZE, SIZE), interpolation=cv2.INTER_NEAREST))
         visible = _areas(masks) > 120
         masks, categories = masks[visible], sample.categories[visible]
         parts = parts[_areas(parts) > 200]

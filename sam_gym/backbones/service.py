@@ -1,4 +1,4 @@
-"""One SAM as a batched service: encode images, decode prompts. Shared by everybody, changed by nobody."""
+"""One SAM as a batched service, shared by everybody and changed by nobody."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image embeddings kept on the device, so that an image is encoded once and passed around as a number."""
+"""Image embeddings kept on the device: an image is encoded once and passed around as a number."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_HANDLES = 2**24
 def content_key(image: np.ndarray) -> bytes:
     """What identifies an image: a digest of its pixels and shape."""
     digest = hashlib.sha256(repr(image.shape).encode())
-    digest.update(np.ascontiguousarray(image))
+    digest.update(np.ascontiguousarray(image).data)
     return digest.digest()
 
 
@@ -150,7 +150,7 @@ class EmbeddingStore:
                 return
         raise MemoryError(
             f"The embedding store is full: all of its {self.capacity} embeddings are in use. "
-            f"Raise its bound (now {self.max_bytes / 2**30:.2f} GiB; environments take store_gib=), "
+            f"Raise its bound (now {self.max_bytes / 2**30:.2f} GiB; environments: store_gib=), "
             "use fewer different images, or shorter rollouts."
         )
 

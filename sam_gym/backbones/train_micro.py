@@ -140,7 +140,8 @@ class PromptBatch:
 
     def _add_noisy_mask(self, i: int) -> None:
         mask = self.hard[i].astype(np.float32)
-        move = np.float32([[1, 0, self.rng.normal(0, 2)], [0, 1, self.rng.normal(0, 2)]])
+        dx, dy = self.rng.normal(0, 2, 2)
+        move = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
         mask = cv2.GaussianBlur(cv2.warpAffine(mask, move, (MASK, MASK)), (0, 0), 1.5)
         bumps = cv2.resize(self.rng.normal(0, 0.25, (8, 8)).astype(np.float32), (MASK, MASK))
         self.masks[i] = torch.from_numpy((mask + bumps - 0.5) * self.rng.uniform(6, 20))
@@ -185,7 +186,8 @@ class PromptBatch:
                 index = int(wrong[self.rng.integers(len(wrong))])
                 positive = bool(truth.flat[index])
             y, x = divmod(index, MASK)
-            self._add_click(i, *(CELL * np.array([x, y]) + self.rng.integers(0, CELL, 2)), positive)
+            dx, dy = self.rng.integers(0, CELL, 2)
+            self._add_click(i, CELL * x + dx, CELL * y + dy, positive)
 
 
 def mask_losses(logits: Tensor, target: Tensor) -> Tensor:
@@ -390,7 +392,7 @@ def train(config: Config) -> dict[str, float]:
 
     from sam_gym.backbones.loading import resolve_device
 
-    # OpenCV's threads do not survive the fork of a data worker: a worker would wait for them forever.
+    # OpenCV's threads do not survive the fork of a data worker, which would wait for them.
     cv2.setNumThreads(0)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -426,7 +428,9 @@ def train(config: Config) -> dict[str, float]:
                 row |= {"step": trainer.step, "seconds": round(time.monotonic() - started, 1)}
                 window.clear()
                 print(json.dumps(row), file=log, flush=True)
-                shown = f"loss {row['loss']:.3f}  IoU {row['iou_first']:.3f} -> {row['iou_last']:.3f}"
+                shown = (
+                    f"loss {row['loss']:.3f}  IoU {row['iou_first']:.3f} -> {row['iou_last']:.3f}"
+                )
                 progress.update(task, completed=trainer.step, numbers=shown)
             if trainer.step % config.save_every == 0:
                 trainer.save(checkpoint)

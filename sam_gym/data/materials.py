@@ -54,7 +54,9 @@ def _pattern_tiles() -> np.ndarray:
         tiles.append(sum(noise(4 * 2**k) / 2**k for k in range(5)))
         tiles.append(noise(int(rng.integers(40, 160))))
         tiles.append(wave(rng.uniform(6, 26)))
-        tiles.append(np.sign(wave(rng.uniform(8, 30)) - 0.5) * np.sign(wave(rng.uniform(8, 30)) - 0.5))
+        tiles.append(
+            np.sign(wave(rng.uniform(8, 30)) - 0.5) * np.sign(wave(rng.uniform(8, 30)) - 0.5)
+        )
         tiles.append((wave(rng.uniform(8, 24)) * wave(rng.uniform(8, 24)) > 0.45) + 0.3 * noise(80))
         seeds = rng.integers(0, TILE, (int(rng.integers(30, 200)), 2))
         dots = np.full((TILE, TILE), 255, np.uint8)

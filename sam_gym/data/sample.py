@@ -46,9 +46,9 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`, the same at every call; `IndexError` outside `range(len(self))`."""
+        """The sample at `index`, always the same; `IndexError` outside `range(len(self))`."""
         ...
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
-        """Draw an image at random: its index, and the category to segment (None: any in the image)."""
+        """Draw an image: its index, and the category to segment (None: any in the image)."""
         ...

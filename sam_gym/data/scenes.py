@@ -84,7 +84,6 @@ class _Canvas:
         return False
 
     def _paint(self, outline, center, window, category: str | None) -> bool:
-        rng = self.rng
         height, width = (s.stop - s.start for s in window)
         origin = np.array([window[1].start, window[0].start])
         alphas = np.zeros((len(outline), height, width), np.uint8)
@@ -181,7 +180,9 @@ class _Canvas:
         if rng.random() < 0.3:
             image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.1))
         top, left = rng.integers(0, 512 - size + 1, 2)
-        image += np.float32(rng.uniform(2, 13)) * _grain_tile()[top : top + size, left : left + size]
+        image += (
+            np.float32(rng.uniform(2, 13)) * _grain_tile()[top : top + size, left : left + size]
+        )
         return np.clip(image, 0, 255).astype(np.uint8)
 
 

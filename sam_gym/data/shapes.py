@@ -1,7 +1,7 @@
 """The outlines of the procedural objects: each category is a few named parts in a unit square.
 
 Coordinates are (x, y) in [-1, 1], y down. A part is a list of closed contours, filled by the
-even-odd rule, so a contour inside another one is a hole. Proportions vary from instance to instance.
+even-odd rule, so a contour inside another one is a hole. Proportions vary.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from sam_gym.registry import unknown_name
 from sam_gym.render import show
 
 
-class SamSegEnv(gym.Env[dict[str, np.ndarray], int]):
+class SamSegEnv(gym.Env[Any, Any]):
     """Segment a target by clicking a Segment Anything Model.
 
     ## Description
@@ -195,7 +195,10 @@ class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         self._rngs = [seeding.np_random(None)[0] for _ in range(num_envs)]
 
     def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Begin new episodes; `options={"reset_mask": bool (num_envs,)}` limits them to some."""
         mask = np.ones(self.num_envs, bool)
@@ -303,7 +306,7 @@ class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         return frames
 
     def close_extras(self, **kwargs: Any) -> None:
-        self.core.release(self._all)
+        self.core.release(self._all.tolist())
 
 
 def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:

@@ -158,7 +158,9 @@ class ClickCore:
         self.predicted_ious = np.zeros((num_slots, steps + 1), np.float32)
         # Entry 0 of a history is the empty mask before the first click.
         self.logits = torch.full((num_slots, steps + 1, *mask_shape), -20.0, device=self.device)
-        self._low_target = torch.zeros((num_slots, *mask_shape), dtype=torch.bool, device=self.device)
+        self._low_target = torch.zeros(
+            (num_slots, *mask_shape), dtype=torch.bool, device=self.device
+        )
         self._low_valid = torch.ones_like(self._low_target)
 
     def _share(self) -> None:
@@ -180,7 +182,7 @@ class ClickCore:
         self.config.validate()
         self._share()
         held = np.flatnonzero(self.handles >= 0)
-        self.handles[held] = self.store.acquire([self._target(slot).image for slot in held])
+        self.handles[held] = self.store.acquire([self._target(int(slot)).image for slot in held])
 
     def _make_observation_space(self) -> spaces.Dict:
         config, backbone = self.config, self.backbone
@@ -235,8 +237,10 @@ class ClickCore:
                     category = int(rng.choice(np.unique(sample.categories)))
                 mask, cue = sample.category_mask(category), None
             else:
-                pool = np.flatnonzero(sample.categories == category) if category is not None else (
-                    np.arange(len(sample.masks))
+                pool = (
+                    np.flatnonzero(sample.categories == category)
+                    if category is not None
+                    else (np.arange(len(sample.masks)))
                 )
                 number = int(rng.choice(pool))
                 mask, category = sample.masks[number], int(sample.categories[number])
@@ -249,7 +253,7 @@ class ClickCore:
                 return target, low, valid
         raise ValueError(
             f"{self.dataset.name}: 200 draws found no target that covers at least "
-            f"{self.config.min_target:.2%} of the frame. Lower min_target or choose other categories."
+            f"{self.config.min_target:.2%} of the frame. Lower min_target or take other categories."
         )
 
     def _low_res(
@@ -404,7 +408,9 @@ class ClickCore:
             return np.array(
                 [
                     metrics.iou(
-                        (self.backbone.masks_at(row, t.mask.shape) > 0).cpu().numpy(), t.mask, t.ignore
+                        (self.backbone.masks_at(row, t.mask.shape) > 0).cpu().numpy(),
+                        t.mask,
+                        t.ignore,
                     )
                     for row, t in zip(logits, targets, strict=True)
                 ]

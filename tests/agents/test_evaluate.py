@@ -71,7 +71,9 @@ def test_oracle_clicks_inside_the_error_it_means(tiny_env: dict[str, Any]) -> No
 
 def test_all_agents_meet_the_same_episodes(tiny_env: dict[str, Any]) -> None:
     runs = [
-        evaluate(BASELINES.get(name)(0), settings_of(tiny_env, max_steps=2), episodes=10, num_envs=4)
+        evaluate(
+            BASELINES.get(name)(0), settings_of(tiny_env, max_steps=2), episodes=10, num_envs=4
+        )
         for name in ("random", "oracle", "random")
     ]
     assert runs[0].sources == runs[1].sources and runs[0].targets == runs[1].targets

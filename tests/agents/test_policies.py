@@ -107,7 +107,9 @@ def test_training_moves_the_policy_but_not_the_backbone(tiny_env: dict[str, Any]
     for key, value in core.backbone.sam.state_dict().items():
         assert torch.equal(value, sam_before[key]), key
     assert not core.backbone.sam.training
-    moved = [k for k, v in model.policy.state_dict().items() if not torch.equal(v, policy_before[k])]
+    moved = [
+        k for k, v in model.policy.state_dict().items() if not torch.equal(v, policy_before[k])
+    ]
     assert any("clicks" in key for key in moved) and any("reduce" in key for key in moved)
     unknown = model.policy.features_extractor.modulation.weight[0]
     assert torch.equal(unknown, torch.zeros_like(unknown))

@@ -1,0 +1,75 @@
+"""Results on disk: plain, finite, whole."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import report
+
+
+def test_numpy_becomes_plain(tmp_path: Path) -> None:
+    results = {
+        "a": np.float32(0.5),
+        "b": np.arange(3),
+        "c": (np.bool_(True), None, "x"),
+        "d": tmp_path,
+        "e": {"f": np.int64(7)},
+    }
+    path = report.write_json(tmp_path / "results.json", results)
+    expected = {"a": 0.5, "b": [0, 1, 2], "c": [True, None, "x"], "d": str(tmp_path), "e": {"f": 7}}
+    assert json.loads(path.read_text()) == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.float32("inf"), np.array([0.0, np.nan])])
+def test_what_is_not_finite_is_refused_with_its_place(tmp_path: Path, value: object) -> None:
+    path = tmp_path / "results.json"
+    with pytest.raises(ValueError, match=r"outer: inner: .*must be finite"):
+        report.write_json(path, {"outer": {"inner": value}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_json_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="object"):
+        report.write_json(tmp_path / "results.json", {"a": object()})
+
+
+def test_writing_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for content in ("old", "new"):
+        report.write_atomic(path, content)
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_csv(tmp_path: Path) -> None:
+    rows = [{"a": np.float64(1 / 3), "b": 'x, "y"'}, {"a": None, "b": 2}]
+    with report.write_csv(tmp_path / "a.csv", rows).open(newline="") as file:
+        assert list(csv.reader(file)) == [["a", "b"], ["0.333333", 'x, "y"'], ["", "2"]]
+
+
+def test_page_escapes_and_embeds(tmp_path: Path) -> None:
+    figure, axes = report.new_plot()
+    axes.plot([0, 1])
+    plot = report.save_plot(tmp_path / "plot.png", figure)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    page = report.Page("<script>", "a & b")
+    page.cards({"<n>": "1"})
+    page.table(("a", "<b>"), [("1", "<2>")])
+    page.plot(plot, "plot")
+    page.photograph(np.zeros((4, 6, 3), np.uint8), "<caption>")
+    page.settings({"x": 1, "left_out": None}, [plot])
+    text = page.write(tmp_path / "page.html").read_text()
+    for raw in ("<script>", "<n>", "<b>1", "<2>", "<caption>", "left_out"):
+        assert raw not in text
+    assert text.count("data:image/png;base64,") == 1
+    assert text.count("data:image/jpeg;base64,") == 1
+
+
+def test_side_by_side() -> None:
+    frames = [np.zeros((3, width, 3), np.uint8) for width in (4, 5)]
+    row = report.side_by_side(frames, gap=2)
+    assert row.shape == (3, 11, 3)
+    assert (row[:, 4:6] == 255).all() and not row[:, :4].any() and not row[:, 6:].any()
