@@ -35,6 +35,9 @@ def spread(sam: Sam) -> Sam:
         for mlp in sam.mask_decoder.output_hypernetworks_mlps:
             mlp.layers[-1].weight.mul_(50.0)
             mlp.layers[-1].bias.mul_(50.0)
+        # Which mask is predicted to be best is to depend on the prompt.
+        sam.mask_decoder.iou_prediction_head.layers[-1].weight.mul_(10.0)
+        sam.mask_decoder.iou_prediction_head.layers[-1].bias.zero_()
     return sam
 
 

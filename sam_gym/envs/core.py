@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -264,11 +265,11 @@ class ClickCore:
         height, width = self.backbone.input_size(mask.shape)
 
         def shrink(area: np.ndarray) -> np.ndarray:
-            tensor = torch.from_numpy(area.astype(np.float32))[None, None]
-            if (height, width) != area.shape:
-                tensor = F.interpolate(tensor, (height, width), mode="area")
-            tensor = F.pad(tensor, (0, size - width, 0, size - height))
-            return F.avg_pool2d(tensor, size // shape[0])[0, 0].numpy() >= 0.5
+            frame = area.astype(np.float32)
+            if area.shape != (height, width):
+                frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
+            frame = np.pad(frame, ((0, size - height), (0, size - width)))
+            return cv2.resize(frame, shape[::-1], interpolation=cv2.INTER_AREA) >= 0.5
 
         target = shrink(mask)
         if ignore is None and height == width:

@@ -186,9 +186,8 @@ def test_best_mask_is_the_predictors_choice(backbone: Backbone) -> None:
     predictors = make_predictors(backbone, images)
     rows = every_kind(backbone, images)
     multimask = np.random.default_rng(4).random(len(rows)) < 0.5
-    logits, iou = backbone.decode_best(
-        backbone.encode(images), together(backbone, images, rows), torch.from_numpy(multimask)
-    )
+    embeddings, prompts = backbone.encode(images), together(backbone, images, rows)
+    logits, iou = backbone.decode_best(embeddings, prompts, torch.from_numpy(multimask))
     assert logits.shape == (len(rows), *backbone.mask_shape) and iou.shape == (len(rows),)
     picked = set()
     for i, row in enumerate(rows):
@@ -197,7 +196,18 @@ def test_best_mask_is_the_predictors_choice(backbone: Backbone) -> None:
         picked.add((bool(multimask[i]), best))
         chosen = at_image[best][None], quality[best][None], low[best][None]
         assert_same(backbone, logits[i][None], iou[i][None], chosen)
-    assert {(False, 0)} < picked
+    assert len(picked) > 2
+
+
+def test_best_of_three_is_never_the_single_mask(tiny: Backbone) -> None:
+    images = make_images(tiny)
+    rows = every_kind(tiny, images)
+    embeddings, prompts = tiny.encode(images), together(tiny, images, rows)
+    _, single = tiny.decode(embeddings, prompts)
+    _, three = tiny.decode(embeddings, prompts, multimask=True)
+    assert (single[:, 0] > three.amax(dim=1)).any()
+    _, best = tiny.decode_best(embeddings, prompts, torch.ones(len(rows), dtype=torch.bool))
+    torch.testing.assert_close(best, three.amax(dim=1))
 
 
 def test_order_and_company_do_not_matter(tiny: Backbone) -> None:

@@ -45,7 +45,7 @@ def test_writing_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_csv(tmp_path: Path) -> None:
-    rows = [{"a": np.float64(1 / 3), "b": 'x, "y"'}, {"a": None, "b": 2}]
+    rows: list[dict[str, object]] = [{"a": np.float64(1 / 3), "b": 'x, "y"'}, {"a": None, "b": 2}]
     with report.write_csv(tmp_path / "a.csv", rows).open(newline="") as file:
         assert list(csv.reader(file)) == [["a", "b"], ["0.333333", 'x, "y"'], ["", "2"]]
 
@@ -62,7 +62,7 @@ def test_page_escapes_and_embeds(tmp_path: Path) -> None:
     page.photograph(np.zeros((4, 6, 3), np.uint8), "<caption>")
     page.settings({"x": 1, "left_out": None}, [plot])
     text = page.write(tmp_path / "page.html").read_text()
-    for raw in ("<script>", "<n>", "<b>1", "<2>", "<caption>", "left_out"):
+    for raw in ("<script>", "<n>", "<th><b>", "<2>", "<caption>", "left_out"):
         assert raw not in text
     assert text.count("data:image/png;base64,") == 1
     assert text.count("data:image/jpeg;base64,") == 1
