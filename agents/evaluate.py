@@ -20,9 +20,12 @@ import tyro
 import sam_gym  # noqa: F401  (registers the environments)
 from agents.baselines import BASELINES, Agent
 from agents.policies import ImplicitPolicy
+from sam_gym import cli
 from sam_gym.envs.core import ClickConfig, ClickCore
+from sam_gym.files import write_csv, write_json
 from sam_gym.metrics import mean_and_ci95
 from sam_gym.registry import unknown_name
+from sam_gym.render import save_gif, tile
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,12 @@ class Evaluation:
     clicks: np.ndarray
     sources: list[str]
     targets: list[str]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row per episode: source, target, iou, reward, clicks."""
+        columns = (self.sources, self.targets, self.ious, self.rewards, self.clicks)
+        names = ("source", "target", "iou", "reward", "clicks")
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def summary(self) -> dict[str, float]:
         """`mean_iou` with its `ci95` half-width, `episodes`, `mean_reward`, `mean_clicks`."""
@@ -162,8 +171,6 @@ def film_episodes(
     agent: Agent, settings: ClickConfig, *, env_id: str = "SamSeg-v0", count: int = 6, seed: int = 0
 ) -> list[np.ndarray]:
     """Frames of episodes played side by side: uint8 (H, W, 3) each, the last one held."""
-    from sam_gym.render import tile
-
     options: dict[str, Any] = asdict(replace(settings, obs="handle")) | {"score": "full"}
     env = gym.make_vec(
         env_id,
@@ -233,9 +240,6 @@ def with_categories(settings: ClickConfig, categories: str | None) -> ClickConfi
 
 def main(args: Sequence[str] | None = None) -> dict[str, float]:
     """The command line."""
-    from agents.training import write_json
-    from sam_gym.render import save_gif
-
     config = tyro.cli(Config, args=args)
     settings = with_categories(config.settings, config.categories)
     agent = load_agent(config.policy, config.seed, settings.device)
@@ -251,13 +255,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
     )
     summary = result.summary()
     write_json(out / "results.json", {config.policy: summary, "config": asdict(config)})
-    with (out / "episodes.csv").open("w") as file:
-        file.write("source,target,iou,reward,clicks\n")
-        rows = zip(
-            result.sources, result.targets, result.ious, result.rewards, result.clicks, strict=True
-        )
-        for source, target, overlap, reward, clicks in rows:
-            file.write(f"{source},{target},{overlap:.4f},{reward:.4f},{clicks}\n")
+    write_csv(out / "episodes.csv", result.rows())
     frames = film_episodes(agent, settings, env_id=config.env, seed=config.seed)
     save_gif(out / "episodes.gif", frames)
     print(json.dumps(summary, indent=2))
@@ -266,4 +264,4 @@ def main(args: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -18,10 +18,12 @@ import sam_gym
 from agents.baselines import BASELINES
 from agents.evaluate import PolicyAgent, evaluate, film_episodes, with_categories
 from agents.policies import POLICIES
-from agents.training import PinRollouts, WatchTraining, plot_learning_curve, write_json
+from agents.training import PinRollouts, WatchTraining, plot_learning_curve
 from agents.vec_env import VectorEnvAdaptor
+from sam_gym import cli
 from sam_gym.data import make_dataset
 from sam_gym.envs.core import ClickConfig, ClickCore
+from sam_gym.files import write_json
 from sam_gym.registry import unknown_name
 from sam_gym.render import save_gif
 
@@ -262,4 +264,4 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,26 +1,16 @@
-"""What a training run writes and watches: files, progress, checkpoints, periodic evaluation."""
+"""What a training run watches: progress, checkpoints, periodic evaluation, its curve."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sam_gym.backbones.store import EmbeddingStore
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
 
 
 class PinRollouts(BaseCallback):

@@ -32,6 +32,7 @@ from sam_gym.backbones.micro_data import LABEL_STRIDE, NO_LABEL, SIZE, MicroStre
 from sam_gym.backbones.service import Backbone
 from sam_gym.data.sample import Sample
 from sam_gym.data.scenes import Scenes
+from sam_gym.files import write_json
 from sam_gym.interactive import Target, click_out
 from sam_gym.prompts import interior_distance
 
@@ -408,7 +409,7 @@ def train(config: Config) -> dict[str, float]:
     if checkpoint.exists():
         trainer.load(checkpoint)
         print(f"Going on from step {trainer.step} of {checkpoint}.")
-    (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    write_json(out / "config.json", asdict(config))
 
     columns = (
         TextColumn("step {task.completed}/{task.total}"),
@@ -440,7 +441,7 @@ def train(config: Config) -> dict[str, float]:
 
     backbone = Backbone("micro", trainer.average.module, device, torch.float32)
     result = evaluate(backbone, config.evaluate)
-    (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(out / "evaluation.json", result)
     print("held-out scenes:", result)
     return result
 
@@ -448,4 +449,6 @@ def train(config: Config) -> dict[str, float]:
 if __name__ == "__main__":
     import tyro
 
-    train(tyro.cli(Config))
+    from sam_gym import cli
+
+    cli.run(lambda: train(tyro.cli(Config)))

@@ -265,7 +265,7 @@ class ClickCore:
         height, width = self.backbone.input_size(mask.shape)
 
         def shrink(area: np.ndarray) -> np.ndarray:
-            frame = area.astype(np.float32)
+            frame: np.ndarray = area.astype(np.float32)
             if area.shape != (height, width):
                 frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
             frame = np.pad(frame, ((0, size - height), (0, size - width)))
