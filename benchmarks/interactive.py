@@ -16,6 +16,7 @@ from benchmarks.options import BackboneOptions, provenance, require_at_least
 from sam_gym.backbones import Backbone
 from sam_gym.data import Dataset, Sample, make_dataset
 from sam_gym.data.cache import SampleCache
+from sam_gym.files import write_csv, write_json
 from sam_gym.interactive import Target, click_out
 from sam_gym.metrics import iou, number_of_clicks, number_of_failures
 from sam_gym.prompts import Click
@@ -299,9 +300,9 @@ def _write(
     samples: SampleCache,
 ) -> None:
     grabcut = summary["grabcut"]
-    json_file = report.write_json(out / "results.json", summary)
+    json_file = write_json(out / "results.json", summary)
     rows = object_rows(results, grabcut["clicks"] if grabcut else 0)
-    csv_file = report.write_csv(out / "objects.csv", rows)
+    csv_file = write_csv(out / "objects.csv", rows)
     curve_file = report.save_plot(out / "curve.png", _curve(summary))
 
     page = report.Page(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
 import io
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
+
+from sam_gym.files import plain, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,66 +47,6 @@ figcaption { color: #68727e; font-size: .9rem; margin-top: 4px; }
 footer { margin-top: 48px; color: #68727e; font-size: .85rem; }
 code { font-size: .9em; }
 """
-
-
-def plain(value: Any) -> Any:
-    """Numpy scalars and arrays, tuples and paths as what JSON knows.
-
-    Raises:
-        ValueError: a number is not finite; it names where it stands.
-        TypeError: something that JSON cannot hold.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): _within(key, item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_within(index, item) for index, item in enumerate(value)]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, float) and not np.isfinite(value):
-        raise ValueError(f"{value} is not a result: every number must be finite.")
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    raise TypeError(f"{type(value).__name__} cannot stand in JSON: {value!r}.")
-
-
-def _within(key: object, item: Any) -> Any:
-    try:
-        return plain(item)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
-
-
-def write_atomic(path: Path, content: str | bytes) -> Path:
-    """Write a file whole or not at all: under another name first, which is then renamed."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(unfinished, path)
-    return path
-
-
-def write_json(path: Path, results: Mapping[str, Any]) -> Path:
-    """Write results as JSON; see `plain` for what is refused."""
-    text = json.dumps(plain(results), indent=2, allow_nan=False, ensure_ascii=False)
-    return write_atomic(path, text + "\n")
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows that share the keys of the first; floats to six digits, None as an empty cell."""
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: _cell(value) for key, value in row.items()})
-    return write_atomic(path, buffer.getvalue())
-
-
-def _cell(value: Any) -> Any:
-    value = plain(value)
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def output_folder(out: str) -> Path:

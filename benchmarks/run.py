@@ -17,6 +17,7 @@ from typing import Any
 
 import tyro
 
+from sam_gym import cli
 from sam_gym.registry import unknown_name
 
 #: Benchmark name -> module with a dataclass `Config` and `run(config) -> results`.
@@ -36,23 +37,21 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         What results.json holds.
 
     Raises:
-        SystemExit: after --help, or with a message when an option or the data is wrong.
+        SystemExit: after --help, or when the command line cannot be parsed.
+        ValueError, FileNotFoundError: a name, a value, the data or the checkpoint is wrong.
     """
     args = list(sys.argv[1:] if args is None else args)
-    try:
-        if args and not args[0].startswith("-") and args[0] not in BENCHMARKS:
-            raise unknown_name("benchmark", args[0], BENCHMARKS)
-        modules = {name: importlib.import_module(path) for name, path in BENCHMARKS.items()}
-        config = tyro.extras.subcommand_cli_from_dict(
-            {name: module.Config for name, module in modules.items()},
-            prog="python -m benchmarks.run",
-            description=__doc__,
-            args=args or ["--help"],
-        )
-        return modules[args[0]].run(config)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from error
+    if args and not args[0].startswith("-") and args[0] not in BENCHMARKS:
+        raise unknown_name("benchmark", args[0], BENCHMARKS)
+    modules = {name: importlib.import_module(path) for name, path in BENCHMARKS.items()}
+    config = tyro.extras.subcommand_cli_from_dict(
+        {name: module.Config for name, module in modules.items()},
+        prog="python -m benchmarks.run",
+        description=__doc__,
+        args=args or ["--help"],
+    )
+    return modules[args[0]].run(config)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

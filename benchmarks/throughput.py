@@ -22,6 +22,7 @@ from sam_gym.backbones import Backbone
 from sam_gym.backbones.store import EmbeddingStore
 from sam_gym.data.cache import SampleCache
 from sam_gym.envs.core import ClickCore
+from sam_gym.files import write_csv, write_json
 
 #: Phase of a step -> whose methods make it up. Time in a nested method counts for that one only.
 PHASES = {
@@ -376,8 +377,8 @@ def _phases(config: Config, profiles: Sequence[dict[str, float]]) -> dict[str, A
 
 
 def _write(config: Config, summary: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
-    json_file = report.write_json(out / "results.json", summary)
-    csv_file = report.write_csv(out / "repeats.csv", rows)
+    json_file = write_json(out / "results.json", summary)
+    csv_file = write_csv(out / "repeats.csv", rows)
     plot_file = report.save_plot(out / "phases.png", _plot(summary))
     columns, table = _table(summary)
 

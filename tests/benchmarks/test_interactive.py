@@ -130,7 +130,7 @@ def test_subsets_are_seeded(micro_checkpoint: str, tmp_path: Path) -> None:
 def test_broken_image_stops_before_work(micro_checkpoint: str, discs: Path, tmp_path: Path) -> None:
     broken = discs / "images" / "2.png"
     broken.write_bytes(broken.read_bytes()[:200])
-    with pytest.raises(SystemExit, match=r"2\.png"):
+    with pytest.raises(ValueError, match=r"2\.png"):
         main(arguments(micro_checkpoint, tmp_path / "out", *folder(discs)))
     assert not list((tmp_path / "out").iterdir())
 

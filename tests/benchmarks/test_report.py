@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import report
+from sam_gym.files import write_atomic, write_csv, write_json
 
 
 def test_numpy_becomes_plain(tmp_path: Path) -> None:
@@ -18,7 +19,7 @@ def test_numpy_becomes_plain(tmp_path: Path) -> None:
         "d": tmp_path,
         "e": {"f": np.int64(7)},
     }
-    path = report.write_json(tmp_path / "results.json", results)
+    path = write_json(tmp_path / "results.json", results)
     expected = {"a": 0.5, "b": [0, 1, 2], "c": [True, None, "x"], "d": str(tmp_path), "e": {"f": 7}}
     assert json.loads(path.read_text()) == expected
 
@@ -27,26 +28,26 @@ def test_numpy_becomes_plain(tmp_path: Path) -> None:
 def test_what_is_not_finite_is_refused_with_its_place(tmp_path: Path, value: object) -> None:
     path = tmp_path / "results.json"
     with pytest.raises(ValueError, match=r"outer: inner: .*must be finite"):
-        report.write_json(path, {"outer": {"inner": value}})
+        write_json(path, {"outer": {"inner": value}})
     assert not list(tmp_path.iterdir())
 
 
 def test_what_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="object"):
-        report.write_json(tmp_path / "results.json", {"a": object()})
+        write_json(tmp_path / "results.json", {"a": object()})
 
 
 def test_writing_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     for content in ("old", "new"):
-        report.write_atomic(path, content)
+        write_atomic(path, content)
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_csv(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"a": np.float64(1 / 3), "b": 'x, "y"'}, {"a": None, "b": 2}]
-    with report.write_csv(tmp_path / "a.csv", rows).open(newline="") as file:
+    with write_csv(tmp_path / "a.csv", rows).open(newline="") as file:
         assert list(csv.reader(file)) == [["a", "b"], ["0.333333", 'x, "y"'], ["", "2"]]
 
 

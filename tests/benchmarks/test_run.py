@@ -11,7 +11,7 @@ from benchmarks.run import BENCHMARKS, main
 
 def refusal(*args: str) -> str:
     """The message with which a command line is refused."""
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as caught:
         main(args)
     return str(caught.value)
 
