@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -11,16 +10,10 @@ import torch
 from torch import Tensor
 
 from sam_gym.backbones.service import Backbone
+from sam_gym.data.sample import image_digest
 
 #: Handles travel through float32 observations, which hold integers exactly below this.
 MAX_HANDLES = 2**24
-
-
-def content_key(image: np.ndarray) -> bytes:
-    """What identifies an image: a digest of its pixels and shape."""
-    digest = hashlib.sha256(repr(image.shape).encode())
-    digest.update(np.ascontiguousarray(image).data)
-    return digest.digest()
 
 
 class EmbeddingStore:
@@ -57,24 +50,30 @@ class EmbeddingStore:
         size = int(np.prod(self.backbone.embedding_shape)) * 4
         return max(1, min(self.max_bytes // size, MAX_HANDLES))
 
-    def acquire(self, images: Sequence[np.ndarray]) -> list[int]:
+    def acquire(
+        self, images: Sequence[np.ndarray], digests: Sequence[bytes | None] | None = None
+    ) -> list[int]:
         """Handles of images, each pinned once more; images that are not here yet are encoded.
 
         Args:
             images: uint8 (H, W, 3), sizes may differ.
+            digests: `image_digest` of each, where it is known already.
 
         Raises:
             MemoryError: everything in the store is pinned and it may not grow; no pin is left.
         """
         pins = self._pins.copy()
         try:
-            return self._acquire(images)
+            known = digests or [None] * len(images)
+            keys = [
+                digest or image_digest(image) for digest, image in zip(known, images, strict=True)
+            ]
+            return self._acquire(keys, images)
         except BaseException:
             self._pins = pins
             raise
 
-    def _acquire(self, images: Sequence[np.ndarray]) -> list[int]:
-        keys = [content_key(image) for image in images]
+    def _acquire(self, keys: Sequence[bytes], images: Sequence[np.ndarray]) -> list[int]:
         missing: dict[bytes, np.ndarray] = {}
         for key, image in zip(keys, images, strict=True):
             if key in self._handles:

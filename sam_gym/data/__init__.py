@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from sam_gym.data.sample import Dataset, Sample
@@ -33,4 +34,11 @@ def make_dataset(name: str, split: str = "train", **kwargs: Any) -> Dataset:
     if name not in DATASETS:
         raise unknown_name("dataset", name, DATASETS)
     module, _, factory = DATASETS[name].partition(":")
-    return getattr(importlib.import_module(module), factory)(split=split, **kwargs)
+    make = getattr(importlib.import_module(module), factory)
+    takes = inspect.signature(make).parameters
+    for option in kwargs:
+        if option not in takes:
+            raise unknown_name(f"option of dataset {name!r}", option, takes)
+    if "root" in takes and "root" not in kwargs:
+        raise ValueError(f"Dataset {name!r} reads files: pass its folder (data='PATH').")
+    return make(split=split, **kwargs)

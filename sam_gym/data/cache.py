@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from sam_gym.data.sample import Dataset, Sample
+from sam_gym.data.sample import Dataset, Sample, image_digest
 
 
 class SampleCache:
@@ -27,13 +27,14 @@ class SampleCache:
         return len(self._kept)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`, without its parts."""
+        """The sample at `index`, with its digest and without its parts."""
         if index in self._kept:
             self._kept.move_to_end(index)
             sample, packed = self._kept[index]
             masks = np.unpackbits(packed, axis=-1, count=sample.image.shape[1]).view(bool)
             return replace(sample, masks=masks)
-        sample = replace(self.dataset[index], parts=None)
+        sample = self.dataset[index]
+        sample = replace(sample, parts=None, digest=image_digest(sample.image))
         packed = np.packbits(sample.masks, axis=-1)
         size = sample.image.nbytes + packed.nbytes
         if size <= self.max_bytes:

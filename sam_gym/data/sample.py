@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+
+
+def image_digest(image: np.ndarray) -> bytes:
+    """What identifies an image: SHA-256 of its shape and pixels."""
+    digest = hashlib.sha256(repr(image.shape).encode())
+    digest.update(np.ascontiguousarray(image).data)
+    return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,7 @@ class Sample:
         source: where the sample comes from, for messages and result tables.
         ignore: bool (H, W) of pixels that metrics leave out, or None.
         parts: bool (P, H, W), visible masks of parts of instances (training targets only), or None.
+        digest: `image_digest` of the image, if it is known already.
     """
 
     image: np.ndarray
@@ -27,6 +36,7 @@ class Sample:
     source: str
     ignore: np.ndarray | None = None
     parts: np.ndarray | None = None
+    digest: bytes | None = None
 
     def category_mask(self, category: int) -> np.ndarray:
         """The union of all instances of `category`: bool (H, W)."""

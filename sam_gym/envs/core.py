@@ -115,6 +115,7 @@ class SlotTarget:
     category: int
     source: str
     cue: tuple[int, int] | None
+    digest: bytes | None = None
 
 
 class ClickCore:
@@ -210,7 +211,9 @@ class ClickCore:
     def reset(self, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> None:
         """Begin new episodes in some slots, each with a target drawn from its own generator."""
         drawn = [self._draw(rng) for rng in rngs]
-        handles = self.store.acquire([target.image for target, _, _ in drawn])
+        handles = self.store.acquire(
+            [target.image for target, _, _ in drawn], [target.digest for target, _, _ in drawn]
+        )
         for slot, handle, (target, low, valid) in zip(slots, handles, drawn, strict=True):
             self.release([slot])
             self.handles[slot] = handle
@@ -250,7 +253,9 @@ class ClickCore:
                 cue = (x, y)
             low, valid = self._low_res(mask, sample.ignore)
             if np.count_nonzero(low) >= max(1.0, self.config.min_target * low.size):
-                target = SlotTarget(sample.image, mask, sample.ignore, category, sample.source, cue)
+                target = SlotTarget(
+                    sample.image, mask, sample.ignore, category, sample.source, cue, sample.digest
+                )
                 return target, low, valid
         raise ValueError(
             f"{self.dataset.name}: 200 draws found no target that covers at least "
@@ -374,8 +379,9 @@ class ClickCore:
         """The pixel (x, y) of a slot's image that lies at (x, y) of the input frame."""
         image_height, image_width = self._target(slot).mask.shape
         height, width = self.backbone.input_size((image_height, image_width))
-        column = int(np.clip((x + 0.5) * image_width / width, 0, image_width - 1))
-        return column, int(np.clip((y + 0.5) * image_height / height, 0, image_height - 1))
+        column = int((x + 0.5) * image_width / width)
+        row = int((y + 0.5) * image_height / height)
+        return min(max(column, 0), image_width - 1), min(max(row, 0), image_height - 1)
 
     def _decode(self, slots: np.ndarray) -> None:
         """Decode all clicks of some slots, after a click was added to each, and score the masks."""

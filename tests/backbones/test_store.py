@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from sam_gym.backbones import Backbone
-from sam_gym.backbones.store import MAX_HANDLES, EmbeddingStore, content_key, shared_store
+from sam_gym.backbones.store import MAX_HANDLES, EmbeddingStore, shared_store
+from sam_gym.data.sample import image_digest
 
 
 def picture(number: int) -> np.ndarray:
@@ -54,11 +55,11 @@ def test_same_content_is_encoded_once(tiny: Backbone) -> None:
 
 def test_key_is_the_content() -> None:
     image = picture(0)
-    assert content_key(image) == content_key(np.asfortranarray(image))
-    assert content_key(image) != content_key(image.reshape(32, 128, 3))
+    assert image_digest(image) == image_digest(np.asfortranarray(image))
+    assert image_digest(image) != image_digest(image.reshape(32, 128, 3))
     changed = image.copy()
     changed[-1, -1, -1] ^= 1
-    assert content_key(image) != content_key(changed)
+    assert image_digest(image) != image_digest(changed)
 
 
 def test_least_recently_used_goes_first(tiny: Backbone) -> None:
