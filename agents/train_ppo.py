@@ -46,11 +46,11 @@ class Config:
     """Folder for everything that the run writes."""
     seed: int = 0
     """Seed of the environment, the policy and PPO."""
-    total_timesteps: int = 60_000
+    total_timesteps: int = 50_000
     """Environment steps to train for."""
     num_envs: int = 64
     """Environments side by side."""
-    train_images: int = 3072
+    train_images: int = 2048
     """How many different scenes are trained on; each is encoded once (dataset scenes only)."""
     categories: str | None = None
     """Comma-separated categories to segment (dataset coco)."""
@@ -76,7 +76,7 @@ class Config:
     """Environment steps between evaluations on validation data."""
     eval_episodes: int = 128
     """Episodes of each of those evaluations."""
-    final_episodes: int = 512
+    final_episodes: int = 256
     """Episodes of the final evaluation of the agent and of every baseline."""
     checkpoint_every: int = 20_000
     """Environment steps between checkpoints."""
