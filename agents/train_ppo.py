@@ -217,7 +217,8 @@ def train(config: Config) -> dict[str, Any]:
         config.total_timesteps, out, config.eval_every, config.checkpoint_every, validate
     )
     print(f"Training {config.policy} on {config.env} ({settings.dataset}) with {core.backbone}.")
-    model.learn(config.total_timesteps, callback=[PinRollouts(core.store), watch])
+    with watch.bar:
+        model.learn(config.total_timesteps, callback=[PinRollouts(core.store), watch])
     watch.evaluate_now()
     model.save(out / "policy.zip")
     env.close()

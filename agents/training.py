@@ -59,7 +59,7 @@ class WatchTraining(BaseCallback):
         #: (environment steps, mean IoU on validation episodes).
         self.eval_curve: list[tuple[int, float]] = []
         self._due = {"evaluate": evaluate_every, "checkpoint": checkpoint_every}
-        self._bar = Progress(
+        self.bar = Progress(
             TextColumn("{task.completed}/{task.total} steps"),
             BarColumn(),
             TimeRemainingColumn(),
@@ -67,8 +67,7 @@ class WatchTraining(BaseCallback):
         )
 
     def _on_training_start(self) -> None:
-        self._bar.start()
-        self._task = self._bar.add_task("", total=self.total_timesteps, numbers="")
+        self._task = self.bar.add_task("", total=self.total_timesteps, numbers="")
 
     def _on_step(self) -> bool:
         for done, info in zip(self.locals["dones"], self.locals["infos"], strict=True):
@@ -105,11 +104,10 @@ class WatchTraining(BaseCallback):
             parts.append(f"IoU train {self.train_curve[-1][1]:.3f}")
         if self.eval_curve:
             parts.append(f"held-out {self.eval_curve[-1][1]:.3f}")
-        self._bar.update(self._task, completed=self.num_timesteps, numbers="  ".join(parts))
+        self.bar.update(self._task, completed=self.num_timesteps, numbers="  ".join(parts))
 
     def _on_training_end(self) -> None:
         self._show()
-        self._bar.stop()
 
 
 def plot_learning_curve(

@@ -105,7 +105,7 @@ def tiny(build_tiny: Callable[[], Sam]) -> Backbone:
 def shipped() -> Backbone:
     """`micro` with the weights of the package."""
     if not MICRO_WEIGHTS.is_file():
-        pytest.skip(f"the package has no weights yet: {MICRO_WEIGHTS.name} is missing")
+        pytest.skip(f"the package has no weights: {MICRO_WEIGHTS} is missing")
     return load_backbone("micro", device="cpu")
 
 

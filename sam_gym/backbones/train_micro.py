@@ -27,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from sam_gym.backbones.decode import NO_POINT, Prompts, best_token, decode_tokens
+from sam_gym.backbones.loading import load_weights, resolve_device
 from sam_gym.backbones.micro import build_micro
 from sam_gym.backbones.micro_data import LABEL_STRIDE, NO_LABEL, SIZE, MicroStream, TrainItem
 from sam_gym.backbones.service import Backbone
@@ -52,7 +53,9 @@ class Config:
     """Folder for the checkpoint, the weights and the evaluation."""
     photos: str | None = None
     """Root of a COCO-style dataset whose train split is mixed in (none: scenes only)."""
-    steps: int = 4000
+    init: str | None = None
+    """Weights to start from, for example those in the package (none: random)."""
+    steps: int = 2700
     """Optimizer steps."""
     images: int = 12
     """Images per step."""
@@ -247,6 +250,8 @@ class MicroTrainer:
         self.config, self.device, self.step = config, device, 0
         torch.manual_seed(config.seed)
         self.sam = build_micro().to(device)
+        if config.init:
+            load_weights(self.sam, "micro", Path(config.init))
         width = self.sam.prompt_encoder.embed_dim
         per_cell = (16 // LABEL_STRIDE) ** 2
         self.semantic = nn.Conv2d(width, (1 + len(Scenes.categories)) * per_cell, 1).to(device)
@@ -390,8 +395,6 @@ def evaluate(backbone: Backbone, objects: int, num_clicks: int = 5) -> dict[str,
 def train(config: Config) -> dict[str, float]:
     """Train, or go on training, and write `micro.safetensors` and `evaluation.json`."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from sam_gym.backbones.loading import resolve_device
 
     # OpenCV's threads do not survive the fork of a data worker, which would wait for them.
     cv2.setNumThreads(0)

@@ -196,7 +196,7 @@ def test_best_mask_is_the_predictors_choice(backbone: Backbone) -> None:
         picked.add((bool(multimask[i]), best))
         chosen = at_image[best][None], quality[best][None], low[best][None]
         assert_same(backbone, logits[i][None], iou[i][None], chosen)
-    assert len(picked) > 2
+    assert {(False, 0)} < picked
 
 
 def test_best_of_three_is_never_the_single_mask(tiny: Backbone) -> None:
@@ -205,7 +205,7 @@ def test_best_of_three_is_never_the_single_mask(tiny: Backbone) -> None:
     embeddings, prompts = tiny.encode(images), together(tiny, images, rows)
     _, single = tiny.decode(embeddings, prompts)
     _, three = tiny.decode(embeddings, prompts, multimask=True)
-    assert (single[:, 0] > three.amax(dim=1)).any()
+    assert (single[:, 0] > three.amax(dim=1)).any() and len(three.argmax(dim=1).unique()) > 1
     _, best = tiny.decode_best(embeddings, prompts, torch.ones(len(rows), dtype=torch.bool))
     torch.testing.assert_close(best, three.amax(dim=1))
 

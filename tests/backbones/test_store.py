@@ -53,6 +53,16 @@ def test_same_content_is_encoded_once(tiny: Backbone) -> None:
     assert store.encoded == 2
 
 
+def test_known_digests_are_taken(tiny: Backbone) -> None:
+    store = make_store(tiny, 8)
+    images = [picture(1), picture(2)]
+    handles = store.acquire(images, [image_digest(images[0]), None])
+    assert (
+        store.acquire(images) == store.acquire(images, [None, image_digest(images[1])]) == handles
+    )
+    assert store.encoded == 2
+
+
 def test_key_is_the_content() -> None:
     image = picture(0)
     assert image_digest(image) == image_digest(np.asfortranarray(image))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sam_gym.backbones import Prompts, load_backbone
+from sam_gym.backbones.loading import read_weights
 from sam_gym.backbones.micro import build_micro
 from sam_gym.backbones.train_micro import Config, MicroTrainer, mask_losses, train, true_iou
 
@@ -113,3 +114,11 @@ def test_true_iou_by_hand() -> None:
     logits = torch.tensor([[[[1.0, 1.0], [-1.0, -1.0]], [[1.0, 1.0], [1.0, 1.0]]]])
     target = torch.tensor([[[1.0, 0.2], [0.7, 0.5]]])
     assert true_iou(logits, target).tolist() == [[pytest.approx(1 / 3), 0.5]]
+
+
+def test_training_starts_from_given_weights(tmp_path: Path, micro_checkpoint: str) -> None:
+    trainer = MicroTrainer(Config(init=micro_checkpoint), torch.device("cpu"))
+    expected = read_weights(Path(micro_checkpoint))
+    for model in (trainer.sam, trainer.average.module):
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, expected[key]), key

@@ -5,6 +5,7 @@ import pytest
 
 from sam_gym.data import Sample
 from sam_gym.data.cache import SampleCache
+from sam_gym.data.sample import image_digest
 
 HEIGHT, WIDTH = 20, 27
 IMAGE_BYTES = HEIGHT * WIDTH * 3
@@ -53,6 +54,7 @@ def test_kept_sample_equals_the_dataset(dataset: Counted) -> None:
             assert getattr(sample, name).dtype == getattr(expected, name).dtype
         assert sample.source == "counted/3"
         assert sample.parts is None
+        assert sample.digest == image_digest(expected.image)
     assert dataset.reads == [3] and len(cache) == 1
 
 

@@ -637,6 +637,16 @@ def test_seeds_of_a_vector(make_vec: Callable[..., SamSegVectorEnv]) -> None:
         ({"obs": "handel"}, r"Unknown obs 'handel'\. Did you mean 'handle'\?"),
         ({"score": "ful"}, r"Unknown score 'ful'\. Did you mean 'full'\?"),
         ({"dtype": "float23"}, r"Unknown dtype 'float23'\. Did you mean 'float32'\?"),
+        (
+            {"dataset_kwargs": {"split": "val"}},
+            "dataset_kwargs may not hold 'split': use split= instead",
+        ),
+        (
+            {"dataset_kwargs": {"lenght": 8}},
+            r"Unknown option of dataset 'scenes' 'lenght'.*'length'\?",
+        ),
+        ({"data": "photos"}, "Unknown option of dataset 'scenes' 'root'"),
+        ({"dataset": "folder", "dataset_kwargs": {}}, r"'folder' reads files: pass .*data='PATH'"),
         ({"grid": 1}, "grid must be from 2 to 64, got 1"),
         ({"grid": 65}, "grid must be from 2 to 64, got 65"),
         ({"max_steps": 0}, "max_steps must be from 1 to 100, got 0"),
