@@ -85,10 +85,10 @@ class ClickConfig:
             if value not in _CHOICES[name]:
                 raise unknown_name(name, value, [str(v) for v in _CHOICES[name]])
         REWARDS.get(self.reward)
-        for name, field_name in (("split", "split"), ("root", "data")):
+        for name, own in (("split", "split"), ("root", "data")):
             if name in self.dataset_kwargs:
                 raise ValueError(
-                    f"dataset_kwargs may not hold {name!r}: use {field_name}= instead."
+                    f"dataset_kwargs may not hold {name!r}: use {own}= instead."
                 )
         if not 2 <= self.grid <= 64:
             raise ValueError(f"grid must be from 2 to 64, got {self.grid}.")
