@@ -134,11 +134,13 @@ def plot_learning_curve(
         "confident": "#b04a9a",
         "oracle": "#2e8b57",
     }
-    for name, value in baselines.items():
+    label_height = -1.0
+    for name, value in sorted(baselines.items(), key=lambda item: item[1]):
+        label_height = max(value, label_height + 0.04)
         axes.axhline(value, color=colours.get(name, "black"), ls="--", lw=1.2)
         axes.annotate(
             name,
-            (1.0, value),
+            (1.0, label_height),
             xycoords=("axes fraction", "data"),
             xytext=(4, 0),
             textcoords="offset points",
@@ -149,6 +151,6 @@ def plot_learning_curve(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if train or evaluations:
-        axes.legend(loc="lower right", frameon=False)
+        axes.legend(loc="upper left", frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -87,9 +87,7 @@ class ClickConfig:
         REWARDS.get(self.reward)
         for name, own in (("split", "split"), ("root", "data")):
             if name in self.dataset_kwargs:
-                raise ValueError(
-                    f"dataset_kwargs may not hold {name!r}: use {own}= instead."
-                )
+                raise ValueError(f"dataset_kwargs may not hold {name!r}: use {own}= instead.")
         if not 2 <= self.grid <= 64:
             raise ValueError(f"grid must be from 2 to 64, got {self.grid}.")
         if not 1 <= self.max_steps <= 100:
