@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import cv2
@@ -523,7 +523,3 @@ class ClickCore:
     def ground_truth(self, slot: int) -> SlotTarget:
         """The target of a slot, for rewards, metrics and agents that cheat on purpose."""
         return self._target(slot)
-
-    def describe(self) -> dict[str, Any]:
-        """The settings as plain numbers and names."""
-        return asdict(self.config)
