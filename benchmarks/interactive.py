@@ -14,7 +14,7 @@ from benchmarks import report
 from benchmarks.grabcut import LONGEST_SIDE, GrabCut
 from benchmarks.options import BackboneOptions, provenance, require_at_least
 from sam_gym.backbones import Backbone
-from sam_gym.data import Dataset, Sample, make_dataset
+from sam_gym.data import DATASETS, Dataset, Sample, make_dataset
 from sam_gym.data.cache import SampleCache
 from sam_gym.files import write_csv, write_json
 from sam_gym.interactive import Target, click_out
@@ -159,22 +159,22 @@ def _split(config: Config) -> str:
 
 def open_dataset(config: Config) -> Dataset:
     """The dataset of the config; `ValueError` for options that it does not take."""
+    # Option -> the dataset's argument, its value, and the datasets that take it.
     given = {
-        "root": config.data,
-        "categories": config.categories,
-        "target": config.objects,
-        "min_area": config.min_area,
+        "--data": ("root", config.data, ("coco", "folder")),
+        "--categories": ("categories", config.categories, ("coco",)),
+        "--objects": ("target", config.objects, ("folder",)),
+        "--min-area": ("min_area", config.min_area, ("coco", "folder")),
     }
-    options = {name: value for name, value in given.items() if value is not None}
+    options = {}
+    for option, (name, value, takers) in given.items():
+        if value is not None:
+            if config.dataset in DATASETS and config.dataset not in takers:
+                raise ValueError(f"{option} is for {', '.join(takers)}, not for {config.dataset}.")
+            options[name] = value
     if config.dataset in ("coco", "folder") and config.data is None:
         raise ValueError(f"Dataset {config.dataset!r} reads files: pass --data FOLDER.")
-    try:
-        return make_dataset(config.dataset, _split(config), **options)
-    except TypeError as error:
-        raise ValueError(
-            f"Dataset {config.dataset!r} does not take these options ({error}). --data and "
-            "--min-area are for coco and folder, --categories for coco, --objects for folder."
-        ) from error
+    return make_dataset(config.dataset, _split(config), **options)
 
 
 def find_objects(config: Config, dataset: Dataset, samples: SampleCache) -> list[Item]:
