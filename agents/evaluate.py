@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 
-import sam_gym  # noqa: F401  (registers the environments)
 from agents.baselines import BASELINES, Agent
 from agents.policies import ImplicitPolicy
+from agents.vec_env import make_vector_env
 from sam_gym import cli
 from sam_gym.envs.core import ClickConfig, ClickCore
 from sam_gym.files import write_csv, write_json
@@ -131,15 +130,7 @@ def evaluate(
     """
     num_envs = min(num_envs, episodes)
     per_slot = -(-episodes // num_envs)
-    options: dict[str, Any] = asdict(replace(settings, obs="handle")) | {"score": score}
-    env = gym.make_vec(
-        env_id,
-        num_envs,
-        vectorization_mode="vector_entry_point",
-        autoreset_mode="SameStep",
-        **options,
-    )
-    core: ClickCore = env.unwrapped.core  # type: ignore[attr-defined]
+    env, core = make_vector_env(env_id, num_envs, settings, score=score)
     observations, _ = env.reset(seed=seed)
     totals = np.zeros(num_envs)
     rows: list[list[tuple[float, float, int, str, str]]] = [[] for _ in range(num_envs)]
@@ -148,16 +139,11 @@ def evaluate(
         observations, reward, terminated, truncated, infos = env.step(actions)
         totals += reward
         for i in np.flatnonzero(terminated | truncated):
-            final = {key: infos["final_info"][key][i] for key in core.info(np.array([i]))}
+            final = infos["final_info"]
             if len(rows[i]) < per_slot:
+                iou, clicks = final["iou"][i], final["clicks"][i]
                 rows[i].append(
-                    (
-                        final["iou"],
-                        totals[i],
-                        final["clicks"],
-                        final["source"],
-                        final["target_name"],
-                    )
+                    (iou, totals[i], clicks, final["source"][i], final["target_name"][i])
                 )
             totals[i] = 0.0
     env.close()
@@ -171,16 +157,14 @@ def film_episodes(
     agent: Agent, settings: ClickConfig, *, env_id: str = "SamSeg-v0", count: int = 6, seed: int = 0
 ) -> list[np.ndarray]:
     """Frames of episodes played side by side: uint8 (H, W, 3) each, the last one held."""
-    options: dict[str, Any] = asdict(replace(settings, obs="handle")) | {"score": "full"}
-    env = gym.make_vec(
+    env, core = make_vector_env(
         env_id,
         count,
-        vectorization_mode="vector_entry_point",
+        settings,
+        score="full",
         autoreset_mode="NextStep",
         render_mode="rgb_array",
-        **options,
     )
-    core: ClickCore = env.unwrapped.core  # type: ignore[attr-defined]
     observations, _ = env.reset(seed=seed)
     current = list(cast(Any, env.render()))
     columns = min(count, 3)

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import gymnasium as gym
 import tyro
 import yaml
 from stable_baselines3 import PPO
@@ -19,9 +18,8 @@ from agents.baselines import BASELINES
 from agents.evaluate import PolicyAgent, evaluate, film_episodes, with_categories
 from agents.policies import POLICIES
 from agents.training import PinRollouts, WatchTraining, plot_learning_curve
-from agents.vec_env import VectorEnvAdaptor
+from agents.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym import cli
-from sam_gym.data import make_dataset
 from sam_gym.envs.core import ClickConfig, ClickCore
 from sam_gym.files import write_json
 from sam_gym.registry import unknown_name
@@ -188,20 +186,11 @@ def train(config: Config) -> dict[str, Any]:
     held_out = held_out_settings(config, final_split)
     validation = held_out_settings(config, "val")
     for checked in (held_out, validation):
-        root = {} if checked.data is None else {"root": checked.data}
-        make_dataset(checked.dataset, checked.split, **root, **checked.dataset_kwargs)
+        checked.open_dataset()
 
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    options = asdict(settings)
-    vector = gym.make_vec(
-        config.env,
-        config.num_envs,
-        vectorization_mode="vector_entry_point",
-        autoreset_mode="SameStep",
-        **options,
-    )
-    core: ClickCore = vector.unwrapped.core  # type: ignore[attr-defined]
+    vector, core = make_vector_env(config.env, config.num_envs, settings)
     env = VecMonitor(VectorEnvAdaptor(vector))
     model = make_model(config, settings, env, core)
     agent = PolicyAgent(model.policy)  # type: ignore[arg-type]

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs
+
+from sam_gym.envs.core import ClickConfig, ClickCore
+
+
+def make_vector_env(
+    env_id: str, num_envs: int, settings: ClickConfig, **options: Any
+) -> tuple[VectorEnv, ClickCore]:
+    """A vector environment with handle observations, and its core.
+
+    Args:
+        env_id: a registered environment.
+        num_envs: how many.
+        settings: of the environment; observations are handles whatever they say.
+        **options: more arguments of the vector environment; it resets in the same step unless
+            `autoreset_mode` says otherwise.
+    """
+    arguments = asdict(replace(settings, obs="handle")) | {"autoreset_mode": "SameStep"} | options
+    env = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **arguments)
+    return env, cast(Any, env.unwrapped).core
 
 
 class VectorEnvAdaptor(VecEnv):

@@ -177,6 +177,12 @@ class MaskTokens:
         masks = torch.einsum("pmc,pnkc->pmnk", vectors, self.features)
         return _unfold(masks, self.grid)
 
+    def draw_best(self, multimask: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask logits (P, 4h, 4w) and predicted IoU (P,) of each row's `best_token`."""
+        best = best_token(self.iou, multimask)[:, None]
+        vectors = self.vectors.take_along_dim(best[..., None], dim=1)
+        return self.draw(vectors)[:, 0], self.iou.gather(1, best)[:, 0]
+
 
 def decode_tokens(sam: Sam, embeddings: Tensor, prompts: Prompts) -> MaskTokens:
     """Run the prompt encoder and the two-way transformer; differentiable.

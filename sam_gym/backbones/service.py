@@ -14,7 +14,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_gym.backbones.decode import Prompts, best_token, decode_tokens
+from sam_gym.backbones.decode import Prompts, decode_tokens
 
 
 class Backbone:
@@ -163,11 +163,8 @@ class Backbone:
             Mask logits float32 (P, hm, wm) and predicted IoU float32 (P,).
         """
         with self._autocast():
-            tokens = decode_tokens(self.sam, embeddings, prompts)
-            best = best_token(tokens.iou, multimask)[:, None]
-            vectors = tokens.vectors.take_along_dim(best[..., None], dim=1)
-            logits = tokens.draw(vectors)[:, 0]
-        return logits.float(), tokens.iou.gather(1, best)[:, 0].float()
+            logits, iou = decode_tokens(self.sam, embeddings, prompts).draw_best(multimask)
+        return logits.float(), iou.float()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

@@ -239,8 +239,7 @@ def round_loss(sam: Sam, embeddings: Tensor, batch: PromptBatch) -> tuple[Tensor
 def play_round(sam: Sam, embeddings: Tensor, batch: PromptBatch) -> Tensor:
     """The logits (P, h, w) that the prompts give, without gradients."""
     tokens = decode_tokens(sam, embeddings, batch.prompts(embeddings.device))
-    best = best_token(tokens.iou, batch.ambiguous.to(embeddings.device))[:, None, None]
-    return tokens.draw(tokens.vectors.take_along_dim(best, dim=1))[:, 0]
+    return tokens.draw_best(batch.ambiguous.to(embeddings.device))[0]
 
 
 class MicroTrainer:

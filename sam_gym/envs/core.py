@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sam_gym import metrics
 from sam_gym.backbones import NO_POINT, Prompts, load_backbone
 from sam_gym.backbones.store import MAX_HANDLES, shared_store
-from sam_gym.data import make_dataset
+from sam_gym.data import Dataset, make_dataset
 from sam_gym.data.cache import SampleCache
 from sam_gym.registry import unknown_name
 from sam_gym.rewards import REWARDS, Transition
@@ -101,6 +101,11 @@ class ClickConfig:
                 "vectorization_mode='vector_entry_point'), which is faster, or obs='full'."
             )
 
+    def open_dataset(self) -> Dataset:
+        """The dataset, validated; raises as `make_dataset` does."""
+        root = {} if self.data is None else {"root": self.data}
+        return make_dataset(self.dataset, self.split, **root, **self.dataset_kwargs)
+
 
 def check_render_mode(render_mode: str | None) -> None:
     """Raise `ValueError` for a render mode that the click task does not have."""
@@ -140,8 +145,7 @@ class ClickCore:
         if num_slots < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_slots}.")
         self.config, self.num_slots = config, num_slots
-        root = {} if config.data is None else {"root": config.data}
-        self.dataset = make_dataset(config.dataset, config.split, **root, **config.dataset_kwargs)
+        self.dataset = config.open_dataset()
         self._share()
         self.device = self.backbone.device
         self._reward = REWARDS.get(config.reward)
