@@ -28,7 +28,7 @@ from sam_gym.files import write_csv, write_json
 PHASES = {
     "encode": ("backbone.encode",),
     "decode": ("backbone.decode_best",),
-    "samples": ("_draw",),
+    "samples": ("_draw_all",),
     "store": ("store.acquire", "store.gather"),
     "clicks": ("_add_click",),
     "score": ("_score", "_reward"),
@@ -422,7 +422,7 @@ def _write(config: Config, summary: dict[str, Any], rows: list[dict[str, Any]], 
 _PHASE_NOTES = {
     "encode": "the image encoder, with resizing",
     "decode": "the prompt encoder and the mask decoder",
-    "samples": "drawing or recalling an image, choosing its target",
+    "samples": "waiting for the next images and targets, drawn in a thread meanwhile",
     "store": "finding embeddings by content, gathering them",
     "clicks": "turning actions into clicks",
     "score": "IoU and reward",

@@ -146,7 +146,7 @@ class SamSegEnv(gym.Env[Any, Any]):
         return frame
 
     def close(self) -> None:
-        self.core.release([0])
+        self.core.close()
 
     def _observation(self) -> dict[str, Any]:
         spaces = self.core.observation_space.spaces
@@ -306,7 +306,7 @@ class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         return frames
 
     def close_extras(self, **kwargs: Any) -> None:
-        self.core.release(self._all.tolist())
+        self.core.close()
 
 
 def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:

@@ -18,6 +18,7 @@ from sam_gym.backbones import NO_POINT, Prompts, load_backbone
 from sam_gym.backbones.store import MAX_HANDLES, shared_store
 from sam_gym.data import Dataset, make_dataset
 from sam_gym.data.cache import SampleCache
+from sam_gym.envs.ahead import DrawAhead
 from sam_gym.registry import unknown_name
 from sam_gym.rewards import REWARDS, Transition
 
@@ -176,6 +177,7 @@ class ClickCore:
         """Take what all cores of this process have in common, and an empty cache."""
         config = self.config
         self.samples = SampleCache(self.dataset, config.cache_mib * 2**20)
+        self.ahead = DrawAhead(self._draw)
         self.backbone = load_backbone(
             config.backbone, config.checkpoint, config.device, config.dtype
         )
@@ -183,7 +185,7 @@ class ClickCore:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle holds the episodes; the model and the embeddings stay in the process."""
-        left_out = ("samples", "backbone", "store")
+        left_out = ("samples", "ahead", "backbone", "store")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -217,7 +219,7 @@ class ClickCore:
 
     def reset(self, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> None:
         """Begin new episodes in some slots, each with a target drawn from its own generator."""
-        drawn = [self._draw(rng) for rng in rngs]
+        drawn = self._draw_all(slots, rngs)
         handles = self.store.acquire(
             [target.image for target, _, _ in drawn], [target.digest for target, _, _ in drawn]
         )
@@ -231,6 +233,11 @@ class ClickCore:
         self.num_clicks[slots] = 0
         self.labels[slots] = NO_POINT
 
+    def close(self) -> None:
+        """Let go of all targets and embeddings; slots must be reset before use."""
+        self.release(range(self.num_slots))
+        self.ahead.close()
+
     def release(self, slots: Sequence[int]) -> None:
         """Let go of the targets and embeddings of some slots, which must be reset before use."""
         for slot in slots:
@@ -238,6 +245,16 @@ class ClickCore:
                 self.store.unpin(int(self.handles[slot]))
                 self.handles[slot] = -1
             self.targets[slot] = None
+
+    def _draw_all(
+        self, slots: Sequence[int], rngs: Sequence[np.random.Generator]
+    ) -> list[tuple[SlotTarget, np.ndarray, np.ndarray]]:
+        """The next target of each slot; of many slots, the ones after are begun in a thread."""
+        if self.num_slots == 1:
+            return [self._draw(rng) for rng in rngs]
+        drawn = self.ahead.take(slots, rngs)
+        self.ahead.begin(slots, rngs)
+        return drawn
 
     def _draw(self, rng: np.random.Generator) -> tuple[SlotTarget, np.ndarray, np.ndarray]:
         for _ in range(200):

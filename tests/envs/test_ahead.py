@@ -1,0 +1,91 @@
+"""Draws ahead of time are the draws that would have come anyway."""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from sam_gym.envs.ahead import DrawAhead
+
+SLOTS = [0, 1, 2]
+
+
+class Drawer:
+    """Draws three numbers, and notes in which thread; an unlucky first one is an error."""
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+
+    def __call__(self, rng: np.random.Generator) -> list[int]:
+        self.threads.append(threading.current_thread().name)
+        numbers = rng.integers(0, 1000, 3).tolist()
+        if numbers[0] < 200:
+            raise ValueError(f"unlucky {numbers[0]}")
+        return numbers
+
+
+def lucky(seed: int, draws: int) -> np.random.Generator:
+    """A generator whose first draws raise nothing."""
+    while True:
+        if (np.random.default_rng(seed).integers(0, 1000, (draws, 3))[:, 0] >= 200).all():
+            return np.random.default_rng(seed)
+        seed += 1000
+
+
+@pytest.fixture
+def drawer() -> Drawer:
+    return Drawer()
+
+
+@pytest.fixture
+def ahead(drawer: Drawer) -> Iterator[DrawAhead[list[int]]]:
+    ahead = DrawAhead(drawer)
+    yield ahead
+    ahead.close()
+
+
+def test_same_values_and_same_generators_as_without(ahead: DrawAhead[list[int]]) -> None:
+    rngs = [lucky(seed, 4) for seed in SLOTS]
+    plain = [lucky(seed, 4) for seed in SLOTS]
+    for _ in range(4):
+        drawn = ahead.take(SLOTS, rngs)
+        assert drawn == [rng.integers(0, 1000, 3).tolist() for rng in plain]
+        assert [r.bit_generator.state for r in rngs] == [r.bit_generator.state for r in plain]
+        ahead.begin(SLOTS, rngs)
+    assert [r.bit_generator.state for r in rngs] == [r.bit_generator.state for r in plain]
+
+
+def test_a_draw_ahead_is_made_once_and_in_another_thread(
+    ahead: DrawAhead[list[int]], drawer: Drawer
+) -> None:
+    rngs = [lucky(seed, 2) for seed in SLOTS]
+    ahead.begin(SLOTS, rngs)
+    ahead.take(SLOTS, rngs)
+    assert len(drawer.threads) == 3
+    assert threading.current_thread().name not in drawer.threads
+
+
+def test_a_replaced_or_used_generator_is_drawn_from_afresh(ahead: DrawAhead[list[int]]) -> None:
+    replaced, used = lucky(5, 2), lucky(6, 3)
+    ahead.begin([0, 1], [replaced, used])
+    replaced = lucky(7, 2)
+    used.integers(0, 1000, 3)
+    expected = [lucky(7, 2).integers(0, 1000, 3).tolist()]
+    expected.append(lucky(6, 3).integers(0, 1000, (2, 3))[1].tolist())
+    assert ahead.take([0, 1], [replaced, used]) == expected
+
+
+def test_an_error_is_raised_where_the_draw_is_asked_for(ahead: DrawAhead[list[int]]) -> None:
+    seed = next(s for s in range(99) if np.random.default_rng(s).integers(0, 1000) < 200)
+    rng = np.random.default_rng(seed)
+    ahead.begin([0], [rng])
+    with pytest.raises(ValueError, match="unlucky"):
+        ahead.take([0], [rng])
+
+
+def test_goes_on_after_close(ahead: DrawAhead[list[int]]) -> None:
+    rng, plain = lucky(3, 2), lucky(3, 2)
+    ahead.begin([0], [rng])
+    ahead.close()
+    assert ahead.take([0], [rng]) == [plain.integers(0, 1000, 3).tolist()]
