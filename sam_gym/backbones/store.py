@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sam_gym.backbones.disk import DiskStore
 from sam_gym.backbones.service import Backbone
 from sam_gym.data.sample import image_digest
 
@@ -27,10 +28,17 @@ class EmbeddingStore:
         backbone: encodes what is missing.
         max_bytes: bound on the memory of all embeddings, at least one embedding.
         batch_size: images per encoder call.
+        disk: where embeddings are looked for before they are computed, and kept afterwards.
     """
 
-    def __init__(self, backbone: Backbone, max_bytes: int = 2**30, batch_size: int = 16) -> None:
-        self.backbone, self.batch_size = backbone, batch_size
+    def __init__(
+        self,
+        backbone: Backbone,
+        max_bytes: int = 2**30,
+        batch_size: int = 16,
+        disk: DiskStore | None = None,
+    ) -> None:
+        self.backbone, self.batch_size, self.disk = backbone, batch_size, disk
         self._table = torch.empty((0, *backbone.embedding_shape), device=backbone.device)
         self._handles: OrderedDict[bytes, int] = OrderedDict()
         self._keys: dict[int, bytes] = {}
@@ -84,19 +92,32 @@ class EmbeddingStore:
         todo = list(missing.items())
         for first in range(0, len(todo), self.batch_size):
             chunk = todo[first : first + self.batch_size]
-            embeddings = self.backbone.encode([image for _, image in chunk])
-            for (key, _), embedding in zip(chunk, embeddings, strict=True):
+            for (key, _), embedding in zip(chunk, self._embeddings(chunk), strict=True):
                 handle = self._new_handle()
                 self._table[handle] = embedding
                 self._handles[key], self._keys[handle] = handle, key
                 self.pin(handle)
-            self.encoded += len(chunk)
         counted: set[bytes] = set()
         for key in keys:
             if key in missing and key in counted:
                 self.pin(self._handles[key])
             counted.add(key)
         return [self._handles[key] for key in keys]
+
+    def _embeddings(self, chunk: Sequence[tuple[bytes, np.ndarray]]) -> Sequence[Tensor]:
+        """Embeddings of images: those on disk from there, the others encoded and kept there."""
+        found: list[Tensor | None] = [None] * len(chunk)
+        if self.disk is not None:
+            found = [self.disk.get(key) for key, _ in chunk]
+        new = [i for i, embedding in enumerate(found) if embedding is None]
+        if new:
+            encoded = self.backbone.encode([chunk[i][1] for i in new])
+            self.encoded += len(new)
+            for i, embedding in zip(new, encoded, strict=True):
+                found[i] = embedding
+                if self.disk is not None:
+                    found[i] = self.disk.put(chunk[i][0], embedding)
+        return [embedding for embedding in found if embedding is not None]
 
     def gather(self, handles: Tensor) -> Tensor:
         """Embeddings float32 (B, C, h, w) of integer handles (B,), on the device."""
@@ -157,10 +178,20 @@ class EmbeddingStore:
 _stores: dict[int, EmbeddingStore] = {}
 
 
-def shared_store(backbone: Backbone, max_bytes: int = 2**30) -> EmbeddingStore:
-    """The process-wide store of a backbone; its bound is the largest that was ever asked for."""
+def shared_store(
+    backbone: Backbone, max_bytes: int = 2**30, disk: DiskStore | None = None
+) -> EmbeddingStore:
+    """The process-wide store of a backbone; its bound is the largest that was ever asked for.
+
+    Args:
+        backbone: whose embeddings.
+        max_bytes: bound on the memory of all embeddings.
+        disk: keeps embeddings between runs; once given, it stays until another is given.
+    """
     store = _stores.get(id(backbone))
     if store is None:
         store = _stores[id(backbone)] = EmbeddingStore(backbone, max_bytes)
     store.max_bytes = max(store.max_bytes, max_bytes)
+    if disk is not None:
+        store.disk = disk
     return store

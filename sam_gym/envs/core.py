@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import cv2
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 
 from sam_gym import metrics
 from sam_gym.backbones import NO_POINT, Prompts, load_backbone
+from sam_gym.backbones.disk import DTYPES as DISK_DTYPES
+from sam_gym.backbones.disk import DiskStore
 from sam_gym.backbones.store import MAX_HANDLES, shared_store
 from sam_gym.data import Dataset, make_dataset
 from sam_gym.data.cache import SampleCache
@@ -78,6 +81,10 @@ class ClickConfig:
     """Memory for samples that are kept instead of read again, in MiB."""
     store_gib: float = 1.0
     """Memory for embeddings that are kept instead of encoded again, in GiB."""
+    disk: str | None = None
+    """Folder that keeps embeddings between runs too, or "home" for SAM_GYM_HOME/embeddings."""
+    disk_dtype: str = "float32"
+    """Precision of embeddings on disk: float32, float16, bfloat16."""
 
     def validate(self) -> None:
         """Raise `ValueError` for a value that cannot work."""
@@ -86,6 +93,8 @@ class ClickConfig:
             if value not in _CHOICES[name]:
                 raise unknown_name(name, value, [str(v) for v in _CHOICES[name]])
         REWARDS.get(self.reward)
+        if self.disk_dtype not in DISK_DTYPES:
+            raise unknown_name("disk_dtype", self.disk_dtype, DISK_DTYPES)
         for name, own in (("split", "split"), ("root", "data")):
             if name in self.dataset_kwargs:
                 raise ValueError(f"dataset_kwargs may not hold {name!r}: use {own}= instead.")
@@ -181,7 +190,11 @@ class ClickCore:
         self.backbone = load_backbone(
             config.backbone, config.checkpoint, config.device, config.dtype
         )
-        self.store = shared_store(self.backbone, int(config.store_gib * 2**30))
+        disk = None
+        if config.disk is not None:
+            folder = None if config.disk == "home" else Path(config.disk).expanduser()
+            disk = DiskStore(self.backbone, folder, config.disk_dtype)
+        self.store = shared_store(self.backbone, int(config.store_gib * 2**30), disk)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or pickle holds the episodes; the model and the embeddings stay in the process."""
