@@ -104,6 +104,13 @@ def load_weights(sam: Sam, name: str, path: Path) -> None:
     sam.load_state_dict(state)
 
 
+def _published(name: str) -> Path:
+    # Imported late: `python -m sam_gym.backbones.download` would else find itself imported.
+    from sam_gym.backbones.download import published_checkpoint
+
+    return published_checkpoint(name)
+
+
 def load_backbone(
     name: str = "micro",
     checkpoint: str | None = None,
@@ -114,22 +121,20 @@ def load_backbone(
 
     Args:
         name: a key of `BACKBONES`.
-        checkpoint: path of the weights; `micro` brings its own.
+        checkpoint: path of the weights. `micro` brings its own; the published ones are downloaded
+            into `SAM_GYM_HOME` when they are first asked for.
         device: "auto" (CUDA, then MPS, then CPU), or a torch device.
         dtype: "auto" (bfloat16 on CUDA, else float32), "float32", "bfloat16" or "float16".
 
     Raises:
         ValueError: unknown name, device or dtype, or a checkpoint that does not fit.
-        FileNotFoundError: the checkpoint does not exist or none was given.
+        FileNotFoundError: the checkpoint does not exist.
+        ConnectionError: none was given, and the published one could not be downloaded.
     """
     if name not in BACKBONES:
         raise unknown_name("backbone", name, BACKBONES)
     if checkpoint is None:
-        if name != "micro":
-            raise FileNotFoundError(
-                f"Backbone {name!r} needs its published weights: pass checkpoint='PATH'."
-            )
-        path = MICRO_WEIGHTS
+        path = MICRO_WEIGHTS if name == "micro" else _published(name)
     else:
         path = Path(checkpoint).expanduser().resolve()
     target = resolve_device(device)

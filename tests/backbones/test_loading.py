@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
-from sam_gym.backbones import BACKBONES, Backbone, Prompts, load_backbone, loading
+from sam_gym.backbones import BACKBONES, Backbone, Prompts, download, load_backbone, loading
 
 
 @pytest.fixture(autouse=True)
@@ -78,9 +78,20 @@ def test_unknown_names(micro_checkpoint: str, arguments: dict[str, Any], message
         )
 
 
-def test_published_sams_need_a_checkpoint() -> None:
-    with pytest.raises(FileNotFoundError, match=r"'vit_b' needs .* pass checkpoint='PATH'"):
-        load_backbone("vit_b")
+def test_published_weights_are_fetched_on_first_use(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_vit_b: None,
+    tiny_checkpoint: str,
+) -> None:
+    published = download.Published(
+        Path(tiny_checkpoint).as_uri(), download.sha256_of(Path(tiny_checkpoint))
+    )
+    monkeypatch.setenv("SAM_GYM_HOME", str(tmp_path))
+    monkeypatch.setitem(download.PUBLISHED, "vit_b", published)
+    backbone = load_backbone("vit_b", device="cpu")
+    assert (tmp_path / "checkpoints" / "tiny.pth").is_file()
+    assert load_backbone("vit_b", device="cpu") is backbone
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
