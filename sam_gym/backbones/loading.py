@@ -10,6 +10,13 @@ import torch
 from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 from segment_anything.modeling import Sam
 
+from sam_gym.backbones.encoders import (
+    State,
+    build_mobile_sam,
+    build_repvit_sam,
+    mobile_sam_state,
+    repvit_sam_state,
+)
 from sam_gym.backbones.micro import build_micro
 from sam_gym.backbones.service import Backbone
 from sam_gym.registry import unknown_name
@@ -22,6 +29,14 @@ BACKBONES: dict[str, Callable[[], Sam]] = {
     "vit_b": build_sam_vit_b,
     "vit_l": build_sam_vit_l,
     "vit_h": build_sam_vit_h,
+    "mobile_sam": build_mobile_sam,
+    "repvit_sam": build_repvit_sam,
+}
+
+#: Backbone name -> what turns a state dict as its authors publish it into one of ours.
+_CONVERSIONS: dict[str, Callable[[State], State]] = {
+    "mobile_sam": mobile_sam_state,
+    "repvit_sam": repvit_sam_state,
 }
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,7 +94,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def load_weights(sam: Sam, name: str, path: Path) -> None:
     """Load a checkpoint strictly; raises `ValueError` that says how it differs from `name`."""
-    state = read_weights(path)
+    state = _CONVERSIONS.get(name, lambda state: state)(read_weights(path))
     expected = sam.state_dict()
     missing = sorted(expected.keys() - state.keys())
     extra = sorted(state.keys() - expected.keys())

@@ -1,0 +1,207 @@
+"""The SAM family's other image encoders, out of timm's parts, and the names of their weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+
+
+def assemble(encoder: nn.Module, width: int = 256, mlp_dim: int = 2048, num_heads: int = 8) -> Sam:
+    """A SAM of an image encoder and segment_anything's prompt encoder and mask decoder.
+
+    Args:
+        encoder: float32 (B, 3, S, S) -> (B, width, S / 16, S / 16), with `img_size` S.
+        width: channels of an embedding; also of the predicted-IoU head.
+        mlp_dim: hidden units of the two-way transformer's MLPs.
+        num_heads: its attention heads.
+    """
+    size = int(encoder.img_size)  # type: ignore[arg-type]
+    grid = size // 16
+    transformer = TwoWayTransformer(
+        depth=2, embedding_dim=width, mlp_dim=mlp_dim, num_heads=num_heads
+    )
+    return Sam(
+        image_encoder=encoder,  # type: ignore[arg-type]
+        prompt_encoder=PromptEncoder(
+            embed_dim=width,
+            image_embedding_size=(grid, grid),
+            input_image_size=(size, size),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=transformer,
+            transformer_dim=width,
+            iou_head_depth=3,
+            iou_head_hidden_dim=width,
+        ),
+    )
+
+
+def _neck(inputs: int, outputs: int) -> nn.Sequential:
+    """What SAM puts behind an encoder, under the same names in every published checkpoint."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+        LayerNorm2d(outputs),
+        nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+        LayerNorm2d(outputs),
+    )
+
+
+def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
+    """A state dict whose image encoder's entries have other names, or are left out."""
+    prefix, result = "image_encoder.", {}
+    for key, value in state.items():
+        name: str | None = key
+        if key.startswith(prefix) and not key.startswith(f"{prefix}neck."):
+            name = rename(key.removeprefix(prefix))
+            name = name and f"{prefix}body.{name}"
+        if name is not None:
+            result[name] = value
+    return result
+
+
+# MobileSAM --------------------------------------------------------------------------------------
+
+
+class TinyVitEncoder(nn.Module):
+    """MobileSAM's image encoder (Zhang et al. 2023): TinyViT-5M whose last stage keeps the size."""
+
+    def __init__(
+        self,
+        img_size: int = 1024,
+        embed_dims: Sequence[int] = (64, 128, 160, 320),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (2, 4, 5, 10),
+        window_sizes: Sequence[int] = (7, 7, 14, 7),
+        out_chans: int = 256,
+    ) -> None:
+        from timm.models.tiny_vit import TinyVit
+
+        super().__init__()
+        self.img_size = img_size
+        body: Any = TinyVit(
+            num_classes=0,
+            embed_dims=tuple(embed_dims),
+            depths=tuple(depths),
+            num_heads=tuple(num_heads),
+            window_sizes=tuple(window_sizes),
+            drop_path_rate=0.0,
+        )
+        body.head = nn.Identity()
+        body.stages[-1].downsample.conv2.conv.stride = (1, 1)
+        self.body = body
+        self.neck = _neck(embed_dims[-1], out_chans)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neck(self.body.forward_features(x))
+
+
+def build_mobile_sam() -> Sam:
+    """MobileSAM with random weights."""
+    return assemble(TinyVitEncoder())
+
+
+def mobile_sam_state(state: State) -> State:
+    """The state dict of `mobile_sam.pt` in the names of `build_mobile_sam`."""
+
+    def rename(name: str) -> str | None:
+        if name.startswith(("norm_head.", "head.")) or name.endswith(".attention_bias_idxs"):
+            return None  # the classifier, which SAM has no use for, and what follows from sizes
+        name = re.sub(r"^patch_embed\.seq\.0", "patch_embed.conv1", name)
+        name = re.sub(r"^patch_embed\.seq\.2", "patch_embed.conv2", name)
+        # timm puts a stage's downsampling first, the authors put it last in the stage before.
+        name = re.sub(
+            r"^layers\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample", name
+        )
+        name = re.sub(r"^layers\.", "stages.", name)
+        return re.sub(r"\.c\.weight$", ".conv.weight", name)
+
+    return _renamed(state, rename)
+
+
+# RepViT-SAM -------------------------------------------------------------------------------------
+
+
+class RepVitEncoder(nn.Module):
+    """RepViT-SAM's image encoder (Wang et al. 2023): RepViT-M2.3, its last stage at full size."""
+
+    def __init__(
+        self,
+        img_size: int = 1024,
+        embed_dims: Sequence[int] = (80, 160, 320, 640),
+        depths: Sequence[int] = (6, 6, 34, 2),
+        out_chans: int = 256,
+    ) -> None:
+        from timm.models.repvit import RepVit
+
+        super().__init__()
+        self.img_size = img_size
+        body: Any = RepVit(
+            img_size=img_size,
+            embed_dim=tuple(embed_dims),
+            depth=tuple(depths),
+            num_classes=0,
+            distillation=False,
+        )
+        body.stages[-1].downsample.spatial_downsample.c.stride = (1, 1)
+        self.body, self.depths = body, tuple(depths)
+        self.neck = _neck(embed_dims[-1], out_chans)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neck(self.body.forward_features(x))
+
+
+def build_repvit_sam() -> Sam:
+    """RepViT-SAM with random weights."""
+    return assemble(RepVitEncoder())
+
+
+def repvit_sam_state(state: State, depths: Sequence[int] = (6, 6, 34, 2)) -> State:
+    """The state dict of `repvit_sam.pt` in the names of `build_repvit_sam`."""
+    # The authors number all blocks in a row: entry n of the list stands for features.(1 + n).
+    blocks: list[tuple[str, str]] = []
+    for stage, depth in enumerate(depths):
+        if stage:
+            blocks.append((f"stages.{stage}.downsample.pre_block", "block"))
+            blocks.append((f"stages.{stage}.downsample", "downsample"))
+        blocks += [(f"stages.{stage}.blocks.{k}", "block") for k in range(depth)]
+    inner = {
+        "block": {
+            "token_mixer.0": "token_mixer",
+            "token_mixer.1": "se",
+            "channel_mixer.m.0": "channel_mixer.conv1",
+            "channel_mixer.m.2": "channel_mixer.conv2",
+        },
+        "downsample": {
+            "token_mixer.0": "spatial_downsample",
+            "token_mixer.2": "channel_downsample",
+            "channel_mixer.m.0": "ffn.conv1",
+            "channel_mixer.m.2": "ffn.conv2",
+        },
+    }
+    stem = {"features.0.0": "stem.conv1", "features.0.2": "stem.conv2"}
+
+    def rename(name: str) -> str | None:
+        found = re.match(r"features\.(\d+)\.", name)
+        number = int(found[1]) if found else -1
+        if number == 0:
+            names, start = stem, ""
+        elif 0 < number <= len(blocks):
+            start, kind = blocks[number - 1]
+            names = {f"features.{number}.{old}": f".{new}" for old, new in inner[kind].items()}
+        else:
+            return name
+        for old, new in names.items():
+            if name.startswith(f"{old}."):
+                return start + new + name.removeprefix(old)
+        return name
+
+    return _renamed(state, rename)
