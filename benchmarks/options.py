@@ -17,7 +17,7 @@ class BackboneOptions:
     """Which SAM is measured, and where it runs."""
 
     backbone: str = "micro"
-    """SAM to measure: micro, vit_b, vit_l, vit_h."""
+    """SAM to measure: micro, vit_b, vit_l, vit_h, mobile_sam, repvit_sam."""
     checkpoint: str | None = None
     """Its weights (.safetensors or .pth); micro brings its own."""
     device: str = "auto"
