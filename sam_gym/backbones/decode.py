@@ -16,6 +16,8 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
 from torch import Tensor
 from torch.nn import functional as F
 
+from sam_gym.backbones.hq import HqMaskDecoder
+
 #: Label of an entry of `Prompts.labels` that holds no point.
 NO_POINT = -2
 
@@ -165,17 +167,20 @@ class MaskTokens:
         features: (P, h * w, 16, C / 8), upscaled image features.
         iou: (P, K), predicted IoU of each.
         grid: (h, w) of the embedding.
+        refinement: (P, 4h, 4w), what an HQ decoder adds to every mask, or None.
     """
 
     vectors: Tensor
     features: Tensor
     iou: Tensor
     grid: tuple[int, int]
+    refinement: Tensor | None = None
 
     def draw(self, vectors: Tensor) -> Tensor:
         """Mask logits (P, M, 4h, 4w) of the chosen vectors (P, M, C / 8)."""
         masks = torch.einsum("pmc,pnkc->pmnk", vectors, self.features)
-        return _unfold(masks, self.grid)
+        logits = _unfold(masks, self.grid)
+        return logits if self.refinement is None else logits + self.refinement[:, None]
 
     def draw_best(self, multimask: Tensor) -> tuple[Tensor, Tensor]:
         """Mask logits (P, 4h, 4w) and predicted IoU (P,) of each row's `best_token`."""
@@ -189,10 +194,11 @@ def decode_tokens(sam: Sam, embeddings: Tensor, prompts: Prompts) -> MaskTokens:
 
     Args:
         sam: the model whose weights are used.
-        embeddings: (B, C, h, w) from the image encoder.
+        embeddings: (B, C, h, w) from the image encoder (of an HQ decoder: from `encode_pixels`).
         prompts: P prompt sets; without `rows`, P equals B.
     """
     decoder = sam.mask_decoder
+    hq = decoder if isinstance(decoder, HqMaskDecoder) else None
     count = len(prompts)
     if prompts.rows is not None:
         embeddings = embeddings[prompts.rows]
@@ -200,10 +206,14 @@ def decode_tokens(sam: Sam, embeddings: Tensor, prompts: Prompts) -> MaskTokens:
         raise ValueError(f"{count} prompt sets for {len(embeddings)} embeddings: pass rows=.")
     sparse, present = encode_points_and_boxes(sam.prompt_encoder, prompts)
     output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    if hq is not None:
+        output = torch.cat([output, hq.hf_token.weight])
     tokens = torch.cat([output.expand(count, -1, -1), sparse.to(output.dtype)], dim=1)
     present = torch.cat([present.new_ones((count, len(output))), present], dim=1)
 
     grid = (embeddings.shape[-2], embeddings.shape[-1])
+    width = decoder.transformer_dim
+    embeddings, behind = embeddings[:, :width], embeddings[:, width:]
     image = (embeddings + encode_masks(sam.prompt_encoder, prompts)).flatten(2).transpose(1, 2)
     image_pe = sam.prompt_encoder.get_dense_pe().to(image.dtype).flatten(2).transpose(1, 2)
     tokens, keys = _two_way(decoder.transformer, image, image_pe, tokens, present)
@@ -212,7 +222,13 @@ def decode_tokens(sam: Sam, embeddings: Tensor, prompts: Prompts) -> MaskTokens:
         [mlp(tokens[:, 1 + k]) for k, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1
     )
     iou = decoder.iou_prediction_head(tokens[:, 0])
-    return MaskTokens(vectors, _upscale(decoder, keys), iou, grid)
+    features = _upscale(decoder, keys)
+    refinement = None
+    if hq is not None:
+        upscaled = _unfold(features.permute(0, 3, 1, 2), grid)
+        token = tokens[:, len(output) - 1]
+        refinement = hq.refinement(token, upscaled, F.pixel_shuffle(behind, 4))
+    return MaskTokens(vectors, features, iou, grid, refinement)
 
 
 def best_token(iou: Tensor, multimask: Tensor) -> Tensor:

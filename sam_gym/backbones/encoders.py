@@ -13,7 +13,13 @@ from torch import Tensor, nn
 State = dict[str, Tensor]
 
 
-def assemble(encoder: nn.Module, width: int = 256, mlp_dim: int = 2048, num_heads: int = 8) -> Sam:
+def assemble(
+    encoder: nn.Module,
+    width: int = 256,
+    mlp_dim: int = 2048,
+    num_heads: int = 8,
+    decoder: Callable[..., MaskDecoder] = MaskDecoder,
+) -> Sam:
     """A SAM of an image encoder and segment_anything's prompt encoder and mask decoder.
 
     Args:
@@ -21,6 +27,7 @@ def assemble(encoder: nn.Module, width: int = 256, mlp_dim: int = 2048, num_head
         width: channels of an embedding; also of the predicted-IoU head.
         mlp_dim: hidden units of the two-way transformer's MLPs.
         num_heads: its attention heads.
+        decoder: makes the mask decoder.
     """
     size = int(encoder.img_size)  # type: ignore[arg-type]
     grid = size // 16
@@ -35,7 +42,7 @@ def assemble(encoder: nn.Module, width: int = 256, mlp_dim: int = 2048, num_head
             input_image_size=(size, size),
             mask_in_chans=16,
         ),
-        mask_decoder=MaskDecoder(
+        mask_decoder=decoder(
             num_multimask_outputs=3,
             transformer=transformer,
             transformer_dim=width,

@@ -17,6 +17,7 @@ from sam_gym.backbones.encoders import (
     mobile_sam_state,
     repvit_sam_state,
 )
+from sam_gym.backbones.hq import build_hq_vit_b, build_hq_vit_h, build_hq_vit_l
 from sam_gym.backbones.micro import build_micro
 from sam_gym.backbones.service import Backbone
 from sam_gym.registry import unknown_name
@@ -31,6 +32,9 @@ BACKBONES: dict[str, Callable[[], Sam]] = {
     "vit_h": build_sam_vit_h,
     "mobile_sam": build_mobile_sam,
     "repvit_sam": build_repvit_sam,
+    "hq_vit_b": build_hq_vit_b,
+    "hq_vit_l": build_hq_vit_l,
+    "hq_vit_h": build_hq_vit_h,
 }
 
 #: Backbone name -> what turns a state dict as its authors publish it into one of ours.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sam_gym.backbones.decode import Prompts, decode_tokens
+from sam_gym.backbones.hq import embedding_channels, encode_pixels
 
 
 class Backbone:
@@ -33,7 +34,7 @@ class Backbone:
         self.image_size: int = sam.image_encoder.img_size
         grid = sam.prompt_encoder.image_embedding_size
         #: (C, h, w) of one embedding.
-        self.embedding_shape = (sam.prompt_encoder.embed_dim, *grid)
+        self.embedding_shape = (embedding_channels(sam), *grid)
         #: (hm, wm) of a low-res mask.
         self.mask_shape = (4 * grid[0], 4 * grid[1])
         self._resizer = ResizeLongestSide(self.image_size)
@@ -126,7 +127,7 @@ class Backbone:
             ValueError: an image has another dtype or shape.
         """
         with self._autocast():
-            return self.sam.image_encoder(self.prepare(images)).float().contiguous()
+            return encode_pixels(self.sam, self.prepare(images)).float().contiguous()
 
     @torch.no_grad()
     def decode(
