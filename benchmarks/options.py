@@ -17,7 +17,7 @@ class BackboneOptions:
     """Which SAM is measured, and where it runs."""
 
     backbone: str = "micro"
-    """SAM to measure: micro, vit_b, vit_l, vit_h, mobile_sam, repvit_sam, hq_vit_b, hq_vit_l, hq_vit_h."""
+    """SAM to measure: micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam."""
     checkpoint: str | None = None
     """Its weights (.safetensors or .pth); micro brings its own."""
     device: str = "auto"

@@ -20,6 +20,7 @@ from sam_gym.registry import unknown_name
 _CHUNK = 2**20
 _TIMEOUT = 30.0
 _META = "https://dl.fbaipublicfiles.com/segment_anything"
+_HQ = "https://huggingface.co/lkeab/hq-sam/resolve/main"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,26 @@ PUBLISHED: dict[str, Published] = {
     "vit_h": Published(
         f"{_META}/sam_vit_h_4b8939.pth",
         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+    ),
+    "mobile_sam": Published(
+        "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
+        "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+    ),
+    "repvit_sam": Published(
+        "https://github.com/THU-MIG/RepViT/releases/download/v1.0/repvit_sam.pt",
+        "1fd2867cf669e6d89b1c91d0eb883d83ef4bcc590143dd2ca35e2705b21a4f2f",
+    ),
+    "hq_vit_b": Published(
+        f"{_HQ}/sam_hq_vit_b.pth",
+        "14a9d662cd6f5a9c2dba6d40ab0058d88d287e4a18fd6fdc6ad5fb1a3fdeaa57",
+    ),
+    "hq_vit_l": Published(
+        f"{_HQ}/sam_hq_vit_l.pth",
+        "e1a6c385d62bf005ded91a54d5ec55c985cfc4103ef89c08d90f39f04934c343",
+    ),
+    "hq_vit_h": Published(
+        f"{_HQ}/sam_hq_vit_h.pth",
+        "a7ac14a085326d9fa6199c8c698c4f0e7280afdbb974d2c4660ec60877b45e35",
     ),
 }
 

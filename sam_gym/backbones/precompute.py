@@ -33,7 +33,7 @@ class Config:
     limit: int | None = None
     """Only the first so many images (scenes are endless: their default is 2048)."""
     backbone: str = "micro"
-    """SAM that encodes: micro, vit_b, vit_l, vit_h, mobile_sam, repvit_sam, hq_vit_b, hq_vit_l, hq_vit_h."""
+    """SAM that encodes: micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam."""
     checkpoint: str | None = None
     """Weights of the backbone (micro brings its own)."""
     device: str = "auto"

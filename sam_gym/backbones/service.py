@@ -14,6 +14,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torch.nn import functional as F
 
+from sam_gym.backbones.attention import fuse_attention
 from sam_gym.backbones.decode import Prompts, decode_tokens
 from sam_gym.backbones.hq import embedding_channels, encode_pixels
 
@@ -31,6 +32,7 @@ class Backbone:
     def __init__(self, name: str, sam: Sam, device: torch.device, dtype: torch.dtype) -> None:
         self.name, self.device, self.dtype = name, device, dtype
         self.sam = sam.to(device).eval().requires_grad_(False)
+        fuse_attention(self.sam.image_encoder)
         self.image_size: int = sam.image_encoder.img_size
         grid = sam.prompt_encoder.image_embedding_size
         #: (C, h, w) of one embedding.

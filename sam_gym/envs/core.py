@@ -46,7 +46,7 @@ class ClickConfig:
     dataset_kwargs: dict[str, Any] = field(default_factory=dict)
     """More options of the dataset, for example {"categories": "person"} or {"length": 2048}."""
     backbone: str = "micro"
-    """SAM that is clicked: micro, vit_b, vit_l, vit_h, mobile_sam, repvit_sam, hq_vit_b, hq_vit_l, hq_vit_h."""
+    """SAM that is clicked: micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam."""
     checkpoint: str | None = None
     """Weights of the backbone (micro brings its own)."""
     device: str = "auto"
