@@ -63,7 +63,7 @@ class ClickFeatures(BaseFeaturesExtractor):
             self.modulation.weight[0] = 0.0
         self.reduce = nn.Conv2d(channels, width, 1)
         self.mix = nn.Sequential(
-            nn.Conv2d(2 * width + 2 + int(self.has_cue), width, 3, padding=1),
+            nn.Conv2d(2 * width + 2 + int(self.has_cue), width, 1),
             nn.ReLU(),
             nn.Conv2d(width, width, 3, padding=1),
             nn.ReLU(),

@@ -2,18 +2,20 @@
 
 The prompt encoder, mask decoder and transformer blocks are segment_anything's modules. The image
 encoder is a convolutional stem, which learns from few images, under a small ViT, which sees the
-whole image. Fine features reach the embedding by a pixel-unshuffle beside the coarse ones, so that
-one tensor carries all that the decoder needs.
+whole image. Fine features reach the embedding by a pixel-unshuffle, once as they are and once mixed
+with the coarse ones, so that one tensor carries all that the decoder needs.
 """
 
 from __future__ import annotations
 
 import torch
-from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling import Sam
 from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.image_encoder import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sam_gym.backbones.encoders import assemble
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -29,6 +31,38 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+class _Detail(nn.Module):
+    """Fine features that know what they lie on: coarse ones carried back up to a quarter of the
+    resolution, level by level (a feature pyramid, Lin et al. 2017), then folded into the grid.
+    """
+
+    def __init__(
+        self, widths: tuple[int, int, int, int], out_chans: int, wide: int = 64, narrow: int = 48
+    ) -> None:
+        super().__init__()
+        _, quarter, eighth, coarse = widths
+        self.from_coarse = nn.Conv2d(coarse, wide, 1)
+        self.from_eighth = nn.Conv2d(eighth, wide, 1)
+        self.mix_eighth = _conv(wide, wide)
+        self.down = nn.Conv2d(wide, narrow, 1)
+        self.from_quarter = nn.Conv2d(quarter, narrow, 1)
+        self.mix_quarter = _Residual(narrow)
+        self.reduce = nn.Conv2d(narrow, 16, 1)
+        self.fold = nn.Conv2d(16 * 16, out_chans, 1)
+        # Nothing at first: the encoder starts as if this branch were not there.
+        nn.init.zeros_(self.fold.weight)
+        nn.init.zeros_(self.fold.bias)  # type: ignore[arg-type]
+
+    def forward(self, quarter: Tensor, eighth: Tensor, coarse: Tensor) -> Tensor:
+        x = self.mix_eighth(_doubled(self.from_coarse(coarse)) + self.from_eighth(eighth))
+        x = F.relu(_doubled(self.down(F.relu(x))) + self.from_quarter(quarter))
+        return self.fold(F.pixel_unshuffle(F.relu(self.reduce(self.mix_quarter(x))), 4))
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear")
 
 
 class MicroEncoder(nn.Module):
@@ -61,8 +95,9 @@ class MicroEncoder(nn.Module):
             LayerNorm2d(256),
             nn.GELU(),
             nn.Conv2d(256, out_chans, 3, padding=1),
-            LayerNorm2d(out_chans),
         )
+        self.detail = _Detail(widths, out_chans)
+        self.norm = LayerNorm2d(out_chans)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -71,29 +106,15 @@ class MicroEncoder(nn.Module):
         coarse = self.coarse(eighth).permute(0, 2, 3, 1) + self.pos_embed
         for block in self.blocks:
             coarse = block(coarse)
+        coarse = coarse.permute(0, 3, 1, 2)
         fine = [
             F.pixel_unshuffle(self.fine_quarter(quarter), 4),
             F.pixel_unshuffle(self.fine_eighth(eighth), 2),
         ]
-        return self.neck(torch.cat([coarse.permute(0, 3, 1, 2), *fine], dim=1))
+        embedding = self.neck(torch.cat([coarse, *fine], dim=1))
+        return self.norm(embedding + self.detail(quarter, eighth, coarse))
 
 
 def build_micro() -> Sam:
     """`micro` with random weights."""
-    width, size, grid = 128, 256, 16
-    return Sam(
-        image_encoder=MicroEncoder(size, out_chans=width),  # type: ignore[arg-type]
-        prompt_encoder=PromptEncoder(
-            embed_dim=width,
-            image_embedding_size=(grid, grid),
-            input_image_size=(size, size),
-            mask_in_chans=16,
-        ),
-        mask_decoder=MaskDecoder(
-            num_multimask_outputs=3,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=width, mlp_dim=512, num_heads=8),
-            transformer_dim=width,
-            iou_head_depth=3,
-            iou_head_hidden_dim=128,
-        ),
-    )
+    return assemble(MicroEncoder(), width=128, mlp_dim=512)

@@ -30,6 +30,7 @@ from sam_gym.backbones.decode import NO_POINT, Prompts, best_token, decode_token
 from sam_gym.backbones.loading import load_weights, resolve_device
 from sam_gym.backbones.micro import build_micro
 from sam_gym.backbones.micro_data import LABEL_STRIDE, NO_LABEL, SIZE, MicroStream, TrainItem
+from sam_gym.backbones.muon import Muon
 from sam_gym.backbones.service import Backbone
 from sam_gym.data.sample import Sample
 from sam_gym.data.scenes import Scenes
@@ -63,8 +64,10 @@ class Config:
     """Prompted targets per image."""
     max_rounds: int = 6
     """Longest sequence of corrections without gradients before the last, trained one."""
-    learning_rate: float = 8e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of Muon, for matrices and convolutions."""
+    vector_learning_rate: float = 8e-4
+    """Peak learning rate of AdamW, for everything else."""
     weight_decay: float = 0.03
     """Weight decay of matrices; vectors have none."""
     warmup: int = 150
@@ -242,6 +245,13 @@ def play_round(sam: Sam, embeddings: Tensor, batch: PromptBatch) -> Tensor:
     return tokens.draw_best(batch.ambiguous.to(embeddings.device))[0]
 
 
+def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter maps features to features, and so is one for Muon."""
+    if parameter.ndim < 2 or "embed" in name:
+        return False
+    return min(parameter.flatten(1).shape) >= 8
+
+
 class MicroTrainer:
     """Owns the model, its moving average, the optimizer and the step counter."""
 
@@ -257,26 +267,32 @@ class MicroTrainer:
         self.average = AveragedModel(
             self.sam, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
         )
-        parameters = [*self.sam.parameters(), *self.semantic.parameters()]
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.parameters = parameters
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+        self.parameters = [*self.sam.parameters(), *self.semantic.parameters()]
+        matrices = [p for name, p in self.sam.named_parameters() if _is_hidden_matrix(name, p)]
+        taken = {id(parameter) for parameter in matrices}
+        rest = [parameter for parameter in self.parameters if id(parameter) not in taken]
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
+            Muon(matrices, config.learning_rate, config.weight_decay),
+            torch.optim.AdamW(
+                rest, lr=config.vector_learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+            ),
+        )
 
-    def learning_rate(self) -> float:
+    def schedule(self) -> float:
+        """Share of the peak learning rate at this step: warm-up, constant, linear decay."""
         config = self.config
         warm = min(1.0, (self.step + 1) / config.warmup)
         cool = min(1.0, (config.steps - self.step) / max(1.0, config.decay * config.steps))
-        return config.learning_rate * warm * cool
+        return warm * cool
 
     def train_step(self, items: Sequence[TrainItem]) -> dict[str, float]:
         """One optimizer step; returns numbers for the log."""
         config = self.config
         rng = np.random.default_rng([config.seed, 11, self.step])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+        peaks = (config.learning_rate, config.vector_learning_rate)
+        for optimizer, peak in zip(self.optimizers, peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * self.schedule()
         self.sam.train()
         pixels = torch.from_numpy(np.stack([item.image for item in items])).to(self.device)
         pixels = (pixels.permute(0, 3, 1, 2) - self.sam.pixel_mean) / self.sam.pixel_std
@@ -293,10 +309,12 @@ class MicroTrainer:
         last, _, last_iou = round_loss(self.sam, embeddings, batch)
 
         loss = first + last + config.semantic_weight * semantic
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.average.update_parameters(self.sam)
         self.step += 1
         numbers = {
@@ -327,7 +345,7 @@ class MicroTrainer:
             "sam": self.sam.state_dict(),
             "semantic": self.semantic.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
@@ -339,7 +357,8 @@ class MicroTrainer:
         self.sam.load_state_dict(state["sam"])
         self.semantic.load_state_dict(state["semantic"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
 
     def export(self, path: Path) -> None:
         """Write the averaged weights as float16 safetensors."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -35,15 +36,20 @@ class CutOff(Exception):
     """The process dies."""
 
 
-def assert_same_state(one: dict, other: dict, path: str = "") -> None:
-    assert one.keys() == other.keys(), path
-    for key, value in one.items():
-        if isinstance(value, dict):
+def assert_same_state(one: Any, other: Any, path: str = "") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key, value in one.items():
             assert_same_state(value, other[key], f"{path}/{key}")
-        elif isinstance(value, torch.Tensor):
-            assert torch.equal(value, other[key]), f"{path}/{key}"
-        else:
-            assert value == other[key], f"{path}/{key}"
+    elif isinstance(one, list):
+        assert len(one) == len(other), path
+        for number, values in enumerate(zip(one, other, strict=True)):
+            assert_same_state(*values, f"{path}/{number}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
 
 
 def test_a_run_cut_off_goes_on_to_the_same_weights(

@@ -1,0 +1,64 @@
+"""Muon, for the weights of a small model that has to learn in few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def orthogonalized(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """Roughly the orthogonal matrix nearest to `matrix`, (rows, columns), by Newton-Schulz steps.
+
+    The quintic of Jordan et al. 2024: singular values come to lie near 1 (about 0.7 to 1.2).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix if wide else matrix.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonalized steps for matrices and convolutions (as output x rest).
+
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers"; step size and weight decay as in
+    "Muon is scalable for LLM training" (2025), so that a learning rate means what it means to
+    AdamW. `torch.optim.Muon` takes no convolutions and computes in bfloat16, which is slow on CPUs.
+
+    Args:
+        parameters: tensors of two or more dimensions.
+        lr: learning rate, as of AdamW.
+        weight_decay: decoupled weight decay.
+        momentum: of the Nesterov average of the gradients.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step with the gradients there are."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                average = state.setdefault("average", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 1.0 - group["momentum"])
+                ahead = parameter.grad.lerp(average, group["momentum"]).flatten(1)
+                # An orthogonal step has an RMS of 1 / sqrt(longer side); AdamW's is about 0.2.
+                size = 0.2 * max(ahead.shape) ** 0.5
+                parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+                direction = orthogonalized(ahead).view_as(parameter)
+                parameter.add_(direction, alpha=-size * group["lr"])
