@@ -10,6 +10,7 @@ import torch
 from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 from segment_anything.modeling import Sam
 
+from sam_gym.backbones import huggingface
 from sam_gym.backbones.encoders import (
     State,
     build_mobile_sam,
@@ -139,7 +140,7 @@ def load_backbone(
     """The shared backbone of a name; the same arguments give the same object in a process.
 
     Args:
-        name: a key of `BACKBONES`.
+        name: a key of `BACKBONES`, or "hf:OWNER/NAME" (of type SAM or SAM-HQ; also a folder).
         checkpoint: path of the weights. `micro` brings its own; the published ones are downloaded
             into `SAM_GYM_HOME` when they are first asked for.
         device: "auto" (CUDA, then MPS, then CPU), or a torch device.
@@ -149,10 +150,16 @@ def load_backbone(
         ValueError: unknown name, device or dtype, or a checkpoint that does not fit.
         FileNotFoundError: the checkpoint does not exist.
         ConnectionError: none was given, and the published one could not be downloaded.
+        ImportError: the name begins with "hf:" and transformers is not installed.
     """
-    if name not in BACKBONES:
+    from_hub = name.startswith(huggingface.PREFIX)
+    if not from_hub and name not in BACKBONES:
         raise unknown_name("backbone", name, BACKBONES)
-    if checkpoint is None:
+    if from_hub:
+        if checkpoint is not None:
+            raise ValueError(f"{name!r} brings its own weights: leave checkpoint out.")
+        path = Path(name.removeprefix(huggingface.PREFIX))
+    elif checkpoint is None:
         path = MICRO_WEIGHTS if name == "micro" else _published(name)
     else:
         path = Path(checkpoint).expanduser().resolve()
@@ -161,7 +168,10 @@ def load_backbone(
     key = (name, str(path), str(target), str(precision))
     with _lock:
         if key not in _loaded:
-            sam = BACKBONES[name]()
-            load_weights(sam, name, path)
+            if from_hub:
+                sam = huggingface.load_from_hub(str(path))
+            else:
+                sam = BACKBONES[name]()
+                load_weights(sam, name, path)
             _loaded[key] = Backbone(name, sam, target, precision)
         return _loaded[key]

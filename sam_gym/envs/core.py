@@ -269,6 +269,10 @@ class ClickCore:
         self.ahead.begin(slots, rngs)
         return drawn
 
+    def draw(self, rng: np.random.Generator) -> SlotTarget:
+        """What an episode that begins with this generator is about."""
+        return self._draw(rng)[0]
+
     def _draw(self, rng: np.random.Generator) -> tuple[SlotTarget, np.ndarray, np.ndarray]:
         for _ in range(200):
             index, category = self.dataset.draw(rng)

@@ -1,7 +1,9 @@
 """`throughput` end to end, its timers, and that it notices when the two sides differ."""
 
 import csv
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,18 @@ import numpy as np
 import pytest
 
 from benchmarks import throughput
+from benchmarks.reference import plain_sam
 from benchmarks.run import main
-from benchmarks.throughput import PHASES, REST, Config, Match, Played, phase_timers, play_vector
+from benchmarks.throughput import (
+    PHASES,
+    REST,
+    Config,
+    Match,
+    Played,
+    phase_timers,
+    play_reference,
+    play_vector,
+)
 
 
 def arguments(checkpoint: str, out: Path) -> list[str]:
@@ -18,51 +30,62 @@ def arguments(checkpoint: str, out: Path) -> list[str]:
         "checkpoint": checkpoint,
         "device": "cpu",
         "out": out,
-        "num-envs": 3,
         "max-steps": 2,
         "steps": 2,
         "repeats": 2,
         "images": 2,
     }
     pairs = [(f"--{key}", str(value)) for key, value in options.items()]
-    return ["throughput", *(word for pair in pairs for word in pair)]
+    return ["throughput", *(word for pair in pairs for word in pair), "--num-envs", "3"]
 
 
 @pytest.fixture
-def match(micro_checkpoint: str) -> Match:
-    config = Config(
-        checkpoint=micro_checkpoint, device="cpu", num_envs=3, max_steps=2, steps=4, images=2
-    )
-    return Match(config, config.load(), fresh=False)
+def match(micro_checkpoint: str) -> Iterator[Match]:
+    config = Config(checkpoint=micro_checkpoint, device="cpu", max_steps=2, steps=4, images=2)
+    backbone = config.load()
+    match = Match(config, backbone, plain_sam(backbone), num_envs=3, fresh=False)
+    yield match
+    match.close()
 
 
 def test_writes_numbers_table_and_page(micro_checkpoint: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    returned = main(arguments(micro_checkpoint, out))
+    returned = main([*arguments(micro_checkpoint, out)[:-1], "1", "3"])
     results = json.loads((out / "results.json").read_text())
     assert results == json.loads(json.dumps(returned))
-    assert (results["backbone"], results["num_envs"]) == ("micro", 3)
-    assert results["overhead_share"] == results["cached"]["overhead_share"]
-    for kind in ("cached", "fresh"):
-        numbers = results[kind]
+    assert results["backbone"] == "micro" and list(results["by_num_envs"]) == ["1", "3"]
+    for num_envs, kind in itertools.product((1, 3), ("cached", "fresh")):
+        numbers = results["by_num_envs"][str(num_envs)][kind]
         assert 0 < numbers["overhead_share"] < 1
         assert numbers["phases_ms"].keys() == {*PHASES, REST}
         assert all(value >= 0 for value in numbers["phases_ms"].values())
         assert numbers["phases_ms"]["decode"] > 0
+        assert (numbers["phases_ms"]["encode"] > 0) == (kind == "fresh")
         assert numbers["agreement"]["agree"]
-        steps = 3 * 2
-        repeats = [r for r in rows_of(out) if r["images"] == kind]
-        for side in ("vector", "scalar"):
-            seconds = [float(r["seconds"]) for r in repeats if r["env"] == side]
+        assert numbers["agreement"]["mean_mask_iou_with_reference"] > 0.99
+        of_this = (str(num_envs), kind)
+        repeats = [r for r in rows_of(out) if (r["num_envs"], r["images"]) == of_this]
+        medians = {}
+        for side in ("vector", "scalar", "reference"):
+            seconds = [float(r["seconds"]) for r in repeats if r["side"] == side]
             assert len(seconds) == 2
-            expected = steps / np.median(seconds)
+            medians[side] = np.median(seconds)
+            expected = 2 * num_envs / medians[side]
             assert numbers[f"{side}_steps_per_second"] == pytest.approx(expected, rel=1e-4)
-    assert results["cached"]["phases_ms"]["encode"] == 0
-    assert results["fresh"]["phases_ms"]["encode"] > 0
+        speedup = results[f"speedup_vs_loop{'_fresh' * (kind == 'fresh')}"][str(num_envs)]
+        assert speedup == pytest.approx(numbers["speedup_vs_reference"], abs=1e-3)
+
+    # 128 x (image, embedding, mask, two numbers) against 128 x (handle, small mask, two numbers).
+    full = 256 * 256 * 3 + 4 * 128 * 16 * 16 + 4 * 64 * 64 + 16
+    assert results["rollout_bytes"]["full"] == 128 * full
+    assert results["rollout_bytes"]["handle"] == 128 * (4 + 16 * 16 + 16)
+    assert results["encoder"]["largest_difference_in_deviations"] < 1e-3
+    assert 0 < results["decoder"]["fraction_of_roofline"] < 1.5
 
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 1
-    assert (out / "phases.png").read_bytes().startswith(b"\x89PNG")
+    assert page.count("data:image/png;base64,") == 2
+    for plot in ("speed.png", "phases.png"):
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
 
 
 def rows_of(out: Path) -> list[dict[str, str]]:
@@ -70,19 +93,22 @@ def rows_of(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_both_sides_play_the_same_episodes(match: Match) -> None:
+def test_all_sides_play_the_same_episodes(match: Match) -> None:
     match.play()
-    vector, scalar = match._played
+    vector, reference, scalar = (match.played[s] for s in ("vector", "reference", "scalar"))
     assert len(vector.rewards) == 4 and len(vector.final_ious) == 2
     np.testing.assert_allclose(vector.rewards, scalar.rewards, atol=1e-3)
     np.testing.assert_allclose(vector.final_ious, scalar.final_ious, atol=1e-3)
     # The rewards of an episode add up to its final IoU, on either side.
     np.testing.assert_allclose(np.add(*scalar.rewards[:2]), scalar.final_ious[0], atol=1e-6)
     assert np.abs(vector.rewards).max() > 0.01
+    ours, theirs = np.array(vector.masks), np.array(reference.masks)
+    assert ours.shape == theirs.shape == (4, 3, 64, 64)
+    assert (ours != theirs).mean() < 1e-3 and ours.any()
 
 
 def test_sides_share_no_embeddings(match: Match) -> None:
-    stores = {id(env.unwrapped.core.store) for env in match.scalars}  # type: ignore[attr-defined]
+    stores = {id(core.store) for core in match.scalar_cores}
     assert len(stores) == 1 and id(match.core.store) not in stores
     assert match.core.store.encoded == 2
 
@@ -90,16 +116,30 @@ def test_sides_share_no_embeddings(match: Match) -> None:
 def test_disagreement_is_an_error(
     micro_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(env: Any, actions: np.ndarray, played: Played) -> None:
-        play_vector(env, actions, played)
+    def wrong(env: Any, actions: np.ndarray, played: Played) -> float:
+        seconds = play_vector(env, actions, played)
         played.rewards[-1] = played.rewards[-1] + 0.5
+        return seconds
 
     monkeypatch.setattr(throughput, "play_vector", wrong)
     with pytest.raises(RuntimeError, match="disagree on cached"):
         main(arguments(micro_checkpoint, tmp_path / "out"))
     # The numbers are there to look into it.
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert not results["cached"]["agreement"]["agree"]
+    assert not results["by_num_envs"]["3"]["cached"]["agreement"]["agree"]
+
+
+def test_another_mask_of_the_reference_is_an_error(
+    micro_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(env: Any, actions: np.ndarray, played: Played) -> float:
+        seconds = play_reference(env, actions, played)
+        played.masks[-1] = ~played.masks[-1]
+        return seconds
+
+    monkeypatch.setattr(throughput, "play_reference", wrong)
+    with pytest.raises(RuntimeError, match="disagree on cached images with 3 env"):
+        main(arguments(micro_checkpoint, tmp_path / "out"))
 
 
 def test_timers_are_exclusive_and_leave_no_trace(

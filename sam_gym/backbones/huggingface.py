@@ -1,0 +1,139 @@
+"""SAM and HQ-SAM models of the Hugging Face hub, as segment_anything's modules.
+
+Masks of SAM equal those of transformers. Those of SAM-HQ follow its authors' code: transformers'
+forward (seen in 5.23) upscales the image embedding from before the two-way transformer instead of
+the one from behind it.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, Sam
+from torch import nn
+
+from sam_gym.backbones.encoders import State, assemble
+from sam_gym.backbones.hq import HqImageEncoder, HqMaskDecoder
+
+#: Names that begin with this are loaded from the hub: "hf:facebook/sam-vit-base".
+PREFIX = "hf:"
+
+#: (pattern, replacement) from transformers' names to segment_anything's, applied in this order.
+_NAMES = [
+    (
+        r"^shared_image_embedding\.positional_embedding$",
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+    ),
+    (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
+    (r"^vision_encoder\.layers\.(\d+)\.layer_norm([12])\.", r"image_encoder.blocks.\1.norm\2."),
+    (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
+    (r"^vision_encoder\.neck\.conv1\.", "image_encoder.neck.0."),
+    (r"^vision_encoder\.neck\.layer_norm1\.", "image_encoder.neck.1."),
+    (r"^vision_encoder\.neck\.conv2\.", "image_encoder.neck.2."),
+    (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
+    (r"^vision_encoder\.", "image_encoder."),
+    (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
+    (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
+    (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
+    (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
+    (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
+    (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
+    (r"(transformer\.layers\.\d+)\.layer_norm([1-4])\.", r"\1.norm\2."),
+    (r"\.upscale_conv1\.", ".output_upscaling.0."),
+    (r"\.upscale_layer_norm\.", ".output_upscaling.1."),
+    (r"\.upscale_conv2\.", ".output_upscaling.3."),
+    (r"\.hq_token\.", ".hf_token."),
+    (r"\.hq_mask_mlp\.", ".hf_mlp."),
+    (r"\.compress_vit_conv1\.", ".compress_vit_feat.0."),
+    (r"\.compress_vit_norm\.", ".compress_vit_feat.1."),
+    (r"\.compress_vit_conv2\.", ".compress_vit_feat.3."),
+    (r"\.encoder_conv1\.", ".embedding_encoder.0."),
+    (r"\.encoder_norm\.", ".embedding_encoder.1."),
+    (r"\.encoder_conv2\.", ".embedding_encoder.3."),
+    (r"\.mask_conv1\.", ".embedding_maskfeature.0."),
+    (r"\.mask_norm\.", ".embedding_maskfeature.1."),
+    (r"\.mask_conv2\.", ".embedding_maskfeature.3."),
+    # MLPs of three layers: proj_in, layers.0, proj_out; the middle one moves first.
+    (r"(_mlps\.\d+|hf_mlp|iou_prediction_head)\.layers\.0\.", r"\1.layers.1."),
+    (r"(_mlps\.\d+|hf_mlp|iou_prediction_head)\.proj_in\.", r"\1.layers.0."),
+    (r"(_mlps\.\d+|hf_mlp|iou_prediction_head)\.proj_out\.", r"\1.layers.2."),
+]
+
+
+def converted(state: State) -> State:
+    """A state dict of `SamModel` or `SamHQModel` in the names of segment_anything."""
+    result = {}
+    for name, value in state.items():
+        if name == "prompt_encoder.shared_embedding.positional_embedding":
+            continue  # the same tensor as shared_image_embedding
+        for pattern, replacement in _NAMES:
+            name = re.sub(pattern, replacement, name)
+        result[name] = value
+    return result
+
+
+def load_from_hub(name: str) -> Sam:
+    """Load a model of type `sam` or `sam_hq`.
+
+    Args:
+        name: OWNER/NAME on the hub, or a local folder that `save_pretrained` wrote.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileNotFoundError: there is no such model, or the hub cannot be reached.
+        ValueError: it is a model of another kind.
+    """
+    try:
+        from transformers import AutoConfig, SamHQModel, SamModel
+    except ImportError as error:
+        raise ImportError(
+            f"Backbone '{PREFIX}{name}' needs transformers: pip install 'sam-gym[hf]'."
+        ) from error
+    try:
+        config: Any = AutoConfig.from_pretrained(name)
+        kinds: dict[str, Any] = {"sam": SamModel, "sam_hq": SamHQModel}
+        if config.model_type not in kinds:
+            raise ValueError(
+                f"{PREFIX}{name} is a model of type {config.model_type!r}; expected "
+                f"{' or '.join(map(repr, kinds))}."
+            )
+        model = kinds[config.model_type].from_pretrained(name)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{PREFIX}{name}: could not be loaded from the hub or from that folder ({error})."
+        ) from error
+    sam = build(config)
+    sam.load_state_dict(converted(model.state_dict()))
+    return sam
+
+
+def build(config: Any) -> Sam:
+    """The model of a `SamConfig` or `SamHQConfig` with random weights."""
+    vision, head = config.vision_config, config.mask_decoder_config
+    if vision.patch_size != 16:
+        raise ValueError(f"Expected patches of 16 pixels, got {vision.patch_size}.")
+    is_hq = config.model_type == "sam_hq"
+    encoder = (HqImageEncoder if is_hq else ImageEncoderViT)(
+        img_size=vision.image_size,
+        embed_dim=vision.hidden_size,
+        depth=vision.num_hidden_layers,
+        num_heads=vision.num_attention_heads,
+        mlp_ratio=vision.mlp_dim / vision.hidden_size,
+        out_chans=vision.output_channels,
+        qkv_bias=vision.qkv_bias,
+        norm_layer=partial(nn.LayerNorm, eps=vision.layer_norm_eps),
+        use_abs_pos=vision.use_abs_pos,
+        use_rel_pos=vision.use_rel_pos,
+        window_size=vision.window_size,
+        global_attn_indexes=tuple(vision.global_attn_indexes),
+    )
+    decoder = partial(HqMaskDecoder, vit_dim=vision.hidden_size) if is_hq else MaskDecoder
+    sam = assemble(encoder, head.hidden_size, head.mlp_dim, head.num_attention_heads, decoder)
+    # transformers' two-way blocks have another epsilon than segment_anything's.
+    for layer in sam.mask_decoder.transformer.layers:  # type: ignore[union-attr]
+        for norm in (layer.norm1, layer.norm2, layer.norm3, layer.norm4):  # type: ignore[union-attr]
+            norm.eps = head.layer_norm_eps  # type: ignore[union-attr]
+    return sam
