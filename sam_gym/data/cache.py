@@ -22,6 +22,8 @@ class SampleCache:
         self.dataset, self.max_bytes = dataset, max_bytes
         self._kept: OrderedDict[int, tuple[Sample, np.ndarray]] = OrderedDict()
         self._bytes = 0
+        #: How often the dataset was asked, because a sample was not here.
+        self.misses = 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -33,6 +35,7 @@ class SampleCache:
             sample, packed = self._kept[index]
             masks = np.unpackbits(packed, axis=-1, count=sample.image.shape[1]).view(bool)
             return replace(sample, masks=masks)
+        self.misses += 1
         sample = self.dataset[index]
         sample = replace(sample, parts=None, digest=image_digest(sample.image))
         packed = np.packbits(sample.masks, axis=-1)

@@ -25,7 +25,7 @@ class DrawAhead(Generic[T]):
 
     What it returns, and what it does to the slots' generators, is what `draw(rng)` would return and
     do: a draw ahead works on a copy of the generator, and counts only if the generator has not been
-    used or replaced since. All draws happen in one thread, so `draw` needs no locks.
+    used or replaced since. No two draws happen at once, so `draw` needs no locks.
 
     Args:
         draw: makes something out of a generator and nothing else.
@@ -38,31 +38,30 @@ class DrawAhead(Generic[T]):
 
     def take(self, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> list[T]:
         """The next draw of each slot; raises what `draw` raises."""
-        fetched = [self._ready(slot, rng) for slot, rng in zip(slots, rngs, strict=True)]
         drawn = []
-        for rng, (used, future) in zip(rngs, fetched, strict=True):
-            drawn.append(future.result())
-            rng.bit_generator.state = used.bit_generator.state
+        for slot, rng in zip(slots, rngs, strict=True):
+            pending = self._pending.pop(slot, None)
+            if pending is not None and pending.start == rng.bit_generator.state:
+                drawn.append(pending.future.result())
+                rng.bit_generator.state = pending.rng.bit_generator.state
+            else:
+                drawn.append(self._now(rng))
         return drawn
 
-    def _ready(self, slot: int, rng: np.random.Generator) -> tuple[np.random.Generator, Future[T]]:
-        pending = self._pending.pop(slot, None)
-        if pending is not None:
-            if pending.start == rng.bit_generator.state:
-                return pending.rng, pending.future
-            pending.future.cancel()
-        return rng, self._submit(rng)
+    def _now(self, rng: np.random.Generator) -> T:
+        """A draw that was not begun: in the thread, if there is one, so that draws never meet."""
+        if self._executor is None:
+            return self._draw(rng)
+        return self._executor.submit(self._draw, rng).result()
 
     def begin(self, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> None:
         """Start on the draw after this one, for each slot."""
         for slot, rng in zip(slots, rngs, strict=True):
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="draw-ahead")
             copy = deepcopy(rng)
-            self._pending[slot] = _Pending(rng.bit_generator.state, copy, self._submit(copy))
-
-    def _submit(self, rng: np.random.Generator) -> Future[T]:
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="draw-ahead")
-        return self._executor.submit(self._draw, rng)
+            future = self._executor.submit(self._draw, copy)
+            self._pending[slot] = _Pending(rng.bit_generator.state, copy, future)
 
     def close(self) -> None:
         """Forget what is under way and end the thread; the next draw starts another."""

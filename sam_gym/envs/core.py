@@ -187,6 +187,7 @@ class ClickCore:
         config = self.config
         self.samples = SampleCache(self.dataset, config.cache_mib * 2**20)
         self.ahead = DrawAhead(self._draw)
+        self._misses = 0
         self.backbone = load_backbone(
             config.backbone, config.checkpoint, config.device, config.dtype
         )
@@ -262,11 +263,12 @@ class ClickCore:
     def _draw_all(
         self, slots: Sequence[int], rngs: Sequence[np.random.Generator]
     ) -> list[tuple[SlotTarget, np.ndarray, np.ndarray]]:
-        """The next target of each slot; of many slots, the ones after are begun in a thread."""
-        if self.num_slots == 1:
-            return [self._draw(rng) for rng in rngs]
+        """The next target of each slot; the ones after are begun in a thread if that pays."""
         drawn = self.ahead.take(slots, rngs)
-        self.ahead.begin(slots, rngs)
+        # A sample from the cache is there sooner than two threads have agreed on whose turn it is.
+        missed, self._misses = self.samples.misses > self._misses, self.samples.misses
+        if missed and self.num_slots > 1:
+            self.ahead.begin(slots, rngs)
         return drawn
 
     def draw(self, rng: np.random.Generator) -> SlotTarget:
