@@ -151,6 +151,6 @@ def plot_learning_curve(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if train or evaluations:
-        axes.legend(loc="upper left", frameon=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
