@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sam_gym.backbones import Backbone, Prompts
 from sam_gym.data import make_dataset
+from sam_gym.prompts import interior_distance
 
 
 def synchronise(device: torch.device) -> None:
@@ -107,9 +107,60 @@ def decoder_speed(backbone: Backbone, prompts: int) -> dict[str, float]:
     }
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """The most memory that was ever held: of the device, or of the process on a CPU."""
+def peak_memory_mib(device: torch.device) -> float | None:
+    """The most memory that was ever held: of the device, or of the process on a CPU.
+
+    None on Windows, which does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def precision_effect(backbone: Backbone, count: int = 32) -> dict[str, dict[str, float]]:
+    """Mean IoU of the masks after one click with those of float32, by precision.
+
+    `model`: encoder and decoder in that precision; `disk`: float32 throughout, but the embedding
+    kept on disk in that precision.
+    """
+    scenes = make_dataset("scenes", "test", length=count)
+    samples = [scenes[i] for i in range(count)]
+    images = [sample.image for sample in samples]
+    points = np.zeros((count, 1, 2), np.float32)
+    for point, sample in zip(points, samples, strict=True):
+        distance = interior_distance(sample.masks[0])
+        y, x = divmod(int(distance.argmax()), distance.shape[1])
+        point[0] = backbone.to_input_frame(np.array([x, y]), distance.shape)
+    device = backbone.device
+    prompts = Prompts(
+        points=torch.from_numpy(points).to(device),
+        labels=torch.ones((count, 1), dtype=torch.long, device=device),
+    )
+    first = torch.ones(count, dtype=torch.bool, device=device)
+
+    def at(dtype: torch.dtype) -> Backbone:
+        return Backbone(backbone.name, backbone.private_copy(), device, dtype)
+
+    exact = at(torch.float32)
+    embeddings = exact.encode(images)
+    truth = exact.decode_best(embeddings, prompts, first)[0] > 0
+
+    def iou(logits: torch.Tensor) -> float:
+        mask = logits > 0
+        overlap, union = (mask & truth).sum(dim=(1, 2)), (mask | truth).sum(dim=(1, 2))
+        return float(torch.where(union > 0, overlap / union.clamp(min=1), 1.0).mean())
+
+    effect = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        lower = at(dtype)
+        kept = embeddings.to(dtype).float()
+        effect[str(dtype).removeprefix("torch.")] = {
+            "model": iou(lower.decode_best(lower.encode(images), prompts, first)[0]),
+            "disk": iou(exact.decode_best(kept, prompts, first)[0]),
+        }
+    return effect

@@ -15,6 +15,15 @@ from sam_gym.backbones import BACKBONES, Backbone
 from sam_gym.envs.core import ClickCore, SlotTarget
 
 
+def check_comparable(name: str) -> None:
+    """Raise `ValueError` for a backbone that `SamPredictor` cannot work."""
+    if name.startswith(("hf:", "hq_")):
+        raise ValueError(
+            f"{name}: segment_anything's SamPredictor cannot work this backbone, so there is "
+            "nothing to compare with. Take micro, vit_b, vit_l, vit_h, mobile_sam or repvit_sam."
+        )
+
+
 def plain_sam(backbone: Backbone) -> Sam:
     """segment_anything's own model with the weights of a backbone, in float32, nothing replaced."""
     sam = BACKBONES[backbone.name]()

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from sam_gym.home import home
 from sam_gym.registry import unknown_name
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+#: Bound on the files of one backbone and precision, unless somebody says otherwise: 64 GiB.
+DEFAULT_BYTES = 2**36
 
 #: A file that was being written this many seconds ago belongs to a writer that died.
 _ABANDONED = 3600.0
@@ -52,7 +56,7 @@ class DiskStore:
         backbone: Backbone,
         folder: Path | None = None,
         dtype: str = "float32",
-        max_bytes: int = 2**36,
+        max_bytes: int = DEFAULT_BYTES,
     ) -> None:
         if dtype not in DTYPES:
             raise unknown_name("dtype of embeddings on disk", dtype, DTYPES)
@@ -82,12 +86,11 @@ class DiskStore:
         embedding = self._parse(content)
         if embedding is None:
             self.damaged += 1
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # it may be somebody else's folder
+                path.unlink()
             return None
-        try:
+        with suppress(OSError):  # it may just have been evicted, or the folder be read-only
             os.utime(path)
-        except FileNotFoundError:
-            pass  # another process has just evicted it
         return embedding.float()
 
     def _parse(self, content: bytes) -> Tensor | None:
@@ -125,7 +128,7 @@ class DiskStore:
         checksum = hashlib.sha256(values.data).hexdigest()
         content = save({"embedding": kept}, metadata={"sha256": checksum})
         path = self.path(key)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
         self._count(len(content))
         return kept.float()
@@ -151,8 +154,9 @@ class DiskStore:
             total = sum(size for _, size, _ in files)
             if total > self.max_bytes:
                 for _, size, path in files:
-                    Path(path).unlink(missing_ok=True)
-                    total -= size
+                    with suppress(OSError):
+                        Path(path).unlink(missing_ok=True)
+                        total -= size
                     if total <= 0.9 * self.max_bytes:
                         break
         self._bytes, self._since_scan, self._scanned = total, 0, True

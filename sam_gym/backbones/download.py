@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -106,18 +107,21 @@ def published_checkpoint(name: str) -> Path:
 
 def _fetch(published: Published, path: Path) -> None:
     partial = path.with_name(f"{path.name}.partial")
+    resumed = partial.is_file()
     try:
         with _progress_bar(path.name) as report:
             _receive(published.url, partial, report)
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ConnectionError(
-            f"Could not download {published.url} ({reason}). Call again to go on where it stopped; "
-            f"or put the file at {path}; or pass checkpoint='PATH'."
+            f"Could not download {published.url} to {path.parent} ({reason}). Call again to go on "
+            f"where it stopped; or put the file at {path}; or pass checkpoint='PATH'."
         ) from error
     found = sha256_of(partial)
     if found != published.sha256:
         partial.unlink()
+        if resumed:  # its beginning may be that of another file
+            return _fetch(published, path)
         raise ValueError(
             f"{published.url}: what arrived has sha256 {found}, but {published.sha256} was "
             "published, so it was thrown away. Try again, or look at what your network puts there."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, Sam
@@ -92,6 +93,8 @@ def load_from_hub(name: str) -> Sam:
         raise ImportError(
             f"Backbone '{PREFIX}{name}' needs transformers: pip install 'sam-gym[hf]'."
         ) from error
+    if Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser())
     try:
         config: Any = AutoConfig.from_pretrained(name)
         kinds: dict[str, Any] = {"sam": SamModel, "sam_hq": SamHQModel}
@@ -106,7 +109,12 @@ def load_from_hub(name: str) -> Sam:
             f"{PREFIX}{name}: could not be loaded from the hub or from that folder ({error})."
         ) from error
     sam = build(config)
-    sam.load_state_dict(converted(model.state_dict()))
+    try:
+        sam.load_state_dict(converted(model.state_dict()))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{PREFIX}{name}: its sizes are not those of a SAM that can be loaded ({error})."
+        ) from error
     return sam
 
 

@@ -155,21 +155,22 @@ def load_backbone(
     from_hub = name.startswith(huggingface.PREFIX)
     if not from_hub and name not in BACKBONES:
         raise unknown_name("backbone", name, BACKBONES)
+    target = resolve_device(device)
+    precision = resolve_dtype(dtype, target)
+    path: Path | None
     if from_hub:
         if checkpoint is not None:
             raise ValueError(f"{name!r} brings its own weights: leave checkpoint out.")
-        path = Path(name.removeprefix(huggingface.PREFIX))
+        path = None
     elif checkpoint is None:
         path = MICRO_WEIGHTS if name == "micro" else _published(name)
     else:
         path = Path(checkpoint).expanduser().resolve()
-    target = resolve_device(device)
-    precision = resolve_dtype(dtype, target)
     key = (name, str(path), str(target), str(precision))
     with _lock:
         if key not in _loaded:
-            if from_hub:
-                sam = huggingface.load_from_hub(str(path))
+            if path is None:
+                sam = huggingface.load_from_hub(name.removeprefix(huggingface.PREFIX))
             else:
                 sam = BACKBONES[name]()
                 load_weights(sam, name, path)

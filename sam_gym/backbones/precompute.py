@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sam_gym.backbones.disk import DiskStore
-from sam_gym.backbones.loading import load_backbone
+from sam_gym.backbones.disk import DEFAULT_BYTES, DTYPES, DiskStore
+from sam_gym.backbones.loading import load_backbone, resolve_device
 from sam_gym.data import make_dataset
 from sam_gym.data.sample import image_digest
 
@@ -19,8 +19,9 @@ from sam_gym.data.sample import image_digest
 class Config:
     """Encode all images of a dataset and keep their embeddings on disk.
 
-    Environments find them with `disk=` set to the same folder. What is there already is not encoded
-    again, so a run that was cut off goes on where it stopped. Several processes share the work when
+    Environments with the same backbone, weights and `dtype` find them when `disk=` is the same
+    folder and `disk_dtype=` the same precision. What is there already is not encoded again, so a
+    run that was cut off goes on where it stopped. Several processes share the work when
     they are started by torchrun, or each with its own `--shard`.
     """
 
@@ -44,6 +45,8 @@ class Config:
     """Root of the embeddings (default: SAM_GYM_HOME/embeddings)."""
     disk_dtype: str = "float32"
     """Precision on disk: float32 (exact), float16 or bfloat16 (half the space)."""
+    disk_gib: float = DEFAULT_BYTES / 2**30
+    """Bound on the files of this backbone and precision, in GiB."""
     batch_size: int = 16
     """Images per encoder call."""
     shard: str | None = None
@@ -82,16 +85,29 @@ def precompute(config: Config) -> dict[str, int]:
 
     if config.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {config.batch_size}.")
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {config.limit}.")
     rank, shares = share(config.shard)
     kwargs: dict[str, Any] = {} if config.data is None else {"root": config.data}
     if config.dataset == "scenes":
         kwargs["length"] = config.limit or 2048
     dataset = make_dataset(config.dataset, config.split, **kwargs)
-    backbone = load_backbone(config.backbone, config.checkpoint, config.device, config.dtype)
-    disk = DiskStore(
-        backbone, None if config.folder is None else Path(config.folder), config.disk_dtype
-    )
-    numbers = range(rank, min(len(dataset), config.limit or len(dataset)), shares)
+    device = config.device
+    if device == "auto" and "LOCAL_RANK" in os.environ and resolve_device().type == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    backbone = load_backbone(config.backbone, config.checkpoint, device, config.dtype)
+    folder = None if config.folder is None else Path(config.folder).expanduser()
+    max_bytes = int(config.disk_gib * 2**30)
+    disk = DiskStore(backbone, folder, config.disk_dtype, max_bytes)
+    total = min(len(dataset), config.limit or len(dataset))
+    needed = total * int(np.prod(backbone.embedding_shape)) * DTYPES[config.disk_dtype].itemsize
+    if needed > max_bytes:
+        raise ValueError(
+            f"{total} embeddings take {needed / 2**30:.1f} GiB, and the bound is "
+            f"{config.disk_gib:.1f}: the first would be gone before the last is there. Raise "
+            "--disk-gib (environments: disk_gib=), or take --disk-dtype float16."
+        )
+    numbers = range(rank, total, shares)
     counts = {"encoded": 0, "found": 0}
     waiting: list[tuple[bytes, np.ndarray]] = []
 
@@ -123,6 +139,11 @@ def precompute(config: Config) -> dict[str, int]:
     print(
         f"{counts['encoded']} images encoded, {counts['found']} found, {disk.damaged} of the files "
         f"were damaged and replaced: {disk.folder}"
+    )
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    print(
+        f"Environments find them with disk={config.folder or 'home'!r}, dtype={dtype!r}, "
+        f"disk_dtype={config.disk_dtype!r}, disk_gib={config.disk_gib:g}."
     )
     return counts
 

@@ -69,7 +69,7 @@ class Config:
     vector_learning_rate: float = 8e-4
     """Peak learning rate of AdamW, for everything else."""
     weight_decay: float = 0.03
-    """Weight decay of matrices; vectors have none."""
+    """Weight decay of what Muon moves; the rest has none."""
     warmup: int = 150
     """Steps of linear warm-up."""
     decay: float = 0.3

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from copy import deepcopy
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,9 +17,14 @@ T = TypeVar("T")
 class _Pending(NamedTuple, Generic[T]):
     """A draw under way: from which state, with which generator, and what will come of it."""
 
-    start: Mapping[str, Any]
+    start: bytes
     rng: np.random.Generator
     future: Future[T]
+
+
+def _state(rng: np.random.Generator) -> bytes:
+    """The state of a generator, in a form that can be compared whatever its bit generator is."""
+    return pickle.dumps(rng.bit_generator.state)
 
 
 class DrawAhead(Generic[T]):
@@ -35,18 +42,26 @@ class DrawAhead(Generic[T]):
         self._draw = draw
         self._pending: dict[int, _Pending[T]] = {}
         self._executor: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
 
     def take(self, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> list[T]:
         """The next draw of each slot; raises what `draw` raises."""
-        drawn = []
-        for slot, rng in zip(slots, rngs, strict=True):
-            pending = self._pending.pop(slot, None)
-            if pending is not None and pending.start == rng.bit_generator.state:
-                drawn.append(pending.future.result())
-                rng.bit_generator.state = pending.rng.bit_generator.state
-            else:
-                drawn.append(self._now(rng))
-        return drawn
+        if self._process != os.getpid():
+            # A fork has copied what is pending, but not the thread that was to do it.
+            self._pending, self._executor, self._process = {}, None, os.getpid()
+        begun = [self._pending.pop(slot, None) for slot in slots]
+        for pending, rng in zip(begun, rngs, strict=True):
+            if pending is not None and pending.start != _state(rng):
+                pending.future.cancel()
+        return [self._one(pending, rng) for pending, rng in zip(begun, rngs, strict=True)]
+
+    def _one(self, pending: _Pending[T] | None, rng: np.random.Generator) -> T:
+        if pending is None or pending.start != _state(rng):
+            return self._now(rng)
+        try:
+            return pending.future.result()
+        finally:
+            rng.bit_generator.state = pending.rng.bit_generator.state
 
     def _now(self, rng: np.random.Generator) -> T:
         """A draw that was not begun: in the thread, if there is one, so that draws never meet."""
@@ -61,7 +76,11 @@ class DrawAhead(Generic[T]):
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix="draw-ahead")
             copy = deepcopy(rng)
             future = self._executor.submit(self._draw, copy)
-            self._pending[slot] = _Pending(rng.bit_generator.state, copy, future)
+            self._pending[slot] = _Pending(_state(rng), copy, future)
+
+    def wait(self) -> None:
+        """Wait for all that is under way."""
+        wait([pending.future for pending in self._pending.values()])
 
     def close(self) -> None:
         """Forget what is under way and end the thread; the next draw starts another."""

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from sam_gym import metrics
 from sam_gym.backbones import NO_POINT, Prompts, load_backbone
+from sam_gym.backbones.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.disk import DTYPES as DISK_DTYPES
-from sam_gym.backbones.disk import DiskStore
 from sam_gym.backbones.store import MAX_HANDLES, shared_store
 from sam_gym.data import Dataset, make_dataset
 from sam_gym.data.cache import SampleCache
@@ -85,6 +85,8 @@ class ClickConfig:
     """Folder that keeps embeddings between runs too, or "home" for SAM_GYM_HOME/embeddings."""
     disk_dtype: str = "float32"
     """Precision of embeddings on disk: float32, float16, bfloat16."""
+    disk_gib: float = DEFAULT_BYTES / 2**30
+    """Bound on the files of this backbone and precision, in GiB; the least recently used go."""
 
     def validate(self) -> None:
         """Raise `ValueError` for a value that cannot work."""
@@ -194,7 +196,7 @@ class ClickCore:
         disk = None
         if config.disk is not None:
             folder = None if config.disk == "home" else Path(config.disk).expanduser()
-            disk = DiskStore(self.backbone, folder, config.disk_dtype)
+            disk = DiskStore(self.backbone, folder, config.disk_dtype, int(config.disk_gib * 2**30))
         self.store = shared_store(self.backbone, int(config.store_gib * 2**30), disk)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sam_gym.backbones import Backbone
+from sam_gym.backbones import Backbone, store
 from sam_gym.backbones.disk import DiskStore
 from sam_gym.backbones.precompute import Config, precompute, share
 from sam_gym.backbones.store import EmbeddingStore
@@ -143,10 +143,10 @@ def test_environment_with_a_disk_store(
     tiny_env: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAM_GYM_HOME", str(tmp_path))
+    monkeypatch.setattr(store, "_stores", {})  # nothing was encoded yet
     core = ClickCore(ClickConfig(**tiny_env, disk="home"), 2)
     core.reset([0, 1], [np.random.default_rng(0), np.random.default_rng(1)])
     core.close()
-    core.store.disk = None
     assert list((tmp_path / "embeddings").rglob("*.safetensors"))
     with pytest.raises(ValueError, match="float16"):
         ClickConfig(**tiny_env, disk_dtype="flota16").validate()
@@ -211,6 +211,13 @@ def test_shards_make_up_the_whole(micro_checkpoint: str, tmp_path: Path) -> None
     counts = [precompute(config(micro_checkpoint, tmp_path, shard=f"{k}/2")) for k in range(2)]
     assert [c["encoded"] for c in counts] == [3, 2]
     assert precompute(config(micro_checkpoint, tmp_path))["found"] == 5
+
+
+def test_precompute_refuses_what_would_evict_itself(micro_checkpoint: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--disk-gib"):
+        precompute(config(micro_checkpoint, tmp_path, disk_gib=4 * 2**17 / 2**30))
+    with pytest.raises(ValueError, match="--limit"):
+        precompute(config(micro_checkpoint, tmp_path, limit=0))
 
 
 def test_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,14 @@ def test_a_whole_partial_file_is_taken(server: Server) -> None:
     assert published_checkpoint("vit_b").read_bytes() == CONTENT
 
 
+def test_a_beginning_of_another_file_is_not_gone_on_with(server: Server) -> None:
+    path = default_path("vit_b")
+    path.parent.mkdir(parents=True)
+    path.with_name("sam.pth.partial").write_bytes(b"an earlier version" * 1000)
+    assert published_checkpoint("vit_b").read_bytes() == CONTENT
+    assert server.asked == ["bytes=18000-", None]
+
+
 def test_another_file_is_thrown_away(server: Server) -> None:
     server.content = b"a login page"
     with pytest.raises(ValueError, match="sha256"):

@@ -82,6 +82,9 @@ def test_writes_numbers_table_and_page(micro_checkpoint: str, tmp_path: Path) ->
     assert results["encoder"]["largest_difference_in_deviations"] < 1e-3
     assert 0 < results["decoder"]["fraction_of_roofline"] < 1.5
 
+    for effect in results["mask_iou_with_float32"].values():
+        assert 0.9 < effect["model"] <= 1 and 0.9 < effect["disk"] <= 1
+
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     for plot in ("speed.png", "phases.png"):

@@ -1,5 +1,7 @@
 """Draws ahead of time are the draws that would have come anyway."""
 
+import multiprocessing
+import os
 import threading
 from collections.abc import Iterator
 
@@ -89,3 +91,51 @@ def test_goes_on_after_close(ahead: DrawAhead[list[int]]) -> None:
     ahead.begin([0], [rng])
     ahead.close()
     assert ahead.take([0], [rng]) == [plain.integers(0, 1000, 3).tolist()]
+
+
+def test_an_error_uses_up_the_draw(ahead: DrawAhead[list[int]]) -> None:
+    seed = next(s for s in range(99) if np.random.default_rng(s).integers(0, 1000) < 200)
+    rng, plain = np.random.default_rng(seed), np.random.default_rng(seed)
+    ahead.begin([0], [rng])
+    with pytest.raises(ValueError, match="unlucky"):
+        ahead.take([0], [rng])
+    plain.integers(0, 1000, 3)
+    assert rng.bit_generator.state == plain.bit_generator.state
+
+
+def test_draws_that_nobody_wants_any_more_are_not_made() -> None:
+    started, go_on, made = threading.Event(), threading.Event(), []
+
+    def draw(rng: np.random.Generator) -> int:
+        made.append(int(rng.integers(1000)))
+        started.set()
+        assert go_on.wait(60)
+        return made[-1]
+
+    ahead = DrawAhead(draw)
+    ahead.begin(range(20), [np.random.default_rng(k) for k in range(20)])
+    assert started.wait(60)
+    threading.Timer(0.2, go_on.set).start()
+    ahead.take(range(20), [np.random.default_rng(100 + k) for k in range(20)])
+    assert len(made) == 21  # the one that had started, and those that were asked for
+    ahead.close()
+
+
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.Philox, np.random.SFC64])
+def test_any_bit_generator(kind: type[np.random.BitGenerator]) -> None:
+    ahead = DrawAhead(lambda rng: rng.integers(0, 1000, 3).tolist())
+    rng, plain = np.random.Generator(kind(1)), np.random.Generator(kind(1))
+    ahead.begin([0], [rng])
+    for _ in range(2):
+        assert ahead.take([0], [rng]) == [plain.integers(0, 1000, 3).tolist()]
+    ahead.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_draws_for_itself(ahead: DrawAhead[list[int]]) -> None:
+    rng = lucky(3, 2)
+    ahead.begin([0], [rng])
+    child = multiprocessing.get_context("fork").Process(target=ahead.take, args=([0], [rng]))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0

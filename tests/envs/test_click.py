@@ -1,5 +1,6 @@
 """The rules of `SamSeg-v0`, each against an independent account of it."""
 
+import copy
 import json
 import multiprocessing
 import shutil
@@ -773,3 +774,35 @@ def test_oracle_clicks_earn_more_than_random_ones(shipped: Backbone) -> None:
         return float(infos["iou"].mean())
 
     assert final(oracle=True) > final(oracle=False) + 0.1
+
+
+# Draws ahead ------------------------------------------------------------------------------------
+
+
+def test_new_images_are_drawn_ahead_and_cached_ones_are_not(
+    make_vec: Callable[..., SamSegVectorEnv],
+) -> None:
+    env = make_vec(dataset_kwargs={"length": 1, "size": SCENE})
+    env.reset(seed=0)
+    assert sorted(env.core.ahead._pending) == [0, 1, 2]
+    env.reset()
+    env.reset()
+    assert not env.core.ahead._pending
+    env.close()
+
+
+def test_a_draw_ahead_shows_in_nothing(make_vec: Callable[..., SamSegVectorEnv]) -> None:
+    """Seeds, copies and a closed environment, with draws under way."""
+    endless = {"length": None, "size": SCENE}
+    env = make_vec(dataset_kwargs=endless)
+    first = env.reset(seed=5)[1]["source"].tolist()
+    second = env.reset()[1]["source"].tolist()
+    assert env.core.ahead._pending
+    copied = copy.deepcopy(env)
+    third = env.reset()[1]["source"].tolist()
+    assert copied.reset()[1]["source"].tolist() == third
+    assert env.reset(seed=5)[1]["source"].tolist() == first
+    env.close()
+    assert env.reset()[1]["source"].tolist() == second
+    assert len({*first, *second, *third}) == 9
+    env.close()
