@@ -559,7 +559,7 @@ def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _machine_table(summary: dict[str, Any]) -> list[tuple[str, str]]:
     encoder, decoder = summary["encoder"], summary["decoder"]
-    rollout = summary["rollout_bytes"]
+    rollout, peak = summary["rollout_bytes"], summary["peak_memory_mib"]
     return [
         ("encode, images per second", f"{encoder['images_per_second']:.1f}"),
         ("of plain segment_anything", f"{encoder['plain_images_per_second']:.1f}"),
@@ -570,7 +570,7 @@ def _machine_table(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("large copy, GB/s", f"{decoder['copy_gb_per_second']:.1f}"),
         ("rollout of 128 steps, full form, MiB", f"{rollout['full'] / 2**20:.1f}"),
         ("rollout of 128 steps, handle form, MiB", f"{rollout['handle'] / 2**20:.3f}"),
-        ("peak memory while playing, MiB", f"{summary['peak_memory_mib'] or 0:.0f}"),
+        ("peak memory while playing, MiB", "unknown" if peak is None else f"{peak:.0f}"),
         *(
             (f"mask IoU with float32, {what} in {dtype}", f"{value:.4f}")
             for dtype, effect in summary["mask_iou_with_float32"].items()

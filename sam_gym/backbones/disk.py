@@ -14,12 +14,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from sam_gym.backbones.service import Backbone
+from sam_gym.backbones.service import DTYPES, Backbone
 from sam_gym.files import write_atomic
 from sam_gym.home import home
 from sam_gym.registry import unknown_name
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 #: Bound on the files of one backbone and precision, unless somebody says otherwise: 64 GiB.
 DEFAULT_BYTES = 2**36

@@ -75,10 +75,28 @@ def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
     return result
 
 
+class _TimmEncoder(nn.Module):
+    """A model of timm whose last feature map goes through SAM's neck.
+
+    Args:
+        body: the model, with `forward_features`: (B, 3, S, S) -> (B, width, S / 16, S / 16).
+        img_size: S.
+        width: channels of the last feature map.
+        out_chans: channels of the embedding.
+    """
+
+    def __init__(self, body: Any, img_size: int, width: int, out_chans: int) -> None:
+        super().__init__()
+        self.img_size, self.body, self.neck = img_size, body, _neck(width, out_chans)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neck(self.body.forward_features(x))
+
+
 # MobileSAM --------------------------------------------------------------------------------------
 
 
-class TinyVitEncoder(nn.Module):
+class TinyVitEncoder(_TimmEncoder):
     """MobileSAM's image encoder (Zhang et al. 2023): TinyViT-5M whose last stage keeps the size."""
 
     def __init__(
@@ -92,8 +110,6 @@ class TinyVitEncoder(nn.Module):
     ) -> None:
         from timm.models.tiny_vit import TinyVit
 
-        super().__init__()
-        self.img_size = img_size
         body: Any = TinyVit(
             num_classes=0,
             embed_dims=tuple(embed_dims),
@@ -104,11 +120,7 @@ class TinyVitEncoder(nn.Module):
         )
         body.head = nn.Identity()
         body.stages[-1].downsample.conv2.conv.stride = (1, 1)
-        self.body = body
-        self.neck = _neck(embed_dims[-1], out_chans)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.neck(self.body.forward_features(x))
+        super().__init__(body, img_size, embed_dims[-1], out_chans)
 
 
 def build_mobile_sam() -> Sam:
@@ -137,7 +149,7 @@ def mobile_sam_state(state: State) -> State:
 # RepViT-SAM -------------------------------------------------------------------------------------
 
 
-class RepVitEncoder(nn.Module):
+class RepVitEncoder(_TimmEncoder):
     """RepViT-SAM's image encoder (Wang et al. 2023): RepViT-M2.3, its last stage at full size."""
 
     def __init__(
@@ -149,8 +161,6 @@ class RepVitEncoder(nn.Module):
     ) -> None:
         from timm.models.repvit import RepVit
 
-        super().__init__()
-        self.img_size = img_size
         body: Any = RepVit(
             img_size=img_size,
             embed_dim=tuple(embed_dims),
@@ -159,11 +169,7 @@ class RepVitEncoder(nn.Module):
             distillation=False,
         )
         body.stages[-1].downsample.spatial_downsample.c.stride = (1, 1)
-        self.body, self.depths = body, tuple(depths)
-        self.neck = _neck(embed_dims[-1], out_chans)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.neck(self.body.forward_features(x))
+        super().__init__(body, img_size, embed_dims[-1], out_chans)
 
 
 def build_repvit_sam() -> Sam:

@@ -20,7 +20,7 @@ from sam_gym.backbones.encoders import (
 )
 from sam_gym.backbones.hq import build_hq_vit_b, build_hq_vit_h, build_hq_vit_l
 from sam_gym.backbones.micro import build_micro
-from sam_gym.backbones.service import Backbone
+from sam_gym.backbones.service import DTYPES, Backbone
 from sam_gym.registry import unknown_name
 
 MICRO_WEIGHTS = Path(__file__).parent / "weights" / "micro.safetensors"
@@ -44,7 +44,6 @@ _CONVERSIONS: dict[str, Callable[[State], State]] = {
     "repvit_sam": repvit_sam_state,
 }
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _loaded: dict[tuple[str, str, str, str], Backbone] = {}
 _lock = threading.Lock()
 
@@ -67,9 +66,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The torch dtype of a name; "auto" is bfloat16 on CUDA and float32 elsewhere."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in _DTYPES:
-        raise unknown_name("dtype", dtype, ["auto", *_DTYPES])
-    return _DTYPES[dtype]
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, ["auto", *DTYPES])
+    return DTYPES[dtype]
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sam_gym.backbones.disk import DEFAULT_BYTES, DTYPES, DiskStore
+from sam_gym.backbones.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.loading import load_backbone, resolve_device
+from sam_gym.backbones.service import DTYPES
 from sam_gym.data import make_dataset
 from sam_gym.data.sample import image_digest
 

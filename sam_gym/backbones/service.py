@@ -18,6 +18,9 @@ from sam_gym.backbones.attention import fuse_attention
 from sam_gym.backbones.decode import Prompts, decode_tokens
 from sam_gym.backbones.hq import embedding_channels, encode_pixels
 
+#: Precisions by name, of models and of embeddings on disk.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 class Backbone:
     """A frozen SAM on one device.

@@ -114,9 +114,8 @@ class EmbeddingStore:
             encoded = self.backbone.encode([chunk[i][1] for i in new])
             self.encoded += len(new)
             for i, embedding in zip(new, encoded, strict=True):
-                found[i] = embedding
-                if self.disk is not None:
-                    found[i] = self.disk.put(chunk[i][0], embedding)
+                disk = self.disk
+                found[i] = embedding if disk is None else disk.put(chunk[i][0], embedding)
         return [embedding for embedding in found if embedding is not None]
 
     def gather(self, handles: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sam_gym import metrics
 from sam_gym.backbones import NO_POINT, Prompts, load_backbone
 from sam_gym.backbones.disk import DEFAULT_BYTES, DiskStore
-from sam_gym.backbones.disk import DTYPES as DISK_DTYPES
+from sam_gym.backbones.service import DTYPES
 from sam_gym.backbones.store import MAX_HANDLES, shared_store
 from sam_gym.data import Dataset, make_dataset
 from sam_gym.data.cache import SampleCache
@@ -46,7 +46,7 @@ class ClickConfig:
     dataset_kwargs: dict[str, Any] = field(default_factory=dict)
     """More options of the dataset, for example {"categories": "person"} or {"length": 2048}."""
     backbone: str = "micro"
-    """SAM that is clicked: micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam."""
+    """SAM that is clicked: micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam, hf:..."""
     checkpoint: str | None = None
     """Weights of the backbone (micro brings its own)."""
     device: str = "auto"
@@ -95,8 +95,8 @@ class ClickConfig:
             if value not in _CHOICES[name]:
                 raise unknown_name(name, value, [str(v) for v in _CHOICES[name]])
         REWARDS.get(self.reward)
-        if self.disk_dtype not in DISK_DTYPES:
-            raise unknown_name("disk_dtype", self.disk_dtype, DISK_DTYPES)
+        if self.disk_dtype not in DTYPES:
+            raise unknown_name("disk_dtype", self.disk_dtype, DTYPES)
         for name, own in (("split", "split"), ("root", "data")):
             if name in self.dataset_kwargs:
                 raise ValueError(f"dataset_kwargs may not hold {name!r}: use {own}= instead.")
