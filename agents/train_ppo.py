@@ -147,6 +147,7 @@ def make_model(config: Config, settings: ClickConfig, env: VecMonitor, core: Cli
             "checkpoint": settings.checkpoint,
             "device": settings.device,
             "dtype": settings.dtype,
+            "compile": settings.compile,
         },
         "vocabulary": list(core.dataset.categories),
         "categories": list(core.dataset.categories),

@@ -16,14 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sam_gym.backbones import Backbone, Prompts
 from sam_gym.data import make_dataset
 from sam_gym.prompts import interior_distance
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until a device has done what it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+from sam_gym.transfer import synchronise
 
 
 def _median_seconds(work: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:

@@ -17,18 +17,20 @@ class BackboneOptions:
     """Which SAM is measured, and where it runs."""
 
     backbone: str = "micro"
-    """SAM to measure: micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam."""
+    """SAM to measure: micro, hq_micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam, hf:..."""
     checkpoint: str | None = None
     """Its weights (.safetensors or .pth); micro brings its own."""
     device: str = "auto"
     """Where it runs: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
     dtype: str = "auto"
     """Its precision: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
+    compile: bool = False
+    """Compile it with torch.compile, which takes a minute or two at first."""
     seed: int = 0
     """Seed of every random choice."""
 
     def load(self) -> Backbone:
-        return load_backbone(self.backbone, self.checkpoint, self.device, self.dtype)
+        return load_backbone(self.backbone, self.checkpoint, self.device, self.dtype, self.compile)
 
 
 def provenance(options: BackboneOptions, backbone: Backbone) -> dict[str, Any]:
@@ -38,6 +40,7 @@ def provenance(options: BackboneOptions, backbone: Backbone) -> dict[str, Any]:
         "backbone_identity": backbone.identity,
         "device": device_name(backbone.device),
         "dtype": str(backbone.dtype).removeprefix("torch."),
+        "compiled": backbone.compiled,
         "threads": torch.get_num_threads(),
         "versions": {"sam-gym": __version__, "torch": torch.__version__},
         "settings": asdict(options),

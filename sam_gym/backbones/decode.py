@@ -98,39 +98,59 @@ def encode_masks(encoder: PromptEncoder, prompts: Prompts) -> Tensor:
 
 
 def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    heads = attention.num_heads
+    """segment_anything's attention of queries, keys and values that are projected already."""
 
     def split(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
 
-    q, k, v = attention.q_proj(q), attention.k_proj(k), attention.v_proj(v)
     out = F.scaled_dot_product_attention(split(q), split(k), split(v), attn_mask=mask)
     return attention.out_proj(out.transpose(1, 2).flatten(2))
 
 
+def _project_image(layer: Any, keys: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's projections of the image (P, h * w, C): key, value and, looking back, query."""
+    to_image, posed = layer.cross_attn_token_to_image, keys + image_pe
+    look_back = layer.cross_attn_image_to_token.q_proj(posed)
+    return to_image.k_proj(posed), to_image.v_proj(keys), look_back
+
+
 def _two_way(
-    transformer: Any, image: Tensor, image_pe: Tensor, tokens: Tensor, present: Tensor
+    transformer: Any,
+    image: Tensor,
+    image_pe: Tensor,
+    tokens: Tensor,
+    present: Tensor,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """segment_anything's TwoWayTransformer with absent tokens left out of every attention."""
-    mask = None if present is None else present[:, None, None, :]
+    """segment_anything's TwoWayTransformer with absent tokens left out of every attention.
+
+    Args:
+        transformer: the module whose weights are used.
+        image: (B, h * w, C), what the prompts look at.
+        image_pe: (1, h * w, C), its positions.
+        tokens: (P, T, C).
+        present: bool (P, T), which tokens exist.
+        rows: int64 (P,), the image of each prompt set, or None if they correspond. The first
+            layer's projections of an image are then computed once for all of its prompts.
+    """
+    mask = present[:, None, None, :]
     queries, keys = tokens, image
-    for layer in transformer.layers:
-        if layer.skip_first_layer_pe:
-            queries = _attend(layer.self_attn, queries, queries, queries, mask)
-        else:
-            q = queries + tokens
-            queries = queries + _attend(layer.self_attn, q, q, queries, mask)
-        queries = layer.norm1(queries)
-        k = keys + image_pe
-        attended = _attend(layer.cross_attn_token_to_image, queries + tokens, k, keys, None)
+    for number, layer in enumerate(transformer.layers):
+        own, q = layer.self_attn, queries if layer.skip_first_layer_pe else queries + tokens
+        attended = _attend(own, own.q_proj(q), own.k_proj(q), own.v_proj(queries), mask)
+        queries = layer.norm1(attended if layer.skip_first_layer_pe else queries + attended)
+        k, v, look_back = _project_image(layer, keys, image_pe)
+        if number == 0 and rows is not None:
+            keys, k, v, look_back = keys[rows], k[rows], v[rows], look_back[rows]
+        to_image, to_tokens = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
+        attended = _attend(to_image, to_image.q_proj(queries + tokens), k, v, None)
         queries = layer.norm2(queries + attended)
         queries = layer.norm3(queries + layer.mlp(queries))
-        q = queries + tokens
-        keys = keys + _attend(layer.cross_attn_image_to_token, k, q, queries, mask)
-        keys = layer.norm4(keys)
-    attended = _attend(
-        transformer.final_attn_token_to_image, queries + tokens, keys + image_pe, keys, None
-    )
+        k, v = to_tokens.k_proj(queries + tokens), to_tokens.v_proj(queries)
+        keys = layer.norm4(keys + _attend(to_tokens, look_back, k, v, mask))
+    final = transformer.final_attn_token_to_image
+    k, v = final.k_proj(keys + image_pe), final.v_proj(keys)
+    attended = _attend(final, final.q_proj(queries + tokens), k, v, None)
     return transformer.norm_final_attn(queries + attended), keys
 
 
@@ -200,10 +220,12 @@ def decode_tokens(sam: Sam, embeddings: Tensor, prompts: Prompts) -> MaskTokens:
     decoder = sam.mask_decoder
     hq = decoder if isinstance(decoder, HqMaskDecoder) else None
     count = len(prompts)
-    if prompts.rows is not None:
-        embeddings = embeddings[prompts.rows]
-    elif len(embeddings) != count:
+    rows = prompts.rows
+    if rows is None and len(embeddings) != count:
         raise ValueError(f"{count} prompt sets for {len(embeddings)} embeddings: pass rows=.")
+    if rows is not None and (prompts.masks is not None or len(embeddings) > count):
+        # With masks, no two prompts see the same; and few prompts do not pay for many images.
+        embeddings, rows = embeddings[rows], None
     sparse, present = encode_points_and_boxes(sam.prompt_encoder, prompts)
     output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     if hq is not None:
@@ -216,7 +238,7 @@ def decode_tokens(sam: Sam, embeddings: Tensor, prompts: Prompts) -> MaskTokens:
     embeddings, behind = embeddings[:, :width], embeddings[:, width:]
     image = (embeddings + encode_masks(sam.prompt_encoder, prompts)).flatten(2).transpose(1, 2)
     image_pe = sam.prompt_encoder.get_dense_pe().to(image.dtype).flatten(2).transpose(1, 2)
-    tokens, keys = _two_way(decoder.transformer, image, image_pe, tokens, present)
+    tokens, keys = _two_way(decoder.transformer, image, image_pe, tokens, present, rows)
 
     vectors = torch.stack(
         [mlp(tokens[:, 1 + k]) for k, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1
@@ -227,7 +249,8 @@ def decode_tokens(sam: Sam, embeddings: Tensor, prompts: Prompts) -> MaskTokens:
     if hq is not None:
         upscaled = _unfold(features.permute(0, 3, 1, 2), grid)
         token = tokens[:, len(output) - 1]
-        refinement = hq.refinement(token, upscaled, F.pixel_shuffle(behind, 4))
+        behind = F.pixel_shuffle(behind, 4)
+        refinement = hq.refinement(token, upscaled, behind if rows is None else behind[rows])
     return MaskTokens(vectors, features, iou, grid, refinement)
 
 

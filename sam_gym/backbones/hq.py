@@ -38,6 +38,15 @@ class HqImageEncoder(ImageEncoderViT):
         return self.neck(x.permute(0, 3, 1, 2)), early.permute(0, 3, 1, 2)
 
 
+#: What an HQ decoder has beyond SAM's, by the names of the published checkpoints.
+_HEAD = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
+
+
+def in_head(name: str) -> bool:
+    """Whether a weight of an HQ-SAM belongs to its HQ head."""
+    return name.startswith(tuple(f"mask_decoder.{part}." for part in _HEAD))
+
+
 class HqMaskDecoder(MaskDecoder):
     """SAM's mask decoder with the HQ output token and its features.
 

@@ -19,15 +19,19 @@ from sam_gym.backbones.encoders import (
     repvit_sam_state,
 )
 from sam_gym.backbones.hq import build_hq_vit_b, build_hq_vit_h, build_hq_vit_l
-from sam_gym.backbones.micro import build_micro
+from sam_gym.backbones.micro import build_hq_micro, build_micro
 from sam_gym.backbones.service import DTYPES, Backbone
 from sam_gym.registry import unknown_name
 
-MICRO_WEIGHTS = Path(__file__).parent / "weights" / "micro.safetensors"
+_WEIGHTS = Path(__file__).parent / "weights"
+MICRO_WEIGHTS = _WEIGHTS / "micro.safetensors"
+#: Backbone name -> the weights that come with the package.
+BUNDLED = {"micro": MICRO_WEIGHTS, "hq_micro": _WEIGHTS / "hq_micro.safetensors"}
 
 #: Backbone name -> what builds it with random weights.
 BACKBONES: dict[str, Callable[[], Sam]] = {
     "micro": build_micro,
+    "hq_micro": build_hq_micro,
     "vit_b": build_sam_vit_b,
     "vit_l": build_sam_vit_l,
     "vit_h": build_sam_vit_h,
@@ -38,13 +42,20 @@ BACKBONES: dict[str, Callable[[], Sam]] = {
     "hq_vit_h": build_hq_vit_h,
 }
 
-#: Backbone name -> what turns a state dict as its authors publish it into one of ours.
+
+def _on_micro(head: State) -> State:
+    """A file of `hq_micro` holds the HQ head; what it leaves out is as in `micro`."""
+    return read_weights(MICRO_WEIGHTS) | head
+
+
+#: Backbone name -> what turns a state dict as it is published into one of the model.
 _CONVERSIONS: dict[str, Callable[[State], State]] = {
+    "hq_micro": _on_micro,
     "mobile_sam": mobile_sam_state,
     "repvit_sam": repvit_sam_state,
 }
 
-_loaded: dict[tuple[str, str, str, str], Backbone] = {}
+_loaded: dict[tuple[str, str, str, str, bool], Backbone] = {}
 _lock = threading.Lock()
 
 
@@ -135,15 +146,18 @@ def load_backbone(
     checkpoint: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    compile: bool = False,
 ) -> Backbone:
     """The shared backbone of a name; the same arguments give the same object in a process.
 
     Args:
         name: a key of `BACKBONES`, or "hf:OWNER/NAME" (of type SAM or SAM-HQ; also a folder).
-        checkpoint: path of the weights. `micro` brings its own; the published ones are downloaded
-            into `SAM_GYM_HOME` when they are first asked for.
+        checkpoint: path of the weights. `micro` and `hq_micro` bring theirs; the published ones are
+            downloaded into `SAM_GYM_HOME` when they are first asked for.
         device: "auto" (CUDA, then MPS, then CPU), or a torch device.
         dtype: "auto" (bfloat16 on CUDA, else float32), "float32", "bfloat16" or "float16".
+        compile: run it through `torch.compile` (see `Backbone`): faster, after a slow first call of
+            each batch size.
 
     Raises:
         ValueError: unknown name, device or dtype, or a checkpoint that does not fit.
@@ -162,10 +176,10 @@ def load_backbone(
             raise ValueError(f"{name!r} brings its own weights: leave checkpoint out.")
         path = None
     elif checkpoint is None:
-        path = MICRO_WEIGHTS if name == "micro" else _published(name)
+        path = BUNDLED.get(name) or _published(name)
     else:
         path = Path(checkpoint).expanduser().resolve()
-    key = (name, str(path), str(target), str(precision))
+    key = (name, str(path), str(target), str(precision), compile)
     with _lock:
         if key not in _loaded:
             if path is None:
@@ -173,5 +187,5 @@ def load_backbone(
             else:
                 sam = BACKBONES[name]()
                 load_weights(sam, name, path)
-            _loaded[key] = Backbone(name, sam, target, precision)
+            _loaded[key] = Backbone(name, sam, target, precision, compile)
         return _loaded[key]

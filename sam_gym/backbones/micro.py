@@ -8,6 +8,8 @@ with the coarse ones, so that one tensor carries all that the decoder needs.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from segment_anything.modeling import Sam
 from segment_anything.modeling.common import LayerNorm2d
@@ -16,6 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_gym.backbones.encoders import assemble
+from sam_gym.backbones.hq import HqMaskDecoder
+
+#: Channels of the fine features: 16 of each quarter-resolution pixel and 48 of each eighth.
+FINE = 16 * 16 + 48 * 4
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -91,7 +97,7 @@ class MicroEncoder(nn.Module):
         self.fine_quarter = nn.Conv2d(quarter, 16, 1)
         self.fine_eighth = nn.Conv2d(eighth, 48, 1)
         self.neck = nn.Sequential(
-            nn.Conv2d(coarse + 16 * 16 + 4 * 48, 256, 1),
+            nn.Conv2d(coarse + FINE, 256, 1),
             LayerNorm2d(256),
             nn.GELU(),
             nn.Conv2d(256, out_chans, 3, padding=1),
@@ -100,6 +106,10 @@ class MicroEncoder(nn.Module):
         self.norm = LayerNorm2d(out_chans)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.forward_with_early(x)[0]
+
+    def forward_with_early(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, S, S) -> embedding (B, C, h, w), fine features (B, `FINE`, h, w)."""
         x = x.contiguous(memory_format=torch.channels_last)
         quarter = self.quarter(self.stem(x))
         eighth = self.eighth(quarter)
@@ -107,14 +117,31 @@ class MicroEncoder(nn.Module):
         for block in self.blocks:
             coarse = block(coarse)
         coarse = coarse.permute(0, 3, 1, 2)
-        fine = [
-            F.pixel_unshuffle(self.fine_quarter(quarter), 4),
-            F.pixel_unshuffle(self.fine_eighth(eighth), 2),
-        ]
-        embedding = self.neck(torch.cat([coarse, *fine], dim=1))
-        return self.norm(embedding + self.detail(quarter, eighth, coarse))
+        fine = torch.cat(
+            [
+                F.pixel_unshuffle(self.fine_quarter(quarter), 4),
+                F.pixel_unshuffle(self.fine_eighth(eighth), 2),
+            ],
+            dim=1,
+        )
+        embedding = self.neck(torch.cat([coarse, fine], dim=1))
+        return self.norm(embedding + self.detail(quarter, eighth, coarse)), fine
 
 
 def build_micro() -> Sam:
     """`micro` with random weights."""
     return assemble(MicroEncoder(), width=128, mlp_dim=512)
+
+
+def build_hq_micro() -> Sam:
+    """`micro` with an HQ head on its fine features, with random weights.
+
+    The head starts by adding nothing to a mask.
+    """
+    decoder = partial(HqMaskDecoder, vit_dim=FINE)
+    sam = assemble(MicroEncoder(), width=128, mlp_dim=512, decoder=decoder)
+    hq = sam.mask_decoder
+    assert isinstance(hq, HqMaskDecoder)
+    nn.init.zeros_(hq.hf_mlp.layers[-1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(hq.hf_mlp.layers[-1].bias)  # type: ignore[arg-type]
+    return sam

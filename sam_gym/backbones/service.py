@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sam_gym.backbones.attention import fuse_attention
-from sam_gym.backbones.decode import Prompts, decode_tokens
+from sam_gym.backbones.compiled import FixedShapes
+from sam_gym.backbones.decode import NO_POINT, Prompts, decode_tokens
 from sam_gym.backbones.hq import embedding_channels, encode_pixels
+from sam_gym.backbones.memory import keep_freed_memory
+from sam_gym.transfer import to_device
 
 #: Precisions by name, of models and of embeddings on disk.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: Points of a compiled call come in multiples of this.
+_POINTS = 8
 
 
 class Backbone:
@@ -30,10 +37,21 @@ class Backbone:
         sam: the model; this object owns it from now on.
         device: where it runs.
         dtype: float32, or a lower precision for autocast.
+        compile: run `encode` and `decode_best` compiled, with CUDA graphs on CUDA; batches are
+            padded to a few fixed shapes, each of which compiles at its first call.
     """
 
-    def __init__(self, name: str, sam: Sam, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        name: str,
+        sam: Sam,
+        device: torch.device,
+        dtype: torch.dtype,
+        compile: bool = False,
+    ) -> None:
         self.name, self.device, self.dtype = name, device, dtype
+        if device.type == "cpu":
+            keep_freed_memory()
         self.sam = sam.to(device).eval().requires_grad_(False)
         fuse_attention(self.sam.image_encoder)
         self.image_size: int = sam.image_encoder.img_size
@@ -43,6 +61,12 @@ class Backbone:
         #: (hm, wm) of a low-res mask.
         self.mask_shape = (4 * grid[0], 4 * grid[1])
         self._resizer = ResizeLongestSide(self.image_size)
+        self._encode: Callable[..., Sequence[Tensor]] = partial(_encode, self.sam)
+        self._decode_best: Callable[..., Sequence[Tensor]] = partial(_decode_best, self.sam)
+        self.compiled = compile
+        if compile:
+            self._encode = FixedShapes(self._encode)
+            self._decode_best = FixedShapes(self._decode_best)
 
     def __repr__(self) -> str:
         return f"Backbone({self.name!r}, device={str(self.device)!r}, dtype={self.dtype})"
@@ -111,7 +135,7 @@ class Backbone:
             height, width = resized.shape[:2]
             slot[:height, :width] = resized
             sizes.append((height, width))
-        pixels = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
+        pixels = to_device(batch, self.device).permute(0, 3, 1, 2)
         pixels = (pixels - self.sam.pixel_mean) / self.sam.pixel_std
         for slot, (height, width) in zip(pixels, sizes, strict=True):
             slot[:, height:] = 0.0
@@ -132,7 +156,7 @@ class Backbone:
             ValueError: an image has another dtype or shape.
         """
         with self._autocast():
-            return encode_pixels(self.sam, self.prepare(images)).float().contiguous()
+            return self._encode(self.prepare(images))[0].float().contiguous()
 
     @torch.no_grad()
     def decode(
@@ -168,11 +192,62 @@ class Backbone:
         Returns:
             Mask logits float32 (P, hm, wm) and predicted IoU float32 (P,).
         """
+        if self.compiled:
+            embeddings, prompts = _whole(embeddings, prompts)
         with self._autocast():
-            logits, iou = decode_tokens(self.sam, embeddings, prompts).draw_best(multimask)
+            logits, iou = self._decode_best(
+                embeddings,
+                prompts.points,
+                prompts.labels,
+                prompts.boxes,
+                prompts.has_box,
+                prompts.masks,
+                prompts.has_mask,
+                prompts.rows,
+                multimask,
+            )
         return logits.float(), iou.float()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
             self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
         )
+
+
+def _encode(sam: Sam, pixels: Tensor) -> tuple[Tensor]:
+    return (encode_pixels(sam, pixels),)
+
+
+def _decode_best(
+    sam: Sam, embeddings: Tensor, *prompts_and_multimask: Any
+) -> tuple[Tensor, Tensor]:
+    *prompts, multimask = prompts_and_multimask
+    return decode_tokens(sam, embeddings, Prompts(*prompts)).draw_best(multimask)
+
+
+def _whole(embeddings: Tensor, prompts: Prompts) -> tuple[Tensor, Prompts]:
+    """The same prompts in a form of few shapes.
+
+    Every prompt set has its own embedding, a multiple of `_POINTS` points, a box and, if any of
+    them has one, a mask; what it does not have is marked as absent.
+    """
+    count, device = len(prompts), embeddings.device
+    points, labels = prompts.points, prompts.labels
+    if points is None or labels is None:
+        points = torch.zeros((count, 0, 2), device=device)
+        labels = torch.zeros((count, 0), dtype=torch.int64, device=device)
+    missing = -points.shape[1] % _POINTS if points.shape[1] else _POINTS
+    boxes, masks = prompts.boxes, prompts.masks
+    has_box, has_mask = prompts.has_box, prompts.has_mask
+    if has_box is None:
+        has_box = torch.full((count,), boxes is not None, device=device)
+    if has_mask is None and masks is not None:
+        has_mask = torch.ones(count, dtype=torch.bool, device=device)
+    return embeddings if prompts.rows is None else embeddings[prompts.rows], Prompts(
+        points=F.pad(points, (0, 0, 0, missing)),
+        labels=F.pad(labels, (0, missing), value=NO_POINT),
+        boxes=torch.zeros((count, 4), device=device) if boxes is None else boxes,
+        has_box=has_box,
+        masks=masks,
+        has_mask=has_mask,
+    )

@@ -27,8 +27,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from sam_gym.backbones.decode import NO_POINT, Prompts, best_token, decode_tokens
-from sam_gym.backbones.loading import load_weights, resolve_device
-from sam_gym.backbones.micro import build_micro
+from sam_gym.backbones.hq import encode_pixels, in_head
+from sam_gym.backbones.loading import MICRO_WEIGHTS, load_weights, resolve_device
+from sam_gym.backbones.micro import build_hq_micro, build_micro
 from sam_gym.backbones.micro_data import LABEL_STRIDE, NO_LABEL, SIZE, MicroStream, TrainItem
 from sam_gym.backbones.muon import Muon
 from sam_gym.backbones.service import Backbone
@@ -55,7 +56,9 @@ class Config:
     photos: str | None = None
     """Root of a COCO-style dataset whose train split is mixed in (none: scenes only)."""
     init: str | None = None
-    """Weights to start from, for example those in the package (none: random)."""
+    """Weights of micro to start from (none: random ones, or those in the package with --hq)."""
+    hq: bool = False
+    """Train the HQ head of hq_micro, on frozen weights of micro, instead of micro itself."""
     steps: int = 2700
     """Optimizer steps."""
     images: int = 12
@@ -88,6 +91,11 @@ class Config:
     """Where to train: auto, cpu, cuda, mps."""
     evaluate: int = 200
     """Objects of held-out scenes to click out at the end."""
+
+    @property
+    def model(self) -> str:
+        """Name of the backbone that is trained."""
+        return "hq_micro" if self.hq else "micro"
 
 
 class PromptBatch:
@@ -245,6 +253,20 @@ def play_round(sam: Sam, embeddings: Tensor, batch: PromptBatch) -> Tensor:
     return tokens.draw_best(batch.ambiguous.to(embeddings.device))[0]
 
 
+def _initial(config: Config) -> Sam:
+    """The model before its first step; what is not to be trained requires no gradient."""
+    sam = build_micro()
+    if config.init or config.hq:
+        load_weights(sam, "micro", Path(config.init or MICRO_WEIGHTS))
+    if not config.hq:
+        return sam
+    hq = build_hq_micro()
+    hq.load_state_dict(hq.state_dict() | sam.state_dict())
+    for name, parameter in hq.named_parameters():
+        parameter.requires_grad_(in_head(name))
+    return hq
+
+
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether a parameter maps features to features, and so is one for Muon."""
     if parameter.ndim < 2 or "embed" in name:
@@ -258,17 +280,18 @@ class MicroTrainer:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device, self.step = config, device, 0
         torch.manual_seed(config.seed)
-        self.sam = build_micro().to(device)
-        if config.init:
-            load_weights(self.sam, "micro", Path(config.init))
+        self.sam = _initial(config).to(device)
         width = self.sam.prompt_encoder.embed_dim
         per_cell = (16 // LABEL_STRIDE) ** 2
         self.semantic = nn.Conv2d(width, (1 + len(Scenes.categories)) * per_cell, 1).to(device)
         self.average = AveragedModel(
             self.sam, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
         )
-        self.parameters = [*self.sam.parameters(), *self.semantic.parameters()]
-        matrices = [p for name, p in self.sam.named_parameters() if _is_hidden_matrix(name, p)]
+        learned = [(name, p) for name, p in self.sam.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in learned]
+        if not config.hq:
+            self.parameters += self.semantic.parameters()
+        matrices = [p for name, p in learned if _is_hidden_matrix(name, p)]
         taken = {id(parameter) for parameter in matrices}
         rest = [parameter for parameter in self.parameters if id(parameter) not in taken]
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (
@@ -293,11 +316,14 @@ class MicroTrainer:
         for optimizer, peak in zip(self.optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * self.schedule()
-        self.sam.train()
+        # Frozen means frozen: running statistics too.
+        self.sam.train(not config.hq)
         pixels = torch.from_numpy(np.stack([item.image for item in items])).to(self.device)
         pixels = (pixels.permute(0, 3, 1, 2) - self.sam.pixel_mean) / self.sam.pixel_std
-        embeddings = self.sam.image_encoder(pixels)
-        semantic = self._semantic_loss(embeddings, items)
+        embeddings = encode_pixels(self.sam, pixels)
+        semantic = embeddings.new_zeros(())
+        if not config.hq:
+            semantic = self._semantic_loss(embeddings, items)
 
         rounds = int(rng.integers(0, config.max_rounds))
         batch = PromptBatch(items, rounds + 6, rng)
@@ -365,9 +391,11 @@ class MicroTrainer:
         state = {
             key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
             for key, value in self.average.module.state_dict().items()
+            if in_head(key) or not self.config.hq
         }
+        metadata = {"model": f"sam-gym {self.config.model}", "steps": str(self.step)}
         partial = path.with_suffix(".partial")
-        save_file(state, partial, metadata={"model": "sam-gym micro", "steps": str(self.step)})
+        save_file(state, partial, metadata=metadata)
         os.replace(partial, path)
 
 
@@ -411,7 +439,7 @@ def evaluate(backbone: Backbone, objects: int, num_clicks: int = 5) -> dict[str,
 
 
 def train(config: Config) -> dict[str, float]:
-    """Train, or go on training, and write `micro.safetensors` and `evaluation.json`."""
+    """Train, or go on training, and write the weights and `evaluation.json`."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     # OpenCV's threads do not survive the fork of a data worker, which would wait for them.
@@ -426,7 +454,7 @@ def train(config: Config) -> dict[str, float]:
         dataset = make_dataset("coco", "train", root=config.photos)
         photos = [dataset[i] for i in range(len(dataset))]
     trainer = MicroTrainer(config, device)
-    checkpoint = out / "checkpoint.pt"
+    checkpoint, weights = out / "checkpoint.pt", out / f"{config.model}.safetensors"
     if checkpoint.exists():
         trainer.load(checkpoint)
         print(f"Going on from step {trainer.step} of {checkpoint}.")
@@ -456,11 +484,11 @@ def train(config: Config) -> dict[str, float]:
                 progress.update(task, completed=trainer.step, numbers=shown)
             if trainer.step % config.save_every == 0:
                 trainer.save(checkpoint)
-                trainer.export(out / "micro.safetensors")
+                trainer.export(weights)
     trainer.save(checkpoint)
-    trainer.export(out / "micro.safetensors")
+    trainer.export(weights)
 
-    backbone = Backbone("micro", trainer.average.module, device, torch.float32)
+    backbone = Backbone(config.model, trainer.average.module, device, torch.float32)
     result = evaluate(backbone, config.evaluate)
     write_json(out / "evaluation.json", result)
     print("held-out scenes:", result)

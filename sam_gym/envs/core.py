@@ -24,6 +24,7 @@ from sam_gym.data.cache import SampleCache
 from sam_gym.envs.ahead import DrawAhead
 from sam_gym.registry import unknown_name
 from sam_gym.rewards import REWARDS, Transition
+from sam_gym.transfer import to_device, to_host
 
 _CHOICES = {
     "target": ("category", "instance"),
@@ -46,13 +47,15 @@ class ClickConfig:
     dataset_kwargs: dict[str, Any] = field(default_factory=dict)
     """More options of the dataset, for example {"categories": "person"} or {"length": 2048}."""
     backbone: str = "micro"
-    """SAM that is clicked: micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam, hf:..."""
+    """SAM that is clicked: [hq_]micro, [hq_]vit_b/l/h, mobile_sam, repvit_sam, hf:OWNER/NAME."""
     checkpoint: str | None = None
     """Weights of the backbone (micro brings its own)."""
     device: str = "auto"
     """Device of the backbone: auto, cpu, cuda, mps."""
     dtype: str = "auto"
     """Precision of the backbone: auto, float32, bfloat16, float16."""
+    compile: bool = False
+    """Compile the backbone: faster steps, after a first minute or two."""
     target: Literal["category", "instance"] = "category"
     """What to segment: all instances of a category, or one instance shown by a cue click."""
     obs: Literal["full", "handle"] = "full"
@@ -183,6 +186,9 @@ class ClickCore:
             (num_slots, *mask_shape), dtype=torch.bool, device=self.device
         )
         self._low_valid = torch.ones_like(self._low_target)
+        self._nothing = to_host(self._shown(self.logits[:1, 0]))[0]
+        #: What an observation shows of the current mask of each slot.
+        self.shown = np.repeat(self._nothing, num_slots, axis=0)
 
     def _share(self) -> None:
         """Take what all cores of this process have in common, and an empty cache."""
@@ -191,7 +197,7 @@ class ClickCore:
         self.ahead = DrawAhead(self._draw)
         self._misses = 0
         self.backbone = load_backbone(
-            config.backbone, config.checkpoint, config.device, config.dtype
+            config.backbone, config.checkpoint, config.device, config.dtype, config.compile
         )
         disk = None
         if config.disk is not None:
@@ -239,15 +245,17 @@ class ClickCore:
         handles = self.store.acquire(
             [target.image for target, _, _ in drawn], [target.digest for target, _, _ in drawn]
         )
-        for slot, handle, (target, low, valid) in zip(slots, handles, drawn, strict=True):
+        for slot, handle, (target, _, _) in zip(slots, handles, drawn, strict=True):
             self.release([slot])
             self.handles[slot] = handle
             self.targets[slot] = target
-            self._low_target[slot] = torch.from_numpy(low).to(self.device)
-            self._low_valid[slot] = torch.from_numpy(valid).to(self.device)
+        index = to_device(np.asarray(slots), self.device)
+        self._low_target[index] = to_device(np.stack([low for _, low, _ in drawn]), self.device)
+        self._low_valid[index] = to_device(np.stack([valid for *_, valid in drawn]), self.device)
         self.steps[slots] = 0
         self.num_clicks[slots] = 0
         self.labels[slots] = NO_POINT
+        self.shown[slots] = self._nothing
 
     def close(self) -> None:
         """Let go of all targets and embeddings; slots must be reset before use."""
@@ -389,9 +397,8 @@ class ClickCore:
             positive[i], on_target[i], distance[i] = self._add_click(slot, actions[i])
         if is_click.any():
             self._decode(slots[is_click])
-        undone = slots[is_undo]
-        self.num_clicks[undone] = np.maximum(self.num_clicks[undone] - 1, 0)
-        self.labels[undone, self.num_clicks[undone]] = NO_POINT
+        if is_undo.any():
+            self._undo(slots[is_undo])
 
         self.steps[slots] += 1
         after = self.ious[slots, self.num_clicks[slots]]
@@ -420,6 +427,14 @@ class ClickCore:
         column, row = self.to_image(slot, x, y)
         return positive, bool(target.mask[row, column]), distance
 
+    def _undo(self, slots: np.ndarray) -> None:
+        """Take the last click of some slots back."""
+        self.num_clicks[slots] = np.maximum(self.num_clicks[slots] - 1, 0)
+        count = self.num_clicks[slots]
+        self.labels[slots, count] = NO_POINT
+        index, counts = to_device(slots, self.device), to_device(count, self.device)
+        self.shown[slots] = to_host(self._shown(self.logits[index, counts]))[0]
+
     def to_image(self, slot: int, x: float, y: float) -> tuple[int, int]:
         """The pixel (x, y) of a slot's image that lies at (x, y) of the input frame."""
         image_height, image_width = self._target(slot).mask.shape
@@ -430,48 +445,50 @@ class ClickCore:
 
     def _decode(self, slots: np.ndarray) -> None:
         """Decode all clicks of some slots, after a click was added to each, and score the masks."""
-        index = torch.from_numpy(slots).to(self.device)
         count = self.num_clicks[slots]
-        counts = torch.from_numpy(count).to(self.device)
         used = int(count.max())
+        index, counts, handles, points, labels = (
+            to_device(array, self.device)
+            for array in (
+                slots,
+                count,
+                self.handles[slots],
+                self.points[slots, :used],
+                self.labels[slots, :used],
+            )
+        )
         first = counts == 1
         previous = self.logits[index, counts - 1]
-        prompts = Prompts(
-            points=torch.from_numpy(self.points[slots, :used]).to(self.device),
-            labels=torch.from_numpy(self.labels[slots, :used]).to(self.device),
-            masks=previous,
-            has_mask=~first,
-        )
-        embeddings = self.store.gather(torch.from_numpy(self.handles[slots]))
-        logits, quality = self.backbone.decode_best(embeddings, prompts, first)
-        predicted = quality.cpu().numpy()
+        prompts = Prompts(points=points, labels=labels, masks=previous, has_mask=~first)
+        logits, predicted = self.backbone.decode_best(self.store.gather(handles), prompts, first)
         if self.config.keep_best:
-            worse = (count > 1) & (predicted < self.predicted_ious[slots, count - 1])
-            kept = torch.from_numpy(worse).to(self.device)[:, None, None]
-            logits = torch.where(kept, previous, logits)
-            predicted = np.where(worse, self.predicted_ious[slots, count - 1], predicted)
+            best = to_device(self.predicted_ious[slots, count - 1], self.device)
+            worse = ~first & (predicted < best)
+            logits = torch.where(worse[:, None, None], previous, logits)
+            predicted = torch.where(worse, best, predicted)
         self.logits[index, counts] = logits
-        self.predicted_ious[slots, count] = predicted
-        self.ious[slots, count] = self._score(slots, index, logits)
-
-    def _score(self, slots: np.ndarray, index: torch.Tensor, logits: torch.Tensor) -> np.ndarray:
+        # Everything that numpy is asked for comes over at once: the only wait of a step.
+        iou, self.predicted_ious[slots, count], self.shown[slots] = to_host(
+            self._low_iou(index, logits), predicted, self._shown(logits)
+        )
         if self.config.score == "full":
-            targets = [self._target(slot) for slot in slots]
-            return np.array(
-                [
-                    metrics.iou(
-                        (self.backbone.masks_at(row, t.mask.shape) > 0).cpu().numpy(),
-                        t.mask,
-                        t.ignore,
-                    )
-                    for row, t in zip(logits, targets, strict=True)
-                ]
-            )
+            iou = self._full_iou(slots, logits)
+        self.ious[slots, count] = iou
+
+    def _low_iou(self, index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """IoU (S,) of low-res masks with the targets of the slots in `index`."""
         valid = self._low_valid[index]
         predicted, truth = (logits > 0) & valid, self._low_target[index] & valid
         overlap = (predicted & truth).sum(dim=(1, 2))
-        union = (predicted | truth).sum(dim=(1, 2)).clamp(min=1)
-        return (overlap / union).cpu().numpy().astype(np.float64)
+        return overlap / (predicted | truth).sum(dim=(1, 2)).clamp(min=1)
+
+    def _full_iou(self, slots: np.ndarray, logits: torch.Tensor) -> np.ndarray:
+        """IoU (S,) of masks at the size of their images."""
+        ious = []
+        for target, row in zip(map(self._target, slots), logits, strict=True):
+            mask = to_host(self.backbone.masks_at(row, target.mask.shape) > 0)[0]
+            ious.append(metrics.iou(mask, target.mask, target.ignore))
+        return np.array(ious)
 
     # What is seen ------------------------------------------------------------------------------
 
@@ -489,21 +506,23 @@ class ClickCore:
             "target_category": np.array([t.category for t in targets], np.int64),
             "num_steps": self.steps[slots].copy(),
         }
-        index = torch.from_numpy(slots).to(self.device)
-        counts = torch.from_numpy(self.num_clicks[slots]).to(self.device)
-        probability = self.logits[index, counts].sigmoid()
+        obs["sam_pred_mask_prob"] = self.shown[slots]
         if self.config.obs == "full":
-            handles = torch.from_numpy(self.handles[slots])
+            handles = to_device(self.handles[slots], self.device)
             obs["image"] = np.stack([self._framed(t.image) for t in targets])
-            obs["sam_image_embeddings"] = self.store.gather(handles).cpu().numpy()
-            obs["sam_pred_mask_prob"] = probability.cpu().numpy()
+            obs["sam_image_embeddings"] = to_host(self.store.gather(handles))[0]
         else:
-            small = F.avg_pool2d(probability[:, None], 4)[:, 0]
             obs["handle"] = self.handles[slots].astype(np.int32)[:, None]
-            obs["sam_pred_mask_prob"] = (255 * small).round().to(torch.uint8).cpu().numpy()
         if self.config.target == "instance":
             obs["cue_click"] = np.array([self._cue(t) for t in targets], np.float32)
         return {key: obs[key] for key in self.observation_space.spaces}
+
+    def _shown(self, logits: torch.Tensor) -> torch.Tensor:
+        """What an observation shows of mask logits (S, hm, wm): probability, or a small byte."""
+        probability = logits.sigmoid()
+        if self.config.obs == "full":
+            return probability
+        return (255 * F.avg_pool2d(probability[:, None], 4)[:, 0]).round().to(torch.uint8)
 
     def _framed(self, image: np.ndarray) -> np.ndarray:
         """The image as SAM sees it: longest side resized, padded with black."""

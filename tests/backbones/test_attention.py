@@ -57,3 +57,15 @@ def test_copies_keep_weights_of_their_own() -> None:
         other.attn.proj.bias.zero_()
     assert torch.equal(block(x), before)
     assert not torch.equal(other(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_no_worse_than_the_originals(dtype: torch.dtype) -> None:
+    original = attention((6, 6), True)
+    fused = copy.deepcopy(original)
+    fuse_attention(fused)
+    x = torch.randn(2, 6, 6, 24, generator=torch.Generator().manual_seed(1))
+    exact = original(x)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        errors = [(layer(x).float() - exact).square().mean().sqrt() for layer in (fused, original)]
+    assert errors[0] <= 1.5 * errors[1] and errors[1] <= 0.05 * exact.std()

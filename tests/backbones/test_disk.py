@@ -189,6 +189,41 @@ def test_two_writers_of_which_one_is_killed(tiny: Backbone, tmp_path: Path) -> N
     assert all(key_of(number) in reader for number in range(8))
 
 
+def write_beyond_the_bound(folder: Path, backbone: Backbone, bound: int, first: int) -> None:
+    """Write 60 embeddings, and read back those of the neighbours that are still there."""
+    torch.set_num_threads(1)
+    disk = DiskStore(backbone, folder, max_bytes=bound)
+    for number in range(first, first + 60):
+        disk.put(key_of(number), embedding_of(number, backbone))
+        got = disk.get(key_of((number + 30) % 120))
+        assert got is None or torch.equal(got, embedding_of((number + 30) % 120, backbone))
+    assert disk.damaged == 0
+
+
+def test_three_processes_evict_at_once(tiny: Backbone, tmp_path: Path) -> None:
+    one = DiskStore(tiny, tmp_path / "one")
+    one.put(key_of(0), embedding_of(0, tiny))
+    size = one.path(key_of(0)).stat().st_size
+    bound, folder = 20 * size, tmp_path / "shared"
+    context = multiprocessing.get_context("fork")
+    writers = [
+        context.Process(target=write_beyond_the_bound, args=(folder, tiny, bound, first))
+        for first in (0, 30, 60)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    # Each process looks at the folder after every twentieth of the bound that it wrote.
+    kept = list(folder.rglob("*.safetensors"))
+    assert 10 <= len(kept) <= 20 + 3 * 2
+    reader = DiskStore(tiny, folder, max_bytes=bound)
+    reader.evict()
+    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= bound
+    assert sum(reader.get(key_of(number)) is not None for number in range(120)) >= 10
+
+
 # Filling it -------------------------------------------------------------------------------------
 
 

@@ -163,3 +163,14 @@ def test_sizes_and_names_of_the_published_models(name: str, dim: int) -> None:
         key: value.shape for key, value in authors.items()
     }
     assert ours["mask_decoder.compress_vit_feat.0.weight"].shape == (dim, 256, 2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_masks(backbone: Backbone, dtype: torch.dtype) -> None:
+    lower = Backbone("hq", backbone.private_copy(), backbone.device, dtype)
+    images = [np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)]
+    prompts = Prompts(torch.full((1, 1, 2), 20.0), torch.ones(1, 1).long())
+    expected, _ = backbone.decode(backbone.encode(images), prompts, multimask=True)
+    logits, iou = lower.decode(lower.encode(images), prompts, multimask=True)
+    assert logits.dtype == iou.dtype == torch.float32
+    assert (logits - expected).square().mean().sqrt() <= 0.1 * expected.std()

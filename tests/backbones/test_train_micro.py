@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sam_gym.backbones import Prompts, load_backbone
+from sam_gym.backbones import Prompts, load_backbone, loading
 from sam_gym.backbones.loading import read_weights
 from sam_gym.backbones.micro import build_micro
 from sam_gym.backbones.train_micro import Config, MicroTrainer, mask_losses, train, true_iou
@@ -26,7 +26,7 @@ def restore_process() -> Iterator[None]:
     cv2.setNumThreads(threads)
 
 
-def config(out: Path, **more: int) -> Config:
+def config(out: Path, **more: Any) -> Config:
     return Config(
         out=str(out), steps=2, images=2, targets=2, workers=0, evaluate=2, device="cpu", **more
     )
@@ -87,6 +87,26 @@ def test_a_run_cut_off_goes_on_to_the_same_weights(
         untrained = build_micro().state_dict()
     assert any(not torch.equal(one["sam"][key], untrained[key]) for key in untrained)
     check_export(whole / "micro.safetensors", one["average"])
+
+
+def test_the_hq_head_is_all_that_is_trained_and_kept(
+    tmp_path: Path, micro_checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(config(tmp_path, hq=True, init=micro_checkpoint))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["sam"]
+    start = read_weights(Path(micro_checkpoint))
+    assert state.keys() > start.keys()
+    for key, value in start.items():
+        assert torch.equal(state[key], value), key
+    head = load_file(tmp_path / "hq_micro.safetensors")
+    assert head.keys() == state.keys() - start.keys()
+    assert head["mask_decoder.hf_mlp.layers.2.weight"].abs().sum() > 0
+
+    monkeypatch.setattr(loading, "MICRO_WEIGHTS", Path(micro_checkpoint))
+    backbone = load_backbone("hq_micro", str(tmp_path / "hq_micro.safetensors"), device="cpu")
+    loaded = backbone.sam.state_dict()
+    for key, value in (start | head).items():
+        assert torch.equal(loaded[key], value.to(loaded[key].dtype)), key
 
 
 def check_export(path: Path, average: dict[str, torch.Tensor]) -> None:

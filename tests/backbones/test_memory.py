@@ -1,0 +1,46 @@
+"""The allocator's settings: given to glibc once, and left alone where somebody tunes them."""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from sam_gym.backbones.memory import keep_freed_memory
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+
+FAULTS = """
+import resource, torch
+from sam_gym.backbones.memory import keep_freed_memory
+print(keep_freed_memory())
+def work():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+work()
+print(work())
+"""
+
+
+def faults(**environment: str) -> tuple[str, int]:
+    """Whether the settings were taken, and the page faults of 20 tensors of 64 MiB."""
+    result = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True
+    )
+    kept, count = result.stdout.split()
+    return kept, int(count)
+
+
+def test_freed_memory_is_used_again() -> None:
+    kept, count = faults()
+    if kept != "True":
+        pytest.skip("no glibc")
+    assert count < 2**26 / resource.getpagesize()
+    left_alone, many = faults(MALLOC_MMAP_THRESHOLD_="131072")
+    assert left_alone == "False" and many > 10 * max(count, 1)
+
+
+def test_asking_twice_is_asking_once() -> None:
+    assert keep_freed_memory() is keep_freed_memory()
