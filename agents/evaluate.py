@@ -98,6 +98,7 @@ class PolicyAgent:
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         self.policy.set_training_mode(False)
         self.policy.set_categories(core.dataset.categories)
+        core.describe()
         action, *_ = self.policy.get_action_and_value(
             observations, deterministic=self.deterministic
         )

@@ -20,7 +20,7 @@ from sam_gym.backbones.store import shared_store
 from sam_gym.registry import Registry
 
 #: Policy name -> class, as `--policy` takes it.
-POLICIES: Registry[type[ImplicitPolicy]]
+POLICIES: Registry[type[ImplicitPolicy]] = Registry("policy")
 
 
 class ClickFeatures(BaseFeaturesExtractor):
@@ -50,9 +50,9 @@ class ClickFeatures(BaseFeaturesExtractor):
         width: int = 48,
     ) -> None:
         super().__init__(observation_space, features_dim=width)
-        service = load_backbone(**backbone)
-        self.store = shared_store(service)
-        channels, height, width_cells = service.embedding_shape
+        self.backbone = load_backbone(**backbone)
+        self.store = shared_store(self.backbone)
+        channels, height, width_cells = self.backbone.embedding_shape
         self.cells = (height, width_cells)
         self.max_steps, self.vocabulary = max_steps, tuple(vocabulary)
         self.has_cue = "cue_click" in observation_space.spaces
@@ -86,11 +86,15 @@ class ClickFeatures(BaseFeaturesExtractor):
         target = self.words[observations["target_category"].reshape(len(mask)).long()]
         gain, bias = self.modulation(target)[:, :, None, None].chunk(2, dim=1)
         image = F.relu(self.reduce(embedding) * (1 + gain) + bias)
+        return self.mix(torch.cat(self._planes(image, mask, observations), dim=1))
+
+    def _planes(self, image: Tensor, mask: Tensor, observations: dict[str, Tensor]) -> list[Tensor]:
+        """Image features (B, C, h, w) with all that is known of the episode so far."""
         step = observations["num_steps"].reshape(-1, 1, 1, 1).float() / self.max_steps
         planes = [image, image * mask, mask, step.expand_as(mask)]
         if self.has_cue:
             planes.append(self._cue_plane(observations["cue_click"]))
-        return self.mix(torch.cat(planes, dim=1))
+        return planes
 
     def _image(self, observations: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Embedding (B, C, h, w) and mask probability (B, 1, h, w) of either observation form."""
@@ -159,6 +163,7 @@ class FlatHead(nn.Module):
         return self.linear(features.flatten(1))
 
 
+@POLICIES.register("implicit")
 class ImplicitPolicy(ActorCriticPolicy):
     """The implicit agent: SAM's own features tell where to click, no language model.
 
@@ -170,6 +175,10 @@ class ImplicitPolicy(ActorCriticPolicy):
         grid: clicks fall on grid x grid cells.
         head: "spatial" or "flat".
     """
+
+    extractor_class: type[ClickFeatures] = ClickFeatures
+    #: Whether the features need the pixels of observations in full form.
+    needs_image = False
 
     def __init__(
         self,
@@ -188,7 +197,7 @@ class ImplicitPolicy(ActorCriticPolicy):
             raise unknown_name("head", head, ["spatial", "flat"])
         self.grid, self.head, self.features = grid, head, features
         kwargs |= {
-            "features_extractor_class": ClickFeatures,
+            "features_extractor_class": self.extractor_class,
             "features_extractor_kwargs": features,
             "ortho_init": False,
         }
@@ -205,9 +214,11 @@ class ImplicitPolicy(ActorCriticPolicy):
         else:
             self.action_net = SpatialHead(width, self.grid, num_actions - 2 * self.grid**2)
             last = self.action_net.clicks
-        # Small logits at first: every click is about as likely as any other.
-        nn.init.normal_(last.weight, std=0.01)
-        nn.init.zeros_(last.bias)
+        # Small logits at first: every action is about as likely as any other.
+        for layer in (last, getattr(self.action_net, "others", None)):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=0.01)
+                nn.init.zeros_(layer.bias)
         self.value_net = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
         make_optimizer: Any = self.optimizer_class
         self.optimizer = make_optimizer(
@@ -271,9 +282,5 @@ class ImplicitPolicy(ActorCriticPolicy):
                 self.device
             )
             for key, value in obs.items()
-            if key != "image"
+            if key != "image" or self.needs_image
         }
-
-
-POLICIES = Registry("policy")
-POLICIES.add("implicit", ImplicitPolicy)

@@ -96,16 +96,23 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def new_plot(width: float = 9.0, height: float = 4.2) -> tuple[Figure, Axes]:
     """A matplotlib figure in the style of the page; no window system is involved."""
+    figure, (axes,) = new_panels(1, width, height)
+    return figure, axes
+
+
+def new_panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Like `new_plot`, with several axes side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(colors=MUTED)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    return figure, axes
+    panels = list(figure.subplots(1, count, squeeze=False, gridspec_kw={"wspace": 0.08})[0])
+    for axes in panels:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.tick_params(colors=MUTED)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    return figure, panels
 
 
 def save_plot(path: Path, figure: Figure) -> Path:

@@ -23,6 +23,7 @@ from sam_gym.registry import unknown_name
 #: Benchmark name -> module with a dataclass `Config` and `run(config) -> results`.
 BENCHMARKS = {
     "interactive": "benchmarks.interactive",
+    "pointing": "benchmarks.pointing",
     "throughput": "benchmarks.throughput",
 }
 

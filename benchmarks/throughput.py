@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import gymnasium as gym
@@ -18,22 +17,21 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from segment_anything.modeling import Sam
 
 import sam_gym  # noqa: F401  (registers the environments)
-from benchmarks import report
+from benchmarks import report, throughput_report
 from benchmarks.machine import (
     decoder_speed,
     encoder_speed,
     peak_memory_mib,
     precision_effect,
-    synchronise,
 )
 from benchmarks.options import BackboneOptions, provenance, require_at_least
 from benchmarks.reference import PredictorEnv, check_comparable, plain_sam
-from sam_gym.backbones import Backbone
+from sam_gym.backbones import BACKBONES, Backbone
 from sam_gym.backbones.store import EmbeddingStore
 from sam_gym.data.cache import SampleCache
 from sam_gym.envs.click import make_config
 from sam_gym.envs.core import ClickCore
-from sam_gym.files import write_csv, write_json
+from sam_gym.transfer import synchronise
 
 _SIDES = ("vector", "reference", "scalar")
 
@@ -44,8 +42,8 @@ PHASES = {
     "samples": ("_draw_all",),
     "store": ("store.acquire", "store.gather"),
     "clicks": ("_add_click",),
-    "score": ("_score", "_reward"),
-    "observation": ("observe", "info"),
+    "score": ("_low_iou", "_reward"),
+    "observation": ("_shown", "observe", "info"),
 }
 REST = "rest"
 _KINDS = ("cached", "fresh")
@@ -55,6 +53,11 @@ _KINDS = ("cached", "fresh")
 _TOLERANCES = {torch.float32: 0.01}
 _LOW_PRECISION_TOLERANCE = 0.05
 _MAX_OUTLIERS = 0.02
+
+#: Growth over images is measured with at most so many environments, and at least so many images
+#: for each: then several chunks remain on either side of the first eviction.
+_GROWTH_NUM_ENVS = 64
+_GROWTH_IMAGES_PER_ENV = 8
 
 
 @dataclass
@@ -80,6 +83,8 @@ class Config(BackboneOptions):
     """Timed repeats, of which the median counts; one more to warm up comes first."""
     images: int = 64
     """Different images among the cached ones."""
+    growth_images: int = 1024
+    """Fresh images over which the cost of a step is followed; 0 leaves that out."""
 
     def validate(self) -> None:
         """Raise `ValueError` for a value that cannot work."""
@@ -94,12 +99,18 @@ class Config(BackboneOptions):
             repeats=self.repeats,
             images=self.images,
         )
-        require_at_least(0, seed=self.seed)
+        require_at_least(0, seed=self.seed, growth_images=self.growth_images)
         if self.steps % self.max_steps:
             raise ValueError(
                 f"--steps must be a multiple of --max-steps ({self.max_steps}), got {self.steps}: "
                 "else some repeats would hold more resets than others."
             )
+
+    @property
+    def growth_num_envs(self) -> int:
+        """Environments that play while the cost is followed over images."""
+        fitting = [n for n in self.num_envs if n <= _GROWTH_NUM_ENVS]
+        return max(fitting) if fitting else min(self.num_envs)
 
     def env_settings(self, fresh: bool, obs: str = "handle") -> dict[str, Any]:
         """Arguments of `SamSeg-v0`; the scenes are endless if they have to be fresh."""
@@ -111,6 +122,7 @@ class Config(BackboneOptions):
             "checkpoint": self.checkpoint,
             "device": self.device,
             "dtype": self.dtype,
+            "compile": self.compile,
             "obs": obs,
             "max_steps": self.max_steps,
         }
@@ -154,6 +166,12 @@ def run(config: Config) -> dict[str, Any]:
                 }
                 match.close()
             by_num_envs[str(num_envs)] = measured
+        chunks = []
+        if config.growth_images:
+            task = progress.add_task("fresh images", total=config.growth_images)
+            for chunk in play_chunks(config):
+                chunks.append(chunk)
+                progress.update(task, completed=chunk.images)
     peak_memory = peak_memory_mib(backbone.device)
 
     summary = {
@@ -166,14 +184,22 @@ def run(config: Config) -> dict[str, Any]:
             for kind in _KINDS
         },
         "by_num_envs": by_num_envs,
-        "rollout_bytes": rollout_bytes(config),
+        "linear_fit": {
+            kind: linear_fit(
+                {int(n): measured[kind]["vector_step_ms"] for n, measured in by_num_envs.items()}
+            )
+            for kind in _KINDS
+        },
+        "growth": {"num_envs": config.growth_num_envs, **growth(chunks)} if chunks else None,
+        "rollout_bytes": rollout_bytes(config, backbone),
+        "rollout_bytes_vit_b": rollout_bytes(config, shapes_of("vit_b")),
         "encoder": encoder_speed(backbone, plain),
         "decoder": decoder_speed(backbone, max(config.num_envs)),
         "mask_iou_with_float32": precision_effect(backbone),
         "peak_memory_mib": peak_memory,
         **provenance(config, backbone),
     }
-    _write(config, summary, rows, out)
+    throughput_report.write(summary, rows, out)
     for num_envs_name, measured in by_num_envs.items():
         for kind, numbers in measured.items():
             if not numbers["agreement"]["agree"]:
@@ -218,13 +244,7 @@ class Match:
     ) -> None:
         self.config, self.backbone, self.num_envs = config, backbone, num_envs
         settings = config.env_settings(fresh)
-        self.vector = gym.make_vec(
-            "SamSeg-v0",
-            num_envs=num_envs,
-            vectorization_mode="vector_entry_point",
-            autoreset_mode="SameStep",
-            **settings,
-        )
+        self.vector = make_vector(num_envs, settings)
         self.scalars = [
             gym.make("SamSeg-v0", disable_env_checker=True, **settings) for _ in range(num_envs)
         ]
@@ -301,6 +321,17 @@ class Match:
         self.reference.close()
 
 
+def make_vector(num_envs: int, settings: dict[str, Any]) -> gym.vector.VectorEnv:
+    """The vector environment, whose episodes begin in the step that ends those before."""
+    return gym.make_vec(
+        "SamSeg-v0",
+        num_envs=num_envs,
+        vectorization_mode="vector_entry_point",
+        autoreset_mode="SameStep",
+        **settings,
+    )
+
+
 def share_memory(cores: Sequence[ClickCore], warm: bool) -> None:
     """Give one side an embedding store and a sample cache of its own.
 
@@ -325,8 +356,10 @@ def play_vector(env: gym.vector.VectorEnv, actions: np.ndarray, played: Played) 
     for row in actions:
         started = time.perf_counter()
         _, reward, _, _, info = env.step(row)
-        # What is drawn ahead is work of this side, also where nothing hides it.
+        # What is drawn ahead or still running on the device is work of this side, also where
+        # nothing hides it.
         core.ahead.wait()
+        synchronise(core.device)
         seconds += time.perf_counter() - started
         played.rewards.append(reward)
         # Logits of an episode that has just ended stay until its slot is clicked again.
@@ -352,6 +385,7 @@ def play_scalars(envs: Sequence[gym.Env], actions: np.ndarray, played: Played) -
         played.rewards.append(np.array(rewards))
         if final_ious:
             played.final_ious.append(np.array(final_ious))
+    synchronise(envs[0].unwrapped.core.device)  # type: ignore[attr-defined]
     return time.perf_counter() - started
 
 
@@ -364,6 +398,44 @@ def play_reference(env: SyncVectorEnv, actions: np.ndarray, played: Played) -> f
         seconds += time.perf_counter() - started
         played.masks.append(np.stack([one.unwrapped.last_mask for one in env.envs]))  # type: ignore[attr-defined]
     return seconds
+
+
+class Chunk(NamedTuple):
+    """An episode of every environment, on fresh images.
+
+    Attributes:
+        images: images encoded by its end, since the environments were made.
+        held: embeddings in the store by its end.
+        step_ms: milliseconds per vector step.
+    """
+
+    images: int
+    held: int
+    step_ms: float
+
+
+def play_chunks(config: Config) -> Iterator[Chunk]:
+    """Play the vector environment alone on fresh images until it has seen `growth_images`.
+
+    The embedding store and the sample cache hold a quarter of the images: the first chunks fill
+    them, the later ones evict.
+    """
+    num_envs = config.growth_num_envs
+    total = max(config.growth_images, _GROWTH_IMAGES_PER_ENV * num_envs)
+    rng = np.random.default_rng(config.seed)
+    with closing(make_vector(num_envs, config.env_settings(fresh=True))) as env:
+        core: ClickCore = env.unwrapped.core  # type: ignore[attr-defined]
+        # An episode's image is let go once the next one's is there.
+        kept = max(total // 4, 2 * num_envs)
+        embedding_bytes = 4 * int(np.prod(core.backbone.embedding_shape))
+        core.samples = SampleCache(core.dataset, kept * core.dataset[0].image.nbytes)
+        core.store = EmbeddingStore(core.backbone, kept * embedding_bytes)
+        env.reset(seed=config.seed)
+        while core.store.encoded < total:
+            actions = rng.integers(0, int(core.action_space.n), (config.max_steps, num_envs))
+            seconds = play_vector(env, actions, Played())
+            step_ms = 1000 * seconds / config.max_steps
+            yield Chunk(core.store.encoded, len(core.store), step_ms)
 
 
 @contextmanager
@@ -449,174 +521,56 @@ def _phases(config: Config, profiles: Sequence[dict[str, float]]) -> dict[str, A
     }
 
 
-def rollout_bytes(config: Config, steps: int = 128) -> dict[str, float]:
+def linear_fit(step_ms: Mapping[int, float]) -> dict[str, float] | None:
+    """Least-squares line through milliseconds per vector step by number of environments.
+
+    Returns:
+        ms_per_env, intercept_ms and r_squared; None for fewer than three numbers of environments,
+        through which a line always fits.
+    """
+    if len(step_ms) < 3:
+        return None
+    sizes, times = np.array(list(step_ms)), np.array(list(step_ms.values()))
+    slope, intercept = np.polyfit(sizes, times, 1)
+    return {
+        "ms_per_env": float(slope),
+        "intercept_ms": float(intercept),
+        "r_squared": float(np.corrcoef(sizes, times)[0, 1] ** 2),
+    }
+
+
+def growth(chunks: Sequence[Chunk]) -> dict[str, Any]:
+    """Cost of a step against images seen, without the first chunk, which warms up.
+
+    `capacity` is how many embeddings were held at most;
+    `last_over_first` is the median of the last quarter of the chunks over that of the first.
+    """
+    images, held, step_ms = zip(*chunks[1:], strict=True)
+    quarter = max(1, len(step_ms) // 4)
+    return {
+        "images": list(images),
+        "step_ms": list(step_ms),
+        "capacity": max(held),
+        "last_over_first": float(np.median(step_ms[-quarter:]) / np.median(step_ms[:quarter])),
+    }
+
+
+def shapes_of(name: str) -> Backbone:
+    """A backbone without weights, which only its shapes can be asked for."""
+    device = torch.device("meta")
+    with device:
+        return Backbone(name, BACKBONES[name](), device, torch.float32)
+
+
+def rollout_bytes(config: Config, backbone: Backbone, steps: int = 128) -> dict[str, float]:
     """Bytes of the observations that a rollout of one environment stores, in either form."""
 
     def stored(obs: str) -> int:
         core = ClickCore(make_config(config.env_settings(False, obs)), 1)
-        sample = core.observation_space.sample()
+        core.backbone = backbone
+        sample = core._make_observation_space().sample()
         core.close()
         return steps * sum(np.asarray(value).nbytes for value in sample.values())
 
     full, handle = stored("full"), stored("handle")
     return {"steps": steps, "full": full, "handle": handle, "ratio": full / handle}
-
-
-# Report ----------------------------------------------------------------------------------------
-
-
-def _write(config: Config, summary: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
-    json_file = write_json(out / "results.json", summary)
-    csv_file = write_csv(out / "repeats.csv", rows)
-    speed_file = report.save_plot(out / "speed.png", _speed_plot(summary))
-    middle = str(config.num_envs[len(config.num_envs) // 2])
-    measured = summary["by_num_envs"][middle]
-    phase_file = report.save_plot(out / "phases.png", _phase_plot(measured))
-    columns, table = _table(summary)
-
-    page = report.Page(
-        f"Throughput of SamSeg-v0 with {summary['backbone']}",
-        f"One vector environment against as many environments that each work SAM alone, on "
-        f"{summary['device']}, CPU threads: {summary['threads']}. Same weights, same images, same "
-        "actions.",
-    )
-    page.cards(
-        {
-            f"env steps per second, {middle} envs": (
-                f"{measured['cached']['vector_steps_per_second']:.0f}"
-            ),
-            "times the reference, cached": f"{measured['cached']['speedup_vs_reference']:.1f}",
-            "times the reference, fresh": f"{measured['fresh']['speedup_vs_reference']:.1f}",
-            "smaller rollouts": f"{summary['rollout_bytes']['ratio']:.0f}x",
-        }
-    )
-    page.table(columns, table)
-    page.text(
-        "Reference: a SamPredictor per environment under SyncVectorEnv, as research code does it: "
-        "encodes at every reset, copies the embedding into every observation, masks at image size. "
-        "Scalar: a Python loop over this package's own scalar environments. Cached: the image was "
-        "encoded before, as most are in training. Fresh: never seen before, so that every episode "
-        f"of {config.max_steps} steps pays for drawing and encoding an image. Steps that end "
-        f"episodes include the reset. Medians of {config.repeats} repeats of {config.steps} steps."
-    )
-    page.plot(speed_file, "environment steps per second by number of environments")
-    page.heading(f"Where a vector step of {middle} environments spends its time")
-    page.plot(phase_file, "milliseconds per vector step by phase")
-    page.table(
-        ("phase", "cached, ms", "fresh, ms"),
-        [
-            (f"{phase}: {what}", *(f"{measured[k]['phases_ms'][phase]:.2f}" for k in _KINDS))
-            for phase, what in _PHASE_NOTES.items()
-        ],
-    )
-    page.heading("Model and machine")
-    page.table(("", ""), _machine_table(summary))
-    page.settings(summary["settings"], [json_file, csv_file])
-    page_file = page.write(out / "report.html")
-    report.print_table(f"throughput: {summary['backbone']}", columns, table)
-    print(f"Report: {page_file}")
-
-
-_PHASE_NOTES = {
-    "encode": "the image encoder, with resizing",
-    "decode": "the prompt encoder and the mask decoder",
-    "samples": "waiting for the next images and targets, drawn in a thread meanwhile",
-    "store": "finding embeddings by content, gathering them",
-    "clicks": "turning actions into clicks",
-    "score": "IoU and reward",
-    "observation": "observations and infos",
-    REST: "everything else",
-}
-
-
-def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    columns = [
-        "envs",
-        "images",
-        "vector, steps/s",
-        "reference",
-        "scalar loop",
-        "vs reference",
-        "vs scalar",
-        "not the model",
-    ]
-    rows = []
-    for num_envs, measured in summary["by_num_envs"].items():
-        for kind in _KINDS:
-            numbers = measured[kind]
-            rows.append(
-                [
-                    num_envs,
-                    kind,
-                    *(f"{numbers[f'{s}_steps_per_second']:.0f}" for s in _SIDES),
-                    f"{numbers['speedup_vs_reference']:.2f}x",
-                    f"{numbers['speedup_vs_scalar']:.2f}x",
-                    f"{numbers['overhead_share']:.1%}",
-                ]
-            )
-    return columns, rows
-
-
-def _machine_table(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    encoder, decoder = summary["encoder"], summary["decoder"]
-    rollout, peak = summary["rollout_bytes"], summary["peak_memory_mib"]
-    return [
-        ("encode, images per second", f"{encoder['images_per_second']:.1f}"),
-        ("of plain segment_anything", f"{encoder['plain_images_per_second']:.1f}"),
-        (f"decode, ms per prompt of {decoder['prompts']}", f"{decoder['ms_per_prompt']:.3f}"),
-        ("one click, ms", f"{decoder['click_latency_ms']:.2f}"),
-        ("decode, share of the roofline", f"{decoder['fraction_of_roofline']:.1%}"),
-        ("large matrix product, GFLOP/s", f"{decoder['matmul_gflop_per_second']:.0f}"),
-        ("large copy, GB/s", f"{decoder['copy_gb_per_second']:.1f}"),
-        ("rollout of 128 steps, full form, MiB", f"{rollout['full'] / 2**20:.1f}"),
-        ("rollout of 128 steps, handle form, MiB", f"{rollout['handle'] / 2**20:.3f}"),
-        ("peak memory while playing, MiB", "unknown" if peak is None else f"{peak:.0f}"),
-        *(
-            (f"mask IoU with float32, {what} in {dtype}", f"{value:.4f}")
-            for dtype, effect in summary["mask_iou_with_float32"].items()
-            for what, value in effect.items()
-        ),
-    ]
-
-
-def _speed_plot(summary: dict[str, Any]) -> Any:
-    figure, axes = report.new_plot()
-    sizes = [int(n) for n in summary["by_num_envs"]]
-    colours = {"vector": report.BLUE, "scalar": "#e08a1e", "reference": "#8a6fb3"}
-    for side in _SIDES:
-        for kind, dashes in zip(_KINDS, ("-", "--"), strict=True):
-            speed = [
-                measured[kind][f"{side}_steps_per_second"]
-                for measured in summary["by_num_envs"].values()
-            ]
-            label = f"{side}, {kind}"
-            axes.plot(sizes, speed, dashes, color=colours[side], marker="o", ms=4, label=label)
-    axes.set(xscale="log", xlabel="environments", ylabel="env steps per second")
-    axes.set_ylim(bottom=0)
-    axes.set_xticks(sizes, [str(n) for n in sizes])
-    axes.minorticks_off()
-    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return figure
-
-
-def _phase_plot(measured: dict[str, Any]) -> Any:
-    figure, axes = report.new_plot(height=2.6)
-    colours = [
-        report.BLUE,
-        "#7db8e8",
-        "#e08a1e",
-        "#efb666",
-        "#c9603f",
-        "#8a6fb3",
-        "#5a9e6f",
-        "#b8bec6",
-    ]
-    kinds = _KINDS[::-1]  # a bar plot starts at the bottom
-    left = np.zeros(len(kinds))
-    for phase, colour in zip((*PHASES, REST), colours, strict=True):
-        width = np.array([measured[kind]["phases_ms"][phase] for kind in kinds])
-        axes.barh([f"{kind} images" for kind in kinds], width, 0.6, left, color=colour, label=phase)
-        left += width
-    axes.set_xlabel("milliseconds per vector step")
-    axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return figure

@@ -45,12 +45,34 @@ def _within(key: object, item: Any) -> Any:
         raise ValueError(f"{key}: {error}") from error
 
 
-def write_atomic(path: Path, content: str | bytes) -> Path:
-    """Write a file whole or not at all: under another name first, which is then renamed."""
+def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> Path:
+    """Write a file whole or not at all: under another name first, which is then renamed.
+
+    Args:
+        path: of the file.
+        content: of the file; text is encoded as UTF-8.
+        durable: wait until the file is on the disk, so that it outlives a power cut.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+    with unfinished.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(unfinished, path)
+    if durable:
+        _sync_folder(path.parent)
     return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until a renaming in a folder is on the disk, where the system can tell."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> Path:

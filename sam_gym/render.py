@@ -61,6 +61,45 @@ def draw_episode(
     return np.concatenate([canvas, _caption(caption, size[0])]) if caption else canvas
 
 
+def draw_heat(
+    image: np.ndarray,
+    heat: np.ndarray,
+    *,
+    peak: bool = True,
+    target: np.ndarray | None = None,
+    caption: str = "",
+    height: int = 256,
+) -> np.ndarray:
+    """Draw a map over an image, from dark blue to yellow.
+
+    Args:
+        image: uint8 (H, W, 3), RGB.
+        heat: float (h, w) in [0, 1], covering the image.
+        peak: mark where it is greatest.
+        target: bool (H, W), outlined in white, or None.
+        caption: one line below the picture; no line if empty.
+        height: of the drawn image in pixels; the width keeps the aspect ratio.
+
+    Returns:
+        uint8 (height [+ caption], W', 3), RGB.
+    """
+    scale = height / image.shape[0]
+    size = (round(image.shape[1] * scale), height)
+    canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
+    smooth = cv2.resize(heat.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+    levels = (255 * smooth.clip(0, 1)).astype(np.uint8)
+    colours = cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    canvas = (0.45 * canvas + 0.55 * colours).astype(np.uint8)
+    if target is not None:
+        truth = cv2.resize(target.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
+        _outline(canvas, truth, TARGET_COLOUR, 2)
+    if peak:
+        y, x = divmod(int(smooth.argmax()), size[0])
+        cv2.drawMarker(canvas, (x, y), (0, 0, 0), cv2.MARKER_CROSS, 22, 5, cv2.LINE_AA)
+        cv2.drawMarker(canvas, (x, y), NEGATIVE_COLOUR, cv2.MARKER_CROSS, 20, 2, cv2.LINE_AA)
+    return np.concatenate([canvas, _caption(caption, size[0])]) if caption else canvas
+
+
 def _at(x: float, y: float, scale: float) -> tuple[int, int]:
     return round((x + 0.5) * scale), round((y + 0.5) * scale)
 

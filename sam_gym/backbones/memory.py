@@ -19,7 +19,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed memory up to 2 GiB for the next tensor; returns whether it does now.
 
     By default it returns large blocks to the system at once. Then each batched decode on a CPU
-    faults its activations in page by page, as much as a third of its time (docs/architecture.md).
+    faults its activations in page by page, a quarter of its time (docs/architecture.md).
     The process keeps its peak of memory in return. Nothing happens without glibc, or where the
     environment sets the allocator already.
     """

@@ -120,6 +120,16 @@ class Backbone:
             return image
         return self._resizer.apply_image(image)
 
+    def framed(self, image: np.ndarray) -> np.ndarray:
+        """An image as SAM sees it, uint8 (S, S, 3): longest side resized, padded with black."""
+        size = self.image_size
+        if image.shape[:2] == (size, size):
+            return image
+        frame = np.zeros((size, size, 3), np.uint8)
+        resized = self.resize(image)
+        frame[: resized.shape[0], : resized.shape[1]] = resized
+        return frame
+
     # Work --------------------------------------------------------------------------------------
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:

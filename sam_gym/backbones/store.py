@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,12 +18,26 @@ from sam_gym.data.sample import image_digest
 MAX_HANDLES = 2**24
 
 
+#: Images uint8 (H, W, 3) -> what is to be known of each, (B, ...).
+Describe = Callable[[Sequence[np.ndarray]], Tensor]
+
+
+@dataclass
+class _Companion:
+    """Something else that is computed once per image and kept under the embedding's handle."""
+
+    describe: Describe
+    table: Tensor | None = None
+    known: set[int] = field(default_factory=set)
+
+
 class EmbeddingStore:
     """Embeddings of one backbone, keyed by image content, bounded, least recently used out first.
 
     A *handle* is the index of an embedding in the store; it is recycled once its embedding has been
     evicted. A pinned embedding is never evicted: environments pin what their slots show, and
-    `pin_new_epoch` pins everything that is handed out until the epoch is over.
+    `pin_new_epoch` pins everything that is handed out until the epoch is over. `attach` keeps more
+    about each image under the same handle, for example how like some words its places are.
 
     Args:
         backbone: encodes what is missing.
@@ -45,6 +60,7 @@ class EmbeddingStore:
         self._free: list[int] = []
         self._pins: dict[int, int] = {}
         self._epoch: set[int] | None = None
+        self._companions: dict[str, _Companion] = {}
         self.max_bytes = max_bytes
         #: How many images were encoded so far.
         self.encoded = 0
@@ -81,6 +97,15 @@ class EmbeddingStore:
             self._pins = pins
             raise
 
+    def attach(self, name: str, describe: Describe) -> None:
+        """From now on, keep what `describe` says of each image that is acquired.
+
+        Args:
+            name: for `gather`; attaching a name again changes nothing.
+            describe: images -> floating (B, ...) on the device, always of the same shape.
+        """
+        self._companions.setdefault(name, _Companion(describe))
+
     def _acquire(self, keys: Sequence[bytes], images: Sequence[np.ndarray]) -> list[int]:
         missing: dict[bytes, np.ndarray] = {}
         for key, image in zip(keys, images, strict=True):
@@ -102,7 +127,34 @@ class EmbeddingStore:
             if key in missing and key in counted:
                 self.pin(self._handles[key])
             counted.add(key)
-        return [self._handles[key] for key in keys]
+        handles = [self._handles[key] for key in keys]
+        self.describe(dict(zip(handles, images, strict=True)))
+        return handles
+
+    def describe(self, images: dict[int, np.ndarray]) -> None:
+        """Fill in what was attached since some handles were acquired.
+
+        Args:
+            images: pinned handle -> its image, uint8 (H, W, 3).
+        """
+        for companion in self._companions.values():
+            self._describe(companion, images)
+
+    def _describe(self, companion: _Companion, images: dict[int, np.ndarray]) -> None:
+        """Fill in what one companion does not know yet."""
+        todo = [handle for handle in images if handle not in companion.known]
+        for first in range(0, len(todo), self.batch_size):
+            chunk = todo[first : first + self.batch_size]
+            values = companion.describe([images[handle] for handle in chunk])
+            table = companion.table
+            if table is None or len(table) < len(self._table):
+                # What is asked for without having been described shows in every number after it.
+                grown = values.new_full((len(self._table), *values.shape[1:]), torch.nan)
+                if table is not None:
+                    grown[: len(table)] = table
+                companion.table = table = grown
+            table[torch.tensor(chunk, device=table.device)] = values
+            companion.known.update(chunk)
 
     def _embeddings(self, chunk: Sequence[tuple[bytes, np.ndarray]]) -> Sequence[Tensor]:
         """Embeddings of images: those on disk from there, the others encoded and kept there."""
@@ -118,9 +170,23 @@ class EmbeddingStore:
                 found[i] = embedding if disk is None else disk.put(chunk[i][0], embedding)
         return [embedding for embedding in found if embedding is not None]
 
-    def gather(self, handles: Tensor) -> Tensor:
-        """Embeddings float32 (B, C, h, w) of integer handles (B,), on the device."""
-        return self._table[handles.to(self.backbone.device, torch.long)]
+    def gather(self, handles: Tensor, name: str | None = None) -> Tensor:
+        """Embeddings float32 (B, C, h, w) of integer handles (B,), on the device.
+
+        Args:
+            handles: of images that are still in use.
+            name: instead of embeddings, what was attached under this name, (B, ...).
+
+        Raises:
+            KeyError: nothing was attached under this name before these images were acquired.
+        """
+        index = handles.to(self.backbone.device, torch.long)
+        if name is None:
+            return self._table[index]
+        companion = self._companions.get(name)
+        if companion is None or companion.table is None:
+            raise KeyError(f"Nothing is attached to the store as {name!r}: attach before reset().")
+        return companion.table[index]
 
     def pin(self, handle: int) -> None:
         """Keep an embedding until it is unpinned as often as it was pinned."""
@@ -165,6 +231,8 @@ class EmbeddingStore:
         for key, handle in self._handles.items():
             if handle not in self._pins and handle not in held:
                 del self._handles[key], self._keys[handle]
+                for companion in self._companions.values():
+                    companion.known.discard(handle)
                 self._free.append(handle)
                 return
         raise MemoryError(

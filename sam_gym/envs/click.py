@@ -257,6 +257,44 @@ class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         infos = self._infos(np.ones(self.num_envs, bool)) | final
         return self.core.observe(self._all), reward, terminated, truncated, infos
 
+    def get_state(self) -> list[dict[str, Any]]:
+        """The state of each environment: its episode and its random numbers, for `set_state`.
+
+        Numpy arrays and plain values, copied, so that it can be kept in a file. An environment
+        plays the same from it in another process and in another place of the batch.
+        """
+        return [
+            {"episode": episode, "ended": bool(ended), "rng": rng.bit_generator.state}
+            for episode, ended, rng in zip(
+                self.core.get_state(), self._ended, self._rngs, strict=True
+            )
+        ]
+
+    def set_state(self, state: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """Go on from `get_state` of environments with the same settings and data.
+
+        Returns:
+            What the last `reset` or `step` had returned as observations. Embeddings are computed
+            again, so handles differ.
+
+        Raises:
+            ValueError: another number of environments, one that was never reset, or other data.
+        """
+        if len(state) != self.num_envs:
+            raise ValueError(
+                f"Expected the state of {self.num_envs} environments, got {len(state)}."
+            )
+        self.core.set_state([own["episode"] for own in state], self._rngs)
+        for i, (own, rng) in enumerate(zip(state, self._rngs, strict=True)):
+            if rng.bit_generator.state != own["rng"]:
+                raise ValueError(
+                    f"Environment {i} draws another episode than when its state was taken: the "
+                    f"dataset {self.core.dataset.name} has changed. Bring the old data back, or "
+                    "begin anew."
+                )
+        self._ended[:] = [own["ended"] for own in state]
+        return self.core.observe(self._all)
+
     def _begin(self, slots: np.ndarray) -> None:
         if len(slots):
             self.core.reset(slots.tolist(), [self._rngs[slot] for slot in slots])

@@ -26,6 +26,10 @@ from sam_gym.registry import unknown_name
 from sam_gym.rewards import REWARDS, Transition
 from sam_gym.transfer import to_device, to_host
 
+#: Arrays of a `ClickCore` with a row per slot that say how far its episode is. `get_state` takes
+#: these and the mask logits; targets and embeddings come back by drawing them once more.
+EPISODE_ARRAYS = ("steps", "num_clicks", "points", "labels", "ious", "predicted_ious", "shown")
+
 _CHOICES = {
     "target": ("category", "instance"),
     "obs": ("full", "handle"),
@@ -58,6 +62,8 @@ class ClickConfig:
     """Compile the backbone: faster steps, after a first minute or two."""
     target: Literal["category", "instance"] = "category"
     """What to segment: all instances of a category, or one instance shown by a cue click."""
+    target_categories: str | None = None
+    """Comma-separated categories that are asked for (default: all that are in an image)."""
     obs: Literal["full", "handle"] = "full"
     """Observations with image and embedding, or with a small handle of the embedding."""
     reward: str = "iou_gain"
@@ -150,20 +156,24 @@ class ClickCore:
     Args:
         config: the settings.
         num_slots: how many episodes run side by side.
+        dataset: instead of the one that the settings name.
 
     Raises:
         ValueError, FileNotFoundError: a setting, the dataset or the checkpoint is wrong.
     """
 
-    def __init__(self, config: ClickConfig, num_slots: int) -> None:
+    def __init__(
+        self, config: ClickConfig, num_slots: int, dataset: Dataset | None = None
+    ) -> None:
         config.validate()
         if num_slots < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_slots}.")
         self.config, self.num_slots = config, num_slots
-        self.dataset = config.open_dataset()
+        self.dataset = config.open_dataset() if dataset is None else dataset
         self._share()
         self.device = self.backbone.device
         self._reward = REWARDS.get(config.reward)
+        self.asked = self._asked_categories()
 
         cells = config.grid**2
         self.stop_action = 2 * cells if config.stop else -1
@@ -174,6 +184,8 @@ class ClickCore:
         mask_shape, steps = self.backbone.mask_shape, config.max_steps
         self.handles = np.full(num_slots, -1, np.int64)
         self.targets: list[SlotTarget | None] = [None] * num_slots
+        #: The state of each slot's generator before its target was drawn.
+        self._starts: list[dict[str, Any] | None] = [None] * num_slots
         self.steps = np.zeros(num_slots, np.int64)
         self.num_clicks = np.zeros(num_slots, np.int64)
         self.points = np.zeros((num_slots, steps, 2), np.float32)
@@ -189,6 +201,17 @@ class ClickCore:
         self._nothing = to_host(self._shown(self.logits[:1, 0]))[0]
         #: What an observation shows of the current mask of each slot.
         self.shown = np.repeat(self._nothing, num_slots, axis=0)
+
+    def _asked_categories(self) -> list[int]:
+        """Numbers of `target_categories`, none if any category may be asked for."""
+        if self.config.target_categories is None:
+            return []
+        names = list(self.dataset.categories)
+        asked = [name.strip() for name in self.config.target_categories.split(",")]
+        for name in asked:
+            if name not in names:
+                raise unknown_name("category", name, names)
+        return [names.index(name) for name in asked]
 
     def _share(self) -> None:
         """Take what all cores of this process have in common, and an empty cache."""
@@ -241,7 +264,19 @@ class ClickCore:
 
     def reset(self, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> None:
         """Begin new episodes in some slots, each with a target drawn from its own generator."""
-        drawn = self._draw_all(slots, rngs)
+        starts: list[Any] = [rng.bit_generator.state for rng in rngs]
+        self._begin(slots, self._draw_all(slots, rngs))
+        for slot, start in zip(slots, starts, strict=True):
+            self._starts[slot] = start
+
+    def place(self, slots: Sequence[int], targets: Sequence[SlotTarget]) -> None:
+        """Begin new episodes in some slots about targets of the caller's choice."""
+        self._begin(slots, [(t, *self._low_res(t.mask, t.ignore)) for t in targets])
+
+    def _begin(
+        self, slots: Sequence[int], drawn: Sequence[tuple[SlotTarget, np.ndarray, np.ndarray]]
+    ) -> None:
+        """Begin new episodes about targets, each with its low-res mask and scored area."""
         handles = self.store.acquire(
             [target.image for target, _, _ in drawn], [target.digest for target, _, _ in drawn]
         )
@@ -249,6 +284,7 @@ class ClickCore:
             self.release([slot])
             self.handles[slot] = handle
             self.targets[slot] = target
+            self._starts[slot] = None
         index = to_device(np.asarray(slots), self.device)
         self._low_target[index] = to_device(np.stack([low for _, low, _ in drawn]), self.device)
         self._low_valid[index] = to_device(np.stack([valid for *_, valid in drawn]), self.device)
@@ -256,6 +292,42 @@ class ClickCore:
         self.num_clicks[slots] = 0
         self.labels[slots] = NO_POINT
         self.shown[slots] = self._nothing
+
+    def describe(self) -> None:
+        """Let the store say what was attached to it since the slots were reset."""
+        held = np.flatnonzero(self.handles >= 0)
+        self.store.describe({int(self.handles[slot]): self._target(slot).image for slot in held})
+
+    def get_state(self) -> list[dict[str, Any]]:
+        """The episode of each slot, copied: numpy arrays and plain values, small enough to keep.
+
+        Images, targets and embeddings are not in it: `set_state` draws them again.
+        """
+        (logits,) = to_host(self.logits[:, 1 : int(self.num_clicks.max()) + 1])
+        return [
+            {name: getattr(self, name)[slot].copy() for name in EPISODE_ARRAYS}
+            | {"logits": logits[slot, :count].copy(), "start": self._starts[slot]}
+            for slot, count in enumerate(self.num_clicks)
+        ]
+
+    def set_state(
+        self, state: Sequence[dict[str, Any]], rngs: Sequence[np.random.Generator]
+    ) -> None:
+        """Go on with the episodes of `get_state`, of a core with the same settings.
+
+        Args:
+            state: of each slot.
+            rngs: the generators of the slots; they end as they were right after the draw.
+        """
+        for slot, (row, rng) in enumerate(zip(state, rngs, strict=True)):
+            if row["start"] is None:
+                raise ValueError(f"Slot {slot} of this state had not been reset: nothing to go on.")
+            rng.bit_generator.state = row["start"]
+        self.reset(range(self.num_slots), rngs)
+        for name in EPISODE_ARRAYS:
+            getattr(self, name)[:] = np.stack([row[name] for row in state])
+        for slot, row in enumerate(state):
+            self.logits[slot, 1 : len(row["logits"]) + 1] = to_device(row["logits"], self.device)
 
     def close(self) -> None:
         """Let go of all targets and embeddings; slots must be reset before use."""
@@ -289,9 +361,14 @@ class ClickCore:
         for _ in range(200):
             index, category = self.dataset.draw(rng)
             sample = self.samples[index]
+            if category is None and (self.asked or self.config.target == "category"):
+                present = np.unique(sample.categories)
+                present = np.intersect1d(present, self.asked) if self.asked else present
+                if not len(present):
+                    continue
+                category = int(rng.choice(present))
             if self.config.target == "category":
-                if category is None:
-                    category = int(rng.choice(np.unique(sample.categories)))
+                assert category is not None
                 mask, cue = sample.category_mask(category), None
             else:
                 pool = (
@@ -509,7 +586,7 @@ class ClickCore:
         obs["sam_pred_mask_prob"] = self.shown[slots]
         if self.config.obs == "full":
             handles = to_device(self.handles[slots], self.device)
-            obs["image"] = np.stack([self._framed(t.image) for t in targets])
+            obs["image"] = np.stack([self.backbone.framed(t.image) for t in targets])
             obs["sam_image_embeddings"] = to_host(self.store.gather(handles))[0]
         else:
             obs["handle"] = self.handles[slots].astype(np.int32)[:, None]
@@ -523,16 +600,6 @@ class ClickCore:
         if self.config.obs == "full":
             return probability
         return (255 * F.avg_pool2d(probability[:, None], 4)[:, 0]).round().to(torch.uint8)
-
-    def _framed(self, image: np.ndarray) -> np.ndarray:
-        """The image as SAM sees it: longest side resized, padded with black."""
-        size = self.backbone.image_size
-        if image.shape[:2] == (size, size):
-            return image
-        frame = np.zeros((size, size, 3), np.uint8)
-        resized = self.backbone.resize(image)
-        frame[: resized.shape[0], : resized.shape[1]] = resized
-        return frame
 
     def _cue(self, target: SlotTarget) -> np.ndarray:
         point = self.backbone.to_input_frame(np.array(target.cue), target.mask.shape)

@@ -4,28 +4,37 @@ import csv
 import itertools
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import throughput
+from benchmarks.machine import decoder_speed
 from benchmarks.reference import plain_sam
 from benchmarks.run import main
 from benchmarks.throughput import (
     PHASES,
     REST,
+    Chunk,
     Config,
     Match,
     Played,
+    growth,
+    linear_fit,
     phase_timers,
+    play_chunks,
     play_reference,
     play_vector,
 )
+from sam_gym.backbones import loading, service
+from sam_gym.backbones.compiled import FixedShapes
 
 
-def arguments(checkpoint: str, out: Path) -> list[str]:
+def arguments(checkpoint: str, out: Path, growth_images: int = 0) -> list[str]:
     options = {
         "checkpoint": checkpoint,
         "device": "cpu",
@@ -34,6 +43,7 @@ def arguments(checkpoint: str, out: Path) -> list[str]:
         "steps": 2,
         "repeats": 2,
         "images": 2,
+        "growth-images": growth_images,
     }
     pairs = [(f"--{key}", str(value)) for key, value in options.items()]
     return ["throughput", *(word for pair in pairs for word in pair), "--num-envs", "3"]
@@ -50,11 +60,11 @@ def match(micro_checkpoint: str) -> Iterator[Match]:
 
 def test_writes_numbers_table_and_page(micro_checkpoint: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    returned = main([*arguments(micro_checkpoint, out)[:-1], "1", "3"])
+    returned = main([*arguments(micro_checkpoint, out, growth_images=16)[:-1], "1", "2", "3"])
     results = json.loads((out / "results.json").read_text())
     assert results == json.loads(json.dumps(returned))
-    assert results["backbone"] == "micro" and list(results["by_num_envs"]) == ["1", "3"]
-    for num_envs, kind in itertools.product((1, 3), ("cached", "fresh")):
+    assert results["backbone"] == "micro" and list(results["by_num_envs"]) == ["1", "2", "3"]
+    for num_envs, kind in itertools.product((1, 2, 3), ("cached", "fresh")):
         numbers = results["by_num_envs"][str(num_envs)][kind]
         assert 0 < numbers["overhead_share"] < 1
         assert numbers["phases_ms"].keys() == {*PHASES, REST}
@@ -79,6 +89,22 @@ def test_writes_numbers_table_and_page(micro_checkpoint: str, tmp_path: Path) ->
     full = 256 * 256 * 3 + 4 * 128 * 16 * 16 + 4 * 64 * 64 + 16
     assert results["rollout_bytes"]["full"] == 128 * full
     assert results["rollout_bytes"]["handle"] == 128 * (4 + 16 * 16 + 16)
+    # The same for ViT-B: an image of 1024 x 1024, 64 x 64 x 256 embeddings, masks of 256 x 256.
+    full = 1024 * 1024 * 3 + 4 * 256 * 64 * 64 + 4 * 256 * 256 + 16
+    vit_b = results["rollout_bytes_vit_b"]
+    assert vit_b["full"] == 128 * full and vit_b["handle"] == 128 * (4 + 64 * 64 + 16)
+    assert vit_b["ratio"] == full / (4 + 64 * 64 + 16) > 100
+
+    # 3 environments: eight images for each, and two episodes before the first that counts.
+    assert results["growth"]["num_envs"] == 3
+    assert results["growth"]["images"] == [9, 12, 15, 18, 21, 24]
+    assert results["growth"]["capacity"] == 6
+    for kind in ("cached", "fresh"):
+        step_ms = {n: m[kind]["vector_step_ms"] for n, m in results["by_num_envs"].items()}
+        fit, points = results["linear_fit"][kind], {int(n): ms for n, ms in step_ms.items()}
+        # Three points one apart: the slope is half of what lies between the outer two.
+        assert fit["ms_per_env"] == pytest.approx((points[3] - points[1]) / 2)
+
     assert results["encoder"]["largest_difference_in_deviations"] < 1e-3
     assert 0 < results["decoder"]["fraction_of_roofline"] < 1.5
 
@@ -86,8 +112,9 @@ def test_writes_numbers_table_and_page(micro_checkpoint: str, tmp_path: Path) ->
         assert 0.9 < effect["model"] <= 1 and 0.9 < effect["disk"] <= 1
 
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
-    for plot in ("speed.png", "phases.png"):
+    assert page.count("data:image/png;base64,") == 3
+    assert "Over 24 fresh images, of which the embedding store holds 6" in page
+    for plot in ("speed.png", "phases.png", "growth.png"):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
 
 
@@ -129,6 +156,7 @@ def test_disagreement_is_an_error(
         main(arguments(micro_checkpoint, tmp_path / "out"))
     # The numbers are there to look into it.
     results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["growth"] is None and results["linear_fit"]["cached"] is None
     assert not results["by_num_envs"]["3"]["cached"]["agreement"]["agree"]
 
 
@@ -175,6 +203,92 @@ def test_timers_are_exclusive_and_leave_no_trace(
     with pytest.raises(RuntimeError), phase_timers(core):
         raise RuntimeError
     assert {key: vars(owner) for key, owner in _owners(core).items()} == before
+
+
+def test_chunks_count_images_and_time_only_steps(
+    micro_checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(
+        checkpoint=micro_checkpoint,
+        device="cpu",
+        num_envs=(1, 2, 65),
+        max_steps=2,
+        growth_images=20,
+    )
+    cores = []
+
+    def play(env: Any, actions: np.ndarray, played: Played) -> float:
+        cores.append(env.unwrapped.core)
+        assert actions.shape == (2, 2)
+        play_vector(env, actions, played)
+        return 0.01 * len(cores)
+
+    monkeypatch.setattr(throughput, "play_vector", play)
+    chunks = list(play_chunks(config))
+    # A quarter of 20 images are held; the reset sees two, each chunk two more.
+    assert [chunk.images for chunk in chunks] == list(range(4, 21, 2))
+    assert [chunk.held for chunk in chunks] == [4, *[5] * 8]
+    assert [chunk.step_ms for chunk in chunks] == pytest.approx([5.0 * n for n in range(1, 10)])
+    core = cores[0]
+    assert 0 < len(core.samples) < 20 <= core.samples.misses
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "expected"), [((1, 64, 256), 64), ((8,), 8), ((256, 128), 128)]
+)
+def test_growth_is_followed_with_at_most_64_environments(
+    num_envs: tuple[int, ...], expected: int
+) -> None:
+    assert Config(num_envs=num_envs).growth_num_envs == expected
+
+
+def test_growth_compares_the_last_quarter_with_the_first() -> None:
+    times = [99.0, 2.0, 4.0, 50.0, 50.0, 50.0, 50.0, 5.0, 7.0]
+    chunks = [Chunk(10 * n, min(10 * n, 30), ms) for n, ms in enumerate(times, start=1)]
+    assert growth(chunks) == {
+        "images": [20, 30, 40, 50, 60, 70, 80, 90],
+        "step_ms": times[1:],
+        "capacity": 30,
+        "last_over_first": 2.0,
+    }
+
+
+def test_linear_fit() -> None:
+    exact = linear_fit({1: 5.0, 2: 7.0, 11: 25.0})
+    assert exact == pytest.approx({"ms_per_env": 2.0, "intercept_ms": 3.0, "r_squared": 1.0})
+    # By hand: means 2 and 2, so 1 / 2 is the slope, and 0.5 of the 2 squared are explained.
+    bent = linear_fit({1: 1.0, 2: 3.0, 3: 2.0})
+    assert bent == pytest.approx({"ms_per_env": 0.5, "intercept_ms": 1.0, "r_squared": 0.25})
+    assert linear_fit({1: 5.0, 2: 7.0}) is None
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_warming_up_compiles_all_there_is(
+    tiny_env: dict[str, Any], monkeypatch: pytest.MonkeyPatch, fresh: bool
+) -> None:
+    compilations = 0
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(service, "FixedShapes", partial(FixedShapes, backend=backend))
+    monkeypatch.setattr(loading, "_loaded", {})
+    model = {key: tiny_env[key] for key in ("backbone", "checkpoint", "device")}
+    config = Config(**model, compile=True, max_steps=2, steps=2, images=2)
+    backbone = config.load()
+    match = Match(config, backbone, plain_sam(backbone), num_envs=3, fresh=fresh)
+    match.play()
+    warm = compilations
+    # The encoder and the decoder, for one image and, where several are new at once, for four.
+    assert warm == (4 if fresh else 3)
+    match.play()
+    match.profile()
+    assert compilations == warm and match.agreement()["agree"]
+    match.close()
+    assert decoder_speed(backbone, 3)["gflop_per_prompt"] > 0
 
 
 def _owners(core: Any) -> dict[str, Any]:

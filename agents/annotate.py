@@ -1,0 +1,398 @@
+"""Let a trained agent annotate a folder of images: `python -m agents.annotate --help`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from pycocotools import mask as rle
+
+from agents.evaluate import PolicyAgent
+from sam_gym import cli
+from sam_gym.data import Sample
+from sam_gym.data.files import read_image
+from sam_gym.envs.core import ClickConfig, ClickCore, SlotTarget
+from sam_gym.files import plain, write_json
+from sam_gym.registry import unknown_name
+from sam_gym.render import draw_episode, save_image
+
+_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+@dataclass
+class Config:
+    """Annotate a folder of images with a trained agent and write COCO JSON.
+
+    Every image is asked for every category. An annotation has the agent's mask (RLE), a `score`
+    (what SAM takes the mask's IoU for) and the number of `clicks`. A run that was cut off goes on
+    where it was when it is started again. Files that are no images are reported and skipped.
+    """
+
+    policy: str
+    """Path of a policy.zip, as train_ppo writes it."""
+    images: str
+    """Folder of images; folders within it are looked through too."""
+    categories: str
+    """Comma-separated categories to look for."""
+    out: str = "annotations.json"
+    """COCO JSON to write."""
+    overlays: str | None = None
+    """Folder for pictures of the masks and clicks (left out: beside `out`; "none": no pictures)."""
+    coco: str | None = None
+    """COCO JSON whose image and category ids are used, so that COCOeval can compare with it."""
+    min_score: float = 0.0
+    """Leave out masks of a lower score."""
+    num_envs: int = 16
+    """Images and categories that are worked on side by side."""
+    max_steps: int | None = None
+    """Actions per mask (left out: as in training)."""
+    keep_best: bool = False
+    """Keep the earlier mask when a click yields one of lower score."""
+    device: str = "auto"
+    """Where to work: auto, cpu, mps, cuda."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A category to look for in an image file."""
+
+    file: str
+    category: int
+
+
+class _Unlabelled:
+    """The dataset of an environment whose targets are placed one by one."""
+
+    name = "images"
+
+    def __init__(self, categories: Sequence[str]) -> None:
+        self.categories = tuple(categories)
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> Sample:
+        raise IndexError(f"{index}: there are no annotated images.")
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
+        raise RuntimeError("Targets have to be placed: nothing can be drawn.")
+
+
+class Annotator:
+    """Plays a policy on images that nobody has annotated.
+
+    Args:
+        agent: the policy.
+        categories: what can be asked for.
+        num_slots: masks that are worked on side by side.
+        max_steps: actions per mask (None: as in training).
+        keep_best: as of `ClickConfig`.
+    """
+
+    def __init__(
+        self,
+        agent: PolicyAgent,
+        categories: Sequence[str],
+        num_slots: int,
+        max_steps: int | None = None,
+        keep_best: bool = False,
+    ) -> None:
+        self.agent, policy = agent, agent.policy
+        if "cue_click" in policy.observation_space.spaces:  # type: ignore[attr-defined]
+            raise ValueError("This policy was trained on instances, which a cue click shows to it.")
+        others = int(policy.action_space.n) - 2 * policy.grid**2  # type: ignore[attr-defined]
+        backbone = dict(policy.features["backbone"])
+        config = ClickConfig(
+            obs="handle",
+            backbone=backbone.pop("name"),
+            **backbone,
+            grid=policy.grid,
+            max_steps=max_steps or policy.features["max_steps"],
+            keep_best=keep_best,
+            stop=others > 0,
+            undo=others > 1,
+        )
+        self.core = ClickCore(config, num_slots, _Unlabelled(categories))
+
+    def annotate(
+        self, images: Sequence[np.ndarray], jobs: Sequence[Job]
+    ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """Work on up to `num_slots` jobs at once.
+
+        Args:
+            images: uint8 (H, W, 3), of each job.
+            jobs: what to look for.
+
+        Yields:
+            For each job the mask's `segmentation` (RLE), `area`, `bbox`, `score` and `clicks`, and
+            a picture of it, uint8 (H, W, 3).
+        """
+        core = self.core
+        everything = [
+            SlotTarget(image, np.ones(image.shape[:2], bool), None, job.category, job.file, None)
+            for image, job in zip(images, jobs, strict=True)
+        ]
+        # The slots that are left over repeat the last job.
+        missing = core.num_slots - len(everything)
+        core.place(range(core.num_slots), everything + everything[-1:] * missing)
+        playing = np.ones(core.num_slots, bool)
+        while playing.any():
+            actions = self.agent.act(core, core.observe(np.arange(core.num_slots)))
+            slots = np.flatnonzero(playing)
+            _, terminated, truncated = core.step(slots, actions[slots])
+            playing[slots] = ~(terminated | truncated)
+        for slot, job in enumerate(jobs):
+            yield self._result(slot), self._picture(slot, job)
+
+    def _result(self, slot: int) -> dict[str, Any]:
+        count = int(self.core.num_clicks[slot])
+        coded = rle.encode(np.asfortranarray(self.core.mask(slot), np.uint8))
+        return {
+            "segmentation": {"size": coded["size"], "counts": coded["counts"].decode("ascii")},
+            "area": int(rle.area(coded)),
+            "bbox": rle.toBbox(coded).tolist(),
+            "iscrowd": 0,
+            "score": float(self.core.predicted_ious[slot, count]),
+            "clicks": count,
+        }
+
+    def _picture(self, slot: int, job: Job) -> np.ndarray:
+        core, count = self.core, int(self.core.num_clicks[slot])
+        target = core.ground_truth(slot)
+        clicks = [
+            (*core.to_image(slot, *point), bool(label == 1))
+            for point, label in zip(core.points[slot, :count], core.labels[slot], strict=False)
+        ]
+        score = core.predicted_ious[slot, count]
+        caption = f"{core.dataset.categories[job.category]}  score {score:.2f}  {count} clicks"
+        return draw_episode(target.image, core.mask(slot), clicks, caption=caption)
+
+
+class Progress:
+    """What is done already, a line of JSON for each image and category, in a file beside `out`.
+
+    Raises:
+        ValueError: the file is of a run with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        header = {"settings": plain(settings)}
+        #: (file, category number) -> annotation without ids, None where there is no mask.
+        self.done: dict[tuple[str, int], dict[str, Any] | None] = {}
+        if path.exists():
+            lines = path.read_text().splitlines()
+            rows = [row for row in map(_parsed, lines) if row is not None]
+            if not rows or rows[0] != header:
+                raise ValueError(
+                    f"{path}: left by a run with other settings. Run it to its end with those, or "
+                    "remove the file to begin anew."
+                )
+            self.done = {(row["file"], row["category"]): row["annotation"] for row in rows[1:]}
+            self._rewrite(header)
+        else:
+            path.write_text(json.dumps(header) + "\n")
+
+    def add(self, job: Job, annotation: dict[str, Any] | None) -> None:
+        self.done[job.file, job.category] = annotation
+        with self.path.open("a") as file:
+            file.write(self._line(job.file, job.category, annotation))
+
+    def _rewrite(self, header: dict[str, Any]) -> None:
+        """Leave a half-written last line out."""
+        lines = [self._line(*key, annotation) for key, annotation in self.done.items()]
+        self.path.write_text(json.dumps(header) + "\n" + "".join(lines))
+
+    @staticmethod
+    def _line(file: str, category: int, annotation: dict[str, Any] | None) -> str:
+        row = {"file": file, "category": category, "annotation": plain(annotation)}
+        return json.dumps(row) + "\n"
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def image_files(folder: str) -> list[str]:
+    """Image files of a folder and the folders within, as paths relative to it, sorted.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: there is no image in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of images.")
+    files = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_file() and path.suffix.lower() in _SUFFIXES
+    )
+    if not files:
+        raise ValueError(f"{folder}: no image in this folder ({', '.join(sorted(_SUFFIXES))}).")
+    return files
+
+
+class Ids:
+    """Ids of images and categories: those of a COCO file, or 1, 2, 3, ...
+
+    Args:
+        coco: path of the COCO file, or None.
+        files: all image files.
+        categories: all category names.
+
+    Raises:
+        ValueError: the file does not have a category.
+    """
+
+    def __init__(self, coco: str | None, files: Sequence[str], categories: Sequence[str]) -> None:
+        self.images = {file: number for number, file in enumerate(files, start=1)}
+        self.categories = {name: number for number, name in enumerate(categories, start=1)}
+        if coco is None:
+            return
+        content = json.loads(Path(coco).read_text())
+        known = {image["file_name"]: image["id"] for image in content["images"]}
+        self.images = {file: known[file] for file in files if file in known}
+        names = {category["name"]: category["id"] for category in content["categories"]}
+        for name in categories:
+            if name not in names:
+                raise unknown_name(f"category of {coco}", name, names)
+        self.categories = {name: names[name] for name in categories}
+
+
+def annotate(config: Config) -> dict[str, Any]:
+    """Annotate and write; returns what stands in the COCO file.
+
+    Raises:
+        ValueError, FileNotFoundError: an option, the policy or the folder is wrong.
+    """
+    from rich.progress import track
+
+    if config.num_envs < 1:
+        raise ValueError(f"--num-envs must be at least 1, got {config.num_envs}.")
+    names = [name.strip() for name in config.categories.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--categories is empty: name what to look for, for example star,ring.")
+    files = image_files(config.images)
+    ids = Ids(config.coco, files, names)
+    files = [file for file in files if file in ids.images]
+    agent = PolicyAgent.load(config.policy, config.device)
+    annotator = Annotator(agent, names, config.num_envs, config.max_steps, config.keep_best)
+
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    overlays = None
+    if config.overlays != "none":
+        overlays = Path(config.overlays or out.with_suffix("").as_posix() + "_overlays")
+    progress = Progress(out.with_suffix(".partial.jsonl"), asdict(config) | {"names": names})
+    jobs = [
+        Job(file, category)
+        for file in files
+        for category in range(len(names))
+        if (file, category) not in progress.done
+    ]
+    if progress.done:
+        print(f"Going on: {len(progress.done)} of {len(progress.done) + len(jobs)} are done.")
+    reader = _Reader(config.images)
+    for first in track(range(0, len(jobs), config.num_envs), "annotating"):
+        chunk = reader.readable(jobs[first : first + config.num_envs])
+        if not chunk:
+            continue
+        results = annotator.annotate([image for _, image in chunk], [job for job, _ in chunk])
+        for (job, _), (result, picture) in zip(chunk, results, strict=True):
+            keep = result["area"] > 0 and result["score"] >= config.min_score
+            progress.add(job, result if keep else None)
+            if overlays is not None and keep:
+                stem = Path(job.file).with_suffix("").as_posix().replace("/", "__")
+                overlays.mkdir(parents=True, exist_ok=True)
+                save_image(overlays / f"{stem}__{names[job.category]}.jpg", picture)
+    annotator.core.close()
+
+    content = _as_coco(config, progress, ids, names, reader)
+    write_json(out, content)
+    progress.path.unlink()
+    for file, reason in reader.broken.items():
+        print(f"skipped {file}: {reason}")
+    counts = f"{len(content['annotations'])} masks in {len(content['images'])} images"
+    print(f"{counts}, {len(reader.broken)} files skipped: {out}")
+    if overlays is not None:
+        print(f"Pictures: {overlays}")
+    return content
+
+
+class _Reader:
+    """Reads images, each once for all of its categories, and remembers which could not be read."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.broken: dict[str, str] = {}
+        self._last: tuple[str, np.ndarray] | None = None
+
+    def read(self, file: str) -> np.ndarray | None:
+        """The image uint8 (H, W, 3), or None if it is broken."""
+        if self._last is not None and self._last[0] == file:
+            return self._last[1]
+        if file in self.broken:
+            return None
+        try:
+            image = read_image(str(Path(self.folder) / file), "image")
+        except (ValueError, OSError) as error:
+            self.broken[file] = str(error)
+            return None
+        self._last = (file, image)
+        return image
+
+    def readable(self, jobs: Sequence[Job]) -> list[tuple[Job, np.ndarray]]:
+        """The jobs whose image can be read, with the image."""
+        pairs = [(job, self.read(job.file)) for job in jobs]
+        return [(job, image) for job, image in pairs if image is not None]
+
+
+def _as_coco(
+    config: Config, progress: Progress, ids: Ids, names: Sequence[str], reader: _Reader
+) -> dict[str, Any]:
+    images, annotations = {}, []
+    for (file, category), annotation in sorted(progress.done.items()):
+        if file not in images:
+            image = reader.read(file)
+            if image is None:
+                continue
+            height, width = image.shape[:2]
+            images[file] = {
+                "id": ids.images[file],
+                "file_name": file,
+                "height": height,
+                "width": width,
+            }
+        if annotation is not None:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": ids.images[file],
+                    "category_id": ids.categories[names[category]],
+                    **annotation,
+                }
+            )
+    return {
+        "info": {"description": f"annotated by {config.policy}"},
+        "images": list(images.values()),
+        "categories": [{"id": ids.categories[name], "name": name} for name in names],
+        "annotations": annotations,
+    }
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command line."""
+    return annotate(tyro.cli(Config, args=args))
+
+
+if __name__ == "__main__":
+    cli.run(main)

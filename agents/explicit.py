@@ -1,0 +1,188 @@
+"""The explicit agent: told in words what to segment, it sees where CLIP finds them.
+
+After AlignSAM (Huang et al., CVPR 2024): a branch of SAM's features and a branch of CLIP-Surgery
+maps, fused by cross-attention. Both models are frozen and outside of the policy; the maps are
+computed once per image and word, and kept in the embedding store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agents.clip import load_clip
+from agents.clip_surgery import ClipSurgery, min_max
+from agents.policies import POLICIES, ClickFeatures, ImplicitPolicy
+from sam_gym.backbones import Backbone
+
+#: Unit features of CLIP differ little: scales their similarities to the size of other inputs.
+_SCALE = 10.0
+
+
+@lru_cache
+def shared_surgery(name: str, pretrained: str | None, device: str) -> ClipSurgery:
+    """The surgery of a CLIP; the same arguments give the same object in a process."""
+    return ClipSurgery(load_clip(name, pretrained, device))
+
+
+class WordMaps:
+    """How like some words every cell of an image is, and the image as a whole.
+
+    Args:
+        surgery: makes the maps.
+        backbone: whose cells.
+        words: the words, in the order of the maps.
+
+    Raises:
+        ValueError: the CLIP has no word for one of them.
+    """
+
+    def __init__(self, surgery: ClipSurgery, backbone: Backbone, words: Sequence[str]) -> None:
+        self.surgery, self.backbone = surgery, backbone
+        self.texts = surgery.embed_texts(words)
+        self.redundant = surgery.redundant()
+        self.cells = backbone.embedding_shape[1:]
+        digest = hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+        #: What the maps are attached to a store as.
+        self.name = f"words/{surgery.clip.identity}/{surgery.blocks}/{digest}"
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Images uint8 (H, W, 3) -> float16 (B, N, 1 + h * w): the whole, then every cell.
+
+        Maps are not scaled, and those of a word do not depend on the other words.
+        """
+        frames = np.stack([self.backbone.framed(image) for image in images])
+        pixels = torch.from_numpy(frames).to(self.surgery.clip.device).permute(0, 3, 1, 2)
+        maps, whole = self.surgery.similarity(pixels, self.texts, self.redundant)
+        maps = F.interpolate(maps, self.cells, mode="bilinear", align_corners=False)
+        for own, image in zip(maps, images, strict=True):
+            self._blank_padding(own, image.shape[:2])
+        packed = torch.cat([whole[..., None], maps.flatten(2)], dim=2)
+        return packed.to(self.backbone.device, torch.float16)
+
+    def _blank_padding(self, maps: Tensor, size: tuple[int, int]) -> None:
+        """Give cells (N, h, w) without image the lowest similarity there is."""
+        cell = self.backbone.image_size // self.cells[0]
+        height, width = (-(-side // cell) for side in self.backbone.input_size(size))
+        lowest = maps.amin(dim=(1, 2), keepdim=True)
+        maps[:, height:] = lowest
+        maps[:, :, width:] = lowest
+
+
+class TextFeatures(ClickFeatures):
+    """What the explicit agent sees: float32 (B, width, h, w), aligned with SAM's embedding.
+
+    The SAM branch knows nothing of the target. The CLIP branch has the target's map among those of
+    all words: scaled to [0, 1]; as it is; how far it is ahead of the best of the others; and,
+    scaled, the strongest of the others, weighted down by the temperature as in AlignSAM.
+    Cross-attention lets every place of the SAM branch look at all places of the CLIP branch.
+
+    Args:
+        observation_space: of `SamSeg-v0`, with `obs="full"` or `obs="handle"`.
+        backbone: name, checkpoint, device and dtype of the SAM, as `load_backbone` takes them.
+        categories: words of the environment, in the order of `target_category`.
+        max_steps: actions per episode, to scale the step.
+        clip: name, pretrained and device of the CLIP, as `load_clip` takes them.
+        temperature: the lower, the less the maps of words count that are not asked for.
+        width: feature channels.
+        num_heads: of the cross-attention.
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.spaces.Dict,
+        backbone: dict[str, Any],
+        categories: Sequence[str],
+        max_steps: int,
+        clip: dict[str, Any],
+        temperature: float = 0.33,
+        width: int = 48,
+        num_heads: int = 4,
+    ) -> None:
+        # No category is known by its number.
+        self._clip, self._maps = clip, None
+        super().__init__(observation_space, backbone, (), categories, max_steps, width)
+        del self.modulation
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}.")
+        self.temperature = temperature
+        self.clip_branch = nn.Sequential(
+            nn.Conv2d(width + _MAP_PLANES, width, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+        )
+        cells = self.cells[0] * self.cells[1]
+        self.positions = nn.Parameter(torch.randn(1, cells, width) * 0.02)
+        self.norm_image, self.norm_clip = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        # At first the branches are only added.
+        nn.init.zeros_(self.attention.out_proj.weight)
+
+    def set_categories(self, categories: Sequence[str]) -> None:
+        """Say which words the numbers in `target_category` stand for from now on."""
+        words = tuple(categories)
+        if self._maps is not None and words == self._words:
+            return
+        self._words = words
+        self._maps = WordMaps(shared_surgery(**self._clip), self.backbone, words)
+        self.store.attach(self._maps.name, self._maps)
+
+    def forward(self, observations: Any) -> Tensor:
+        embedding, mask = self._image(observations)
+        image = F.relu(self.reduce(embedding))
+        planes = self.map_planes(observations)
+        clip = self.clip_branch(torch.cat([image * planes[:, :1], planes], dim=1))
+        fused = image + clip + self._attended(image + mask, clip)
+        return self.mix(torch.cat(self._planes(fused, mask, observations), dim=1))
+
+    def _attended(self, image: Tensor, clip: Tensor) -> Tensor:
+        """What every place of the SAM branch (B, C, h, w) takes from the CLIP branch."""
+        queries = self.norm_image(image.flatten(2).transpose(1, 2)) + self.positions
+        keys = self.norm_clip(clip.flatten(2).transpose(1, 2)) + self.positions
+        attended, _ = self.attention(queries, keys, keys, need_weights=False)
+        return attended.transpose(1, 2).unflatten(2, self.cells)
+
+    def map_planes(self, observations: dict[str, Tensor]) -> Tensor:
+        """The target's map among those of all words: (B, 5, h, w)."""
+        packed = self._packed(observations).float()
+        rows = torch.arange(len(packed), device=packed.device)
+        target = observations["target_category"].reshape(-1).long()
+        whole, maps = packed[..., 0], packed[..., 1:].unflatten(-1, self.cells)
+        scaled, own = min_max(maps), maps[rows, target]
+        # A softmax over the words of (1 for the target, 0 for the others) / temperature, over its
+        # maximum: 1 for the target, and this for the others.
+        others = float(np.exp(-1.0 / self.temperature)) * scaled
+        rivals = maps.clone()
+        others[rows, target], rivals[rows, target] = 0.0, -torch.inf
+        ahead = own - rivals.amax(dim=1) if maps.shape[1] > 1 else own
+        whole_plane = whole[rows, target][:, None, None].expand_as(own)
+        planes = [scaled[rows, target], _SCALE * own, _SCALE * ahead, others.amax(dim=1)]
+        return torch.stack([*planes, _SCALE * whole_plane], dim=1)
+
+    def _packed(self, observations: dict[str, Tensor]) -> Tensor:
+        """Maps of the observed images, (B, N, 1 + h * w), as `WordMaps` has them."""
+        assert self._maps is not None
+        if "handle" in observations:
+            return self.store.gather(observations["handle"][:, 0], self._maps.name)
+        return self._maps(list(observations["image"].cpu().numpy()))
+
+
+_MAP_PLANES = 5
+
+
+@POLICIES.register("explicit")
+class ExplicitPolicy(ImplicitPolicy):
+    """The explicit agent; its arguments are those of `ImplicitPolicy`, with `TextFeatures`."""
+
+    extractor_class = TextFeatures
+    needs_image = True

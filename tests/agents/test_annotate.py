@@ -1,0 +1,164 @@
+"""Annotating a folder: COCO that pycocotools scores, broken files, runs that were cut off."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from stable_baselines3 import PPO
+
+from agents import annotate as module
+from agents.annotate import Annotator, Config, Job, annotate
+from agents.evaluate import PolicyAgent
+from agents.policies import ImplicitPolicy
+from agents.vec_env import VectorEnvAdaptor, make_vector_env
+from sam_gym.data import make_dataset
+from sam_gym.envs.click import make_config
+
+SCENES = 3
+
+
+@pytest.fixture
+def policy(tiny_env: dict, tmp_path: Path) -> str:
+    """An untrained policy that may stop."""
+    settings = make_config(tiny_env | {"stop": True, "max_steps": 3})
+    vector, core = make_vector_env("SamSeg-v0", 2, settings)
+    backbone = {"name": "tiny", "checkpoint": tiny_env["checkpoint"], "device": "cpu"}
+    names = list(core.dataset.categories)
+    features = {"backbone": backbone, "vocabulary": names, "categories": names, "max_steps": 3}
+    kwargs = {"features": features, "grid": 16}
+    model = PPO(ImplicitPolicy, VectorEnvAdaptor(vector), policy_kwargs=kwargs, seed=0)
+    model.save(tmp_path / "policy.zip")
+    vector.close()
+    return str(tmp_path / "policy.zip")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three scenes of different sizes, one in a folder within, a broken file and a text."""
+    root = tmp_path / "photos"
+    (root / "more").mkdir(parents=True)
+    scenes = make_dataset("scenes", "test", length=SCENES, size=128)
+    for number, name in enumerate(("a.png", "b.jpg", "more/c.png")):
+        image = scenes[number].image[: 128 - 30 * number]
+        cv2.imwrite(str(root / name), image[..., ::-1])
+    (root / "broken.jpg").write_bytes((root / "b.jpg").read_bytes()[:700])
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+def config(policy: str, photos: Path, **more: Any) -> Config:
+    out = str(photos.parent / "out" / "annotations.json")
+    settings: dict[str, Any] = {
+        "categories": "star, ring",
+        "out": out,
+        "num_envs": 4,
+        "device": "cpu",
+    }
+    settings |= {"min_score": -99.0} | more
+    return Config(policy=policy, images=str(photos), **settings)
+
+
+def test_the_file_is_coco_and_can_be_scored(
+    policy: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = annotate(config(policy, photos))
+    out = photos.parent / "out"
+    printed = capsys.readouterr().out
+    assert "skipped broken.jpg" in printed and "1 files skipped" in printed
+    assert [image["file_name"] for image in content["images"]] == ["a.png", "b.jpg", "more/c.png"]
+    assert {c["name"] for c in content["categories"]} == {"star", "ring"}
+    assert 0 < len(content["annotations"]) <= 6 and not list(out.glob("*.partial*"))
+    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+    for annotation in content["annotations"]:
+        mask = rle.decode(annotation["segmentation"])
+        assert list(mask.shape) == sizes[annotation["image_id"]]
+        assert annotation["area"] == mask.sum() and 0 <= annotation["clicks"] <= 3
+    pictures = sorted(path.name for path in (out / "annotations_overlays").iterdir())
+    assert len(pictures) == len(content["annotations"]) and "a__star.jpg" in pictures
+
+    # Scored against itself, every mask is found: the file is as COCOeval wants it, on both sides.
+    truth = COCO(str(out / "annotations.json"))
+    found = truth.loadRes(content["annotations"])
+    evaluation = COCOeval(truth, found, "segm")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    assert evaluation.stats[0] == pytest.approx(1.0)
+
+
+def test_masks_are_those_of_the_agent_alone(policy: str, photos: Path) -> None:
+    content = annotate(config(policy, photos, overlays="none"))
+    assert not (photos.parent / "out" / "annotations_overlays").exists()
+    alone = Annotator(PolicyAgent.load(policy, "cpu"), ["star", "ring"], 1)
+    image = cv2.imread(str(photos / "b.jpg"))[..., ::-1]
+    ((expected, picture),) = alone.annotate([image], [Job("b.jpg", 1)])
+    ids = {image["file_name"]: image["id"] for image in content["images"]}
+    ring = next(c["id"] for c in content["categories"] if c["name"] == "ring")
+    found = [
+        annotation
+        for annotation in content["annotations"]
+        if (annotation["image_id"], annotation["category_id"]) == (ids["b.jpg"], ring)
+    ]
+    assert len(found) == 1 and picture.dtype == np.uint8
+    assert found[0]["segmentation"] == expected["segmentation"]
+    assert found[0]["clicks"] == expected["clicks"]
+
+
+def test_a_run_cut_off_goes_on(
+    policy: str,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = annotate(config(policy, photos, num_envs=2))
+    place, calls = module.ClickCore.place, []
+
+    def dying(self: Any, *args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        place(self, *args)
+
+    monkeypatch.setattr(module.ClickCore, "place", dying)
+    again = config(policy, photos, num_envs=2)
+    with pytest.raises(KeyboardInterrupt):
+        annotate(again)
+    partial = photos.parent / "out" / "annotations.partial.jsonl"
+    assert len(partial.read_text().splitlines()) == 3
+    partial.write_text(partial.read_text() + '{"file": "b.j')
+    with pytest.raises(ValueError, match="other settings"):
+        annotate(config(policy, photos, num_envs=2, categories="star"))
+    capsys.readouterr()
+    assert annotate(again) == whole and "Going on: 2 of" in capsys.readouterr().out
+
+
+def test_ids_of_a_coco_file(policy: str, photos: Path) -> None:
+    known = {
+        "images": [{"id": 77, "file_name": "a.png"}],
+        "categories": [{"id": 5, "name": "ring"}, {"id": 9, "name": "star"}],
+    }
+    path = photos.parent / "truth.json"
+    path.write_text(json.dumps(known))
+    content = annotate(config(policy, photos, coco=str(path)))
+    assert [image["id"] for image in content["images"]] == [77]
+    assert {annotation["category_id"] for annotation in content["annotations"]} <= {5, 9}
+    with pytest.raises(ValueError, match="Did you mean 'ring'"):
+        annotate(config(policy, photos, coco=str(path), categories="rings"))
+
+
+def test_wrong_inputs(policy: str, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        annotate(config(policy, tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no image in this folder"):
+        annotate(config(policy, tmp_path / "empty"))
+    with pytest.raises(ValueError, match="--categories is empty"):
+        annotate(config(policy, photos, categories=" , "))
+    with pytest.raises(FileNotFoundError, match="no such policy"):
+        annotate(config(str(tmp_path / "none.zip"), photos))
