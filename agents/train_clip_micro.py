@@ -1,8 +1,8 @@
 """Train `clip_micro`, the CLIP in the box: `python -m agents.train_clip_micro --help`.
 
 A CLIP of open_clip's own modules, small enough for the package, learns from captioned `scenes`:
-what is in an image, never where. Three things differ from CLIP's recipe, since ten categories make most
-captions of a batch true of most of its images:
+what is in an image, never where. Three things differ from CLIP's recipe, since with ten categories
+most captions of a batch are true of many of its images:
 
 - A caption is compared with every image of the batch under its true label, by SigLIP's sigmoid loss
   (Zhai et al. 2023), instead of the caption of one image against all others.
@@ -220,12 +220,13 @@ class ClipTrainer:
         self.config, self.device, self.step = config, device, 0
         self.tokenizer = WordTokenizer(vocabulary(), context_length=16)
         self.model_config = model_config(config, self.tokenizer)
+        # Before the seed: loading a model draws random numbers, if it is loaded for the first time.
+        channels = load_backbone("micro", device=str(device)).embedding_shape[0]
         torch.manual_seed(config.seed)
         self.model: Any = open_clip.CLIP(**self.model_config).to(device)
         nn.init.normal_(self.model.visual.positional_embedding, std=0.02)
         # Log of the scale, and the bias, of the images' and of the patches' similarities.
         self.scales = nn.Parameter(torch.tensor([[2.3, -3.0], [2.3, -3.0]], device=device))
-        channels = load_backbone("micro", device=str(device)).embedding_shape[0]
         self.student = nn.Linear(self.model_config["embed_dim"], channels).to(device)
         named = [item for item in self.model.named_parameters() if item[0] != "logit_scale"]
         matrices = [p for name, p in named if p.ndim >= 2 and "embedding" not in name]

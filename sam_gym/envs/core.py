@@ -626,8 +626,12 @@ class ClickCore:
         logits = self.logits[slot, int(self.num_clicks[slot])]
         return (self.backbone.masks_at(logits, self._target(slot).mask.shape) > 0).cpu().numpy()
 
-    def render(self, slot: int) -> np.ndarray:
-        """A picture of a slot: uint8 (H, W, 3). The target is outlined in white."""
+    def render(self, slot: int, height: int = 384) -> np.ndarray:
+        """A picture of a slot, `height` pixels high and a caption. The target has a white outline.
+
+        Returns:
+            uint8 (H, W, 3), RGB.
+        """
         from sam_gym.render import draw_episode
 
         target = self._target(slot)
@@ -644,6 +648,7 @@ class ClickCore:
             target=target.mask,
             cue=target.cue,
             caption=f"{name}  step {self.steps[slot]}  IoU {self.ious[slot, count]:.2f}",
+            height=height,
         )
 
     # Oracle view -------------------------------------------------------------------------------

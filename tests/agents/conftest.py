@@ -1,4 +1,4 @@
-"""A training run at a tiny size, in this process or in others, and what comes of it."""
+"""A CLIP with random weights; a tiny training run, here or in other processes, and its outcome."""
 
 import json
 import os
@@ -13,7 +13,19 @@ import torch
 from stable_baselines3.common.save_util import load_from_zip_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from agents.train_clip_micro import ClipTrainer, Config
+
 HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `train_clip_micro` writes, untrained: 64 x 64 input, a grid of 8 x 8 patches."""
+    folder = tmp_path_factory.mktemp("clip") / "clip_micro"
+    with torch.random.fork_rng():
+        trainer = ClipTrainer(Config(image_size=64, width=32, layers=2), torch.device("cpu"))
+    trainer.export(folder, surgical_blocks=1)
+    return folder
 
 
 @pytest.fixture(scope="session")

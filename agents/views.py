@@ -1,0 +1,88 @@
+"""What a policy sees and what it is about to do, as pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.evaluate import PolicyAgent
+from agents.explicit import TextFeatures
+from agents.vec_env import make_vector_env
+from sam_gym.envs.core import ClickConfig, ClickCore
+from sam_gym.render import draw_heat, tile
+
+_HEIGHT = 224
+
+
+@torch.no_grad()
+def draw_views(
+    agent: PolicyAgent,
+    settings: ClickConfig,
+    *,
+    env_id: str = "SamSeg-v0",
+    count: int = 4,
+    clicks: int = 1,
+    seed: int = 0,
+) -> np.ndarray:
+    """Play some episodes for a few clicks and draw what the policy sees then, a row for each.
+
+    From left to right: the episode so far; of the explicit policy, the map of the word that is
+    asked for, and how far it is ahead of other words; the mask's probability; where the policy
+    would click positive and negative, each scaled to its own maximum, which the caption has.
+
+    Args:
+        agent: the policy.
+        settings: of the environment.
+        env_id: a registered environment.
+        count: episodes.
+        clicks: how many the agent makes first.
+        seed: of the episodes.
+
+    Returns:
+        uint8 (H, W, 3), RGB.
+    """
+    env, core = make_vector_env(env_id, count, settings)
+    observations, _ = env.reset(seed=seed)
+    for _ in range(min(clicks, settings.max_steps - 1)):
+        observations, *_ = env.step(agent.act(core, observations))
+    tensors = agent.policy._to_tensors(observations)
+    chances = agent.policy.get_distribution(tensors).distribution.probs  # type: ignore[attr-defined]
+    words = _word_planes(agent.policy.features_extractor, tensors)
+    frames = []
+    for slot in range(count):
+        frames += _row(core, slot, chances[slot].cpu().numpy(), words[slot])
+    env.close()
+    return tile(frames, len(frames) // count)
+
+
+def _word_planes(extractor: Any, tensors: dict[str, torch.Tensor]) -> list[list[np.ndarray]]:
+    """Per slot: the target's map scaled to [0, 1], and how far it is ahead, about [0, 1]."""
+    count = len(tensors["num_steps"])
+    if not isinstance(extractor, TextFeatures):
+        return [[] for _ in range(count)]
+    planes = extractor.map_planes(tensors)
+    ahead = (0.5 + planes[:, 2] / planes[:, 2].abs().amax(dim=(1, 2), keepdim=True) / 2).clamp(0, 1)
+    pairs = torch.stack([planes[:, 0], ahead], dim=1).cpu().numpy()
+    return [list(pair) for pair in pairs]
+
+
+def _row(
+    core: ClickCore, slot: int, chances: np.ndarray, words: list[np.ndarray]
+) -> list[np.ndarray]:
+    target = core.ground_truth(slot)
+    image, cells = core.backbone.framed(target.image), core.config.grid**2
+    name = core.dataset.categories[target.category]
+    episode = core.render(slot, height=_HEIGHT)
+    captions = [f"map of {name!r}", "ahead of other words"]
+    maps = list(zip(captions, words, strict=False))
+    maps.append(("mask probability", core.shown[slot] / 255.0))
+    for number, sign in enumerate(("+", "-")):
+        chance = chances[number * cells : (number + 1) * cells]
+        text = f"click {sign}: {chance.sum():.0%}, most likely {chance.max():.1%}"
+        maps.append((text, chance.reshape(core.config.grid, -1) / max(chance.max(), 1e-9)))
+    return [episode] + [
+        draw_heat(image, heat, peak=caption.startswith("click"), caption=caption, height=_HEIGHT)
+        for caption, heat in maps
+    ]
