@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,8 @@ class Clip:
         image_size: height and width of its input, in pixels.
         mean, std: of its input, float32 (3, 1, 1).
         surgical_blocks: how many of its last blocks CLIP Surgery works on by default.
+        surgical_size: height and width of the input of CLIP Surgery, in pixels: a finer grid of
+            patches than the model was trained with can find things better.
         device: where it is.
     """
 
@@ -102,6 +104,7 @@ class Clip:
     mean: Tensor
     std: Tensor
     surgical_blocks: int
+    surgical_size: int
     device: torch.device
 
     @cached_property
@@ -124,11 +127,17 @@ class Clip:
                         "for example clip='ViT-B-16' with clip_pretrained='openai'."
                     )
 
-    def to_input(self, images: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in 0..255 as the model takes them: (B, 3, S, S), squashed."""
-        size = (self.image_size, self.image_size)
+    def to_input(self, images: Tensor, side: int | None = None) -> Tensor:
+        """Pixels (B, 3, H, W) in 0..255 as the model takes them, squashed: (B, 3, S, S).
+
+        Args:
+            images: the pixels.
+            side: S, if it is not the model's own.
+        """
+        side = side or self.image_size
+        size = (side, side)
         if images.shape[-2:] != size:
-            shrink = max(images.shape[-2:]) > self.image_size
+            shrink = max(images.shape[-2:]) > side
             images = nn.functional.interpolate(
                 images, size, mode="bicubic", align_corners=False, antialias=shrink
             ).clamp(0, 255)
@@ -175,9 +184,10 @@ def read_clip_micro(folder: Path, device: torch.device) -> Clip:
     details = json.loads((folder / "tokenizer.json").read_text())
     tokenizer = WordTokenizer(details["words"], details["context_length"])
     model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True, device=device)
-    return _clip(
+    clip = _clip(
         "clip_micro", model, tokenizer, MICRO_TEMPLATES, details["surgical_blocks"], device
     )
+    return replace(clip, surgical_size=details["surgical_size"])
 
 
 def _load_open_clip(name: str, pretrained: str | None, device: torch.device) -> Clip:
@@ -210,4 +220,4 @@ def _clip(
         for values in (visual.preprocess_cfg["mean"], visual.preprocess_cfg["std"])
     )
     side = size if isinstance(size, int) else size[0]
-    return Clip(name, model, tokenizer, templates, side, mean, std, surgical_blocks, device)
+    return Clip(name, model, tokenizer, templates, side, mean, std, surgical_blocks, side, device)

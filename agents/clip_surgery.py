@@ -200,9 +200,10 @@ class ClipSurgery:
             Maps float32 (B, N, h, w) at the patches' resolution, not scaled (see `min_max`), and
             the class token's similarity float32 (B, N).
         """
-        pixels = self.clip.to_input(images.to(self.clip.device).float())
+        side = self.clip.surgical_size
+        pixels = self.clip.to_input(images.to(self.clip.device).float(), side)
         cls, patches = surgical_tokens(self.visual, pixels, self.blocks)
         cls, patches = F.normalize(cls, dim=-1), F.normalize(patches, dim=-1)
         maps = feature_surgery(cls, patches, texts, redundant)
-        side = pixels.shape[-1] // self.visual.patch_size[0]
-        return maps.transpose(1, 2).unflatten(-1, (-1, side)).float(), (cls @ texts.T).float()
+        cells = side // self.visual.patch_size[0]
+        return maps.transpose(1, 2).unflatten(-1, (-1, cells)).float(), (cls @ texts.T).float()

@@ -155,7 +155,7 @@ class TextFeatures(ClickFeatures):
     def map_planes(self, observations: dict[str, Tensor]) -> Tensor:
         """The target's map among those of all words: (B, 5, h, w)."""
         packed = self._packed(observations).float()
-        rows = torch.arange(len(packed), device=packed.device)
+        rows = torch.arange(packed.shape[0], device=packed.device)
         target = observations["target_category"].reshape(-1).long()
         whole, maps = packed[..., 0], packed[..., 1:].unflatten(-1, self.cells)
         scaled, own = min_max(maps), maps[rows, target]
@@ -170,8 +170,13 @@ class TextFeatures(ClickFeatures):
         return torch.stack([*planes, _SCALE * whole_plane], dim=1)
 
     def _packed(self, observations: dict[str, Tensor]) -> Tensor:
-        """Maps of the observed images, (B, N, 1 + h * w), as `WordMaps` has them."""
+        """Maps of the observed images, (B, N, 1 + h * w), as `WordMaps` has them.
+
+        They stand in the observations, or in the store, or are computed from whole images.
+        """
         assert self._maps is not None
+        if "word_maps" in observations:
+            return observations["word_maps"]
         if "handle" in observations:
             return self.store.gather(observations["handle"][:, 0], self._maps.name)
         return self._maps(list(observations["image"].cpu().numpy()))

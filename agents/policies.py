@@ -83,7 +83,7 @@ class ClickFeatures(BaseFeaturesExtractor):
     def forward(self, observations: PyTorchObs) -> Tensor:
         assert isinstance(observations, dict)
         embedding, mask = self._image(observations)
-        target = self.words[observations["target_category"].reshape(len(mask)).long()]
+        target = self.words[observations["target_category"].flatten().long()]
         gain, bias = self.modulation(target)[:, :, None, None].chunk(2, dim=1)
         image = F.relu(self.reduce(embedding) * (1 + gain) + bias)
         return self.mix(torch.cat(self._planes(image, mask, observations), dim=1))

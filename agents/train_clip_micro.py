@@ -21,7 +21,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
@@ -83,7 +83,7 @@ class Config:
     patch_share: float = 0.04
     """Share of the patches that have to be like a caption that is true."""
     evaluate: int = 256
-    """Held-out scenes of the pointing game that chooses how many blocks are surgical."""
+    """Held-out scenes of the pointing game that chooses how maps are made."""
     save_every: int = 200
     """Steps between checkpoints."""
     seed: int = 0
@@ -328,7 +328,7 @@ class ClipTrainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
-    def export(self, folder: Path, surgical_blocks: int) -> None:
+    def export(self, folder: Path, surgical_blocks: int, surgical_size: int | None = None) -> None:
         """Write the model in open_clip's form, in float16, and its words beside it."""
         folder.mkdir(parents=True, exist_ok=True)
         state = {
@@ -348,26 +348,56 @@ class ClipTrainer:
             "words": list(self.tokenizer.words),
             "context_length": self.tokenizer.context_length,
             "surgical_blocks": surgical_blocks,
+            "surgical_size": surgical_size or size,
         }
         write_json(folder / "tokenizer.json", words)
 
 
-def evaluate(folder: Path, scenes: int, device: torch.device) -> dict[str, float]:
-    """Accuracy of the pointing game on held-out scenes, by how the maps are made."""
+@dataclass(frozen=True)
+class Choice:
+    """How maps are made, and how well they point on held-out scenes."""
+
+    blocks: int
+    size: int
+    redundant: Redundant
+    accuracy: float
+
+
+def evaluate(folder: Path, scenes: int, device: torch.device) -> list[Choice]:
+    """Play the pointing game on held-out scenes with maps made in all ways that make sense.
+
+    The number of surgical blocks is tried at the model's own input size, larger inputs with the
+    best number.
+    """
     clip = read_clip_micro(folder, device)
     held_out = Scenes("val")
     samples = [held_out[index] for index in range(scenes)]
-    depth = len(clip.model.visual.transformer.resblocks)  # type: ignore[attr-defined,union-attr]
-    results = {}
-    for blocks in range(depth + 1):
-        surgery = ClipSurgery(clip, blocks)
-        for redundant in get_args(Redundant):
-            played = pointing_game(surgery, samples, Scenes.categories, redundant)
-            results[f"{blocks} blocks, {redundant}"] = round(played.accuracy, 4)
-    return results | {"chance": round(played.chance, 4)}
+    visual: Any = clip.model.visual
+    patch = visual.patch_size[0]
+
+    def play(blocks: int, size: int, redundant: Redundant) -> Choice:
+        surgery = ClipSurgery(replace(clip, surgical_size=size), blocks)
+        played = pointing_game(surgery, samples, Scenes.categories, redundant)
+        return Choice(blocks, size, redundant, round(played.accuracy, 4))
+
+    own = clip.image_size
+    choices = [
+        play(blocks, own, redundant)
+        for blocks in range(len(visual.transformer.resblocks) + 1)
+        for redundant in get_args(Redundant)
+    ]
+    blocks = best_choice(choices).blocks
+    larger = [own + k * patch for k in (2, 4, 6, 8)]
+    return choices + [play(blocks, size, "empty") for size in larger]
 
 
-def train(config: Config) -> dict[str, float]:
+def best_choice(choices: Sequence[Choice]) -> Choice:
+    """The best way with surgery and the empty prompt: maps of a word that know no other words."""
+    usable = [choice for choice in choices if choice.blocks and choice.redundant == "empty"]
+    return max(usable, key=lambda choice: choice.accuracy)
+
+
+def train(config: Config) -> dict[str, Any]:
     """Train, or go on training, and write the model and `evaluation.json`."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -406,13 +436,15 @@ def train(config: Config) -> dict[str, float]:
     trainer.save(checkpoint)
 
     trainer.export(out / "clip_micro", surgical_blocks=1)
-    results = evaluate(out / "clip_micro", config.evaluate, device)
-    # The explicit policy takes the empty prompt off: its maps of a word know no other words.
-    best = max(range(1, config.layers + 1), key=lambda blocks: results[f"{blocks} blocks, empty"])
-    trainer.export(out / "clip_micro", surgical_blocks=best)
-    write_json(out / "evaluation.json", results)
-    print("held-out scenes, pointing game:", json.dumps(results, indent=2))
-    return results
+    choices = evaluate(out / "clip_micro", config.evaluate, device)
+    best = best_choice(choices)
+    trainer.export(out / "clip_micro", best.blocks, best.size)
+    result = {"best": asdict(best), "all": [asdict(choice) for choice in choices]}
+    write_json(out / "evaluation.json", result)
+    print("Pointing game on held-out scenes:")
+    for choice in choices:
+        print(f"  {choice.blocks} blocks, {choice.size} px, {choice.redundant}: {choice.accuracy}")
+    return result
 
 
 if __name__ == "__main__":

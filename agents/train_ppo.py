@@ -1,27 +1,35 @@
-"""Train a click agent with PPO: `python -m agents.train_ppo --env SamSeg-v0`, or `--help`."""
+"""Train a click agent with PPO: `python -m agents.train_ppo --env SamSeg-v0`, or `--help`.
+
+On N GPUs or processes: `torchrun --nproc_per_node=N -m agents.train_ppo ...`.
+"""
 
 from __future__ import annotations
 
+import io
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 import yaml
-from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
+import agents.explicit  # noqa: F401  (registers its policy)
 import sam_gym
 from agents.baselines import BASELINES
+from agents.checkpoint import Checkpoint, check_same_settings, checkpoints, newest_checkpoint
+from agents.distributed import ALONE, CountAllRanks, Ranks, SlotPPO, recorded
 from agents.evaluate import PolicyAgent, evaluate, film_episodes, with_categories
 from agents.policies import POLICIES
-from agents.training import PinRollouts, WatchTraining, plot_learning_curve
+from agents.training import PinRollouts, WatchTraining, make_logger, plot_learning_curve
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym import cli
 from sam_gym.envs.core import ClickConfig, ClickCore
-from sam_gym.files import write_json
+from sam_gym.files import write_atomic, write_json
 from sam_gym.registry import unknown_name
 from sam_gym.render import save_gif
 
@@ -30,24 +38,35 @@ from sam_gym.render import save_gif
 class Config:
     """Train a click agent with PPO and compare it with baselines on held-out data.
 
-    Writes to `out`: policy.zip, results.json, learning_curve.png, episodes.gif, checkpoints and
-    TensorBoard logs.
+    Writes to `out`: policy.zip, results.json, learning_curve.png, episodes.gif, TensorBoard logs,
+    and checkpoints until it is done.
     """
 
     env: str = "SamSeg-v0"
     """Environment id."""
     policy: str = "implicit"
-    """Policy name: implicit."""
+    """Policy name: implicit (knows a category by its number) or explicit (told in words)."""
+    know_category: bool = True
+    """Tell the implicit policy which category is asked for."""
+    clip: str = "clip_micro"
+    """CLIP of the explicit policy: clip_micro, or a model of open_clip (ViT-B-16, ...)."""
+    clip_pretrained: str | None = None
+    """Its weights: a tag of open_clip or a file (clip_micro brings its own)."""
+    temperature: float = 0.33
+    """The lower, the less the explicit policy sees of words that are not asked for."""
     head: str = "spatial"
     """Action head: spatial (logits read off the feature map) or flat (one linear layer)."""
     out: str = "runs/ppo"
     """Folder for everything that the run writes."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`, with the same settings, as if the run had never
+    stopped. Without it, an `out` that holds an unfinished run is an error."""
     seed: int = 0
     """Seed of the environment, the policy and PPO."""
     total_timesteps: int = 50_000
     """Environment steps to train for."""
     num_envs: int = 64
-    """Environments side by side."""
+    """Environments side by side, over all processes."""
     train_images: int = 2048
     """How many different scenes are trained on; each is encoded once (dataset scenes only)."""
     categories: str | None = None
@@ -57,7 +76,7 @@ class Config:
     n_steps: int = 16
     """Steps per environment and rollout."""
     batch_size: int = 256
-    """Minibatch size."""
+    """Minibatch size, over all processes; a multiple of num_envs."""
     n_epochs: int = 4
     """Passes over each rollout."""
     learning_rate: float = 1e-3
@@ -76,8 +95,8 @@ class Config:
     """Episodes of each of those evaluations."""
     final_episodes: int = 256
     """Episodes of the final evaluation of the agent and of every baseline."""
-    checkpoint_every: int = 20_000
-    """Environment steps between checkpoints."""
+    checkpoint_every: int = 5_000
+    """Environment steps between checkpoints, rounded up to whole rollouts."""
     settings: Annotated[ClickConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: ClickConfig(obs="handle")
     )
@@ -139,9 +158,15 @@ def held_out_settings(config: Config, split: str) -> ClickConfig:
     return replace(settings, split=split)
 
 
-def make_model(config: Config, settings: ClickConfig, env: VecMonitor, core: ClickCore) -> PPO:
-    """PPO with the policy of the config, on the environment."""
-    features = {
+def make_model(
+    config: Config,
+    settings: ClickConfig,
+    env: VecMonitor,
+    core: ClickCore,
+    ranks: Ranks = ALONE,
+) -> SlotPPO:
+    """PPO with the policy of the config, on the environments of this rank."""
+    features: dict[str, Any] = {
         "backbone": {
             "name": settings.backbone,
             "checkpoint": settings.checkpoint,
@@ -149,11 +174,16 @@ def make_model(config: Config, settings: ClickConfig, env: VecMonitor, core: Cli
             "dtype": settings.dtype,
             "compile": settings.compile,
         },
-        "vocabulary": list(core.dataset.categories),
         "categories": list(core.dataset.categories),
         "max_steps": settings.max_steps,
     }
-    return PPO(
+    if config.policy == "explicit":
+        clip = {"name": config.clip, "pretrained": config.clip_pretrained}
+        features["clip"] = clip | {"device": settings.device}
+        features["temperature"] = config.temperature
+    else:
+        features["vocabulary"] = features["categories"] if config.know_category else []
+    return SlotPPO(
         POLICIES.get(config.policy),
         env,
         learning_rate=lambda left: config.learning_rate * max(0.1, left),
@@ -167,8 +197,44 @@ def make_model(config: Config, settings: ClickConfig, env: VecMonitor, core: Cli
         policy_kwargs={"features": features, "grid": settings.grid, "head": config.head},
         seed=config.seed,
         device=core.device,
-        tensorboard_log=str(Path(config.out) / "tensorboard"),
+        ranks=ranks,
     )
+
+
+def _state_to_resume(config: Config, folder: Path) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if that is what was asked for."""
+    if config.resume:
+        state = newest_checkpoint(folder)
+        check_same_settings(state["settings"], asdict(config))
+        return state
+    if checkpoints(folder):
+        raise FileExistsError(
+            f"{folder} holds the checkpoints of a run that is not finished. Pass --resume to go "
+            "on with it, delete that folder to begin anew, or take another --out."
+        )
+    return None
+
+
+@contextmanager
+def _encoded_alone(core: ClickCore) -> Iterator[None]:
+    """Encode image by image on a CPU.
+
+    There, an embedding differs in its last bits with the batch that it is computed in, and which
+    images share a batch depends on where a run was resumed and on how many processes it has.
+    """
+    store, before = core.store, core.store.batch_size
+    if core.device.type == "cpu":
+        store.batch_size = 1
+    try:
+        yield
+    finally:
+        store.batch_size = before
+
+
+def _save_policy(model: SlotPPO, path: Path) -> None:
+    buffer = io.BytesIO()
+    model.save(buffer)
+    write_atomic(path, buffer.getvalue())
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -176,8 +242,9 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         ValueError, FileNotFoundError: a name, a value or the data is wrong (before work starts).
+        FileExistsError: `out` holds an unfinished run, which was not to be resumed.
+        ConnectionError: another process of the job has stopped.
     """
-    started = time.monotonic()
     POLICIES.get(config.policy)
     if config.env not in sam_gym.ENVIRONMENTS:
         raise unknown_name("environment", config.env, sam_gym.ENVIRONMENTS)
@@ -190,10 +257,11 @@ def train(config: Config) -> dict[str, Any]:
         checked.open_dataset()
 
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    vector, core = make_vector_env(config.env, config.num_envs, settings)
+    state = _state_to_resume(config, out / "checkpoints")
+    ranks = Ranks.join(settings.device)
+    vector, core = make_vector_env(config.env, ranks.share(config.num_envs), settings)
     env = VecMonitor(VectorEnvAdaptor(vector))
-    model = make_model(config, settings, env, core)
+    model = make_model(config, settings, env, core, ranks)
     agent = PolicyAgent(model.policy)  # type: ignore[arg-type]
 
     def validate() -> float:
@@ -203,14 +271,31 @@ def train(config: Config) -> dict[str, Any]:
         agent.policy.set_categories(core.dataset.categories)
         return float(result.ious.mean())
 
-    watch = WatchTraining(
-        config.total_timesteps, out, config.eval_every, config.checkpoint_every, validate
+    out.mkdir(parents=True, exist_ok=True)
+    watch = WatchTraining(config.total_timesteps, config.eval_every, validate, ranks)
+    checkpoint = Checkpoint(
+        out / "checkpoints", asdict(config), config.checkpoint_every, env, watch
     )
-    print(f"Training {config.policy} on {config.env} ({settings.dataset}) with {core.backbone}.")
-    with watch.bar:
-        model.learn(config.total_timesteps, callback=[PinRollouts(core.store), watch])
-    watch.evaluate_now()
-    model.save(out / "policy.zip")
+    if ranks.is_first:
+        what = f"{config.policy} on {config.env} ({settings.dataset}) with {core.backbone}"
+        print(f"Going on from step {state['step']} with {what}." if state else f"Training {what}.")
+    with watch.bar, _encoded_alone(core):
+        model.set_logger(make_logger(out / "tensorboard", state["step"] if state else -1, ranks))
+        if state:
+            checkpoint.restore(model, state)
+        model.learn(
+            config.total_timesteps - model.num_timesteps,
+            callback=[checkpoint, CountAllRanks(ranks), PinRollouts(core.store), watch],
+            reset_num_timesteps=state is None,
+        )
+        ranks.leave()
+        if not ranks.is_first:
+            return {}
+        watch.evaluate_now()
+    # SB3 has written the last step itself, before the last update.
+    model.logger.dump(model.num_timesteps + 1)
+    model.logger.close()
+    _save_policy(model, out / "policy.zip")
     env.close()
     trained = time.monotonic()
 
@@ -235,8 +320,8 @@ def train(config: Config) -> dict[str, Any]:
     print(f"  gap closed (agent - random) / (oracle - random): {results['gap_closed']}")
     results |= {
         "held_out_split": final_split,
-        "training_seconds": round(trained - started, 1),
-        "total_seconds": round(time.monotonic() - started, 1),
+        "training_seconds": round(trained - watch.started, 1),
+        "total_seconds": round(time.monotonic() - watch.started, 1),
         "config": asdict(config),
         "train_curve": watch.train_curve,
         "eval_curve": watch.eval_curve,
@@ -245,6 +330,7 @@ def train(config: Config) -> dict[str, Any]:
     baselines = {name: results[name]["mean_iou"] for name in BASELINES.names()}
     plot_learning_curve(out / "learning_curve.png", watch.train_curve, watch.eval_curve, baselines)
     save_gif(out / "episodes.gif", film_episodes(agent, held_out, env_id=config.env, seed=3))
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     print(f"Wrote policy.zip, results.json, learning_curve.png and episodes.gif to {out}.")
     return results
 
@@ -255,4 +341,4 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(recorded(main))

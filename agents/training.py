@@ -1,15 +1,20 @@
-"""What a training run watches: progress, checkpoints, periodic evaluation, its curve."""
+"""What a training run watches: progress, periodic evaluation, its curve, its logs."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+from torch.utils.tensorboard import SummaryWriter
 
+from agents.distributed import ALONE, Ranks
 from sam_gym.backbones.store import EmbeddingStore
 
 
@@ -31,66 +36,87 @@ class PinRollouts(BaseCallback):
 
 
 class WatchTraining(BaseCallback):
-    """Progress bar, mean IoU of finished episodes, checkpoints and periodic evaluation.
+    """Progress bar, mean IoU of finished episodes and periodic evaluation.
 
     Args:
         total_timesteps: length of the run, for the bar.
-        out: folder for `checkpoints/`.
         evaluate_every: environment steps between evaluations.
-        checkpoint_every: environment steps between checkpoints.
-        evaluate: called without arguments, returns the mean IoU on validation data.
+        evaluate: called without arguments, returns the mean IoU on validation data. It must leave
+            the random numbers of the training alone.
+        ranks: the processes of the run; the first one evaluates and shows the bar.
     """
 
     def __init__(
         self,
         total_timesteps: int,
-        out: Path,
         evaluate_every: int,
-        checkpoint_every: int,
         evaluate: Callable[[], float],
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
-        self.total_timesteps, self.out = total_timesteps, out
-        self.evaluate_every, self.checkpoint_every = evaluate_every, checkpoint_every
-        self.evaluate = evaluate
+        self.total_timesteps, self.evaluate_every = total_timesteps, evaluate_every
+        self.evaluate, self.ranks = evaluate, ranks
+        self._finished: list[tuple[int, int, float]] = []
         self.recent: deque[float] = deque(maxlen=512)
         #: (environment steps, mean IoU of recent training episodes).
         self.train_curve: list[tuple[int, float]] = []
         #: (environment steps, mean IoU on validation episodes).
         self.eval_curve: list[tuple[int, float]] = []
-        self._due = {"evaluate": evaluate_every, "checkpoint": checkpoint_every}
+        self._due = evaluate_every
+        #: When the run would have begun, had it never stopped, on the clock of `time.monotonic`.
+        self.started = time.monotonic()
         self.bar = Progress(
             TextColumn("{task.completed}/{task.total} steps"),
             BarColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
+            disable=not ranks.is_first,
         )
+
+    def get_state(self) -> dict[str, Any]:
+        """The course of the run so far, for `set_state`."""
+        return {
+            "recent": list(self.recent),
+            "train_curve": self.train_curve,
+            "eval_curve": self.eval_curve,
+            "due": self._due,
+            "seconds": time.monotonic() - self.started,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from `get_state`."""
+        self.recent.extend(state["recent"])
+        self.train_curve[:], self.eval_curve[:] = state["train_curve"], state["eval_curve"]
+        self._due = state["due"]
+        self.started = time.monotonic() - state["seconds"]
 
     def _on_training_start(self) -> None:
         self._task = self.bar.add_task("", total=self.total_timesteps, numbers="")
 
     def _on_step(self) -> bool:
-        for done, info in zip(self.locals["dones"], self.locals["infos"], strict=True):
-            if done:
-                self.recent.append(info["iou"])
+        dones, infos = self.locals["dones"], self.locals["infos"]
+        first = self.ranks.rank * len(dones)
+        self._finished += [
+            (self.num_timesteps, first + i, info["iou"])
+            for i, (done, info) in enumerate(zip(dones, infos, strict=True))
+            if done
+        ]
         return True
 
     def _on_rollout_end(self) -> None:
+        self.recent.extend(self.ranks.merge(self._finished))
+        self._finished = []
         if self.recent:
             mean = float(np.mean(self.recent))
             self.train_curve.append((self.num_timesteps, mean))
             self.logger.record("rollout/iou", mean)
-        if self.num_timesteps >= self._due["checkpoint"]:
-            self._due["checkpoint"] += self.checkpoint_every
-            folder = self.out / "checkpoints"
-            folder.mkdir(exist_ok=True)
-            self.model.save(folder / f"policy_{self.num_timesteps}.zip")
         self._show()
 
     def _on_rollout_start(self) -> None:
-        if self.num_timesteps >= self._due["evaluate"]:
-            self._due["evaluate"] += self.evaluate_every
-            self.evaluate_now()
+        if self.num_timesteps >= self._due:
+            self._due += self.evaluate_every
+            if self.ranks.is_first:
+                self.evaluate_now()
 
     def evaluate_now(self) -> None:
         """Evaluate the policy as it is and note the result."""
@@ -108,6 +134,26 @@ class WatchTraining(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._show()
+
+
+class _ContinuedTensorBoard(TensorBoardOutputFormat):
+    """Writes to TensorBoard; what the folder holds from some step on is superseded."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=first_step)
+        self._is_closed = False
+
+
+def make_logger(folder: Path, done: int, ranks: Ranks = ALONE) -> Logger:
+    """A logger to TensorBoard, on the first of the ranks.
+
+    Args:
+        folder: of the event files; a run that goes on adds one to those that are there.
+        done: environment steps before this point, whose records are kept.
+        ranks: the processes of the run.
+    """
+    outputs = [_ContinuedTensorBoard(folder, done + 1)] if ranks.is_first else []
+    return Logger(str(folder), list(outputs))
 
 
 def plot_learning_curve(

@@ -68,6 +68,15 @@ class VectorEnvAdaptor(VecEnv):
         self._next_seed = seed
         return [None if seed is None else seed + i for i in range(self.num_envs)]
 
+    def get_state(self) -> list[dict[str, Any]]:
+        """The state of each environment, for `set_state`."""
+        return cast(Any, self.env.unwrapped).get_state()
+
+    def set_state(self, state: list[dict[str, Any]]) -> VecEnvObs:
+        """Go on from `get_state`; returns the observations of that moment, with other handles."""
+        self._next_seed = None
+        return cast(Any, self.env.unwrapped).set_state(state)
+
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
 

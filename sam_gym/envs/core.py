@@ -162,9 +162,7 @@ class ClickCore:
         ValueError, FileNotFoundError: a setting, the dataset or the checkpoint is wrong.
     """
 
-    def __init__(
-        self, config: ClickConfig, num_slots: int, dataset: Dataset | None = None
-    ) -> None:
+    def __init__(self, config: ClickConfig, num_slots: int, dataset: Dataset | None = None) -> None:
         config.validate()
         if num_slots < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_slots}.")

@@ -44,7 +44,9 @@ def clip_of(model: Any) -> Clip:
     tokenizer = WordTokenizer(["a", "cat", "dog", "photo", "of"], TEXT["context_length"])
     half = torch.full((3, 1, 1), 0.5)
     device = torch.device("cpu")
-    return Clip("small", model, tokenizer, ("a {}", "a photo of a {}"), 32, half, half, 2, device)
+    return Clip(
+        "small", model, tokenizer, ("a {}", "a photo of a {}"), 32, half, half, 2, 32, device
+    )
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32"])

@@ -1,0 +1,82 @@
+"""Exported policies say what the original says, in both forms, and say what they take."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3 import PPO
+
+from agents.evaluate import PolicyAgent
+from agents.export import Config, ExportablePolicy, export
+from agents.policies import POLICIES
+from agents.vec_env import VectorEnvAdaptor, make_vector_env
+from sam_gym.envs.click import make_config
+
+pytest.importorskip("onnxruntime", reason="the export extra is not installed")
+pytest.importorskip("onnxscript", reason="the export extra is not installed")
+
+
+@pytest.mark.parametrize("kind", ["implicit", "explicit"])
+def test_both_forms_agree_for_any_number_of_images(
+    kind: str, tiny_env: dict, clip_folder: Path, tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    import agents.explicit  # noqa: F401
+
+    settings = make_config(tiny_env | {"stop": True})
+    vector, core = make_vector_env("SamSeg-v0", 3, settings)
+    env = VectorEnvAdaptor(vector)
+    names = list(core.dataset.categories)
+    backbone = {"name": "tiny", "checkpoint": tiny_env["checkpoint"], "device": "cpu"}
+    features: dict[str, Any] = {"backbone": backbone, "categories": names, "max_steps": 5}
+    if kind == "explicit":
+        features["clip"] = {"name": "clip_micro", "pretrained": str(clip_folder), "device": "cpu"}
+    else:
+        features["vocabulary"] = names
+    kwargs = {"features": features, "grid": 16}
+    model = PPO(POLICIES.get(kind), env, policy_kwargs=kwargs, seed=0, device="cpu")
+    model.save(tmp_path / "policy.zip")
+    out = tmp_path / "out"
+    results = export(Config(str(tmp_path / "policy.zip"), str(out), batch=3, repeats=2))
+    for way in ("torch.export", "onnx"):
+        assert results[way]["largest_difference"] <= 1e-4 and results[way]["median_ms"] > 0
+
+    # What the exported policy makes of an episode is what the agent does.
+    observations = policy_inputs(model.policy, env.reset(), core)
+    session = onnxruntime.InferenceSession(str(out / "policy.onnx"))
+    logits, value = session.run(None, {k: x.numpy() for k, x in observations.items()})
+    agent = PolicyAgent(model.policy)
+    actions = agent.act(core, core.observe(np.arange(3)))
+    assert logits.shape == (3, 513) and value.shape == (3, 1)
+    np.testing.assert_array_equal(logits.argmax(axis=1), actions)
+    described = json.loads((out / "inputs.json").read_text())
+    assert described["inputs"].keys() == observations.keys() and described["categories"] == names
+    env.close()
+
+
+def policy_inputs(policy: Any, handles: dict[str, np.ndarray], core: Any) -> dict[str, Any]:
+    """The inputs that `inputs.json` describes, of what the environments show."""
+    extractor = policy.features_extractor
+    tensors = policy._to_tensors(handles)
+    index = tensors["handle"][:, 0]
+    inputs = {
+        "sam_image_embeddings": core.store.gather(index),
+        "sam_pred_mask_prob": core.logits[:, 0].sigmoid(),
+        "target_category": tensors["target_category"].long(),
+        "num_steps": tensors["num_steps"].long(),
+    }
+    if "word_maps" in ExportablePolicy(policy).inputs:
+        inputs["word_maps"] = extractor._packed(tensors).float()
+    return inputs
+
+
+def test_wrong_inputs(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such policy"):
+        export(Config(str(tmp_path / "policy.zip"), str(tmp_path)))
+    with pytest.raises(ValueError, match="at least 1"):
+        export(Config("policy.zip", batch=0))
+    assert torch.is_grad_enabled()

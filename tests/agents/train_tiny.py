@@ -1,0 +1,70 @@
+"""The training command over the tiny SAM, in a process that may be made to stop.
+
+    python train_tiny.py [--die-at STEP] [--die-in-write N] [training arguments]
+
+`--die-at` kills the process at an environment step, `--die-in-write` while it writes its N-th
+checkpoint. Neither leaves it time to do anything about it.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from agents.train_ppo import main
+from agents.training import PinRollouts
+from sam_gym import cli
+from sam_gym.backbones.loading import BACKBONES
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(step: int) -> None:
+    on_step = PinRollouts._on_step
+
+    def on_step_or_die(self: PinRollouts) -> bool:
+        if self.num_timesteps >= step:
+            die()
+        return on_step(self)
+
+    PinRollouts._on_step = on_step_or_die  # type: ignore[method-assign]
+
+
+def die_in_write(number: int) -> None:
+    replace, writes = os.replace, itertools.count(1)
+
+    def replace_or_die(unfinished: Path, path: Path) -> None:
+        if path.suffix == ".ckpt" and next(writes) == number:
+            os.truncate(unfinished, unfinished.stat().st_size // 2)
+            die()
+        replace(unfinished, path)
+
+    os.replace = replace_or_die  # type: ignore[assignment]
+
+
+def add_tiny() -> None:
+    """Make `--backbone tiny` known, as the fixture `tiny_env` does."""
+    path = Path(__file__).parents[1] / "conftest.py"
+    spec = importlib.util.spec_from_file_location("shared_fixtures", path)
+    assert spec is not None and spec.loader is not None
+    fixtures: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fixtures)
+    BACKBONES["tiny"] = lambda: fixtures.seeded(fixtures.tiny_sam)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--die-at", type=int)
+    parser.add_argument("--die-in-write", type=int)
+    known, rest = parser.parse_known_args()
+    add_tiny()
+    if known.die_at is not None:
+        die_at(known.die_at)
+    if known.die_in_write is not None:
+        die_in_write(known.die_in_write)
+    cli.run(lambda: main(rest))
