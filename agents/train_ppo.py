@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 import yaml
 from stable_baselines3.common.vec_env import VecMonitor
@@ -27,6 +28,7 @@ from agents.evaluate import PolicyAgent, evaluate, film_episodes, with_categorie
 from agents.policies import POLICIES
 from agents.training import PinRollouts, WatchTraining, make_logger, plot_learning_curve
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
+from agents.views import draw_views
 from sam_gym import cli
 from sam_gym.envs.core import ClickConfig, ClickCore
 from sam_gym.files import write_atomic, write_json
@@ -93,6 +95,8 @@ class Config:
     """Environment steps between evaluations on validation data."""
     eval_episodes: int = 128
     """Episodes of each of those evaluations."""
+    views: bool = False
+    """Write pictures of what the policy sees to TensorBoard at each of those evaluations."""
     final_episodes: int = 256
     """Episodes of the final evaluation of the agent and of every baseline."""
     checkpoint_every: int = 5_000
@@ -272,7 +276,15 @@ def train(config: Config) -> dict[str, Any]:
         return float(result.ious.mean())
 
     out.mkdir(parents=True, exist_ok=True)
-    watch = WatchTraining(config.total_timesteps, config.eval_every, validate, ranks)
+
+    def draw() -> np.ndarray:
+        picture = draw_views(agent, validation, env_id=config.env, seed=4)
+        agent.policy.set_categories(core.dataset.categories)
+        return picture
+
+    watch = WatchTraining(
+        config.total_timesteps, config.eval_every, validate, ranks, draw if config.views else None
+    )
     checkpoint = Checkpoint(
         out / "checkpoints", asdict(config), config.checkpoint_every, env, watch
     )

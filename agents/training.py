@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import Image, Logger, TensorBoardOutputFormat
 from torch.utils.tensorboard import SummaryWriter
 
 from agents.distributed import ALONE, Ranks
@@ -44,6 +44,8 @@ class WatchTraining(BaseCallback):
         evaluate: called without arguments, returns the mean IoU on validation data. It must leave
             the random numbers of the training alone.
         ranks: the processes of the run; the first one evaluates and shows the bar.
+        draw: called without arguments after each evaluation, returns a picture for TensorBoard,
+            uint8 (H, W, 3).
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class WatchTraining(BaseCallback):
         evaluate_every: int,
         evaluate: Callable[[], float],
         ranks: Ranks = ALONE,
+        draw: Callable[[], np.ndarray] | None = None,
     ) -> None:
         super().__init__()
+        self.draw = draw
         self.total_timesteps, self.evaluate_every = total_timesteps, evaluate_every
         self.evaluate, self.ranks = evaluate, ranks
         self._finished: list[tuple[int, int, float]] = []
@@ -123,6 +127,8 @@ class WatchTraining(BaseCallback):
         value = self.evaluate()
         self.eval_curve.append((self.num_timesteps, value))
         self.logger.record("eval/iou", value)
+        if self.draw is not None:
+            self.logger.record("eval/views", Image(self.draw(), "HWC"))
 
     def _show(self) -> None:
         parts = []

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.evaluate import PolicyAgent
 from agents.train_ppo import Config, main, read_config
@@ -35,9 +36,12 @@ def test_a_run_leaves_everything_it_promises(tiny_env: dict[str, Any], tmp_path:
     assert not (tmp_path / "a" / "checkpoints").exists()
     PolicyAgent.load(tmp_path / "a" / "policy.zip")
 
-    again = main(arguments(tiny_env, tmp_path / "b"))
+    # Pictures of what the policy sees change nothing.
+    again = main([*arguments(tiny_env, tmp_path / "b"), "--views"])
     assert again["train_curve"] == results["train_curve"]
     assert again["agent"] == results["agent"]
+    events = EventAccumulator(str(tmp_path / "b" / "tensorboard")).Reload()
+    assert len(events.Images("eval/views")) == len(results["eval_curve"]) > 0
 
 
 def test_yaml_sets_defaults_that_flags_override(tmp_path: Path) -> None:
