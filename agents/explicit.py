@@ -25,6 +25,10 @@ from sam_gym.backbones import Backbone
 
 #: Unit features of CLIP differ little: scales their similarities to the size of other inputs.
 _SCALE = 10.0
+#: Planes of `TextFeatures.map_planes`.
+_MAP_PLANES = 5
+#: Rows and columns of regions that cross-attention looks at: cells would cost it too much.
+_REGIONS = 8
 
 
 @lru_cache
@@ -84,7 +88,7 @@ class TextFeatures(ClickFeatures):
     The SAM branch knows nothing of the target. The CLIP branch has the target's map among those of
     all words: scaled to [0, 1]; as it is; how far it is ahead of the best of the others; and,
     scaled, the strongest of the others, weighted down by the temperature as in AlignSAM.
-    Cross-attention lets every place of the SAM branch look at all places of the CLIP branch.
+    Cross-attention lets every place of the SAM branch look at all regions of the CLIP branch.
 
     Args:
         observation_space: of `SamSeg-v0`, with `obs="full"` or `obs="handle"`.
@@ -115,14 +119,10 @@ class TextFeatures(ClickFeatures):
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
         self.temperature = temperature
-        self.clip_branch = nn.Sequential(
-            nn.Conv2d(width + _MAP_PLANES, width, 1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-        )
-        cells = self.cells[0] * self.cells[1]
-        self.positions = nn.Parameter(torch.randn(1, cells, width) * 0.02)
+        self.around = nn.Sequential(nn.Conv2d(_MAP_PLANES, width // 2, 3, padding=1), nn.ReLU())
+        self.clip_branch = nn.Sequential(nn.Conv2d(width + width // 2, width, 1), nn.ReLU())
+        self.regions = min(_REGIONS, self.cells[0]), min(_REGIONS, self.cells[1])
+        self.positions = nn.Parameter(torch.randn(1, width, *self.cells) * 0.02)
         self.norm_image, self.norm_clip = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
         # At first the branches are only added.
@@ -141,14 +141,15 @@ class TextFeatures(ClickFeatures):
         embedding, mask = self._image(observations)
         image = F.relu(self.reduce(embedding))
         planes = self.map_planes(observations)
-        clip = self.clip_branch(torch.cat([image * planes[:, :1], planes], dim=1))
+        clip = self.clip_branch(torch.cat([image * planes[:, :1], self.around(planes)], dim=1))
         fused = image + clip + self._attended(image + mask, clip)
         return self.mix(torch.cat(self._planes(fused, mask, observations), dim=1))
 
     def _attended(self, image: Tensor, clip: Tensor) -> Tensor:
-        """What every place of the SAM branch (B, C, h, w) takes from the CLIP branch."""
-        queries = self.norm_image(image.flatten(2).transpose(1, 2)) + self.positions
-        keys = self.norm_clip(clip.flatten(2).transpose(1, 2)) + self.positions
+        """What every place of the SAM branch (B, C, h, w) takes from regions of the CLIP branch."""
+        where = F.adaptive_avg_pool2d(self.positions, self.regions)
+        queries = self.norm_image(_tokens(image)) + _tokens(self.positions)
+        keys = self.norm_clip(_tokens(F.adaptive_avg_pool2d(clip, self.regions))) + _tokens(where)
         attended, _ = self.attention(queries, keys, keys, need_weights=False)
         return attended.transpose(1, 2).unflatten(2, self.cells)
 
@@ -182,7 +183,9 @@ class TextFeatures(ClickFeatures):
         return self._maps(list(observations["image"].cpu().numpy()))
 
 
-_MAP_PLANES = 5
+def _tokens(maps: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h * w, C)."""
+    return maps.flatten(2).transpose(1, 2)
 
 
 @POLICIES.register("explicit")
