@@ -16,12 +16,10 @@ So few images and so few steps do not teach a transformer to see: its patches al
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +27,6 @@ from typing import Any, get_args
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,6 +38,7 @@ from sam_gym.backbones.loading import resolve_device
 from sam_gym.backbones.muon import Muon
 from sam_gym.data.scenes import Scenes
 from sam_gym.files import write_json
+from sam_gym.loop import run_steps, save_half, save_state
 
 MEAN, STD = 0.45, 0.25
 #: Sentences that are true of every image.
@@ -314,9 +312,7 @@ class ClipTrainer:
             "student": self.student.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        save_state(state, path)
 
     def load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)
@@ -331,13 +327,8 @@ class ClipTrainer:
     def export(self, folder: Path, surgical_blocks: int, surgical_size: int | None = None) -> None:
         """Write the model in open_clip's form, in float16, and its words beside it."""
         folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
-            for key, value in self.model.state_dict().items()
-        }
-        partial = folder / "open_clip_model.partial"
-        save_file(state, partial, metadata={"steps": str(self.step)})
-        os.replace(partial, folder / "open_clip_model.safetensors")
+        weights = folder / "open_clip_model.safetensors"
+        save_half(self.model.state_dict(), weights, {"steps": str(self.step)})
         size = self.config.image_size
         preprocess = {"size": size, "mean": [MEAN] * 3, "std": [STD] * 3, "resize_mode": "squash"}
         write_json(
@@ -399,8 +390,6 @@ def best_choice(choices: Sequence[Choice]) -> Choice:
 
 def train(config: Config) -> dict[str, Any]:
     """Train, or go on training, and write the model and `evaluation.json`."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     device = resolve_device(config.device)
@@ -412,28 +401,10 @@ def train(config: Config) -> dict[str, Any]:
     write_json(out / "config.json", asdict(config))
     data = make_training_set(config, device)
 
-    columns = (
-        TextColumn("step {task.completed}/{task.total}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-    )
-    log = (out / "log.jsonl").open("a")
-    window: list[dict[str, float]] = []
-    started = time.monotonic()
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=config.steps, completed=trainer.step, loss=math.nan)
-        while trainer.step < config.steps:
-            window.append(trainer.train_step(data))
-            if trainer.step % 20 == 0:
-                row = {key: round(float(np.mean([n[key] for n in window])), 4) for key in window[0]}
-                row |= {"step": trainer.step, "seconds": round(time.monotonic() - started, 1)}
-                window.clear()
-                print(json.dumps(row), file=log, flush=True)
-                progress.update(task, completed=trainer.step, loss=row["loss"])
-            if trainer.step % config.save_every == 0:
-                trainer.save(checkpoint)
-    trainer.save(checkpoint)
+    def headline(row: dict[str, float]) -> str:
+        return f"loss {row['loss']:.3f}"
+
+    run_steps(trainer, repeat(data), config.steps, out, config.save_every, headline)
 
     trainer.export(out / "clip_micro", surgical_blocks=1)
     choices = evaluate(out / "clip_micro", config.evaluate, device)

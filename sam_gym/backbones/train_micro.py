@@ -9,9 +9,6 @@ that long click sequences cost little.
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +16,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,6 +33,7 @@ from sam_gym.data.sample import Sample
 from sam_gym.data.scenes import Scenes
 from sam_gym.files import write_json
 from sam_gym.interactive import Target, click_out
+from sam_gym.loop import run_steps, save_half, save_state
 from sam_gym.prompts import interior_distance
 
 MASK = SIZE // 4
@@ -373,9 +370,7 @@ class MicroTrainer:
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        save_state(state, path)
 
     def load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)
@@ -389,14 +384,12 @@ class MicroTrainer:
     def export(self, path: Path) -> None:
         """Write the averaged weights as float16 safetensors."""
         state = {
-            key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
+            key: value
             for key, value in self.average.module.state_dict().items()
             if in_head(key) or not self.config.hq
         }
         metadata = {"model": f"sam-gym {self.config.model}", "steps": str(self.step)}
-        partial = path.with_suffix(".partial")
-        save_file(state, partial, metadata=metadata)
-        os.replace(partial, path)
+        save_half(state, path, metadata)
 
 
 def item_batches(config: Config, photos: Sequence[Sample], start: int) -> Iterator[list[TrainItem]]:
@@ -438,10 +431,12 @@ def evaluate(backbone: Backbone, objects: int, num_clicks: int = 5) -> dict[str,
     return {f"miou@{k + 1}": round(float(value), 4) for k, value in enumerate(means)}
 
 
+def _headline(row: dict[str, float]) -> str:
+    return f"loss {row['loss']:.3f}  IoU {row['iou_first']:.3f} -> {row['iou_last']:.3f}"
+
+
 def train(config: Config) -> dict[str, float]:
     """Train, or go on training, and write the weights and `evaluation.json`."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     # OpenCV's threads do not survive the fork of a data worker, which would wait for them.
     cv2.setNumThreads(0)
     out = Path(config.out)
@@ -460,32 +455,8 @@ def train(config: Config) -> dict[str, float]:
         print(f"Going on from step {trainer.step} of {checkpoint}.")
     write_json(out / "config.json", asdict(config))
 
-    columns = (
-        TextColumn("step {task.completed}/{task.total}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
-    log = (out / "log.jsonl").open("a")
-    window: list[dict[str, float]] = []
-    started = time.monotonic()
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=config.steps, completed=trainer.step, numbers="")
-        for items in item_batches(config, photos, trainer.step):
-            window.append(trainer.train_step(items))
-            if trainer.step % 20 == 0:
-                row = {key: round(float(np.mean([n[key] for n in window])), 4) for key in window[0]}
-                row |= {"step": trainer.step, "seconds": round(time.monotonic() - started, 1)}
-                window.clear()
-                print(json.dumps(row), file=log, flush=True)
-                shown = (
-                    f"loss {row['loss']:.3f}  IoU {row['iou_first']:.3f} -> {row['iou_last']:.3f}"
-                )
-                progress.update(task, completed=trainer.step, numbers=shown)
-            if trainer.step % config.save_every == 0:
-                trainer.save(checkpoint)
-                trainer.export(weights)
-    trainer.save(checkpoint)
+    batches = item_batches(config, photos, trainer.step)
+    run_steps(trainer, batches, config.steps, out, config.save_every, _headline)
     trainer.export(weights)
 
     backbone = Backbone(config.model, trainer.average.module, device, torch.float32)
