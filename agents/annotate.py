@@ -359,7 +359,8 @@ class _Reader:
 def _as_coco(
     config: Config, progress: Progress, ids: Ids, names: Sequence[str], reader: _Reader
 ) -> dict[str, Any]:
-    images, annotations = {}, []
+    images: dict[str, dict[str, Any]] = {}
+    annotations: list[dict[str, Any]] = []
     for (file, category), annotation in sorted(progress.done.items()):
         if file not in images:
             image = reader.read(file)

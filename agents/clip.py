@@ -97,7 +97,7 @@ class Clip:
     """
 
     name: str
-    model: nn.Module
+    model: Any
     tokenizer: Tokenizer
     templates: tuple[str, ...]
     image_size: int

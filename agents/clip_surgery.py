@@ -107,8 +107,7 @@ def _positions(visual: Any, grid: tuple[int, int]) -> Tensor:
 def _values_to_values(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
     """Self-attention (B, L, D) in which values are queries and keys too."""
     width = x.shape[-1]
-    bias = attention.in_proj_bias
-    bias = None if bias is None else bias[2 * width :]
+    bias = None if attention.in_proj_bias is None else attention.in_proj_bias[2 * width :]
     values = F.linear(x, attention.in_proj_weight[2 * width :], bias)
     values = values.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
     out = F.scaled_dot_product_attention(values, values, values)

@@ -113,7 +113,9 @@ class TextFeatures(ClickFeatures):
         num_heads: int = 4,
     ) -> None:
         # No category is known by its number.
-        self._clip, self._maps = clip, None
+        self._clip = clip
+        self._maps: WordMaps | None = None
+        self._words: tuple[str, ...] = ()
         super().__init__(observation_space, backbone, (), categories, max_steps, width)
         del self.modulation
         if temperature <= 0:

@@ -294,9 +294,10 @@ class ClipTrainer:
         """Sigmoid loss in which true and false pairs weigh the same."""
         logits = similarity * self.scales[kind, 0].exp() + self.scales[kind, 1]
         each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-        return 0.5 * sum(
+        true, false = (
             (each * side).sum() / side.sum().clamp(min=1) for side in (labels, 1 - labels)
         )
+        return 0.5 * (true + false)
 
     def _schedule(self) -> float:
         """Share of the peak learning rate at this step."""

@@ -48,7 +48,8 @@ def draw_views(
     for _ in range(min(clicks, settings.max_steps - 1)):
         observations, *_ = env.step(agent.act(core, observations))
     tensors = agent.policy._to_tensors(observations)
-    chances = agent.policy.get_distribution(tensors).distribution.probs  # type: ignore[attr-defined]
+    distribution: Any = agent.policy.get_distribution(tensors).distribution
+    chances = distribution.probs
     words = _word_planes(agent.policy.features_extractor, tensors)
     frames = []
     for slot in range(count):

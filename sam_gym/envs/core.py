@@ -293,7 +293,7 @@ class ClickCore:
 
     def describe(self) -> None:
         """Let the store say what was attached to it since the slots were reset."""
-        held = np.flatnonzero(self.handles >= 0)
+        held = np.flatnonzero(self.handles >= 0).tolist()
         self.store.describe({int(self.handles[slot]): self._target(slot).image for slot in held})
 
     def get_state(self) -> list[dict[str, Any]]:
