@@ -13,6 +13,7 @@ import tyro
 from pycocotools import mask as rle
 
 from agents.evaluate import PolicyAgent
+from agents.policies import ImplicitPolicy
 from sam_gym import cli
 from sam_gym.data import Sample
 from sam_gym.data.files import read_image
@@ -106,6 +107,12 @@ class Annotator:
         if "cue_click" in policy.observation_space.spaces:  # type: ignore[attr-defined]
             raise ValueError("This policy was trained on instances, which a cue click shows to it.")
         others = int(policy.action_space.n) - 2 * policy.grid**2  # type: ignore[attr-defined]
+        if others != len(policy.others):
+            raise ValueError(
+                f"This policy has {others} actions beyond clicks, but says of {len(policy.others)} "
+                "what they are. Train it with this version of train_ppo."
+            )
+        check_words(policy, categories)
         backbone = dict(policy.features["backbone"])
         config = ClickConfig(
             obs="handle",
@@ -114,8 +121,8 @@ class Annotator:
             grid=policy.grid,
             max_steps=max_steps or policy.features["max_steps"],
             keep_best=keep_best,
-            stop=others > 0,
-            undo=others > 1,
+            stop="stop" in policy.others,
+            undo="undo" in policy.others,
         )
         self.core = ClickCore(config, num_slots, _Unlabelled(categories))
 
@@ -173,6 +180,17 @@ class Annotator:
         return draw_episode(target.image, core.mask(slot), clicks, caption=caption)
 
 
+def check_words(policy: ImplicitPolicy, categories: Sequence[str]) -> None:
+    """Raise `ValueError` for a category that a policy cannot look for, or that is named twice."""
+    known = policy.features.get("vocabulary")
+    for name in categories:
+        if known and name not in known:
+            raise unknown_name("category of this policy", name, known)
+        if list(categories).count(name) > 1:
+            raise ValueError(f"Category {name!r} is named twice.")
+    policy.set_categories(categories)
+
+
 class Progress:
     """What is done already, a line of JSON for each image and category, in a file beside `out`.
 
@@ -182,7 +200,7 @@ class Progress:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
-        header = {"settings": plain(settings)}
+        self._header = header = {"settings": plain(settings)}
         #: (file, category number) -> annotation without ids, None where there is no mask.
         self.done: dict[tuple[str, int], dict[str, Any] | None] = {}
         if path.exists():
@@ -194,19 +212,20 @@ class Progress:
                     "remove the file to begin anew."
                 )
             self.done = {(row["file"], row["category"]): row["annotation"] for row in rows[1:]}
-            self._rewrite(header)
-        else:
-            path.write_text(json.dumps(header) + "\n")
+            self._rewrite()
 
     def add(self, job: Job, annotation: dict[str, Any] | None) -> None:
         self.done[job.file, job.category] = annotation
+        if not self.path.exists():
+            self._rewrite()
+            return
         with self.path.open("a") as file:
             file.write(self._line(job.file, job.category, annotation))
 
-    def _rewrite(self, header: dict[str, Any]) -> None:
-        """Leave a half-written last line out."""
+    def _rewrite(self) -> None:
+        """Write the file anew, without a half-written last line."""
         lines = [self._line(*key, annotation) for key, annotation in self.done.items()]
-        self.path.write_text(json.dumps(header) + "\n" + "".join(lines))
+        self.path.write_text(json.dumps(self._header) + "\n" + "".join(lines))
 
     @staticmethod
     def _line(file: str, category: int, annotation: dict[str, Any] | None) -> str:
@@ -283,7 +302,13 @@ def annotate(config: Config) -> dict[str, Any]:
         raise ValueError("--categories is empty: name what to look for, for example star,ring.")
     files = image_files(config.images)
     ids = Ids(config.coco, files, names)
+    left_out = [file for file in files if file not in ids.images]
     files = [file for file in files if file in ids.images]
+    if not files:
+        raise ValueError(
+            f"{config.coco} has none of the {len(left_out)} images of {config.images} (the first "
+            f"is {left_out[0]!r}): its file_name must be a path relative to --images."
+        )
     agent = PolicyAgent.load(config.policy, config.device)
     annotator = Annotator(agent, names, config.num_envs, config.max_steps, config.keep_best)
 
@@ -301,7 +326,7 @@ def annotate(config: Config) -> dict[str, Any]:
     ]
     if progress.done:
         print(f"Going on: {len(progress.done)} of {len(progress.done) + len(jobs)} are done.")
-    reader = _Reader(config.images)
+    reader = _Reader(config.images, annotator.core)
     for first in track(range(0, len(jobs), config.num_envs), "annotating"):
         chunk = reader.readable(jobs[first : first + config.num_envs])
         if not chunk:
@@ -311,14 +336,16 @@ def annotate(config: Config) -> dict[str, Any]:
             keep = result["area"] > 0 and result["score"] >= config.min_score
             progress.add(job, result if keep else None)
             if overlays is not None and keep:
-                stem = Path(job.file).with_suffix("").as_posix().replace("/", "__")
                 overlays.mkdir(parents=True, exist_ok=True)
-                save_image(overlays / f"{stem}__{names[job.category]}.jpg", picture)
+                name = f"{job.file}__{names[job.category]}.jpg".replace("/", "__")
+                save_image(overlays / name, picture)
     annotator.core.close()
 
     content = _as_coco(config, progress, ids, names, reader)
     write_json(out, content)
-    progress.path.unlink()
+    progress.path.unlink(missing_ok=True)
+    for file in left_out:
+        print(f"skipped {file}: not in {config.coco}")
     for file, reason in reader.broken.items():
         print(f"skipped {file}: {reason}")
     counts = f"{len(content['annotations'])} masks in {len(content['images'])} images"
@@ -331,8 +358,8 @@ def annotate(config: Config) -> dict[str, Any]:
 class _Reader:
     """Reads images, each once for all of its categories, and remembers which could not be read."""
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, core: ClickCore) -> None:
+        self.folder, self.core = folder, core
         self.broken: dict[str, str] = {}
         self._last: tuple[str, np.ndarray] | None = None
 
@@ -344,6 +371,10 @@ class _Reader:
             return None
         try:
             image = read_image(str(Path(self.folder) / file), "image")
+            if not all(self.core.backbone.input_size(image.shape[:2])):
+                raise ValueError(
+                    f"{image.shape[1]} x {image.shape[0]} pixels are too thin for SAM."
+                )
         except (ValueError, OSError) as error:
             self.broken[file] = str(error)
             return None

@@ -25,10 +25,10 @@ from sam_gym.files import write_atomic
 
 #: How many checkpoints are kept: the newest, and the one before in case that one is damaged.
 KEPT = 2
-#: Settings that may differ between a run and its resumption: where files lie, how much memory is
-#: used, what is written when, and the device. Everything else would make it another run.
+#: Settings that may differ between a run and its resumption: where its own files and the data lie,
+#: how much memory is used, pictures, checkpoints, and the device.
 FREE_SETTINGS = (
-    *("out", "resume", "checkpoint_every"),
+    *("out", "resume", "checkpoint_every", "views"),
     *("settings.data", "settings.device"),
     *("settings.cache_mib", "settings.store_gib", "settings.disk_gib"),
 )

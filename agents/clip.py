@@ -76,7 +76,7 @@ class WordTokenizer:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+", text.lower())
+    return re.findall(r"[^\W_]+", text.lower())
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Clip:
         """Raise `ValueError` for a name of which the model's vocabulary has no word."""
         if isinstance(self.tokenizer, WordTokenizer):
             for name in names:
-                if self.tokenizer.unknown(name):
+                if self.tokenizer.unknown(name) or (name and not _words(name)):
                     raise ValueError(
                         f"{self.name} has no word for {name!r}. It knows: "
                         f"{', '.join(self.tokenizer.words)}. Take a CLIP with a full vocabulary, "

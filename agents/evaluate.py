@@ -6,6 +6,7 @@ scored at the size of the image.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -63,6 +64,18 @@ class Evaluation:
         }
 
 
+def _moved(path: str | Path, device: str) -> dict[str, Any]:
+    """What a saved policy was made with, but for another device of its SAM and CLIP."""
+    from stable_baselines3.common.save_util import load_from_zip_file
+
+    data, _, _ = load_from_zip_file(path, device="cpu")
+    arguments = copy.deepcopy((data or {}).get("policy_kwargs", {}))
+    for model in ("backbone", "clip"):
+        if model in arguments.get("features", {}):
+            arguments["features"][model]["device"] = device
+    return {"policy_kwargs": arguments}
+
+
 class PolicyAgent:
     """A trained policy as an agent.
 
@@ -85,7 +98,7 @@ class PolicyAgent:
                 f"{', '.join(BASELINES.names())}."
             )
         try:
-            policy = PPO.load(path, device=device).policy
+            policy = PPO.load(path, device=device, custom_objects=_moved(path, device)).policy
         except Exception as error:  # a zip can be damaged in many ways
             raise ValueError(
                 f"{path}: not a readable policy ({type(error).__name__}: {error})."

@@ -68,15 +68,19 @@ class WordMaps:
         pixels = torch.from_numpy(frames).to(self.surgery.clip.device).permute(0, 3, 1, 2)
         maps, whole = self.surgery.similarity(pixels, self.texts, self.redundant)
         maps = F.interpolate(maps, self.cells, mode="bilinear", align_corners=False)
-        for own, image in zip(maps, images, strict=True):
-            self._blank_padding(own, image.shape[:2])
+        for own, frame in zip(maps, frames, strict=True):
+            self._blank_padding(own, frame)
         packed = torch.cat([whole[..., None], maps.flatten(2)], dim=2)
         return packed.to(self.backbone.device, torch.float16)
 
-    def _blank_padding(self, maps: Tensor, size: tuple[int, int]) -> None:
-        """Give cells (N, h, w) without image the lowest similarity there is."""
-        cell = self.backbone.image_size // self.cells[0]
-        height, width = (-(-side // cell) for side in self.backbone.input_size(size))
+    def _blank_padding(self, maps: Tensor, frame: np.ndarray) -> None:
+        """Give cells (N, h, w) below and right of the image the lowest similarity there is.
+
+        Observations show the frame only, so padding is what is black to its edge.
+        """
+        content, cell = frame.any(axis=2), self.backbone.image_size // self.cells[0]
+        rows, columns = (np.flatnonzero(content.any(axis=axis)) for axis in (1, 0))
+        height, width = (-(-int(x.max(initial=0) + 1) // cell) for x in (rows, columns))
         lowest = maps.amin(dim=(1, 2), keepdim=True)
         maps[:, height:] = lowest
         maps[:, :, width:] = lowest
@@ -182,7 +186,10 @@ class TextFeatures(ClickFeatures):
             return observations["word_maps"]
         if "handle" in observations:
             return self.store.gather(observations["handle"][:, 0], self._maps.name)
-        return self._maps(list(observations["image"].cpu().numpy()))
+        image = observations["image"]
+        if image.shape[-1] != 3:  # SB3 puts channels first
+            image = image.permute(0, 2, 3, 1)
+        return self._maps(list(image.to(torch.uint8).cpu().numpy()))
 
 
 def _tokens(maps: Tensor) -> Tensor:

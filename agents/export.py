@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -103,7 +105,7 @@ def export(config: Config) -> dict[str, Any]:
         RuntimeError: an exported policy says something else than the original.
     """
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  (what torch.onnx.export translates with)
     except ImportError as error:
         raise ImportError(
@@ -114,8 +116,20 @@ def export(config: Config) -> dict[str, Any]:
     policy = PolicyAgent.load(config.policy, "cpu").policy
     policy.set_training_mode(False)
     module = ExportablePolicy(policy).eval()
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        results = _export_into(Path(folder), module, config)
+        out = Path(config.out)
+        out.mkdir(parents=True, exist_ok=True)
+        for file in Path(folder).iterdir():
+            shutil.copyfile(file, out / file.name)
+    print(json.dumps(results, indent=2))
+    print(f"Wrote policy.onnx, policy.pt2 and inputs.json to {out}.")
+    return results
+
+
+def _export_into(out: Path, module: ExportablePolicy, config: Config) -> dict[str, Any]:
+    """Write all files into a folder and check what they say."""
+    import onnxruntime
 
     example = module.example(2)
     dynamic = (tuple({0: torch.export.Dim("batch")} for _ in example),)
@@ -162,8 +176,6 @@ def export(config: Config) -> dict[str, Any]:
                 ),
                 "median_ms": round(1000 * _median_seconds(way, inputs, config.repeats), 3),
             }
-    print(json.dumps(results, indent=2))
-    print(f"Wrote policy.onnx, policy.pt2 and inputs.json to {out}.")
     return results
 
 
@@ -181,7 +193,8 @@ def _write_inputs(module: ExportablePolicy, path: Path) -> None:
             "backbone": policy.features["backbone"],
             "grid": policy.grid,
             "max_steps": policy.features["max_steps"],
-            "actions": "grid x grid positive clicks row by row, as many negative, then stop, undo",
+            "actions": "grid x grid positive clicks row by row, as many negative, then others",
+            "others": policy.others,
         },
     )
 

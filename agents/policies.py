@@ -174,6 +174,7 @@ class ImplicitPolicy(ActorCriticPolicy):
         features: arguments of `ClickFeatures` (names and numbers only, since SB3 pickles them).
         grid: clicks fall on grid x grid cells.
         head: "spatial" or "flat".
+        others: actions beyond clicks, in their order: "stop", "undo".
     """
 
     extractor_class: type[ClickFeatures] = ClickFeatures
@@ -189,6 +190,7 @@ class ImplicitPolicy(ActorCriticPolicy):
         features: dict[str, Any],
         grid: int,
         head: str = "spatial",
+        others: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         if head not in ("spatial", "flat"):
@@ -196,6 +198,7 @@ class ImplicitPolicy(ActorCriticPolicy):
 
             raise unknown_name("head", head, ["spatial", "flat"])
         self.grid, self.head, self.features = grid, head, features
+        self.others = list(others)
         kwargs |= {
             "features_extractor_class": self.extractor_class,
             "features_extractor_kwargs": features,
@@ -229,7 +232,8 @@ class ImplicitPolicy(ActorCriticPolicy):
         data = super()._get_constructor_parameters()
         for name in ("features_extractor_class", "features_extractor_kwargs", "ortho_init"):
             data.pop(name, None)
-        return data | {"features": self.features, "grid": self.grid, "head": self.head}
+        own = {"features": self.features, "grid": self.grid, "head": self.head}
+        return data | own | {"others": self.others}
 
     # SB3 would turn observations into one-hot codes and floats first; the extractor takes them raw.
 

@@ -198,7 +198,12 @@ def make_model(
         gae_lambda=config.gae_lambda,
         clip_range=config.clip_range,
         ent_coef=config.ent_coef,
-        policy_kwargs={"features": features, "grid": settings.grid, "head": config.head},
+        policy_kwargs={
+            "features": features,
+            "grid": settings.grid,
+            "head": config.head,
+            "others": ["stop"] * settings.stop + ["undo"] * settings.undo,
+        },
         seed=config.seed,
         device=core.device,
         ranks=ranks,
@@ -231,6 +236,11 @@ def _encoded_alone(core: ClickCore) -> Iterator[None]:
         store.batch_size = 1
     try:
         yield
+    except BaseException:
+        # Whoever interrupts a run may go on in the same process: nothing of it may stay pinned.
+        store.end_epoch()
+        core.close()
+        raise
     finally:
         store.batch_size = before
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-#: Shapes that one function may be compiled for; torch's own limit of 8 is for shapes by accident.
-_MAX_SHAPES = 64
+#: Shapes that one function may be compiled for; torch's own limits are for shapes by accident.
+_LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
 
 
 def padded_size(count: int) -> int:
@@ -45,7 +45,7 @@ class FixedShapes:
                 None if x is None else torch.cat([x, x[-1:].expand(missing, *x.shape[1:])])
                 for x in inputs
             )
-        with torch._dynamo.config.patch(recompile_limit=_MAX_SHAPES):
+        with torch._dynamo.config.patch(_LIMITS):
             torch.compiler.cudagraph_mark_step_begin()
             outputs = self._compiled(*inputs)
         # The next call of a CUDA graph overwrites what this one returned.

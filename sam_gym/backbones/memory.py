@@ -28,4 +28,6 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 2**30) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    # Before version 2.35 or so, 32 MiB is the most that it takes.
+    large = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)
+    return bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) and large)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sam_gym.backbones.attention import fuse_attention
-from sam_gym.backbones.compiled import FixedShapes
+from sam_gym.backbones.compiled import FixedShapes, padded_size
 from sam_gym.backbones.decode import NO_POINT, Prompts, decode_tokens
 from sam_gym.backbones.hq import embedding_channels, encode_pixels
 from sam_gym.backbones.memory import keep_freed_memory
@@ -25,7 +25,7 @@ from sam_gym.transfer import to_device
 #: Precisions by name, of models and of embeddings on disk.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: Points of a compiled call come in multiples of this.
+#: Points of a compiled call: this many, or twice, four times, ... as many.
 _POINTS = 8
 
 
@@ -202,10 +202,11 @@ class Backbone:
         Returns:
             Mask logits float32 (P, hm, wm) and predicted IoU float32 (P,).
         """
-        if self.compiled:
+        if self.compiled and len(prompts):
             embeddings, prompts = _whole(embeddings, prompts)
+        work = self._decode_best if len(prompts) else partial(_decode_best, self.sam)
         with self._autocast():
-            logits, iou = self._decode_best(
+            logits, iou = work(
                 embeddings,
                 prompts.points,
                 prompts.labels,
@@ -238,15 +239,15 @@ def _decode_best(
 def _whole(embeddings: Tensor, prompts: Prompts) -> tuple[Tensor, Prompts]:
     """The same prompts in a form of few shapes.
 
-    Every prompt set has its own embedding, a multiple of `_POINTS` points, a box and, if any of
-    them has one, a mask; what it does not have is marked as absent.
+    Every prompt set has its own embedding, `_POINTS` points or a larger power of two, a box and,
+    if any of them has one, a mask; what it does not have is marked as absent.
     """
     count, device = len(prompts), embeddings.device
     points, labels = prompts.points, prompts.labels
     if points is None or labels is None:
         points = torch.zeros((count, 0, 2), device=device)
         labels = torch.zeros((count, 0), dtype=torch.int64, device=device)
-    missing = -points.shape[1] % _POINTS if points.shape[1] else _POINTS
+    missing = max(_POINTS, padded_size(points.shape[1])) - points.shape[1]
     boxes, masks = prompts.boxes, prompts.masks
     has_box, has_mask = prompts.has_box, prompts.has_mask
     if has_box is None:

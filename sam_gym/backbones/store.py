@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ Describe = Callable[[Sequence[np.ndarray]], Tensor]
 class _Companion:
     """Something else that is computed once per image and kept under the embedding's handle."""
 
-    describe: Describe
+    users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     table: Tensor | None = None
     known: set[int] = field(default_factory=set)
 
@@ -100,11 +102,14 @@ class EmbeddingStore:
     def attach(self, name: str, describe: Describe) -> None:
         """From now on, keep what `describe` says of each image that is acquired.
 
+        It is kept beside the bound on embeddings, and let go when nobody else holds any of the
+        functions that were attached under its name.
+
         Args:
-            name: for `gather`; attaching a name again changes nothing.
+            name: for `gather`. What is attached under one name says the same.
             describe: images -> floating (B, ...) on the device, always of the same shape.
         """
-        self._companions.setdefault(name, _Companion(describe))
+        self._companions.setdefault(name, _Companion()).users.add(describe)
 
     def _acquire(self, keys: Sequence[bytes], images: Sequence[np.ndarray]) -> list[int]:
         missing: dict[bytes, np.ndarray] = {}
@@ -137,15 +142,21 @@ class EmbeddingStore:
         Args:
             images: pinned handle -> its image, uint8 (H, W, 3).
         """
-        for companion in self._companions.values():
-            self._describe(companion, images)
+        for name, companion in list(self._companions.items()):
+            describe = next(iter(companion.users), None)
+            if describe is None:
+                del self._companions[name]
+            else:
+                self._describe(companion, describe, images)
 
-    def _describe(self, companion: _Companion, images: dict[int, np.ndarray]) -> None:
+    def _describe(
+        self, companion: _Companion, describe: Describe, images: dict[int, np.ndarray]
+    ) -> None:
         """Fill in what one companion does not know yet."""
         todo = [handle for handle in images if handle not in companion.known]
         for first in range(0, len(todo), self.batch_size):
             chunk = todo[first : first + self.batch_size]
-            values = companion.describe([images[handle] for handle in chunk])
+            values = describe([images[handle] for handle in chunk])
             table = companion.table
             if table is None or len(table) < len(self._table):
                 # What is asked for without having been described shows in every number after it.

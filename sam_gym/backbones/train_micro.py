@@ -382,11 +382,14 @@ class MicroTrainer:
             optimizer.load_state_dict(saved)
 
     def export(self, path: Path) -> None:
-        """Write the averaged weights as float16 safetensors."""
+        """Write the averaged weights as float16 safetensors.
+
+        Of an HQ head on the weights of the package only the head; they are there already.
+        """
         state = {
             key: value
             for key, value in self.average.module.state_dict().items()
-            if in_head(key) or not self.config.hq
+            if in_head(key) or not self.config.hq or self.config.init
         }
         metadata = {"model": f"sam-gym {self.config.model}", "steps": str(self.step)}
         save_half(state, path, metadata)

@@ -31,7 +31,7 @@ def policy(tiny_env: dict, tmp_path: Path) -> str:
     backbone = {"name": "tiny", "checkpoint": tiny_env["checkpoint"], "device": "cpu"}
     names = list(core.dataset.categories)
     features = {"backbone": backbone, "vocabulary": names, "categories": names, "max_steps": 3}
-    kwargs = {"features": features, "grid": 16}
+    kwargs = {"features": features, "grid": 16, "others": ["stop"]}
     model = PPO(ImplicitPolicy, VectorEnvAdaptor(vector), policy_kwargs=kwargs, seed=0)
     model.save(tmp_path / "policy.zip")
     vector.close()
@@ -48,6 +48,7 @@ def photos(tmp_path: Path) -> Path:
         image = scenes[number].image[: 128 - 30 * number]
         cv2.imwrite(str(root / name), image[..., ::-1])
     (root / "broken.jpg").write_bytes((root / "b.jpg").read_bytes()[:700])
+    cv2.imwrite(str(root / "thin.png"), np.full((1, 3000), 99, np.uint8))
     (root / "notes.txt").write_text("no image")
     return root
 
@@ -70,7 +71,8 @@ def test_the_file_is_coco_and_can_be_scored(
     content = annotate(config(policy, photos))
     out = photos.parent / "out"
     printed = capsys.readouterr().out
-    assert "skipped broken.jpg" in printed and "1 files skipped" in printed
+    assert "skipped broken.jpg" in printed and "2 files skipped" in printed
+    assert "skipped thin.png: 3000 x 1 pixels are too thin" in printed
     assert [image["file_name"] for image in content["images"]] == ["a.png", "b.jpg", "more/c.png"]
     assert {c["name"] for c in content["categories"]} == {"star", "ring"}
     assert 0 < len(content["annotations"]) <= 6 and not list(out.glob("*.partial*"))
@@ -80,7 +82,7 @@ def test_the_file_is_coco_and_can_be_scored(
         assert list(mask.shape) == sizes[annotation["image_id"]]
         assert annotation["area"] == mask.sum() and 0 <= annotation["clicks"] <= 3
     pictures = sorted(path.name for path in (out / "annotations_overlays").iterdir())
-    assert len(pictures) == len(content["annotations"]) and "a__star.jpg" in pictures
+    assert len(pictures) == len(content["annotations"]) and "a.png__star.jpg" in pictures
 
     # Scored against itself, every mask is found: the file is as COCOeval wants it, on both sides.
     truth = COCO(str(out / "annotations.json"))
@@ -150,6 +152,32 @@ def test_ids_of_a_coco_file(policy: str, photos: Path) -> None:
     assert {annotation["category_id"] for annotation in content["annotations"]} <= {5, 9}
     with pytest.raises(ValueError, match="Did you mean 'ring'"):
         annotate(config(policy, photos, coco=str(path), categories="rings"))
+    path.write_text(json.dumps(known | {"images": [{"id": 77, "file_name": "val/a.png"}]}))
+    with pytest.raises(ValueError, match="none of the 5 images.*relative"):
+        annotate(config(policy, photos, coco=str(path)))
+
+
+def test_actions_mean_what_they_meant_in_training(tiny_env: dict, tmp_path: Path) -> None:
+    settings = make_config(tiny_env | {"undo": True})
+    vector, core = make_vector_env("SamSeg-v0", 2, settings)
+    names = list(core.dataset.categories)
+    backbone = {"name": "tiny", "checkpoint": tiny_env["checkpoint"], "device": "cuda:7"}
+    features = {"backbone": backbone, "vocabulary": names, "categories": names, "max_steps": 3}
+    here = features | {"backbone": backbone | {"device": "cpu"}}
+    for others in (["undo"], []):
+        kwargs = {"features": here, "grid": 16, "others": others}
+        model = PPO(ImplicitPolicy, VectorEnvAdaptor(vector), policy_kwargs=kwargs, device="cpu")
+        model.policy_kwargs["features"] = features  # as if it had been trained on a GPU
+        model.save(tmp_path / "policy.zip")
+        agent = PolicyAgent.load(tmp_path / "policy.zip", "cpu")
+        if others:
+            made = Annotator(agent, ["star"], 1).core
+            assert (made.undo_action, made.stop_action) == (512, -1)
+            assert made.device.type == "cpu"
+        else:
+            with pytest.raises(ValueError, match="1 actions beyond clicks"):
+                Annotator(agent, ["star"], 1)
+    vector.close()
 
 
 def test_wrong_inputs(policy: str, photos: Path, tmp_path: Path) -> None:
@@ -158,6 +186,11 @@ def test_wrong_inputs(policy: str, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no image in this folder"):
         annotate(config(policy, tmp_path / "empty"))
+    with pytest.raises(ValueError, match="Did you mean 'star'"):
+        annotate(config(policy, photos, categories="starr"))
+    with pytest.raises(ValueError, match="named twice"):
+        annotate(config(policy, photos, categories="star,star"))
+    assert not list(tmp_path.rglob("*.partial*"))
     with pytest.raises(ValueError, match="--categories is empty"):
         annotate(config(policy, photos, categories=" , "))
     with pytest.raises(FileNotFoundError, match="no such policy"):

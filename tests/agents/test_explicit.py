@@ -105,6 +105,11 @@ def test_maps_are_computed_once_per_image(tiny: Backbone, surgery: Any) -> None:
     (recycled,) = store.acquire([third])
     assert recycled == early and calls == [1, 1, 1]
     torch.testing.assert_close(store.gather(torch.tensor([recycled]), maps.name), maps([third]))
+    # What nobody holds any more is let go.
+    del describe
+    store.describe({recycled: third})
+    with pytest.raises(KeyError):
+        store.gather(torch.tensor([recycled]), maps.name)
 
 
 def test_planes_of_the_target_among_other_words(tiny_env: dict, clip: dict[str, Any]) -> None:
@@ -134,20 +139,29 @@ def test_planes_of_the_target_among_other_words(tiny_env: dict, clip: dict[str, 
     env.close()
 
 
-def test_both_forms_of_observation_show_the_same(tiny_env: dict, clip: dict[str, Any]) -> None:
+@pytest.mark.parametrize("photos", [False, True])
+def test_both_forms_of_observation_show_the_same(
+    photos: bool, tiny_env: dict, clip: dict[str, Any], two_photos: Path
+) -> None:
+    if photos:
+        where = {"dataset": "folder", "data": str(two_photos), "split": "test"}
+        tiny_env |= where | {"dataset_kwargs": {"category": "mug"}}
     settings = make_config(tiny_env)
-    vector, core = make_vector_env("SamSeg-v0", 2, settings)
+    vector, core = make_vector_env("SamSeg-v0", 4, settings)
     env = VectorEnvAdaptor(vector)
     policy = policy_of(env, core, clip)
-    handles = policy.extract_features(policy.obs_to_tensor(env.reset())[0])
     whole: Any = gym.make_vec(
-        "SamSeg-v0", 2, vectorization_mode="vector_entry_point", **tiny_env, obs="full"
+        "SamSeg-v0", 4, vectorization_mode="vector_entry_point", **tiny_env, obs="full"
     )
     env.seed(0)
     handles = policy.extract_features(policy.obs_to_tensor(env.reset())[0])
     observations, _ = whole.reset(seed=0)
+    assert photos == any((image == 0).all(axis=2).any() for image in observations["image"])
     full = policy.extract_features(policy._to_tensors(observations))
     torch.testing.assert_close(full, handles, rtol=1e-3, atol=1e-3)
+    # SB3 has channels first.
+    first = observations | {"image": observations["image"].transpose(0, 3, 1, 2)}
+    assert torch.equal(policy.extract_features(policy._to_tensors(first)), full)
     env.close()
     whole.close()
 
@@ -188,5 +202,6 @@ def test_it_learns_is_saved_and_plays_with_other_words(
 
 
 def test_words_that_clip_does_not_know_are_refused(tiny: Backbone, surgery: Any) -> None:
-    with pytest.raises(ValueError, match="no word for 'zebra'"):
-        WordMaps(surgery, tiny, ["star", "zebra"])
+    for name in ("zebra", "星", "star2", "!!"):
+        with pytest.raises(ValueError, match=f"no word for '{name}'"):
+            WordMaps(surgery, tiny, ["star", name])

@@ -37,7 +37,7 @@ def test_both_forms_agree_for_any_number_of_images(
         features["clip"] = {"name": "clip_micro", "pretrained": str(clip_folder), "device": "cpu"}
     else:
         features["vocabulary"] = names
-    kwargs = {"features": features, "grid": 16}
+    kwargs = {"features": features, "grid": 16, "others": ["stop"]}
     model = PPO(POLICIES.get(kind), env, policy_kwargs=kwargs, seed=0, device="cpu")
     model.save(tmp_path / "policy.zip")
     out = tmp_path / "out"
@@ -55,6 +55,7 @@ def test_both_forms_agree_for_any_number_of_images(
     np.testing.assert_array_equal(logits.argmax(axis=1), actions)
     described = json.loads((out / "inputs.json").read_text())
     assert described["inputs"].keys() == observations.keys() and described["categories"] == names
+    assert described["others"] == ["stop"]
     env.close()
 
 

@@ -96,3 +96,6 @@ def test_same_masks_compiled(
         seen.append(compilations.count)
     # One for the images, and one for up to 4 and up to 8 prompts each.
     assert seen == [2, 3, 3, 3, 3, 3]
+    none = Prompts(**{k: None if v is None else v[:0] for k, v in vars(prompts).items()})
+    logits, iou = compiled.decode_best(embeddings, none, first[:0])
+    assert logits.shape == (0, *tiny.mask_shape) and iou.shape == (0,)
