@@ -23,10 +23,8 @@ from agents.clip_surgery import ClipSurgery, min_max
 from agents.policies import POLICIES, ClickFeatures, ImplicitPolicy
 from sam_gym.backbones import Backbone
 
-#: Unit features of CLIP differ little: scales their similarities to the size of other inputs.
-_SCALE = 10.0
 #: Planes of `TextFeatures.map_planes`.
-_MAP_PLANES = 5
+_MAP_PLANES = 4
 #: Rows and columns of regions that cross-attention looks at: cells would cost it too much.
 _REGIONS = 8
 
@@ -90,8 +88,9 @@ class TextFeatures(ClickFeatures):
     """What the explicit agent sees: float32 (B, width, h, w), aligned with SAM's embedding.
 
     The SAM branch knows nothing of the target. The CLIP branch has the target's map among those of
-    all words: scaled to [0, 1]; as it is; how far it is ahead of the best of the others; and,
-    scaled, the strongest of the others, weighted down by the temperature as in AlignSAM.
+    all words: scaled to [0, 1]; in standard deviations; how far it is ahead of the best of the
+    others, in standard deviations; and, scaled, the strongest of the others, weighted down by the
+    temperature as in AlignSAM.
     Cross-attention lets every place of the SAM branch look at all regions of the CLIP branch.
 
     Args:
@@ -160,11 +159,14 @@ class TextFeatures(ClickFeatures):
         return attended.transpose(1, 2).unflatten(2, self.cells)
 
     def map_planes(self, observations: dict[str, Tensor]) -> Tensor:
-        """The target's map among those of all words: (B, 5, h, w)."""
-        packed = self._packed(observations).float()
-        rows = torch.arange(packed.shape[0], device=packed.device)
+        """The target's map among those of all words: (B, 4, h, w).
+
+        No plane tells by its level which word is asked for: a policy would learn the words of its
+        training by heart, and do nothing with others.
+        """
+        maps = self._packed(observations).float()[..., 1:].unflatten(-1, self.cells)
+        rows = torch.arange(maps.shape[0], device=maps.device)
         target = observations["target_category"].reshape(-1).long()
-        whole, maps = packed[..., 0], packed[..., 1:].unflatten(-1, self.cells)
         scaled, own = min_max(maps), maps[rows, target]
         # A softmax over the words of (1 for the target, 0 for the others) / temperature, over its
         # maximum: 1 for the target, and this for the others.
@@ -172,9 +174,8 @@ class TextFeatures(ClickFeatures):
         rivals = maps.clone()
         others[rows, target], rivals[rows, target] = 0.0, -torch.inf
         ahead = own - rivals.amax(dim=1) if maps.shape[1] > 1 else own
-        whole_plane = whole[rows, target][:, None, None].expand_as(own)
-        planes = [scaled[rows, target], _SCALE * own, _SCALE * ahead, others.amax(dim=1)]
-        return torch.stack([*planes, _SCALE * whole_plane], dim=1)
+        planes = [scaled[rows, target], _standard(own), _standard(ahead), others.amax(dim=1)]
+        return torch.stack(planes, dim=1)
 
     def _packed(self, observations: dict[str, Tensor]) -> Tensor:
         """Maps of the observed images, (B, N, 1 + h * w), as `WordMaps` has them.
@@ -190,6 +191,12 @@ class TextFeatures(ClickFeatures):
         if image.shape[-1] != 3:  # SB3 puts channels first
             image = image.permute(0, 2, 3, 1)
         return self._maps(list(image.to(torch.uint8).cpu().numpy()))
+
+
+def _standard(maps: Tensor) -> Tensor:
+    """Maps (B, h, w) less their mean, over their standard deviation."""
+    centred = maps - maps.mean(dim=(1, 2), keepdim=True)
+    return centred / (centred.square().mean(dim=(1, 2), keepdim=True).sqrt() + 1e-6)
 
 
 def _tokens(maps: Tensor) -> Tensor:

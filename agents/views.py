@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from agents.clip_surgery import min_max
 from agents.evaluate import PolicyAgent
 from agents.explicit import TextFeatures
 from agents.vec_env import make_vector_env
@@ -59,13 +60,12 @@ def draw_views(
 
 
 def _word_planes(extractor: Any, tensors: dict[str, torch.Tensor]) -> list[list[np.ndarray]]:
-    """Per slot: the target's map scaled to [0, 1], and how far it is ahead, about [0, 1]."""
+    """Per slot: the target's map, and how far it is ahead of other words, scaled to [0, 1]."""
     count = len(tensors["num_steps"])
     if not isinstance(extractor, TextFeatures):
         return [[] for _ in range(count)]
     planes = extractor.map_planes(tensors)
-    ahead = (0.5 + planes[:, 2] / planes[:, 2].abs().amax(dim=(1, 2), keepdim=True) / 2).clamp(0, 1)
-    pairs = torch.stack([planes[:, 0], ahead], dim=1).cpu().numpy()
+    pairs = torch.stack([planes[:, 0], min_max(planes[:, 2])], dim=1).cpu().numpy()
     return [list(pair) for pair in pairs]
 
 
