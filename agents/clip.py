@@ -161,6 +161,7 @@ def load_clip(
     Raises:
         ValueError: an unknown name, or no weights for it.
         FileNotFoundError: the package was installed without the weights of `clip_micro`.
+        OSError: the weights could not be downloaded or do not fit.
     """
     target = resolve_device(device)
     key = (name, pretrained, str(target))
@@ -198,7 +199,10 @@ def _load_open_clip(name: str, pretrained: str | None, device: torch.device) -> 
     if pretrained is None:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise ValueError(f"{name} needs clip_pretrained: a file, or one of {', '.join(tags)}.")
-    model = open_clip.create_model(name, pretrained, device=device, require_pretrained=True)
+    try:
+        model = open_clip.create_model(name, pretrained, device=device, require_pretrained=True)
+    except RuntimeError as error:
+        raise OSError(f"{name}: the weights {pretrained!r} could not be had. {error}") from error
     templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     tokenizer = open_clip.get_tokenizer(name)
     return _clip(name, model, tokenizer, (*templates, *_SCENE_TEMPLATES), 6, device)

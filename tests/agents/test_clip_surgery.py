@@ -213,3 +213,12 @@ def test_word_tokenizer() -> None:
     assert ids.tolist() == [[start, 2, 3, end, 0], [start, end, 0, 0, 0], [start, 2, 3, 2, end]]
     assert ids.argmax(dim=1).tolist() == [3, 1, 4] and int(ids.max()) == tokenizer.vocab_size - 1
     assert tokenizer.unknown("a unicorn") == ["unicorn"]
+
+
+def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Failed to download file")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(OSError, match=r"ViT-B-16: the weights 'openai' could not be had.*download"):
+        load_clip("ViT-B-16", "openai", "cpu")
