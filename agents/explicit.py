@@ -76,9 +76,9 @@ class WordMaps:
 
         Observations show the frame only, so padding is what is black to its edge.
         """
-        content: np.ndarray = frame.any(axis=2)
+        content = frame.max(axis=2) > 0
         cell = self.backbone.image_size // self.cells[0]
-        rows, columns = (np.flatnonzero(content.any(axis=axis)) for axis in (1, 0))
+        rows, columns = (np.flatnonzero(content.max(axis=axis)) for axis in (1, 0))
         height, width = (-(-int(x.max(initial=0) + 1) // cell) for x in (rows, columns))
         lowest = maps.amin(dim=(1, 2), keepdim=True)
         maps[:, height:] = lowest
