@@ -16,13 +16,11 @@ from agents.evaluate import PolicyAgent
 from agents.policies import ImplicitPolicy
 from sam_gym import cli
 from sam_gym.data import Sample
-from sam_gym.data.files import read_image
+from sam_gym.data.files import IMAGE_SUFFIXES, read_image
 from sam_gym.envs.core import ClickConfig, ClickCore, SlotTarget
 from sam_gym.files import plain, write_json
 from sam_gym.registry import unknown_name
 from sam_gym.render import draw_episode, save_image
-
-_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 @dataclass
@@ -170,14 +168,10 @@ class Annotator:
 
     def _picture(self, slot: int, job: Job) -> np.ndarray:
         core, count = self.core, int(self.core.num_clicks[slot])
-        target = core.ground_truth(slot)
-        clicks = [
-            (*core.to_image(slot, *point), bool(label == 1))
-            for point, label in zip(core.points[slot, :count], core.labels[slot], strict=False)
-        ]
         score = core.predicted_ious[slot, count]
         caption = f"{core.dataset.categories[job.category]}  score {score:.2f}  {count} clicks"
-        return draw_episode(target.image, core.mask(slot), clicks, caption=caption)
+        image = core.ground_truth(slot).image
+        return draw_episode(image, core.mask(slot), core.clicks(slot), caption=caption)
 
 
 def check_words(policy: ImplicitPolicy, categories: Sequence[str]) -> None:
@@ -253,10 +247,12 @@ def image_files(folder: str) -> list[str]:
     files = sorted(
         path.relative_to(root).as_posix()
         for path in root.rglob("*")
-        if path.is_file() and path.suffix.lower() in _SUFFIXES
+        if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
     )
     if not files:
-        raise ValueError(f"{folder}: no image in this folder ({', '.join(sorted(_SUFFIXES))}).")
+        raise ValueError(
+            f"{folder}: no image in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})."
+        )
     return files
 
 

@@ -63,19 +63,20 @@ class WordTokenizer:
 
     def unknown(self, text: str) -> list[str]:
         """The words of a text that are not in the vocabulary."""
-        return [word for word in _words(text) if word not in self._index]
+        return [word for word in words_of(text) if word not in self._index]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Token ids, int64 (N, context_length); longer texts are cut."""
         ids = torch.full((len(texts), self.context_length), self.PAD)
         for row, text in zip(ids, texts, strict=True):
-            found = [self._index.get(word, self.UNKNOWN) for word in _words(text)]
+            found = [self._index.get(word, self.UNKNOWN) for word in words_of(text)]
             found = [self.start, *found[: self.context_length - 2], self.end]
             row[: len(found)] = torch.tensor(found)
         return ids
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """The words of a text, lower case."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
@@ -120,7 +121,7 @@ class Clip:
         """Raise `ValueError` for a name of which the model's vocabulary has no word."""
         if isinstance(self.tokenizer, WordTokenizer):
             for name in names:
-                if self.tokenizer.unknown(name) or (name and not _words(name)):
+                if self.tokenizer.unknown(name) or (name and not words_of(name)):
                     raise ValueError(
                         f"{self.name} has no word for {name!r}. It knows: "
                         f"{', '.join(self.tokenizer.words)}. Take a CLIP with a full vocabulary, "

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agents.clip import MICRO_TEMPLATES, WordTokenizer, read_clip_micro
+from agents.clip import MICRO_TEMPLATES, WordTokenizer, read_clip_micro, words_of
 from agents.clip_surgery import ClipSurgery, surgical_tokens
 from agents.pointing import Redundant, pointing_game
 from sam_gym.backbones import load_backbone
@@ -177,12 +177,7 @@ def make_captions(
 def vocabulary() -> list[str]:
     """Every word that a caption or a template may hold."""
     sentences = [*MICRO_TEMPLATES, *_GENERIC, *Scenes.categories, "and"]
-    words = {
-        word
-        for sentence in sentences
-        for word in sentence.replace("{}", "").replace(".", "").split()
-    }
-    return sorted(words)
+    return sorted({word for sentence in sentences for word in words_of(sentence)})
 
 
 # Model -----------------------------------------------------------------------------------------

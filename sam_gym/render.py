@@ -43,17 +43,14 @@ def draw_episode(
     Returns:
         uint8 (height [+ caption], W', 3), RGB.
     """
-    scale = height / image.shape[0]
-    size = (round(image.shape[1] * scale), height)
-    canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
-    large = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
+    canvas, size, scale = _enlarged(image, height)
+    large = _at_size(mask, size)
     canvas[~large] *= 0.62
     canvas[large] = 0.6 * canvas[large] + 0.4 * np.array(MASK_COLOUR, np.float32)
     canvas = canvas.astype(np.uint8)
     _outline(canvas, large, MASK_COLOUR, 2)
     if target is not None:
-        truth = cv2.resize(target.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
-        _outline(canvas, truth, TARGET_COLOUR, 1)
+        _outline(canvas, _at_size(target, size), TARGET_COLOUR, 1)
     if cue is not None:
         cv2.circle(canvas, _at(cue[0], cue[1], scale), height // 32, CUE_COLOUR, 2, cv2.LINE_AA)
     for number, (x, y, positive) in enumerate(clicks, start=1):
@@ -83,21 +80,31 @@ def draw_heat(
     Returns:
         uint8 (height [+ caption], W', 3), RGB.
     """
-    scale = height / image.shape[0]
-    size = (round(image.shape[1] * scale), height)
-    canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
+    canvas, size, _ = _enlarged(image, height)
     smooth = cv2.resize(heat.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
     levels = (255 * smooth.clip(0, 1)).astype(np.uint8)
     colours = cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[..., ::-1]
     canvas = (0.45 * canvas + 0.55 * colours).astype(np.uint8)
     if target is not None:
-        truth = cv2.resize(target.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
-        _outline(canvas, truth, TARGET_COLOUR, 2)
+        _outline(canvas, _at_size(target, size), TARGET_COLOUR, 2)
     if peak:
         y, x = divmod(int(smooth.argmax()), size[0])
         cv2.drawMarker(canvas, (x, y), (0, 0, 0), cv2.MARKER_CROSS, 22, 5, cv2.LINE_AA)
         cv2.drawMarker(canvas, (x, y), NEGATIVE_COLOUR, cv2.MARKER_CROSS, 20, 2, cv2.LINE_AA)
     return np.concatenate([canvas, _caption(caption, size[0])]) if caption else canvas
+
+
+def _enlarged(image: np.ndarray, height: int) -> tuple[np.ndarray, tuple[int, int], float]:
+    """An image `height` pixels high as float32 (height, W', 3), its (W', height), and the scale."""
+    scale = height / image.shape[0]
+    size = (round(image.shape[1] * scale), height)
+    canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
+    return canvas, size, scale
+
+
+def _at_size(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask bool (H, W) as bool of (width, height) pixels."""
+    return cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
 
 
 def _at(x: float, y: float, scale: float) -> tuple[int, int]:

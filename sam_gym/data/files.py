@@ -16,6 +16,9 @@ from sam_gym.registry import unknown_name
 
 OnError = Literal["raise", "skip"]
 
+#: Endings of files that are read as images.
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
 
 class Reject(Exception):
     """A record that cannot be used, raised by a validator and turned into a message by `Records`.

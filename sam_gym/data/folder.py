@@ -10,13 +10,20 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from sam_gym.data.files import OnError, Records, Reject, read_image, read_labels, resolve
+from sam_gym.data.files import (
+    IMAGE_SUFFIXES,
+    OnError,
+    Records,
+    Reject,
+    read_image,
+    read_labels,
+    resolve,
+)
 from sam_gym.data.sample import Sample
 from sam_gym.registry import unknown_name
 
 BACKGROUND, IGNORE, OBJECT = 0, 128, 255
 
-_IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SPLITS = ("train", "val", "test")
 _TARGETS = ("mask", "components", "instances")
 
@@ -158,7 +165,7 @@ def _image_files(folder: str) -> dict[str, list[str]]:
     files: dict[str, list[str]] = {}
     for name in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(name)
-        if suffix.lower() in _IMAGE_SUFFIXES and not name.startswith("."):
+        if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
             files.setdefault(stem, []).append(os.path.join(folder, name))
     return files
 

@@ -624,6 +624,14 @@ class ClickCore:
         logits = self.logits[slot, int(self.num_clicks[slot])]
         return (self.backbone.masks_at(logits, self._target(slot).mask.shape) > 0).cpu().numpy()
 
+    def clicks(self, slot: int) -> list[tuple[int, int, bool]]:
+        """The clicks of a slot so far: (x, y) in pixels of its image, and whether positive."""
+        count = int(self.num_clicks[slot])
+        return [
+            (*self.to_image(slot, *point), bool(label == 1))
+            for point, label in zip(self.points[slot, :count], self.labels[slot], strict=False)
+        ]
+
     def render(self, slot: int, height: int = 384) -> np.ndarray:
         """A picture of a slot, `height` pixels high and a caption. The target has a white outline.
 
@@ -634,15 +642,11 @@ class ClickCore:
 
         target = self._target(slot)
         count = int(self.num_clicks[slot])
-        clicks = [
-            (*self.to_image(slot, *point), bool(label == 1))
-            for point, label in zip(self.points[slot, :count], self.labels[slot], strict=False)
-        ]
         name = self.dataset.categories[target.category]
         return draw_episode(
             target.image,
             self.mask(slot),
-            clicks,
+            self.clicks(slot),
             target=target.mask,
             cue=target.cue,
             caption=f"{name}  step {self.steps[slot]}  IoU {self.ious[slot, count]:.2f}",
