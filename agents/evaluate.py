@@ -214,7 +214,7 @@ class Config:
     seed: int = 1000
     """Seed of the episodes."""
     categories: str | None = None
-    """Comma-separated categories to segment (dataset coco)."""
+    """Comma-separated categories: of scenes, the only things in them; of coco, the things to segment."""
     settings: Annotated[ClickConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: ClickConfig(split="test")
     )

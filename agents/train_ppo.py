@@ -72,7 +72,7 @@ class Config:
     train_images: int = 2048
     """How many different scenes are trained on; each is encoded once (dataset scenes only)."""
     categories: str | None = None
-    """Comma-separated categories to segment (dataset coco)."""
+    """Comma-separated categories: of scenes, the only things in them; of coco, the things to segment."""
     held_out: str | None = None
     """Split to report on (default: test for scenes and folder, val for coco)."""
     n_steps: int = 16

@@ -13,7 +13,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from sam_gym.data.files import OnError, Records, Reject, read_image, resolve
-from sam_gym.data.sample import Sample
+from sam_gym.data.sample import Sample, select_categories
 from sam_gym.registry import unknown_name
 
 
@@ -93,7 +93,7 @@ class Coco:
         records = Records(self._file, on_error)
 
         names = _categories(data["categories"], records)
-        self.categories = _select(categories, names)
+        self.categories = select_categories(categories, list(names.values()))
         index_of = {name: index for index, name in enumerate(self.categories)}
 
         by_id = _images(data["images"], self._folder, records)
@@ -265,19 +265,6 @@ def _categories(table: list[Any], records: Records) -> dict[int | str, str]:
                 raise Reject("name is taken by an earlier category", f"name {name!r}")
             names[category_id] = name
     return dict(sorted(names.items(), key=lambda item: (isinstance(item[0], str), item[0])))
-
-
-def _select(wanted: str | Sequence[str] | None, names: dict[int | str, str]) -> tuple[str, ...]:
-    if wanted is None:
-        return tuple(names.values())
-    if isinstance(wanted, str):
-        wanted = [name.strip() for name in wanted.split(",")]
-    for name in wanted:
-        if name not in names.values():
-            raise unknown_name("category", name, names.values())
-    if not wanted:
-        raise ValueError("categories is empty. Name at least one, or pass None for all.")
-    return tuple(dict.fromkeys(wanted))
 
 
 def _images(table: list[Any], folder: str, records: Records) -> dict[int | str, _Image]:

@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+
+from sam_gym.registry import unknown_name
+
+
+def select_categories(wanted: str | Sequence[str] | None, names: Sequence[str]) -> tuple[str, ...]:
+    """The categories that are asked for, in that order, without repetition.
+
+    Args:
+        wanted: names, as a sequence or as one string with commas; None: all.
+        names: those that there are.
+
+    Raises:
+        ValueError: an unknown name, or none at all.
+    """
+    if wanted is None:
+        return tuple(names)
+    if isinstance(wanted, str):
+        wanted = [name.strip() for name in wanted.split(",")]
+    for name in wanted:
+        if name not in names:
+            raise unknown_name("category", name, names)
+    if not wanted:
+        raise ValueError("categories is empty. Name at least one, or pass None for all.")
+    return tuple(dict.fromkeys(wanted))
 
 
 def image_digest(image: np.ndarray) -> bytes:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import cv2
 import numpy as np
 
 from sam_gym.data.materials import TILE, Material, category_look, ground, patterned
-from sam_gym.data.sample import Sample
+from sam_gym.data.sample import Sample, select_categories
 from sam_gym.data.shapes import SHAPES, Contours, blob
 from sam_gym.registry import unknown_name
 
@@ -196,6 +197,8 @@ class Scenes:
 
     Args:
         split: "train", "val" or "test"; disjoint by seed.
+        categories: names of things that may stand in the images, as a sequence or as one string
+            with commas (None: all ten). Other things are not drawn at all.
         length: how many different images there are (None: 2^31 - 1, in effect endless).
         size: height and width of the images, in pixels.
         material: fills areas instead of the random patterns (for trainers that mix in photographs).
@@ -205,12 +208,14 @@ class Scenes:
     """
 
     name = "scenes"
+    #: All that there are; `Scenes.categories` of an instance are those of its images.
     categories: tuple[str, ...] = SHAPES.names()
 
     def __init__(
         self,
         split: str = "train",
         *,
+        categories: str | Sequence[str] | None = None,
         length: int | None = None,
         size: int = 256,
         material: Material = patterned,
@@ -221,6 +226,7 @@ class Scenes:
             raise ValueError(f"length must be at least 1, got {length}.")
         if not 64 <= size <= TILE:
             raise ValueError(f"size must be from 64 to {TILE} pixels, got {size}.")
+        self.categories = select_categories(categories, Scenes.categories)
         self.split, self.length, self.size, self.material = split, length, size, material
 
     def __len__(self) -> int:
@@ -235,12 +241,13 @@ class Scenes:
         rng = np.random.default_rng([SPLITS[self.split], index])
         canvas = _Canvas(rng, self.size, self.material)
         canvas.clutter()
-        present = rng.choice(len(self.categories), int(rng.integers(2, 5)), replace=False)
+        kinds = min(int(rng.integers(2, 5)), len(self.categories))
+        present = rng.choice(len(self.categories), kinds, replace=False)
         categories: list[int] = []
         for number in range(int(rng.integers(3, 8))):
             if rng.random() < 0.35:
                 canvas.draw(blob(rng), self.size * rng.uniform(0.06, 0.16), category=None)
-            category = int(present[number] if number < 2 else rng.choice(present))
+            category = int(present[number] if number < min(2, kinds) else rng.choice(present))
             word = self.categories[category]
             outline = SHAPES.get(word)(rng)
             if canvas.draw(outline, self.size * rng.uniform(0.13, 0.27), category=word):

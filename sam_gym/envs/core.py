@@ -21,6 +21,7 @@ from sam_gym.backbones.service import DTYPES
 from sam_gym.backbones.store import MAX_HANDLES, shared_store
 from sam_gym.data import Dataset, make_dataset
 from sam_gym.data.cache import SampleCache
+from sam_gym.data.sample import select_categories
 from sam_gym.envs.ahead import DrawAhead
 from sam_gym.registry import unknown_name
 from sam_gym.rewards import REWARDS, Transition
@@ -202,14 +203,8 @@ class ClickCore:
 
     def _asked_categories(self) -> list[int]:
         """Numbers of `target_categories`, none if any category may be asked for."""
-        if self.config.target_categories is None:
-            return []
-        names = list(self.dataset.categories)
-        asked = [name.strip() for name in self.config.target_categories.split(",")]
-        for name in asked:
-            if name not in names:
-                raise unknown_name("category", name, names)
-        return [names.index(name) for name in asked]
+        wanted, names = self.config.target_categories, list(self.dataset.categories)
+        return [] if wanted is None else [names.index(k) for k in select_categories(wanted, names)]
 
     def _share(self) -> None:
         """Take what all cores of this process have in common, and an empty cache."""

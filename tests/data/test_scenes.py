@@ -143,3 +143,22 @@ def test_impossible_arguments(arguments: dict, message: str) -> None:
 def test_misspelt_dataset() -> None:
     with pytest.raises(ValueError, match=r"Unknown dataset 'scense'\. Did you mean 'scenes'\?"):
         make_dataset("scense")
+
+
+def test_limited_categories():
+    scenes = Scenes(categories="ring, star")
+    assert scenes.categories == ("ring", "star")
+    found = {int(category) for index in range(20) for category in scenes[index].categories}
+    assert found == {0, 1}
+    everything = Scenes()
+    assert any(not np.array_equal(scenes[i].image, everything[i].image) for i in range(3))
+    alone = Scenes(categories=["mug"])[0]
+    assert len(alone.masks) and not alone.categories.any()
+    with pytest.raises(ValueError, match="Did you mean 'star'"):
+        Scenes(categories="starr")
+    with pytest.raises(ValueError, match="categories is empty"):
+        Scenes(categories=[])
+
+
+def test_all_categories_draw_the_same_scenes_as_none_named():
+    assert np.array_equal(Scenes()[3].image, Scenes(categories=Scenes.categories)[3].image)
