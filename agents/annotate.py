@@ -33,7 +33,7 @@ class Config:
     """
 
     policy: str
-    """Path of a policy.zip, as train_ppo writes it."""
+    """Path of a policy.zip, as train_ppo writes it, or hf://USER/NAME[@REVISION]."""
     images: str
     """Folder of images; folders within it are looked through too."""
     categories: str

@@ -6,21 +6,27 @@ scored at the size of the image.
 
 from __future__ import annotations
 
-import copy
+import base64
+import io
 import json
+import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 
+import agents.explicit  # noqa: F401  (registers its policy)
 from agents.baselines import BASELINES, Agent
-from agents.policies import ImplicitPolicy
+from agents.hub import PREFIX, local_policy, read_data
+from agents.policies import POLICIES, ImplicitPolicy
 from agents.vec_env import make_vector_env
 from sam_gym import cli
+from sam_gym.backbones.loading import resolve_device
 from sam_gym.envs.core import ClickConfig, ClickCore
 from sam_gym.files import write_csv, write_json
 from sam_gym.metrics import mean_and_ci95
@@ -64,16 +70,63 @@ class Evaluation:
         }
 
 
-def _moved(path: str | Path, device: str) -> dict[str, Any]:
-    """What a saved policy was made with, but for another device of its SAM and CLIP."""
+#: What numpy's arrays, numbers and generators are pickled with; spaces consist of them.
+_OF_NUMPY = {
+    "numpy": {"dtype", "ndarray"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.numeric": {"_frombuffer"},
+    "numpy.random._pickle": {"__bit_generator_ctor", "__generator_ctor"},
+    "numpy.random._pcg64": {"PCG64"},
+    "numpy.random.bit_generator": {"SeedSequence", "__pyx_unpickle_SeedSequence"},
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickles spaces and names of registered policies; all else is an error, and never runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        for policy in map(POLICIES.get, POLICIES.names()):
+            if (policy.__module__, policy.__qualname__) == (module, name):
+                return policy
+        space = getattr(gym.spaces, name, None)
+        if isinstance(space, type) and issubclass(space, gym.Space) and space.__module__ == module:
+            return space
+        # numpy 1 says "core" where numpy 2 says "_core".
+        if name in _OF_NUMPY.get(module.replace("numpy.core.", "numpy._core."), ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(
+            f"{module}.{name} is neither a space nor a policy of {', '.join(POLICIES.names())}"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A value of a policy.zip, which pickles what JSON cannot hold."""
+    if isinstance(value, dict) and ":serialized:" in value:
+        return _PlainUnpickler(io.BytesIO(base64.b64decode(value[":serialized:"]))).load()
+    return value
+
+
+def _rebuilt(path: Path, data: dict[str, Any], device: str) -> ImplicitPolicy:
+    """The policy of a zip, for another device of its SAM and CLIP.
+
+    Only what makes the policy is read: nothing of its training (schedules, environments) has to be
+    importable here, and no code that the zip may hold runs.
+    """
     from stable_baselines3.common.save_util import load_from_zip_file
 
-    data, _, _ = load_from_zip_file(path, device="cpu")
-    arguments = copy.deepcopy((data or {}).get("policy_kwargs", {}))
+    _, parameters, _ = load_from_zip_file(path, device="cpu", load_data=False)
+    policy_class, observations, actions, arguments = (
+        _plain(data[name])
+        for name in ("policy_class", "observation_space", "action_space", "policy_kwargs")
+    )
+    if policy_class not in map(POLICIES.get, POLICIES.names()):
+        raise ValueError(f"expected a click policy, got {policy_class!r}")
     for model in ("backbone", "clip"):
-        if model in arguments.get("features", {}):
+        if model in arguments["features"]:
             arguments["features"][model]["device"] = device
-    return {"policy_kwargs": arguments}
+    policy = policy_class(observations, actions, lambda _: 0.0, **arguments)
+    policy.load_state_dict(parameters["policy"])
+    return policy.to(resolve_device(device))
 
 
 class PolicyAgent:
@@ -89,22 +142,32 @@ class PolicyAgent:
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto") -> PolicyAgent:
-        """Load `policy.zip`; raises `FileNotFoundError` or `ValueError` naming the file."""
-        from stable_baselines3 import PPO
+        """Load a trained policy. No code that the file may hold runs (unlike with SB3's `load`).
 
-        if not Path(path).is_file():
+        Args:
+            path: of a policy.zip, or hf://USER/NAME[@REVISION] of the Hugging Face hub.
+            device: "auto" (CUDA, then MPS, then CPU), or a torch device.
+
+        Raises:
+            FileNotFoundError: there is no such file or repo.
+            ValueError: it holds no policy that is registered in `POLICIES`; names the file.
+            OSError: the hub, or the weights of its SAM or CLIP, cannot be had.
+        """
+        file = local_policy(path)
+        if not file.is_file():
             raise FileNotFoundError(
                 f"{path}: no such policy. Pass the policy.zip of a training run, or one of "
                 f"{', '.join(BASELINES.names())}."
             )
+        data = read_data(file)
         try:
-            policy = PPO.load(path, device=device, custom_objects=_moved(path, device)).policy
+            policy = _rebuilt(file, data, device)
+        except OSError:  # the zip is there: a file that it names is not
+            raise
         except Exception as error:  # a zip can be damaged in many ways
             raise ValueError(
                 f"{path}: not a readable policy ({type(error).__name__}: {error})."
             ) from error
-        if not isinstance(policy, ImplicitPolicy):
-            raise ValueError(f"{path}: expected a click policy, got {type(policy).__name__}.")
         return cls(policy)
 
     @torch.no_grad()
@@ -202,7 +265,7 @@ class Config:
     """Evaluate a trained policy or a baseline on held-out data."""
 
     policy: str
-    """Path of a policy.zip, or random, center, confident, oracle."""
+    """Path of a policy.zip, hf://USER/NAME[@REVISION], or random, center, confident, oracle."""
     env: str = "SamSeg-v0"
     """Environment id."""
     out: str = "runs/evaluate"
@@ -214,18 +277,22 @@ class Config:
     seed: int = 1000
     """Seed of the episodes."""
     categories: str | None = None
-    """Comma-separated categories: of scenes, the only things in them; of coco, the things to segment."""
+    """Comma-separated categories: the only things in scenes, the things to segment of coco."""
     settings: Annotated[ClickConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: ClickConfig(split="test")
     )
 
 
 def load_agent(policy: str, seed: int = 0, device: str = "auto") -> Agent:
-    """A baseline by name, or a trained policy by path."""
+    """A baseline by name, or a trained policy by path or by its name on the hub."""
     if policy in BASELINES.names():
         return BASELINES.get(policy)(seed)
+    if policy.startswith(PREFIX):
+        return PolicyAgent.load(policy, device)
     if Path(policy).suffix != ".zip" and not Path(policy).exists():
-        raise unknown_name("policy", policy, [*BASELINES.names(), "PATH/policy.zip"])
+        raise unknown_name(
+            "policy", policy, [*BASELINES.names(), "PATH/policy.zip", f"{PREFIX}USER/NAME"]
+        )
     return PolicyAgent.load(policy, device)
 
 

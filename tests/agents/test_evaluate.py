@@ -1,15 +1,26 @@
 """Baselines and the evaluation that all agents share."""
 
+import base64
 import json
+import os
+import pickle
+import sys
+import types
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
+from stable_baselines3 import PPO
 
 from agents.baselines import BASELINES
-from agents.evaluate import evaluate, load_agent, main
+from agents.evaluate import PolicyAgent, evaluate, load_agent, main
+from agents.policies import ImplicitPolicy
+from agents.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.envs.core import ClickConfig
 
 
@@ -100,6 +111,89 @@ def test_unknown_policies_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.zip").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="broken.zip: not a readable policy"):
         load_agent(str(tmp_path / "broken.zip"))
+
+
+@pytest.fixture
+def saved(tiny_env: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
+    """Saves an untrained PPO, made with some arguments."""
+    vector, core = make_vector_env("SamSeg-v0", 2, settings_of(tiny_env))
+    names = list(core.dataset.categories)
+    backbone = {"name": "tiny", "checkpoint": tiny_env["checkpoint"], "device": "cpu"}
+    features = {"backbone": backbone, "vocabulary": names, "categories": names, "max_steps": 5}
+
+    def save(policy: Any = ImplicitPolicy, **arguments: Any) -> Path:
+        if policy is ImplicitPolicy:
+            arguments["policy_kwargs"] = {"features": features, "grid": 16}
+        model = PPO(policy, VectorEnvAdaptor(vector), device="cpu", **arguments)
+        model.save(tmp_path / "policy.zip")
+        return tmp_path / "policy.zip"
+
+    return save
+
+
+def test_a_loaded_policy_is_the_one_that_sb3_loads(saved: Callable[..., Path]) -> None:
+    path = saved()
+    policy, expected = PolicyAgent.load(path, "cpu").policy, PPO.load(path, device="cpu").policy
+    assert type(policy) is type(expected)
+    assert policy.observation_space == expected.observation_space
+    assert policy.action_space == expected.action_space
+    torch.testing.assert_close(policy.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_how_a_policy_was_trained_need_not_be_importable(
+    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # RL-Zoo's schedules are objects of a class of its own.
+    zoo = types.ModuleType("zoo_utils")
+    exec("class Linear:\n    def __call__(self, left): return 1e-3 * left", zoo.__dict__)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "zoo_utils", zoo)
+        path = saved(learning_rate=zoo.Linear())
+    with pytest.raises(ModuleNotFoundError, match="zoo_utils"):
+        PPO.load(path, device="cpu")
+    assert isinstance(PolicyAgent.load(path, "cpu").policy, ImplicitPolicy)
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_nothing_in_a_zip_runs(saved: Callable[..., Path], tmp_path: Path) -> None:
+    path, sprung = saved(), tmp_path / "sprung"
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    data = json.loads(content["data"])
+    trap = {":serialized:": base64.b64encode(pickle.dumps(Trap(sprung))).decode()}
+
+    def put(name: str) -> None:
+        with zipfile.ZipFile(path, "w") as archive:
+            for file, own in content.items():
+                changed = json.dumps(data | {name: trap}).encode()
+                archive.writestr(file, changed if file == "data" else own)
+
+    for name in ("policy_class", "observation_space", "action_space", "policy_kwargs"):
+        put(name)
+        with pytest.raises(ValueError, match="mkdir is neither a space nor a policy of"):
+            PolicyAgent.load(path, "cpu")
+    put("_last_obs")
+    PolicyAgent.load(path, "cpu")
+    assert not sprung.exists()
+    PPO.load(path, device="cpu")
+    assert sprung.exists()
+
+
+def test_only_click_policies_are_loaded(saved: Callable[..., Path]) -> None:
+    path = saved("MultiInputPolicy")
+    with pytest.raises(
+        ValueError, match="MultiInputActorCriticPolicy is neither a space nor a pol"
+    ):
+        PolicyAgent.load(path, "cpu")
 
 
 def test_command_line_writes_its_files(tiny_env: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,525 @@
+"""Trained agents to and from the Hugging Face hub.
+
+    python -m agents.hub push --run runs/ppo --repo USER/NAME --card-only
+    python -m agents.hub push --run runs/ppo --repo USER/NAME
+    python -m agents.hub pull --repo USER/NAME
+
+Whatever takes the path of a policy.zip takes hf://USER/NAME or hf://USER/NAME@REVISION too. The
+hub's own settings hold: a token of `hf auth login` or HF_TOKEN, HF_ENDPOINT, HF_HOME,
+HF_HUB_OFFLINE.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import tyro
+import yaml
+
+from sam_gym import cli
+from sam_gym.files import write_atomic
+
+#: Names of policies that begin with this are on the hub.
+PREFIX = "hf://"
+POLICY, RESULTS, CARD = "policy.zip", "results.json", "README.md"
+#: What train_ppo leaves and a repo holds, beside the card.
+RUN_FILES = (POLICY, RESULTS, "learning_curve.png", "episodes.gif")
+#: The tag that tells a repo of this kind.
+TAG = "sam-gym"
+#: Files that a repo may hold before the first push.
+_BLANK = {".gitattributes", CARD}
+
+
+@dataclass
+class Push:
+    """Write a model card and upload a run, as one commit, to a model repo of the hub.
+
+    The repo is made if there is none. One that holds anything but an agent is left alone. All of
+    results.json and policy.zip is uploaded as it is, paths in the run's settings included.
+    """
+
+    run: str
+    """Folder of a finished run of train_ppo."""
+    repo: str
+    """USER/NAME of the repo."""
+    private: bool = False
+    """Make the repo private."""
+    license: str = "apache-2.0"
+    """Licence of the agent, by its name on the hub."""
+    card_only: bool = False
+    """Write the card to README.md of the run's folder, to be read first, and upload nothing."""
+
+
+@dataclass
+class Pull:
+    """Download an agent and print the path of its policy.zip.
+
+    What is in the cache is not downloaded again, and serves while the hub cannot be reached.
+    """
+
+    repo: str
+    """USER/NAME of the repo."""
+    revision: str | None = None
+    """Branch, tag or commit (default: main)."""
+    out: str | None = None
+    """Folder to copy the files to (default: they stay in the hub's cache)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of train_ppo.
+
+    Attributes:
+        folder: where it is.
+        results: of its results.json.
+        features: what the policy's features were made with, as far as that is plain.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    features: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Read and check a run's folder.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: policy.zip or results.json is damaged.
+        """
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder. Pass that of a run of train_ppo.")
+        for name in RUN_FILES:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder}: no {name} in this folder. A run of train_ppo writes it at its end."
+                )
+        try:
+            results = json.loads((folder / RESULTS).read_text())
+        except ValueError as error:
+            raise ValueError(f"{folder / RESULTS}: not readable ({error}).") from error
+        arguments = read_data(folder / POLICY).get("policy_kwargs", {})
+        features = arguments.get("features")
+        return cls(folder, results, features if isinstance(features, dict) else {})
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """What a policy.zip says of its model, by name; what is pickled in it stays pickled.
+
+    Raises:
+        ValueError: it is no model that stable-baselines3 has saved.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return dict(json.loads(archive.read("data")))
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not a readable policy ({type(error).__name__}: {error})."
+        ) from error
+
+
+def local_policy(policy: str | Path) -> Path:
+    """Path of a policy: of `hf://USER/NAME[@REVISION]` in the hub's cache, downloaded if need be.
+
+    Args:
+        policy: such a name, or a path, which is given back.
+
+    Raises:
+        ValueError, OSError: as `pull`.
+    """
+    name = str(policy)
+    if not name.startswith(PREFIX):
+        return Path(policy)
+    repo, _, revision = name.removeprefix(PREFIX).partition("@")
+    return _snapshot(repo, revision or None, [POLICY]) / POLICY
+
+
+def pull(config: Pull) -> Path:
+    """Download an agent; returns the path of its policy.zip.
+
+    Raises:
+        ValueError: the name of the repo cannot be one.
+        FileNotFoundError: there is no such repo or revision, or it holds no agent.
+        PermissionError: the hub wants another token.
+        ConnectionError: the hub cannot be reached, or fails, and the cache has no copy.
+    """
+    files = [*RUN_FILES, CARD]
+    folder = _snapshot(config.repo, config.revision, files)
+    if config.out is not None:
+        out = Path(config.out)
+        out.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            if (folder / name).is_file():
+                write_atomic(out / name, (folder / name).read_bytes())
+        folder = out
+    print(folder / POLICY)
+    return folder / POLICY
+
+
+def _snapshot(repo: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Folder in the cache with some files of an agent, of which policy.zip is sure to be there."""
+    from huggingface_hub import snapshot_download
+
+    _check_name(repo)
+    with _plain_errors(repo):
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
+    if not (folder / POLICY).is_file():
+        raise FileNotFoundError(f"{repo} holds no {POLICY}: it is no agent of sam-gym.")
+    return folder
+
+
+def push(config: Push) -> str:
+    """Upload a run, or only write its card; returns the address of the commit, or the card's path.
+
+    Raises:
+        ValueError: the name of the repo cannot be one, or the run's files are damaged.
+        FileNotFoundError: the run lacks a file.
+        FileExistsError: the repo holds something else, or is public and should be private.
+        PermissionError: there is no token, or the hub wants another.
+        ConnectionError: the hub cannot be reached, or fails.
+    """
+    _check_name(config.repo)
+    run = Run.read(Path(config.run))
+    card = model_card(run, config.repo, config.license)
+    if config.card_only:
+        path = write_atomic(run.folder / CARD, card)
+        print(f"Wrote {path}; nothing was uploaded.")
+        return str(path)
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    if get_token() is None:
+        raise PermissionError(
+            "No token of the hub: run `hf auth login`, or set HF_TOKEN to a token that may write."
+        )
+    api = HfApi()
+    contents: dict[str, Any] = {CARD: card.encode()}
+    contents |= {name: run.folder / name for name in RUN_FILES}
+    _check_free(api, config)
+    with _plain_errors(config.repo):
+        # None: as the organisation wants it.
+        api.create_repo(config.repo, private=config.private or None, exist_ok=True)
+        commit = api.create_commit(
+            config.repo,
+            [CommitOperationAdd(name, content) for name, content in contents.items()],
+            commit_message=f"Agent with a mean IoU of {run.results['agent']['mean_iou']:.3f}",
+        )
+    print(f"Pushed to {commit.commit_url}; its name is {PREFIX}{config.repo}.")
+    return str(commit.commit_url)
+
+
+def _check_name(repo: str) -> None:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, flags=re.ASCII):
+        raise ValueError(f"{repo!r} cannot be a repo of the hub: expected USER/NAME.")
+
+
+def _check_free(api: Any, config: Push) -> None:
+    """Raise `FileExistsError` for a repo that an agent must not be pushed to."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with _plain_errors(config.repo):
+        try:
+            info = api.model_info(config.repo)
+        except RepositoryNotFoundError:
+            return
+    files = sorted({file.rfilename for file in info.siblings or []} - _BLANK)
+    if files and TAG not in (info.tags or []):
+        raise FileExistsError(
+            f"{config.repo} holds something other than an agent of sam-gym ({files[0]}, ...). "
+            "Choose another --repo."
+        )
+    if config.private and not info.private:
+        raise FileExistsError(
+            f"{config.repo} exists and is public. Make it private there, or leave out --private."
+        )
+
+
+@contextmanager
+def _plain_errors(repo: str) -> Iterator[None]:
+    """Say in one line what can go wrong between here and the hub."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    # The base of the hub's errors is that of its HTTP client, which differs between its versions.
+    of_client: Any = HfHubHTTPError.__bases__
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, *of_client) as error:
+        not_cached = isinstance(error, LocalEntryNotFoundError)
+        cause = error.__cause__ if not_cached and error.__cause__ is not None else error
+        raise _plain_error(repo, cause) from error
+
+
+def _plain_error(repo: str, error: BaseException) -> Exception:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    hub, said = constants.ENDPOINT, " ".join(str(error).split())
+    if isinstance(error, RevisionNotFoundError):
+        return FileNotFoundError(f"{repo}: {hub} has no such revision of it.")
+    if isinstance(error, RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"{repo}: {hub} has no such repo, or it is private and your token (`hf auth login`, "
+            "HF_TOKEN) may not see it."
+        )
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        said = error.server_message or said
+        if status in (401, 403):
+            return PermissionError(
+                f"{repo}: {hub} refuses ({status}: {said}). Run `hf auth login`, or set HF_TOKEN "
+                "to a token that may do this."
+            )
+        return ConnectionError(f"{repo}: {hub} fails ({status}: {said}).")
+    if isinstance(error, ValueError):
+        return ValueError(f"{repo}: {said}")
+    reason = f"{type(error).__name__}: {said}"
+    return ConnectionError(
+        f"{repo}: {hub} could not be reached, or the transfer broke off ({reason})."
+    )
+
+
+def model_card(run: Run, repo: str, license: str) -> str:
+    """The model card of a run, as the hub shows it: YAML, then Markdown.
+
+    Args:
+        run: what it is about.
+        repo: USER/NAME of the repo that it will be in.
+        license: of the agent, by its name on the hub.
+
+    Raises:
+        ValueError: results.json lacks something that train_ppo writes.
+    """
+    try:
+        return _model_card(run, repo, license)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{run.folder / RESULTS}: not what train_ppo writes ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _model_card(run: Run, repo: str, license: str) -> str:
+    results, config = run.results, run.results["config"]
+    settings, name = config["settings"], repo.partition("/")[2]
+    measured = {
+        "task": {"type": "reinforcement-learning", "name": "interactive segmentation"},
+        "dataset": {
+            "name": f"{config['env']} on {settings['dataset']}",
+            "type": settings["dataset"],
+            "split": results["held_out_split"],
+        },
+        "metrics": [
+            {"type": "mean_iou", "name": "mean IoU", "value": results["agent"]["mean_iou"]}
+        ],
+    }
+    metadata = {
+        "license": license,
+        "library_name": TAG,
+        "pipeline_tag": "reinforcement-learning",
+        "tags": ["reinforcement-learning", "stable-baselines3", TAG, "segment-anything"],
+        "model-index": [{"name": name, "results": [measured]}],
+    }
+    return _CARD.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        name=name,
+        env=config["env"],
+        facts=_as_list(_facts(run)),
+        episodes=results["agent"]["episodes"],
+        split=results["held_out_split"],
+        dataset=settings["dataset"],
+        unseen=""
+        if results["held_out_split"] == settings["split"]
+        else ", which training never saw",
+        rows="\n".join(_rows(results)),
+        gap=_gap(results["gap_closed"]),
+        command=_command(run, repo),
+        policy=f"{PREFIX}{repo}",
+        config=yaml.safe_dump(_shareable(config), sort_keys=False).rstrip(),
+        limits=_as_list(_limits(run)),
+        license=license,
+    )
+
+
+_CARD = """---
+{metadata}---
+
+# {name}
+
+An agent that segments by clicking: at each step it looks at the features of a Segment Anything
+Model (SAM) and at the mask so far, and places a positive or a negative click. It was trained with
+PPO (stable-baselines3) on `{env}` of sam-gym.
+
+![Episodes on held-out images](episodes.gif)
+
+{facts}
+
+## Results
+
+Mean IoU at the size of the image, with its 95% interval, over {episodes} episodes on the `{split}`
+split of `{dataset}`{unseen}. All play the same episodes under the same rules.
+
+| | mean IoU | clicks |
+|---|---|---|
+{rows}
+
+{gap}
+
+![Learning curve](learning_curve.png)
+
+## Use
+
+```
+{command}
+```
+
+```python
+from agents.evaluate import PolicyAgent
+
+agent = PolicyAgent.load("{policy}")
+```
+
+`PolicyAgent.load` rebuilds the policy from names, numbers and weights: no code that policy.zip may
+hold runs. `PPO.load` of stable-baselines3 unpickles all of it, which runs code of whoever made the
+file: do that only with files of people whom you trust.
+
+## Training
+
+`python -m agents.train_ppo --config FILE.yaml` with this file (absolute paths are cut to their last
+part):
+
+```yaml
+{config}
+```
+
+## Limits
+
+{limits}
+
+## Licence
+
+{license}, for what is in this repo. The weights of SAM and the data have licences of their own.
+"""
+
+
+def _as_list(items: Sequence[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _facts(run: Run) -> list[str]:
+    config = run.results["config"]
+    settings = config["settings"]
+    told = {
+        "implicit": "knows a category by its number",
+        "explicit": f"is told in words, through the CLIP `{config.get('clip')}`",
+    }
+    policy = config["policy"]
+    what = f", which {told[policy]}" if policy in told else ""
+    actions = f"clicks on {settings['grid']} x {settings['grid']} cells"
+    others = [name for name in ("stop", "undo") if settings[name]]
+    facts = [
+        f"**Policy**: `{policy}`{what}.",
+        f"**Backbone**: `{settings['backbone']}`, frozen; its weights are not in this repo.",
+        f"**Actions**: {', '.join([actions, *others])}; at most {settings['max_steps']} a mask.",
+    ]
+    if settings["target"] == "instance":
+        facts.append("**Target**: one instance, shown by a cue click.")
+    elif names := run.features.get("categories"):
+        facts.append(f"**Categories in training**: {', '.join(names)}.")
+    return facts
+
+
+def _rows(results: Mapping[str, Any]) -> list[str]:
+    """A line of the table for the agent and each baseline, the best first."""
+    players = {
+        name: row for name, row in results.items() if isinstance(row, dict) and "mean_iou" in row
+    }
+    shown = {"agent": "**this agent**", "oracle": "oracle (sees the truth)"}
+    return [
+        f"| {shown.get(name, name)} | {row['mean_iou']:.3f} ± {row['ci95']:.3f} "
+        f"| {row['mean_clicks']:.1f} |"
+        for name, row in sorted(players.items(), key=lambda item: -item[1]["mean_iou"])
+    ]
+
+
+def _gap(closed: float | None) -> str:
+    if closed is None:
+        return "The oracle is no better than random clicks here: there is no gap to close."
+    return f"Gap closed, (agent - random) / (oracle - random): **{closed:.2f}**, from one seed."
+
+
+def _command(run: Run, repo: str) -> str:
+    """What somebody who has sam-gym types to use the agent."""
+    settings = run.results["config"]["settings"]
+    if settings["target"] == "instance":
+        data = "" if settings["dataset"] == "scenes" else " --data PATH"
+        return (
+            f"python -m agents.evaluate --policy {PREFIX}{repo} --target instance "
+            f"--dataset {settings['dataset']}{data} --split {run.results['held_out_split']}"
+        )
+    words = ",".join(run.features.get("categories", [])[:2]) or "NAME,NAME"
+    return (
+        f"python -m agents.annotate --policy {PREFIX}{repo} --images PATH/photos "
+        f'--categories "{words}" --out annotations.json'
+    )
+
+
+def _limits(run: Run) -> list[str]:
+    config = run.results["config"]
+    settings = config["settings"]
+    limits = ["It clicks as well as SAM answers: what SAM cannot segment, it cannot either."]
+    if settings["dataset"] == "scenes":
+        limits.append("It was trained on procedural drawings and knows no photographs.")
+    if settings["backbone"].endswith("micro"):
+        limits.append(
+            f"`{settings['backbone']}` is a demonstration model, far from SAM on photographs."
+        )
+    if settings["checkpoint"] is not None:
+        limits.append(
+            f"Its SAM had the weights of a file, `{_last_part(settings['checkpoint'])}`: the agent "
+            "loads only where that file lies at the same path."
+        )
+    if settings["target"] == "instance":
+        limits.append("It needs a cue click for each target, so `annotate` cannot use it.")
+    elif config["policy"] == "implicit":
+        limits.append("A category that it was not trained on tells it nothing.")
+    return limits
+
+
+def _last_part(value: str) -> str:
+    """A path without the folders that only exist on the machine of the run."""
+    return PurePath(value).name if PurePath(value).is_absolute() else value
+
+
+def _shareable(value: Any) -> Any:
+    """Settings without what belongs to one machine or one call."""
+    if isinstance(value, dict):
+        return {key: _shareable(item) for key, item in value.items() if key not in _NOT_SHARED}
+    return _last_part(value) if isinstance(value, str) else value
+
+
+#: Settings that say where a run wrote and how it was started, not what it was.
+_NOT_SHARED = ("out", "resume", "disk")
+
+
+def main(args: Sequence[str] | None = None) -> str:
+    """The command line."""
+    config = tyro.extras.subcommand_cli_from_dict(
+        {"push": Push, "pull": Pull},
+        prog="python -m agents.hub",
+        description=__doc__,
+        args=args,
+    )
+    return push(config) if isinstance(config, Push) else str(pull(config))
+
+
+if __name__ == "__main__":
+    cli.run(main)
