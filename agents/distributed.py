@@ -17,9 +17,9 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
@@ -231,8 +231,8 @@ class SlotPPO(PPO):
             **kwargs,
         )
         env.seed(seed + self.first_slot)
-        num_actions = int(cast(spaces.Discrete, self.action_space).n)
-        self.policy.action_dist = SlotCategorical(num_actions, self.generators)
+        choices = cast(CategoricalDistribution, self.policy.action_dist).action_dim
+        self.policy.action_dist = SlotCategorical(choices, self.generators)
         share_gradients(self.policy.optimizer, ranks, max_grad_norm)
 
     def _excluded_save_params(self) -> list[str]:

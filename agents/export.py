@@ -35,7 +35,7 @@ class Config:
     """
 
     policy: str
-    """Path of a policy.zip, as train_ppo writes it."""
+    """Path of a policy.zip, as train_ppo writes it, or hf://USER/NAME[@REVISION]."""
     out: str = "runs/export"
     """Folder for policy.onnx, policy.pt2 and inputs.json."""
     batch: int = 4
@@ -78,9 +78,7 @@ class ExportablePolicy(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Logits float32 (B, A) and value float32 (B, 1) of a batch of inputs."""
         observations = dict(zip(self.inputs, tensors, strict=True))
-        features = self.policy.extract_features(observations)
-        latent_pi, latent_vf = self.policy.mlp_extractor(features)
-        return self.policy.action_net(latent_pi), self.policy.value_net(latent_vf)
+        return self.policy.logits_and_value(observations)
 
     def example(self, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
         """Random inputs of the right kinds."""

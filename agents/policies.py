@@ -8,19 +8,23 @@ from typing import Any, cast
 import gymnasium as gym
 import numpy as np
 import torch
-from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.store import shared_store
-from sam_gym.registry import Registry
+from sam_gym.registry import Registry, unknown_name
 
 #: Policy name -> class, as `--policy` takes it.
 POLICIES: Registry[type[ImplicitPolicy]] = Registry("policy")
+HEADS = ("spatial", "flat")
+PRECISIONS = ("32-true", "bf16-mixed")
+_COMPUTATION = ("precision", "gradient_checkpointing")
 
 
 class ClickFeatures(BaseFeaturesExtractor):
@@ -139,10 +143,10 @@ def pooled(features: Tensor) -> Tensor:
 class SpatialHead(nn.Module):
     """Click logits read off the feature map, place by place; stop and undo from the pooled map."""
 
-    def __init__(self, width: int, grid: int, num_others: int) -> None:
+    def __init__(self, width: int, grid: int, polarities: int, num_others: int) -> None:
         super().__init__()
         self.grid = grid
-        self.clicks = nn.Conv2d(width, 2, 1)
+        self.clicks = nn.Conv2d(width, polarities, 1)
         self.others = nn.Linear(2 * width, num_others) if num_others else None
 
     def forward(self, features: Tensor) -> Tensor:
@@ -153,14 +157,30 @@ class SpatialHead(nn.Module):
 
 
 class FlatHead(nn.Module):
-    """One linear layer from the whole feature map to all actions, as in the reference design."""
+    """One linear layer from the whole feature map to all choices, as in the reference design."""
 
-    def __init__(self, width: int, cells: tuple[int, int], num_actions: int) -> None:
+    def __init__(self, width: int, cells: tuple[int, int], num_choices: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width * cells[0] * cells[1], num_actions)
+        self.linear = nn.Linear(width * cells[0] * cells[1], num_choices)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear(features.flatten(1))
+
+
+class Recalibration(nn.Module):
+    """Tells for every cell whether it belongs to the target: logits (B, h, w).
+
+    AlignSAM's module sees the embedding times the mask so far (and, told in words, times the map of
+    the word); so do the features of its policy, hence it is a second trunk of their form.
+    """
+
+    def __init__(self, features: ClickFeatures) -> None:
+        super().__init__()
+        self.features = features
+        self.head = nn.Conv2d(features.features_dim, 1, 1)
+
+    def forward(self, observations: PyTorchObs) -> Tensor:
+        return self.head(self.features(observations))[:, 0]
 
 
 @POLICIES.register("implicit")
@@ -175,6 +195,11 @@ class ImplicitPolicy(ActorCriticPolicy):
         grid: clicks fall on grid x grid cells.
         head: "spatial" or "flat".
         others: actions beyond clicks, in their order: "stop", "undo".
+        recalibrate: choose among places only; a module that learns from targets (see
+            `agents.recalibration`) says whether a click there is positive.
+        precision: "32-true", or "bf16-mixed" for features in bfloat16; weights, heads and
+            probabilities are float32.
+        gradient_checkpointing: compute features twice instead of keeping what backward needs.
     """
 
     extractor_class: type[ClickFeatures] = ClickFeatures
@@ -191,14 +216,19 @@ class ImplicitPolicy(ActorCriticPolicy):
         grid: int,
         head: str = "spatial",
         others: Sequence[str] = (),
+        recalibrate: bool = False,
+        precision: str = "32-true",
+        gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
-        if head not in ("spatial", "flat"):
-            from sam_gym.registry import unknown_name
-
-            raise unknown_name("head", head, ["spatial", "flat"])
+        if head not in HEADS:
+            raise unknown_name("head", head, HEADS)
+        if precision not in PRECISIONS:
+            raise unknown_name("precision", precision, PRECISIONS)
+        self.precision, self.gradient_checkpointing = precision, gradient_checkpointing
         self.grid, self.head, self.features = grid, head, features
-        self.others = list(others)
+        self.others, self.recalibrate = list(others), recalibrate
+        self.recalibration: Recalibration | None = None
         kwargs |= {
             "features_extractor_class": self.extractor_class,
             "features_extractor_kwargs": features,
@@ -210,12 +240,17 @@ class ImplicitPolicy(ActorCriticPolicy):
         extractor = self.features_extractor
         assert isinstance(extractor, ClickFeatures)
         width, num_actions = self.features_dim, int(self.action_space.n)  # type: ignore[attr-defined]
+        polarities = 1 if self.recalibrate else 2
+        num_others = num_actions - 2 * self.grid**2
+        num_choices = polarities * self.grid**2 + num_others
+        # SB3 has made one over all actions.
+        self.action_dist = CategoricalDistribution(num_choices)
         self.mlp_extractor = SplitFeatures(width)  # type: ignore[assignment]
         if self.head == "flat":
-            self.action_net = FlatHead(width, extractor.cells, num_actions)
+            self.action_net = FlatHead(width, extractor.cells, num_choices)
             last: Any = self.action_net.linear
         else:
-            self.action_net = SpatialHead(width, self.grid, num_actions - 2 * self.grid**2)
+            self.action_net = SpatialHead(width, self.grid, polarities, num_others)
             last = self.action_net.clicks
         # Small logits at first: every action is about as likely as any other.
         for layer in (last, getattr(self.action_net, "others", None)):
@@ -227,21 +262,76 @@ class ImplicitPolicy(ActorCriticPolicy):
         self.optimizer = make_optimizer(
             self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs
         )
+        # After the optimizer: rewards do not teach it.
+        if self.recalibrate:
+            features = cast(ClickFeatures, self.make_features_extractor())
+            self.recalibration = Recalibration(features)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
         for name in ("features_extractor_class", "features_extractor_kwargs", "ortho_init"):
             data.pop(name, None)
-        own = {"features": self.features, "grid": self.grid, "head": self.head}
-        return data | own | {"others": self.others}
+        names = ("features", "grid", "head", "others", "recalibrate", *_COMPUTATION)
+        return data | {name: getattr(self, name) for name in names}
 
     # SB3 would turn observations into one-hot codes and floats first; the extractor takes them raw.
 
     def extract_features(self, obs: PyTorchObs, features_extractor: Any = None) -> Tensor:
-        return self.features_extractor(obs)
+        with torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16-mixed"):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                features = checkpoint(self.features_extractor, obs, use_reentrant=False)
+            else:
+                features = self.features_extractor(obs)
+        return cast(Tensor, features).float()
 
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
         return self._get_action_dist_from_latent(self.extract_features(obs))
+
+    def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        choices, values, log_probs = super().forward(obs, deterministic)
+        return self._to_actions(choices, obs), values, log_probs
+
+    def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return super().evaluate_actions(obs, self._to_choices(actions))
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        return self._to_actions(super()._predict(observation, deterministic), observation)
+
+    def _to_actions(self, choices: Tensor, obs: PyTorchObs) -> Tensor:
+        """Actions (B,) of the environment; the recalibration labels places."""
+        if self.recalibration is None:
+            return choices
+        places = self.grid**2
+        negative = self._is_negative(obs).gather(1, choices.clamp(max=places - 1)[:, None])[:, 0]
+        return choices + places * (negative | (choices >= places))
+
+    def _to_choices(self, actions: Tensor) -> Tensor:
+        """What the distribution is over (B,): with a recalibration, places without their label."""
+        if self.recalibration is None:
+            return actions
+        places = self.grid**2
+        return torch.where(actions < 2 * places, actions % places, actions - places)
+
+    @torch.no_grad()
+    def _is_negative(self, obs: PyTorchObs) -> Tensor:
+        """Whether the recalibration calls each place background: bool (B, grid * grid)."""
+        assert self.recalibration is not None
+        return F.adaptive_avg_pool2d(self.recalibration(obs), self.grid).flatten(1) < 0.0
+
+    def logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
+        """Logits float32 (B, A) of all actions of the environment, and state values (B, 1).
+
+        With a recalibration, a click of the polarity that it does not give has minus infinity.
+        """
+        latent_pi, latent_vf = self.mlp_extractor(self.extract_features(obs))
+        logits, value = self.action_net(latent_pi), self.value_net(latent_vf)
+        if self.recalibration is None:
+            return logits, value
+        places = self.grid**2
+        clicks, negative = logits[:, :places], self._is_negative(obs)
+        never = torch.full_like(clicks, -torch.inf)
+        signed = [torch.where(negative, never, clicks), torch.where(negative, clicks, never)]
+        return torch.cat([*signed, logits[:, places:]], dim=1), value
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         return self.value_net(self.mlp_extractor.forward_critic(self.extract_features(obs)))
@@ -249,6 +339,8 @@ class ImplicitPolicy(ActorCriticPolicy):
     def set_categories(self, categories: Sequence[str]) -> None:
         """Say which names the numbers in `target_category` stand for from now on."""
         cast(ClickFeatures, self.features_extractor).set_categories(categories)
+        if self.recalibration is not None:
+            self.recalibration.features.set_categories(categories)
 
     def get_value(self, obs: dict[str, Any]) -> Tensor:
         """State values, float32 (B, 1), for CleanRL-style loops.
@@ -271,14 +363,17 @@ class ImplicitPolicy(ActorCriticPolicy):
         Returns:
             action int64 (B,), log-probability (B,), entropy (B,), value (B, 1).
         """
-        features = self.extract_features(self._to_tensors(obs))
-        latent_pi, latent_vf = self.mlp_extractor(features)
+        tensors = self._to_tensors(obs)
+        latent_pi, latent_vf = self.mlp_extractor(self.extract_features(tensors))
         distribution = self._get_action_dist_from_latent(latent_pi)
         if action is None:
-            action = distribution.get_actions(deterministic=deterministic)
+            choice = distribution.get_actions(deterministic=deterministic)
+            action = self._to_actions(choice, tensors)
+        else:
+            choice = self._to_choices(action)
         entropy = distribution.entropy()
         assert entropy is not None
-        return action, distribution.log_prob(action), entropy, self.value_net(latent_vf)
+        return action, distribution.log_prob(choice), entropy, self.value_net(latent_vf)
 
     def _to_tensors(self, obs: dict[str, Any]) -> dict[str, Tensor]:
         return {

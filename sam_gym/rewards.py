@@ -61,8 +61,17 @@ def dice_gain(t: Transition) -> np.ndarray:
 
 @REWARDS.register("click_correct")
 def click_correct(t: Transition) -> np.ndarray:
-    """+1 for a click whose label is right, -1 for a wrong one (AlignSAM, Huang et al. 2024)."""
+    """+1 for a click whose label is right, -1 for a wrong one."""
     return np.where(t.is_click, np.where(t.correct, 1.0, -1.0), 0.0)
+
+
+@REWARDS.register("foreground")
+def foreground(t: Transition) -> np.ndarray:
+    """+1 for a click on the target, -1 for one elsewhere, whatever its label.
+
+    For agents that choose places only (AlignSAM, Huang et al. 2024).
+    """
+    return np.where(t.is_click, np.where(t.on_target, 1.0, -1.0), 0.0)
 
 
 @REWARDS.register("shaped")

@@ -60,8 +60,8 @@ class SamSegEnv(gym.Env[Any, Any]):
 
     ## Rewards
 
-    `reward="iou_gain"` (default), `"dice_gain"`, `"click_correct"` or `"shaped"`; see
-    `sam_gym.rewards`. `click_cost` is subtracted for every click and undo.
+    `reward="iou_gain"` (default), `"dice_gain"`, `"click_correct"`, `"foreground"` or `"shaped"`;
+    see `sam_gym.rewards`. `click_cost` is subtracted for every click and undo.
 
     ## Starting State
 

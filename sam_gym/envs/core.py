@@ -68,7 +68,7 @@ class ClickConfig:
     obs: Literal["full", "handle"] = "full"
     """Observations with image and embedding, or with a small handle of the embedding."""
     reward: str = "iou_gain"
-    """Reward name: iou_gain, dice_gain, click_correct, shaped."""
+    """Reward name: iou_gain, dice_gain, click_correct, foreground, shaped."""
     grid: int = 16
     """Clicks fall on the centres of grid x grid cells of SAM's square input frame."""
     max_steps: int = 5
@@ -252,6 +252,20 @@ class ClickCore:
         if config.target == "instance":
             entries["cue_click"] = spaces.Box(0, 1, (2,), np.float32)
         return spaces.Dict(entries)
+
+    def soft_targets(self, cells: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The targets of all slots on a coarse grid, for those who learn from them.
+
+        Args:
+            cells: rows and columns of the grid.
+
+        Returns:
+            The share of each cell that belongs to the target, and the share of it that is scored:
+            two float32 (num_slots, *cells), 0 to 1.
+        """
+        both = torch.stack([self._low_target, self._low_valid], dim=1).float()
+        target, scored = F.adaptive_avg_pool2d(both, cells).unbind(dim=1)
+        return target, scored
 
     # Episodes ----------------------------------------------------------------------------------
 

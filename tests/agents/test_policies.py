@@ -25,7 +25,13 @@ def make_env(settings: dict[str, Any], obs: str = "handle", count: int = 4, **mo
     )
 
 
-def make_model(settings: dict[str, Any], env: Any, head: str = "spatial", **features: Any) -> PPO:
+def make_model(
+    settings: dict[str, Any],
+    env: Any,
+    head: str = "spatial",
+    options: dict[str, Any] | None = None,
+    **features: Any,
+) -> PPO:
     core = env.unwrapped.core
     backbone = {
         "name": settings["backbone"],
@@ -46,7 +52,8 @@ def make_model(settings: dict[str, Any], env: Any, head: str = "spatial", **feat
         n_steps=4,
         batch_size=8,
         n_epochs=1,
-        policy_kwargs={"features": details | features, "grid": core.config.grid, "head": head},
+        policy_kwargs={"features": details | features, "grid": core.config.grid, "head": head}
+        | (options or {}),
         seed=0,
         device="cpu",
     )
@@ -172,3 +179,57 @@ def test_rollouts_keep_their_embeddings(tiny_env: dict[str, Any]) -> None:
 
     model.learn(64, callback=Check(core.store))
     assert core.store.encoded > 20
+
+
+def test_checkpointing_computes_the_same_gradients_and_keeps_less(tiny_env: dict[str, Any]) -> None:
+    env = make_env(tiny_env)
+    gradients, kept = [], []
+    for on in (False, True):
+        policy = make_model(tiny_env, env, options={"gradient_checkpointing": on}).policy
+        observations, _ = env.reset(seed=0)
+        tensors = policy._to_tensors(observations)
+        sizes: list[int] = []
+
+        def note(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            values, log_prob, _ = policy.evaluate_actions(tensors, torch.arange(4))
+        (values.sum() + log_prob.sum()).backward()
+        gradients.append([p.grad for p in policy.parameters() if p.grad is not None])
+        kept.append(sum(sizes))
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+    # What is left are the observations and the heads' own.
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_mixed_precision_is_close_and_keeps_weights_in_float32(tiny_env: dict[str, Any]) -> None:
+    env = make_env(tiny_env)
+    observations, _ = env.reset(seed=0)
+    plain, mixed = (
+        make_model(tiny_env, env, options={"precision": precision}).policy
+        for precision in ("32-true", "bf16-mixed")
+    )
+    assert all(p.dtype == torch.float32 for p in mixed.parameters())
+    tensors = plain._to_tensors(observations)
+    with torch.no_grad():
+        exact, close = (policy.extract_features(tensors) for policy in (plain, mixed))
+    assert close.dtype == torch.float32
+    assert torch.equal(close, close.bfloat16().float()) and not torch.equal(exact, close)
+    assert torch.allclose(exact, close, atol=0.05 * float(exact.abs().max()))
+    model = make_model(tiny_env, env, options={"precision": "bf16-mixed"})
+    before = [p.clone() for p in model.policy.parameters()]
+    model.learn(16)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True)
+    )
+
+
+def test_misspelt_options_of_the_policy(tiny_env: dict[str, Any]) -> None:
+    env = make_env(tiny_env)
+    with pytest.raises(ValueError, match="Did you mean 'bf16-mixed'"):
+        make_model(tiny_env, env, options={"precision": "bf16"})
+    with pytest.raises(ValueError, match="Did you mean 'flat'"):
+        make_model(tiny_env, env, head="flatt")

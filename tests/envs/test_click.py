@@ -397,7 +397,9 @@ def test_every_reward_by_its_rule(make: Make, reward: str) -> None:
                 shaped = min(1.0, min(apart, default=1.0) / 0.1) if right else -1.0
             else:
                 shaped = max(dice_gain, 0.0) if right else -0.5
-            rules = {**by_gain, "click_correct": 1.0 if right else -1.0, "shaped": shaped}
+            signs = {"click_correct": right, "foreground": on_target}
+            rules = {name: 1.0 if good else -1.0 for name, good in signs.items()}
+            rules |= {**by_gain, "shaped": shaped}
             assert earned == pytest.approx(rules[reward] - 0.25, abs=1e-6)
     assert len(seen) == 4
 
