@@ -1,4 +1,4 @@
-"""Measure a Segment Anything Model or the environments that play it.
+"""Measure a Segment Anything Model, the environments that play it, and the agents that learn to.
 
     python -m benchmarks.run interactive --dataset folder --data FOLDER --out DIR
     python -m benchmarks.run throughput --out DIR
@@ -22,6 +22,7 @@ from sam_gym.registry import unknown_name
 
 #: Benchmark name -> module with a dataclass `Config` and `run(config) -> results`.
 BENCHMARKS = {
+    "agents": "benchmarks.agents",
     "interactive": "benchmarks.interactive",
     "pointing": "benchmarks.pointing",
     "throughput": "benchmarks.throughput",
