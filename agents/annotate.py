@@ -33,7 +33,8 @@ class Config:
     """
 
     policy: str
-    """Path of a policy.zip, as train_ppo writes it, or hf://USER/NAME[@REVISION]."""
+    """Path of a policy.zip, as train_ppo writes it, hf://USER/NAME[@REVISION], or one that is in the
+    package: implicit, explicit."""
     images: str
     """Folder of images; folders within it are looked through too."""
     categories: str

@@ -11,7 +11,7 @@ import io
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -19,16 +19,16 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.distributed import SlotPPO
-from agents.training import WatchTraining
 from agents.vec_env import VectorEnvAdaptor
 from sam_gym.files import write_atomic
 
 #: How many checkpoints are kept: the newest, and the one before in case that one is damaged.
 KEPT = 2
 #: Settings that may differ between a run and its resumption: where its own files and the data lie,
-#: how much memory is used, pictures, checkpoints, and the device.
+#: how much memory is used, pictures, tracking, checkpoints, and the device.
 FREE_SETTINGS = (
-    *("out", "resume", "checkpoint_every", "views"),
+    *("out", "resume", "checkpoint_every", "views", "video_every"),
+    *("mlflow", "mlflow_uri", "mlflow_experiment", "register_model"),
     *("settings.data", "settings.device"),
     *("settings.cache_mib", "settings.store_gib", "settings.disk_gib"),
 )
@@ -88,7 +88,7 @@ def check_same_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> None
     Args:
         then, now: settings as nested dicts, of the checkpoint and of this run.
     """
-    before, after = _flat(then), _flat(now)
+    before, after = flat(then), flat(now)
     changed = [
         f"{name} ({before.get(name)!r} then, {after.get(name)!r} now)"
         for name in sorted(before.keys() | after.keys())
@@ -101,14 +101,23 @@ def check_same_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> None
         )
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by names with dots."""
+    flattened: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flattened |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            flattened[prefix + name] = value
+    return flattened
+
+
+class HasState(Protocol):
+    """A part of a run that a checkpoint keeps."""
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 class Checkpoint(BaseCallback):
@@ -122,7 +131,7 @@ class Checkpoint(BaseCallback):
         settings: of the run, as nested dicts.
         every: environment steps between checkpoints.
         env: the environments of this rank.
-        watch: notes the course of the run.
+        parts: by name, what else of the run has a state to keep.
     """
 
     model: SlotPPO
@@ -133,11 +142,11 @@ class Checkpoint(BaseCallback):
         settings: Mapping[str, Any],
         every: int,
         env: VecMonitor,
-        watch: WatchTraining,
+        parts: Mapping[str, HasState],
     ) -> None:
         super().__init__()
         self.folder, self.settings, self.every = folder, settings, every
-        self.env, self.watch = env, watch
+        self.env, self.parts = env, parts
         self.envs = cast(VectorEnvAdaptor, env.venv)
         self._due = every
 
@@ -163,7 +172,7 @@ class Checkpoint(BaseCallback):
             "progress": {name: getattr(model, name) for name in _PROGRESS},
             "pending": {name: dict(getattr(model.logger, name)) for name in _PENDING},
             "slots": [slot for own in model.ranks.gather(self._slots()) for slot in own],
-            "watch": self.watch.get_state(),
+            "parts": {name: part.get_state() for name, part in self.parts.items()},
             "due": self._due,
             "rng": _rng_state(model.device),
         }
@@ -204,7 +213,9 @@ class Checkpoint(BaseCallback):
         self._restore_slots(model, state["slots"][first : first + self.env.num_envs])
         for name, values in state["pending"].items():
             getattr(model.logger, name).update(values)
-        self.watch.set_state(state["watch"])
+        for name, part in self.parts.items():
+            if name in state["parts"]:
+                part.set_state(state["parts"][name])
         self._due = state["due"]
         # Last, since nothing of the above may count as drawn.
         _set_rng_state(state["rng"], model.device)

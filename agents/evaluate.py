@@ -6,27 +6,22 @@ scored at the size of the image.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 
-import agents.explicit  # noqa: F401  (registers its policy)
 from agents.baselines import BASELINES, Agent
-from agents.hub import PREFIX, local_policy, read_data
-from agents.policies import POLICIES, ImplicitPolicy
+from agents.hub import PREFIX, local_policy
+from agents.policies import ImplicitPolicy
+from agents.saved import SHIPPED, load_policy
 from agents.vec_env import make_vector_env
 from sam_gym import cli
-from sam_gym.backbones.loading import resolve_device
 from sam_gym.envs.core import ClickConfig, ClickCore
 from sam_gym.files import write_csv, write_json
 from sam_gym.metrics import mean_and_ci95
@@ -70,65 +65,6 @@ class Evaluation:
         }
 
 
-#: What numpy's arrays, numbers and generators are pickled with; spaces consist of them.
-_OF_NUMPY = {
-    "numpy": {"dtype", "ndarray"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy._core.numeric": {"_frombuffer"},
-    "numpy.random._pickle": {"__bit_generator_ctor", "__generator_ctor"},
-    "numpy.random._pcg64": {"PCG64"},
-    "numpy.random.bit_generator": {"SeedSequence", "__pyx_unpickle_SeedSequence"},
-}
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles spaces and names of registered policies; all else is an error, and never runs."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        for policy in map(POLICIES.get, POLICIES.names()):
-            if (policy.__module__, policy.__qualname__) == (module, name):
-                return policy
-        space = getattr(gym.spaces, name, None)
-        if isinstance(space, type) and issubclass(space, gym.Space) and space.__module__ == module:
-            return space
-        # numpy 1 says "core" where numpy 2 says "_core".
-        if name in _OF_NUMPY.get(module.replace("numpy.core.", "numpy._core."), ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(
-            f"{module}.{name} is neither a space nor a policy of {', '.join(POLICIES.names())}"
-        )
-
-
-def _plain(value: Any) -> Any:
-    """A value of a policy.zip, which pickles what JSON cannot hold."""
-    if isinstance(value, dict) and ":serialized:" in value:
-        return _PlainUnpickler(io.BytesIO(base64.b64decode(value[":serialized:"]))).load()
-    return value
-
-
-def _rebuilt(path: Path, data: dict[str, Any], device: str) -> ImplicitPolicy:
-    """The policy of a zip, for another device of its SAM and CLIP.
-
-    Only what makes the policy is read: nothing of its training (schedules, environments) has to be
-    importable here, and no code that the zip may hold runs.
-    """
-    from stable_baselines3.common.save_util import load_from_zip_file
-
-    _, parameters, _ = load_from_zip_file(path, device="cpu", load_data=False)
-    policy_class, observations, actions, arguments = (
-        _plain(data[name])
-        for name in ("policy_class", "observation_space", "action_space", "policy_kwargs")
-    )
-    if policy_class not in map(POLICIES.get, POLICIES.names()):
-        raise ValueError(f"expected a click policy, got {policy_class!r}")
-    for model in ("backbone", "clip"):
-        if model in arguments["features"]:
-            arguments["features"][model]["device"] = device
-    policy = policy_class(observations, actions, lambda _: 0.0, **arguments)
-    policy.load_state_dict(parameters["policy"])
-    return policy.to(resolve_device(device))
-
-
 class PolicyAgent:
     """A trained policy as an agent.
 
@@ -145,7 +81,8 @@ class PolicyAgent:
         """Load a trained policy. No code that the file may hold runs (unlike with SB3's `load`).
 
         Args:
-            path: of a policy.zip, or hf://USER/NAME[@REVISION] of the Hugging Face hub.
+            path: of a policy.zip; "implicit" or "explicit", which are in the package; or
+                hf://USER/NAME[@REVISION] of the Hugging Face hub.
             device: "auto" (CUDA, then MPS, then CPU), or a torch device.
 
         Raises:
@@ -159,16 +96,7 @@ class PolicyAgent:
                 f"{path}: no such policy. Pass the policy.zip of a training run, or one of "
                 f"{', '.join(BASELINES.names())}."
             )
-        data = read_data(file)
-        try:
-            policy = _rebuilt(file, data, device)
-        except OSError:  # the zip is there: a file that it names is not
-            raise
-        except Exception as error:  # a zip can be damaged in many ways
-            raise ValueError(
-                f"{path}: not a readable policy ({type(error).__name__}: {error})."
-            ) from error
-        return cls(policy)
+        return cls(load_policy(file, device))
 
     @torch.no_grad()
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
@@ -265,7 +193,8 @@ class Config:
     """Evaluate a trained policy or a baseline on held-out data."""
 
     policy: str
-    """Path of a policy.zip, hf://USER/NAME[@REVISION], or random, center, confident, oracle."""
+    """Path of a policy.zip, hf://USER/NAME[@REVISION], implicit, explicit (in the package), or a
+    baseline: random, center, confident, oracle."""
     env: str = "SamSeg-v0"
     """Environment id."""
     out: str = "runs/evaluate"
@@ -287,12 +216,10 @@ def load_agent(policy: str, seed: int = 0, device: str = "auto") -> Agent:
     """A baseline by name, or a trained policy by path or by its name on the hub."""
     if policy in BASELINES.names():
         return BASELINES.get(policy)(seed)
-    if policy.startswith(PREFIX):
-        return PolicyAgent.load(policy, device)
-    if Path(policy).suffix != ".zip" and not Path(policy).exists():
-        raise unknown_name(
-            "policy", policy, [*BASELINES.names(), "PATH/policy.zip", f"{PREFIX}USER/NAME"]
-        )
+    if policy not in SHIPPED and not policy.startswith(PREFIX):
+        if Path(policy).suffix != ".zip" and not Path(policy).exists():
+            kinds = [*BASELINES.names(), *SHIPPED, "PATH/policy.zip", f"{PREFIX}USER/NAME"]
+            raise unknown_name("policy", policy, kinds)
     return PolicyAgent.load(policy, device)
 
 

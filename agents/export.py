@@ -35,7 +35,8 @@ class Config:
     """
 
     policy: str
-    """Path of a policy.zip, as train_ppo writes it, or hf://USER/NAME[@REVISION]."""
+    """Path of a policy.zip, as train_ppo writes it, hf://USER/NAME[@REVISION], or one that is in the
+    package: implicit, explicit."""
     out: str = "runs/export"
     """Folder for policy.onnx, policy.pt2 and inputs.json."""
     batch: int = 4

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 import tyro
 import yaml
 
+from agents.saved import SHIPPED, read_data
 from sam_gym import cli
 from sam_gym.files import write_atomic
 
@@ -110,35 +110,22 @@ class Run:
         return cls(folder, results, features if isinstance(features, dict) else {})
 
 
-def read_data(path: Path) -> dict[str, Any]:
-    """What a policy.zip says of its model, by name; what is pickled in it stays pickled.
-
-    Raises:
-        ValueError: it is no model that stable-baselines3 has saved.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return dict(json.loads(archive.read("data")))
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not a readable policy ({type(error).__name__}: {error})."
-        ) from error
-
-
 def local_policy(policy: str | Path) -> Path:
-    """Path of a policy: of `hf://USER/NAME[@REVISION]` in the hub's cache, downloaded if need be.
+    """Path of a policy: of an agent in the package, or on the hub (downloaded if need be).
 
     Args:
-        policy: such a name, or a path, which is given back.
+        policy: a name in `SHIPPED`, `hf://USER/NAME[@REVISION]`, or a path, which is given back.
 
     Raises:
         ValueError, OSError: as `pull`.
     """
     name = str(policy)
-    if not name.startswith(PREFIX):
-        return Path(policy)
-    repo, _, revision = name.removeprefix(PREFIX).partition("@")
-    return _snapshot(repo, revision or None, [POLICY]) / POLICY
+    if name in SHIPPED:
+        return SHIPPED[name]
+    if name.startswith(PREFIX):
+        repo, _, revision = name.removeprefix(PREFIX).partition("@")
+        return _snapshot(repo, revision or None, [POLICY]) / POLICY
+    return Path(policy)
 
 
 def pull(config: Pull) -> Path:

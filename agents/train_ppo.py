@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 import yaml
 from stable_baselines3.common.vec_env import VecMonitor
@@ -22,26 +21,36 @@ from stable_baselines3.common.vec_env import VecMonitor
 import agents.explicit  # noqa: F401  (registers its policy)
 import sam_gym
 from agents.baselines import BASELINES
-from agents.checkpoint import Checkpoint, check_same_settings, checkpoints, newest_checkpoint
+from agents.checkpoint import (
+    Checkpoint,
+    check_same_settings,
+    checkpoints,
+    flat,
+    newest_checkpoint,
+)
 from agents.distributed import ALONE, CountAllRanks, Ranks, SlotPPO, recorded
 from agents.evaluate import PolicyAgent, evaluate, film_episodes, with_categories
+from agents.imitation import imitate
 from agents.policies import POLICIES
-from agents.training import PinRollouts, WatchTraining, make_logger, plot_learning_curve
+from agents.recalibration import TrainRecalibration
+from agents.tracking import MlflowRun, make_logger, require_mlflow
+from agents.training import PinRollouts, WatchTraining, plot_learning_curve
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.views import draw_views
 from sam_gym import cli
 from sam_gym.envs.core import ClickConfig, ClickCore
 from sam_gym.files import write_atomic, write_json
 from sam_gym.registry import unknown_name
-from sam_gym.render import save_gif
+from sam_gym.render import save_gif, save_image
+from sam_gym.version import __version__
 
 
 @dataclass
 class Config:
     """Train a click agent with PPO and compare it with baselines on held-out data.
 
-    Writes to `out`: policy.zip, results.json, learning_curve.png, episodes.gif, TensorBoard logs,
-    and checkpoints until it is done.
+    Writes to `out`: policy.zip, results.json, learning_curve.png, episodes.gif, videos, TensorBoard
+    logs, and checkpoints until it is done.
     """
 
     env: str = "SamSeg-v0"
@@ -58,6 +67,17 @@ class Config:
     """The lower, the less the explicit policy sees of words that are not asked for."""
     head: str = "spatial"
     """Action head: spatial (logits read off the feature map) or flat (one linear layer)."""
+    recalibrate: bool = False
+    """The policy chooses places only; a module that learns from the targets labels the clicks
+    (AlignSAM's semantic recalibration)."""
+    recalibration_updates: int | None = None
+    """Its updates per environment step (default: 1, for the explicit policy 5)."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Precision of the policy's features; that of the backbone is --dtype."""
+    gradient_checkpointing: bool = False
+    """Less memory in an update, for features that are computed twice."""
+    warm_start: int = 0
+    """First steps, of total_timesteps, that go to imitating the oracle, who sees the truth."""
     out: str = "runs/ppo"
     """Folder for everything that the run writes."""
     resume: bool = False
@@ -72,7 +92,7 @@ class Config:
     train_images: int = 2048
     """How many different scenes are trained on; each is encoded once (dataset scenes only)."""
     categories: str | None = None
-    """Comma-separated categories: of scenes, the only things in them; of coco, the things to segment."""
+    """Comma-separated categories: the only things in scenes, the things to segment of coco."""
     held_out: str | None = None
     """Split to report on (default: test for scenes and folder, val for coco)."""
     n_steps: int = 16
@@ -96,11 +116,22 @@ class Config:
     eval_episodes: int = 128
     """Episodes of each of those evaluations."""
     views: bool = False
-    """Write pictures of what the policy sees to TensorBoard at each of those evaluations."""
+    """Draw what the policy sees at each of those evaluations, into `out`/views."""
+    video_every: int = 2_000
+    """Finished training episodes between films of the policy in a held-out episode, into
+    `out`/videos; 0 for none."""
     final_episodes: int = 256
     """Episodes of the final evaluation of the agent and of every baseline."""
     checkpoint_every: int = 5_000
     """Environment steps between checkpoints, rounded up to whole rollouts."""
+    mlflow: bool = False
+    """Record the run in MLflow too (pip install 'sam-gym[mlflow]')."""
+    mlflow_uri: str | None = None
+    """Of a server or a database (default: a local store in the folder mlflow beside `out`)."""
+    mlflow_experiment: str = "sam-gym"
+    """Experiment that the run belongs to; made if there is none."""
+    register_model: str | None = None
+    """Name under which MLflow's model registry gets the finished policy."""
     settings: Annotated[ClickConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: ClickConfig(obs="handle")
     )
@@ -203,6 +234,9 @@ def make_model(
             "grid": settings.grid,
             "head": config.head,
             "others": ["stop"] * settings.stop + ["undo"] * settings.undo,
+            "recalibrate": config.recalibrate,
+            "precision": config.precision,
+            "gradient_checkpointing": config.gradient_checkpointing,
         },
         seed=config.seed,
         device=core.device,
@@ -245,10 +279,54 @@ def _encoded_alone(core: ClickCore) -> Iterator[None]:
         store.batch_size = before
 
 
+def _in_folder(folder: Path, name: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder / name
+
+
 def _save_policy(model: SlotPPO, path: Path) -> None:
     buffer = io.BytesIO()
     model.save(buffer)
     write_atomic(path, buffer.getvalue())
+
+
+def _mlflow_place(config: Config) -> str | Path:
+    return config.mlflow_uri or Path(config.out).absolute().parent / "mlflow"
+
+
+def _check_tracking(config: Config) -> None:
+    name = config.register_model
+    if not config.mlflow and (name or config.mlflow_uri):
+        raise ValueError("--register-model and --mlflow-uri take effect with --mlflow only.")
+    if name is not None and (not name.strip() or set(name) & set("/:")):
+        raise ValueError(f"register_model must be a name without '/' and ':', got {name!r}.")
+    if config.mlflow:
+        require_mlflow(_mlflow_place(config))
+
+
+@contextmanager
+def _in_mlflow(
+    config: Config, state: dict[str, Any] | None, ranks: Ranks
+) -> Iterator[MlflowRun | None]:
+    """The run in MLflow, if that is asked for and this is the rank that writes."""
+    if not (config.mlflow and ranks.is_first):
+        yield None
+        return
+    known = state["parts"].get("mlflow", {}) if state else {}
+    with MlflowRun(
+        _mlflow_place(config),
+        config.mlflow_experiment,
+        name=Path(config.out).absolute().name,
+        settings=flat(asdict(config)),
+        tags={
+            "sam_gym.version": __version__,
+            "env": config.env,
+            "policy": config.policy,
+            "backbone": config.settings.backbone,
+        },
+        run_id=known.get("run_id"),
+    ) as run:
+        yield run
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -256,9 +334,11 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         ValueError, FileNotFoundError: a name, a value or the data is wrong (before work starts).
+        ImportError: MLflow was asked for and is not installed (before work starts).
         FileExistsError: `out` holds an unfinished run, which was not to be resumed.
-        ConnectionError: another process of the job has stopped.
+        ConnectionError: another process of the job has stopped, or MLflow does not answer.
     """
+    _check_tracking(config)
     POLICIES.get(config.policy)
     if config.env not in sam_gym.ENVIRONMENTS:
         raise unknown_name("environment", config.env, sam_gym.ENVIRONMENTS)
@@ -270,9 +350,23 @@ def train(config: Config) -> dict[str, Any]:
     for checked in (held_out, validation):
         checked.open_dataset()
 
-    out = Path(config.out)
-    state = _state_to_resume(config, out / "checkpoints")
+    state = _state_to_resume(config, Path(config.out) / "checkpoints")
     ranks = Ranks.join(settings.device)
+    with _in_mlflow(config, state, ranks) as mlflow:
+        return _train(config, settings, validation, held_out, state, ranks, mlflow)
+
+
+def _train(
+    config: Config,
+    settings: ClickConfig,
+    validation: ClickConfig,
+    held_out: ClickConfig,
+    state: dict[str, Any] | None,
+    ranks: Ranks,
+    mlflow: MlflowRun | None,
+) -> dict[str, Any]:
+    """What `train` does once everything is checked."""
+    out = Path(config.out)
     vector, core = make_vector_env(config.env, ranks.share(config.num_envs), settings)
     env = VecMonitor(VectorEnvAdaptor(vector))
     model = make_model(config, settings, env, core, ranks)
@@ -287,28 +381,54 @@ def train(config: Config) -> dict[str, Any]:
 
     out.mkdir(parents=True, exist_ok=True)
 
-    def draw() -> np.ndarray:
+    def draw(step: int) -> Path:
         picture = draw_views(agent, validation, env_id=config.env, seed=4)
         agent.policy.set_categories(core.dataset.categories)
-        return picture
+        path = _in_folder(out / "views", f"step-{step:08d}.png")
+        save_image(path, picture)
+        return path
+
+    def film(step: int) -> Path:
+        frames = film_episodes(agent, validation, env_id=config.env, count=1, seed=4)
+        agent.policy.set_categories(core.dataset.categories)
+        path = _in_folder(out / "videos", f"step-{step:08d}.gif")
+        save_gif(path, frames)
+        return path
 
     watch = WatchTraining(
-        config.total_timesteps, config.eval_every, validate, ranks, draw if config.views else None
+        config.total_timesteps,
+        config.eval_every,
+        validate,
+        ranks,
+        draw if config.views else None,
+        config.video_every,
+        film,
     )
+    parts: dict[str, Any] = {"watch": watch}
+    if mlflow is not None:
+        parts["mlflow"] = mlflow
+    if config.recalibrate:
+        updates = config.recalibration_updates or (5 if config.policy == "explicit" else 1)
+        parts["recalibration"] = TrainRecalibration(
+            agent.policy, core, updates, config.learning_rate, ranks=ranks
+        )
     checkpoint = Checkpoint(
-        out / "checkpoints", asdict(config), config.checkpoint_every, env, watch
+        out / "checkpoints", asdict(config), config.checkpoint_every, env, parts
     )
     if ranks.is_first:
         what = f"{config.policy} on {config.env} ({settings.dataset}) with {core.backbone}"
         print(f"Going on from step {state['step']} with {what}." if state else f"Training {what}.")
     with watch.bar, _encoded_alone(core):
-        model.set_logger(make_logger(out / "tensorboard", state["step"] if state else -1, ranks))
+        done = state["step"] if state else -1
+        model.set_logger(make_logger(out / "tensorboard", done, ranks, mlflow=mlflow))
         if state:
             checkpoint.restore(model, state)
+        elif config.warm_start:
+            imitate(model, core, BASELINES.get("oracle")(config.seed), config.warm_start)
         model.learn(
             config.total_timesteps - model.num_timesteps,
-            callback=[checkpoint, CountAllRanks(ranks), PinRollouts(core.store), watch],
-            reset_num_timesteps=state is None,
+            callback=[checkpoint, CountAllRanks(ranks), PinRollouts(core.store), *parts.values()],
+            reset_num_timesteps=model.num_timesteps == 0,
         )
         ranks.leave()
         if not ranks.is_first:
@@ -321,7 +441,7 @@ def train(config: Config) -> dict[str, Any]:
     env.close()
     trained = time.monotonic()
 
-    print(f"Evaluating on {final_split}, {config.final_episodes} episodes each.")
+    print(f"Evaluating on {held_out.split}, {config.final_episodes} episodes each.")
     agents = {"agent": agent} | {
         name: BASELINES.get(name)(config.seed) for name in BASELINES.names()
     }
@@ -341,7 +461,7 @@ def train(config: Config) -> dict[str, Any]:
     )
     print(f"  gap closed (agent - random) / (oracle - random): {results['gap_closed']}")
     results |= {
-        "held_out_split": final_split,
+        "held_out_split": held_out.split,
         "training_seconds": round(trained - watch.started, 1),
         "total_seconds": round(time.monotonic() - watch.started, 1),
         "config": asdict(config),
@@ -352,6 +472,9 @@ def train(config: Config) -> dict[str, Any]:
     baselines = {name: results[name]["mean_iou"] for name in BASELINES.names()}
     plot_learning_curve(out / "learning_curve.png", watch.train_curve, watch.eval_curve, baselines)
     save_gif(out / "episodes.gif", film_episodes(agent, held_out, env_id=config.env, seed=3))
+    if mlflow is not None:
+        files = [out / name for name in ("results.json", "learning_curve.png", "episodes.gif")]
+        mlflow.finish(files, out / "policy.zip", config.register_model)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     print(f"Wrote policy.zip, results.json, learning_curve.png and episodes.gif to {out}.")
     return results

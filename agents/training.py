@@ -1,4 +1,4 @@
-"""What a training run watches: progress, periodic evaluation, its curve, its logs."""
+"""What a training run watches: progress, periodic evaluation, pictures, its curve."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Image, Logger, TensorBoardOutputFormat
-from torch.utils.tensorboard import SummaryWriter
 
 from agents.distributed import ALONE, Ranks
+from agents.tracking import PictureFile
 from sam_gym.backbones.store import EmbeddingStore
 
 
@@ -36,16 +35,18 @@ class PinRollouts(BaseCallback):
 
 
 class WatchTraining(BaseCallback):
-    """Progress bar, mean IoU of finished episodes and periodic evaluation.
+    """Progress bar, mean IoU of finished episodes, periodic evaluation and pictures.
+
+    None of the functions that it is given may touch the random numbers of the training.
 
     Args:
         total_timesteps: length of the run, for the bar.
         evaluate_every: environment steps between evaluations.
-        evaluate: called without arguments, returns the mean IoU on validation data. It must leave
-            the random numbers of the training alone.
-        ranks: the processes of the run; the first one evaluates and shows the bar.
-        draw: called without arguments after each evaluation, returns a picture for TensorBoard,
-            uint8 (H, W, 3).
+        evaluate: called without arguments, returns the mean IoU on validation data.
+        ranks: the processes of the run; the first one evaluates, draws and shows the bar.
+        draw: called with the environment steps so far after each evaluation, returns a picture.
+        film_every: finished training episodes between films; 0 for none.
+        film: called with the environment steps so far, returns an animation.
     """
 
     def __init__(
@@ -54,13 +55,16 @@ class WatchTraining(BaseCallback):
         evaluate_every: int,
         evaluate: Callable[[], float],
         ranks: Ranks = ALONE,
-        draw: Callable[[], np.ndarray] | None = None,
+        draw: Callable[[int], Path] | None = None,
+        film_every: int = 0,
+        film: Callable[[int], Path] | None = None,
     ) -> None:
         super().__init__()
-        self.draw = draw
+        self.draw, self.film_every, self.film = draw, film_every, film
         self.total_timesteps, self.evaluate_every = total_timesteps, evaluate_every
         self.evaluate, self.ranks = evaluate, ranks
         self._finished: list[tuple[int, int, float]] = []
+        self._episodes = self._episodes_before = 0
         self.recent: deque[float] = deque(maxlen=512)
         #: (environment steps, mean IoU of recent training episodes).
         self.train_curve: list[tuple[int, float]] = []
@@ -84,6 +88,7 @@ class WatchTraining(BaseCallback):
             "train_curve": self.train_curve,
             "eval_curve": self.eval_curve,
             "due": self._due,
+            "episodes": (self._episodes, self._episodes_before),
             "seconds": time.monotonic() - self.started,
         }
 
@@ -92,6 +97,7 @@ class WatchTraining(BaseCallback):
         self.recent.extend(state["recent"])
         self.train_curve[:], self.eval_curve[:] = state["train_curve"], state["eval_curve"]
         self._due = state["due"]
+        self._episodes, self._episodes_before = state["episodes"]
         self.started = time.monotonic() - state["seconds"]
 
     def _on_training_start(self) -> None:
@@ -108,8 +114,10 @@ class WatchTraining(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        self.recent.extend(self.ranks.merge(self._finished))
+        finished = self.ranks.merge(self._finished)
         self._finished = []
+        self.recent.extend(finished)
+        self._episodes += len(finished)
         if self.recent:
             mean = float(np.mean(self.recent))
             self.train_curve.append((self.num_timesteps, mean))
@@ -118,9 +126,14 @@ class WatchTraining(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         if self.num_timesteps >= self._due:
-            self._due += self.evaluate_every
+            self._due = (self.num_timesteps // self.evaluate_every + 1) * self.evaluate_every
             if self.ranks.is_first:
                 self.evaluate_now()
+        if self.film is not None and self.film_every > 0 and self.ranks.is_first:
+            if self._episodes // self.film_every > self._episodes_before // self.film_every:
+                path = self.film(self.num_timesteps)
+                self.logger.record("eval/video", PictureFile(path))
+        self._episodes_before = self._episodes
 
     def evaluate_now(self) -> None:
         """Evaluate the policy as it is and note the result."""
@@ -128,7 +141,8 @@ class WatchTraining(BaseCallback):
         self.eval_curve.append((self.num_timesteps, value))
         self.logger.record("eval/iou", value)
         if self.draw is not None:
-            self.logger.record("eval/views", Image(self.draw(), "HWC"))
+            path = self.draw(self.num_timesteps)
+            self.logger.record("eval/views", PictureFile(path))
 
     def _show(self) -> None:
         parts = []
@@ -140,26 +154,6 @@ class WatchTraining(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._show()
-
-
-class _ContinuedTensorBoard(TensorBoardOutputFormat):
-    """Writes to TensorBoard; what the folder holds from some step on is superseded."""
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        self.writer = SummaryWriter(str(folder), purge_step=first_step)
-        self._is_closed = False
-
-
-def make_logger(folder: Path, done: int, ranks: Ranks = ALONE) -> Logger:
-    """A logger to TensorBoard, on the first of the ranks.
-
-    Args:
-        folder: of the event files; a run that goes on adds one to those that are there.
-        done: environment steps before this point, whose records are kept.
-        ranks: the processes of the run.
-    """
-    outputs = [_ContinuedTensorBoard(folder, done + 1)] if ranks.is_first else []
-    return Logger(str(folder), list(outputs))
 
 
 def plot_learning_curve(

@@ -52,7 +52,9 @@ def assert_close(got: dict[str, Any], expected: dict[str, Any]) -> None:
         np.testing.assert_allclose(got["logged"][tag], curve, rtol=1e-3, atol=1e-4, err_msg=tag)
 
 
+@pytest.mark.parametrize("more", [(), ("--recalibrate", "--warm-start", "32")])
 def test_two_ranks_learn_what_one_process_learns_and_go_on_after_a_stop(
+    more: tuple[str, ...],
     tiny_env: dict[str, Any],
     arguments: Callable[..., list[str]],
     run_job: Callable[..., list[tuple[int, str]]],
@@ -61,16 +63,17 @@ def test_two_ranks_learn_what_one_process_learns_and_go_on_after_a_stop(
     tmp_path: Path,
 ) -> None:
     alone, together, stopped = (tmp_path / name for name in ("alone", "together", "stopped"))
-    main(arguments(alone, *SHORT))
-    for status, printed in run_job(*arguments(together, *SHORT)):
+    options = (*SHORT, *more)
+    main(arguments(alone, *options))
+    for status, printed in run_job(*arguments(together, *options)):
         assert status == 0, printed
     assert_close(outcome(together), outcome(alone))
 
-    (first, _), (second, message) = run_job(*arguments(stopped, *SHORT), first=("--die-at", "72"))
+    (first, _), (second, message) = run_job(*arguments(stopped, *options), first=("--die-at", "72"))
     assert (first, second) == (-9, 1)
     assert "error: Another rank has stopped; its message is above. Go on with --resume." in message
     assert len(list((stopped / "checkpoints").glob("*.ckpt"))) == 2
-    for status, printed in run_job(*arguments(stopped, *SHORT, "--resume")):
+    for status, printed in run_job(*arguments(stopped, *options, "--resume")):
         assert status == 0, printed
     assert_same(stopped, together)
 
