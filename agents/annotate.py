@@ -33,7 +33,7 @@ class Config:
     """
 
     policy: str
-    """Path of a policy.zip, as train_ppo writes it, hf://USER/NAME[@REVISION], or one that is in the
+    """Path of a policy.zip, as train_ppo writes it, hf://USER/NAME[@REVISION], or one of the
     package: implicit, explicit."""
     images: str
     """Folder of images; folders within it are looked through too."""

@@ -53,12 +53,12 @@ class Evaluation:
         names = ("source", "target", "iou", "reward", "clicks")
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
-    def summary(self) -> dict[str, float]:
-        """`mean_iou` with its `ci95` half-width, `episodes`, `mean_reward`, `mean_clicks`."""
+    def summary(self) -> dict[str, float | None]:
+        """`mean_iou`, `ci95` (half-width; None of one episode), `episodes` and more means."""
         mean, half = mean_and_ci95(self.ious)
         return {
-            "mean_iou": round(mean, 4),
-            "ci95": round(half, 4),
+            "mean_iou": mean,
+            "ci95": half,
             "episodes": len(self.ious),
             "mean_reward": round(float(self.rewards.mean()), 4),
             "mean_clicks": round(float(self.clicks.mean()), 3),
@@ -230,7 +230,7 @@ def with_categories(settings: ClickConfig, categories: str | None) -> ClickConfi
     return replace(settings, dataset_kwargs=settings.dataset_kwargs | {"categories": categories})
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, float]:
+def main(args: Sequence[str] | None = None) -> dict[str, float | None]:
     """The command line."""
     config = tyro.cli(Config, args=args)
     settings = with_categories(config.settings, config.categories)

@@ -35,7 +35,7 @@ class Config:
     """
 
     policy: str
-    """Path of a policy.zip, as train_ppo writes it, hf://USER/NAME[@REVISION], or one that is in the
+    """Path of a policy.zip, as train_ppo writes it, hf://USER/NAME[@REVISION], or one of the
     package: implicit, explicit."""
     out: str = "runs/export"
     """Folder for policy.onnx, policy.pt2 and inputs.json."""

@@ -25,6 +25,7 @@ import yaml
 from agents.saved import SHIPPED, read_data
 from sam_gym import cli
 from sam_gym.files import write_atomic
+from sam_gym.metrics import with_interval
 
 #: Names of policies that begin with this are on the hub.
 PREFIX = "hf://"
@@ -431,7 +432,7 @@ def _rows(results: Mapping[str, Any]) -> list[str]:
     }
     shown = {"agent": "**this agent**", "oracle": "oracle (sees the truth)"}
     return [
-        f"| {shown.get(name, name)} | {row['mean_iou']:.3f} ± {row['ci95']:.3f} "
+        f"| {shown.get(name, name)} | {with_interval(row['mean_iou'], row['ci95'], '±')} "
         f"| {row['mean_clicks']:.1f} |"
         for name, row in sorted(players.items(), key=lambda item: -item[1]["mean_iou"])
     ]

@@ -10,12 +10,10 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
-import yaml
 from stable_baselines3.common.vec_env import VecMonitor
 
 import agents.explicit  # noqa: F401  (registers its policy)
@@ -28,6 +26,7 @@ from agents.checkpoint import (
     flat,
     newest_checkpoint,
 )
+from agents.config import Config, read_config
 from agents.distributed import ALONE, CountAllRanks, Ranks, SlotPPO, recorded
 from agents.evaluate import PolicyAgent, evaluate, film_episodes, with_categories
 from agents.imitation import imitate
@@ -40,142 +39,10 @@ from agents.views import draw_views
 from sam_gym import cli
 from sam_gym.envs.core import ClickConfig, ClickCore
 from sam_gym.files import write_atomic, write_json
+from sam_gym.metrics import with_interval
 from sam_gym.registry import unknown_name
 from sam_gym.render import save_gif, save_image
 from sam_gym.version import __version__
-
-
-@dataclass
-class Config:
-    """Train a click agent with PPO and compare it with baselines on held-out data.
-
-    Writes to `out`: policy.zip, results.json, learning_curve.png, episodes.gif, videos, TensorBoard
-    logs, and checkpoints until it is done.
-    """
-
-    env: str = "SamSeg-v0"
-    """Environment id."""
-    policy: str = "implicit"
-    """Policy name: implicit (knows a category by its number) or explicit (told in words)."""
-    know_category: bool = True
-    """Tell the implicit policy which category is asked for."""
-    clip: str = "clip_micro"
-    """CLIP of the explicit policy: clip_micro, or a model of open_clip (ViT-B-16, ...)."""
-    clip_pretrained: str | None = None
-    """Its weights: a tag of open_clip or a file (clip_micro brings its own)."""
-    temperature: float = 0.33
-    """The lower, the less the explicit policy sees of words that are not asked for."""
-    head: str = "spatial"
-    """Action head: spatial (logits read off the feature map) or flat (one linear layer)."""
-    recalibrate: bool = False
-    """The policy chooses places only; a module that learns from the targets labels the clicks
-    (AlignSAM's semantic recalibration)."""
-    recalibration_updates: int | None = None
-    """Its updates per environment step (default: 1, for the explicit policy 5)."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Precision of the policy's features; that of the backbone is --dtype."""
-    gradient_checkpointing: bool = False
-    """Less memory in an update, for features that are computed twice."""
-    warm_start: int = 0
-    """First steps, of total_timesteps, that go to imitating the oracle, who sees the truth."""
-    out: str = "runs/ppo"
-    """Folder for everything that the run writes."""
-    resume: bool = False
-    """Go on from the newest checkpoint in `out`, with the same settings, as if the run had never
-    stopped. Without it, an `out` that holds an unfinished run is an error."""
-    seed: int = 0
-    """Seed of the environment, the policy and PPO."""
-    total_timesteps: int = 50_000
-    """Environment steps to train for."""
-    num_envs: int = 64
-    """Environments side by side, over all processes."""
-    train_images: int = 2048
-    """How many different scenes are trained on; each is encoded once (dataset scenes only)."""
-    categories: str | None = None
-    """Comma-separated categories: the only things in scenes, the things to segment of coco."""
-    held_out: str | None = None
-    """Split to report on (default: test for scenes and folder, val for coco)."""
-    n_steps: int = 16
-    """Steps per environment and rollout."""
-    batch_size: int = 256
-    """Minibatch size, over all processes; a multiple of num_envs."""
-    n_epochs: int = 4
-    """Passes over each rollout."""
-    learning_rate: float = 1e-3
-    """Adam's learning rate; falls linearly to a tenth."""
-    gamma: float = 0.8
-    """Discount; an episode is short and a click should pay at once."""
-    gae_lambda: float = 0.95
-    """Lambda of generalised advantage estimation."""
-    clip_range: float = 0.2
-    """PPO's clip range."""
-    ent_coef: float = 0.004
-    """Weight of the entropy bonus."""
-    eval_every: int = 10_000
-    """Environment steps between evaluations on validation data."""
-    eval_episodes: int = 128
-    """Episodes of each of those evaluations."""
-    views: bool = False
-    """Draw what the policy sees at each of those evaluations, into `out`/views."""
-    video_every: int = 2_000
-    """Finished training episodes between films of the policy in a held-out episode, into
-    `out`/videos; 0 for none."""
-    final_episodes: int = 256
-    """Episodes of the final evaluation of the agent and of every baseline."""
-    checkpoint_every: int = 5_000
-    """Environment steps between checkpoints, rounded up to whole rollouts."""
-    mlflow: bool = False
-    """Record the run in MLflow too (pip install 'sam-gym[mlflow]')."""
-    mlflow_uri: str | None = None
-    """Of a server or a database (default: a local store in the folder mlflow beside `out`)."""
-    mlflow_experiment: str = "sam-gym"
-    """Experiment that the run belongs to; made if there is none."""
-    register_model: str | None = None
-    """Name under which MLflow's model registry gets the finished policy."""
-    settings: Annotated[ClickConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: ClickConfig(obs="handle")
-    )
-
-
-def read_config(args: Sequence[str] | None = None) -> Config:
-    """The config of the command line; `--config FILE.yaml` sets defaults that flags override."""
-    import sys
-
-    rest = list(sys.argv[1:] if args is None else args)
-    default = Config()
-    if "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 >= len(rest):
-            raise SystemExit("--config needs the path of a YAML file.")
-        path = Path(rest[at + 1])
-        del rest[at : at + 2]
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such config file.")
-        content = yaml.safe_load(path.read_text()) or {}
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: expected 'name: value' lines, got {type(content).__name__}.")
-        default = _updated(default, content, str(path))
-    return tyro.cli(Config, args=rest, default=default)
-
-
-def _updated(config: Any, content: dict[str, Any], path: str) -> Any:
-    """A dataclass with values of a YAML file; names of nested dataclasses may stand at the top."""
-    valid = {f.name for f in fields(config)}
-    nested = [f.name for f in fields(config) if is_dataclass(getattr(config, f.name))]
-    changes: dict[str, Any] = {}
-    for name, value in content.items():
-        if name in nested and isinstance(value, dict):
-            changes[name] = _updated(changes.get(name, getattr(config, name)), value, path)
-        elif name in valid:
-            changes[name] = value
-        else:
-            home = [n for n in nested if name in {f.name for f in fields(getattr(config, n))}]
-            if not home:
-                inner = {f.name for n in nested for f in fields(getattr(config, n))}
-                raise ValueError(f"{path}: {unknown_name('setting', name, valid | inner)}")
-            base = changes.get(home[0], getattr(config, home[0]))
-            changes[home[0]] = replace(base, **{name: value})
-    return replace(config, **changes)
 
 
 def training_settings(config: Config) -> ClickConfig:
@@ -452,7 +319,7 @@ def _train(
         )
         results[name] = outcome.summary()
         row = results[name]
-        print(f"  {name:10s} mean IoU {row['mean_iou']:.3f} +- {row['ci95']:.3f}")
+        print(f"  {name:10s} mean IoU {with_interval(row['mean_iou'], row['ci95'])}")
     gap = results["oracle"]["mean_iou"] - results["random"]["mean_iou"]
     results["gap_closed"] = (
         round((results["agent"]["mean_iou"] - results["random"]["mean_iou"]) / gap, 4)

@@ -19,13 +19,14 @@ from benchmarks import report
 from benchmarks.options import require_at_least
 from sam_gym.envs.core import ClickConfig
 from sam_gym.files import write_csv, write_json
-from sam_gym.metrics import mean_and_ci95
+from sam_gym.metrics import mean_and_ci95, with_interval
 from sam_gym.version import __version__
 
 #: What stands beside the agents, and its colour.
 _REFERENCES = {"random": "#999999", "oracle": "#2e8b57"}
 #: Restrictions of the training images, which held-out images do not have.
 _TRAINING_ONLY = ("categories", "length")
+_NUMBERS = ("ious", "used", "needed", "reached")
 
 
 @dataclass
@@ -77,14 +78,10 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Mean and half-width of the 95% interval over runs of each number."""
         columns: dict[str, Any] = {"agent": self.name, "words": self.words, "runs": len(self.ious)}
-        for name in ("ious", "used", "needed", "reached"):
+        for name in _NUMBERS:
             mean, half = mean_and_ci95(np.array(getattr(self, name)))
-            columns |= {name: round(mean, 4), f"{name}_ci95": _rounded(half)}
+            columns |= {name: mean, f"{name}_ci95": half}
         return columns
-
-
-def _rounded(half: float) -> float | None:
-    return None if np.isnan(half) else round(half, 4)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -214,7 +211,10 @@ def _write(config: Config, summary: dict[str, Any], rows: list[Row], out: Path) 
     columns = ["agent", "words", "runs", "mean IoU", "clicks", f"clicks to {goal}", f"reach {goal}"]
     cells = [
         [row["agent"], row["words"], str(row["runs"])]
-        + [_cell(row, name) for name in ("ious", "used", "needed", "reached")]
+        + [
+            with_interval(row[name], row[f"{name}_ci95"])
+            for name in ("ious", "used", "needed", "reached")
+        ]
         for row in summary["rows"]
     ]
     page = report.Page(
@@ -235,11 +235,6 @@ def _write(config: Config, summary: dict[str, Any], rows: list[Row], out: Path) 
     page_file = page.write(out / "report.html")
     report.print_table("agents", columns, cells)
     print(f"Report: {page_file}")
-
-
-def _cell(row: Mapping[str, Any], name: str) -> str:
-    half = row[f"{name}_ci95"]
-    return f"{row[name]:.3f}" + ("" if half is None else f" +- {half:.3f}")
 
 
 def plot_agents(path: Path, rows: list[Row]) -> None:

@@ -44,12 +44,20 @@ def number_of_failures(ious: np.ndarray, threshold: float) -> int:
     return int((~(np.asarray(ious) >= threshold).any(axis=1)).sum())
 
 
-def mean_and_ci95(values: np.ndarray) -> tuple[float, float]:
-    """Mean and the half-width of its 95% confidence interval (Student's t over N values)."""
+def mean_and_ci95(values: np.ndarray) -> tuple[float, float | None]:
+    """Mean and the half-width of its 95% confidence interval (Student's t over N values).
+
+    Both are rounded to four digits; of one value alone, there is no interval.
+    """
     from scipy import stats
 
     values = np.asarray(values, np.float64)
     if len(values) < 2:
-        return float(values.mean()), float("nan")
+        return round(float(values.mean()), 4), None
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(half)
+    return round(float(values.mean()), 4), round(float(half), 4)
+
+
+def with_interval(mean: float, half: float | None, sign: str = "+-") -> str:
+    """A mean and the half-width of its interval, for people; None: there is no interval."""
+    return f"{mean:.3f}" + ("" if half is None else f" {sign} {half:.3f}")

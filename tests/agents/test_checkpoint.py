@@ -16,7 +16,8 @@ from agents.checkpoint import (
     newest_checkpoint,
     write_checkpoint,
 )
-from agents.train_ppo import Config, main
+from agents.config import Config
+from agents.train_ppo import main
 
 Arguments = Callable[..., list[str]]
 

@@ -12,8 +12,9 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
+from agents.config import Config
 from agents.distributed import Ranks, share_gradients
-from agents.train_ppo import Config, main, make_model
+from agents.train_ppo import main, make_model
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.envs.core import ClickConfig
 

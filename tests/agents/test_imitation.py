@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from agents.config import Config
 from agents.imitation import imitate
-from agents.train_ppo import Config, main, make_model, training_settings
+from agents.train_ppo import main, make_model, training_settings
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.envs.core import ClickConfig, ClickCore
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from agents.config import Config
 from agents.evaluate import PolicyAgent
 from agents.policies import ImplicitPolicy
 from agents.recalibration import TrainRecalibration, recalibration_loss
-from agents.train_ppo import Config, main, make_model, training_settings
+from agents.train_ppo import main, make_model, training_settings
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.envs.core import ClickConfig, ClickCore
 

@@ -14,10 +14,11 @@ import pytest
 from segment_anything.modeling import Sam
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from agents.config import Config
 from agents.distributed import Ranks
 from agents.evaluate import PolicyAgent
 from agents.tracking import MlflowRun
-from agents.train_ppo import Config, _in_mlflow, main
+from agents.train_ppo import _in_mlflow, main
 from sam_gym.backbones.loading import BACKBONES
 from sam_gym.version import __version__
 

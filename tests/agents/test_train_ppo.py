@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.evaluate import PolicyAgent
-from agents.train_ppo import Config, main, read_config
+from agents.train_ppo import main
 
 
 def arguments(env: dict[str, Any], out: Path) -> list[str]:
@@ -44,21 +44,7 @@ def test_a_run_leaves_everything_it_promises(tiny_env: dict[str, Any], tmp_path:
     assert len(events.Images("eval/views")) == len(results["eval_curve"]) > 0
 
 
-def test_yaml_sets_defaults_that_flags_override(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("seed: 7\nmax_steps: 3\nlearning_rate: 0.002\nsettings: {reward: dice_gain}\n")
-    config = read_config(["--config", str(path), "--seed", "9"])
-    assert (config.seed, config.learning_rate) == (9, 0.002)
-    assert (config.settings.max_steps, config.settings.reward) == (3, "dice_gain")
-    assert read_config([]) == Config()
-
-
 def test_wrong_input_is_an_error_before_work_starts(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
-    with pytest.raises(ValueError, match=r"bad\.yaml.*Did you mean 'learning_rate'"):
-        read_config(["--config", str(tmp_path / "bad.yaml")])
-    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
-        read_config(["--config", str(tmp_path / "nowhere.yaml")])
     out = ["--out", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="Did you mean 'SamSeg-v0'"):
         main(["--env", "SamSegg-v0", *out])

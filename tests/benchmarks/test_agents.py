@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents import train_ppo
+from agents import config, train_ppo
 from benchmarks.agents import Config, Row, gaps_closed, read_run
 from benchmarks.run import main
 from sam_gym.envs.core import ClickConfig
@@ -19,12 +19,12 @@ from sam_gym.envs.core import ClickConfig
 def trained(tiny_env: dict[str, Any], tmp_path: Path) -> Path:
     """Folder of a run of two rollouts, on scenes of two things."""
     out = tmp_path / "trained"
-    config = train_ppo.Config(
+    run = config.Config(
         out=str(out), num_envs=4, n_steps=8, batch_size=16, total_timesteps=64, eval_episodes=2,
         final_episodes=2, video_every=0, categories="ring,star",
         settings=ClickConfig(obs="handle", **tiny_env),
     )  # fmt: skip
-    train_ppo.train(config)
+    train_ppo.train(run)
     return out
 
 
