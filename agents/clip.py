@@ -94,6 +94,7 @@ class Clip:
         surgical_blocks: how many of its last blocks CLIP Surgery works on by default.
         surgical_size: height and width of the input of CLIP Surgery, in pixels: a finer grid of
             patches than the model was trained with can find things better.
+        redundant_weight: how much of the redundant feature CLIP Surgery takes off the texts.
         device: where it is.
     """
 
@@ -107,6 +108,7 @@ class Clip:
     surgical_blocks: int
     surgical_size: int
     device: torch.device
+    redundant_weight: float = 1.0
 
     @cached_property
     def identity(self) -> str:
@@ -125,7 +127,8 @@ class Clip:
                     raise ValueError(
                         f"{self.name} has no word for {name!r}. It knows: "
                         f"{', '.join(self.tokenizer.words)}. Take a CLIP with a full vocabulary, "
-                        "for example clip='ViT-B-16' with clip_pretrained='openai'."
+                        "for example clip='ViT-B-16' with clip_pretrained='openai'; or, to try out "
+                        "a training with maps that mean nothing, pass --allow-unknown-words."
                     )
 
     def to_input(self, images: Tensor, side: int | None = None) -> Tensor:
@@ -189,7 +192,8 @@ def read_clip_micro(folder: Path, device: torch.device) -> Clip:
     clip = _clip(
         "clip_micro", model, tokenizer, MICRO_TEMPLATES, details["surgical_blocks"], device
     )
-    return replace(clip, surgical_size=details["surgical_size"])
+    found = {name: details[name] for name in ("surgical_size", "redundant_weight")}
+    return replace(clip, **found)
 
 
 def _load_open_clip(name: str, pretrained: str | None, device: torch.device) -> Clip:

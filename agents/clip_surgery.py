@@ -123,9 +123,10 @@ def feature_surgery(
         cls: (B, E), unit length.
         patches: (B, L, E), unit length.
         texts: (N, E), unit length.
-        redundant: (E,), unit length: the feature of the empty prompt. None: what the texts have in
-            common, each weighted by how much the image is like it (the paper's form for several
-            texts; the maps of a text then depend on the others).
+        redundant: (E,), what is taken off each text: the feature of the empty prompt, of unit
+            length in the paper. None: what the texts have in common, each weighted by how much the
+            image is like it (the paper's form for several texts; the maps of a text then depend on
+            the others).
 
     Returns:
         (B, L, N).
@@ -166,13 +167,18 @@ class ClipSurgery:
         check_operable(self.visual, self.blocks)
 
     @torch.no_grad()
-    def embed_texts(self, names: Sequence[str]) -> Tensor:
+    def embed_texts(self, names: Sequence[str], *, allow_unknown: bool = False) -> Tensor:
         """Unit features float32 (N, E) of names, each the mean over the model's prompt templates.
+
+        Args:
+            names: what to embed.
+            allow_unknown: take words that the model's vocabulary lacks, all as the same one.
 
         Raises:
             ValueError: the model's vocabulary has no word for a name.
         """
-        self.clip.check_known(names)
+        if not allow_unknown:
+            self.clip.check_known(names)
         features = []
         for name in names:
             tokens = self.clip.tokenizer([form.format(name) for form in self.clip.templates])
@@ -181,8 +187,8 @@ class ClipSurgery:
         return torch.stack(features).float()
 
     def redundant(self) -> Tensor:
-        """The unit feature (E,) of the empty prompt, which holds what all texts share."""
-        return self.embed_texts([""])[0]
+        """The feature (E,) of the empty prompt, which all texts share, as much as is taken off."""
+        return self.clip.redundant_weight * self.embed_texts([""])[0]
 
     @torch.no_grad()
     def similarity(

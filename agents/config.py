@@ -39,6 +39,8 @@ class Config:
     """CLIP of the explicit policy: clip_micro, or a model of open_clip (ViT-B-16, ...)."""
     clip_pretrained: str | None = None
     """Its weights: a tag of open_clip or a file (clip_micro brings its own)."""
+    allow_unknown_words: bool = False
+    """Take words that clip_micro does not know, to try out a training; their maps mean nothing."""
     temperature: float = 0.33
     """The lower, the less the explicit policy sees of words that are not asked for."""
     head: str = "spatial"

@@ -42,14 +42,22 @@ class WordMaps:
         surgery: makes the maps.
         backbone: whose cells.
         words: the words, in the order of the maps.
+        allow_unknown: see `ClipSurgery.embed_texts`.
 
     Raises:
         ValueError: the CLIP has no word for one of them.
     """
 
-    def __init__(self, surgery: ClipSurgery, backbone: Backbone, words: Sequence[str]) -> None:
+    def __init__(
+        self,
+        surgery: ClipSurgery,
+        backbone: Backbone,
+        words: Sequence[str],
+        *,
+        allow_unknown: bool = False,
+    ) -> None:
         self.surgery, self.backbone = surgery, backbone
-        self.texts = surgery.embed_texts(words)
+        self.texts = surgery.embed_texts(words, allow_unknown=allow_unknown)
         self.redundant = surgery.redundant()
         self.cells = backbone.embedding_shape[1:]
         digest = hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
@@ -100,6 +108,7 @@ class TextFeatures(ClickFeatures):
         categories: words of the environment, in the order of `target_category`.
         max_steps: actions per episode, to scale the step.
         clip: name, pretrained and device of the CLIP, as `load_clip` takes them.
+        allow_unknown: let words be unknown to the CLIP; their maps mean nothing.
         temperature: the lower, the less the maps of words count that are not asked for.
         width: feature channels.
         num_heads: of the cross-attention.
@@ -112,12 +121,13 @@ class TextFeatures(ClickFeatures):
         categories: Sequence[str],
         max_steps: int,
         clip: dict[str, Any],
+        allow_unknown: bool = False,
         temperature: float = 0.33,
         width: int = 48,
         num_heads: int = 4,
     ) -> None:
         # No category is known by its number.
-        self._clip = clip
+        self._clip, self._allow_unknown = clip, allow_unknown
         self._maps: WordMaps | None = None
         self._words: tuple[str, ...] = ()
         super().__init__(observation_space, backbone, (), categories, max_steps, width)
@@ -140,7 +150,8 @@ class TextFeatures(ClickFeatures):
         if self._maps is not None and words == self._words:
             return
         self._words = words
-        self._maps = WordMaps(shared_surgery(**self._clip), self.backbone, words)
+        surgery = shared_surgery(**self._clip)
+        self._maps = WordMaps(surgery, self.backbone, words, allow_unknown=self._allow_unknown)
         self.store.attach(self._maps.name, self._maps)
 
     def forward(self, observations: Any) -> Tensor:

@@ -320,7 +320,13 @@ class ClipTrainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
-    def export(self, folder: Path, surgical_blocks: int, surgical_size: int | None = None) -> None:
+    def export(
+        self,
+        folder: Path,
+        surgical_blocks: int,
+        surgical_size: int | None = None,
+        redundant_weight: float = 1.0,
+    ) -> None:
         """Write the model in open_clip's form, in float16, and its words beside it."""
         folder.mkdir(parents=True, exist_ok=True)
         weights = folder / "open_clip_model.safetensors"
@@ -336,6 +342,7 @@ class ClipTrainer:
             "context_length": self.tokenizer.context_length,
             "surgical_blocks": surgical_blocks,
             "surgical_size": surgical_size or size,
+            "redundant_weight": redundant_weight,
         }
         write_json(folder / "tokenizer.json", words)
 
@@ -346,6 +353,7 @@ class Choice:
 
     blocks: int
     size: int
+    weight: float
     redundant: Redundant
     accuracy: float
 
@@ -354,7 +362,7 @@ def evaluate(folder: Path, scenes: int, device: torch.device) -> list[Choice]:
     """Play the pointing game on held-out scenes with maps made in all ways that make sense.
 
     The number of surgical blocks is tried at the model's own input size, larger inputs with the
-    best number.
+    best number, and less of the redundant feature with the best of these.
     """
     clip = read_clip_micro(folder, device)
     held_out = Scenes("val")
@@ -362,20 +370,22 @@ def evaluate(folder: Path, scenes: int, device: torch.device) -> list[Choice]:
     visual: Any = clip.model.visual
     patch = visual.patch_size[0]
 
-    def play(blocks: int, size: int, redundant: Redundant) -> Choice:
-        surgery = ClipSurgery(replace(clip, surgical_size=size), blocks)
+    def play(blocks: int, size: int, weight: float, redundant: Redundant) -> Choice:
+        surgery = ClipSurgery(replace(clip, surgical_size=size, redundant_weight=weight), blocks)
         played = pointing_game(surgery, samples, Scenes.categories, redundant)
-        return Choice(blocks, size, redundant, round(played.accuracy, 4))
+        return Choice(blocks, size, weight, redundant, round(played.accuracy, 4))
 
     own = clip.image_size
     choices = [
-        play(blocks, own, redundant)
+        play(blocks, own, 1.0, redundant)
         for blocks in range(len(visual.transformer.resblocks) + 1)
         for redundant in get_args(Redundant)
     ]
     blocks = best_choice(choices).blocks
     larger = [own + k * patch for k in (2, 4, 6, 8)]
-    return choices + [play(blocks, size, "empty") for size in larger]
+    choices += [play(blocks, size, 1.0, "empty") for size in larger]
+    size = best_choice(choices).size
+    return choices + [play(blocks, size, weight, "empty") for weight in (0.25, 0.5, 0.75)]
 
 
 def best_choice(choices: Sequence[Choice]) -> Choice:
@@ -405,12 +415,13 @@ def train(config: Config) -> dict[str, Any]:
     trainer.export(out / "clip_micro", surgical_blocks=1)
     choices = evaluate(out / "clip_micro", config.evaluate, device)
     best = best_choice(choices)
-    trainer.export(out / "clip_micro", best.blocks, best.size)
+    trainer.export(out / "clip_micro", best.blocks, best.size, best.weight)
     result = {"best": asdict(best), "all": [asdict(choice) for choice in choices]}
     write_json(out / "evaluation.json", result)
     print("Pointing game on held-out scenes:")
     for choice in choices:
-        print(f"  {choice.blocks} blocks, {choice.size} px, {choice.redundant}: {choice.accuracy}")
+        kind = f"{choice.redundant} x {choice.weight}"
+        print(f"  {choice.blocks} blocks, {choice.size} px, {kind}: {choice.accuracy}")
     return result
 
 

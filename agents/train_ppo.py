@@ -82,6 +82,7 @@ def make_model(
     if config.policy == "explicit":
         clip = {"name": config.clip, "pretrained": config.clip_pretrained}
         features["clip"] = clip | {"device": settings.device}
+        features["allow_unknown"] = config.allow_unknown_words
         features["temperature"] = config.temperature
     else:
         features["vocabulary"] = features["categories"] if config.know_category else []
