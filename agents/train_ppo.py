@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecMonitor
 
 import agents.explicit  # noqa: F401  (registers its policy)
@@ -89,7 +90,7 @@ def make_model(
     return SlotPPO(
         POLICIES.get(config.policy),
         env,
-        learning_rate=lambda left: config.learning_rate * max(0.1, left),
+        learning_rate=LinearSchedule(config.learning_rate, 0.1 * config.learning_rate, 0.9),
         n_steps=config.n_steps,
         batch_size=config.batch_size,
         n_epochs=config.n_epochs,
