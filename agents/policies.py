@@ -24,6 +24,8 @@ from sam_gym.registry import Registry, unknown_name
 POLICIES: Registry[type[ImplicitPolicy]] = Registry("policy")
 HEADS = ("spatial", "flat")
 PRECISIONS = ("32-true", "bf16-mixed")
+#: Logit of an action of probability 0; finite, so that exported policies can be compared.
+NEVER = -1e9
 _COMPUTATION = ("precision", "gradient_checkpointing")
 
 
@@ -321,7 +323,7 @@ class ImplicitPolicy(ActorCriticPolicy):
     def logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
         """Logits float32 (B, A) of all actions of the environment, and state values (B, 1).
 
-        With a recalibration, a click of the polarity that it does not give has minus infinity.
+        With a recalibration, a click of the polarity that it does not give has `NEVER`.
         """
         latent_pi, latent_vf = self.mlp_extractor(self.extract_features(obs))
         logits, value = self.action_net(latent_pi), self.value_net(latent_vf)
@@ -329,7 +331,7 @@ class ImplicitPolicy(ActorCriticPolicy):
             return logits, value
         places = self.grid**2
         clicks, negative = logits[:, :places], self._is_negative(obs)
-        never = torch.full_like(clicks, -torch.inf)
+        never = torch.full_like(clicks, NEVER)
         signed = [torch.where(negative, never, clicks), torch.where(negative, clicks, never)]
         return torch.cat([*signed, logits[:, places:]], dim=1), value
 

@@ -208,3 +208,9 @@ def test_words_that_clip_does_not_know_are_refused(tiny: Backbone, surgery: Any)
     for name in ("zebra", "星", "star2", "!!"):
         with pytest.raises(ValueError, match=f"no word for '{name}'"):
             WordMaps(surgery, tiny, ["star", name])
+
+
+def test_unknown_words_are_taken_on_request(tiny: Backbone, surgery: Any) -> None:
+    maps = WordMaps(surgery, tiny, ["star", "zebra", "yak"], allow_unknown=True)
+    assert torch.equal(maps.texts[1], maps.texts[2])
+    assert not torch.equal(maps.texts[0], maps.texts[1])

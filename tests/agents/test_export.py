@@ -19,9 +19,11 @@ pytest.importorskip("onnxruntime", reason="the export extra is not installed")
 pytest.importorskip("onnxscript", reason="the export extra is not installed")
 
 
-@pytest.mark.parametrize("kind", ["implicit", "explicit"])
+@pytest.mark.parametrize(
+    ("kind", "recalibrate"), [("implicit", False), ("explicit", False), ("implicit", True)]
+)
 def test_both_forms_agree_for_any_number_of_images(
-    kind: str, tiny_env: dict, clip_folder: Path, tmp_path: Path
+    kind: str, recalibrate: bool, tiny_env: dict, clip_folder: Path, tmp_path: Path
 ) -> None:
     import onnxruntime
 
@@ -37,7 +39,7 @@ def test_both_forms_agree_for_any_number_of_images(
         features["clip"] = {"name": "clip_micro", "pretrained": str(clip_folder), "device": "cpu"}
     else:
         features["vocabulary"] = names
-    kwargs = {"features": features, "grid": 16, "others": ["stop"]}
+    kwargs = {"features": features, "grid": 16, "others": ["stop"], "recalibrate": recalibrate}
     model = PPO(POLICIES.get(kind), env, policy_kwargs=kwargs, seed=0, device="cpu")
     model.save(tmp_path / "policy.zip")
     out = tmp_path / "out"
