@@ -192,8 +192,8 @@ def read_clip_micro(folder: Path, device: torch.device) -> Clip:
     clip = _clip(
         "clip_micro", model, tokenizer, MICRO_TEMPLATES, details["surgical_blocks"], device
     )
-    found = {name: details[name] for name in ("surgical_size", "redundant_weight")}
-    return replace(clip, **found)
+    weight = details.get("redundant_weight", 1.0)
+    return replace(clip, surgical_size=details["surgical_size"], redundant_weight=weight)
 
 
 def _load_open_clip(name: str, pretrained: str | None, device: torch.device) -> Clip:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,7 +35,8 @@ class Config:
     policy: str = "implicit"
     """Policy name: implicit (knows a category by its number) or explicit (told in words)."""
     know_category: bool = True
-    """Tell the implicit policy which category is asked for."""
+    """Let the policy know the categories of its training by number (implicit), or its words by
+    themselves, beside their maps (explicit)."""
     clip: str = "clip_micro"
     """CLIP of the explicit policy: clip_micro, or a model of open_clip (ViT-B-16, ...)."""
     clip_pretrained: str | None = None
@@ -124,7 +126,8 @@ def read_config(args: Sequence[str] | None = None) -> Config:
     Raises:
         ValueError, FileNotFoundError: a config is not there, or says what there is no setting for.
     """
-    rest = list(sys.argv[1:] if args is None else args)
+    given = sys.argv[1:] if args is None else args
+    rest = [part for arg in given for part in _split_config(arg)]
     default = Config()
     while "--config" in rest:
         at = rest.index("--config")
@@ -137,6 +140,11 @@ def read_config(args: Sequence[str] | None = None) -> Config:
             raise ValueError(f"{path}: expected 'name: value' lines, got {type(content).__name__}.")
         default = _updated(default, content, str(path))
     return tyro.cli(Config, args=rest, default=default)
+
+
+def _split_config(argument: str) -> list[str]:
+    """An argument, and `--config=NAME` in two."""
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
 def _config_path(name: str) -> Path:
@@ -160,12 +168,23 @@ def _updated(config: Any, content: dict[str, Any], path: str) -> Any:
         if name in nested and isinstance(value, dict):
             changes[name] = _updated(changes.get(name, getattr(config, name)), value, path)
         elif name in valid:
-            changes[name] = value
+            changes[name] = _checked(name, getattr(config, name), value, path)
         else:
             home = [n for n in nested if name in {f.name for f in fields(getattr(config, n))}]
             if not home:
                 inner = {f.name for n in nested for f in fields(getattr(config, n))}
                 raise ValueError(f"{path}: {unknown_name('setting', name, valid | inner)}")
             base = changes.get(home[0], getattr(config, home[0]))
-            changes[home[0]] = replace(base, **{name: value})
+            changes[home[0]] = _updated(base, {name: value}, path)
     return replace(config, **changes)
+
+
+def _checked(name: str, default: Any, value: Any, path: str) -> Any:
+    """A value of a YAML file, of the type of the default; YAML takes 1e-4 for a text."""
+    if isinstance(default, float) and isinstance(value, (int, str)) and value is not True:
+        with suppress(ValueError):
+            value = float(value)
+    if default is not None and value is not None and type(value) is not type(default):
+        kind = type(default).__name__
+        raise ValueError(f"{path}: {name} must be of type {kind}, got {value!r}.")
+    return value

@@ -18,7 +18,7 @@ import tyro
 
 from agents.baselines import BASELINES, Agent
 from agents.hub import PREFIX, local_policy
-from agents.policies import ImplicitPolicy
+from agents.policies import ClickFeatures, ImplicitPolicy
 from agents.saved import SHIPPED, load_policy
 from agents.vec_env import make_vector_env
 from sam_gym import cli
@@ -65,6 +65,34 @@ class Evaluation:
         }
 
 
+def check_fits(policy: ImplicitPolicy, core: ClickCore) -> None:
+    """Raise `ValueError` if the actions of an environment are not those that a policy knows.
+
+    Args:
+        policy: who is to play.
+        core: the environment.
+    """
+    extractor = cast(ClickFeatures, policy.features_extractor)
+    config = core.config
+    own = {
+        "grid": policy.grid,
+        "stop": "stop" in policy.others,
+        "undo": "undo" in policy.others,
+        "target": "instance" if extractor.has_cue else "category",
+        "backbone": extractor.backbone,
+    }
+    wanted = {name: getattr(config, name) for name in own} | {"backbone": core.backbone}
+    different = [
+        f"{name} {own[name]} (the environment has {wanted[name]})"
+        for name in own
+        if own[name] != wanted[name]
+    ]
+    if different:
+        raise ValueError(
+            f"The policy was trained with {'; '.join(different)}. Pass the settings that it had."
+        )
+
+
 class PolicyAgent:
     """A trained policy as an agent.
 
@@ -93,19 +121,21 @@ class PolicyAgent:
         file = local_policy(path)
         if not file.is_file():
             raise FileNotFoundError(
-                f"{path}: no such policy. Pass the policy.zip of a training run, or one of "
-                f"{', '.join(BASELINES.names())}."
+                f"{path}: no such policy. Pass the policy.zip of a training run, "
+                f"{PREFIX}USER/NAME, or one of {', '.join(SHIPPED)}."
             )
         return cls(load_policy(file, device))
 
     @torch.no_grad()
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
+        check_fits(self.policy, core)
         self.policy.set_training_mode(False)
         self.policy.set_categories(core.dataset.categories)
         core.describe()
-        action, *_ = self.policy.get_action_and_value(
-            observations, deterministic=self.deterministic
-        )
+        with self.policy.playing():
+            action, *_ = self.policy.get_action_and_value(
+                observations, deterministic=self.deterministic
+            )
         return action.cpu().numpy()
 
 

@@ -60,9 +60,11 @@ class WordMaps:
         self.texts = surgery.embed_texts(words, allow_unknown=allow_unknown)
         self.redundant = surgery.redundant()
         self.cells = backbone.embedding_shape[1:]
-        digest = hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+        clip = surgery.clip
+        how = (surgery.blocks, clip.surgical_size, clip.redundant_weight, *words)
+        digest = hashlib.sha256("\0".join(map(str, how)).encode()).hexdigest()[:16]
         #: What the maps are attached to a store as.
-        self.name = f"words/{surgery.clip.identity}/{surgery.blocks}/{digest}"
+        self.name = f"words/{clip.identity}/{digest}"
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
@@ -96,10 +98,12 @@ class WordMaps:
 class TextFeatures(ClickFeatures):
     """What the explicit agent sees: float32 (B, width, h, w), aligned with SAM's embedding.
 
-    The SAM branch knows nothing of the target. The CLIP branch has the target's map among those of
-    all words: scaled to [0, 1]; in standard deviations; how far it is ahead of the best of the
-    others, in standard deviations; and, scaled, the strongest of the others, weighted down by the
-    temperature as in AlignSAM.
+    In the SAM branch, words of the vocabulary modulate the features, as in the implicit agent;
+    other words do not, so their maps must do. While the policy learns, it sees a share of the
+    images as if the word were such another one.
+    The CLIP branch has the target's map among those of all words: scaled to [0, 1]; in standard
+    deviations; how far it is ahead of the best of the others, in standard deviations; and, scaled,
+    the strongest of the others, weighted down by the temperature as in AlignSAM.
     Cross-attention lets every place of the SAM branch look at all regions of the CLIP branch.
 
     Args:
@@ -108,6 +112,8 @@ class TextFeatures(ClickFeatures):
         categories: words of the environment, in the order of `target_category`.
         max_steps: actions per episode, to scale the step.
         clip: name, pretrained and device of the CLIP, as `load_clip` takes them.
+        vocabulary: words that the policy learns to know by themselves, beside their maps.
+        hidden: share of the images on which a policy that learns takes words for unknown ones.
         allow_unknown: let words be unknown to the CLIP; their maps mean nothing.
         temperature: the lower, the less the maps of words count that are not asked for.
         width: feature channels.
@@ -121,17 +127,18 @@ class TextFeatures(ClickFeatures):
         categories: Sequence[str],
         max_steps: int,
         clip: dict[str, Any],
+        vocabulary: Sequence[str] = (),
+        hidden: float = 0.25,
         allow_unknown: bool = False,
         temperature: float = 0.33,
         width: int = 48,
         num_heads: int = 4,
     ) -> None:
-        # No category is known by its number.
         self._clip, self._allow_unknown = clip, allow_unknown
         self._maps: WordMaps | None = None
         self._words: tuple[str, ...] = ()
-        super().__init__(observation_space, backbone, (), categories, max_steps, width)
-        del self.modulation
+        super().__init__(observation_space, backbone, vocabulary, categories, max_steps, width)
+        self.hidden = hidden
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
         self.temperature = temperature
@@ -146,6 +153,7 @@ class TextFeatures(ClickFeatures):
 
     def set_categories(self, categories: Sequence[str]) -> None:
         """Say which words the numbers in `target_category` stand for from now on."""
+        super().set_categories(categories)
         words = tuple(categories)
         if self._maps is not None and words == self._words:
             return
@@ -156,11 +164,23 @@ class TextFeatures(ClickFeatures):
 
     def forward(self, observations: Any) -> Tensor:
         embedding, mask = self._image(observations)
-        image = F.relu(self.reduce(embedding))
+        image = self._modulated(embedding, self._known_words(embedding, observations))
         planes = self.map_planes(observations)
         clip = self.clip_branch(torch.cat([image * planes[:, :1], self.around(planes)], dim=1))
         fused = image + clip + self._attended(image + mask, clip)
         return self.mix(torch.cat(self._planes(fused, mask, observations), dim=1))
+
+    def _known_words(self, embedding: Tensor, observations: dict[str, Tensor]) -> Tensor:
+        """Numbers (B,) of the words in the vocabulary, 0 for those that are not, or are hidden.
+
+        What is hidden depends on the image alone: it must be the same in a rollout, in the updates
+        after it and in a run that is resumed.
+        """
+        target = self.words[observations["target_category"].reshape(-1).long()]
+        if not self.learning:
+            return target
+        chance = (1e4 * embedding[:, :8, 0, 0].double().sum(dim=1)).frac().abs()
+        return torch.where(chance < self.hidden, 0, target)
 
     def _attended(self, image: Tensor, clip: Tensor) -> Tensor:
         """What every place of the SAM branch (B, C, h, w) takes from regions of the CLIP branch."""

@@ -114,6 +114,7 @@ def export(config: Config) -> dict[str, Any]:
         raise ValueError("--batch and --repeats must be at least 1.")
     policy = PolicyAgent.load(config.policy, "cpu").policy
     policy.set_training_mode(False)
+    policy.precision = "32-true"  # runtimes lack bfloat16
     module = ExportablePolicy(policy).eval()
     with TemporaryDirectory() as folder:
         results = _export_into(Path(folder), module, config)

@@ -42,8 +42,9 @@ _BLANK = {".gitattributes", CARD}
 class Push:
     """Write a model card and upload a run, as one commit, to a model repo of the hub.
 
-    The repo is made if there is none. One that holds anything but an agent is left alone. All of
-    results.json and policy.zip is uploaded as it is, paths in the run's settings included.
+    The repo is made if there is none. One that holds anything but an agent is left alone. The
+    settings in results.json and in the card are without folders and servers; policy.zip is uploaded
+    as it is, with the path of a backbone's checkpoint if it was given one.
     """
 
     run: str
@@ -187,8 +188,9 @@ def push(config: Push) -> str:
             "No token of the hub: run `hf auth login`, or set HF_TOKEN to a token that may write."
         )
     api = HfApi()
-    contents: dict[str, Any] = {CARD: card.encode()}
-    contents |= {name: run.folder / name for name in RUN_FILES}
+    contents: dict[str, Any] = {name: run.folder / name for name in RUN_FILES}
+    results = run.results | {"config": _shareable(run.results["config"])}
+    contents |= {CARD: card.encode(), RESULTS: json.dumps(results, indent=2).encode()}
     _check_free(api, config)
     with _plain_errors(config.repo):
         # None: as the organisation wants it.
@@ -444,14 +446,20 @@ def _gap(closed: float | None) -> str:
     return f"Gap closed, (agent - random) / (oracle - random): **{closed:.2f}**, from one seed."
 
 
+#: Settings that an agent cannot do without where it plays.
+_TASK = ("target", "dataset", "backbone", "grid", "max_steps")
+
+
 def _command(run: Run, repo: str) -> str:
     """What somebody who has sam-gym types to use the agent."""
     settings = run.results["config"]["settings"]
     if settings["target"] == "instance":
         data = "" if settings["dataset"] == "scenes" else " --data PATH"
+        task = [f"--{name.replace('_', '-')} {settings[name]}" for name in _TASK]
+        task += [f"--{name}" for name in ("stop", "undo") if settings[name]]
         return (
-            f"python -m agents.evaluate --policy {PREFIX}{repo} --target instance "
-            f"--dataset {settings['dataset']}{data} --split {run.results['held_out_split']}"
+            f"python -m agents.evaluate --policy {PREFIX}{repo} {' '.join(task)}{data} "
+            f"--split {run.results['held_out_split']}"
         )
     words = ",".join(run.features.get("categories", [])[:2]) or "NAME,NAME"
     return (
@@ -495,7 +503,10 @@ def _shareable(value: Any) -> Any:
 
 
 #: Settings that say where a run wrote and how it was started, not what it was.
-_NOT_SHARED = ("out", "resume", "disk")
+_NOT_SHARED = (
+    *("out", "resume", "disk"),
+    *("mlflow", "mlflow_uri", "mlflow_experiment", "register_model"),
+)
 
 
 def main(args: Sequence[str] | None = None) -> str:

@@ -48,8 +48,8 @@ def imitate(model: SlotPPO, core: ClickCore, expert: Agent, steps: int) -> None:
                 obs_as_tensor(cast(Any, model._last_obs), model.device)
             )
         buffer.compute_returns_and_advantage(last, model._last_episode_starts)
-        loss = _learn(model)
-        model.logger.record("imitation/loss", loss)
+        loss = model.ranks.sum(torch.tensor(_learn(model), dtype=torch.float64))
+        model.logger.record("imitation/loss", float(loss) / model.ranks.world)
         model.logger.dump(model.num_timesteps)
 
 
@@ -63,7 +63,12 @@ def _play(model: SlotPPO, core: ClickCore, expert: Agent, share_of_own: float) -
     is_own = np.array([rng.random() < share_of_own for rng in model.generators])
     env = model.get_env()
     assert env is not None
-    following, rewards, dones, _ = env.step(np.where(is_own, own.cpu().numpy(), advice))
+    following, rewards, dones, infos = env.step(np.where(is_own, own.cpu().numpy(), advice))
+    for slot in np.flatnonzero(dones):
+        # As in SB3's rollouts: an episode that was cut short would have gone on.
+        if infos[slot].get("TimeLimit.truncated") and "terminal_observation" in infos[slot]:
+            last = cast(Any, model.policy.obs_to_tensor(infos[slot]["terminal_observation"])[0])
+            rewards[slot] += model.gamma * float(model.policy.predict_values(last))
     model.num_timesteps += model.n_envs * model.ranks.world
     unused = torch.zeros(model.n_envs, device=model.device)
     starts = cast(np.ndarray, model._last_episode_starts)

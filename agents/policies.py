@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import gymnasium as gym
@@ -60,6 +61,8 @@ class ClickFeatures(BaseFeaturesExtractor):
         self.store = shared_store(self.backbone)
         channels, height, width_cells = self.backbone.embedding_shape
         self.cells = (height, width_cells)
+        #: Whether the policy learns, and does not just play (see `ImplicitPolicy.playing`).
+        self.learning = False
         self.max_steps, self.vocabulary = max_steps, tuple(vocabulary)
         self.has_cue = "cue_click" in observation_space.spaces
         # Word 0 is "unknown": it modulates nothing and is never trained.
@@ -90,9 +93,13 @@ class ClickFeatures(BaseFeaturesExtractor):
         assert isinstance(observations, dict)
         embedding, mask = self._image(observations)
         target = self.words[observations["target_category"].flatten().long()]
-        gain, bias = self.modulation(target)[:, :, None, None].chunk(2, dim=1)
-        image = F.relu(self.reduce(embedding) * (1 + gain) + bias)
+        image = self._modulated(embedding, target)
         return self.mix(torch.cat(self._planes(image, mask, observations), dim=1))
+
+    def _modulated(self, embedding: Tensor, target: Tensor) -> Tensor:
+        """Image features (B, C, h, w) of an embedding, as they matter for words (B,)."""
+        gain, bias = self.modulation(target)[:, :, None, None].chunk(2, dim=1)
+        return F.relu(self.reduce(embedding) * (1 + gain) + bias)
 
     def _planes(self, image: Tensor, mask: Tensor, observations: dict[str, Tensor]) -> list[Tensor]:
         """Image features (B, C, h, w) with all that is known of the episode so far."""
@@ -343,6 +350,22 @@ class ImplicitPolicy(ActorCriticPolicy):
         cast(ClickFeatures, self.features_extractor).set_categories(categories)
         if self.recalibration is not None:
             self.recalibration.features.set_categories(categories)
+
+    def set_learning(self, learning: bool) -> None:
+        """Say whether the policy learns; some features hide something from one that does."""
+        for module in self.modules():
+            if isinstance(module, ClickFeatures):
+                module.learning = learning
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """Play as well as the policy can, even while it learns."""
+        learning = cast(ClickFeatures, self.features_extractor).learning
+        self.set_learning(False)
+        try:
+            yield
+        finally:
+            self.set_learning(learning)
 
     def get_value(self, obs: dict[str, Any]) -> Tensor:
         """State values, float32 (B, 1), for CleanRL-style loops.

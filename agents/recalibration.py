@@ -45,7 +45,7 @@ class TrainRecalibration(BaseCallback):
         core: the slots, with their targets.
         updates: optimizer steps per step of the environments (the paper: 1 for the implicit agent,
             5 for the explicit one).
-        learning_rate: Adam's.
+        learning_rate: Adam's, which does not fall.
         max_grad_norm: bound on the norm of the gradients.
         ranks: the processes of the run, each with as many slots.
     """

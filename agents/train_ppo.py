@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecMonitor
@@ -31,7 +31,7 @@ from agents.config import Config, read_config
 from agents.distributed import ALONE, CountAllRanks, Ranks, SlotPPO, recorded
 from agents.evaluate import PolicyAgent, evaluate, film_episodes, with_categories
 from agents.imitation import imitate
-from agents.policies import POLICIES
+from agents.policies import POLICIES, ImplicitPolicy
 from agents.recalibration import TrainRecalibration
 from agents.tracking import MlflowRun, make_logger, require_mlflow
 from agents.training import PinRollouts, WatchTraining, plot_learning_curve
@@ -85,9 +85,8 @@ def make_model(
         features["clip"] = clip | {"device": settings.device}
         features["allow_unknown"] = config.allow_unknown_words
         features["temperature"] = config.temperature
-    else:
-        features["vocabulary"] = features["categories"] if config.know_category else []
-    return SlotPPO(
+    features["vocabulary"] = features["categories"] if config.know_category else []
+    model = SlotPPO(
         POLICIES.get(config.policy),
         env,
         learning_rate=LinearSchedule(config.learning_rate, 0.1 * config.learning_rate, 0.9),
@@ -111,6 +110,8 @@ def make_model(
         device=core.device,
         ranks=ranks,
     )
+    cast(ImplicitPolicy, model.policy).set_learning(True)
+    return model
 
 
 def _state_to_resume(config: Config, folder: Path) -> dict[str, Any] | None:
@@ -186,7 +187,7 @@ def _in_mlflow(
         _mlflow_place(config),
         config.mlflow_experiment,
         name=Path(config.out).absolute().name,
-        settings=flat(asdict(config)),
+        settings={k: v for k, v in flat(asdict(config)).items() if k != "mlflow_uri"},
         tags={
             "sam_gym.version": __version__,
             "env": config.env,
@@ -208,6 +209,18 @@ def train(config: Config) -> dict[str, Any]:
         ConnectionError: another process of the job has stopped, or MLflow does not answer.
     """
     _check_tracking(config)
+    if config.recalibration_updates is not None:
+        if not config.recalibrate:
+            raise ValueError("--recalibration-updates takes effect with --recalibrate only.")
+        if config.recalibration_updates < 1:
+            raise ValueError(
+                f"recalibration_updates must be at least 1, got {config.recalibration_updates}."
+            )
+    if not 0 <= config.warm_start <= config.total_timesteps:
+        raise ValueError(
+            f"warm_start must be from 0 to total_timesteps ({config.total_timesteps}), "
+            f"got {config.warm_start}."
+        )
     POLICIES.get(config.policy)
     if config.env not in sam_gym.ENVIRONMENTS:
         raise unknown_name("environment", config.env, sam_gym.ENVIRONMENTS)
@@ -277,7 +290,9 @@ def _train(
     if mlflow is not None:
         parts["mlflow"] = mlflow
     if config.recalibrate:
-        updates = config.recalibration_updates or (5 if config.policy == "explicit" else 1)
+        updates = config.recalibration_updates
+        if updates is None:
+            updates = 5 if config.policy == "explicit" else 1
         parts["recalibration"] = TrainRecalibration(
             agent.policy, core, updates, config.learning_rate, ranks=ranks
         )
@@ -287,18 +302,20 @@ def _train(
     if ranks.is_first:
         what = f"{config.policy} on {config.env} ({settings.dataset}) with {core.backbone}"
         print(f"Going on from step {state['step']} with {what}." if state else f"Training {what}.")
-    with watch.bar, _encoded_alone(core):
+    with _encoded_alone(core):
         done = state["step"] if state else -1
         model.set_logger(make_logger(out / "tensorboard", done, ranks, mlflow=mlflow))
         if state:
             checkpoint.restore(model, state)
         elif config.warm_start:
             imitate(model, core, BASELINES.get("oracle")(config.seed), config.warm_start)
-        model.learn(
-            config.total_timesteps - model.num_timesteps,
-            callback=[checkpoint, CountAllRanks(ranks), PinRollouts(core.store), *parts.values()],
-            reset_num_timesteps=model.num_timesteps == 0,
-        )
+        callbacks = [checkpoint, CountAllRanks(ranks), PinRollouts(core.store), *parts.values()]
+        with watch.bar:
+            model.learn(
+                config.total_timesteps - model.num_timesteps,
+                callback=callbacks,
+                reset_num_timesteps=model.num_timesteps == 0,
+            )
         ranks.leave()
         if not ranks.is_first:
             return {}

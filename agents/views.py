@@ -49,7 +49,8 @@ def draw_views(
     for _ in range(min(clicks, settings.max_steps - 1)):
         observations, *_ = env.step(agent.act(core, observations))
     tensors = agent.policy._to_tensors(observations)
-    chances = agent.policy.logits_and_value(tensors)[0].softmax(dim=1)
+    with agent.policy.playing():
+        chances = agent.policy.logits_and_value(tensors)[0].softmax(dim=1)
     words = _word_planes(agent.policy.features_extractor, tensors)
     frames = []
     for slot in range(count):

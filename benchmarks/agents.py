@@ -159,7 +159,8 @@ def read_run(folder: Path, config: Config) -> tuple[ClickConfig, Path]:
         raise ValueError(f"{results}: not the results of train_ppo.")
     kwargs = {k: v for k, v in settings["dataset_kwargs"].items() if k not in _TRAINING_ONLY}
     task = ClickConfig(**settings)
-    return replace(task, split=config.split, dataset_kwargs=kwargs, device=config.device), policy
+    held_out = replace(task, split=config.split, dataset_kwargs=kwargs, iou_target=None)
+    return replace(held_out, device=config.device), policy
 
 
 def _players(

@@ -69,7 +69,8 @@ class Backbone:
             self._decode_best = FixedShapes(self._decode_best)
 
     def __repr__(self) -> str:
-        return f"Backbone({self.name!r}, device={str(self.device)!r}, dtype={self.dtype})"
+        compiled = ", compiled" if self.compiled else ""
+        return f"Backbone({self.name!r}, device={str(self.device)!r}, dtype={self.dtype}{compiled})"
 
     @cached_property
     def identity(self) -> str:

@@ -260,12 +260,12 @@ class ClickCore:
             cells: rows and columns of the grid.
 
         Returns:
-            The share of each cell that belongs to the target, and the share of it that is scored:
-            two float32 (num_slots, *cells), 0 to 1.
+            The share of what is scored of each cell that belongs to the target, and the share of
+            the cell that is scored: two float32 (num_slots, *cells), 0 to 1.
         """
-        both = torch.stack([self._low_target, self._low_valid], dim=1).float()
+        both = torch.stack([self._low_target & self._low_valid, self._low_valid], dim=1).float()
         target, scored = F.adaptive_avg_pool2d(both, cells).unbind(dim=1)
-        return target, scored
+        return target / scored.clamp(min=1e-6), scored
 
     # Episodes ----------------------------------------------------------------------------------
 

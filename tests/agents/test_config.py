@@ -16,6 +16,13 @@ def test_yaml_sets_defaults_that_flags_override(tmp_path: Path) -> None:
     assert read_config([]) == Config()
 
 
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-4\ngamma: 1\nclick_cost: 2e-2\n")
+    config = read_config([f"--config={path}"])
+    assert (config.learning_rate, config.gamma, config.settings.click_cost) == (1e-4, 1.0, 0.02)
+
+
 def test_an_agent_and_an_environment_by_name() -> None:
     config = read_config(["--config", "alignsam", "--config", "few_clicks", "--seed", "3"])
     assert (config.recalibrate, config.gamma, config.seed) == (True, 0.99, 3)
@@ -43,6 +50,12 @@ def test_wrong_configs_are_errors(tmp_path: Path) -> None:
         read_config(["--config", "aligsam"])
     with pytest.raises(ValueError, match="needs a name or the path"):
         read_config(["--config"])
+    (tmp_path / "text.yaml").write_text("recalibrate: 'no'\n")
+    with pytest.raises(ValueError, match="recalibrate must be of type bool, got 'no'"):
+        read_config(["--config", str(tmp_path / "text.yaml")])
+    (tmp_path / "half.yaml").write_text("settings: {grid: 9.5}\n")
+    with pytest.raises(ValueError, match="grid must be of type int, got 9.5"):
+        read_config(["--config", str(tmp_path / "half.yaml")])
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="expected 'name: value' lines, got list"):
         read_config(["--config", str(tmp_path / "list.yaml")])

@@ -208,3 +208,13 @@ def test_command_line_writes_its_files(tiny_env: dict[str, Any], tmp_path: Path)
     mean = np.mean([float(row.split(",")[2]) for row in rows[1:]])
     assert mean == pytest.approx(summary["mean_iou"], abs=1e-3)
     assert (out / "episodes.gif").read_bytes()[:3] == b"GIF"
+
+
+def test_a_policy_plays_only_what_it_was_trained_on(
+    tiny_env: dict[str, Any], saved: Callable[..., Path]
+) -> None:
+    agent = PolicyAgent.load(saved(), "cpu")
+    with pytest.raises(ValueError, match=r"grid 16 \(the environment has 10\)"):
+        evaluate(agent, settings_of(tiny_env, grid=10), episodes=2)
+    with pytest.raises(ValueError, match=r"stop False \(the environment has True\)"):
+        evaluate(agent, settings_of(tiny_env, stop=True), episodes=2)

@@ -36,7 +36,9 @@ def images_of(*shapes: tuple[int, int]) -> list[np.ndarray]:
     return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
 
 
-def policy_of(env: VectorEnvAdaptor, core: Any, clip: dict[str, Any]) -> ExplicitPolicy:
+def policy_of(
+    env: VectorEnvAdaptor, core: Any, clip: dict[str, Any], **more: Any
+) -> ExplicitPolicy:
     features = {
         "backbone": {
             "name": core.config.backbone,
@@ -46,6 +48,7 @@ def policy_of(env: VectorEnvAdaptor, core: Any, clip: dict[str, Any]) -> Explici
         "categories": list(core.dataset.categories),
         "max_steps": core.config.max_steps,
         "clip": clip,
+        **more,
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -214,3 +217,41 @@ def test_unknown_words_are_taken_on_request(tiny: Backbone, surgery: Any) -> Non
     maps = WordMaps(surgery, tiny, ["star", "zebra", "yak"], allow_unknown=True)
     assert torch.equal(maps.texts[1], maps.texts[2])
     assert not torch.equal(maps.texts[0], maps.texts[1])
+
+
+def test_known_words_are_hidden_from_a_policy_that_learns(
+    tiny_env: dict, clip: dict[str, Any]
+) -> None:
+    settings = make_config(tiny_env | {"obs": "handle", "target_categories": "star,ring"})
+    vector, core = make_vector_env("SamSeg-v0", 4, settings)
+    env = VectorEnvAdaptor(vector)
+    policy = policy_of(env, core, clip, vocabulary=["star", "ring", "tree"], hidden=0.5)
+    extractor: TextFeatures = policy.features_extractor  # type: ignore[assignment]
+    observations = policy._to_tensors(env.reset())  # type: ignore[arg-type]
+    names = core.dataset.categories
+    numbers = [names.index(name) for name in ("star", "fish", "tree", "ring")]
+    observations["target_category"] = torch.tensor(numbers)
+
+    rng = torch.Generator().manual_seed(0)
+    embedding = torch.randn(4, *extractor.backbone.embedding_shape, generator=rng)
+    assert extractor._known_words(embedding, observations).tolist() == [1, 0, 3, 2]
+    policy.set_learning(True)
+    many = embedding.repeat(100, 1, 1, 1) + torch.randn(400, 1, 1, 1, generator=rng)
+    tiled = {"target_category": observations["target_category"].repeat(100)}
+    seen = extractor._known_words(many, tiled)
+    again = extractor._known_words(many, tiled)
+    assert torch.equal(seen, again)
+    known = torch.tensor([1, 0, 3, 2]).repeat(100)
+    assert set((seen - known)[seen != known].tolist()) == {-1, -3, -2}
+    assert 0.4 < (seen[known > 0] == 0).float().mean() < 0.6
+    with policy.playing():
+        assert torch.equal(extractor._known_words(many, tiled), known)
+    assert extractor.learning
+
+    # A word of the vocabulary changes what is seen beyond its map; another one does not.
+    with torch.no_grad(), policy.playing():
+        plain = extractor._modulated(embedding, torch.zeros(4, dtype=torch.long))
+        told = extractor._modulated(embedding, torch.tensor([1, 0, 3, 2]))
+    differs = (plain - told).abs().amax(dim=(1, 2, 3)) > 1e-4
+    assert differs.tolist() == [True, False, True, True]
+    env.close()

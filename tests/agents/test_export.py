@@ -40,6 +40,8 @@ def test_both_forms_agree_for_any_number_of_images(
     else:
         features["vocabulary"] = names
     kwargs = {"features": features, "grid": 16, "others": ["stop"], "recalibrate": recalibrate}
+    if recalibrate:
+        kwargs |= {"precision": "bf16-mixed", "gradient_checkpointing": True}
     model = PPO(POLICIES.get(kind), env, policy_kwargs=kwargs, seed=0, device="cpu")
     model.save(tmp_path / "policy.zip")
     out = tmp_path / "out"

@@ -246,8 +246,12 @@ def test_what_is_pulled_is_what_was_pushed(
     copied = pull(Pull("me/clicker", out=str(tmp_path / "out")))
     assert copied == tmp_path / "out" / "policy.zip"
     for name in RUN_FILES:
-        assert (path.parent / name).read_bytes() == (run / name).read_bytes()
-        assert (copied.parent / name).read_bytes() == (run / name).read_bytes()
+        assert (path.parent / name).read_bytes() == (copied.parent / name).read_bytes()
+        if name != "results.json":
+            assert (path.parent / name).read_bytes() == (run / name).read_bytes()
+    got, sent = (json.loads((at / "results.json").read_text()) for at in (path.parent, run))
+    assert set(sent["config"]) - set(got["config"]) >= {"out", "resume", "mlflow_uri"}
+    assert got | {"config": None} == sent | {"config": None}
 
     settings = ClickConfig(obs="handle", split="test", **tiny_env)
     agents = [PolicyAgent.load(name, "cpu") for name in (run / "policy.zip", "hf://me/clicker")]

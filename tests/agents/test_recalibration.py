@@ -46,8 +46,10 @@ def test_loss_against_its_formula() -> None:
         expected.append(entropy + dice)
     got = recalibration_loss(logits, target, scored)
     assert float(got) == pytest.approx(np.mean(expected), abs=1e-6)
-    perfect = recalibration_loss(40 * target - 20, (target > 0.5).float(), scored * 0 + 1)
-    assert float(recalibration_loss(20 * (2 * target - 1), target, scored)) < 2.0 > float(perfect)
+    truth = (target > 0.5).float()
+    everywhere = torch.ones_like(scored)
+    assert float(recalibration_loss(40 * truth - 20, truth, everywhere)) < 1e-4
+    assert float(recalibration_loss(20 - 40 * truth, truth, everywhere)) > 10
 
 
 def test_labels_come_from_the_recalibration(made: Callable[..., Any]) -> None:
@@ -140,3 +142,33 @@ def test_a_run_with_recalibration_is_saved_and_loaded(
     again = PolicyAgent.load(tmp_path / "policy.zip", "cpu")
     for left, right in zip(agent.policy.parameters(), again.policy.parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+def test_targets_are_shares_of_what_is_scored(made: Callable[..., Any]) -> None:
+    _, _, core, env = made()
+    env.reset(seed=1)
+    core._low_target[:] = True
+    core._low_valid[:] = True
+    core._low_valid[:, -2:] = False
+    height, width = core.backbone.mask_shape
+    target, scored = core.soft_targets((height // 4, width // 4))
+    # A cell that is half outside of the image, and all target inside, is all target.
+    assert torch.equal(scored[:, -1], torch.full_like(scored[:, -1], 0.5))
+    torch.testing.assert_close(target, torch.ones_like(target))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--recalibration-updates", "2"), "with --recalibrate only"),
+        (("--recalibrate", "--recalibration-updates", "0"), "must be at least 1, got 0"),
+        (("--warm-start", "1000"), "warm_start must be from 0 to total_timesteps"),
+    ],
+)
+def test_wrong_options_are_refused_before_work(
+    more: tuple[str, ...], message: str, tiny_env: dict[str, Any],
+    arguments: Callable[..., list[str]], tmp_path: Path,
+) -> None:  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        main(arguments(tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
