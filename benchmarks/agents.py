@@ -26,7 +26,6 @@ from sam_gym.version import __version__
 _REFERENCES = {"random": "#999999", "oracle": "#2e8b57"}
 #: Restrictions of the training images, which held-out images do not have.
 _TRAINING_ONLY = ("categories", "length")
-_NUMBERS = ("ious", "used", "needed", "reached")
 
 
 @dataclass
@@ -49,8 +48,8 @@ class Config:
     """Episodes of each run and group."""
     seed: int = 1000
     """Seed of the episodes."""
-    iou_target: float = 0.8
-    """The IoU of the number of clicks: those until it is reached, or all of an episode."""
+    iou_target: float | None = None
+    """Play once more until this IoU, and count the clicks: those until it, or all of an episode."""
     device: str = "auto"
     """Where the agents run: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
 
@@ -64,8 +63,8 @@ class Row:
         words: name of the group.
         ious: mean IoU at the end of an episode, of each run.
         used: mean clicks of an episode that ends when the agent ends it, of each run.
-        needed: mean clicks until the IoU target, of each run.
-        reached: share of episodes in which it was reached, of each run.
+        needed: mean clicks until the IoU target, of each run, if there is one.
+        reached: share of episodes in which it was reached, of each run, if there is one.
     """
 
     name: str
@@ -75,10 +74,15 @@ class Row:
     needed: list[float]
     reached: list[float]
 
+    @property
+    def numbers(self) -> list[str]:
+        """Names of what was measured."""
+        return [name for name in ("ious", "used", "needed", "reached") if getattr(self, name)]
+
     def as_dict(self) -> dict[str, Any]:
         """Mean and half-width of the 95% interval over runs of each number."""
         columns: dict[str, Any] = {"agent": self.name, "words": self.words, "runs": len(self.ious)}
-        for name in _NUMBERS:
+        for name in self.numbers:
             mean, half = mean_and_ci95(np.array(getattr(self, name)))
             columns |= {name: mean, f"{name}_ci95": half}
         return columns
@@ -180,6 +184,8 @@ def _play(row: Row, agent: Agent, settings: ClickConfig, config: Config) -> None
     whole = evaluate(agent, settings, episodes=config.episodes, seed=config.seed)
     row.ious.append(float(whole.ious.mean()))
     row.used.append(float(whole.clicks.mean()))
+    if config.iou_target is None:
+        return
     until = replace(settings, iou_target=config.iou_target)
     played = evaluate(agent, until, episodes=config.episodes, seed=config.seed)
     there = played.ious >= config.iou_target
@@ -208,14 +214,17 @@ def _write(config: Config, summary: dict[str, Any], rows: list[Row], out: Path) 
     csv_file = write_csv(out / "agents.csv", summary["rows"])
     plot_agents(out / "agents.png", rows)
 
-    goal = f"{config.iou_target:g}"
-    columns = ["agent", "words", "runs", "mean IoU", "clicks", f"clicks to {goal}", f"reach {goal}"]
+    titles = {
+        "ious": "mean IoU",
+        "used": "clicks",
+        "needed": f"clicks to {config.iou_target}",
+        "reached": f"reach {config.iou_target}",
+    }
+    numbers = rows[0].numbers
+    columns = ["agent", "words", "runs", *(titles[name] for name in numbers)]
     cells = [
         [row["agent"], row["words"], str(row["runs"])]
-        + [
-            with_interval(row[name], row[f"{name}_ci95"])
-            for name in ("ious", "used", "needed", "reached")
-        ]
+        + [with_interval(row[name], row[f"{name}_ci95"]) for name in numbers]
         for row in summary["rows"]
     ]
     page = report.Page(

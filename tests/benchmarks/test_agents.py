@@ -64,6 +64,13 @@ def test_held_out_images_are_not_restricted(tmp_path: Path) -> None:
     assert len(settings.open_dataset().categories) == 10 and policy.is_file()
 
 
+def test_clicks_are_counted_on_request_only(trained: Path, tmp_path: Path) -> None:
+    args = ["--run", f"mine={trained}", "--out", str(tmp_path / "out"), "--episodes", "4"]
+    results = main(["agents", *args, "--device", "cpu"])
+    assert [row["words"] for row in results["rows"]] == ["all"] * 3
+    assert "needed" not in results["rows"][0] and results["rows"][0]["used"] == 5.0
+
+
 def test_gap_closed() -> None:
     def row(name: str, *ious: float) -> Row:
         return Row(name, "all", list(ious), [], [], [])
