@@ -20,6 +20,7 @@ from stable_baselines3 import PPO
 from agents.baselines import BASELINES
 from agents.evaluate import PolicyAgent, evaluate, load_agent, main
 from agents.policies import ImplicitPolicy
+from agents.saved import SHIPPED
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.envs.core import ClickConfig
 
@@ -218,3 +219,14 @@ def test_a_policy_plays_only_what_it_was_trained_on(
         evaluate(agent, settings_of(tiny_env, grid=10), episodes=2)
     with pytest.raises(ValueError, match=r"stop False \(the environment has True\)"):
         evaluate(agent, settings_of(tiny_env, stop=True), episodes=2)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_agents_in_the_package_play_well(name: str) -> None:
+    assert SHIPPED[name].stat().st_size < 16e6
+    agent = load_agent(name, device="cpu")
+    settings = ClickConfig(split="test", device="cpu", obs="handle")
+    played = evaluate(agent, settings, episodes=16, num_envs=16, seed=5)
+    random = evaluate(load_agent("random"), settings, episodes=16, num_envs=16, seed=5)
+    assert played.targets == random.targets
+    assert played.ious.mean() > 0.6 > 2 * random.ious.mean()
