@@ -76,11 +76,12 @@ def check_fits(policy: ImplicitPolicy, core: ClickCore) -> None:
     config = core.config
     own = {
         "grid": policy.grid,
-        "stop": "stop" in policy.others,
-        "undo": "undo" in policy.others,
         "target": "instance" if extractor.has_cue else "category",
         "backbone": extractor.backbone,
     }
+    # Whoever makes a policy by hand may leave its other actions without names.
+    if policy.others or cast(Any, policy.action_space).n != core.action_space.n:
+        own |= {name: name in policy.others for name in ("stop", "undo")}
     wanted = {name: getattr(config, name) for name in own} | {"backbone": core.backbone}
     different = [
         f"{name} {own[name]} (the environment has {wanted[name]})"
