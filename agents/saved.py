@@ -16,9 +16,10 @@ import agents.explicit  # noqa: F401  (registers its policy)
 from agents.policies import POLICIES, ImplicitPolicy
 from sam_gym.backbones.loading import resolve_device
 
-#: Agents in the package, by name: trained by train_ppo with its defaults and `--policy NAME`.
+#: Agents in the package, by name; docs/results.md has the commands that trained them.
 SHIPPED = {
-    name: Path(__file__).parent / "weights" / name / "policy.zip" for name in POLICIES.names()
+    name: Path(__file__).parent / "weights" / name / "policy.zip"
+    for name in ("explicit", "implicit")
 }
 
 
