@@ -254,25 +254,31 @@ def _train(
     model = make_model(config, settings, env, core, ranks)
     agent = PolicyAgent(model.policy)  # type: ignore[arg-type]
 
+    @contextmanager
+    def elsewhere() -> Iterator[None]:
+        """Play on other data, and know the categories of the training again after that."""
+        yield
+        agent.policy.set_categories(core.dataset.categories)
+
+    @elsewhere()
     def validate() -> float:
         result = evaluate(
             agent, validation, env_id=config.env, episodes=config.eval_episodes, seed=1
         )
-        agent.policy.set_categories(core.dataset.categories)
         return float(result.ious.mean())
 
     out.mkdir(parents=True, exist_ok=True)
 
+    @elsewhere()
     def draw(step: int) -> Path:
         picture = draw_views(agent, validation, env_id=config.env, seed=4)
-        agent.policy.set_categories(core.dataset.categories)
         path = _in_folder(out / "views", f"step-{step:08d}.png")
         save_image(path, picture)
         return path
 
+    @elsewhere()
     def film(step: int) -> Path:
         frames = film_episodes(agent, validation, env_id=config.env, count=1, seed=4)
-        agent.policy.set_categories(core.dataset.categories)
         path = _in_folder(out / "videos", f"step-{step:08d}.gif")
         save_gif(path, frames)
         return path
