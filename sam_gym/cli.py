@@ -10,5 +10,5 @@ def run(main: Callable[[], Any]) -> None:
     """Run a command; wrong input ends it with its message and status 1, without a traceback."""
     try:
         main()
-    except (ValueError, OSError, MemoryError, ImportError) as error:
+    except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -47,7 +47,12 @@ class Session:
     seconds: float
 
 
-def click_out(backbone: Backbone, targets: Sequence[Target], num_clicks: int = 20) -> list[Session]:
+def click_out(
+    backbone: Backbone,
+    targets: Sequence[Target],
+    num_clicks: int = 20,
+    embeddings: torch.Tensor | None = None,
+) -> list[Session]:
     """Simulate a user who clicks objects out of images with a SAM, in one batch.
 
     Each click is at the middle of the widest error (`sam_gym.prompts.error_click`). All clicks so
@@ -58,14 +63,16 @@ def click_out(backbone: Backbone, targets: Sequence[Target], num_clicks: int = 2
         backbone: the SAM.
         targets: the objects.
         num_clicks: how many clicks at most.
+        embeddings: (P, C, h, w), one for each target, if they are known already.
     """
     count = len(targets)
     device = backbone.device
     started = time.perf_counter()
-    images = {id(target.image): target.image for target in targets}
-    order = {key: row for row, key in enumerate(images)}
-    encoded = backbone.encode(list(images.values()))
-    embeddings = encoded[[order[id(target.image)] for target in targets]]
+    if embeddings is None:
+        images = {id(target.image): target.image for target in targets}
+        order = {key: row for row, key in enumerate(images)}
+        encoded = backbone.encode(list(images.values()))
+        embeddings = encoded[[order[id(target.image)] for target in targets]]
     model_seconds = time.perf_counter() - started
     points = np.zeros((count, num_clicks, 2), np.float32)
     labels = np.full((count, num_clicks), NO_POINT, np.int64)

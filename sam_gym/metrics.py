@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 
 
@@ -61,3 +62,43 @@ def mean_and_ci95(values: np.ndarray) -> tuple[float, float | None]:
 def with_interval(mean: float, half: float | None, sign: str = "+-") -> str:
     """A mean and the half-width of its interval, for people; None: there is no interval."""
     return f"{mean:.3f}" + ("" if half is None else f" {sign} {half:.3f}")
+
+
+def boundary(mask: np.ndarray, dilation_ratio: float = 0.02) -> np.ndarray:
+    """The pixels of a mask that lie within a distance of its outline: bool (H, W).
+
+    Cheng et al. 2021, "Boundary IoU": what an erosion by `dilation_ratio` of the image's diagonal
+    (at least one pixel) takes away; the border of the image counts as outline.
+
+    Args:
+        mask: bool (H, W).
+        dilation_ratio: the distance, as a share of the diagonal.
+    """
+    height, width = mask.shape
+    reach = max(1, round(dilation_ratio * float(np.hypot(height, width))))
+    result = np.zeros_like(mask)
+    x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
+    if w and h:
+        # Beyond its box there is nothing of the mask, whether that is image or not.
+        window = (slice(y, y + h), slice(x, x + w))
+        padded = np.pad(mask[window].astype(np.uint8), 1)
+        kernel = np.ones((2 * reach + 1,) * 2, np.uint8)
+        eroded = cv2.erode(padded, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+        result[window] = mask[window] & (eroded[1:-1, 1:-1] == 0)
+    return result
+
+
+def boundary_iou(
+    prediction: np.ndarray,
+    target: np.ndarray,
+    ignore: np.ndarray | None = None,
+    dilation_ratio: float = 0.02,
+) -> float:
+    """IoU of the boundaries of two masks (see `boundary`); arguments as for `iou`.
+
+    Of an object that is nowhere wider than twice the distance, the boundary is all of it, and
+    boundary IoU says what IoU says: report how many such objects there are.
+    """
+    if ignore is not None:
+        prediction, target = prediction & ~ignore, target & ~ignore
+    return iou(boundary(prediction, dilation_ratio), boundary(target, dilation_ratio))

@@ -42,3 +42,6 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._items))
+
+    def items(self) -> tuple[tuple[str, T], ...]:
+        return tuple(sorted(self._items.items()))

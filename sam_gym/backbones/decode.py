@@ -8,7 +8,8 @@ those of the segment_anything modules, read in place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -49,6 +50,11 @@ class Prompts:
             if item is not None:
                 return len(item)
         raise ValueError("A prompt needs at least points, boxes or masks; all of them are None.")
+
+    def take(self, index: Tensor) -> Prompts:
+        """The prompt sets of an index, int64 (K,)."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Prompts(**{name: None if v is None else v[index] for name, v in parts.items()})
 
 
 def encode_points_and_boxes(encoder: PromptEncoder, prompts: Prompts) -> tuple[Tensor, Tensor]:
@@ -202,6 +208,22 @@ class MaskTokens:
         logits = _unfold(masks, self.grid)
         return logits if self.refinement is None else logits + self.refinement[:, None]
 
+    @classmethod
+    def merged(cls, parts: Sequence[tuple[Tensor, MaskTokens]]) -> MaskTokens:
+        """Prompts that were decoded apart, together again.
+
+        Args:
+            parts: which rows, int64 (P_i,), and what was decoded for them; of one grid.
+        """
+
+        def together(name: str) -> Tensor:
+            return scattered([(rows, getattr(part, name)) for rows, part in parts])
+
+        first = parts[0][1]
+        refinement = None if first.refinement is None else together("refinement")
+        vectors, features, iou = map(together, ("vectors", "features", "iou"))
+        return cls(vectors, features, iou, first.grid, refinement)
+
     def draw_best(self, multimask: Tensor) -> tuple[Tensor, Tensor]:
         """Mask logits (P, 4h, 4w) and predicted IoU (P,) of each row's `best_token`."""
         best = best_token(self.iou, multimask)[:, None]
@@ -209,13 +231,22 @@ class MaskTokens:
         return self.draw(vectors)[:, 0], self.iou.gather(1, best)[:, 0]
 
 
-def decode_tokens(sam: Sam, embeddings: Tensor, prompts: Prompts) -> MaskTokens:
+def scattered(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Rows that were computed apart in one tensor: pairs of rows, int64 (B_i,), and (B_i, ...)."""
+    rows = torch.cat([rows for rows, _ in parts])
+    return torch.cat([values for _, values in parts])[rows.argsort()]
+
+
+def decode_tokens(
+    sam: Sam, embeddings: Tensor, prompts: Prompts, further: Tensor | None = None
+) -> MaskTokens:
     """Run the prompt encoder and the two-way transformer; differentiable.
 
     Args:
         sam: the model whose weights are used.
         embeddings: (B, C, h, w) from the image encoder (of an HQ decoder: from `encode_pixels`).
         prompts: P prompt sets; without `rows`, P equals B.
+        further: (P, K, C), tokens that stand behind those of the prompts, or None.
     """
     decoder = sam.mask_decoder
     hq = decoder if isinstance(decoder, HqMaskDecoder) else None
@@ -232,6 +263,9 @@ def decode_tokens(sam: Sam, embeddings: Tensor, prompts: Prompts) -> MaskTokens:
         output = torch.cat([output, hq.hf_token.weight])
     tokens = torch.cat([output.expand(count, -1, -1), sparse.to(output.dtype)], dim=1)
     present = torch.cat([present.new_ones((count, len(output))), present], dim=1)
+    if further is not None:
+        tokens = torch.cat([tokens, further.to(tokens.dtype)], dim=1)
+        present = torch.cat([present, present.new_ones(further.shape[:2])], dim=1)
 
     grid = (embeddings.shape[-2], embeddings.shape[-1])
     width = decoder.transformer_dim

@@ -101,9 +101,22 @@ def encode_pixels(sam: Sam, pixels: Tensor) -> Tensor:
     decoder = sam.mask_decoder
     if not isinstance(decoder, HqMaskDecoder):
         return sam.image_encoder(pixels)
-    embedding, early = sam.image_encoder.forward_with_early(pixels)  # type: ignore[operator]
-    features = decoder.image_features(embedding, early)
-    return torch.cat([embedding, F.pixel_unshuffle(features, 4)], dim=1)
+    return with_hq_features(sam, encode_features(sam.image_encoder, pixels))
+
+
+def encode_features(encoder: Any, pixels: Tensor) -> Tensor:
+    """Prepared pixels -> the embedding, and behind it the early features: (B, C + D, h, w)."""
+    return torch.cat(encoder.forward_with_early(pixels), dim=1)
+
+
+def with_hq_features(sam: Sam, features: Tensor) -> Tensor:
+    """What an HQ decoder takes, (B, 3 * C, h, w), from `encode_features`."""
+    decoder = sam.mask_decoder
+    assert isinstance(decoder, HqMaskDecoder)
+    width = decoder.transformer_dim
+    embedding, early = features[:, :width], features[:, width:]
+    image_features = decoder.image_features(embedding, early)
+    return torch.cat([embedding, F.pixel_unshuffle(image_features, 4)], dim=1)
 
 
 def embedding_channels(sam: Sam) -> int:

@@ -11,6 +11,7 @@ from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_s
 from segment_anything.modeling import Sam
 
 from sam_gym.backbones import huggingface
+from sam_gym.backbones.adapters import Adapter
 from sam_gym.backbones.encoders import (
     State,
     build_mobile_sam,
@@ -55,7 +56,7 @@ _CONVERSIONS: dict[str, Callable[[State], State]] = {
     "repvit_sam": repvit_sam_state,
 }
 
-_loaded: dict[tuple[str, str, str, str, bool], Backbone] = {}
+_loaded: dict[tuple[str, str, str, str, bool, str], Backbone] = {}
 _lock = threading.Lock()
 
 
@@ -147,6 +148,7 @@ def load_backbone(
     device: str = "auto",
     dtype: str = "auto",
     compile: bool = False,
+    adapter: str | None = None,
 ) -> Backbone:
     """The shared backbone of a name; the same arguments give the same object in a process.
 
@@ -158,10 +160,12 @@ def load_backbone(
         dtype: "auto" (bfloat16 on CUDA, else float32), "float32", "bfloat16" or "float16".
         compile: run it through `torch.compile` (see `Backbone`): faster, after a slow first call of
             each batch size.
+        adapter: path of an adapter file (`python -m adaptation.train` writes them): the SAM as it
+            was adapted.
 
     Raises:
-        ValueError: unknown name, device or dtype, or a checkpoint that does not fit.
-        FileNotFoundError: the checkpoint does not exist.
+        ValueError: unknown name, device or dtype, or a checkpoint or adapter that does not fit.
+        FileNotFoundError: the checkpoint or the adapter does not exist.
         ConnectionError: none was given, and the published one could not be downloaded.
         ImportError: the name begins with "hf:" and transformers is not installed.
     """
@@ -179,7 +183,8 @@ def load_backbone(
         path = BUNDLED.get(name) or _published(name)
     else:
         path = Path(checkpoint).expanduser().resolve()
-    key = (name, str(path), str(target), str(precision), compile)
+    adaptation = None if adapter is None else Path(adapter).expanduser().resolve()
+    key = (name, str(path), str(target), str(precision), compile, str(adaptation))
     with _lock:
         if key not in _loaded:
             if path is None:
@@ -187,5 +192,6 @@ def load_backbone(
             else:
                 sam = BACKBONES[name]()
                 load_weights(sam, name, path)
-            _loaded[key] = Backbone(name, sam, target, precision, compile)
+            learned = None if adaptation is None else Adapter.load(adaptation)
+            _loaded[key] = Backbone(name, sam, target, precision, compile, learned)
         return _loaded[key]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -15,10 +14,10 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torch.nn import functional as F
 
+from sam_gym.backbones.adapters import Adapter, Model, digest_of
 from sam_gym.backbones.attention import fuse_attention
 from sam_gym.backbones.compiled import FixedShapes, padded_size
-from sam_gym.backbones.decode import NO_POINT, Prompts, decode_tokens
-from sam_gym.backbones.hq import embedding_channels, encode_pixels
+from sam_gym.backbones.decode import NO_POINT, Prompts
 from sam_gym.backbones.memory import keep_freed_memory
 from sam_gym.transfer import to_device
 
@@ -39,6 +38,10 @@ class Backbone:
         dtype: float32, or a lower precision for autocast.
         compile: run `encode` and `decode_best` compiled, with CUDA graphs on CUDA; batches are
             padded to a few fixed shapes, each of which compiles at its first call.
+        adapter: what was learned on top of it.
+
+    Raises:
+        ValueError: the adapter was made for another model, or cannot be compiled.
     """
 
     def __init__(
@@ -48,38 +51,58 @@ class Backbone:
         device: torch.device,
         dtype: torch.dtype,
         compile: bool = False,
+        adapter: Adapter | None = None,
     ) -> None:
         self.name, self.device, self.dtype = name, device, dtype
         if device.type == "cpu":
             keep_freed_memory()
         self.sam = sam.to(device).eval().requires_grad_(False)
         fuse_attention(self.sam.image_encoder)
+        #: The model at work: that SAM, or what an adapter has made of it.
+        self.model = Model(self.sam)
+        self.adapter = adapter
+        if adapter is not None:
+            adapter.check_fits(name, digest_of(self.sam.state_dict()))
+            self.model = adapter.model(self.sam).to(device)
         self.image_size: int = sam.image_encoder.img_size
         grid = sam.prompt_encoder.image_embedding_size
         #: (C, h, w) of one embedding.
-        self.embedding_shape = (embedding_channels(sam), *grid)
+        self.embedding_shape = (self.model.channels, *grid)
         #: (hm, wm) of a low-res mask.
         self.mask_shape = (4 * grid[0], 4 * grid[1])
         self._resizer = ResizeLongestSide(self.image_size)
-        self._encode: Callable[..., Sequence[Tensor]] = partial(_encode, self.sam)
-        self._decode_best: Callable[..., Sequence[Tensor]] = partial(_decode_best, self.sam)
+        self._encode: Callable[..., Sequence[Tensor]] = partial(_encode, self.model)
+        self._decode_best: Callable[..., Sequence[Tensor]] = partial(_decode_best, self.model)
         self.compiled = compile
+        if compile and not self.model.fixed_shapes:
+            raise ValueError(
+                "An adapter that chooses among experts does not compile: compile=False."
+            )
         if compile:
             self._encode = FixedShapes(self._encode)
             self._decode_best = FixedShapes(self._decode_best)
 
     def __repr__(self) -> str:
         compiled = ", compiled" if self.compiled else ""
-        return f"Backbone({self.name!r}, device={str(self.device)!r}, dtype={self.dtype}{compiled})"
+        adapted = f", adapted by {self.adapter.method}" if self.adapter is not None else ""
+        device = str(self.device)
+        return f"Backbone({self.name!r}, device={device!r}, dtype={self.dtype}{compiled}{adapted})"
 
     @cached_property
     def identity(self) -> str:
         """Hex digest of the name and all weights: tells whose embedding an embedding is."""
-        digest = hashlib.sha256(f"{self.name}/{self.dtype}".encode())
-        for key, value in sorted(self.sam.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:32]
+        state = self.sam.state_dict()
+        if self.adapter is not None:
+            state |= self.adapter.state
+        return digest_of(state, f"{self.name}/{self.dtype}")
+
+    def with_model(self, model: Model) -> Backbone:
+        """The same SAM with another model at work on it, as a trainer has it; not compiled."""
+        own = copy.copy(self)
+        own.model, own.compiled = model, False
+        own.embedding_shape = (model.channels, *self.embedding_shape[1:])
+        own._encode, own._decode_best = partial(_encode, model), partial(_decode_best, model)
+        return own
 
     def private_copy(self) -> Sam:
         """A copy of the model that a trainer may change; all its parameters require gradients."""
@@ -166,7 +189,7 @@ class Backbone:
         Raises:
             ValueError: an image has another dtype or shape.
         """
-        with self._autocast():
+        with self.autocast():
             return self._encode(self.prepare(images))[0].float().contiguous()
 
     @torch.no_grad()
@@ -183,8 +206,8 @@ class Backbone:
         Returns:
             Mask logits float32 (P, M, hm, wm) and predicted IoU float32 (P, M); M is 3 or 1.
         """
-        with self._autocast():
-            tokens = decode_tokens(self.sam, embeddings, prompts)
+        with self.autocast():
+            tokens = self.model.decode(embeddings, prompts)
             chosen = slice(1, None) if multimask else slice(0, 1)
             logits = tokens.draw(tokens.vectors[:, chosen])
         return logits.float(), tokens.iou[:, chosen].float()
@@ -205,8 +228,8 @@ class Backbone:
         """
         if self.compiled and len(prompts):
             embeddings, prompts = _whole(embeddings, prompts)
-        work = self._decode_best if len(prompts) else partial(_decode_best, self.sam)
-        with self._autocast():
+        work = self._decode_best if len(prompts) else partial(_decode_best, self.model)
+        with self.autocast():
             logits, iou = work(
                 embeddings,
                 prompts.points,
@@ -220,21 +243,22 @@ class Backbone:
             )
         return logits.float(), iou.float()
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """The context in which the model runs in the precision of the backbone."""
         return torch.autocast(
             self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
         )
 
 
-def _encode(sam: Sam, pixels: Tensor) -> tuple[Tensor]:
-    return (encode_pixels(sam, pixels),)
+def _encode(model: Model, pixels: Tensor) -> tuple[Tensor]:
+    return (model.encode(pixels),)
 
 
 def _decode_best(
-    sam: Sam, embeddings: Tensor, *prompts_and_multimask: Any
+    model: Model, embeddings: Tensor, *prompts_and_multimask: Any
 ) -> tuple[Tensor, Tensor]:
     *prompts, multimask = prompts_and_multimask
-    return decode_tokens(sam, embeddings, Prompts(*prompts)).draw_best(multimask)
+    return model.decode(embeddings, Prompts(*prompts)).draw_best(multimask)
 
 
 def _whole(embeddings: Tensor, prompts: Prompts) -> tuple[Tensor, Prompts]:

@@ -14,6 +14,7 @@ __all__ = ["DATASETS", "Dataset", "Sample", "make_dataset"]
 #: Dataset name -> "module:factory". A factory takes `split` and its own keyword arguments.
 DATASETS: dict[str, str] = {
     "scenes": "sam_gym.data.scenes:Scenes",
+    "domain": "sam_gym.data.domains:ProceduralDomain",
     "coco": "sam_gym.data.coco:Coco",
     "folder": "sam_gym.data.folder:Folder",
 }

@@ -1,0 +1,101 @@
+"""Measure an adapter on the held-out objects of domains, beside the SAM that it was made from.
+
+python -m adaptation.evaluate --adapter runs/adaptation/moda-decoder-0/adapter.safetensors
+python -m adaptation.evaluate --adapter PATH --data FOLDER1 FOLDER2 --prompts box clicks5
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from adaptation.evaluation import check_prompt, score
+from adaptation.options import ModelOptions, StreamOptions
+from adaptation.views import Bank
+from sam_gym import cli
+from sam_gym.backbones import load_backbone
+from sam_gym.backbones.adapters import Adapter, Model, digest_of
+from sam_gym.files import write_json
+
+
+@dataclass
+class EvaluateOptions:
+    """Measure an adapter."""
+
+    adapter: str
+    """File that training has written (adapter.safetensors)."""
+    prompts: tuple[str, ...] = ("box",)
+    """What objects are shown by: box, click, clicks5."""
+    split: Literal["val", "test"] = "test"
+    """Split that is measured on."""
+    objects_per_image: int = 8
+    """At most so many objects of an image."""
+    max_images: int | None = None
+    """At most so many images of each domain (default: all)."""
+    seed: int = 0
+    """Seed of the choice of objects."""
+    out: str | None = None
+    """File for the numbers, as JSON."""
+    stream: tyro.conf.OmitArgPrefixes[StreamOptions] = field(default_factory=StreamOptions)
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
+
+
+def main(args: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command line; returns domain -> prompt -> numbers in points of 100.
+
+    Raises:
+        ValueError, FileNotFoundError: a name, a value, the data or the adapter is wrong.
+    """
+    options = tyro.cli(
+        EvaluateOptions,
+        args=sys.argv[1:] if args is None else args,
+        prog="python -m adaptation.evaluate",
+        description=__doc__,
+    )
+    for prompt in options.prompts:
+        check_prompt(prompt)
+    adapter = Adapter.load(Path(options.adapter).expanduser())
+    backbone = load_backbone(**options.model.arguments)
+    adapter.check_fits(backbone.name, digest_of(backbone.sam.state_dict()))
+    model = adapter.model(backbone.sam, options.adapter)
+    plain = Model(backbone.sam, "embedding")
+    stream = options.stream.open()
+    extra = options.stream.open_retention()
+    bank = Bank(backbone, stream, 1, options.objects_per_image, options.max_images, options.seed)
+    domains = [*stream, *([] if extra is None else [extra])]
+    results: dict[str, Any] = {}
+    console = Console(stderr=True)
+    for domain in track(domains, "measuring", console=console, transient=True):
+        own = results.setdefault(domain.name, {})
+        for prompt in options.prompts:
+            numbers = {}
+            for name, which in (("zero_shot", plain), ("adapted", model)):
+                scores = score(which, bank, domain, prompt, options.split)
+                numbers[f"{name}_iou"] = round(100 * float(scores.iou.mean()), 2)
+                numbers[f"{name}_biou"] = round(100 * float(scores.biou.mean()), 2)
+            own[prompt] = numbers | {"objects": len(scores.iou)}
+    table = Table(title=f"{options.adapter} ({adapter.method}), in points of 100")
+    columns = ["zero_shot_iou", "adapted_iou", "zero_shot_biou", "adapted_biou", "objects"]
+    table.add_column("domain")
+    table.add_column("prompt")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    for name, prompts in results.items():
+        for prompt, numbers in prompts.items():
+            table.add_row(name, prompt, *(str(numbers[column]) for column in columns))
+    Console().print(table)
+    if options.out is not None:
+        write_json(Path(options.out).expanduser(), results)
+    return results
+
+
+if __name__ == "__main__":
+    cli.run(main)

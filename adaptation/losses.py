@@ -1,0 +1,77 @@
+"""What a mask costs: cross-entropy and Dice on low-res logits, and predicted IoU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sam_gym.backbones.decode import MaskTokens
+
+
+@dataclass(frozen=True)
+class MaskLoss:
+    """The loss of a batch, and the masks that it came from.
+
+    Attributes:
+        total: mean over the objects of mask loss and IoU loss.
+        logits: (P, hm, wm), of the mask token that was taught.
+        chosen: int64 (P,), number of that token.
+        ious: float32 (P,), IoU of that mask with the target.
+    """
+
+    total: Tensor
+    logits: Tensor
+    chosen: Tensor
+    ious: Tensor
+
+
+def mask_costs(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """Cross-entropy and Dice of each mask: (P, M).
+
+    Args:
+        logits: (P, M, hm, wm).
+        targets: in [0, 1], (P, hm, wm).
+        valid: 1 where a pixel counts, else 0, (P, hm, wm).
+    """
+    target, weight = targets[:, None].expand_as(logits), valid[:, None]
+    count = weight.sum(dim=(2, 3)).clamp(min=1)
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight
+    probability = logits.sigmoid() * weight
+    overlap = (probability * target).sum(dim=(2, 3))
+    sizes = probability.sum(dim=(2, 3)) + (target * weight).sum(dim=(2, 3))
+    return entropy.sum(dim=(2, 3)) / count + 1 - (2 * overlap + 1) / (sizes + 1)
+
+
+def mask_loss(tokens: MaskTokens, targets: Tensor, valid: Tensor, ambiguous: Tensor) -> MaskLoss:
+    """The loss of decoded prompts.
+
+    An ambiguous prompt teaches the best of its three masks, as in SAM's own training; every other
+    prompt teaches the single mask. The predicted IoU of the masks in question is taught too.
+
+    Args:
+        tokens: P decoded prompts.
+        targets: float32 (P, hm, wm), in [0, 1].
+        valid: float32 (P, hm, wm), 1 where a pixel counts.
+        ambiguous: bool (P,).
+    """
+    logits = tokens.draw(tokens.vectors).float()
+    costs = mask_costs(logits, targets, valid)
+    allowed = torch.arange(logits.shape[1], device=logits.device)[None] > 0
+    allowed = allowed == ambiguous[:, None]
+    chosen = costs.masked_fill(~allowed, torch.inf).argmin(dim=1)
+    rows = torch.arange(len(chosen), device=chosen.device)
+    ious = low_res_iou(logits.detach(), targets[:, None], valid[:, None])
+    off = (tokens.iou.float() - ious).square() * allowed
+    iou_loss = off.sum(dim=1) / allowed.sum(dim=1)
+    total = (costs[rows, chosen] + iou_loss).mean()
+    return MaskLoss(total, logits[rows, chosen], chosen, ious[rows, chosen])
+
+
+def low_res_iou(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """IoU over the last two axes of masks and of targets that are at least half covered."""
+    predicted, truth, counts = logits > 0, targets >= 0.5, valid > 0
+    overlap = (predicted & truth & counts).sum(dim=(-2, -1))
+    return overlap / ((predicted | truth) & counts).sum(dim=(-2, -1)).clamp(min=1)

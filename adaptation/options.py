@@ -1,0 +1,64 @@
+"""Command-line options that training, evaluation and the benchmark share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sam_gym.data.coco import Coco
+from sam_gym.data.streams import Domain, Stream, make_stream
+
+
+@dataclass
+class StreamOptions:
+    """Which domains, in which order."""
+
+    stream: str | None = None
+    """Stream of domains: scenes-domains (procedural) or folders (default: folders if --data is
+    given, else scenes-domains)."""
+    data: tuple[str, ...] = ()
+    """Folders of domains, each with images/, masks/ (or instances/) and splits.json."""
+    domains: str | None = None
+    """Comma-separated: the procedural domains to take (default: all)."""
+    stream_seed: int = 0
+    """Seed of the procedural images, or of the choice of images."""
+    retention: str | None = None
+    """Folder of a COCO dataset whose val split is measured at the end, never trained on."""
+
+    def open(self, order: str | None = None) -> Stream:
+        """The stream, in an order (see `Stream.ordered`)."""
+        name = self.stream or ("folders" if self.data else "scenes-domains")
+        options: dict[str, Any] = {"seed": self.stream_seed}
+        if self.domains is not None:
+            if name != "scenes-domains":
+                raise ValueError("--domains chooses procedural domains: drop it, or drop --data.")
+            options["domains"] = self.domains
+        return make_stream(name, list(self.data) or None, order, **options)
+
+    def open_retention(self) -> Domain | None:
+        """The retention set as a domain that has no training images."""
+        if self.retention is None:
+            return None
+        coco = Coco("val", root=self.retention)
+        return Domain("retention", False, {"val": coco, "test": coco})
+
+
+@dataclass
+class ModelOptions:
+    """Which SAM, and where it runs."""
+
+    backbone: str = "micro"
+    """SAM to adapt: micro, hq_micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam, hf:..."""
+    checkpoint: str | None = None
+    """Its weights; micro brings its own."""
+    device: str = "auto"
+    """Where it runs: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
+    dtype: str = "auto"
+    """Precision of the frozen SAM: auto (bfloat16 on CUDA, else float32), float32, bfloat16,
+    float16."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `load_backbone` takes."""
+        names = ("checkpoint", "device", "dtype")
+        return {"name": self.backbone} | {name: getattr(self, name) for name in names}

@@ -1,0 +1,42 @@
+"""A step of training: which objects, with which prompts."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor, nn
+
+from adaptation.losses import mask_loss
+from adaptation.prompting import training_prompts
+from adaptation.strategy import Batch, Strategy
+from adaptation.views import Bank, Draw, gathered
+
+
+def make_batch(bank: Bank, draw: Draw, kind: str, seeds: np.ndarray) -> Batch:
+    """The objects of a draw, each with a prompt that is drawn with a seed of its own.
+
+    An object's prompt depends on its own seed alone, so that processes can share a batch.
+    """
+    raw, rows, targets, valid, boxes = gathered(bank, draw, kind)
+    prompts, ambiguous = training_prompts(seeds, targets, boxes, rows, bank.backbone.image_size)
+    return Batch(raw, prompts, ambiguous, targets, valid)
+
+
+class Learner(nn.Module):
+    """What a process trains: one forward pass from a batch to its loss.
+
+    Args:
+        strategy: whose trained module it is.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        super().__init__()
+        self.module = strategy.module
+        # Not a submodule: only what is trained is handed to the optimizer and to other processes.
+        self._strategy = [strategy]
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss, and the mean IoU of the masks with their targets."""
+        strategy = self._strategy[0]
+        tokens = strategy.decode(batch)
+        masks = mask_loss(tokens, batch.targets, batch.valid, batch.ambiguous)
+        return masks.total + strategy.loss(batch, masks), masks.ious.mean()

@@ -1,0 +1,15 @@
+"""DualPrompt (Wang et al., ECCV 2022): see `sam_gym.backbones.prompt_pools`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from adaptation.prompted import Prompted
+from adaptation.strategy import STRATEGIES
+
+
+@STRATEGIES.register("dualprompt")
+class DualPrompt(Prompted):
+    """DualPrompt (Wang et al., ECCV 2022), with prompts as decoder tokens."""
+
+    _pool: ClassVar[str] = "dualprompt"

@@ -1,0 +1,70 @@
+"""Elastic weight consolidation: weights that mattered before are held where they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptation.losses import MaskLoss, mask_loss
+from adaptation.steps import make_batch
+from adaptation.strategy import STRATEGIES, Batch, Strategy
+from adaptation.views import Draw
+from sam_gym.backbones.tuning import bytes_of
+
+
+@STRATEGIES.register("ewc")
+class EWC(Strategy):
+    """Kirkpatrick et al. 2017.
+
+    The Fisher information of a domain is estimated by the mean, over `fisher_samples` objects of
+    its training images, of the squared gradient of the loss of one object. The penalty is the sum
+    over all past domains of Fisher times squared distance from the weights after that domain; since
+    it is quadratic, two numbers per weight keep it exactly, however many domains there were.
+    """
+
+    def __init__(self, setting: Any) -> None:
+        super().__init__(setting)
+        self._fisher = {name: torch.zeros_like(w) for name, w in self.trained().items()}
+        # Sum over domains of Fisher times the weights after each.
+        self._pull = {name: torch.zeros_like(w) for name, w in self.trained().items()}
+
+    def loss(self, batch: Batch, masks: MaskLoss) -> Tensor | float:
+        if self.task == 0:
+            return 0.0
+        # F w^2 - 2 P w differs from the penalty by a constant.
+        parts = [
+            (self._fisher[name] * weight.square() - 2 * self._pull[name] * weight).sum()
+            for name, weight in self.trained().items()
+        ]
+        return self.setting.options.ewc_weight * torch.stack(parts).sum()
+
+    def after_task(self, task: int) -> None:
+        bank = self.setting.bank
+        views = bank.train(bank.stream[task])
+        rng = np.random.default_rng([self.setting.seed, 13, task])
+        count = self.setting.options.fisher_samples
+        draw = Draw.from_views(rng, count, [(task, views, np.arange(len(views.frames)))])
+        weights = self.trained()
+        seeds = rng.integers(2**63, size=count)
+        for k in range(count):
+            batch = make_batch(bank, draw.part(k, count), self.raw, seeds[k : k + 1])
+            cost = mask_loss(self.decode(batch), batch.targets, batch.valid, batch.ambiguous).total
+            gradients = torch.autograd.grad(cost, list(weights.values()), allow_unused=True)
+            for name, gradient in zip(weights, gradients, strict=True):
+                if gradient is not None:
+                    own = gradient.square() / count
+                    self._fisher[name] += own
+                    self._pull[name] += own * weights[name].detach()
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"fisher": dict(self._fisher), "pull": dict(self._pull)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        self._fisher, self._pull = dict(state["fisher"]), dict(state["pull"])
+
+    def kept_bytes(self) -> int:
+        return super().kept_bytes() + bytes_of([*self._fisher.values(), *self._pull.values()])

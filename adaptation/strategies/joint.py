@@ -1,0 +1,17 @@
+"""Joint training: all domains at once, in one run."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from adaptation.strategy import STRATEGIES, Strategy
+
+
+@STRATEGIES.register("joint")
+class Joint(Strategy):
+    """Trains on all domains together, each as often as the others; the upper bound.
+
+    It takes as many steps as a sequential method takes on all domains.
+    """
+
+    joint: ClassVar[bool] = True

@@ -1,0 +1,15 @@
+"""Learning to Prompt (Wang et al., CVPR 2022): see `sam_gym.backbones.prompt_pools`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from adaptation.prompted import Prompted
+from adaptation.strategy import STRATEGIES
+
+
+@STRATEGIES.register("l2p")
+class L2P(Prompted):
+    """Learning to Prompt (Wang et al., CVPR 2022), with prompts as decoder tokens."""
+
+    _pool: ClassVar[str] = "l2p"

@@ -1,0 +1,10 @@
+"""Sequential fine-tuning: one domain after the other, and nothing against forgetting."""
+
+from __future__ import annotations
+
+from adaptation.strategy import STRATEGIES, Strategy
+
+
+@STRATEGIES.register("naive")
+class Naive(Strategy):
+    """Fine-tunes on each domain in turn; the lower bound of continual learning."""

@@ -1,0 +1,116 @@
+"""Merging the LoRAs of all domains into one, without replay."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adaptation.steps import make_batch
+from adaptation.strategy import STRATEGIES, Strategy
+from adaptation.views import Draw
+from sam_gym.backbones.adapters import Adapter, Model
+from sam_gym.backbones.tuning import bytes_of, tuned_weights
+
+#: Off the diagonal, Gram matrices count by this much (RegMean's shrinkage).
+_SHRINK = 0.9
+_BATCHES, _OBJECTS = 8, 16
+
+
+@STRATEGIES.register("regcl")
+class RegCL(Strategy):
+    """The idea of RegCL (arXiv 2507.12297): merge the modules of the domains, replay nothing.
+
+    Every domain trains a LoRA of its own from the SAM as it was. The merged change of a layer is
+    the one whose outputs are nearest, in squares, to those of each domain's change on that domain's
+    inputs (RegMean, Jin et al., ICLR 2023): it needs the Gram matrix of the inputs and its product
+    with the change, both summed over domains, so what is kept does not grow.
+    """
+
+    tunes: ClassVar[tuple[str, ...]] = ("lora", "lora_decoder")
+    default_tune: ClassVar[str] = "lora_decoder"
+
+    def __init__(self, setting: Any) -> None:
+        super().__init__(setting)
+        self._grams: dict[str, Tensor] = {}
+        self._products: dict[str, Tensor] = {}
+
+    def before_task(self, task: int) -> None:
+        super().before_task(task)
+        self.sam = self._fresh()
+
+    def after_task(self, task: int) -> None:
+        grams = self._input_grams(task)
+        for name, change in self._changes().items():
+            gram = grams[name]
+            shrunk = _SHRINK * gram + (1 - _SHRINK) * torch.diag(gram.diagonal())
+            self._grams[name] = self._grams.get(name, 0) + shrunk
+            self._products[name] = self._products.get(name, 0) + shrunk @ change.T
+
+    def _changes(self) -> dict[str, Tensor]:
+        """What the LoRAs of the present domain add to each weight: (outputs, inputs)."""
+        weights = tuned_weights(self.sam)
+        names = sorted({name.rpartition(".")[0] for name in weights})
+        return {n: (weights[f"{n}.lora_B"] @ weights[f"{n}.lora_A"]).double() for n in names}
+
+    @torch.no_grad()
+    def _input_grams(self, task: int) -> dict[str, Tensor]:
+        """Mean Gram matrix (inputs, inputs) of what each such layer is given on this domain."""
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                x = args[0].detach().flatten(0, -2).float()
+                sums[name] = sums.get(name, 0) + (x.T @ x).double().cpu()
+                counts[name] = counts.get(name, 0) + len(x)
+
+            return hook
+
+        layers = {n: m for n, m in self.sam.named_modules() if hasattr(m, "lora_A")}
+        hooks = [m.register_forward_pre_hook(watch(n)) for n, m in layers.items()]
+        try:
+            bank = self.setting.bank
+            views = bank.train(bank.stream[task])
+            rng = np.random.default_rng([self.setting.seed, 23, task])
+            everything = [(task, views, np.arange(len(views.frames)))]
+            for _ in range(_BATCHES):
+                draw = Draw.from_views(rng, _OBJECTS, everything)
+                seeds = rng.integers(2**63, size=_OBJECTS)
+                self.decode(make_batch(bank, draw, self.raw, seeds))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: total / counts[name] for name, total in sums.items()}
+
+    def _merged(self) -> dict[str, Tensor]:
+        """The merged change of each layer, as full matrices."""
+        merged = {}
+        for name, gram in self._grams.items():
+            floor = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+            merged[name] = torch.linalg.solve(gram + floor, self._products[name]).T.float()
+        return merged
+
+    def model(self) -> Model:
+        return self.adapter().model(self.setting.sam)
+
+    def adapter(self) -> Adapter:
+        weights = {}
+        for name, change in self._merged().items():
+            # A LoRA of full rank: the merged change times the identity.
+            weights[f"{name}.lora_B"] = change
+            weights[f"{name}.lora_A"] = torch.eye(change.shape[1])
+        return self._adapter(experts=[weights])
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"grams": dict(self._grams), "products": dict(self._products)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        self._grams, self._products = dict(state["grams"]), dict(state["products"])
+
+    def kept_bytes(self) -> int:
+        kept = [*self._grams.values(), *self._products.values()]
+        return bytes_of(kept)

@@ -1,0 +1,71 @@
+"""Tiny modules, and a selector that is trained on stored embeddings."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptation.routed import Routed
+from adaptation.strategy import STRATEGIES
+from sam_gym.backbones.selectors import EmbeddingSelector, pooled_embedding
+from sam_gym.backbones.tuning import bytes_of
+
+_LEARNING_RATE = 3e-3
+
+
+@STRATEGIES.register("samcl")
+class SAMCL(Routed):
+    """The idea of SAMCL (Wang et al. 2024, arXiv 2412.05012).
+
+    A tiny module for each domain, and a selector trained on pooled embeddings of training images,
+    which are all that is kept of a past domain. The paper's module sits in the encoder and shares
+    a matrix over the layers; here it is a LoRA of the decoder, so that embeddings can be computed
+    once and the frozen encoder serves selector and experts in one pass.
+    """
+
+    default_tune: ClassVar[str] = "lora_decoder"
+    _chooser: ClassVar[str] = "embeddings"
+
+    def __init__(self, setting: Any) -> None:
+        super().__init__(setting)
+        self._kept: list[Tensor] = []
+
+    def _new_selector(self, num_domains: int) -> EmbeddingSelector:
+        torch.manual_seed(self.setting.seed)
+        return EmbeddingSelector(self.setting.sam.prompt_encoder.embed_dim, num_domains)
+
+    def after_task(self, task: int) -> None:
+        bank = self.setting.bank
+        domain = bank.stream[task]
+        views = bank.train(domain)
+        rng = np.random.default_rng([self.setting.seed, 19, task])
+        count = self.setting.options.buffer_embeddings
+        chosen = torch.from_numpy(rng.permutation(len(views.frames))[:count])
+        embeddings = bank.raw(domain, "train", "embedding")
+        self._kept.append(pooled_embedding(embeddings[chosen.to(embeddings.device)]))
+        super().after_task(task)
+
+    def _train_selector(self, selector: Any, num_domains: int) -> None:
+        features = torch.cat(self._kept)
+        labels = [task for task, kept in enumerate(self._kept) for _ in kept]
+        truth = torch.tensor(labels, device=features.device)
+        selector.standardise(features)
+        optimizer = torch.optim.Adam(selector.parameters(), _LEARNING_RATE, weight_decay=1e-4)
+        for _ in range(self.setting.options.selector_steps if num_domains > 1 else 0):
+            optimizer.zero_grad()
+            F.cross_entropy(selector(features), truth).backward()
+            optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"kept": self._kept}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state(state)
+        self._kept = state["kept"]
+
+    def _buffer_bytes(self) -> int:
+        return bytes_of(self._kept)

@@ -1,0 +1,438 @@
+"""Streams of domains that come one after the other, for continual learning.
+
+`make_stream("scenes-domains")` is procedural and needs no files; `make_stream("folders",
+data=["cells", "roads"])` makes a domain of every folder.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from sam_gym.data.domains import DOMAINS, ProceduralDomain
+from sam_gym.data.files import read_labels
+from sam_gym.data.folder import BACKGROUND, IGNORE, OBJECT, Folder
+from sam_gym.data.sample import Dataset, Sample
+from sam_gym.registry import Registry, unknown_name
+
+SPLITS = ("train", "val", "test")
+
+#: A domain of files is thin if a perfect low-res mask of its objects has less mean IoU than this.
+THIN_BELOW = 0.7
+
+#: Images of the validation split that this is measured on.
+_CEILING_IMAGES = 8
+_THRESHOLDS = np.arange(0.1, 0.95, 0.1)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain of a stream.
+
+    Attributes:
+        name: of the domain, for reports; observations do not tell it.
+        thin: whether its objects are thin or branching, to be reported apart.
+        datasets: the dataset of each split, "train", "val" and "test".
+    """
+
+    name: str
+    thin: bool
+    datasets: Mapping[str, Dataset]
+
+    def split(self, name: str) -> Dataset:
+        """The dataset of a split; `ValueError` if there is none of that name."""
+        if name not in self.datasets:
+            raise unknown_name(f"split of domain {self.name!r}", name, self.datasets)
+        return self.datasets[name]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Domains in the order in which they come.
+
+    Attributes:
+        name: of the stream.
+        domains: the domains; their names differ.
+    """
+
+    name: str
+    domains: tuple[Domain, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the domains, in order."""
+        return tuple(domain.name for domain in self.domains)
+
+    def __len__(self) -> int:
+        return len(self.domains)
+
+    def __iter__(self) -> Iterator[Domain]:
+        return iter(self.domains)
+
+    def __getitem__(self, index: int) -> Domain:
+        return self.domains[index]
+
+    def ordered(self, order: str | Sequence[str] | None) -> Stream:
+        """The same domains in another order.
+
+        Args:
+            order: every name once, as a sequence or as one string with commas; or "random:SEED"
+                for a seeded permutation; None: as they are.
+
+        Raises:
+            ValueError: a name is unknown, missing or there twice, or the seed is no whole number.
+        """
+        if order is None:
+            return self
+        if isinstance(order, str) and order.startswith("random:"):
+            shuffled = np.random.default_rng(_seed(order)).permutation(len(self))
+            return replace(self, domains=tuple(self.domains[index] for index in shuffled))
+        wanted = _names(order)
+        by_name = {domain.name: domain for domain in self}
+        for name in wanted:
+            if name not in by_name:
+                raise unknown_name(f"domain of stream {self.name!r}", name, by_name)
+        _refuse_repeated(wanted, "order", "Name every domain once.")
+        missing = [name for name in self.names if name not in wanted]
+        if missing:
+            raise ValueError(
+                f"order lacks {', '.join(missing)}. Name every domain of stream {self.name!r} "
+                f"once ({', '.join(self.names)}), or make the stream of fewer domains."
+            )
+        return replace(self, domains=tuple(by_name[name] for name in wanted))
+
+
+#: Stream name -> factory. A factory takes keyword arguments, among them `data` if it reads files.
+STREAMS: Registry[Callable[..., Stream]] = Registry("stream")
+
+
+def make_stream(
+    name: str = "scenes-domains",
+    data: Sequence[str] | str | None = None,
+    order: str | Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Stream:
+    """Make a registered stream.
+
+    Args:
+        name: one of `STREAMS`.
+        data: folders, for streams of files: a sequence, or one string with commas.
+        order: see `Stream.ordered`.
+        **kwargs: what the stream takes; see its function below.
+
+    Raises:
+        ValueError: a name or an option is unknown, or the data does not validate.
+        FileNotFoundError: a file or folder is missing.
+    """
+    factory = STREAMS.get(name)
+    takes = inspect.signature(factory).parameters
+    for option in kwargs:
+        if option not in takes:
+            raise unknown_name(f"option of stream {name!r}", option, takes)
+    if "data" in takes:
+        kwargs["data"] = data
+    elif data is not None:
+        raise ValueError(
+            f"Stream {name!r} reads no files, got data={data!r}. "
+            "Leave data out, or make stream 'folders'."
+        )
+    return factory(**kwargs).ordered(order)
+
+
+@STREAMS.register("scenes-domains")
+def scenes_domains(
+    *,
+    domains: str | Sequence[str] | None = None,
+    train_images: int = 64,
+    val_images: int = 16,
+    test_images: int = 32,
+    size: int = 256,
+    seed: int = 0,
+) -> Stream:
+    """The procedural domains (see `sam_gym.data.domains`), offline and seeded.
+
+    Args:
+        domains: which, in this order, as a sequence or as one string with commas (None: all).
+        train_images: number of training images of each domain.
+        val_images: number of validation images.
+        test_images: number of test images.
+        size: height and width of the images, in pixels.
+        seed: of the images.
+
+    Raises:
+        ValueError: a domain is unknown, named twice, or none is named; or a number is too small.
+    """
+    kinds = list(DOMAINS.names()) if domains is None else _names(domains)
+    if not kinds:
+        raise ValueError("domains is empty. Name at least one, or pass None for all.")
+    _refuse_repeated(kinds, "domains", "Name each once.")
+    lengths = {"train": train_images, "val": val_images, "test": test_images}
+    for split, length in lengths.items():
+        if length < 1:
+            raise ValueError(f"{split}_images must be at least 1, got {length}.")
+    made = []
+    for kind in kinds:
+        datasets = {
+            split: ProceduralDomain(kind, split, length=length, size=size, seed=seed)
+            for split, length in lengths.items()
+        }
+        made.append(Domain(kind, DOMAINS.get(kind).thin, datasets))
+    return Stream("scenes-domains", tuple(made))
+
+
+@STREAMS.register("folders")
+def folders(
+    *,
+    data: str | Sequence[str] | None,
+    min_area: float = 0.0005,
+    max_images: int | None = None,
+    seed: int = 0,
+) -> Stream:
+    """Every folder is a domain, in the layout that `sam_gym.data.folder.Folder` reads.
+
+    A folder holds `images/`, `splits.json` and `masks/` (objects are connected components) or
+    `instances/` (objects are ids; preferred where there are both). All masks that will be used
+    are read once, now. Images without an object are left out, with one warning for each folder.
+
+    Args:
+        data: the folders, as a sequence or as one string with commas.
+        min_area: objects smaller than this share of the area of the folder's median image are
+            specks, and ignored.
+        max_images: at most so many images of each split, drawn with `seed` (None: all).
+        seed: of that draw.
+
+    Raises:
+        FileNotFoundError: a folder or file is missing; splits.json, too: without it, images of
+            the test split would be trained on.
+        ValueError: a folder is named twice, is empty, a file does not validate, an image is in
+            two splits, an argument is out of range, or a split has no image with an object.
+    """
+    roots = [] if data is None else _names(data)
+    if not roots:
+        raise ValueError(
+            f"Stream 'folders' needs folders, got data={data!r}. "
+            "Pass data=['PATH', ...], or one string with commas."
+        )
+    if not 0.0 <= min_area < 1.0:
+        raise ValueError(
+            f"min_area is a share of the image's area, 0 <= share < 1, got {min_area}."
+        )
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images must be at least 1 (or None for all), got {max_images}.")
+    names = [os.path.basename(os.path.realpath(root)) for root in roots]
+    for name, count in Counter(names).items():
+        if count > 1:
+            same = ", ".join(r for r, n in zip(roots, names, strict=True) if n == name)
+            raise ValueError(
+                f"Several folders are called {name!r} ({same}), and a domain has the name of its "
+                "folder. Rename one, or leave it out."
+            )
+    return Stream(
+        "folders", tuple(_folder_domain(root, min_area, max_images, seed) for root in roots)
+    )
+
+
+def low_res_ceiling(
+    dataset: Dataset,
+    image_size: int = 256,
+    mask_size: int = 64,
+    max_images: int | None = None,
+) -> float:
+    """Mean IoU over objects of the true masks themselves, drawn at SAM's low resolution.
+
+    A mask is put into SAM's square frame, averaged down to low-res mask logits, and brought back
+    to the size of the image as `Backbone.masks_at` does; what the logits are compared with is the
+    threshold that suits the object best. That is what to hold results against where objects are
+    thin. It is no strict bound: logits fitted to one object can draw somewhat finer lines.
+
+    Args:
+        dataset: whose objects.
+        image_size: side of SAM's input frame, in pixels.
+        mask_size: side of its low-res masks.
+        max_images: read only the first so many images (None: all).
+    """
+    count = len(dataset) if max_images is None else min(max_images, len(dataset))
+    return float(
+        np.mean(
+            [
+                _low_res_iou(mask, image_size, mask_size)
+                for index in range(count)
+                for mask in dataset[index].masks
+            ]
+        )
+    )
+
+
+def _low_res_iou(mask: np.ndarray, image_size: int, mask_size: int) -> float:
+    height, width = mask.shape
+    scale = image_size / max(height, width)
+    h, w = int(height * scale + 0.5), int(width * scale + 0.5)
+    frame = np.zeros((image_size, image_size), np.float32)
+    frame[:h, :w] = cv2.resize(mask.astype(np.float32), (w, h), interpolation=cv2.INTER_AREA)
+    low = F.adaptive_avg_pool2d(torch.from_numpy(frame)[None, None], mask_size)
+    full = F.interpolate(low, (image_size,) * 2, mode="bilinear", align_corners=False)
+    if mask.shape != (image_size, image_size):
+        full = F.interpolate(full[..., :h, :w], mask.shape, mode="bilinear", align_corners=False)
+    cover = full[0, 0].numpy()
+    touched = cover > _THRESHOLDS[0]
+    cover, inside = cover[touched], mask[touched]
+    area = np.count_nonzero(mask)
+    drawn = [cover > threshold for threshold in _THRESHOLDS]
+    return max(np.count_nonzero(d & inside) / (area + np.count_nonzero(d & ~inside)) for d in drawn)
+
+
+class _Subset:
+    """Some images of a folder."""
+
+    categories: tuple[str, ...]
+
+    def __init__(self, folder: Folder, indices: Sequence[int]) -> None:
+        self.name, self.categories = folder.name, folder.categories
+        self._folder, self._indices = folder, tuple(indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: index {index} is outside 0..{len(self) - 1}")
+        return self._folder[self._indices[index]]
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
+        return int(rng.integers(len(self))), None
+
+
+def _folder_domain(root: str, min_area: float, max_images: int | None, seed: int) -> Domain:
+    target = _layout(root)
+    masks = os.path.join(root, "instances" if target == "instances" else "masks")
+    least = max(1, math.ceil(min_area * _median_area(masks)))
+    whole = {split: Folder(split, root=root, target=target, min_area=least) for split in SPLITS}
+    stems = _disjoint_splits(root)
+    datasets: dict[str, Dataset] = {}
+    empty = 0
+    for number, (split, folder) in enumerate(whole.items()):
+        kept: list[int] = []
+        for index in np.random.default_rng([seed, number]).permutation(len(folder)):
+            if len(kept) == max_images:
+                break
+            path = os.path.join(masks, f"{stems[split][index]}.png")
+            if _has_object(folder, int(index), path, target, least):
+                kept.append(int(index))
+            else:
+                empty += 1
+        if not kept:
+            raise ValueError(
+                f"{root}: no image of split {split!r} has an object of at least {least} pixels "
+                f"({len(folder)} images). Check {masks}, or lower min_area={min_area}."
+            )
+        datasets[split] = _Subset(folder, sorted(kept))
+    if empty:
+        warnings.warn(
+            f"{root}: left out {empty} images without an object of at least {least} pixels.",
+            stacklevel=5,
+        )
+    thin = low_res_ceiling(datasets["val"], max_images=_CEILING_IMAGES) < THIN_BELOW
+    return Domain(whole["train"].name, thin, datasets)
+
+
+def _layout(root: str) -> Literal["components", "instances"]:
+    """What is an object in the folder, which must look like a domain."""
+    try:
+        found = set(os.listdir(root))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{root}: the folder does not exist. Check data=.") from None
+    except OSError as error:
+        raise ValueError(
+            f"{root}: not a folder that can be read ({error.strerror}). Check data=."
+        ) from error
+    layout = "A domain is a folder with images/, splits.json and masks/ or instances/."
+    within = {name for name in found if os.path.isdir(os.path.join(root, name))}
+    if "images" not in within or not within & {"masks", "instances"}:
+        shown = ", ".join(sorted(found)[:8]) or "nothing"
+        raise FileNotFoundError(f"{root}: found {shown}. {layout}")
+    if "splits.json" not in found:
+        raise FileNotFoundError(
+            f"{root}: splits.json is missing, so every split would be all images and the test "
+            'images would be trained on. Write {"train": [stems], "val": [...], "test": [...]}.'
+        )
+    return "instances" if "instances" in within else "components"
+
+
+def _median_area(masks: str) -> float:
+    """Of the masks in a folder, from their headers, in pixels; what is no image is left out."""
+    areas = []
+    for name in os.listdir(masks):
+        with suppress(OSError), Image.open(os.path.join(masks, name)) as image:
+            areas.append(image.size[0] * image.size[1])
+    return float(np.median(areas)) if areas else 0.0
+
+
+def _disjoint_splits(root: str) -> dict[str, list[str]]:
+    """The stems of each split, which `Folder` has validated; no stem may be in two of them."""
+    path = os.path.join(root, "splits.json")
+    with open(path, encoding="utf-8") as file:
+        splits = json.load(file)
+    seen: dict[str, str] = {}
+    for split in SPLITS:
+        for stem in splits[split]:
+            if stem in seen:
+                raise ValueError(
+                    f"{path}: image {stem!r} is in {seen[stem]!r} and in {split!r}. "
+                    "Leave it in one of them, or what is learned leaks into the test."
+                )
+            seen[stem] = split
+    return {split: splits[split] for split in SPLITS}
+
+
+def _has_object(folder: Folder, index: int, path: str, target: str, least: int) -> bool:
+    """Whether an image has an object of `least` pixels, known from its mask file at `path` alone.
+
+    Raises:
+        ValueError: the file is corrupt or holds other values than a mask may.
+    """
+    labels = read_labels(path, f"domain {folder.name}")
+    if target == "components":
+        present = np.flatnonzero(np.bincount(labels.ravel()))
+        if np.setdiff1d(present, (BACKGROUND, IGNORE, OBJECT)).size:
+            folder[index]  # raises, and names the values
+        labels = (labels == OBJECT).astype(np.uint8)
+        areas = cv2.connectedComponentsWithStats(labels, connectivity=8)[2][1:, cv2.CC_STAT_AREA]
+    else:
+        areas = np.bincount(labels.ravel())[1:]
+    return bool((areas >= least).any())
+
+
+def _names(text: str | Sequence[str]) -> list[str]:
+    """Names out of a sequence, or out of one string with commas."""
+    if isinstance(text, str):
+        return [name.strip() for name in text.split(",") if name.strip()]
+    return list(text)
+
+
+def _refuse_repeated(names: Sequence[str], what: str, remedy: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{what} names {', '.join(twice)} more than once. {remedy}")
+
+
+def _seed(order: str) -> int:
+    digits = order.removeprefix("random:")
+    if not (digits.isascii() and digits.isdigit()):
+        raise ValueError(
+            f"order={order!r}: expected a whole number after 'random:', as in 'random:0'."
+        )
+    return int(digits)
