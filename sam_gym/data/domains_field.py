@@ -15,29 +15,31 @@ _EARTHS = ((58, 48, 30), (120, 104, 66), (176, 160, 116), (92, 98, 52), (46, 58,
 def camouflage(rng: np.random.Generator, size: int) -> Drawing:
     """Animals with the pattern of the ground they stand on."""
     unit = size / 256
-    coarse, keep = int(rng.integers(7, 16)), rng.uniform(0.6, 0.95)
-    bands = rng.random() < 0.4
     _, ys = look.coordinates(size)
+    coarse, keep = int(rng.integers(10, 18)), rng.uniform(0.6, 0.95)
+    bands = rng.random() < 0.4
     earths = rng.permutation(_EARTHS)[:4] * rng.uniform(0.8, 1.2, (4, 1))
-    table = look.palette(*earths)
+    table = look.palette(*sorted(earths.tolist(), key=sum))
 
-    def pattern() -> np.ndarray:
-        value = look.clouds(rng, size, coarse, 4, keep)
+    def pattern(bumps: int) -> np.ndarray:
+        value = look.clouds(rng, size, bumps, 4, keep)
         return np.sin(3 * value + 0.08 * ys / unit) if bands else value
 
-    image = look.paint(127 + 55 * pattern(), table).astype(np.float32)
+    image = look.paint(127 + 48 * pattern(coarse), table).astype(np.float32)
     alphas, number = [], int(rng.integers(1, 4))
     for center in look.places(rng, size, number, 0.36 * size, 0.22):
         scale = rng.uniform(0.17, 0.48 if number == 1 else 0.3) * size
         outline = shape.beast(rng) if rng.random() < 0.75 else [shape.lump(rng, 0.35)]
         placed = look.pose(outline, center, scale, rng.normal(0, 0.4), rng.random() < 0.5)
         window, alpha = look.patch(placed, size, union=True, margin=8 * unit)
-        apart = rng.uniform(10, 30) * (1 if rng.random() < 0.5 else -1)
-        fur = look.paint(127 + apart + 55 * pattern()[window], table).astype(np.float32)
-        look.shade(fur, 0.82 + 0.25 * look.blur(alpha, scale / 9))
-        shadow = look.shift(look.blur(alpha, 3 * unit), 2 * unit, 3 * unit)
-        look.shade(image[window], 1 - 0.22 * shadow)
-        look.mix(image[window], look.blur(alpha, 0.8), fur)
+        # The coat is a little lighter or darker, its pattern finer or coarser; it has volume.
+        tone = rng.uniform(16, 40) * (1 if rng.random() < 0.5 else -1)
+        bumps = round(coarse * (1.6 if rng.random() < 0.5 else 0.65))
+        coat = look.paint(127 + tone + 45 * pattern(bumps)[window], table).astype(np.float32)
+        look.shade(coat, 0.7 + 0.42 * look.blur(alpha, scale / 9))
+        shadow = look.shift(look.blur(alpha, 3 * unit), 2 * unit, 4 * unit)
+        look.shade(image[window], 1 - 0.35 * shadow)
+        look.mix(image[window], look.blur(alpha, 0.8), coat)
         alphas.append(look.whole(window, alpha, size))
     image += look.tint(10 * look.grain(rng, size), (1, 1, 1))
     look.shade(image, 1 + 0.15 * look.ramp(rng, size))
@@ -244,7 +246,7 @@ def sonar(rng: np.random.Generator, size: int) -> Drawing:
         thrown = [placed[0] + [step * length, step * skew * length] for step in sweep]
         window, shadow = look.patch(thrown, size, union=True, margin=6 * unit)
         bed[window] *= 1 - rng.uniform(0.5, 0.85) * look.blur(shadow, 1.6 * unit)
-        strength = rng.uniform(0.25, 0.95) * np.clip(0.8 + 0.4 * look.noise(rng, size, 24), 0, 1)
+        strength = rng.uniform(0.45, 0.95) * np.clip(0.8 + 0.4 * look.noise(rng, size, 24), 0, 1)
         look.mix(bed, echo * strength, 185)
         masks.append((echo > 0.5) | look.whole(window, shadow > 0.5, size))
     for point in rng.uniform(0, size, (int(rng.integers(4, 20)), 2)):  # stones too small to count
