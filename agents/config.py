@@ -6,13 +6,16 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 import yaml
+from gymnasium.envs.registration import load_env_creator
 
-from sam_gym.envs.core import ClickConfig
+from sam_gym import ENVIRONMENTS
+from sam_gym.envs.core import ClickConfig, TaskConfig
 from sam_gym.registry import unknown_name
 
 #: Configs in the package, by name, as `--config` takes them.
@@ -66,7 +69,7 @@ class Config:
     seed: int = 0
     """Seed of the environment, the policy and PPO."""
     total_timesteps: int = 50_000
-    """Environment steps to train for."""
+    """Environment steps to train for, shared evenly by the domains of a stream."""
     num_envs: int = 64
     """Environments side by side, over all processes."""
     train_images: int = 2048
@@ -82,7 +85,7 @@ class Config:
     n_epochs: int = 4
     """Passes over each rollout."""
     learning_rate: float = 1e-3
-    """Adam's learning rate; falls linearly to a tenth."""
+    """Adam's learning rate; falls linearly to a tenth, in each domain of a stream anew."""
     gamma: float = 0.8
     """Discount; an episode is short and a click should pay at once."""
     gae_lambda: float = 0.95
@@ -101,7 +104,8 @@ class Config:
     """Finished training episodes between films of the policy in a held-out episode, into
     `out`/videos; 0 for none."""
     final_episodes: int = 256
-    """Episodes of the final evaluation of the agent and of every baseline."""
+    """Episodes of the final evaluation of the agent and of every baseline, and of that after each
+    domain of a stream; the domains share them evenly."""
     checkpoint_every: int = 5_000
     """Environment steps between checkpoints, rounded up to whole rollouts."""
     mlflow: bool = False
@@ -112,9 +116,28 @@ class Config:
     """Experiment that the run belongs to; made if there is none."""
     register_model: str | None = None
     """Name under which MLflow's model registry gets the finished policy."""
-    settings: Annotated[ClickConfig, tyro.conf.arg(name="")] = field(
+    settings: Annotated[TaskConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: ClickConfig(obs="handle")
     )
+
+
+def settings_class(env_id: str) -> type[TaskConfig]:
+    """Class of the settings that a registered environment takes.
+
+    Raises:
+        ValueError: there is no such environment.
+    """
+    if env_id not in ENVIRONMENTS:
+        raise unknown_name("environment", env_id, ENVIRONMENTS)
+    scalar, _ = ENVIRONMENTS[env_id]
+    return cast(Any, load_env_creator(scalar)).config_class
+
+
+def env_of(args: Sequence[str]) -> str | None:
+    """Environment id that `--env` gives, which says what other options there are."""
+    parts = [part for arg in args for part in _split_option(arg, "--env")]
+    given = [value for option, value in pairwise(parts) if option == "--env"]
+    return given[-1] if given else None
 
 
 def read_config(args: Sequence[str] | None = None) -> Config:
@@ -127,8 +150,8 @@ def read_config(args: Sequence[str] | None = None) -> Config:
         ValueError, FileNotFoundError: a config is not there, or says what there is no setting for.
     """
     given = sys.argv[1:] if args is None else args
-    rest = [part for arg in given for part in _split_config(arg)]
-    default = Config()
+    rest = [part for arg in given for part in _split_option(arg, "--config")]
+    contents: list[tuple[str, dict[str, Any]]] = []
     while "--config" in rest:
         at = rest.index("--config")
         if at + 1 >= len(rest):
@@ -138,13 +161,19 @@ def read_config(args: Sequence[str] | None = None) -> Config:
         content = yaml.safe_load(path.read_text()) or {}
         if not isinstance(content, dict):
             raise ValueError(f"{path}: expected 'name: value' lines, got {type(content).__name__}.")
-        default = _updated(default, content, str(path))
+        contents.append((str(path), content))
+    default = Config()
+    envs = [str(content["env"]) for _, content in contents if "env" in content]
+    env = env_of(rest) or (envs[-1] if envs else default.env)
+    default = replace(default, settings=settings_class(env)(obs="handle"))
+    for name, content in contents:
+        default = _updated(default, content, name)
     return tyro.cli(Config, args=rest, default=default)
 
 
-def _split_config(argument: str) -> list[str]:
-    """An argument, and `--config=NAME` in two."""
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+def _split_option(argument: str, option: str) -> list[str]:
+    """An argument, and `OPTION=VALUE` in two."""
+    return argument.split("=", 1) if argument.startswith(f"{option}=") else [argument]
 
 
 def _config_path(name: str) -> Path:

@@ -7,26 +7,31 @@ scored at the size of the image.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
 import torch
 import tyro
 
 from agents.baselines import BASELINES, Agent
+from agents.config import env_of, settings_class
 from agents.hub import PREFIX, local_policy
 from agents.policies import ClickFeatures, ImplicitPolicy
 from agents.saved import SHIPPED, load_policy
-from agents.vec_env import make_vector_env
+from agents.vec_env import make_vector_env, over_domains
 from sam_gym import cli
-from sam_gym.envs.core import ClickConfig, ClickCore
+from sam_gym.envs.continual import ContinualConfig
+from sam_gym.envs.core import ClickConfig, ClickCore, TaskConfig
 from sam_gym.files import write_csv, write_json
 from sam_gym.metrics import mean_and_ci95
 from sam_gym.registry import unknown_name
 from sam_gym.render import save_gif, tile
+
+S = TypeVar("S", bound=TaskConfig)
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Evaluation:
         clicks: int64 (episodes,), clicks used.
         sources: where each episode's image came from.
         targets: name of each episode's target.
+        domains: name of each episode's domain, of an environment with a stream.
     """
 
     ious: np.ndarray
@@ -46,23 +52,42 @@ class Evaluation:
     clicks: np.ndarray
     sources: list[str]
     targets: list[str]
+    domains: list[str] | None = None
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row per episode: source, target, iou, reward, clicks."""
-        columns = (self.sources, self.targets, self.ious, self.rewards, self.clicks)
-        names = ("source", "target", "iou", "reward", "clicks")
-        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        """A row per episode: source, target, iou, reward, clicks; domain, if there are some."""
+        columns: dict[str, Any] = {
+            "source": self.sources,
+            "target": self.targets,
+            "iou": self.ious,
+            "reward": self.rewards,
+            "clicks": self.clicks,
+        }
+        if self.domains is not None:
+            columns["domain"] = self.domains
+        rows = zip(*columns.values(), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows]
 
-    def summary(self) -> dict[str, float | None]:
-        """`mean_iou`, `ci95` (half-width; None of one episode), `episodes` and more means."""
+    def iou_by_domain(self) -> dict[str, float]:
+        """Mean IoU of each domain, in the order of the stream; of none, if there is none."""
+        names = np.array(self.domains or [], object)
+        return {
+            name: float(self.ious[names == name].mean())
+            for name in dict.fromkeys(self.domains or [])
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """`mean_iou`, `ci95` (half-width; None of one episode), `episodes`, more means, and of an
+        environment with a stream `by_domain`."""
         mean, half = mean_and_ci95(self.ious)
+        by_domain = {name: round(value, 4) for name, value in self.iou_by_domain().items()}
         return {
             "mean_iou": mean,
             "ci95": half,
             "episodes": len(self.ious),
             "mean_reward": round(float(self.rewards.mean()), 4),
             "mean_clicks": round(float(self.clicks.mean()), 3),
-        }
+        } | ({"by_domain": by_domain} if by_domain else {})
 
 
 def check_fits(policy: ImplicitPolicy, core: ClickCore) -> None:
@@ -142,7 +167,7 @@ class PolicyAgent:
 
 def evaluate(
     agent: Agent,
-    settings: ClickConfig,
+    settings: TaskConfig,
     *,
     env_id: str = "SamSeg-v0",
     episodes: int = 256,
@@ -153,23 +178,32 @@ def evaluate(
     """Play episodes and record how they end.
 
     Every slot plays equally many episodes, so that short ones do not count more often; agents
-    that are evaluated with the same settings and seed play the same episodes.
+    that are evaluated with the same settings and seed play the same episodes. Of an environment
+    with a stream, every slot plays equally many of each domain, one domain after the other.
 
     Args:
         agent: who plays.
         settings: of the environment; observations are handles whatever they say.
         env_id: a registered environment.
-        episodes: at least how many, rounded up to a multiple of the slots.
+        episodes: at least how many, over all domains, rounded up to a multiple of the slots.
         num_envs: slots.
         seed: of the episodes.
         score: "full" (IoU at the size of the image) or "low".
     """
+    # Held on to, since then the environment does not have to open it once more.
+    stream = settings.open_stream() if isinstance(settings, ContinualConfig) else None
+    if stream is not None:
+        episodes = -(-episodes // len(stream))
     num_envs = min(num_envs, episodes)
     per_slot = -(-episodes // num_envs)
+    if stream is not None:
+        settings = replace(cast(Any, settings), episodes_per_domain=per_slot, cycle=False)
+        per_slot *= len(stream)
     env, core = make_vector_env(env_id, num_envs, settings, score=score)
     observations, _ = env.reset(seed=seed)
     totals = np.zeros(num_envs)
     rows: list[list[tuple[float, float, int, str, str]]] = [[] for _ in range(num_envs)]
+    domains: list[list[str]] = [[] for _ in range(num_envs)]
     while any(len(row) < per_slot for row in rows):
         actions = agent.act(core, observations)
         observations, reward, terminated, truncated, infos = env.step(actions)
@@ -181,16 +215,23 @@ def evaluate(
                 rows[i].append(
                     (iou, totals[i], clicks, final["source"][i], final["target_name"][i])
                 )
+                if stream is not None:
+                    domains[i].append(final["domain"][i])
             totals[i] = 0.0
     env.close()
     ious, rewards, clicks, sources, targets = zip(*(x for row in rows for x in row), strict=True)
     return Evaluation(
-        np.array(ious), np.array(rewards), np.array(clicks), list(sources), list(targets)
+        np.array(ious),
+        np.array(rewards),
+        np.array(clicks),
+        list(sources),
+        list(targets),
+        None if stream is None else [name for own in domains for name in own],
     )
 
 
 def film_episodes(
-    agent: Agent, settings: ClickConfig, *, env_id: str = "SamSeg-v0", count: int = 6, seed: int = 0
+    agent: Agent, settings: TaskConfig, *, env_id: str = "SamSeg-v0", count: int = 6, seed: int = 0
 ) -> list[np.ndarray]:
     """Frames of episodes played side by side: uint8 (H, W, 3) each, the last one held."""
     env, core = make_vector_env(
@@ -201,7 +242,7 @@ def film_episodes(
         autoreset_mode="NextStep",
         render_mode="rgb_array",
     )
-    observations, _ = env.reset(seed=seed)
+    observations, _ = env.reset(seed=seed, options=over_domains(core))
     current = list(cast(Any, env.render()))
     columns = min(count, 3)
     frames = [tile(current, columns)]
@@ -238,7 +279,7 @@ class Config:
     """Seed of the episodes."""
     categories: str | None = None
     """Comma-separated categories: the only things in scenes, the things to segment of coco."""
-    settings: Annotated[ClickConfig, tyro.conf.arg(name="")] = field(
+    settings: Annotated[TaskConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: ClickConfig(split="test")
     )
 
@@ -254,16 +295,28 @@ def load_agent(policy: str, seed: int = 0, device: str = "auto") -> Agent:
     return PolicyAgent.load(policy, device)
 
 
-def with_categories(settings: ClickConfig, categories: str | None) -> ClickConfig:
-    """Settings in which the dataset is limited to some categories."""
+def with_categories(settings: S, categories: str | None) -> S:
+    """Settings in which the dataset is limited to some categories.
+
+    Raises:
+        ValueError: the data has no categories to choose from.
+    """
     if categories is None:
         return settings
+    if not isinstance(settings, ClickConfig):
+        raise ValueError(
+            f"categories={categories!r}: the domains of a stream have one category only. "
+            "Leave it out."
+        )
     return replace(settings, dataset_kwargs=settings.dataset_kwargs | {"categories": categories})
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, float | None]:
+def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """The command line."""
-    config = tyro.cli(Config, args=args)
+    given = sys.argv[1:] if args is None else list(args)
+    settings_of_env = settings_class(env_of(given) or Config.env)(split="test")
+    default = Config(policy=tyro.MISSING, settings=settings_of_env)
+    config = tyro.cli(Config, args=given, default=default)
     settings = with_categories(config.settings, config.categories)
     agent = load_agent(config.policy, config.seed, settings.device)
     out = Path(config.out)

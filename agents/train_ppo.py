@@ -18,7 +18,6 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecMonitor
 
 import agents.explicit  # noqa: F401  (registers its policy)
-import sam_gym
 from agents.baselines import BASELINES
 from agents.checkpoint import (
     Checkpoint,
@@ -27,9 +26,10 @@ from agents.checkpoint import (
     flat,
     newest_checkpoint,
 )
-from agents.config import Config, read_config
+from agents.config import Config, read_config, settings_class
+from agents.continual import EachStageAnew, Stages, WalkStream
 from agents.distributed import ALONE, CountAllRanks, Ranks, SlotPPO, recorded
-from agents.evaluate import PolicyAgent, evaluate, film_episodes, with_categories
+from agents.evaluate import Evaluation, PolicyAgent, evaluate, film_episodes, with_categories
 from agents.imitation import imitate
 from agents.policies import POLICIES, ImplicitPolicy
 from agents.recalibration import TrainRecalibration
@@ -38,24 +38,30 @@ from agents.training import PinRollouts, WatchTraining, plot_learning_curve
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.views import draw_views
 from sam_gym import cli
-from sam_gym.envs.core import ClickConfig, ClickCore
+from sam_gym.data.streams import Stream
+from sam_gym.envs.continual import ContinualConfig
+from sam_gym.envs.core import ClickConfig, ClickCore, TaskConfig
 from sam_gym.files import write_atomic, write_json
 from sam_gym.metrics import with_interval
-from sam_gym.registry import unknown_name
+from sam_gym.plots import plot_matrix
 from sam_gym.render import save_gif, save_image
 from sam_gym.version import __version__
 
 
-def training_settings(config: Config) -> ClickConfig:
+def training_settings(config: Config) -> TaskConfig:
     """The environment's settings in training."""
     settings = with_categories(replace(config.settings, obs="handle"), config.categories)
+    if isinstance(settings, ContinualConfig):
+        # `WalkStream` says when a domain is over.
+        return replace(settings, episodes_per_domain=None)
+    assert isinstance(settings, ClickConfig)
     if settings.dataset == "scenes" and "length" not in settings.dataset_kwargs:
         kwargs = settings.dataset_kwargs | {"length": config.train_images}
         settings = replace(settings, dataset_kwargs=kwargs)
     return settings
 
 
-def held_out_settings(config: Config, split: str) -> ClickConfig:
+def held_out_settings(config: Config, split: str) -> TaskConfig:
     """The same task on data that training never sees."""
     settings = with_categories(replace(config.settings, obs="handle"), config.categories)
     return replace(settings, split=split)
@@ -63,12 +69,14 @@ def held_out_settings(config: Config, split: str) -> ClickConfig:
 
 def make_model(
     config: Config,
-    settings: ClickConfig,
+    settings: TaskConfig,
     env: VecMonitor,
     core: ClickCore,
     ranks: Ranks = ALONE,
+    stages: Stages | None = None,
 ) -> SlotPPO:
     """PPO with the policy of the config, on the environments of this rank."""
+    schedule: Any = LinearSchedule(config.learning_rate, 0.1 * config.learning_rate, 0.9)
     features: dict[str, Any] = {
         "backbone": {
             "name": settings.backbone,
@@ -89,7 +97,7 @@ def make_model(
     model = SlotPPO(
         POLICIES.get(config.policy),
         env,
-        learning_rate=LinearSchedule(config.learning_rate, 0.1 * config.learning_rate, 0.9),
+        learning_rate=schedule if stages is None else EachStageAnew(schedule, stages),
         n_steps=config.n_steps,
         batch_size=config.batch_size,
         n_epochs=config.n_epochs,
@@ -222,27 +230,45 @@ def train(config: Config) -> dict[str, Any]:
             f"got {config.warm_start}."
         )
     POLICIES.get(config.policy)
-    if config.env not in sam_gym.ENVIRONMENTS:
-        raise unknown_name("environment", config.env, sam_gym.ENVIRONMENTS)
+    kind = settings_class(config.env)
+    if type(config.settings) is not kind:
+        raise ValueError(
+            f"{config.env} has settings of class {kind.__name__}, got "
+            f"{type(config.settings).__name__}. Pass Config(env=..., settings={kind.__name__}())."
+        )
     settings = training_settings(config)
     settings.validate()
-    final_split = config.held_out or ("val" if settings.dataset == "coco" else "test")
-    held_out = held_out_settings(config, final_split)
+    is_coco = isinstance(settings, ClickConfig) and settings.dataset == "coco"
+    held_out = held_out_settings(config, config.held_out or ("val" if is_coco else "test"))
     validation = held_out_settings(config, "val")
+    # Held on to, since evaluations then do not open it again.
+    stream = settings.open_stream() if isinstance(settings, ContinualConfig) else None
     for checked in (held_out, validation):
         checked.open_dataset()
+    if stream is not None:
+        _stages(config, stream).validate()
+        if config.warm_start * len(stream) > config.total_timesteps:
+            raise ValueError(
+                f"warm_start must be from 0 to the steps of the first of {len(stream)} domains "
+                f"({config.total_timesteps // len(stream)}), got {config.warm_start}."
+            )
 
     state = _state_to_resume(config, Path(config.out) / "checkpoints")
     ranks = Ranks.join(settings.device)
     with _in_mlflow(config, state, ranks) as mlflow:
-        return _train(config, settings, validation, held_out, state, ranks, mlflow)
+        return _train(config, settings, validation, held_out, stream, state, ranks, mlflow)
+
+
+def _stages(config: Config, stream: Stream) -> Stages:
+    return Stages(config.total_timesteps, config.n_steps * config.num_envs, len(stream))
 
 
 def _train(
     config: Config,
-    settings: ClickConfig,
-    validation: ClickConfig,
-    held_out: ClickConfig,
+    settings: TaskConfig,
+    validation: TaskConfig,
+    held_out: TaskConfig,
+    stream: Stream | None,
     state: dict[str, Any] | None,
     ranks: Ranks,
     mlflow: MlflowRun | None,
@@ -251,7 +277,8 @@ def _train(
     out = Path(config.out)
     vector, core = make_vector_env(config.env, ranks.share(config.num_envs), settings)
     env = VecMonitor(VectorEnvAdaptor(vector))
-    model = make_model(config, settings, env, core, ranks)
+    stages = None if stream is None else _stages(config, stream)
+    model = make_model(config, settings, env, core, ranks, stages)
     agent = PolicyAgent(model.policy)  # type: ignore[arg-type]
 
     @contextmanager
@@ -283,6 +310,10 @@ def _train(
         save_gif(path, frames)
         return path
 
+    @elsewhere()
+    def judge() -> Evaluation:
+        return evaluate(agent, held_out, env_id=config.env, episodes=config.final_episodes, seed=2)
+
     watch = WatchTraining(
         config.total_timesteps,
         config.eval_every,
@@ -293,6 +324,10 @@ def _train(
         film,
     )
     parts: dict[str, Any] = {"watch": watch}
+    walk: WalkStream | None = None
+    if stream is not None and stages is not None:
+        walk = WalkStream(cast(Any, vector.unwrapped), stream.names, stages, judge, ranks)
+        parts["walk"] = walk
     if mlflow is not None:
         parts["mlflow"] = mlflow
     if config.recalibrate:
@@ -306,7 +341,8 @@ def _train(
         out / "checkpoints", asdict(config), config.checkpoint_every, env, parts
     )
     if ranks.is_first:
-        what = f"{config.policy} on {config.env} ({settings.dataset}) with {core.backbone}"
+        data = settings.dataset if isinstance(settings, ClickConfig) else core.dataset.name
+        what = f"{config.policy} on {config.env} ({data}) with {core.backbone}"
         print(f"Going on from step {state['step']} with {what}." if state else f"Training {what}.")
     with _encoded_alone(core):
         done = state["step"] if state else -1
@@ -326,6 +362,7 @@ def _train(
         if not ranks.is_first:
             return {}
         watch.evaluate_now()
+        outcomes = {} if walk is None else {"agent": walk.evaluate_now()}
     # SB3 has written the last step itself, before the last update.
     model.logger.dump(model.num_timesteps + 1)
     model.logger.close()
@@ -339,7 +376,7 @@ def _train(
     }
     results: dict[str, Any] = {}
     for name, player in agents.items():
-        outcome = evaluate(
+        outcome = outcomes.get(name) or evaluate(
             player, held_out, env_id=config.env, episodes=config.final_episodes, seed=2
         )
         results[name] = outcome.summary()
@@ -352,6 +389,14 @@ def _train(
         else None
     )
     print(f"  gap closed (agent - random) / (oracle - random): {results['gap_closed']}")
+    files = [out / name for name in ("results.json", "learning_curve.png", "episodes.gif")]
+    if walk is not None:
+        results["continual"] = continual = walk.results()
+        print(
+            "  " + ", ".join(f"{n} {continual[n]:.3f}" for n in ("last_iou", "avg_iou", "ff_iou"))
+        )
+        title = f"{config.policy} on {core.dataset.name}: held-out episodes after each domain"
+        files.append(plot_matrix(out / "forgetting.png", walk.matrix, walk.names, title))
     results |= {
         "held_out_split": held_out.split,
         "training_seconds": round(trained - watch.started, 1),
@@ -365,10 +410,10 @@ def _train(
     plot_learning_curve(out / "learning_curve.png", watch.train_curve, watch.eval_curve, baselines)
     save_gif(out / "episodes.gif", film_episodes(agent, held_out, env_id=config.env, seed=3))
     if mlflow is not None:
-        files = [out / name for name in ("results.json", "learning_curve.png", "episodes.gif")]
         mlflow.finish(files, out / "policy.zip", config.register_model)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    print(f"Wrote policy.zip, results.json, learning_curve.png and episodes.gif to {out}.")
+    *others, final = ["policy.zip", *(file.name for file in files)]
+    print(f"Wrote {', '.join(others)} and {final} to {out}.")
     return results
 
 

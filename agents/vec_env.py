@@ -11,11 +11,12 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs
 
-from sam_gym.envs.core import ClickConfig, ClickCore
+from sam_gym.envs.continual import ContinualCore
+from sam_gym.envs.core import ClickCore, TaskConfig
 
 
 def make_vector_env(
-    env_id: str, num_envs: int, settings: ClickConfig, **options: Any
+    env_id: str, num_envs: int, settings: TaskConfig, **options: Any
 ) -> tuple[VectorEnv, ClickCore]:
     """A vector environment with handle observations, and its core.
 
@@ -29,6 +30,13 @@ def make_vector_env(
     arguments = asdict(replace(settings, obs="handle")) | {"autoreset_mode": "SameStep"} | options
     env = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **arguments)
     return env, cast(Any, env.unwrapped).core
+
+
+def over_domains(core: ClickCore) -> dict[str, Any]:
+    """Options of a reset that share the slots out over the domains of a stream, if there is one."""
+    if not isinstance(core, ContinualCore):
+        return {}
+    return {"task": np.arange(core.num_slots) % len(core.stream)}
 
 
 class VectorEnvAdaptor(VecEnv):

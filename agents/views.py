@@ -10,8 +10,8 @@ import torch
 from agents.clip_surgery import min_max
 from agents.evaluate import PolicyAgent
 from agents.explicit import TextFeatures
-from agents.vec_env import make_vector_env
-from sam_gym.envs.core import ClickConfig, ClickCore
+from agents.vec_env import make_vector_env, over_domains
+from sam_gym.envs.core import ClickCore, TaskConfig
 from sam_gym.render import draw_heat, tile
 
 _HEIGHT = 224
@@ -20,7 +20,7 @@ _HEIGHT = 224
 @torch.no_grad()
 def draw_views(
     agent: PolicyAgent,
-    settings: ClickConfig,
+    settings: TaskConfig,
     *,
     env_id: str = "SamSeg-v0",
     count: int = 4,
@@ -45,7 +45,7 @@ def draw_views(
         uint8 (H, W, 3), RGB.
     """
     env, core = make_vector_env(env_id, count, settings)
-    observations, _ = env.reset(seed=seed)
+    observations, _ = env.reset(seed=seed, options=over_domains(core))
     for _ in range(min(clicks, settings.max_steps - 1)):
         observations, *_ = env.step(agent.act(core, observations))
     tensors = agent.policy._to_tensors(observations)

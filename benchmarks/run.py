@@ -1,5 +1,6 @@
 """Measure a Segment Anything Model, the environments that play it, and the agents that learn to.
 
+    python -m benchmarks.run continual
     python -m benchmarks.run interactive --dataset folder --data FOLDER --out DIR
     python -m benchmarks.run throughput --out DIR
     python -m benchmarks.run interactive --help
@@ -23,6 +24,7 @@ from sam_gym.registry import unknown_name
 #: Benchmark name -> module with a dataclass `Config` and `run(config) -> results`.
 BENCHMARKS = {
     "agents": "benchmarks.agents",
+    "continual": "benchmarks.continual",
     "interactive": "benchmarks.interactive",
     "pointing": "benchmarks.pointing",
     "throughput": "benchmarks.throughput",

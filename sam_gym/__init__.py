@@ -29,6 +29,10 @@ __all__ = [
 #: Environment id -> (scalar entry point, vector entry point).
 ENVIRONMENTS = {
     "SamSeg-v0": ("sam_gym.envs.click:SamSegEnv", "sam_gym.envs.click:SamSegVectorEnv"),
+    "SamContinual-v0": (
+        "sam_gym.envs.continual:SamContinualEnv",
+        "sam_gym.envs.continual:SamContinualVectorEnv",
+    ),
 }
 
 for _id, (_scalar, _vector) in ENVIRONMENTS.items():

@@ -27,6 +27,7 @@ class SAMCL(Routed):
     once and the frozen encoder serves selector and experts in one pass.
     """
 
+    tunes: ClassVar[tuple[str, ...]] = ("lora", "lora_decoder")
     default_tune: ClassVar[str] = "lora_decoder"
     _chooser: ClassVar[str] = "embeddings"
 

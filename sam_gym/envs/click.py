@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -12,9 +12,11 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from sam_gym.envs.core import ClickConfig, ClickCore, check_render_mode
+from sam_gym.envs.core import ClickConfig, ClickCore, TaskConfig, check_render_mode
 from sam_gym.registry import unknown_name
 from sam_gym.render import show
+
+C = TypeVar("C", bound=TaskConfig)
 
 
 class SamSegEnv(gym.Env[Any, Any]):
@@ -105,11 +107,16 @@ class SamSegEnv(gym.Env[Any, Any]):
     """
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 2}
+    #: The id, the settings and the rules: what another click task replaces.
+    env_id = "SamSeg-v0"
+    config_class: type[TaskConfig] = ClickConfig
+    core_class: type[ClickCore] = ClickCore
 
     def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
         check_render_mode(render_mode)
         self.render_mode = render_mode
-        self.core = ClickCore(make_config(settings), num_slots=1)
+        config = make_settings(self.config_class, self.env_id, settings)
+        self.core = self.core_class(config, num_slots=1)
         self.action_space = self.core.action_space
         self.observation_space = self.core.observation_space
 
@@ -117,6 +124,7 @@ class SamSegEnv(gym.Env[Any, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         super().reset(seed=seed)
+        self.core.plan([0], [] if seed is None else [0], options or {})
         self.core.reset([0], [self.np_random])
         if self.render_mode == "human":
             self.render()
@@ -141,7 +149,7 @@ class SamSegEnv(gym.Env[Any, Any]):
             return None
         frame = self.core.render(0)
         if self.render_mode == "human":
-            show("SamSeg-v0", frame)
+            show(self.env_id, frame)
             return None
         return frame
 
@@ -156,7 +164,10 @@ class SamSegEnv(gym.Env[Any, Any]):
         }
 
     def _info(self) -> dict[str, Any]:
-        return {key: value[0] for key, value in self.core.info([0]).items()}
+        return {
+            key: bool(value[0]) if value.dtype == bool else value[0]
+            for key, value in self.core.info([0]).items()
+        }
 
 
 class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
@@ -172,6 +183,9 @@ class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
     """
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 2}
+    env_id = SamSegEnv.env_id
+    config_class = SamSegEnv.config_class
+    core_class = SamSegEnv.core_class
 
     def __init__(
         self,
@@ -185,7 +199,8 @@ class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = render_mode
         self.num_envs = num_envs
-        self.core = ClickCore(make_config(settings), num_envs)
+        config = make_settings(self.config_class, self.env_id, settings)
+        self.core = self.core_class(config, num_envs)
         self.single_action_space = self.core.action_space
         self.single_observation_space = self.core.observation_space
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -208,9 +223,11 @@ class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
                 raise ValueError(
                     f"reset_mask must be bool ({self.num_envs},), got shape {mask.shape}."
                 )
-        for i, own in enumerate(self._seeds(seed)):
-            if own is not None and mask[i]:
-                self._rngs[i] = seeding.np_random(own)[0]
+        seeds = self._seeds(seed)
+        seeded = [i for i, own in enumerate(seeds) if own is not None and mask[i]]
+        self.core.plan(np.flatnonzero(mask).tolist(), seeded, options or {})
+        for i in seeded:
+            self._rngs[i] = seeding.np_random(seeds[i])[0]
         self._begin(np.flatnonzero(mask))
         self._ended[mask] = False
         self._show()
@@ -339,7 +356,7 @@ class SamSegVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
             from sam_gym.render import tile
 
             columns = int(np.ceil(np.sqrt(self.num_envs)))
-            show("SamSeg-v0", tile(frames, columns))
+            show(self.env_id, tile(frames, columns))
             return None
         return frames
 
@@ -356,9 +373,20 @@ def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
 
 
 def make_config(settings: dict[str, Any]) -> ClickConfig:
-    """The config of keyword arguments; an unknown one raises `ValueError` with the nearest name."""
-    valid = [f.name for f in fields(ClickConfig)]
+    """The config of `SamSeg-v0` with keyword arguments; see `make_settings`."""
+    return make_settings(ClickConfig, SamSegEnv.env_id, settings)
+
+
+def make_settings(kind: type[C], env_id: str, settings: dict[str, Any]) -> C:
+    """The config of keyword arguments; an unknown one raises `ValueError` with the nearest name.
+
+    Args:
+        kind: class of the config.
+        env_id: environment that they are the arguments of, for the message.
+        settings: the arguments.
+    """
+    valid = [f.name for f in fields(kind)]
     for name in settings:
         if name not in valid:
-            raise unknown_name("argument of SamSeg-v0", name, valid)
-    return ClickConfig(**settings)
+            raise unknown_name(f"argument of {env_id}", name, valid)
+    return kind(**settings)

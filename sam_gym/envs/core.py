@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -40,17 +40,11 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
-class ClickConfig:
-    """Settings of the click task, all JSON-plain."""
+class TaskConfig:
+    """Settings of clicking, whatever the images; a subclass says what those are."""
 
-    dataset: str = "scenes"
-    """Dataset name: scenes, coco, folder."""
-    data: str | None = None
-    """Root folder of a dataset that reads files."""
     split: str = "train"
-    """Dataset split: train, val, test."""
-    dataset_kwargs: dict[str, Any] = field(default_factory=dict)
-    """More options of the dataset, for example {"categories": "person"} or {"length": 2048}."""
+    """Split of the data: train, val, test."""
     backbone: str = "micro"
     """SAM that is clicked: [hq_]micro, [hq_]vit_b/l/h, mobile_sam, repvit_sam, hf:OWNER/NAME."""
     checkpoint: str | None = None
@@ -63,8 +57,6 @@ class ClickConfig:
     """Compile the backbone: faster steps, after a first minute or two."""
     target: Literal["category", "instance"] = "category"
     """What to segment: all instances of a category, or one instance shown by a cue click."""
-    target_categories: str | None = None
-    """Comma-separated categories that are asked for (default: all that are in an image)."""
     obs: Literal["full", "handle"] = "full"
     """Observations with image and embedding, or with a small handle of the embedding."""
     reward: str = "iou_gain"
@@ -107,9 +99,6 @@ class ClickConfig:
         REWARDS.get(self.reward)
         if self.disk_dtype not in DTYPES:
             raise unknown_name("disk_dtype", self.disk_dtype, DTYPES)
-        for name, own in (("split", "split"), ("root", "data")):
-            if name in self.dataset_kwargs:
-                raise ValueError(f"dataset_kwargs may not hold {name!r}: use {own}= instead.")
         if not 2 <= self.grid <= 64:
             raise ValueError(f"grid must be from 2 to 64, got {self.grid}.")
         if not 1 <= self.max_steps <= 100:
@@ -124,9 +113,48 @@ class ClickConfig:
             )
 
     def open_dataset(self) -> Dataset:
+        """The images, validated."""
+        raise NotImplementedError
+
+    def asked_categories(self, names: Sequence[str]) -> list[int]:
+        """Numbers of the categories, of all `names`, that are asked for; none if any may be."""
+        del names
+        return []
+
+
+@dataclass(frozen=True)
+class _DatasetFields:
+    """Which images `SamSeg-v0` is about; a class apart, so that its fields come first."""
+
+    dataset: str = "scenes"
+    """Dataset name: scenes, coco, folder."""
+    data: str | None = None
+    """Root folder of a dataset that reads files."""
+    dataset_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More options of the dataset, for example {"categories": "person"} or {"length": 2048}."""
+    target_categories: str | None = None
+    """Comma-separated categories that are asked for (default: all that are in an image)."""
+
+
+@dataclass(frozen=True)
+class ClickConfig(TaskConfig, _DatasetFields):
+    """Settings of `SamSeg-v0`, all JSON-plain."""
+
+    def validate(self) -> None:
+        super().validate()
+        for name, own in (("split", "split"), ("root", "data")):
+            if name in self.dataset_kwargs:
+                raise ValueError(f"dataset_kwargs may not hold {name!r}: use {own}= instead.")
+
+    def open_dataset(self) -> Dataset:
         """The dataset, validated; raises as `make_dataset` does."""
         root = {} if self.data is None else {"root": self.data}
         return make_dataset(self.dataset, self.split, **root, **self.dataset_kwargs)
+
+    def asked_categories(self, names: Sequence[str]) -> list[int]:
+        if self.target_categories is None:
+            return []
+        return [names.index(k) for k in select_categories(self.target_categories, names)]
 
 
 def check_render_mode(render_mode: str | None) -> None:
@@ -163,7 +191,10 @@ class ClickCore:
         ValueError, FileNotFoundError: a setting, the dataset or the checkpoint is wrong.
     """
 
-    def __init__(self, config: ClickConfig, num_slots: int, dataset: Dataset | None = None) -> None:
+    #: Arrays with a row per slot that say how far its episode is (see `get_state`).
+    episode_arrays: tuple[str, ...] = EPISODE_ARRAYS
+
+    def __init__(self, config: TaskConfig, num_slots: int, dataset: Dataset | None = None) -> None:
         config.validate()
         if num_slots < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_slots}.")
@@ -172,7 +203,7 @@ class ClickCore:
         self._share()
         self.device = self.backbone.device
         self._reward = REWARDS.get(config.reward)
-        self.asked = self._asked_categories()
+        self.asked = config.asked_categories(self.dataset.categories)
 
         cells = config.grid**2
         self.stop_action = 2 * cells if config.stop else -1
@@ -200,11 +231,6 @@ class ClickCore:
         self._nothing = to_host(self._shown(self.logits[:1, 0]))[0]
         #: What an observation shows of the current mask of each slot.
         self.shown = np.repeat(self._nothing, num_slots, axis=0)
-
-    def _asked_categories(self) -> list[int]:
-        """Numbers of `target_categories`, none if any category may be asked for."""
-        wanted, names = self.config.target_categories, list(self.dataset.categories)
-        return [] if wanted is None else [names.index(k) for k in select_categories(wanted, names)]
 
     def _share(self) -> None:
         """Take what all cores of this process have in common, and an empty cache."""
@@ -269,6 +295,15 @@ class ClickCore:
 
     # Episodes ----------------------------------------------------------------------------------
 
+    def plan(self, slots: Sequence[int], seeded: Sequence[int], options: Mapping[str, Any]) -> None:
+        """Take note of a reset that somebody asks for, before it comes; not of an autoreset.
+
+        Args:
+            slots: that will be reset.
+            seeded: those of them that get a seed.
+            options: of the reset.
+        """
+
     def reset(self, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> None:
         """Begin new episodes in some slots, each with a target drawn from its own generator."""
         starts: list[Any] = [rng.bit_generator.state for rng in rngs]
@@ -312,7 +347,7 @@ class ClickCore:
         """
         (logits,) = to_host(self.logits[:, 1 : int(self.num_clicks.max()) + 1])
         return [
-            {name: getattr(self, name)[slot].copy() for name in EPISODE_ARRAYS}
+            {name: getattr(self, name)[slot].copy() for name in self.episode_arrays}
             | {"logits": logits[slot, :count].copy(), "start": self._starts[slot]}
             for slot, count in enumerate(self.num_clicks)
         ]
@@ -331,7 +366,7 @@ class ClickCore:
                 raise ValueError(f"Slot {slot} of this state had not been reset: nothing to go on.")
             rng.bit_generator.state = row["start"]
         self.reset(range(self.num_slots), rngs)
-        for name in EPISODE_ARRAYS:
+        for name in self.episode_arrays:
             getattr(self, name)[:] = np.stack([row[name] for row in state])
         for slot, row in enumerate(state):
             self.logits[slot, 1 : len(row["logits"]) + 1] = to_device(row["logits"], self.device)
@@ -353,20 +388,39 @@ class ClickCore:
         self, slots: Sequence[int], rngs: Sequence[np.random.Generator]
     ) -> list[tuple[SlotTarget, np.ndarray, np.ndarray]]:
         """The next target of each slot; the ones after are begun in a thread if that pays."""
-        drawn = self.ahead.take(slots, rngs)
+        drawn = self.ahead.take(slots, rngs, self._upcoming(slots))
+        self._enter(slots)
         # A sample from the cache is there sooner than two threads have agreed on whose turn it is.
         missed, self._misses = self.samples.misses > self._misses, self.samples.misses
         if missed and self.num_slots > 1:
-            self.ahead.begin(slots, rngs)
+            self.ahead.begin(slots, rngs, self._upcoming(slots))
         return drawn
 
-    def draw(self, rng: np.random.Generator) -> SlotTarget:
-        """What an episode that begins with this generator is about."""
-        return self._draw(rng)[0]
+    def _upcoming(self, slots: Sequence[int]) -> list[int]:
+        """Which part of the dataset the next episode of each slot is drawn from."""
+        return [0] * len(slots)
 
-    def _draw(self, rng: np.random.Generator) -> tuple[SlotTarget, np.ndarray, np.ndarray]:
+    def _enter(self, slots: Sequence[int]) -> None:
+        """Note that the next episode of some slots has been drawn from where it was upcoming."""
+
+    def _choose(self, rng: np.random.Generator, part: int) -> tuple[int, int | None]:
+        """Draw an image from a part of the dataset, as `Dataset.draw` does from all of it."""
+        del part
+        return self.dataset.draw(rng)
+
+    def _name_of(self, part: int) -> str:
+        del part
+        return self.dataset.name
+
+    def draw(self, rng: np.random.Generator, part: int = 0) -> SlotTarget:
+        """What an episode that begins with this generator is about."""
+        return self._draw(rng, part)[0]
+
+    def _draw(
+        self, rng: np.random.Generator, part: int
+    ) -> tuple[SlotTarget, np.ndarray, np.ndarray]:
         for _ in range(200):
-            index, category = self.dataset.draw(rng)
+            index, category = self._choose(rng, part)
             sample = self.samples[index]
             if category is None and (self.asked or self.config.target == "category"):
                 present = np.unique(sample.categories)
@@ -395,7 +449,7 @@ class ClickCore:
                 )
                 return target, low, valid
         raise ValueError(
-            f"{self.dataset.name}: 200 draws found no target that covers at least "
+            f"{self._name_of(part)}: 200 draws found no target that covers at least "
             f"{self.config.min_target:.2%} of the frame. Lower min_target or take other categories."
         )
 
@@ -584,7 +638,11 @@ class ClickCore:
 
     def observe(self, slots: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Observations of some slots, stacked, in fresh arrays."""
-        slots = np.asarray(slots)
+        entries = self._entries(np.asarray(slots))
+        return {key: entries[key] for key in self.observation_space.spaces}
+
+    def _entries(self, slots: np.ndarray) -> dict[str, np.ndarray]:
+        """The entries of observations of some slots, in any order."""
         targets = [self._target(slot) for slot in slots]
         obs: dict[str, np.ndarray] = {
             "target_category": np.array([t.category for t in targets], np.int64),
@@ -599,7 +657,7 @@ class ClickCore:
             obs["handle"] = self.handles[slots].astype(np.int32)[:, None]
         if self.config.target == "instance":
             obs["cue_click"] = np.array([self._cue(t) for t in targets], np.float32)
-        return {key: obs[key] for key in self.observation_space.spaces}
+        return obs
 
     def _shown(self, logits: torch.Tensor) -> torch.Tensor:
         """What an observation shows of mask logits (S, hm, wm): probability, or a small byte."""
@@ -650,17 +708,20 @@ class ClickCore:
         from sam_gym.render import draw_episode
 
         target = self._target(slot)
-        count = int(self.num_clicks[slot])
-        name = self.dataset.categories[target.category]
         return draw_episode(
             target.image,
             self.mask(slot),
             self.clicks(slot),
             target=target.mask,
             cue=target.cue,
-            caption=f"{name}  step {self.steps[slot]}  IoU {self.ious[slot, count]:.2f}",
+            caption=self._caption(slot),
             height=height,
         )
+
+    def _caption(self, slot: int) -> str:
+        name = self.dataset.categories[self._target(slot).category]
+        overlap = self.ious[slot, int(self.num_clicks[slot])]
+        return f"{name}  step {self.steps[slot]}  IoU {overlap:.2f}"
 
     # Oracle view -------------------------------------------------------------------------------
 

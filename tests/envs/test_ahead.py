@@ -78,6 +78,21 @@ def test_a_replaced_or_used_generator_is_drawn_from_afresh(ahead: DrawAhead[list
     assert ahead.take([0, 1], [replaced, used]) == expected
 
 
+def test_a_draw_about_something_else_does_not_count() -> None:
+    def draw(rng: np.random.Generator, kind: str, size: int) -> list[int]:
+        return [len(kind), *rng.integers(0, 1000, size).tolist()]
+
+    ahead = DrawAhead(draw)
+    rngs, plain = ([np.random.default_rng(seed) for seed in SLOTS] for _ in range(2))
+    for begun, asked in ((["a"] * 3, ["a", "bb", "a"]), (["a", "a", "bb"], ["ccc"] * 3)):
+        ahead.begin(SLOTS, rngs, begun, [4, 4, 4])
+        drawn = ahead.take(SLOTS, rngs, asked, [4, 4, 5])
+        sizes = zip(plain, asked, [4, 4, 5], strict=True)
+        assert drawn == [draw(rng, kind, size) for rng, kind, size in sizes]
+        assert [r.bit_generator.state for r in rngs] == [r.bit_generator.state for r in plain]
+    ahead.close()
+
+
 def test_an_error_is_raised_where_the_draw_is_asked_for(ahead: DrawAhead[list[int]]) -> None:
     seed = next(s for s in range(99) if np.random.default_rng(s).integers(0, 1000) < 200)
     rng = np.random.default_rng(seed)

@@ -33,10 +33,38 @@ ALLOWED_WARNINGS = {
     "render_mode='human' shows nothing": "there is no display here",
 }
 
+#: What environments have instead of a dataset: eight small images in each of two domains that
+#: come and go.
+DATA: dict[str, dict[str, Any]] = {
+    "SamContinual-v0": {
+        "stream_kwargs": {"domains": "cells,night", "train_images": 8, "size": 128},
+        "episodes_per_domain": 2,
+        "cycle": True,
+        "observe_task": True,
+    },
+}
+
+
+def with_data(env: dict[str, Any], env_id: str) -> dict[str, Any]:
+    """Arguments of `SamSeg-v0` as those of another environment."""
+    if env_id not in DATA:
+        return env
+    return {name: value for name, value in env.items() if name != "dataset_kwargs"} | DATA[env_id]
+
 
 @pytest.fixture(params=sorted(ENVIRONMENTS))
 def env_id(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def micro_env(micro_env: dict[str, Any], env_id: str) -> dict[str, Any]:
+    return with_data(micro_env, env_id)
+
+
+@pytest.fixture
+def tiny_env(tiny_env: dict[str, Any], env_id: str) -> dict[str, Any]:
+    return with_data(tiny_env, env_id)
 
 
 @pytest.fixture(
