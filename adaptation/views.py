@@ -46,6 +46,11 @@ class Views:
     boxes: np.ndarray
     objects: tuple[np.ndarray, ...]
 
+    @property
+    def firsts(self) -> np.ndarray:
+        """The first view of each image, which is the image as it is if it shows an object."""
+        return np.unique(self.image, return_index=True)[1]
+
 
 @dataclass(frozen=True)
 class Objects:

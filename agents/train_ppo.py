@@ -84,6 +84,7 @@ def make_model(
             "device": settings.device,
             "dtype": settings.dtype,
             "compile": settings.compile,
+            "adapter": settings.adapter,
         },
         "categories": list(core.dataset.categories),
         "max_steps": settings.max_steps,

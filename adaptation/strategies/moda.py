@@ -13,7 +13,7 @@ from adaptation.strategy import STRATEGIES, image_bytes, images_kept
 from sam_gym.backbones.selectors import TokenSelector, block_inputs, keys_of
 from sam_gym.backbones.tuning import encoder_blocks
 
-_LEARNING_RATE, _BATCH = 1e-3, 32
+_LEARNING_RATE, _BATCH = 3e-3, 32
 
 
 @STRATEGIES.register("moda")
@@ -22,7 +22,8 @@ class MoDA(Routed):
 
     An adapter for each domain, and a selector made of a trained global feature token and assistant
     tokens that go through the frozen encoder. After each domain the selector is trained anew on a
-    buffer of a few images of every domain so far. The tokens are trained too; in the released code
+    buffer of a few images of every domain so far, as they are: views that are scaled make the
+    selector worse. The tokens are trained too; in the released code
     they stand under `no_grad`, so only the classifier behind them learns.
     """
 
@@ -38,11 +39,8 @@ class MoDA(Routed):
         frames, labels = [], []
         for task, kept in enumerate(images_kept(self.setting, range(num_domains))):
             domain = bank.stream[task]
-            first = [
-                kept[np.flatnonzero(bank.train(domain).image[kept] == k)[0]]
-                for k in np.unique(bank.train(domain).image[kept])
-            ]
-            frames.append(bank.pixels(domain, "train", np.array(first)))
+            first = np.intersect1d(kept, bank.train(domain).firsts)
+            frames.append(bank.pixels(domain, "train", first))
             labels += [task] * len(first)
         pixels = torch.cat(frames)
         truth = torch.tensor(labels, device=pixels.device)

@@ -45,7 +45,7 @@ class SAMCL(Routed):
         views = bank.train(domain)
         rng = np.random.default_rng([self.setting.seed, 19, task])
         count = self.setting.options.buffer_embeddings
-        chosen = torch.from_numpy(rng.permutation(len(views.frames))[:count])
+        chosen = torch.from_numpy(rng.permutation(views.firsts)[:count])
         embeddings = bank.raw(domain, "train", "embedding")
         self._kept.append(pooled_embedding(embeddings[chosen.to(embeddings.device)]))
         super().after_task(task)

@@ -53,6 +53,8 @@ class TaskConfig:
     """Device of the backbone: auto, cpu, cuda, mps."""
     dtype: str = "auto"
     """Precision of the backbone: auto, float32, bfloat16, float16."""
+    adapter: str | None = None
+    """Adapter file that the SAM is adapted by (adaptation.train writes them)."""
     compile: bool = False
     """Compile the backbone: faster steps, after a first minute or two."""
     target: Literal["category", "instance"] = "category"
@@ -239,7 +241,12 @@ class ClickCore:
         self.ahead = DrawAhead(self._draw)
         self._misses = 0
         self.backbone = load_backbone(
-            config.backbone, config.checkpoint, config.device, config.dtype, config.compile
+            config.backbone,
+            config.checkpoint,
+            config.device,
+            config.dtype,
+            config.compile,
+            config.adapter,
         )
         disk = None
         if config.disk is not None:
