@@ -23,8 +23,10 @@ from agents.clip_surgery import ClipSurgery, min_max
 from agents.policies import POLICIES, ClickFeatures, ImplicitPolicy
 from sam_gym.backbones import Backbone
 
-#: Planes of `TextFeatures.map_planes`.
-_MAP_PLANES = 4
+#: Planes of `TextFeatures.map_planes`, and of `relations` to two of them and to the mask.
+_MAP_PLANES, _RELATIONS = 4, 3
+#: How much more the peak of a map counts than what is a standard deviation below it: its log.
+_PEAK = 3.0
 #: Rows and columns of regions that cross-attention looks at: cells would cost it too much.
 _REGIONS = 8
 
@@ -98,12 +100,15 @@ class WordMaps:
 class TextFeatures(ClickFeatures):
     """What the explicit agent sees: float32 (B, width, h, w), aligned with SAM's embedding.
 
-    In the SAM branch, words of the vocabulary modulate the features, as in the implicit agent;
-    other words do not, so their maps must do. While the policy learns, it sees a share of the
-    images as if the word were such another one.
+    In the SAM branch, words of the vocabulary modulate the features, as in the implicit agent. Of
+    other words the policy has no experience, and what things of its training look like would
+    mislead it: there the SAM branch is empty, and maps and relations must do. While the policy
+    learns, it sees a share of the images as if the word were such another one.
     The CLIP branch has the target's map among those of all words: scaled to [0, 1]; in standard
     deviations; how far it is ahead of the best of the others, in standard deviations; and, scaled,
-    the strongest of the others, weighted down by the temperature as in AlignSAM.
+    the strongest of the others, weighted down by the temperature as in AlignSAM. Beside them stand
+    relations: how like every cell is, to SAM, to what lies under the peak of two of the maps, and
+    under the mask so far; they mean the same whatever the thing is.
     Cross-attention lets every place of the SAM branch look at all regions of the CLIP branch.
 
     Args:
@@ -128,7 +133,7 @@ class TextFeatures(ClickFeatures):
         max_steps: int,
         clip: dict[str, Any],
         vocabulary: Sequence[str] = (),
-        hidden: float = 0.25,
+        hidden: float = 0.15,
         allow_unknown: bool = False,
         temperature: float = 0.33,
         width: int = 48,
@@ -142,7 +147,7 @@ class TextFeatures(ClickFeatures):
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
         self.temperature = temperature
-        self.around = nn.Sequential(nn.Conv2d(_MAP_PLANES, width // 2, 3, padding=1), nn.ReLU())
+        self.around = nn.Sequential(nn.Conv2d(_MAP_PLANES + _RELATIONS, width // 2, 3, padding=1), nn.ReLU())
         self.clip_branch = nn.Sequential(nn.Conv2d(width + width // 2, width, 1), nn.ReLU())
         self.regions = min(_REGIONS, self.cells[0]), min(_REGIONS, self.cells[1])
         self.positions = nn.Parameter(torch.randn(1, width, *self.cells) * 0.02)
@@ -164,8 +169,10 @@ class TextFeatures(ClickFeatures):
 
     def forward(self, observations: Any) -> Tensor:
         embedding, mask = self._image(observations)
-        image = self._modulated(embedding, self._known_words(embedding, observations))
+        word = self._known_words(embedding, observations)
+        image = self._modulated(embedding, word) * (word > 0)[:, None, None, None]
         planes = self.map_planes(observations)
+        planes = torch.cat([planes, relations(embedding, planes[:, 1:3], mask)], dim=1)
         clip = self.clip_branch(torch.cat([image * planes[:, :1], self.around(planes)], dim=1))
         fused = image + clip + self._attended(image + mask, clip)
         return self.mix(torch.cat(self._planes(fused, mask, observations), dim=1))
@@ -223,6 +230,26 @@ class TextFeatures(ClickFeatures):
         if image.shape[-1] != 3:  # SB3 puts channels first
             image = image.permute(0, 2, 3, 1)
         return self._maps(list(image.to(torch.uint8).cpu().numpy()))
+
+
+def relations(embedding: Tensor, maps: Tensor, mask: Tensor) -> Tensor:
+    """How like every cell is to what lies under peaks of maps, and under a mask.
+
+    Args:
+        embedding: (B, C, h, w), of the images.
+        maps: (B, M, h, w), in standard deviations.
+        mask: (B, 1, h, w), probabilities.
+
+    Returns:
+        Cosines (B, M + 1, h, w), of embeddings less the mean of their image; those with what is
+        under the mask times its highest probability, so that an empty mask is like nothing.
+    """
+    unit = F.normalize(embedding - embedding.mean(dim=(2, 3), keepdim=True), dim=1)
+    peaks = (_PEAK * maps).flatten(2).softmax(dim=2)
+    weights = torch.cat([peaks, mask.flatten(2)], dim=1)
+    under = F.normalize(torch.einsum("bmn,bcn->bmc", weights, unit.flatten(2)), dim=2)
+    cosines = torch.einsum("bmc,bchw->bmhw", under, unit)
+    return torch.cat([cosines[:, :-1], cosines[:, -1:] * mask.amax(dim=(2, 3), keepdim=True)], 1)
 
 
 def _standard(maps: Tensor) -> Tensor:

@@ -11,7 +11,13 @@ from stable_baselines3 import PPO
 
 from agents.clip_surgery import min_max
 from agents.evaluate import PolicyAgent, evaluate
-from agents.explicit import ExplicitPolicy, TextFeatures, WordMaps, shared_surgery
+from agents.explicit import (
+    ExplicitPolicy,
+    TextFeatures,
+    WordMaps,
+    relations,
+    shared_surgery,
+)
 from agents.policies import POLICIES
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.backbones import Backbone
@@ -255,3 +261,41 @@ def test_known_words_are_hidden_from_a_policy_that_learns(
     differs = (plain - told).abs().amax(dim=(1, 2, 3)) > 1e-4
     assert differs.tolist() == [True, False, True, True]
     env.close()
+
+
+def test_relations_are_cosines_with_what_lies_under_peaks_and_mask() -> None:
+    rng = np.random.default_rng(0)
+    embedding, maps = rng.normal(size=(2, 5, 3, 4)), rng.normal(size=(2, 2, 3, 4))
+    mask = rng.random((2, 1, 3, 4))
+    mask[1] = 0.0
+    planes = relations(*(torch.from_numpy(array) for array in (embedding, maps, mask))).numpy()
+    centred = (embedding - embedding.mean(axis=(2, 3), keepdims=True)).reshape(2, 5, 12)
+    unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    for image in range(2):
+        for k in range(2):
+            weight = np.exp(3 * maps[image, k].ravel())
+            under = unit[image] @ (weight / weight.sum())
+            expected = (under / np.linalg.norm(under)) @ unit[image]
+            np.testing.assert_allclose(planes[image, k].ravel(), expected, atol=1e-9)
+    under = unit[0] @ mask[0].ravel()
+    expected = mask[0].max() * (under / np.linalg.norm(under)) @ unit[0]
+    np.testing.assert_allclose(planes[0, 2].ravel(), expected, atol=1e-9)
+    assert not planes[1, 2].any()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_of_words_without_experience_only_maps_and_relations_count(
+    known: bool, tiny_env: dict, clip: dict[str, Any]
+) -> None:
+    settings = make_config(tiny_env | {"obs": "handle", "target_categories": "star"})
+    vector, core = make_vector_env("SamSeg-v0", 2, settings)
+    env = VectorEnvAdaptor(vector)
+    policy = policy_of(env, core, clip, vocabulary=["star" if known else "ring"])
+    extractor: Any = policy.features_extractor
+    observations = policy._to_tensors(env.reset())  # type: ignore[arg-type]
+    before = policy.extract_features(observations)
+    with torch.no_grad():
+        extractor.reduce.weight.normal_()
+    after = policy.extract_features(observations)
+    env.close()
+    assert torch.equal(before, after) == (not known)
