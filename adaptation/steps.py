@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from torch import Tensor, nn
 
@@ -34,9 +36,14 @@ class Learner(nn.Module):
         # Not a submodule: only what is trained is handed to the optimizer and to other processes.
         self._strategy = [strategy]
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss, and the mean IoU of the masks with their targets."""
-        strategy = self._strategy[0]
+    def forward(self, made: Callable[[], Batch]) -> tuple[Tensor, Tensor]:
+        """The loss, and the mean IoU of the masks with their targets.
+
+        Args:
+            made: gives the batch. In mixed precision Fabric goes through what it is passed, and
+                refuses frozen dataclasses.
+        """
+        batch, strategy = made(), self._strategy[0]
         tokens = strategy.decode(batch)
         masks = mask_loss(tokens, batch.targets, batch.valid, batch.ambiguous)
         return masks.total + strategy.loss(batch, masks), masks.ious.mean()

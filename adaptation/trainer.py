@@ -385,7 +385,7 @@ class _Fit:
         batch = make_batch(self.bank, own, strategy.raw, seeds)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * falling(self.step / self.steps)
-        loss, overlap = learner(batch)
+        loss, overlap = learner(lambda: batch)
         optimizer.zero_grad()
         fabric.backward(loss)
         optimizer.step()

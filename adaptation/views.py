@@ -129,6 +129,13 @@ class Bank:
         assert isinstance(features, Tensor)
         return features
 
+    def of_views(self, domain: Domain, index: np.ndarray, kind: str) -> Tensor:
+        """`raw_features` of some views of a domain, (B, ...)."""
+        if kind == "pixels":
+            return self.pixels(domain, "train", index)
+        features = self.raw(domain, "train", kind)
+        return features[to_device(index, features.device)]
+
     def pixels(self, domain: Domain, split: str, index: np.ndarray | None = None) -> Tensor:
         """Prepared pixels (B, 3, S, S) of some views, or of images of another split."""
         frames = self.images(domain, split)
@@ -324,11 +331,7 @@ def gathered(bank: Bank, draw: Draw, kind: str) -> tuple[Tensor, Tensor, Tensor,
         where = np.flatnonzero(draw.domains == number)
         objects = draw.objects[where]
         seen, own = np.unique(views.rows[objects], return_inverse=True)
-        if kind == "pixels":
-            raw.append(bank.pixels(domain, "train", seen))
-        else:
-            features = bank.raw(domain, "train", kind)
-            raw.append(features[to_device(seen, features.device)])
+        raw.append(bank.of_views(domain, seen, kind))
         rows.append(first + own)
         first += len(seen)
         targets.append(views.targets[objects])

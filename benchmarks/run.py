@@ -25,6 +25,7 @@ from sam_gym.registry import unknown_name
 BENCHMARKS = {
     "agents": "benchmarks.agents",
     "continual": "benchmarks.continual",
+    "epochs": "benchmarks.epochs",
     "interactive": "benchmarks.interactive",
     "pointing": "benchmarks.pointing",
     "throughput": "benchmarks.throughput",

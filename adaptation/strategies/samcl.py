@@ -47,7 +47,9 @@ class SAMCL(Routed):
         count = self.setting.options.buffer_embeddings
         chosen = torch.from_numpy(rng.permutation(views.firsts)[:count])
         embeddings = bank.raw(domain, "train", "embedding")
-        self._kept.append(pooled_embedding(embeddings[chosen.to(embeddings.device)]))
+        width = self.setting.sam.prompt_encoder.embed_dim
+        own = embeddings[chosen.to(embeddings.device), :width]
+        self._kept.append(pooled_embedding(own))
         super().after_task(task)
 
     def _train_selector(self, selector: Any, num_domains: int) -> None:

@@ -1,0 +1,188 @@
+"""`epochs`: training on embeddings that are computed once, against encoding in every epoch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from adaptation.steps import Learner, make_batch
+from adaptation.strategies.naive import Naive
+from adaptation.strategy import Setting
+from adaptation.trainer import falling
+from adaptation.views import Bank, Draw
+from benchmarks import report
+from benchmarks.options import BackboneOptions, provenance, require_at_least
+from sam_gym.backbones import Backbone
+from sam_gym.backbones.adapters import raw_features
+from sam_gym.backbones.loading import BACKBONES, resolve_device, resolve_dtype
+from sam_gym.backbones.tuning import TUNINGS, tuned_weights
+from sam_gym.data.streams import Domain, Stream, make_stream
+from sam_gym.files import write_csv, write_json
+from sam_gym.registry import unknown_name
+
+
+@dataclass
+class Config(BackboneOptions):
+    """Time an epoch of training with embeddings from the bank, and one that encodes anew.
+
+    Both sides see the same augmented views, objects and prompts, and must end with the same
+    weights.
+    """
+
+    tune: tuple[str, ...] = ("decoder", "hq")
+    """What is tuned, by a frozen encoder: decoder, hq, lora_decoder."""
+    images: int = 16
+    """Training images."""
+    views: int = 4
+    """Views of each image."""
+    objects_per_image: int = 1
+    """Objects of a view that are trained on; the released code has one mask for an image."""
+    batch_size: int = 4
+    """Objects of a step."""
+    max_steps: int | None = None
+    """Stop both sides after so many steps (default: a whole epoch)."""
+    random_weights: bool = False
+    """A backbone with random weights: times are the same, and no checkpoint is needed."""
+    domain: str = "xray"
+    """Procedural domain of the images."""
+    out: str = "runs/epochs"
+    """Folder for results.json, a table and report.html."""
+
+    def load(self) -> Backbone:
+        if not self.random_weights:
+            return super().load()
+        if self.backbone not in BACKBONES:
+            raise unknown_name("backbone", self.backbone, BACKBONES)
+        torch.manual_seed(self.seed)
+        device = resolve_device(self.device)
+        sam = BACKBONES[self.backbone]()
+        return Backbone(self.backbone, sam, device, resolve_dtype(self.dtype, device))
+
+
+class EncodingBank(Bank):
+    """A bank that remembers views but no features: every step encodes its views again."""
+
+    def of_views(self, domain: Domain, index: np.ndarray, kind: str) -> torch.Tensor:
+        with torch.no_grad():
+            return raw_features(self.backbone.sam, self.pixels(domain, "train", index), kind)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run the benchmark and write its report.
+
+    Raises:
+        ValueError, FileNotFoundError: an option or the checkpoint is wrong.
+    """
+    require_at_least(
+        1,
+        images=config.images,
+        views=config.views,
+        batch_size=config.batch_size,
+        objects_per_image=config.objects_per_image,
+        max_steps=config.max_steps,
+    )
+    for name in config.tune:
+        if TUNINGS.get(name).raw == "pixels":
+            raise ValueError(
+                f"--tune {name} trains the encoder, so embeddings cannot be kept: take decoder, hq "
+                "or lora_decoder."
+            )
+    stream = make_stream(
+        "scenes-domains", domains=config.domain, train_images=config.images, seed=config.seed
+    )
+    out = report.output_folder(config.out)
+    backbone = config.load()
+    rows = [_compare(config, backbone, stream, tune) for tune in config.tune]
+    summary = {"benchmark": "epochs", "rows": rows} | provenance(config, backbone)
+    json_file = write_json(out / "results.json", summary)
+    csv_file = write_csv(out / "epochs.csv", rows)
+    columns = ["tune", "steps", "once, s", "from the bank, s", "encoding, s", "ratio", "weights"]
+    cells = [
+        [
+            row["tune"],
+            str(row["steps"]),
+            f"{row['encode_once_seconds']:.2f}",
+            f"{row['bank_seconds']:.2f}",
+            f"{row['encoding_seconds']:.2f}",
+            f"{row['ratio']:.1f}x",
+            f"{row['largest_weight_difference']:.1e}",
+        ]
+        for row in rows
+    ]
+    page = report.Page(
+        "Training on embeddings that are computed once",
+        f"{backbone.name}: an epoch over {config.images * config.views} views, with features from "
+        "the bank and with an encoder that runs in every step. Same views, objects and prompts.",
+    )
+    page.cards({f"less time an epoch, {row['tune']}": f"{row['ratio']:.1f}x" for row in rows})
+    page.table(columns, cells)
+    page.text("weights: the largest difference of a tuned weight after the epoch.")
+    page.settings(asdict(config), [json_file, csv_file])
+    page_file = page.write(out / "report.html")
+    report.print_table(f"epochs, {backbone.name}", columns, cells)
+    print(f"Report: {page_file}")
+    return summary
+
+
+def _compare(config: Config, backbone: Backbone, stream: Stream, tune: str) -> dict[str, Any]:
+    sizes: tuple[Any, ...] = (config.views, config.objects_per_image, None, config.seed)
+    bank, anew = Bank(backbone, stream, *sizes), EncodingBank(backbone, stream, *sizes)
+    kind = TUNINGS.get(tune).raw
+    for own in (bank, anew):
+        own.train(stream[0])
+    started = time.perf_counter()
+    bank.raw(stream[0], "train", kind)
+    once = time.perf_counter() - started
+    # Turn by turn, so that a busy machine is busy for both.
+    sides = [_Side(config, own, tune) for own in (bank, anew)]
+    steps = sides[0].steps
+    for step in range(steps):
+        for side in sides:
+            side.take(step)
+    first, second = (tuned_weights(side.strategy.sam) for side in sides)
+    apart = max(float((first[name] - second[name]).abs().max()) for name in first)
+    return {
+        "tune": tune,
+        "steps": steps,
+        "encode_once_seconds": once,
+        "bank_seconds": sides[0].seconds,
+        "encoding_seconds": sides[1].seconds,
+        "ratio": sides[1].seconds / sides[0].seconds,
+        "largest_weight_difference": apart,
+        "bank_loss": sides[0].loss,
+        "encoding_loss": sides[1].loss,
+    }
+
+
+class _Side:
+    """One way to train, step by step."""
+
+    def __init__(self, config: Config, bank: Bank, tune: str) -> None:
+        self.config, self.bank = config, bank
+        self.strategy = Naive(Setting(bank, tune, seed=config.seed))
+        self.learner = Learner(self.strategy)
+        self.optimizer = torch.optim.Adam(list(self.strategy.trained().values()), 1e-3)
+        self.views = bank.train(bank.stream[0])
+        whole = -(-len(self.views.rows) // config.batch_size)
+        self.steps = whole if config.max_steps is None else min(whole, config.max_steps)
+        self.seconds, self.loss = 0.0, 0.0
+
+    def take(self, step: int) -> None:
+        started = time.perf_counter()
+        rng = np.random.default_rng([self.config.seed, step])
+        everything = [(0, self.views, np.arange(len(self.views.frames)))]
+        draw = Draw.from_views(rng, self.config.batch_size, everything)
+        seeds = rng.integers(2**63, size=self.config.batch_size)
+        batch = make_batch(self.bank, draw, self.strategy.raw, seeds)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-3 * falling(step / self.steps)
+        loss, _ = self.learner(batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.loss = float(loss.detach())
+        self.seconds += time.perf_counter() - started
