@@ -36,7 +36,7 @@ MEASURES = ("iou", "biou")
 class TrainConfig:
     """Settings of the training, the same for every method."""
 
-    steps: int = 100
+    steps: int = 60
     """Optimizer steps on each domain."""
     batch_size: int = 16
     """Objects of a step, over all processes."""

@@ -196,13 +196,13 @@ def raw_features(sam: Sam, pixels: Tensor, kind: str) -> Tensor:
         kind: "pixels", "embedding" or "early".
 
     Returns:
-        (B, 3, S, S), (B, C, h, w) or (B, C + D, h, w).
+        (B, 3, S, S), (B, C, h, w) as of `encode_pixels`, or (B, C + D, h, w).
     """
     if kind == "pixels":
         return pixels
     if kind == "early":
         return encode_features(with_early_features(sam.image_encoder), pixels)
-    return sam.image_encoder(pixels)
+    return encode_pixels(sam, pixels)
 
 
 def embed(sam: Sam, raw: Tensor, kind: str) -> Tensor:

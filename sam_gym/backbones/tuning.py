@@ -45,25 +45,32 @@ class Tuning:
 TUNINGS: Registry[Tuning] = Registry("tune target")
 
 
-def _copy(sam: Sam, *parts: str) -> Sam:
-    """A SAM with own copies of the named parts; everything else is shared. Nothing is trainable."""
-    shared = [module for name, module in sam.named_children() if name not in parts]
-    own = copy.deepcopy(sam, {id(module): module for module in shared})
-    return own.eval().requires_grad_(False)
+def _copy(sam: Sam, owned: Callable[[str], bool] = lambda name: False) -> Sam:
+    """A SAM of own modules, with own copies of the weights whose names are `owned`.
+
+    All other weights and buffers are shared. Nothing is trainable.
+    """
+    tensors = [*sam.named_parameters(), *sam.named_buffers()]
+    shared = {id(tensor): tensor for name, tensor in tensors if not owned(name)}
+    return copy.deepcopy(sam, shared).eval().requires_grad_(False)
+
+
+def _in_decoder(name: str) -> bool:
+    return name.startswith("mask_decoder.")
 
 
 def _decoder(sam: Sam) -> Sam:
-    own = _copy(sam, "mask_decoder")
+    own = _copy(sam, _in_decoder)
     own.mask_decoder.requires_grad_(True)
     return own
 
 
 def _hq(sam: Sam) -> Sam:
-    own = _copy(sam, "mask_decoder")
+    own = _copy(sam, in_head)
     decoder = own.mask_decoder
     if not isinstance(decoder, HqMaskDecoder):
-        own.image_encoder = with_early_features(sam.image_encoder)
-        own.mask_decoder = decoder = _with_hq_head(decoder, early_channels(own.image_encoder))
+        own.image_encoder = with_early_features(own.image_encoder)
+        own.mask_decoder = _with_hq_head(decoder, early_channels(own.image_encoder))
     for name, weight in own.named_parameters():
         weight.requires_grad_(in_head(name))
     return own.eval()
@@ -79,7 +86,8 @@ def _with_hq_head(decoder: Any, vit_dim: int) -> HqMaskDecoder:
         iou_head_depth=decoder.iou_prediction_head.num_layers,
         iou_head_hidden_dim=decoder.iou_prediction_head.layers[0].out_features,
     ).to(decoder.iou_token.weight.device)
-    hq.load_state_dict(decoder.state_dict(), strict=False)
+    for name, part in decoder.named_children():
+        setattr(hq, name, part)
     last: Any = hq.hf_mlp.layers[-1]
     nn.init.zeros_(hq.hf_token.weight)
     nn.init.zeros_(last.weight)
@@ -150,31 +158,23 @@ def encoder_blocks(encoder: Any) -> nn.ModuleList:
 
 
 def _sam_adapter(sam: Sam) -> Sam:
-    own = _copy(sam, "mask_decoder")
-    own.image_encoder = encoder = _with_own_blocks(sam.image_encoder)
-    for number, block in enumerate(encoder.blocks):
+    own = _copy(sam, _in_decoder)
+    blocks: Any = encoder_blocks(own.image_encoder)
+    for number, block in enumerate(blocks):
         channels = block.norm1.weight.shape[0]
-        encoder.blocks[number] = AdaptedBlock(block, channels).to(block.norm1.weight.device)
+        blocks[number] = AdaptedBlock(block, channels).to(block.norm1.weight.device)
     own.mask_decoder.requires_grad_(True)
     return own.eval()
 
 
-def _with_own_blocks(encoder: Any) -> Any:
-    """An encoder that shares all weights, in a list of blocks of its own."""
-    own = copy.copy(encoder)
-    own._modules = dict(encoder._modules)
-    own.blocks = nn.ModuleList(encoder_blocks(encoder))
-    return own
-
-
-def _lora(sam: Sam, parts: tuple[str, ...], names: str) -> Sam:
+def _lora(sam: Sam, names: str) -> Sam:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("LoRA needs peft: pip install 'sam-gym[lora]'.") from error
-    if "image_encoder" in parts:
+    if _ENCODER_LINEARS in names:
         encoder_blocks(sam.image_encoder)
-    own = _copy(sam, *parts)
+    own = _copy(sam)
     config = LoraConfig(r=LORA_RANK, lora_alpha=round(LORA_SCALE * LORA_RANK), target_modules=names)
     inject_adapter_in_model(config, own)
     for name, weight in own.named_parameters():
@@ -193,17 +193,11 @@ TUNINGS.add("hq", Tuning(_hq, "early"))
 TUNINGS.add("sam_adapter", Tuning(_sam_adapter, "pixels"))
 TUNINGS.add(
     "lora",
-    Tuning(
-        lambda sam: _lora(
-            sam, ("image_encoder", "mask_decoder"), f"{_DECODER_LINEARS}|{_ENCODER_LINEARS}"
-        ),
-        "pixels",
-        "peft",
-    ),
+    Tuning(lambda sam: _lora(sam, f"{_DECODER_LINEARS}|{_ENCODER_LINEARS}"), "pixels", "peft"),
 )
 TUNINGS.add(
     "lora_decoder",
-    Tuning(lambda sam: _lora(sam, ("mask_decoder",), _DECODER_LINEARS), "embedding", "peft"),
+    Tuning(lambda sam: _lora(sam, _DECODER_LINEARS), "embedding", "peft"),
 )
 
 
@@ -266,8 +260,7 @@ def check_names(state: Mapping[str, Tensor], weights: Mapping[str, Tensor], sour
 def _merged(sam: Sam, weights: Mapping[str, Tensor], source: str) -> Sam:
     """A SAM whose linear layers have taken up the LoRAs beside them."""
     names = sorted({name.rpartition(".")[0] for name in weights})
-    parts = {name.partition(".")[0] for name in names}
-    own = _copy(sam, *parts)
+    own = _copy(sam, lambda name: name.removesuffix(".weight") in names)
     layers = dict(own.named_modules())
     for name in names:
         pair = [weights.get(f"{name}.lora_{side}") for side in "BA"]
