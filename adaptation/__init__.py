@@ -1,1 +1,18 @@
-"""Supervised adaptation of a backbone: one trainer, one file per strategy."""
+"""Supervised adaptation of a Segment Anything Model: one trainer, and a short file for each method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptation.trainer import Trainer
+
+__all__ = ["Trainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Trainer":
+        from adaptation.trainer import Trainer
+
+        return Trainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,10 +2,13 @@
 
 import math
 
+import cv2
 import numpy as np
 import pytest
 
 from sam_gym.metrics import (
+    boundary,
+    boundary_iou,
     dice,
     iou,
     mean_and_ci95,
@@ -105,3 +108,54 @@ def test_a_mean_for_people() -> None:
     assert with_interval(0.81234, 0.02) == "0.812 +- 0.020"
     assert with_interval(0.5, None) == "0.500"
     assert with_interval(0.5, 0.1, "±") == "0.500 ± 0.100"
+
+
+def published_boundary(mask: np.ndarray, ratio: float = 0.02) -> np.ndarray:
+    """Cheng et al. 2021, as they publish it: many small erosions of the padded mask."""
+    reach = max(1, round(ratio * math.sqrt(mask.shape[0] ** 2 + mask.shape[1] ** 2)))
+    padded = np.pad(mask.astype(np.uint8), 1)
+    eroded = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=reach)
+    return (mask.astype(np.uint8) - eroded[1:-1, 1:-1]).astype(bool)
+
+
+def blob(rng: np.random.Generator, height: int, width: int, share: float) -> np.ndarray:
+    noise = cv2.GaussianBlur(rng.standard_normal((height, width)), (0, 0), min(height, width) / 12)
+    return noise > np.quantile(noise, 1 - share)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (97, 61), (64, 200), (300, 220)])
+@pytest.mark.parametrize("ratio", [0.02, 0.005, 0.06])
+def test_boundary_is_the_published_one(shape: tuple[int, int], ratio: float) -> None:
+    rng = np.random.default_rng(0)
+    # Blobs of this many pixels reach the border of the image, and have holes.
+    blobs = [blob(rng, *shape, share) for share in (0.02, 0.3, 0.5, 0.9, 1.0)]
+    for one, two in zip(blobs, reversed(blobs), strict=True):
+        expected = published_boundary(one, ratio), published_boundary(two, ratio)
+        np.testing.assert_array_equal(boundary(one, ratio), expected[0])
+        both, either = expected[0] & expected[1], expected[0] | expected[1]
+        assert boundary_iou(one, two, None, ratio) == pytest.approx(both.sum() / either.sum())
+
+
+def test_boundary_of_a_square_by_hand() -> None:
+    mask = np.zeros((100, 100), bool)
+    mask[10:50, 20:60] = True
+    # 2% of the diagonal are 2.83 pixels: three.
+    ring = mask.copy()
+    ring[13:47, 23:57] = False
+    np.testing.assert_array_equal(boundary(mask), ring)
+    # The border of the image is outline, too.
+    ring[:], ring[3:-3, 3:-3] = True, False
+    np.testing.assert_array_equal(boundary(np.ones((100, 100), bool)), ring)
+
+
+def test_boundary_of_what_is_narrow_or_empty() -> None:
+    rng = np.random.default_rng(1)
+    thin, other = np.zeros((2, 100, 100), bool)
+    thin[40:45, 5:90], other[42:48, 10:99] = True, True
+    assert boundary_iou(thin, other) == iou(thin, other) > 0
+    empty = np.zeros((100, 100), bool)
+    assert boundary_iou(empty, empty) == 1.0
+    assert boundary_iou(empty, thin) == boundary_iou(thin, empty) == 0.0
+    assert not boundary(empty).any()
+    ignore = blob(rng, 100, 100, 0.5)
+    assert boundary_iou(thin, other, ignore) == iou(thin, other, ignore)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from adaptation.losses import MaskLoss, mask_costs
 from adaptation.strategy import STRATEGIES, Batch, Strategy
 from sam_gym.backbones.adapters import embed
 from sam_gym.backbones.decode import decode_tokens
+from sam_gym.backbones.tuning import apply_tuned, tuned_weights
 
 
 @STRATEGIES.register("lwf")
@@ -25,11 +25,19 @@ class LwF(Strategy):
 
     def __init__(self, setting: Any) -> None:
         super().__init__(setting)
+        self._taught: dict[str, Tensor] | None = None
         self._teacher: Sam | None = None
 
     def before_task(self, task: int) -> None:
         super().before_task(task)
-        self._teacher = copy.deepcopy(self.sam).requires_grad_(False) if task else None
+        self._set_teacher(tuned_weights(self.sam) if task else None)
+
+    def _set_teacher(self, weights: dict[str, Tensor] | None) -> None:
+        """The model with tuned weights teaches from now on; it shares what is frozen."""
+        setting, self._taught = self.setting, weights
+        self._teacher = None
+        if weights is not None:
+            self._teacher = apply_tuned(setting.sam, setting.tune, weights)
 
     def loss(self, batch: Batch, masks: MaskLoss) -> Tensor | float:
         if self._teacher is None:
@@ -43,11 +51,8 @@ class LwF(Strategy):
         return self.setting.options.lwf_weight * costs.mean()
 
     def state(self) -> dict[str, Any]:
-        teacher = None if self._teacher is None else self._teacher.state_dict()
-        return super().state() | {"teacher": teacher}
+        return super().state() | {"teacher": self._taught}
 
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state)
-        if state["teacher"] is not None:
-            self._teacher = copy.deepcopy(self.sam).requires_grad_(False)
-            self._teacher.load_state_dict(state["teacher"])
+        self._set_teacher(state["teacher"])
