@@ -40,7 +40,7 @@ class TrainConfig:
     """Optimizer steps on each domain."""
     batch_size: int = 16
     """Objects of a step, over all processes."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """Adam's learning rate; it falls to a tenth over a domain, along a cosine."""
     views: int = 4
     """Views of each training image, the first as it is, the others flipped and scaled."""
@@ -180,7 +180,7 @@ class Trainer:
         config: TrainConfig | None = None,
         options: Options | None = None,
         backbone: dict[str, Any] | None = None,
-        out: Path | None = None,
+        out: str | Path | None = None,
         retention: Domain | None = None,
         progress: bool = True,
     ) -> None:
@@ -189,7 +189,8 @@ class Trainer:
         self.config, self.options = config or TrainConfig(), options or Options()
         self.config.validate()
         self.backbone = load_backbone(**(backbone or {}))
-        self.out, self.retention, self.progress = out, retention, progress
+        self.out = None if out is None else Path(out).expanduser()
+        self.retention, self.progress = retention, progress
         device = self.backbone.device
         world = _world_size()
         if self.config.batch_size % world:

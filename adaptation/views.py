@@ -14,12 +14,15 @@ from sam_gym.backbones import Backbone
 from sam_gym.backbones.adapters import raw_features
 from sam_gym.data.sample import Dataset, Sample
 from sam_gym.data.streams import Domain, Stream
+from sam_gym.metrics import iou
 from sam_gym.transfer import to_device
 
 #: The colour that normalises to about zero, with which views are padded.
 _PADDING = (124, 116, 104)
 #: Scales of large-scale jitter, and the smallest object of a view (share of the frame).
 _JITTER, _MIN_AREA = (0.6, 1.8), 0.001
+#: Shares of a pixel above which a target may begin; of equally good ones the first is taken.
+_THRESHOLDS = (0.5, 0.4, 0.3, 0.2, 0.1)
 _ENCODE = 16
 
 
@@ -31,8 +34,7 @@ class Views:
         frames: uint8 (V, S, S, 3), in the frame of the model.
         image: int64 (V,), the image that each is a view of.
         rows: int64 (P,), the view of each object.
-        targets: uint8 (P, hm, wm), the share of each low-res pixel that belongs to the object, 255
-            for all of it.
+        targets: uint8 (P, hm, wm), `low_res_target` of each object.
         valid: bool (V, hm, wm), low-res pixels of each view that count.
         boxes: float32 (P, 4), (x0, y0, x1, y1) in pixels of the frame.
         objects: object numbers of each view.
@@ -177,7 +179,7 @@ class Bank:
                     continue
                 objects.append(len(rows) + np.arange(len(kept)))
                 rows += [len(frames)] * len(kept)
-                targets += [_low(masks[k], shape) for k in kept]
+                targets += [low_res_target(masks[k], shape) for k in kept]
                 boxes += [box_of(masks[k]) for k in kept]
                 valid.append(_low(scored, shape) >= 128)
                 frames.append(frame)
@@ -224,6 +226,30 @@ def box_of(mask: np.ndarray) -> np.ndarray:
 def _low(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """A mask of the frame as shares of low-res pixels, uint8."""
     return cv2.resize(mask.astype(np.uint8) * 255, shape[::-1], interpolation=cv2.INTER_AREA)
+
+
+def low_res_target(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """What a decoder should answer, so that its mask at full size is like the object.
+
+    The share of each low-res pixel that belongs to the object, bent so that a half stands where a
+    threshold would give the best mask. Of a compact object that is near half of a pixel; of a thin
+    one, which nowhere fills half of a pixel, far less: with plain shares a decoder learns to answer
+    nothing.
+
+    Args:
+        mask: bool (S, S).
+        shape: (hm, wm).
+
+    Returns:
+        uint8 (hm, wm), 255 for all of a pixel.
+    """
+    share = _low(mask, shape).astype(np.float32) / 255.0
+    side = mask.shape[::-1]
+    large = cv2.resize(share, side, interpolation=cv2.INTER_LINEAR)
+    overlaps = [iou(large > threshold, mask) for threshold in _THRESHOLDS]
+    best = _THRESHOLDS[int(np.argmax(overlaps))]
+    bent = np.where(share < best, 0.5 * share / best, 0.5 + 0.5 * (share - best) / (1 - best))
+    return np.round(255 * bent).astype(np.uint8)
 
 
 def _visible(masks: np.ndarray, rng: np.random.Generator, most: int) -> np.ndarray:
