@@ -147,7 +147,9 @@ class TextFeatures(ClickFeatures):
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}.")
         self.temperature = temperature
-        self.around = nn.Sequential(nn.Conv2d(_MAP_PLANES + _RELATIONS, width // 2, 3, padding=1), nn.ReLU())
+        self.around = nn.Sequential(
+            nn.Conv2d(_MAP_PLANES + _RELATIONS, width // 2, 3, padding=1), nn.ReLU()
+        )
         self.clip_branch = nn.Sequential(nn.Conv2d(width + width // 2, width, 1), nn.ReLU())
         self.regions = min(_REGIONS, self.cells[0]), min(_REGIONS, self.cells[1])
         self.positions = nn.Parameter(torch.randn(1, width, *self.cells) * 0.02)

@@ -300,6 +300,11 @@ def model_card(run: Run, repo: str, license: str) -> str:
 def _model_card(run: Run, repo: str, license: str) -> str:
     results, config = run.results, run.results["config"]
     settings, name = config["settings"], repo.partition("/")[2]
+    if "stream" in settings:
+        raise ValueError(
+            f"{run.folder}: an agent of {config['env']}. A card says how one does on one dataset; "
+            "train on SamSeg-v0 to share it."
+        )
     measured = {
         "task": {"type": "reinforcement-learning", "name": "interactive segmentation"},
         "dataset": {

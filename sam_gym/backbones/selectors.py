@@ -120,7 +120,9 @@ class EmbeddingSelector(nn.Module):
     def standardise(self, features: Tensor) -> None:
         """Take mean and deviation of inputs from features (N, 2 * C)."""
         self.mean.copy_(features.mean(dim=0))
-        self.deviation.copy_(features.std(dim=0).clamp(min=1e-4))
+        # Of one image there is no deviation.
+        deviation = features.std(dim=0, correction=int(len(features) > 1))
+        self.deviation.copy_(deviation.clamp(min=1e-4))
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (B, num_domains) from `pooled_embedding` (B, 2 * C)."""

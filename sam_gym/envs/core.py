@@ -110,7 +110,7 @@ class TaskConfig:
         if self.obs == "handle" and multiprocessing.current_process().daemon:
             raise ValueError(
                 "obs='handle' refers to embeddings in this process, so it does not work in the "
-                "workers of AsyncVectorEnv or SubprocVecEnv. Use gymnasium.make_vec('SamSeg-v0', "
+                "workers of AsyncVectorEnv or SubprocVecEnv. Use gymnasium.make_vec(..., "
                 "vectorization_mode='vector_entry_point'), which is faster, or obs='full'."
             )
 
