@@ -346,6 +346,10 @@ class _Fit:
         if not resumed:
             strategy.before_task(self.stage)
             self.result.trainable = sum(w.numel() for w in strategy.trained().values())
+        # Features that are missing are made now, outside of what is timed.
+        for domain in self._domains():
+            if strategy.raw != "pixels":
+                self.bank.raw(domain, "train", strategy.raw)
         learner = Learner(strategy)
         optimizer = torch.optim.Adam(list(strategy.trained().values()), config.learning_rate)
         if self._optimizer_state is not None:
@@ -366,13 +370,17 @@ class _Fit:
         strategy.after_task(self.stage)
         self.result.seconds += time.perf_counter() - started
 
+    def _domains(self) -> list[Domain]:
+        """The domains that are learned in this stage."""
+        return list(self.stream) if self.strategy.joint else [self.stream[self.stage]]
+
     def _step(self, learner: Any, optimizer: Any) -> tuple[float, float]:
         """One optimizer step; the batch depends on seed, stage and step alone."""
         config, strategy, fabric = self.config, self.strategy, self.fabric
         rng = np.random.default_rng([config.seed, 3, self.stage, self.step])
-        tasks = range(len(self.stream)) if strategy.joint else [self.stage]
-        views = [(k, self.bank.train(self.stream[k])) for k in tasks]
-        everything = [(k, own, np.arange(len(own.frames))) for k, own in views]
+        views = [self.bank.train(domain) for domain in self._domains()]
+        first = 0 if strategy.joint else self.stage
+        everything = [(first + k, own, np.arange(len(own.frames))) for k, own in enumerate(views)]
         draw = Draw.from_views(rng, config.batch_size, everything)
         more = strategy.more(rng, config.batch_size)
         prompt_seeds = rng.integers(2**63, size=2 * config.batch_size)

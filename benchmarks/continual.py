@@ -222,6 +222,7 @@ def _summary(
                         domain.split(config.train.split),
                         bank.backbone.image_size,
                         bank.backbone.mask_shape[0],
+                        config.train.max_images,
                     ),
                     1,
                 ),

@@ -97,9 +97,10 @@ def bank(loaded: Backbone, pair: Stream) -> Bank:
 def logits_of() -> Callable[[Backbone, Model], torch.Tensor]:
     """Masks of a model for a box on each of a few images that look like different domains."""
 
+    images = [few_images(name)[0].split("test")[0].image for name in ("cells", "night")]
+    images += [np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)]
+
     def logits_of(backbone: Backbone, model: Model) -> torch.Tensor:
-        images = [few_images(name)[0].split("test")[0].image for name in ("cells", "night")]
-        images += [np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)]
         adapted = backbone.with_model(model)
         boxes = torch.tensor([[8.0, 8, 40, 50], [20, 5, 60, 60], [3, 30, 30, 55]])
         return adapted.decode(adapted.encode(images), Prompts(boxes=boxes))[0]

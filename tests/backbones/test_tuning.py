@@ -1,7 +1,6 @@
 """Tuned copies: what they give at first, what they share, and their weights as tensors."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -131,7 +130,9 @@ def test_gradients_reach_what_is_tuned_and_nothing_else(tiny: Backbone, tune: st
     own = TUNINGS.get(tune).prepare(tiny.sam)
     move(own)
     kind = TUNINGS.get(tune).raw
-    tokens = decode_tokens(own, embed(own, raw_features(tiny.sam, pixels_of(tiny), kind), kind), PROMPTS)
+    tokens = decode_tokens(
+        own, embed(own, raw_features(tiny.sam, pixels_of(tiny), kind), kind), PROMPTS
+    )
     (tokens.draw(tokens.vectors).square().mean() + tokens.iou.square().mean()).backward()
     for name, weight in own.named_parameters():
         assert (weight.grad is not None) == weight.requires_grad, name
@@ -182,7 +183,6 @@ def test_a_missing_peft_is_named(tiny: Backbone, monkeypatch: pytest.MonkeyPatch
         TUNINGS.get("lora_decoder").prepare(tiny.sam)
 
 
-
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
 def test_weights_of_something_else_are_refused(tiny: Backbone, tune: str, change: str) -> None:
     weights = tuned_weights(TUNINGS.get(tune).prepare(tiny.sam))
@@ -197,5 +197,3 @@ def test_weights_of_something_else_are_refused(tiny: Backbone, tune: str, change
         weights[name] = weights[name][:-1]
     with pytest.raises(ValueError, match="^file: .*(does not fit|is no LoRA|the LoRA of)"):
         apply_tuned(tiny.sam, tune, weights, "file")
-
-

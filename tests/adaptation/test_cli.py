@@ -1,0 +1,155 @@
+"""The command lines: what they write, and what wrong input is told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from adaptation import evaluate, train
+from adaptation.strategy import STRATEGIES
+from sam_gym import cli
+from sam_gym.backbones import load_backbone
+from sam_gym.backbones.tuning import TUNINGS
+
+MEASURES = ("last_iou", "avg_iou", "ff_iou", "forward_iou", "last_biou", "avg_biou", "ff_biou")
+
+
+@pytest.fixture
+def sam(tiny_name: dict[str, Any]) -> list[str]:
+    return ["--backbone", "tiny", "--checkpoint", tiny_name["checkpoint"], "--device", "cpu"]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """Two domains of files: bright squares on dark ground, and the other way round."""
+    roots = []
+    for name, (ground, colour) in {"dark": (30, 220), "light": (220, 30)}.items():
+        root = tmp_path / name
+        for part in ("images", "masks"):
+            (root / part).mkdir(parents=True)
+        stems = [f"{split}{k}" for split in ("train", "val", "test") for k in range(2)]
+        for number, stem in enumerate(stems):
+            mask = np.zeros((64, 80), np.uint8)
+            mask[10 + number : 40, 20 : 50 + number] = 255
+            image = np.where(mask[..., None] > 0, colour, ground).astype(np.uint8).repeat(3, 2)
+            cv2.imwrite(str(root / "images" / f"{stem}.png"), image)
+            cv2.imwrite(str(root / "masks" / f"{stem}.png"), mask)
+        splits = {split: [f"{split}{k}" for k in range(2)] for split in ("train", "val", "test")}
+        (root / "splits.json").write_text(json.dumps(splits))
+        roots.append(str(root))
+    return roots
+
+
+def test_train_and_evaluate(
+    sam: list[str],
+    folders: list[str],
+    tiny_name: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    few = ["--steps", "2", "--batch-size", "2", "--views", "2", "--selector-steps", "2"]
+    run = train.main(
+        [
+            *(*sam, *few, "--method", "moda", "--data", *folders, "--order", "light,dark"),
+            *("--prompts", "box", "click", "--split", "val", "--out", str(out)),
+        ]
+    )
+    assert run.domains == ("light", "dark")
+    folder = out / "moda-decoder-0"
+    assert f"Everything is in {folder}" in capsys.readouterr().out
+    written = {path.name for path in folder.iterdir()}
+    assert written == {
+        *("adapter.safetensors", "checkpoint.pt", "run.json", "tensorboard"),
+        *("box.png", "click.png"),
+    }
+    saved = json.loads((folder / "run.json").read_text())
+    assert saved["scores"] == run.scores and set(saved["zero_shot"]) == {"box", "click"}
+    assert saved["kept_bytes"] > 0 and 0 <= saved["routed"] <= 1 and saved["seconds"] > 0
+    numbers = run.summary("click")
+    assert set(MEASURES) <= set(numbers)
+    assert all(np.isfinite(numbers[name]) for name in MEASURES)  # type: ignore[arg-type]
+
+    path = str(folder / "adapter.safetensors")
+    adapted = load_backbone(**tiny_name, adapter=path)
+    assert adapted.adapter is not None and adapted.adapter.domains == ["light", "dark"]
+    report = tmp_path / "numbers.json"
+    results = evaluate.main(
+        [
+            *(*sam, "--adapter", path, "--data", *folders, "--prompts", "box", "click"),
+            *("--split", "val", "--out", str(report)),
+        ]
+    )
+    assert json.loads(report.read_text()) == results
+    assert set(results) == {"dark", "light"}
+    # The last stage of the training has measured the same.
+    for prompt in ("box", "click"):
+        for name, value in zip(run.domains, run.scores[prompt]["iou"][-1], strict=True):
+            assert results[name][prompt]["adapted_iou"] == pytest.approx(value, abs=0.02)
+            assert results[name][prompt]["objects"] == 2
+        for name, value in zip(run.domains, run.zero_shot[prompt]["biou"], strict=True):
+            assert results[name][prompt]["zero_shot_biou"] == pytest.approx(value, abs=0.02)
+
+
+def test_names_in_the_help_are_those_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for module in (train, evaluate):
+        with pytest.raises(SystemExit) as caught:
+            module.main(["--help"])
+        assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name in (*STRATEGIES.names(), *TUNINGS.names()):
+        assert name in shown or name == "zero_shot"
+
+
+def images_without_masks(root: Path) -> str:
+    (root / "bare" / "images").mkdir(parents=True)
+    return str(root / "bare")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "mda"], "Did you mean 'moda'"),
+        (["--tune", "decodr"], "Did you mean 'decoder'"),
+        (["--method", "l2p", "--tune", "hq"], "does not go with tune='hq'"),
+        (["--domains", "cels"], "Did you mean 'cells'"),
+        (["--stream", "folder"], "Did you mean 'folders'"),
+        (["--order", "cells"], "order lacks"),
+        (["--data", "nowhere"], "nowhere: the folder does not exist"),
+        (["--data", "x", "--domains", "cells"], "--domains chooses procedural domains"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--prompts", "klick"], "Did you mean 'click'"),
+        (["--checkpoint", "nothing.pth"], "nothing.pth"),
+        (["--backbone", "mikro"], "Did you mean 'micro'"),
+        (["--retention", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_values_are_named(
+    sam: list[str], arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        train.main([*sam, *arguments, "--out", str(out)])
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+
+
+def test_folders_that_are_no_domains_are_named(sam: list[str], tmp_path: Path) -> None:
+    bare = images_without_masks(tmp_path)
+    with pytest.raises(FileNotFoundError, match="bare: found images. A domain is a folder with"):
+        train.main([*sam, "--data", bare, "--out", str(tmp_path / "out")])
+
+
+def test_evaluate_refuses_what_does_not_fit(sam: list[str], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"a.safetensors: no such adapter file"):
+        evaluate.main([*sam, "--adapter", str(tmp_path / "a.safetensors")])
+    with pytest.raises(ValueError, match="Did you mean 'box'"):
+        evaluate.main([*sam, "--adapter", "x", "--prompts", "boxx"])
+
+
+def test_a_wrong_command_ends_with_one_line() -> None:
+    with pytest.raises(SystemExit, match=r"^error: Unknown method 'mda'\. .*zero_shot\.$"):
+        cli.run(lambda: train.main(["--method", "mda"]))
