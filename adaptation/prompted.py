@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any, ClassVar
 
-import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from adaptation.losses import MaskLoss
-from adaptation.strategy import Batch, Strategy
+from adaptation.strategy import Batch, Strategy, seeded
 from sam_gym.backbones.adapters import Adapter, Model, PromptedModel
 from sam_gym.backbones.decode import MaskTokens
 from sam_gym.backbones.prompt_pools import PROMPT_POOLS
@@ -27,9 +26,9 @@ class Prompted(Strategy):
 
     def __init__(self, setting: Any) -> None:
         super().__init__(setting)
-        torch.manual_seed(setting.seed)
         make = PROMPT_POOLS.get(self._pool)
-        pool = make(self.sam.prompt_encoder.embed_dim, setting.num_tasks)
+        with seeded(setting.seed):
+            pool = make(self.sam.prompt_encoder.embed_dim, setting.num_tasks)
         self._model = PromptedModel(self.sam, pool.to(setting.bank.backbone.device))
 
     def _fresh(self) -> Sam:

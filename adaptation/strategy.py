@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -89,6 +90,14 @@ class Setting:
         return len(self.bank.stream)
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random weights from a seed; torch's generator is then where it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
 class Strategy:
     """A continual-learning method over one trainer.
 
@@ -150,8 +159,8 @@ class Strategy:
 
     def _fresh(self) -> Sam:
         """The SAM as it was, with what is tuned ready to be trained."""
-        torch.manual_seed(self.setting.seed)
-        return TUNINGS.get(self.setting.tune).prepare(self.setting.sam)
+        with seeded(self.setting.seed):
+            return TUNINGS.get(self.setting.tune).prepare(self.setting.sam)
 
     @property
     def raw(self) -> str:

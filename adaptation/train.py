@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptation.options import ModelOptions, StreamOptions
+from adaptation.results import Run
 from adaptation.strategy import STRATEGIES, Options
-from adaptation.trainer import Run, TrainConfig, Trainer, check_tune
+from adaptation.trainer import TrainConfig, Trainer, check_tune
 from sam_gym import cli
 from sam_gym.plots import plot_matrix
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import adaptation.strategies  # noqa: F401  (registers the methods)
 import sam_gym  # noqa: F401  (registers the environments)
 from adaptation.evaluation import check_prompt, narrow_share, score
+from adaptation.results import MEASURES, Run
 from adaptation.steps import Learner, make_batch
 from adaptation.strategy import STRATEGIES, Options, Setting, Strategy
 from adaptation.views import Bank, Draw
-from sam_gym import continual_metrics as metrics
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.adapters import Model
 from sam_gym.backbones.tuning import TUNINGS
@@ -28,8 +32,6 @@ from sam_gym.loop import save_state
 from sam_gym.registry import unknown_name
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-#: What is measured on each domain: name in results -> attribute of `Scores`.
-MEASURES = ("iou", "biou")
 
 
 @dataclass(frozen=True)
@@ -76,62 +78,6 @@ class TrainConfig:
             raise ValueError("prompts is empty: name at least one of box, click, clicks5.")
         for name in self.prompts:
             check_prompt(name)
-
-
-@dataclass
-class Run:
-    """What came of a method on a stream.
-
-    Attributes:
-        method, tune: names.
-        domains: names, in the order of learning.
-        scores: prompt -> measure ("iou", "biou") -> matrix of stages by domains, in points of 100.
-            A method that learns all at once, or nothing, has one stage.
-        zero_shot: prompt -> measure -> scores of the SAM as it was, (domains,).
-        retention: prompt -> IoU on the retention set after the last stage, in points, if there is
-            such a set.
-        routed: share of held-out images that the selector sent to their own expert after the last
-            stage, mean over domains; None where nothing is selected.
-        trainable: parameters that are trained in one domain.
-        kept_bytes: bytes that are kept of all domains, per domain.
-        seconds: of training, measuring left out.
-        narrow: domain -> share of held-out objects whose boundary is all of them.
-        seed: of the run.
-    """
-
-    method: str
-    tune: str
-    domains: tuple[str, ...]
-    scores: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
-    zero_shot: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    retention: dict[str, float] = field(default_factory=dict)
-    routed: float | None = None
-    trainable: int = 0
-    kept_bytes: float = 0.0
-    seconds: float = 0.0
-    narrow: dict[str, float] = field(default_factory=dict)
-    seed: int = 0
-
-    def summary(self, prompt: str) -> dict[str, float | None]:
-        """The numbers of the benchmark for one prompt; see `sam_gym.continual_metrics`.
-
-        What needs a stage for every domain is None for methods that have one stage.
-        """
-        numbers: dict[str, float | None] = {}
-        for measure in MEASURES:
-            matrix = np.array(self.scores[prompt][measure])
-            last = float(matrix[-1].mean())
-            stages = len(matrix) == len(self.domains)
-            numbers[f"last_{measure}"] = last
-            numbers[f"avg_{measure}"] = metrics.average(matrix) if stages else None
-            numbers[f"ff_{measure}"] = metrics.forgetting(matrix) if stages else None
-            before = self.zero_shot[prompt][measure]
-            transfer = metrics.forward_transfer(matrix, before) if stages else None
-            numbers[f"forward_{measure}"] = transfer
-        if prompt in self.retention:
-            numbers["retention_iou"] = self.retention[prompt]
-        numbers["selector_accuracy"] = None if self.routed is None else 100 * self.routed
-        return numbers
 
 
 def find_stream(where: str | Stream | gym.Env[Any, Any]) -> Stream:
@@ -259,8 +205,6 @@ def check_tune(strategy: str, tune: str) -> None:
 
 
 def _world_size() -> int:
-    import os
-
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -309,36 +253,29 @@ class _Fit:
         self._finish()
         return self.result
 
-    def _bar(self) -> Any:
-        from contextlib import contextmanager
-
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
+    @contextmanager
+    def _bar(self) -> Iterator[Callable[[int], None]]:
+        """A progress bar over all steps; what it yields moves it on."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed}/{task.total}"),
             TimeRemainingColumn(),
         )
+        shown = self.trainer.progress and self.fabric.is_global_zero
+        with Progress(*columns, disable=not shown, transient=True) as progress:
+            task = progress.add_task(self.result.method, total=self.stages * self.steps)
 
-        @contextmanager
-        def bar() -> Any:
-            shown = self.trainer.progress and self.fabric.is_global_zero
-            with Progress(*columns, disable=not shown, transient=True) as progress:
-                task = progress.add_task(self.result.method, total=self.stages * self.steps)
+            def advance(count: int) -> None:
+                domain = self.stream.names[min(self.stage, len(self.stream) - 1)]
+                text = f"{self.result.method}, {'all' if self.strategy.joint else domain}"
+                progress.update(task, advance=count, description=text)
 
-                def advance(count: int) -> None:
-                    domain = self.stream.names[min(self.stage, len(self.stream) - 1)]
-                    text = f"{self.result.method}, {'all' if self.strategy.joint else domain}"
-                    progress.update(task, advance=count, description=text)
-
-                yield advance
-
-        return bar()
+            yield advance
 
     # Learning ----------------------------------------------------------------------------------
 
-    def _learn(self, advance: Any) -> None:
+    def _learn(self, advance: Callable[[int], None]) -> None:
         strategy, config = self.strategy, self.config
         if not strategy.learns:
             return
@@ -491,7 +428,7 @@ class _Fit:
         return {
             "method": self.result.method,
             "tune": self.result.tune,
-            "domains": list(self.stream.names),
+            "domains": {domain.name: self.bank.digest(domain) for domain in self.stream},
             "backbone": self.trainer.backbone.identity,
             "config": config | {"prompts": list(self.config.prompts)},
             "options": asdict(self.trainer.options),

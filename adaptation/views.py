@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -100,22 +101,31 @@ class Bank:
         self.backbone, self.stream = backbone, stream
         self.views, self.objects_per_image, self.seed = views, objects_per_image, seed
         self.max_images = max_images
-        self._made: dict[tuple[str, ...], object] = {}
+        #: By kind and by the identity of the domain, whose name another domain may have.
+        self._made: dict[tuple[object, ...], object] = {}
 
-    def _once(self, make: Callable[..., object], *key: str) -> object:
+    def _once(self, make: Callable[..., object], *key: object) -> object:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     def train(self, domain: Domain) -> Views:
         """The views of a domain's training images."""
-        views = self._once(lambda: self._train(domain), "train", domain.name)
+        views = self._once(lambda: self._train(domain), "train", id(domain))
         assert isinstance(views, Views)
         return views
 
+    def digest(self, domain: Domain) -> str:
+        """Tells the training views of a domain from others."""
+
+        def make() -> str:
+            return hashlib.sha256(self.train(domain).frames.tobytes()).hexdigest()[:16]
+
+        return str(self._once(make, "digest", id(domain)))
+
     def held_out(self, domain: Domain, split: str) -> Objects:
         """The objects of a split that is not trained on."""
-        objects = self._once(lambda: self._held_out(domain, split), split, domain.name)
+        objects = self._once(lambda: self._held_out(domain, split), split, id(domain))
         assert isinstance(objects, Objects)
         return objects
 
@@ -127,7 +137,7 @@ class Bank:
 
     def raw(self, domain: Domain, split: str, kind: str) -> Tensor:
         """`raw_features` of all views of a domain, or of the images of another split."""
-        features = self._once(lambda: self._raw(domain, split, kind), split, domain.name, kind)
+        features = self._once(lambda: self._raw(domain, split, kind), split, id(domain), kind)
         assert isinstance(features, Tensor)
         return features
 
@@ -147,14 +157,11 @@ class Bank:
     @torch.no_grad()
     def _raw(self, domain: Domain, split: str, kind: str) -> Tensor:
         count = len(self.images(domain, split))
-        chunks = [
-            raw_features(
-                self.backbone.sam,
-                self.pixels(domain, split, np.arange(i, min(i + _ENCODE, count))),
-                kind,
-            )
-            for i in range(0, count, _ENCODE)
-        ]
+        chunks = []
+        for first in range(0, count, _ENCODE):
+            pixels = self.pixels(domain, split, np.arange(first, min(first + _ENCODE, count)))
+            with self.backbone.autocast():
+                chunks.append(raw_features(self.backbone.sam, pixels, kind).float())
         return torch.cat(chunks)
 
     def _samples(self, dataset: Dataset) -> list[Sample]:

@@ -13,8 +13,9 @@ import tyro
 
 from adaptation.evaluation import score
 from adaptation.options import ModelOptions, StreamOptions
+from adaptation.results import Run
 from adaptation.strategy import STRATEGIES, Options
-from adaptation.trainer import Run, TrainConfig, Trainer, check_tune
+from adaptation.trainer import TrainConfig, Trainer, check_tune
 from adaptation.views import Bank
 from benchmarks import report
 from benchmarks.options import require_at_least

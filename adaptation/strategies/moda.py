@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from adaptation.routed import Routed
-from adaptation.strategy import STRATEGIES, image_bytes, images_kept
+from adaptation.strategy import STRATEGIES, image_bytes, images_kept, seeded
 from sam_gym.backbones.selectors import TokenSelector, block_inputs, keys_of
 from sam_gym.backbones.tuning import encoder_blocks
 
@@ -30,9 +30,9 @@ class MoDA(Routed):
     _chooser: ClassVar[str] = "tokens"
 
     def _new_selector(self, num_domains: int) -> TokenSelector:
-        torch.manual_seed(self.setting.seed)
         block: Any = encoder_blocks(self.setting.sam.image_encoder)[0]
-        return TokenSelector(block.norm1.weight.shape[0], num_domains)
+        with seeded(self.setting.seed):
+            return TokenSelector(block.norm1.weight.shape[0], num_domains)
 
     def _train_selector(self, selector: Any, num_domains: int) -> None:
         bank, encoder = self.setting.bank, self.setting.sam.image_encoder

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptation.routed import Routed
-from adaptation.strategy import STRATEGIES
+from adaptation.strategy import STRATEGIES, seeded
 from sam_gym.backbones.selectors import EmbeddingSelector, pooled_embedding
 from sam_gym.backbones.tuning import bytes_of
 
@@ -36,8 +36,8 @@ class SAMCL(Routed):
         self._kept: list[Tensor] = []
 
     def _new_selector(self, num_domains: int) -> EmbeddingSelector:
-        torch.manual_seed(self.setting.seed)
-        return EmbeddingSelector(self.setting.sam.prompt_encoder.embed_dim, num_domains)
+        with seeded(self.setting.seed):
+            return EmbeddingSelector(self.setting.sam.prompt_encoder.embed_dim, num_domains)
 
     def after_task(self, task: int) -> None:
         bank = self.setting.bank

@@ -1,0 +1,68 @@
+"""What came of a method on a stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sam_gym import continual_metrics as metrics
+
+#: What is measured on each domain: name in results, and attribute of `Scores`.
+MEASURES = ("iou", "biou")
+
+
+@dataclass
+class Run:
+    """What came of a method on a stream.
+
+    Attributes:
+        method, tune: names.
+        domains: names, in the order of learning.
+        scores: prompt -> measure ("iou", "biou") -> matrix of stages by domains, in points of 100.
+            A method that learns all at once, or nothing, has one stage.
+        zero_shot: prompt -> measure -> scores of the SAM as it was, (domains,).
+        retention: prompt -> IoU on the retention set after the last stage, in points, if there is
+            such a set.
+        routed: share of held-out images that the selector sent to their own expert after the last
+            stage, mean over domains; None where nothing is selected.
+        trainable: parameters that are trained in one domain.
+        kept_bytes: bytes that are kept of all domains, per domain.
+        seconds: of training, measuring left out.
+        narrow: domain -> share of held-out objects whose boundary is all of them.
+        seed: of the run.
+    """
+
+    method: str
+    tune: str
+    domains: tuple[str, ...]
+    scores: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+    zero_shot: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    retention: dict[str, float] = field(default_factory=dict)
+    routed: float | None = None
+    trainable: int = 0
+    kept_bytes: float = 0.0
+    seconds: float = 0.0
+    narrow: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def summary(self, prompt: str) -> dict[str, float | None]:
+        """The numbers of the benchmark for one prompt; see `sam_gym.continual_metrics`.
+
+        What needs a stage for every domain is None for methods that have one stage.
+        """
+        numbers: dict[str, float | None] = {}
+        for measure in MEASURES:
+            matrix = np.array(self.scores[prompt][measure])
+            last = float(matrix[-1].mean())
+            stages = len(matrix) == len(self.domains)
+            numbers[f"last_{measure}"] = last
+            numbers[f"avg_{measure}"] = metrics.average(matrix) if stages else None
+            numbers[f"ff_{measure}"] = metrics.forgetting(matrix) if stages else None
+            before = self.zero_shot[prompt][measure]
+            transfer = metrics.forward_transfer(matrix, before) if stages else None
+            numbers[f"forward_{measure}"] = transfer
+        if prompt in self.retention:
+            numbers["retention_iou"] = self.retention[prompt]
+        numbers["selector_accuracy"] = None if self.routed is None else 100 * self.routed
+        return numbers
