@@ -29,16 +29,15 @@ class Tuning:
 
     Attributes:
         prepare: a frozen SAM -> a SAM that shares its frozen parts; what is tuned requires
-            gradients. Before the first step it gives the same masks.
+            gradients. Before the first step it gives the same masks (an HQ head adds nothing then,
+            but SAM's tokens see its token, which is zero at first: nearly the same).
         raw: what of an image the tuned part starts from: "embedding", "early" (the embedding, and
             behind it the encoder's early features), both of which the frozen encoder gives once
             and for all, or "pixels".
-        needs: package that training needs beyond the requirements, or "".
     """
 
     prepare: Callable[[Sam], Sam]
     raw: str
-    needs: str = ""
 
 
 #: Tune target -> what it means.
@@ -193,11 +192,11 @@ TUNINGS.add("hq", Tuning(_hq, "early"))
 TUNINGS.add("sam_adapter", Tuning(_sam_adapter, "pixels"))
 TUNINGS.add(
     "lora",
-    Tuning(lambda sam: _lora(sam, f"{_DECODER_LINEARS}|{_ENCODER_LINEARS}"), "pixels", "peft"),
+    Tuning(lambda sam: _lora(sam, f"{_DECODER_LINEARS}|{_ENCODER_LINEARS}"), "pixels"),
 )
 TUNINGS.add(
     "lora_decoder",
-    Tuning(lambda sam: _lora(sam, _DECODER_LINEARS), "embedding", "peft"),
+    Tuning(lambda sam: _lora(sam, _DECODER_LINEARS), "embedding"),
 )
 
 
