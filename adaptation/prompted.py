@@ -39,6 +39,10 @@ class Prompted(Strategy):
         return "embedding"
 
     @property
+    def learning_rate(self) -> float:
+        return 1e-3
+
+    @property
     def module(self) -> nn.Module:
         return self._model.pool
 

@@ -123,6 +123,7 @@ class Strategy:
 
     hooks: ClassVar[tuple[str, ...]] = (
         "raw",
+        "learning_rate",
         "module",
         "before_task",
         "more",
@@ -166,6 +167,11 @@ class Strategy:
     def raw(self) -> str:
         """What of an image training starts from (see `Tuning.raw`)."""
         return TUNINGS.get(self.setting.tune).raw
+
+    @property
+    def learning_rate(self) -> float:
+        """What Adam begins with unless told otherwise."""
+        return TUNINGS.get(self.setting.tune).learning_rate
 
     @property
     def module(self) -> nn.Module:

@@ -42,8 +42,9 @@ class TrainConfig:
     """Optimizer steps on each domain."""
     batch_size: int = 16
     """Objects of a step, over all processes."""
-    learning_rate: float = 3e-4
-    """Adam's learning rate; it falls to a tenth over a domain, along a cosine."""
+    learning_rate: float | None = None
+    """Adam's learning rate, which falls to a tenth over a domain, along a cosine (default: by what
+    is tuned: decoder and sam_adapter 3e-4, hq and prompts 1e-3, LoRA 3e-3)."""
     views: int = 4
     """Views of each training image, the first as it is, the others flipped and scaled."""
     objects_per_image: int = 8
@@ -68,7 +69,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.max_images is not None and self.max_images < 1:
             raise ValueError(f"max_images must be at least 1, got {self.max_images}.")
-        if not self.learning_rate > 0:
+        if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
@@ -235,6 +236,11 @@ class _Fit:
             return 0
         return self.config.steps * (len(self.stream) if self.strategy.joint else 1)
 
+    @property
+    def learning_rate(self) -> float:
+        own = self.config.learning_rate
+        return self.strategy.learning_rate if own is None else own
+
     def run(self, resume: bool) -> Run:
         path = self._checkpoint_path()
         if path is not None:
@@ -288,7 +294,7 @@ class _Fit:
             if strategy.raw != "pixels":
                 self.bank.raw(domain, "train", strategy.raw)
         learner = Learner(strategy)
-        optimizer = torch.optim.Adam(list(strategy.trained().values()), config.learning_rate)
+        optimizer = torch.optim.Adam(list(strategy.trained().values()), self.learning_rate)
         if self._optimizer_state is not None:
             optimizer.load_state_dict(self._optimizer_state)
         wrapped, optimizer = self.fabric.setup(learner, optimizer)
@@ -330,7 +336,7 @@ class _Fit:
             seeds = np.concatenate([seeds, _part(rest, fabric.global_rank, fabric.world_size)])
         batch = make_batch(self.bank, own, strategy.raw, seeds)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * falling(self.step / self.steps)
+            group["lr"] = self.learning_rate * falling(self.step / self.steps)
         loss, overlap = learner(lambda: batch)
         optimizer.zero_grad()
         fabric.backward(loss)

@@ -34,10 +34,12 @@ class Tuning:
         raw: what of an image the tuned part starts from: "embedding", "early" (the embedding, and
             behind it the encoder's early features), both of which the frozen encoder gives once
             and for all, or "pixels".
+        learning_rate: what Adam begins with unless told otherwise, chosen on validation data.
     """
 
     prepare: Callable[[Sam], Sam]
     raw: str
+    learning_rate: float
 
 
 #: Tune target -> what it means.
@@ -187,16 +189,16 @@ _DECODER_LINEARS = (
 )
 _ENCODER_LINEARS = r"image_encoder\.blocks\.\d+\.attn\.qkv"
 
-TUNINGS.add("decoder", Tuning(_decoder, "embedding"))
-TUNINGS.add("hq", Tuning(_hq, "early"))
-TUNINGS.add("sam_adapter", Tuning(_sam_adapter, "pixels"))
+TUNINGS.add("decoder", Tuning(_decoder, "embedding", 3e-4))
+TUNINGS.add("hq", Tuning(_hq, "early", 1e-3))
+TUNINGS.add("sam_adapter", Tuning(_sam_adapter, "pixels", 3e-4))
 TUNINGS.add(
     "lora",
-    Tuning(lambda sam: _lora(sam, f"{_DECODER_LINEARS}|{_ENCODER_LINEARS}"), "pixels"),
+    Tuning(lambda sam: _lora(sam, f"{_DECODER_LINEARS}|{_ENCODER_LINEARS}"), "pixels", 3e-3),
 )
 TUNINGS.add(
     "lora_decoder",
-    Tuning(lambda sam: _lora(sam, _DECODER_LINEARS), "embedding"),
+    Tuning(lambda sam: _lora(sam, _DECODER_LINEARS), "embedding", 3e-3),
 )
 
 
