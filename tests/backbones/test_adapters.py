@@ -338,8 +338,8 @@ def named(
 def test_a_file_gives_the_adapter_back(
     named: dict[str, Any], tune: str, chooser: str, tmp_path: Path
 ) -> None:
-    if tune in TUNINGS.names() and TUNINGS.get(tune).needs:
-        pytest.importorskip(TUNINGS.get(tune).needs)
+    if tune.startswith("lora"):
+        pytest.importorskip("peft")
     plain = load_backbone(**named)
     adapter = make_adapter(plain, tune, chooser)
     path = adapter.save(tmp_path / "a.safetensors")

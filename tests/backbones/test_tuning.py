@@ -25,8 +25,8 @@ PROMPTS = Prompts(
 
 @pytest.fixture(params=TUNES)
 def tune(request: pytest.FixtureRequest) -> str:
-    if TUNINGS.get(request.param).needs:
-        pytest.importorskip(TUNINGS.get(request.param).needs)
+    if request.param.startswith("lora"):
+        pytest.importorskip("peft")
     return request.param
 
 
