@@ -355,7 +355,7 @@ def _write(
         ],
     )
     page.text(
-        "Ceiling: IoU of a perfect mask at the decoder's resolution. Narrow objects: their "
+        "Ceiling: what the objects' own masks score at the decoder's resolution. Narrow objects: their "
         "boundary is all of them, so boundary IoU says what IoU says."
     )
     for caption, picture in sheet:

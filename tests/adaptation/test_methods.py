@@ -469,7 +469,7 @@ def test_a_misspelt_hook_is_an_error() -> None:
         TypeError, match=r"Slip.before_tsk is no hook .* Did you mean 'before_task'"
     ):
         type("Slip", (Strategy,), {"before_tsk": lambda self, task: None})
-    with pytest.raises(TypeError, match="Hooks: raw, module, before_task"):
+    with pytest.raises(TypeError, match="Hooks: raw, learning_rate, module, before_task"):
         type("Slip", (Strategy,), {"something": 1})
     type("Fine", (Strategy,), {"_own": 1, "after_step": lambda self, step: None})
 
