@@ -46,13 +46,13 @@ class Config:
     """What is tuned: decoder, hq, sam_adapter, lora, lora_decoder. Methods that do not go with it
     (prompt pools, regcl, samcl) tune what they are made for."""
     seeds: int = 1
-    """Runs of each method, with seeds from --seed on."""
+    """Runs of each method: the first with the seed that is given, then those after it."""
     orders: tuple[str, ...] = ()
     """Orders of the domains: names with commas, or random:SEED. Each runs with every seed."""
     full: bool = False
     """The full setting: five seeds, all methods, boxes, one click and five clicks."""
     resume: bool = False
-    """Go on with the runs in --out where they stopped."""
+    """Go on with the runs in the output folder where they stopped."""
     out: str = "runs/continual"
     """Folder for results.json, tables, heat maps, adapters and report.html."""
     stream: tyro.conf.OmitArgPrefixes[StreamOptions] = field(default_factory=StreamOptions)
@@ -355,7 +355,7 @@ def _write(
         ],
     )
     page.text(
-        "Ceiling: what the objects' own masks score at the decoder's resolution. Narrow objects: their "
+        "Ceiling: what the objects' own masks score at low resolution. Narrow objects: their "
         "boundary is all of them, so boundary IoU says what IoU says."
     )
     for caption, picture in sheet:

@@ -36,9 +36,9 @@ class Config(BackboneOptions):
     tune: tuple[str, ...] = ("decoder", "hq")
     """What is tuned, by a frozen encoder: decoder, hq, lora_decoder."""
     images: int = 16
-    """Training images."""
+    """How many training images there are."""
     views: int = 4
-    """Views of each image."""
+    """Augmented views of each of them."""
     objects_per_image: int = 1
     """Objects of a view that are trained on; the released code has one mask for an image."""
     batch_size: int = 4

@@ -1,8 +1,9 @@
 """The command line: what it teaches and what it refuses."""
 
-from dataclasses import fields
+from dataclasses import Field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,15 @@ def test_help_lists_every_benchmark(args: list[str], capsys: pytest.CaptureFixtu
         assert name in shown
 
 
+def options_of(config: Any) -> list[Field[Any]]:
+    """The fields that are options, those of groups of options included."""
+    found: list[Field[Any]] = []
+    for field in fields(config):
+        group = field.default_factory
+        found += options_of(group) if is_dataclass(group) else [field]
+    return found
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -34,7 +44,7 @@ def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     # An option without a docstring would be followed at once by its default.
     entries = " ".join(shown.replace("│", " ").split()).split(" --")
-    for field in fields(import_module(BENCHMARKS[name]).Config):
+    for field in options_of(import_module(BENCHMARKS[name]).Config):
         option = field.name.replace("_", "-")
         entry = next(e for e in entries if e.split()[0].strip(",") == option)
         words = entry.split("(default")[0].split()
