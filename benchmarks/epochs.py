@@ -180,7 +180,7 @@ class _Side:
         batch = make_batch(self.bank, draw, self.strategy.raw, seeds)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-3 * falling(step / self.steps)
-        loss, _ = self.learner(batch)
+        loss, _ = self.learner(lambda: batch)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
