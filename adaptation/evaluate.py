@@ -22,7 +22,7 @@ from adaptation.options import ModelOptions, StreamOptions
 from adaptation.views import Bank
 from sam_gym import cli
 from sam_gym.backbones import load_backbone
-from sam_gym.backbones.adapters import Adapter, Model, digest_of
+from sam_gym.backbones.adapters import Adapter, Model
 from sam_gym.files import write_json
 
 
@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         check_prompt(prompt)
     adapter = Adapter.load(Path(options.adapter).expanduser())
     backbone = load_backbone(**options.model.arguments)
-    adapter.check_fits(backbone.name, digest_of(backbone.sam.state_dict()))
+    adapter.check_fits(backbone.name, backbone.weights_digest)
     model = adapter.model(backbone.sam, options.adapter)
     plain = Model(backbone.sam, "embedding")
     stream = options.stream.open()

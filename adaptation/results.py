@@ -12,6 +12,11 @@ from sam_gym import continual_metrics as metrics
 MEASURES = ("iou", "biou")
 
 
+def folder_name(method: str, tune: str, seed: int) -> str:
+    """The folder of a run within that of its training."""
+    return f"{method}-{tune}-{seed}"
+
+
 @dataclass
 class Run:
     """What came of a method on a stream.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from adaptation.losses import MaskLoss
 from adaptation.views import Bank, Draw
-from sam_gym.backbones.adapters import Adapter, Model, digest_of, embed
-from sam_gym.backbones.decode import MaskTokens, Prompts
+from sam_gym.backbones.adapters import Adapter, Model, embed
+from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
 from sam_gym.backbones.tuning import TUNINGS, bytes_of, trainable, tuned_weights
 from sam_gym.registry import Registry, unknown_name
 
@@ -194,8 +194,6 @@ class Strategy:
 
     def decode(self, batch: Batch) -> MaskTokens:
         """The tokens of a batch, by what is trained."""
-        from sam_gym.backbones.decode import decode_tokens
-
         return decode_tokens(self.sam, embed(self.sam, batch.raw, self.raw), batch.prompts)
 
     def loss(self, batch: Batch, masks: MaskLoss) -> Tensor | float:
@@ -222,7 +220,7 @@ class Strategy:
         learned = bank.stream.names if self.joint else bank.stream.names[: self.task + 1]
         return Adapter(
             backbone=bank.backbone.name,
-            identity=digest_of(self.setting.sam.state_dict()),
+            identity=bank.backbone.weights_digest,
             method=names[0],
             tune=self.setting.tune,
             domains=list(learned),

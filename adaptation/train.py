@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptation.options import ModelOptions, StreamOptions
-from adaptation.results import Run
+from adaptation.results import Run, folder_name
 from adaptation.strategy import STRATEGIES, Options
 from adaptation.trainer import TrainConfig, Trainer, check_tune
 from sam_gym import cli
@@ -74,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> Run:
     )
     run = trainer.fit(stream, options.method, tune, options.resume)
     if trainer.fabric.is_global_zero:
-        folder = out / f"{run.method}-{run.tune}-{run.seed}"
+        folder = out / folder_name(run.method, run.tune, run.seed)
         for prompt in run.scores:
             matrix = np.array(run.scores[prompt]["iou"]) / 100
             plot_matrix(folder / f"{prompt}.png", matrix, run.domains, f"{run.method}, {prompt}")

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import adaptation.strategies  # noqa: F401  (registers the methods)
 import sam_gym  # noqa: F401  (registers the environments)
 from adaptation.evaluation import check_prompt, narrow_share, score
-from adaptation.results import MEASURES, Run
+from adaptation.results import MEASURES, Run, folder_name
 from adaptation.steps import Learner, make_batch
 from adaptation.strategy import STRATEGIES, Options, Setting, Strategy
 from adaptation.views import Bank, Draw
@@ -326,15 +326,13 @@ class _Fit:
         everything = [(first + k, own, np.arange(len(own.frames))) for k, own in enumerate(views)]
         draw = Draw.from_views(rng, config.batch_size, everything)
         more = strategy.more(rng, config.batch_size)
-        prompt_seeds = rng.integers(2**63, size=2 * config.batch_size)
-        own = draw.part(fabric.global_rank, fabric.world_size)
+        rank, world = fabric.global_rank, fabric.world_size
+        # A row of seeds for the objects of the domain, and one for those beside them.
+        seeds = rng.integers(2**63, size=(2, world, config.batch_size // world))[:, rank]
+        own, used = draw.part(rank, world), seeds[0]
         if more is not None:
-            own += more.part(fabric.global_rank, fabric.world_size)
-        seeds = _part(prompt_seeds[: config.batch_size], fabric.global_rank, fabric.world_size)
-        if more is not None:
-            rest = prompt_seeds[config.batch_size :]
-            seeds = np.concatenate([seeds, _part(rest, fabric.global_rank, fabric.world_size)])
-        batch = make_batch(self.bank, own, strategy.raw, seeds)
+            own, used = own + more.part(rank, world), seeds.ravel()
+        batch = make_batch(self.bank, own, strategy.raw, used)
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate * falling(self.step / self.steps)
         loss, overlap = learner(lambda: batch)
@@ -408,7 +406,9 @@ class _Fit:
 
     def _folder(self) -> Path:
         assert self.trainer.out is not None
-        return self.trainer.out / f"{self.result.method}-{self.result.tune}-{self.config.seed}"
+        return self.trainer.out / folder_name(
+            self.result.method, self.result.tune, self.config.seed
+        )
 
     def _checkpoint_path(self) -> Path | None:
         return None if self.trainer.out is None else self._folder() / "checkpoint.pt"
@@ -477,8 +477,3 @@ class _Fit:
 def falling(progress: float) -> float:
     """The learning rate's share of its first value: 1 at first, a tenth in the end."""
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-
-
-def _part(array: np.ndarray, rank: int, world: int) -> np.ndarray:
-    size = len(array) // world
-    return array[rank * size : (rank + 1) * size]

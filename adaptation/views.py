@@ -129,10 +129,10 @@ class Bank:
         assert isinstance(objects, Objects)
         return objects
 
-    def images(self, domain: Domain, split: str) -> Sequence[np.ndarray]:
+    def images(self, domain: Domain, split: str) -> Sequence[np.ndarray] | np.ndarray:
         """The views of a domain, or the images of another split."""
         if split == "train":
-            return list(self.train(domain).frames)
+            return self.train(domain).frames
         return self.held_out(domain, split).images
 
     def raw(self, domain: Domain, split: str, kind: str) -> Tensor:

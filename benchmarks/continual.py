@@ -13,7 +13,7 @@ import tyro
 
 from adaptation.evaluation import score
 from adaptation.options import ModelOptions, StreamOptions
-from adaptation.results import Run
+from adaptation.results import Run, folder_name
 from adaptation.strategy import STRATEGIES, Options
 from adaptation.trainer import TrainConfig, Trainer, check_tune
 from adaptation.views import Bank
@@ -267,7 +267,8 @@ def _pictures(
     models = {"SAM as it was": Model(trainer.backbone.sam, "embedding")}
     assert trainer.out is not None
     for job in shown:
-        file = trainer.out / f"{job.method}-{job.tune}-{job.seed}" / "adapter.safetensors"
+        folder = trainer.out / folder_name(job.method, job.tune, job.seed)
+        file = folder / "adapter.safetensors"
         models[job.label] = Adapter.load(file).model(trainer.backbone.sam, str(file))
     rows: dict[str, list[np.ndarray]] = {}
     for domain in stream:
@@ -316,7 +317,7 @@ def _write(
     json_file = write_json(out / "results.json", summary)
     csv_file = write_csv(out / "methods.csv", list(_flat(summary)))
     cells = _cells(summary)
-    columns = ["method", *_titles(summary), "parameters", "KB a domain", "train s"]
+    columns = ["method", *_shown_columns(summary).values(), "parameters", "KB a domain", "train s"]
 
     quick = "" if config.full else "Quick setting: few seeds, short training. "
     page = report.Page(
@@ -383,10 +384,6 @@ def _same(run: Run, other: Run) -> bool:
     return run.domains == other.domains
 
 
-def _titles(summary: Mapping[str, Any]) -> list[str]:
-    return [title for key, title in _shown_columns(summary).items()]
-
-
 def _shown_columns(summary: Mapping[str, Any]) -> dict[str, str]:
     """The columns that say something of at least one method, with those of thin and compact."""
     methods = summary["methods"].values()
@@ -434,7 +431,7 @@ def _flat(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _headlines(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Last-IoU of the method that is best among those that learn one domain at a time."""
+    """Last-IoU of the bounds, of doing nothing against forgetting, and of MoDA."""
     methods = summary["methods"]
     cards = {}
     for name in ("zero_shot", "naive", "moda", "joint"):

@@ -319,8 +319,8 @@ class Adapter:
         if not self.chooser:
             return Model(experts[0], TUNINGS.get(self.tune).raw).eval()
         if self.chooser in PROMPT_POOLS.names():
-            width, count = sam.prompt_encoder.embed_dim, len(self.domains)
-            pool = PROMPT_POOLS.get(self.chooser)(width, self._tasks(count))
+            make = PROMPT_POOLS.get(self.chooser).of_size
+            pool = make(sam.prompt_encoder.embed_dim, self.weights)
             return PromptedModel(sam, _loaded(pool, self.weights, source).to(device)).eval()
         selector: TokenSelector | EmbeddingSelector
         if self.chooser == "tokens":
@@ -331,12 +331,6 @@ class Adapter:
             selector = EmbeddingSelector(sam.prompt_encoder.embed_dim, len(experts))
         selector = _loaded(selector, self.weights, source).to(device)
         return RoutedModel(sam, experts, selector, TUNINGS.get(self.tune).raw).eval()
-
-    def _tasks(self, count: int) -> int:
-        """For how many domains a pool was made; it may hold more than were learned so far."""
-        per_task = {"dualprompt": ("expert", 1), "coda": ("keys", 10), "l2p": ("keys", 5)}
-        name, each = per_task[self.chooser]
-        return max(count, len(self.weights[name]) // each)
 
 
 def digest_of(state: Mapping[str, Tensor], label: str = "") -> str:

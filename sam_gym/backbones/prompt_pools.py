@@ -6,6 +6,7 @@ The query of an image is its mean embedding under the frozen encoder, of length 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -31,7 +32,9 @@ class PromptPool(nn.Module, ABC):
         num_tasks: domains that the stream has in all.
     """
 
-    kind: ClassVar[str]
+    #: Rows of `keys` that each domain adds.
+    keys_per_task: ClassVar[int]
+    keys: Tensor
 
     def __init__(self, channels: int, num_tasks: int) -> None:
         super().__init__()
@@ -45,6 +48,11 @@ class PromptPool(nn.Module, ABC):
             queries: of `query_of`.
             task: the domain that is being learned; None: it is not known.
         """
+
+    @classmethod
+    def of_size(cls, channels: int, weights: Mapping[str, Tensor]) -> PromptPool:
+        """A pool that weights fit: it may be for more domains than were learned so far."""
+        return cls(channels, len(weights["keys"]) // cls.keys_per_task)
 
     def begin_task(self, task: int) -> None:
         """Make ready to learn a domain; nothing by default."""
@@ -62,7 +70,7 @@ class L2PPool(PromptPool):
     pool (the paper's diversified selection), which keeps one prompt from serving all domains.
     """
 
-    kind = "l2p"
+    keys_per_task = 5
 
     def __init__(
         self, channels: int, num_tasks: int, size: int = 40, length: int = 5, top_k: int = 5
@@ -90,7 +98,7 @@ class DualPromptPool(PromptPool):
     There they are put before keys and values of several layers; here both are decoder tokens.
     """
 
-    kind = "dualprompt"
+    keys_per_task = 1
 
     def __init__(self, channels: int, num_tasks: int, general: int = 5, expert: int = 20) -> None:
         super().__init__(channels, num_tasks)
@@ -125,7 +133,7 @@ class CodaPool(PromptPool):
     keeps components, keys and attention vectors of different components orthogonal.
     """
 
-    kind = "coda"
+    keys_per_task = 10
 
     def __init__(self, channels: int, num_tasks: int, per_task: int = 10, length: int = 8) -> None:
         super().__init__(channels, num_tasks)

@@ -62,7 +62,7 @@ class Backbone:
         self.model = Model(self.sam)
         self.adapter = adapter
         if adapter is not None:
-            adapter.check_fits(name, digest_of(self.sam.state_dict()))
+            adapter.check_fits(name, self.weights_digest)
             self.model = adapter.model(self.sam).to(device)
         self.image_size: int = sam.image_encoder.img_size
         grid = sam.prompt_encoder.image_embedding_size
@@ -87,6 +87,11 @@ class Backbone:
         adapted = f", adapted by {self.adapter.method}" if self.adapter is not None else ""
         device = str(self.device)
         return f"Backbone({self.name!r}, device={device!r}, dtype={self.dtype}{compiled}{adapted})"
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """Hex digest of the weights of the SAM, whatever its precision: tells adapters apart."""
+        return digest_of(self.sam.state_dict())
 
     @cached_property
     def identity(self) -> str:

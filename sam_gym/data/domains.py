@@ -14,8 +14,7 @@ import numpy as np
 from sam_gym.data import domains_field, domains_lab  # noqa: F401 (they fill the table)
 from sam_gym.data.domains_kinds import DOMAINS
 from sam_gym.data.sample import Sample
-from sam_gym.data.scenes import SPLITS
-from sam_gym.registry import unknown_name
+from sam_gym.data.scenes import SPLITS, check_procedural
 
 #: Objects below this share of the image's area are drawn but not annotated: compact, and thin.
 LEAST_AREA, LEAST_AREA_THIN = 0.003, 0.002
@@ -51,12 +50,7 @@ class ProceduralDomain:
         seed: int = 0,
     ) -> None:
         self._kind = DOMAINS.get(kind)
-        if split not in SPLITS:
-            raise unknown_name("split", split, SPLITS)
-        if length is not None and length < 1:
-            raise ValueError(f"length must be at least 1, got {length}.")
-        if not 64 <= size <= 1024:
-            raise ValueError(f"size must be from 64 to 1024 pixels, got {size}.")
+        check_procedural(split, length, size, largest=1024)
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}.")
         self.name = kind

@@ -187,6 +187,16 @@ class _Canvas:
         return np.clip(image, 0, 255).astype(np.uint8)
 
 
+def check_procedural(split: str, length: int | None, size: int, largest: int) -> None:
+    """Raise `ValueError` for a split, length or size that images out of a seed cannot have."""
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS)
+    if length is not None and length < 1:
+        raise ValueError(f"length must be at least 1, got {length}.")
+    if not 64 <= size <= largest:
+        raise ValueError(f"size must be from 64 to {largest} pixels, got {size}.")
+
+
 class Scenes:
     """Procedural images of named objects made of parts.
 
@@ -220,12 +230,7 @@ class Scenes:
         size: int = 256,
         material: Material = patterned,
     ) -> None:
-        if split not in SPLITS:
-            raise unknown_name("split", split, SPLITS)
-        if length is not None and length < 1:
-            raise ValueError(f"length must be at least 1, got {length}.")
-        if not 64 <= size <= TILE:
-            raise ValueError(f"size must be from 64 to {TILE} pixels, got {size}.")
+        check_procedural(split, length, size, largest=TILE)
         self.categories = select_categories(categories, Scenes.categories)
         self.split, self.length, self.size, self.material = split, length, size, material
 
