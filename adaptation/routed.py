@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from adaptation.strategy import Strategy
@@ -18,6 +19,8 @@ class Routed(Strategy):
 
     #: How adapter files name the selector.
     _chooser: ClassVar[str]
+    #: Precision of the experts that are kept.
+    _kept_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, setting: Any) -> None:
         super().__init__(setting)
@@ -41,7 +44,8 @@ class Routed(Strategy):
         self.sam = self._fresh()
 
     def after_task(self, task: int) -> None:
-        self._experts.append(tuned_weights(self.sam))
+        own = tuned_weights(self.sam)
+        self._experts.append({name: w.to(self._kept_dtype) for name, w in own.items()})
         self._selector = self._new_selector(task + 1).to(self.setting.bank.backbone.device)
         self._train_selector(self._selector, task + 1)
         self._selector.requires_grad_(False)

@@ -35,7 +35,8 @@ class TrainOptions:
     method: str = "naive"
     """Method: naive, joint, lwf, ewc, er, l2p, dualprompt, coda, moda, samcl, regcl."""
     tune: str | None = None
-    """What is tuned: decoder, hq, sam_adapter, lora, lora_decoder (default: the method's own)."""
+    """What is tuned: decoder, hq, hq_small, sam_adapter, lora, lora_decoder (default: the
+    method's own)."""
     out: str = "runs/adaptation"
     """Folder for everything that the run writes."""
     resume: bool = False

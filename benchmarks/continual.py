@@ -43,8 +43,8 @@ class Config:
     methods: tuple[str, ...] = ()
     """Methods to compare (default: those of the paper; with --full: all)."""
     tune: tuple[str, ...] = ("decoder",)
-    """What is tuned: decoder, hq, sam_adapter, lora, lora_decoder. Methods that do not go with it
-    (prompt pools, regcl, samcl) tune what they are made for."""
+    """What is tuned: decoder, hq, hq_small, sam_adapter, lora, lora_decoder. Methods that do not
+    go with it (prompt pools, regcl, samcl) tune what they are made for."""
     seeds: int = 1
     """Runs of each method: the first with the seed that is given, then those after it."""
     orders: tuple[str, ...] = ()

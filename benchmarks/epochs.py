@@ -34,7 +34,7 @@ class Config(BackboneOptions):
     """
 
     tune: tuple[str, ...] = ("decoder", "hq")
-    """What is tuned, by a frozen encoder: decoder, hq, lora_decoder."""
+    """What is tuned, by a frozen encoder: decoder, hq, hq_small, lora_decoder."""
     images: int = 16
     """How many training images there are."""
     views: int = 4

@@ -1,5 +1,6 @@
 """Models with seeded random weights, so that no test depends on how well `micro` was trained."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from torch import nn
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.loading import BACKBONES, MICRO_WEIGHTS
 from sam_gym.backbones.micro import build_micro
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores, and so do the processes that tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 def spread(sam: Sam) -> Sam:

@@ -23,13 +23,14 @@ class SAMCL(Routed):
 
     A tiny module for each domain, and a selector trained on pooled embeddings of training images,
     which are all that is kept of a past domain. The paper's module sits in the encoder and shares
-    a matrix over the layers; here it is a LoRA of the decoder, so that embeddings can be computed
-    once and the frozen encoder serves selector and experts in one pass.
+    a matrix over the layers; here it is a small HQ head or a LoRA of the decoder, in half
+    precision, so that the frozen encoder runs once and serves selector and experts in one pass.
     """
 
-    tunes: ClassVar[tuple[str, ...]] = ("lora", "lora_decoder")
-    default_tune: ClassVar[str] = "lora_decoder"
+    tunes: ClassVar[tuple[str, ...]] = ("hq_small", "hq", "lora", "lora_decoder")
+    default_tune: ClassVar[str] = "hq_small"
     _chooser: ClassVar[str] = "embeddings"
+    _kept_dtype: ClassVar[torch.dtype] = torch.float16
 
     def __init__(self, setting: Any) -> None:
         super().__init__(setting)

@@ -52,17 +52,20 @@ class HqMaskDecoder(MaskDecoder):
 
     Args:
         vit_dim: channels of the early features.
+        vit_rank: channels that they are reduced to first (None: they are not), for a small head.
         **kwargs: as of `MaskDecoder`.
     """
 
-    def __init__(self, *, vit_dim: int, **kwargs: Any) -> None:
+    def __init__(self, *, vit_dim: int, vit_rank: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         width = self.transformer_dim
         quarter, eighth = width // 4, width // 8
         self.hf_token = nn.Embedding(1, width)
         self.hf_mlp = MLP(width, width, eighth, 3)
+        reduce = [] if vit_rank is None else [nn.Conv2d(vit_dim, vit_rank, 1)]
         self.compress_vit_feat = nn.Sequential(
-            nn.ConvTranspose2d(vit_dim, width, 2, 2),
+            *reduce,
+            nn.ConvTranspose2d(vit_rank or vit_dim, width, 2, 2),
             LayerNorm2d(width),
             nn.GELU(),
             nn.ConvTranspose2d(width, eighth, 2, 2),

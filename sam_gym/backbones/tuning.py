@@ -19,6 +19,8 @@ from sam_gym.registry import Registry
 LORA_RANK, LORA_SCALE = 4, 2.0
 #: Hidden channels of an adapter in the encoder.
 ADAPTER_WIDTH = 32
+#: Channels that a small HQ head reduces early features to.
+HQ_RANK = 32
 
 _LORA = (".lora_A.default.weight", ".lora_B.default.weight")
 
@@ -66,21 +68,24 @@ def _decoder(sam: Sam) -> Sam:
     return own
 
 
-def _hq(sam: Sam) -> Sam:
+def _hq(sam: Sam, rank: int | None = None) -> Sam:
     own = _copy(sam, in_head)
     decoder = own.mask_decoder
     if not isinstance(decoder, HqMaskDecoder):
         own.image_encoder = with_early_features(own.image_encoder)
-        own.mask_decoder = _with_hq_head(decoder, early_channels(own.image_encoder))
+        own.mask_decoder = _with_hq_head(decoder, early_channels(own.image_encoder), rank)
+    elif rank is not None:
+        raise ValueError("tune='hq_small' makes a new head, but this SAM has one: take tune='hq'.")
     for name, weight in own.named_parameters():
         weight.requires_grad_(in_head(name))
     return own.eval()
 
 
-def _with_hq_head(decoder: Any, vit_dim: int) -> HqMaskDecoder:
+def _with_hq_head(decoder: Any, vit_dim: int, rank: int | None) -> HqMaskDecoder:
     """A mask decoder with an HQ head beside it, which at first adds nothing to a mask."""
     hq = HqMaskDecoder(
         vit_dim=vit_dim,
+        vit_rank=rank,
         transformer_dim=decoder.transformer_dim,
         transformer=decoder.transformer,
         num_multimask_outputs=decoder.num_multimask_outputs,
@@ -106,8 +111,8 @@ def with_early_features(encoder: Any) -> Any:
         return encoder
     if type(encoder) is not ImageEncoderViT:
         raise ValueError(
-            f"tune='hq' needs early features of the encoder, which {type(encoder).__name__} does "
-            "not give. Take micro or a ViT SAM, or another tune target."
+            "tune='hq' and 'hq_small' need early features of the encoder; "
+            f"{type(encoder).__name__} has none. Take micro or a ViT SAM, or another tune target."
         )
     own = copy.copy(encoder)
     own.__class__ = HqImageEncoder
@@ -191,6 +196,7 @@ _ENCODER_LINEARS = r"image_encoder\.blocks\.\d+\.attn\.qkv"
 
 TUNINGS.add("decoder", Tuning(_decoder, "embedding", 3e-4))
 TUNINGS.add("hq", Tuning(_hq, "early", 1e-3))
+TUNINGS.add("hq_small", Tuning(lambda sam: _hq(sam, HQ_RANK), "early", 1e-3))
 TUNINGS.add("sam_adapter", Tuning(_sam_adapter, "pixels", 3e-4))
 TUNINGS.add(
     "lora",
@@ -276,7 +282,7 @@ def _merged(sam: Sam, weights: Mapping[str, Tensor], source: str) -> Sam:
                 f"{(outer.shape[0], inner.shape[1])}, here it is {tuple(layer.weight.shape)}."
             )
         with torch.no_grad():
-            layer.weight += (outer @ inner).to(layer.weight)
+            layer.weight += (outer.float() @ inner.float()).to(layer.weight)
     return own
 
 

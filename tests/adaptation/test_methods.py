@@ -378,7 +378,8 @@ def test_every_expert_starts_from_the_sam_as_it_was(
     train(strategy, bank, 0, steps=2)
     strategy.after_task(0)
     strategy.before_task(1)
-    base = logits_of(bank.backbone, Model(bank.backbone.sam))
+    untrained = TUNINGS.get(strategy.setting.tune).prepare(bank.backbone.sam)
+    base = logits_of(bank.backbone, Model(untrained))
     fresh = logits_of(bank.backbone, Model(strategy.sam))
     torch.testing.assert_close(fresh, base, rtol=0, atol=1e-4 * float(base.std()))
     train(strategy, bank, 1, steps=2)
@@ -389,9 +390,10 @@ def test_every_expert_starts_from_the_sam_as_it_was(
     for name, value in first.items():
         assert torch.equal(strategy._experts[0][name], value)
     alone = logits_of(bank.backbone, Model(model.experts[1]))  # type: ignore[arg-type]
-    torch.testing.assert_close(
-        alone, logits_of(bank.backbone, Model(strategy.sam)), rtol=0, atol=1e-4 * float(base.std())
-    )
+    # SAMCL keeps its experts in half precision.
+    near = {"moda": 1e-4, "samcl": 1e-2}[method] * float(base.std())
+    expected = logits_of(bank.backbone, Model(strategy.sam))
+    torch.testing.assert_close(alone, expected, rtol=0, atol=near)
 
 
 @pytest.mark.parametrize("method", ["moda", "samcl"])
@@ -437,7 +439,7 @@ def test_a_state_gives_everything_back(bank: Bank) -> None:
         first.before_task(1)
         again = make(bank, method)
         again.set_state(copy.deepcopy(first.state()))
-        batch = batch_of(bank, 1)
+        batch = batch_of(bank, 1, raw=first.raw)
         losses = [
             Learner(strategy)(lambda batch=batch: batch)[0].detach() for strategy in (first, again)
         ]

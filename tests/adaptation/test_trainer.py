@@ -289,7 +289,8 @@ def test_mixed_precision(make_trainer: MakeTrainer, pair: Stream, method: str) -
 
 
 @pytest.mark.parametrize(
-    ("method", "tune"), [("naive", "decoder"), ("naive", "hq"), ("l2p", None), ("samcl", None)]
+    ("method", "tune"),
+    [("naive", "decoder"), ("naive", "hq"), ("l2p", None), ("samcl", "lora_decoder")],
 )
 def test_an_hq_sam_is_adapted_too(method: str, tune: str | None, tmp_path: Path) -> None:
     if method == "samcl":
@@ -345,7 +346,7 @@ def test_impossible_settings(make_trainer: MakeTrainer, wrong: Any, message: str
 def test_names_are_checked(make_trainer: MakeTrainer, pair: Stream) -> None:
     for method, tune, message in (
         ("nave", None, "Unknown method 'nave'. Did you mean 'naive'"),
-        ("naive", "decodr", "Unknown tune target 'decodr'. Did you mean 'decoder'.*hq, lora"),
+        ("naive", "decodr", "Unknown tune target 'decodr'. Did you mean 'decoder'.*hq_small, lora"),
         ("l2p", "decoder", "Method 'l2p' does not go with tune='decoder': it tunes prompts"),
         ("regcl", "hq", "'regcl' does not go with tune='hq': it tunes lora, lora_decoder"),
     ):

@@ -59,7 +59,7 @@ def test_at_first_the_masks_are_those_of_the_sam(
     pixels = pixels_of(backbone)
     expected = masks_of(backbone.sam, pixels)
     got = masks_of(TUNINGS.get(tune).prepare(backbone.sam), pixels)
-    if tune == "hq":  # one more token is looked at, though nothing is drawn from it
+    if tune.startswith("hq"):  # one more token is looked at, though nothing is drawn from it
         assert torch.corrcoef(torch.stack([expected.ravel(), got.ravel()]))[0, 1] > 0.95
     else:
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.std()))
@@ -89,7 +89,7 @@ def test_only_what_is_tuned_is_trainable(tiny: Backbone, tune: str) -> None:
     decoder = {f"mask_decoder.{name}" for name, _ in tiny.sam.mask_decoder.named_parameters()}
     if tune == "decoder":
         assert names == decoder
-    elif tune == "hq":
+    elif tune.startswith("hq"):
         assert names and not names & decoder and all(n.startswith("mask_decoder.") for n in names)
     elif tune == "sam_adapter":
         rest = {name.rpartition(".")[0] for name in names - decoder}
@@ -161,13 +161,22 @@ def test_an_hq_sam_tunes_its_own_head() -> None:
     move(own)
     got = masks_of(apply_tuned(backbone.sam, "hq", tuned_weights(own)), pixels)
     torch.testing.assert_close(got, masks_of(own, pixels))
+    with pytest.raises(ValueError, match="this SAM has one: take tune='hq'"):
+        TUNINGS.get("hq_small").prepare(backbone.sam)
+
+
+def test_a_small_hq_head_is_a_third_of_one(shipped: Backbone) -> None:
+    def size(tune: str) -> int:
+        return sum(w.numel() for w in trainable(TUNINGS.get(tune).prepare(shipped.sam)).values())
+
+    assert size("hq_small") < 0.36 * size("hq")
 
 
 def test_encoders_without_what_is_needed_are_refused(tiny: Backbone) -> None:
     other = copy.copy(tiny.sam)
     other._modules = dict(tiny.sam._modules)
     other.image_encoder = torch.nn.Conv2d(3, 32, 1)
-    with pytest.raises(ValueError, match="early features of the encoder, which Conv2d does not"):
+    with pytest.raises(ValueError, match="early features of the encoder; Conv2d has none"):
         TUNINGS.get("hq").prepare(other)
     with pytest.raises(ValueError, match="Conv2d has no transformer blocks"):
         TUNINGS.get("sam_adapter").prepare(other)
