@@ -39,10 +39,15 @@ def mask_costs(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     target, weight = targets[:, None].expand_as(logits), valid[:, None]
     count = weight.sum(dim=(2, 3)).clamp(min=1)
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight
-    probability = logits.sigmoid() * weight
-    overlap = (probability * target).sum(dim=(2, 3))
-    sizes = probability.sum(dim=(2, 3)) + (target * weight).sum(dim=(2, 3))
-    return entropy.sum(dim=(2, 3)) / count + 1 - (2 * overlap + 1) / (sizes + 1)
+    return entropy.sum(dim=(2, 3)) / count + dice_costs(logits, target, weight)
+
+
+def dice_costs(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """Dice loss over the last two axes of masks (..., hm, wm), targets and what counts."""
+    probability = logits.sigmoid() * valid
+    overlap = (probability * targets).sum(dim=(-2, -1))
+    sizes = probability.sum(dim=(-2, -1)) + (targets * valid).sum(dim=(-2, -1))
+    return 1 - (2 * overlap + 1) / (sizes + 1)
 
 
 def mask_loss(tokens: MaskTokens, targets: Tensor, valid: Tensor, ambiguous: Tensor) -> MaskLoss:
@@ -68,6 +73,34 @@ def mask_loss(tokens: MaskTokens, targets: Tensor, valid: Tensor, ambiguous: Ten
     iou_loss = off.sum(dim=1) / allowed.sum(dim=1)
     total = (costs[rows, chosen] + iou_loss).mean()
     return MaskLoss(total, logits[rows, chosen], chosen, ious[rows, chosen])
+
+
+def whole_object_loss(
+    tokens: MaskTokens, targets: Tensor, valid: Tensor, focal_weight: float = 20.0
+) -> MaskLoss:
+    """The loss of prompts that ask for whole objects (SAOM, arXiv 2403.10780).
+
+    Focal and Dice loss teach the one of the three masks that is trusted most, which is what answers
+    in everything mode. The predicted IoU of all three is taught, since it chooses.
+
+    Args:
+        tokens: P decoded prompts.
+        targets: float32 (P, hm, wm), in [0, 1].
+        valid: float32 (P, hm, wm), 1 where a pixel counts.
+        focal_weight: of the focal loss, against Dice; 20 in SAM's training.
+    """
+    from torchvision.ops import sigmoid_focal_loss
+
+    logits = tokens.draw(tokens.vectors[:, 1:]).float()
+    best = tokens.iou[:, 1:].argmax(dim=1)
+    rows = torch.arange(len(best), device=best.device)
+    chosen = logits[rows, best]
+    count = valid.sum(dim=(1, 2)).clamp(min=1)
+    focal = (sigmoid_focal_loss(chosen, targets) * valid).sum(dim=(1, 2)) / count
+    ious = low_res_iou(logits.detach(), targets[:, None], valid[:, None])
+    iou_loss = (tokens.iou[:, 1:].float() - ious).square().mean(dim=1)
+    total = (focal_weight * focal + dice_costs(chosen, targets, valid) + iou_loss).mean()
+    return MaskLoss(total, chosen, 1 + best, ious[rows, best])
 
 
 def low_res_iou(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sam_gym.data import DATASETS
 from sam_gym.data.coco import Coco
-from sam_gym.data.streams import Domain, Stream, make_stream
+from sam_gym.data.streams import STREAMS, Domain, Stream, dataset_stream, make_stream
 
 
 @dataclass
@@ -14,10 +15,12 @@ class StreamOptions:
     """Which domains, in which order."""
 
     stream: str | None = None
-    """Stream of domains: scenes-domains (procedural) or folders (default: folders if --data is
-    given, else scenes-domains)."""
+    """Stream of domains: scenes-domains (procedural), folders, or a dataset as one domain: rooms,
+    rooms-panoramas, scenes, coco, entities (default: folders if --data is given, else
+    scenes-domains)."""
     data: tuple[str, ...] = ()
-    """Folders of domains, each with images/, masks/ (or instances/) and splits.json."""
+    """Folders of domains, each with images/, masks/ (or instances/) and splits.json; or the folder
+    of a dataset that reads files."""
     domains: str | None = None
     """Comma-separated: the procedural domains to take (default: all)."""
     stream_seed: int = 0
@@ -28,6 +31,10 @@ class StreamOptions:
     def open(self, order: str | None = None) -> Stream:
         """The stream, in an order (see `Stream.ordered`)."""
         name = self.stream or ("folders" if self.data else "scenes-domains")
+        if name in DATASETS and name not in STREAMS.names():
+            if len(self.data) > 1:
+                raise ValueError(f"--stream {name} is one dataset: give one folder as --data.")
+            return dataset_stream(name, *self.data)
         options: dict[str, Any] = {"seed": self.stream_seed}
         if self.domains is not None:
             if name != "scenes-domains":

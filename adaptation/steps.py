@@ -7,20 +7,36 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor, nn
 
-from adaptation.losses import mask_loss
 from adaptation.prompting import training_prompts
 from adaptation.strategy import Batch, Strategy
-from adaptation.views import Bank, Draw, gathered
+from adaptation.views import Bank, Draw, Gathered, gathered
+from sam_gym.backbones.decode import Prompts
 
 
-def make_batch(bank: Bank, draw: Draw, kind: str, seeds: np.ndarray) -> Batch:
+def make_batch(
+    bank: Bank,
+    draw: Draw,
+    kind: str,
+    seeds: np.ndarray,
+    prompt: Callable[[Gathered, np.ndarray], tuple[Prompts, Tensor] | None] | None = None,
+) -> Batch:
     """The objects of a draw, each with a prompt that is drawn with a seed of its own.
 
     An object's prompt depends on its own seed alone, so that processes can share a batch.
+
+    Args:
+        bank: of the stream.
+        draw: which objects.
+        kind: of `raw_features`.
+        seeds: int64 (P,), of each prompt.
+        prompt: `Strategy.prompts`, or None: box, points or noisy mask.
     """
-    raw, rows, targets, valid, boxes = gathered(bank, draw, kind)
-    prompts, ambiguous = training_prompts(seeds, targets, boxes, rows, bank.backbone.image_size)
-    return Batch(raw, prompts, ambiguous, targets, valid)
+    own = gathered(bank, draw, kind)
+    drawn = None if prompt is None else prompt(own, seeds)
+    if drawn is None:
+        size = bank.backbone.image_size
+        drawn = training_prompts(seeds, own.targets, own.boxes, own.rows, size)
+    return Batch(own.raw, *drawn, own.targets, own.valid, own.categories)
 
 
 class Learner(nn.Module):
@@ -45,5 +61,5 @@ class Learner(nn.Module):
         """
         batch, strategy = made(), self._strategy[0]
         tokens = strategy.decode(batch)
-        masks = mask_loss(tokens, batch.targets, batch.valid, batch.ambiguous)
+        masks = strategy.masks(batch, tokens)
         return masks.total + strategy.loss(batch, masks), masks.ious.mean()

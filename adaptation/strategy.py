@@ -13,8 +13,8 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from adaptation.losses import MaskLoss
-from adaptation.views import Bank, Draw
+from adaptation.losses import MaskLoss, mask_loss
+from adaptation.views import Bank, Draw, Gathered
 from sam_gym.backbones.adapters import Adapter, Model, embed
 from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
 from sam_gym.backbones.tuning import TUNINGS, bytes_of, trainable, tuned_weights
@@ -34,6 +34,7 @@ class Batch:
         ambiguous: bool (P,), prompts that allow several answers.
         targets: float32 (P, hm, wm), in [0, 1].
         valid: float32 (P, hm, wm), 1 where a pixel counts.
+        categories: int64 (P,).
     """
 
     raw: Tensor
@@ -41,6 +42,7 @@ class Batch:
     ambiguous: Tensor
     targets: Tensor
     valid: Tensor
+    categories: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Options:
     """Optimizer steps of a selector after each domain (moda, samcl)."""
     buffer_embeddings: int = 32
     """Pooled embeddings of each domain that are kept (samcl)."""
+    class_weight: float = 0.5
+    """Weight of the class loss (saom_v1, saom_v2, panosam)."""
+    inside: float = 0.5
+    """Share of the prompts that lie anywhere inside their object; 0: all by nearest neighbour, as
+    in the paper (saom_v1, saom_v2, panosam)."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,9 @@ class Strategy:
         "module",
         "before_task",
         "more",
+        "prompts",
         "decode",
+        "masks",
         "loss",
         "after_step",
         "after_task",
@@ -192,9 +201,20 @@ class Strategy:
         """Objects beside the `count` objects of the domain, in the same step (replay)."""
         return None
 
+    def prompts(self, objects: Gathered, seeds: np.ndarray) -> tuple[Prompts, Tensor] | None:
+        """Prompts of P objects, and which of them are ambiguous, bool (P,).
+
+        None: box, points or noisy mask, as `adaptation.prompting.training_prompts` draws them.
+        """
+        return None
+
     def decode(self, batch: Batch) -> MaskTokens:
         """The tokens of a batch, by what is trained."""
         return decode_tokens(self.sam, embed(self.sam, batch.raw, self.raw), batch.prompts)
+
+    def masks(self, batch: Batch, tokens: MaskTokens) -> MaskLoss:
+        """What the decoded masks cost."""
+        return mask_loss(tokens, batch.targets, batch.valid, batch.ambiguous)
 
     def loss(self, batch: Batch, masks: MaskLoss) -> Tensor | float:
         """What is added to the loss of the masks."""

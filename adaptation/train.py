@@ -33,7 +33,8 @@ class TrainOptions:
     """Adapt a SAM to a stream of domains."""
 
     method: str = "naive"
-    """Method: naive, joint, lwf, ewc, er, l2p, dualprompt, coda, moda, samcl, regcl."""
+    """Method: naive, joint, lwf, ewc, er, l2p, dualprompt, coda, moda, samcl, regcl (domains);
+    saom_v1, saom_v2, panosam (whole objects, with --stream rooms or another dataset)."""
     tune: str | None = None
     """What is tuned: decoder, hq, hq_small, sam_adapter, lora, lora_decoder (default: the
     method's own)."""

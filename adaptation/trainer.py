@@ -17,16 +17,17 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import adaptation.strategies  # noqa: F401  (registers the methods)
-import sam_gym  # noqa: F401  (registers the environments)
 from adaptation.evaluation import check_prompt, narrow_share, score
 from adaptation.results import MEASURES, Run, folder_name
 from adaptation.steps import Learner, make_batch
 from adaptation.strategy import STRATEGIES, Options, Setting, Strategy
 from adaptation.views import Bank, Draw
+from sam_gym import ENVIRONMENTS
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.adapters import Model
 from sam_gym.backbones.tuning import TUNINGS
-from sam_gym.data.streams import STREAMS, Domain, Stream, make_stream
+from sam_gym.data import DATASETS
+from sam_gym.data.streams import STREAMS, Domain, Stream, dataset_stream, make_stream
 from sam_gym.files import write_json
 from sam_gym.loop import save_state
 from sam_gym.registry import unknown_name
@@ -84,25 +85,32 @@ class TrainConfig:
 def find_stream(where: str | Stream | gym.Env[Any, Any]) -> Stream:
     """The stream of an environment, of an environment id such as "SamContinual-v0", or by name.
 
+    A dataset, or an environment over a dataset, is a stream of one domain.
+
     Raises:
-        ValueError: the id or name is unknown, or the environment has no stream.
+        ValueError: the id or name is unknown, or the environment has no images of its own.
     """
     if isinstance(where, Stream):
         return where
     if isinstance(where, str):
         if where in STREAMS.names():
             return make_stream(where)
+        if where in DATASETS:
+            return dataset_stream(where)
         if where not in gym.registry:
-            raise unknown_name("stream", where, [*STREAMS.names(), "SamContinual-v0"])
+            raise unknown_name("stream", where, [*STREAMS.names(), *DATASETS, *ENVIRONMENTS])
         where = gym.make(where)
         try:
             return find_stream(where)
         finally:
             where.close()
     stream = getattr(where.unwrapped, "stream", None)
-    if not isinstance(stream, Stream):
-        raise ValueError(f"{where} has no stream of domains: take SamContinual-v0.")
-    return stream
+    if isinstance(stream, Stream):
+        return stream
+    config = getattr(getattr(where.unwrapped, "core", None), "config", None)
+    if not hasattr(config, "dataset"):
+        raise ValueError(f"{where} has neither a stream of domains nor a dataset.")
+    return dataset_stream(config.dataset, config.data, **config.dataset_kwargs)
 
 
 class Trainer:
@@ -332,7 +340,7 @@ class _Fit:
         own, used = draw.part(rank, world), seeds[0]
         if more is not None:
             own, used = own + more.part(rank, world), seeds.ravel()
-        batch = make_batch(self.bank, own, strategy.raw, used)
+        batch = make_batch(self.bank, own, strategy.raw, used, strategy.prompts)
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate * falling(self.step / self.steps)
         loss, overlap = learner(lambda: batch)

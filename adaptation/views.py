@@ -38,6 +38,7 @@ class Views:
         targets: uint8 (P, hm, wm), `low_res_target` of each object.
         valid: bool (V, hm, wm), low-res pixels of each view that count.
         boxes: float32 (P, 4), (x0, y0, x1, y1) in pixels of the frame.
+        categories: int64 (P,), the category of each object.
         objects: object numbers of each view.
     """
 
@@ -47,6 +48,7 @@ class Views:
     targets: np.ndarray
     valid: np.ndarray
     boxes: np.ndarray
+    categories: np.ndarray
     objects: tuple[np.ndarray, ...]
 
     @property
@@ -175,7 +177,7 @@ class Bank:
     def _train(self, domain: Domain) -> Views:
         size, shape = self.backbone.image_size, self.backbone.mask_shape
         frames: list[np.ndarray] = []
-        image, targets, valid, boxes, objects = [], [], [], [], []
+        image, targets, valid, boxes, categories, objects = [], [], [], [], [], []
         rows: list[int] = []
         for number, sample in enumerate(self._samples(domain.split("train"))):
             for view in range(self.views):
@@ -188,6 +190,7 @@ class Bank:
                 rows += [len(frames)] * len(kept)
                 targets += [low_res_target(masks[k], shape) for k in kept]
                 boxes += [box_of(masks[k]) for k in kept]
+                categories += [int(sample.categories[k]) for k in kept]
                 valid.append(_low(scored, shape) >= 128)
                 frames.append(frame)
                 image.append(number)
@@ -204,6 +207,7 @@ class Bank:
             np.stack(targets),
             np.stack(valid),
             np.stack(boxes),
+            np.array(categories),
             tuple(objects),
         )
 
@@ -349,14 +353,30 @@ class Draw:
         )
 
 
-def gathered(bank: Bank, draw: Draw, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Gathered:
     """What a batch needs of a bank.
 
-    Returns:
-        Raw features of the views that occur (B, ...), the view of each object int64 (P,), targets
-        float32 (P, hm, wm) in [0, 1], what counts float32 (P, hm, wm), boxes float32 (P, 4).
+    Attributes:
+        raw: raw features of the views that occur, (B, ...).
+        rows: int64 (P,), the view of each object.
+        targets: float32 (P, hm, wm), in [0, 1].
+        valid: float32 (P, hm, wm), 1 where a pixel counts.
+        boxes: float32 (P, 4), in pixels of the frame.
+        categories: int64 (P,).
     """
-    raw, rows, targets, valid, boxes, order = [], [], [], [], [], []
+
+    raw: Tensor
+    rows: Tensor
+    targets: Tensor
+    valid: Tensor
+    boxes: Tensor
+    categories: Tensor
+
+
+def gathered(bank: Bank, draw: Draw, kind: str) -> Gathered:
+    """The objects of a draw, with `raw_features` of a kind."""
+    raw, rows, targets, valid, boxes, categories, order = [], [], [], [], [], [], []
     first = 0
     for number in np.unique(draw.domains):
         domain = bank.stream[int(number)]
@@ -370,6 +390,7 @@ def gathered(bank: Bank, draw: Draw, kind: str) -> tuple[Tensor, Tensor, Tensor,
         targets.append(views.targets[objects])
         valid.append(views.valid[views.rows[objects]])
         boxes.append(views.boxes[objects])
+        categories.append(views.categories[objects])
         order.append(where)
     back = np.argsort(np.concatenate(order))
     device = bank.backbone.device
@@ -377,10 +398,11 @@ def gathered(bank: Bank, draw: Draw, kind: str) -> tuple[Tensor, Tensor, Tensor,
     def whole(parts: list[np.ndarray]) -> Tensor:
         return to_device(np.concatenate(parts)[back], device)
 
-    return (
+    return Gathered(
         torch.cat(raw),
         whole(rows),
         whole(targets).float() / 255.0,
         whole(valid).float(),
         whole(boxes),
+        whole(categories),
     )

@@ -12,5 +12,6 @@ from adaptation.strategies import (  # noqa: F401
     naive,
     regcl,
     samcl,
+    saom,
     zero_shot,
 )

@@ -1,7 +1,8 @@
 """Adapters: what was learned on top of a SAM, as a small file that `load_backbone` applies.
 
 A file holds the tuned weights of one or several *experts* (copies of the SAM that share what is
-frozen), and whatever chooses among them by the image: a selector, or a pool of prompts.
+frozen), and whatever chooses among them by the image: a selector, or a pool of prompts. It may hold
+a head that tells what a mask is of.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from sam_gym.backbones.tuning import (
 
 _KEY, _VERSION = "sam_gym_adapter", 1
 #: What of an `Adapter` is not tensors.
-_ABOUT = ("backbone", "identity", "method", "tune", "domains", "chooser")
+_ABOUT = ("backbone", "identity", "method", "tune", "domains", "chooser", "classes")
 
 
 class Model(nn.Module):
@@ -54,11 +55,27 @@ class Model(nn.Module):
         sam: the model; of one that chooses by the image, what it was adapted from.
         raw: what of an image the frozen SAM that it was adapted from can say beforehand: a kind of
             `raw_features`.
+        head: tells what a mask is of, or None.
     """
 
-    def __init__(self, sam: Sam, raw: str = "pixels") -> None:
+    def __init__(self, sam: Sam, raw: str = "pixels", head: ClassHead | None = None) -> None:
         super().__init__()
-        self.sam, self.raw = sam, raw
+        self.sam, self.raw, self.head = sam, raw, head
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of what `class_logits` tells apart; none without a head."""
+        return () if self.head is None else self.head.classes
+
+    def class_logits(self, tokens: MaskTokens) -> Tensor:
+        """What each mask of decoded prompts is of: logits (P, K, number of classes).
+
+        Raises:
+            ValueError: the model has no head.
+        """
+        if self.head is None:
+            raise ValueError("This model tells no classes: its adapter holds no class head.")
+        return self.head(tokens.tokens)
 
     @property
     def channels(self) -> int:
@@ -77,6 +94,26 @@ class Model(nn.Module):
     def decode(self, embeddings: Tensor, prompts: Prompts) -> MaskTokens:
         """See `decode_tokens`."""
         return decode_tokens(self.sam, embeddings, prompts)
+
+
+class ClassHead(nn.Module):
+    """Tells by its mask token what a mask is of (SAOM, arXiv 2403.10780).
+
+    Args:
+        channels: of a token.
+        classes: names.
+    """
+
+    def __init__(self, channels: int, classes: Sequence[str]) -> None:
+        super().__init__()
+        self.classes = tuple(classes)
+        self.layers = nn.Sequential(
+            nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, len(self.classes))
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (..., number of classes) of mask tokens (..., C)."""
+        return self.layers(tokens)
 
 
 class PromptedModel(Model):
@@ -228,6 +265,8 @@ class Adapter:
         chooser: "", or what chooses by the image: "tokens", "embeddings" (selectors), or a key of
             `PROMPT_POOLS`.
         weights: the state of the chooser.
+        classes: what the head tells apart, none without one.
+        head: the state of the `ClassHead`.
     """
 
     backbone: str
@@ -238,11 +277,14 @@ class Adapter:
     experts: list[dict[str, Tensor]] = field(default_factory=list)
     chooser: str = ""
     weights: dict[str, Tensor] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+    head: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def state(self) -> dict[str, Tensor]:
         """All tensors, as the file names them."""
         tensors = {f"chooser.{name}": value for name, value in self.weights.items()}
+        tensors |= {f"head.{name}": value for name, value in self.head.items()}
         for number, weights in enumerate(self.experts):
             tensors |= {f"expert{number}.{name}": value for name, value in weights.items()}
         return tensors
@@ -298,15 +340,15 @@ class Adapter:
                 f"{path}: not an adapter of this version (python -m adaptation.train writes them)."
             )
         experts: list[dict[str, Tensor]] = [{} for _ in range(about.pop("num_experts"))]
-        weights = {}
+        others: dict[str, dict[str, Tensor]] = {"chooser": {}, "head": {}}
         about.pop("version")
         for name, value in tensors.items():
             part, _, own = name.partition(".")
-            if part == "chooser":
-                weights[own] = value
+            if part in others:
+                others[part][own] = value
             else:
                 experts[int(part.removeprefix("expert"))][own] = value
-        return cls(**about, experts=experts, weights=weights)
+        return cls(**about, experts=experts, weights=others["chooser"], head=others["head"])
 
     def model(self, sam: Sam, source: str = "adapter") -> Model:
         """The adapted model; frozen, sharing with `sam` whatever was not tuned.
@@ -317,7 +359,11 @@ class Adapter:
         experts = [apply_tuned(sam, self.tune, weights, source) for weights in self.experts]
         device = next(sam.parameters()).device
         if not self.chooser:
-            return Model(experts[0], TUNINGS.get(self.tune).raw).eval()
+            head = None
+            if self.classes:
+                head = ClassHead(sam.prompt_encoder.embed_dim, self.classes)
+                head = _loaded(head, self.head, source).to(device)
+            return Model(experts[0], TUNINGS.get(self.tune).raw, head).eval()
         if self.chooser in PROMPT_POOLS.names():
             make = PROMPT_POOLS.get(self.chooser).of_size
             pool = make(sam.prompt_encoder.embed_dim, self.weights)

@@ -194,6 +194,8 @@ class MaskTokens:
         iou: (P, K), predicted IoU of each.
         grid: (h, w) of the embedding.
         refinement: (P, 4h, 4w), what an HQ decoder adds to every mask, or None.
+        tokens: (P, K, C), the mask tokens as the transformer leaves them, for those who ask what
+            a mask is of.
     """
 
     vectors: Tensor
@@ -201,12 +203,24 @@ class MaskTokens:
     iou: Tensor
     grid: tuple[int, int]
     refinement: Tensor | None = None
+    tokens: Tensor | None = None
 
     def draw(self, vectors: Tensor) -> Tensor:
         """Mask logits (P, M, 4h, 4w) of the chosen vectors (P, M, C / 8)."""
         masks = torch.einsum("pmc,pnkc->pmnk", vectors, self.features)
         logits = _unfold(masks, self.grid)
         return logits if self.refinement is None else logits + self.refinement[:, None]
+
+    def draw_pairs(self, rows: Tensor, which: Tensor) -> Tensor:
+        """Mask logits (N, 4h, 4w) of single masks.
+
+        Args:
+            rows: int64 (N,), the prompt of each.
+            which: int64 (N,), its mask token.
+        """
+        masks = torch.einsum("nc,nikc->nik", self.vectors[rows, which], self.features[rows])
+        logits = _unfold(masks[:, None], self.grid)[:, 0]
+        return logits if self.refinement is None else logits + self.refinement[rows]
 
     @classmethod
     def merged(cls, parts: Sequence[tuple[Tensor, MaskTokens]]) -> MaskTokens:
@@ -220,9 +234,12 @@ class MaskTokens:
             return scattered([(rows, getattr(part, name)) for rows, part in parts])
 
         first = parts[0][1]
-        refinement = None if first.refinement is None else together("refinement")
+        refinement, tokens = (
+            None if getattr(first, name) is None else together(name)
+            for name in ("refinement", "tokens")
+        )
         vectors, features, iou = map(together, ("vectors", "features", "iou"))
-        return cls(vectors, features, iou, first.grid, refinement)
+        return cls(vectors, features, iou, first.grid, refinement, tokens)
 
     def draw_best(self, multimask: Tensor) -> tuple[Tensor, Tensor]:
         """Mask logits (P, 4h, 4w) and predicted IoU (P,) of each row's `best_token`."""
@@ -274,9 +291,9 @@ def decode_tokens(
     image_pe = sam.prompt_encoder.get_dense_pe().to(image.dtype).flatten(2).transpose(1, 2)
     tokens, keys = _two_way(decoder.transformer, image, image_pe, tokens, present, rows)
 
-    vectors = torch.stack(
-        [mlp(tokens[:, 1 + k]) for k, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=1
-    )
+    own = tokens[:, 1 : 1 + decoder.num_mask_tokens]
+    mlps = enumerate(decoder.output_hypernetworks_mlps)
+    vectors = torch.stack([mlp(own[:, k]) for k, mlp in mlps], dim=1)
     iou = decoder.iou_prediction_head(tokens[:, 0])
     features = _upscale(decoder, keys)
     refinement = None
@@ -285,7 +302,7 @@ def decode_tokens(
         token = tokens[:, len(output) - 1]
         behind = F.pixel_shuffle(behind, 4)
         refinement = hq.refinement(token, upscaled, behind if rows is None else behind[rows])
-    return MaskTokens(vectors, features, iou, grid, refinement)
+    return MaskTokens(vectors, features, iou, grid, refinement, own)
 
 
 def best_token(iou: Tensor, multimask: Tensor) -> Tensor:

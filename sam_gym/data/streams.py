@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from sam_gym.data import make_dataset
 from sam_gym.data.domains import DOMAINS, ProceduralDomain
 from sam_gym.data.files import read_labels
 from sam_gym.data.folder import BACKGROUND, IGNORE, OBJECT, Folder
@@ -151,6 +152,27 @@ def make_stream(
             "Leave data out, or make stream 'folders'."
         )
     return factory(**kwargs).ordered(order)
+
+
+def dataset_stream(dataset: str, data: str | None = None, **kwargs: Any) -> Stream:
+    """One dataset as a stream of one domain, with whichever of its splits there are.
+
+    Args:
+        dataset: a key of `DATASETS`.
+        data: root folder, for datasets that read files.
+        **kwargs: more options of the dataset.
+
+    Raises:
+        ValueError: the name or an option is unknown, or the data does not validate.
+        FileNotFoundError: its training split is missing.
+    """
+    root = {} if data is None else {"root": data}
+    splits = {"train": make_dataset(dataset, "train", **root, **kwargs)}
+    for split in ("val", "test"):
+        # Some datasets come without a test split: asking for it is an error then, not having none.
+        with suppress(FileNotFoundError):
+            splits[split] = make_dataset(dataset, split, **root, **kwargs)
+    return Stream(dataset, (Domain(dataset, False, splits),))
 
 
 @STREAMS.register("scenes-domains")

@@ -116,7 +116,7 @@ def images_without_masks(root: Path) -> str:
         (["--tune", "decodr"], "Did you mean 'decoder'"),
         (["--method", "l2p", "--tune", "hq"], "does not go with tune='hq'"),
         (["--domains", "cels"], "Did you mean 'cells'"),
-        (["--stream", "folder"], "Did you mean 'folders'"),
+        (["--stream", "foldrs"], "Did you mean 'folders'"),
         (["--order", "cells"], "order lacks"),
         (["--data", "nowhere"], "nowhere: the folder does not exist"),
         (["--data", "x", "--domains", "cells"], "--domains chooses procedural domains"),

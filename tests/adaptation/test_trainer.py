@@ -319,8 +319,10 @@ def test_streams_are_found(stream: Stream, tiny_name: dict[str, Any]) -> None:
     found = find_stream(env)
     assert found.names == ("cells", "night") and found is env.unwrapped.stream  # type: ignore[attr-defined]
     assert len(find_stream("SamContinual-v0")) == len(find_stream("scenes-domains"))
-    with pytest.raises(ValueError, match="has no stream of domains: take SamContinual-v0"):
-        find_stream(gym.make("SamSeg-v0", **sam, dataset_kwargs={"length": 2, "size": 64}))
+    one = find_stream(gym.make("SamSeg-v0", **sam, dataset_kwargs={"length": 2, "size": 64}))
+    assert one.names == ("scenes",) and len(one[0].split("train")) == 2
+    with pytest.raises(ValueError, match="has neither a stream of domains nor a dataset"):
+        find_stream(gym.make("CartPole-v1"))
     with pytest.raises(ValueError, match="Unknown stream 'SamContinal-v0'. Did you mean 'SamC"):
         find_stream("SamContinal-v0")
 

@@ -182,17 +182,18 @@ def test_domains_are_drawn_evenly_and_only_allowed_views(bank: Bank) -> None:
 def test_what_is_gathered_belongs_to_the_objects(bank: Bank) -> None:
     draw = Draw(np.array([1, 0, 1, 0, 1]), np.array([3, 0, 0, 2, 3]))
     for kind in ("embedding", "pixels"):
-        raw, rows, targets, valid, boxes = gathered(bank, draw, kind)
-        assert len(raw) <= 5
+        got = gathered(bank, draw, kind)
+        assert len(got.raw) <= 5
         for k, (task, number) in enumerate(zip(draw.domains, draw.objects, strict=True)):
             domain = bank.stream[int(task)]
             views = bank.train(domain)
             view = views.rows[number]
             features = bank.raw(domain, "train", kind)[view]
-            torch.testing.assert_close(raw[rows[k]], features)
-            np.testing.assert_allclose(targets[k], views.targets[number] / 255, atol=1e-6)
-            np.testing.assert_array_equal(valid[k], views.valid[view])
-            np.testing.assert_array_equal(boxes[k], views.boxes[number])
+            torch.testing.assert_close(got.raw[got.rows[k]], features)
+            np.testing.assert_allclose(got.targets[k], views.targets[number] / 255, atol=1e-6)
+            np.testing.assert_array_equal(got.valid[k], views.valid[view])
+            np.testing.assert_array_equal(got.boxes[k], views.boxes[number])
+            assert got.categories[k] == views.categories[number]
 
 
 # Prompts ---------------------------------------------------------------------------------------

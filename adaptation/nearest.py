@@ -1,0 +1,115 @@
+"""Which point of a grid stands for an object: SAOM's nearest-neighbour assignment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Points of a grid for P objects.
+
+    Attributes:
+        points: float32 (P, 2), (x, y) in pixels of the frame.
+        vanished: bool (P,), objects that fill half of no cell of the embedding. They are described
+            by the cell that they fill most, not left out.
+    """
+
+    points: Tensor
+    vanished: Tensor
+
+
+def nearest_points(
+    embeddings: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    valid: Tensor,
+    grid: tuple[int, int],
+    image_size: int,
+) -> Assignment:
+    """The grid point whose cell of the embedding is most like each object.
+
+    An object is described by half the mean and half the maximum of the normalised embedding inside
+    of its mask; the cell of the greatest cosine similarity wins, and the grid point nearest to its
+    centre is the prompt (SAOM, arXiv 2403.10780). Cells, points and masks are in one frame.
+
+    Args:
+        embeddings: (B, C, h, w).
+        rows: int64 (P,), the image of each object.
+        targets: float32 (P, hm, wm), shares of low-res pixels.
+        valid: float32 (P, hm, wm), low-res pixels of the image; the grid covers their box.
+        grid: columns and rows.
+        image_size: side of the frame.
+    """
+    height, width = embeddings.shape[-2:]
+    cells = F.normalize(embeddings, dim=1).flatten(2)[rows]
+    share = F.adaptive_avg_pool2d(targets[:, None], (height, width)).flatten(2)
+    most = share.amax(dim=2, keepdim=True)
+    vanished = most[:, 0, 0] < 0.5
+    inside = share >= most.clamp(max=0.5)
+    mean = (cells * inside).sum(dim=2) / inside.sum(dim=2)
+    highest = cells.masked_fill(~inside, -torch.inf).amax(dim=2)
+    query = F.normalize(0.5 * mean + 0.5 * highest, dim=1)
+    shown = F.adaptive_max_pool2d(valid[:, None], (height, width)).flatten(1) > 0
+    alike = torch.einsum("pc,pcn->pn", query, cells).masked_fill(~shown, -torch.inf)
+    best = alike.argmax(dim=1)
+    side = image_size / width
+    centres = torch.stack([best % width, best // width], dim=1).float()
+    points = snapped((centres + 0.5) * side - 0.5, extents(valid, image_size), grid)
+    return Assignment(points, vanished)
+
+
+def points_inside(seeds: np.ndarray, targets: Tensor, image_size: int) -> Tensor:
+    """A point anywhere inside of each object: float32 (P, 2), each drawn with a seed of its own.
+
+    Args:
+        seeds: int64 (P,).
+        targets: float32 (P, hm, wm), shares of low-res pixels.
+        image_size: side of the frame.
+    """
+    host = targets.cpu().numpy()
+    side = image_size / host.shape[-1]
+    points = np.zeros((len(host), 2), np.float32)
+    for k, seed in enumerate(seeds):
+        rng = np.random.default_rng(seed)
+        pixel = rng.choice(np.flatnonzero(host[k] >= min(0.5, host[k].max())))
+        where = np.array([pixel % host.shape[-1], pixel // host.shape[-1]])
+        points[k] = (where + rng.random(2)) * side - 0.5
+    return torch.from_numpy(points).to(targets.device)
+
+
+def extents(valid: Tensor, image_size: int) -> Tensor:
+    """Boxes of what counts of P frames: float32 (P, 2, 2), first and last (x, y) in pixels.
+
+    Args:
+        valid: float32 (P, hm, wm).
+        image_size: side of the frame.
+    """
+    side = image_size / valid.shape[-1]
+    boxes = []
+    for axis in (1, 2):  # over rows: where columns begin and end
+        line = (valid.amax(dim=axis) > 0).int()
+        first = line.argmax(dim=1)
+        last = line.shape[1] - line.flip(1).argmax(dim=1)
+        boxes.append(torch.stack([first, last], dim=1).float() * side - 0.5)
+    return torch.stack(boxes, dim=2)
+
+
+def snapped(points: Tensor, boxes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The nearest points of grids that cover boxes: float32 (P, 2).
+
+    Args:
+        points: float32 (P, 2).
+        boxes: of `extents`.
+        grid: columns and rows; its points are the centres of its cells.
+    """
+    counts = torch.tensor(grid, dtype=torch.float32, device=points.device)
+    spacing = (boxes[:, 1] - boxes[:, 0]) / counts
+    number = ((points - boxes[:, 0]) / spacing).floor()
+    number = torch.minimum(number.clamp(min=0), counts - 1)
+    return boxes[:, 0] + (number + 0.5) * spacing

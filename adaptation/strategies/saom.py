@@ -1,0 +1,123 @@
+"""Whole objects from single points of a grid: SAOM and PanoSAM."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adaptation.losses import MaskLoss, whole_object_loss
+from adaptation.nearest import extents, nearest_points, points_inside, snapped
+from adaptation.strategy import STRATEGIES, Batch, Strategy, seeded
+from adaptation.views import Gathered
+from sam_gym.backbones.adapters import Adapter, ClassHead, Model, embed
+from sam_gym.backbones.decode import MaskTokens, Prompts
+from sam_gym.backbones.tuning import bytes_of, tuned_weights
+
+
+@STRATEGIES.register("saom_v1")
+class Saom(Strategy):
+    """SAOM (arXiv 2403.10780): fine-tunes SAM's everything mode to answer with whole objects.
+
+    The prompt of an object is the grid point that its nearest neighbour in the embedding says; the
+    mask that is trusted most learns the object by focal and Dice loss, its token the class, and the
+    predicted IoU of all masks is trained, for it chooses. Beyond the paper, a share of the prompts
+    (`Options.inside`) lies anywhere inside the object: in everything mode every point is asked.
+    """
+
+    #: Columns and rows of the grid.
+    _grid: ClassVar[tuple[int, int]] = (32, 32)
+
+    def __init__(self, setting: Any) -> None:
+        super().__init__(setting)
+        names = {domain.split("train").categories for domain in setting.bank.stream}
+        if len(names) > 1:
+            raise ValueError(
+                f"The domains have categories of their own, and {type(self).__name__} has one head "
+                "for all: train on domains with the same categories."
+            )
+        with seeded(setting.seed):
+            head = ClassHead(self.sam.prompt_encoder.embed_dim, *names)
+        self._head = head.to(setting.bank.backbone.device)
+
+    @property
+    def module(self) -> nn.Module:
+        return nn.ModuleDict({"sam": self.sam, "head": self._head})
+
+    def before_task(self, task: int) -> None:
+        super().before_task(task)
+        bank = self.setting.bank
+        views = bank.train(bank.stream[task])
+        share = F.adaptive_avg_pool2d(
+            torch.from_numpy(views.targets)[:, None].float() / 255.0,
+            bank.backbone.embedding_shape[1:],
+        )
+        vanished = int((share.amax(dim=(1, 2, 3)) < 0.5).sum())
+        if vanished:
+            warnings.warn(
+                f"{bank.stream[task].name}: {vanished} of {len(share)} objects fill half of no "
+                "cell of the embedding; the cell that they fill most stands for them.",
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def prompts(self, objects: Gathered, seeds: np.ndarray) -> tuple[Prompts, Tensor]:
+        size = self.setting.bank.backbone.image_size
+        width = self.sam.prompt_encoder.embed_dim
+        embeddings = objects.raw
+        if self.raw == "pixels":
+            embeddings = embed(self.sam, objects.raw, self.raw)
+        points = nearest_points(
+            embeddings[:, :width], objects.rows, objects.targets, objects.valid, self._grid, size
+        ).points
+        rngs = [np.random.default_rng([int(seed), 1]) for seed in seeds]
+        anywhere = [rng.random() < self.setting.options.inside for rng in rngs]
+        inside = points_inside(seeds, objects.targets, size)
+        inside = snapped(inside, extents(objects.valid, size), self._grid)
+        chosen = torch.tensor(anywhere, device=points.device)[:, None]
+        points = torch.where(chosen, inside, points)
+        labels = torch.ones((len(points), 1), dtype=torch.int64, device=points.device)
+        ambiguous = torch.ones(len(points), dtype=torch.bool, device=points.device)
+        return Prompts(points=points[:, None], labels=labels, rows=objects.rows), ambiguous
+
+    def masks(self, batch: Batch, tokens: MaskTokens) -> MaskLoss:
+        masks = whole_object_loss(tokens, batch.targets, batch.valid)
+        assert tokens.tokens is not None
+        rows = torch.arange(len(masks.chosen), device=masks.chosen.device)
+        logits = self._head(tokens.tokens[rows, masks.chosen])
+        cost = F.cross_entropy(logits.float(), batch.categories)
+        total = masks.total + self.setting.options.class_weight * cost
+        return MaskLoss(total, masks.logits, masks.chosen, masks.ious)
+
+    def model(self) -> Model:
+        head = copy.deepcopy(self._head).requires_grad_(False)
+        return Model(self.sam, self.raw, head).eval()
+
+    def adapter(self) -> Adapter:
+        return self._adapter(
+            experts=[tuned_weights(self.sam)],
+            classes=list(self._head.classes),
+            head={name: value.detach().cpu() for name, value in self._head.state_dict().items()},
+        )
+
+    def kept_bytes(self) -> int:
+        return super().kept_bytes() + bytes_of(self._head.state_dict().values())
+
+
+@STRATEGIES.register("saom_v2")
+class SaomV2(Saom):
+    """SAOM with a finer grid."""
+
+    _grid: ClassVar[tuple[int, int]] = (64, 64)
+
+
+@STRATEGIES.register("panosam")
+class PanoSam(Saom):
+    """SAOM for panoramas (PanoSAM), with the wide grid."""
+
+    _grid: ClassVar[tuple[int, int]] = (320, 64)

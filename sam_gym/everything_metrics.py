@@ -1,0 +1,172 @@
+"""How well masks that nobody asked for one by one cover the objects of an image.
+
+Masks and objects are COCO run-length codes (`pycocotools.mask.encode`), so that thousands of masks
+of a panorama fit into memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+#: A mask is a part if this share of it lies inside one object of which it covers less than that.
+PART_INSIDE, PART_COVERS = 0.8, 0.5
+
+#: COCO's compressed run-length code: {"size": [H, W], "counts": bytes}.
+Rle = dict[str, Any]
+
+
+def encoded(masks: np.ndarray) -> list[Rle]:
+    """Run-length codes of masks, bool (N, H, W)."""
+    from pycocotools import mask as coco_mask
+
+    if not len(masks):
+        return []
+    columns = np.asfortranarray(np.moveaxis(masks, 0, -1).astype(np.uint8))
+    return list(coco_mask.encode(columns))
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """What M masks and N objects of an image have in common, in pixels.
+
+    Attributes:
+        shared: float64 (M, N), area of each intersection.
+        masks: float64 (M,), areas.
+        objects: float64 (N,), areas.
+    """
+
+    shared: np.ndarray
+    masks: np.ndarray
+    objects: np.ndarray
+
+    @classmethod
+    def of(cls, masks: Sequence[Rle], objects: Sequence[Rle]) -> Overlaps:
+        """Of the masks and objects of one image."""
+        from pycocotools import mask as coco_mask
+
+        areas = [np.array([coco_mask.area(rle) for rle in side], float) for side in (masks, objects)]
+        if not len(masks) or not len(objects):
+            return cls(np.zeros((len(masks), len(objects))), *areas)
+        # Of a "crowd", pycocotools divides the intersection by the area of the mask alone.
+        shares = coco_mask.iou(list(masks), list(objects), [True] * len(objects))
+        return cls(np.asarray(shares) * areas[0][:, None], *areas)
+
+    @property
+    def iou(self) -> np.ndarray:
+        """IoU of each mask with each object: float64 (M, N)."""
+        union = self.masks[:, None] + self.objects[None] - self.shared
+        return self.shared / np.maximum(union, 1)
+
+    @property
+    def is_part(self) -> np.ndarray:
+        """Which masks are parts: bool (M,).
+
+        At least `PART_INSIDE` of a part lies in one object, and it covers less than `PART_COVERS`
+        of that object.
+        """
+        inside = self.shared / np.maximum(self.masks[:, None], 1)
+        covers = self.shared / np.maximum(self.objects[None], 1)
+        return ((inside >= PART_INSIDE) & (covers < PART_COVERS)).any(axis=1)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The mask of each of N objects, under the one-to-one matching of the greatest total IoU.
+
+    Attributes:
+        masks: int64 (N,), number of the mask; -1: none is left.
+        iou: float64 (N,), 0 without a mask.
+        accuracy: float64 (N,), share of the object that its mask covers (pixel accuracy).
+    """
+
+    masks: np.ndarray
+    iou: np.ndarray
+    accuracy: np.ndarray
+
+
+def match(overlaps: Overlaps) -> Matched:
+    """Match masks and objects one to one."""
+    from scipy.optimize import linear_sum_assignment
+
+    count = len(overlaps.objects)
+    chosen, iou, accuracy = np.full(count, -1), np.zeros(count), np.zeros(count)
+    ious = overlaps.iou
+    rows, columns = linear_sum_assignment(ious, maximize=True)
+    hit = ious[rows, columns] > 0
+    rows, columns = rows[hit], columns[hit]
+    chosen[columns] = rows
+    iou[columns] = ious[rows, columns]
+    accuracy[columns] = overlaps.shared[rows, columns] / overlaps.objects[columns]
+    return Matched(chosen, iou, accuracy)
+
+
+def mean_over_classes(values: np.ndarray, categories: np.ndarray) -> float:
+    """Mean over the classes that occur of the mean over their objects.
+
+    Args:
+        values: float (N,), one for each object.
+        categories: int (N,).
+    """
+    return float(np.mean([values[categories == k].mean() for k in np.unique(categories)]))
+
+
+def average_recall(
+    masks: Sequence[Sequence[Rle]],
+    scores: Sequence[np.ndarray],
+    objects: Sequence[Sequence[Rle]],
+    limits: Sequence[int] = (100, 1000),
+) -> list[float]:
+    """COCO's average recall over IoU 0.5 to 0.95, whatever the class, by COCOeval.
+
+    Args:
+        masks: of each image.
+        scores: float (M,) of each image; of more masks than a limit, the best count.
+        objects: of each image, at least one.
+        limits: masks that count per image, rising.
+
+    Returns:
+        For each limit, in [0, 1].
+    """
+    from pycocotools import mask as coco_mask
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def records(side: Sequence[Sequence[Rle]]) -> list[dict[str, Any]]:
+        return [
+            {"image_id": 1 + number, "category_id": 1, "segmentation": rle}
+            | {"area": float(coco_mask.area(rle)), "bbox": list(coco_mask.toBbox(rle))}
+            for number, own in enumerate(side)
+            for rle in own
+        ]
+
+    truths = [record | {"id": 1 + i, "iscrowd": 0} for i, record in enumerate(records(objects))]
+    found = records(masks)
+    if not found:
+        return [0.0] * len(limits)
+    for record, score in zip(found, np.concatenate(list(scores)), strict=True):
+        record["score"] = float(score)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {
+            "info": {},
+            "images": [
+                {"id": 1 + number, "height": own[0]["size"][0], "width": own[0]["size"][1]}
+                for number, own in enumerate(objects)
+            ],
+            "annotations": truths,
+            "categories": [{"id": 1, "name": "object"}],
+        }
+        truth.createIndex()
+        judge = COCOeval(truth, truth.loadRes(found), "segm")
+        judge.params.useCats = 0
+        judge.params.maxDets = list(limits)
+        judge.evaluate()
+        judge.accumulate()
+    recall = judge.eval["recall"]  # (IoU thresholds, classes, areas, limits)
+    return [float(recall[:, 0, 0, k].mean()) for k in range(len(limits))]
