@@ -14,9 +14,12 @@ __all__ = ["DATASETS", "Dataset", "Sample", "make_dataset"]
 #: Dataset name -> "module:factory". A factory takes `split` and its own keyword arguments.
 DATASETS: dict[str, str] = {
     "scenes": "sam_gym.data.scenes:Scenes",
+    "rooms": "sam_gym.data.rooms:Rooms",
+    "rooms-panoramas": "sam_gym.data.panoramas:RoomsPanoramas",
     "domain": "sam_gym.data.domains:ProceduralDomain",
     "coco": "sam_gym.data.coco:Coco",
     "folder": "sam_gym.data.folder:Folder",
+    "entities": "sam_gym.data.entities:Entities",
 }
 
 

@@ -1,0 +1,319 @@
+"""Whole objects with one mask file each, listed in a metadata file (EntitySeg, SAOM)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from sam_gym.data.files import OnError, Records, Reject, read_image, read_labels, resolve
+from sam_gym.data.sample import Sample
+from sam_gym.files import write_atomic
+from sam_gym.registry import unknown_name
+
+METADATA = "metadata.json"
+
+#: Split -> the list of the metadata file that holds it.
+_LISTS = {"train": "train_data", "val": "val_data", "test": "test_data"}
+
+
+class Entities:
+    """Images in `root/images`, one PNG per object in `root/masks`, and `root/metadata.json`.
+
+    That is the layout of the whole-object data of SAOM (arXiv 2403.10780) and EntitySeg. The
+    metadata holds "entity classes", which is a list of names, or an object of name -> index or of
+    index -> name; and the lists "train_data" and "val_data" of entries with "image_name",
+    "entity_masks" (one file name per object; pixels other than 0 are the object) and
+    "entity_indices" (the class of each). Names are looked up in `images` and `masks`, then in the
+    root. **Split "test" is "test_data" where the file has it, else "val_data".**
+
+    Everything is validated when the dataset is made, for which every mask is read once; the pixels
+    of images are read when they are asked for.
+
+    Args:
+        split: "train", "val" or "test".
+        root: folder of the dataset.
+        metadata: name of the metadata file in `root`.
+        images: folder of the images in `root`; names in the metadata cannot leave it.
+        masks: folder of the masks in `root`; names in the metadata cannot leave it.
+        on_error: what to do with an entry that does not validate: "raise", or "skip" to count it
+            in `skipped`, with one warning. Reading always raises.
+
+    Attributes:
+        name: the name of the root folder.
+        categories: the classes, in the order of their indices.
+        skipped: number of entries left out, by reason.
+
+    Raises:
+        FileNotFoundError: the root, the metadata file, an image or a mask is missing.
+        ValueError: the metadata is not of this form, an entry does not validate, the split is
+            unknown, or nothing is left.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        root: str,
+        metadata: str = METADATA,
+        images: str = "images",
+        masks: str = "masks",
+        on_error: OnError = "raise",
+    ) -> None:
+        if split not in _LISTS:
+            raise unknown_name("split", split, _LISTS)
+        if not os.path.isdir(root):
+            raise FileNotFoundError(f"{root}: the root folder does not exist. Check root=.")
+        self.name = os.path.basename(os.path.realpath(root))
+        path = os.path.join(root, metadata)
+        data = _load(path)
+        classes = _classes(path, data.get("entity classes"))
+        self.categories = tuple(classes[index] for index in sorted(classes))
+        self._category_of = {index: position for position, index in enumerate(sorted(classes))}
+
+        key, entries = _entries(path, data, split)
+        folders = [os.path.join(root, images), root], [os.path.join(root, masks), root]
+        records = Records(path, on_error)
+        #: Of each image, its name and path, the paths of its masks, and its categories.
+        self._entries: list[tuple[str, str, list[str], list[int]]] = []
+        seen: set[str] = set()
+        for number, entry in enumerate(entries):
+            with records.validate(_entry_name(key, number, entry)):
+                found = self._validate(entry, *folders)
+                if found[1] in seen:
+                    raise Reject("image is listed twice", f"got {found[0]!r}")
+                seen.add(found[1])
+                self._entries.append(found)
+        self.skipped: dict[str, int] = dict(records.skipped)
+        if not self._entries:
+            raise ValueError(
+                f"{path}: list {key!r} has no usable entry ({sum(self.skipped.values())} skipped). "
+                "Check the file, or pass another split=."
+            )
+        records.warn()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The image at `index` with its objects.
+
+        Raises:
+            IndexError: `index` is outside `range(len(self))`.
+            FileNotFoundError: a file has gone.
+            ValueError: a file is corrupt, or a mask is empty or of another size than the image.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: index {index} is outside 0..{len(self) - 1}")
+        name, image_path, mask_paths, categories = self._entries[index]
+        record = f"image {name!r} of {self.name}"
+        image = read_image(image_path, record)
+        masks = np.zeros((len(mask_paths), *image.shape[:2]), bool)
+        for mask, path in zip(masks, mask_paths, strict=True):
+            labels = read_labels(path, record)
+            if labels.shape != mask.shape or not labels.any():
+                raise ValueError(
+                    f"{path}: {record}: the mask is {_width_by_height(labels)} pixels with "
+                    f"{np.count_nonzero(labels)} of the object, the image is "
+                    f"{_width_by_height(image)}. Restore the original files."
+                )
+            mask[:] = labels > 0
+        return Sample(
+            image=image,
+            masks=masks,
+            categories=np.array(categories, np.int64),
+            source=f"{self.name}/{name}",
+        )
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
+        """Draw an image uniformly; the category is None: any in the image."""
+        return int(rng.integers(len(self))), None
+
+    def _validate(
+        self, entry: Any, images: list[str], masks: list[str]
+    ) -> tuple[str, str, list[str], list[int]]:
+        """Name and path of the image, paths of the masks, and categories of an entry."""
+        if not isinstance(entry, dict):
+            raise Reject("entry is not an object", f"got {type(entry).__name__!r}")
+        image = _find(images, entry.get("image_name"), "image")
+        names, indices = _list(entry, "entity_masks"), _list(entry, "entity_indices")
+        if len(names) != len(indices):
+            detail = f"{len(names)} masks, {len(indices)} indices"
+            raise Reject("numbers of masks and indices differ", detail)
+        if not names:
+            raise Reject("entry has no mask")
+        for index in indices:
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise Reject("index is not a whole number", f"got {index!r}")
+            if index not in self._category_of:
+                known = ", ".join(map(str, self._category_of))
+                raise Reject("index has no class", f"got {index}, classes have {known}")
+        paths = [_find(masks, name, "mask") for name in names]
+        for path in paths:
+            _check_mask(path, image)
+        return entry["image_name"], image, paths, [self._category_of[index] for index in indices]
+
+
+def write_entities(
+    root: str,
+    train: Iterable[Sample],
+    val: Iterable[Sample],
+    categories: Sequence[str],
+    test: Iterable[Sample] = (),
+) -> None:
+    """Write samples as a folder that `Entities` reads; `ignore` and `parts` are not written.
+
+    Args:
+        root: the folder, made if it is missing.
+        train, val, test: samples of the splits; without `test` there is no list "test_data".
+        categories: names that `Sample.categories` of all of them index.
+
+    Raises:
+        FileExistsError: the folder has a metadata file already.
+        ValueError: a sample has no mask, an empty one, or a category without a name.
+    """
+    path = os.path.join(root, METADATA)
+    if os.path.exists(path):
+        raise FileExistsError(f"{path}: there is a dataset already. Choose another folder.")
+    for folder in ("images", "masks"):
+        os.makedirs(os.path.join(root, folder), exist_ok=True)
+    data: dict[str, Any] = {"entity classes": list(categories)}
+    for split, samples in (("train", train), ("val", val), ("test", test)):
+        entries = [
+            _write(root, f"{split}_{number:06d}", sample, len(categories))
+            for number, sample in enumerate(samples)
+        ]
+        if entries or split != "test":
+            data[_LISTS[split]] = entries
+    # Last, so that a folder that is not complete is none.
+    write_atomic(Path(path), json.dumps(data, indent=1))
+
+
+def _write(root: str, stem: str, sample: Sample, classes: int) -> dict[str, Any]:
+    """Write the files of a sample; returns its entry."""
+    if not len(sample.masks) or not sample.masks.any(axis=(1, 2)).all():
+        raise ValueError(f"{sample.source}: the sample has no mask, or an empty one.")
+    if not ((sample.categories >= 0) & (sample.categories < classes)).all():
+        raise ValueError(
+            f"{sample.source}: categories {sample.categories.tolist()} are not all "
+            f"from 0 to {classes - 1}, the indices of categories=."
+        )
+    image = f"{stem}.png"
+    _save(os.path.join(root, "images", image), cv2.cvtColor(sample.image, cv2.COLOR_RGB2BGR))
+    masks = [f"{stem}_{number:03d}.png" for number in range(len(sample.masks))]
+    for name, mask in zip(masks, sample.masks, strict=True):
+        _save(os.path.join(root, "masks", name), mask * np.uint8(255))
+    return {
+        "image_name": image,
+        "entity_masks": masks,
+        "entity_indices": sample.categories.tolist(),
+    }
+
+
+def _save(path: str, pixels: np.ndarray) -> None:
+    if not cv2.imwrite(path, pixels):
+        raise OSError(f"{path}: the file cannot be written.")
+
+
+def _load(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: the metadata file does not exist. Check metadata=.")
+    try:
+        with open(path, encoding="utf-8") as file:
+            data: Any = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}). Fetch or export it again.") from error
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path}: expected an object with 'entity classes', 'train_data' and 'val_data', "
+            f"got {type(data).__name__!r}."
+        )
+    return data
+
+
+def _classes(path: str, table: Any) -> dict[int, str]:
+    """Names of the classes by index."""
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(table, list):
+        pairs = list(enumerate(table))
+    elif isinstance(table, dict):
+        by_name = all(isinstance(value, int) for value in table.values())
+        pairs = [(value, key) if by_name else (key, value) for key, value in table.items()]
+    classes: dict[int, str] = {}
+    for index, name in pairs:
+        if isinstance(index, str) and index.isascii() and index.isdigit():
+            index = int(index)
+        valid = isinstance(index, int) and not isinstance(index, bool) and index >= 0
+        if not valid or not isinstance(name, str) or not name:
+            raise ValueError(
+                f"{path}: 'entity classes' holds {index!r} for {name!r}; expected a list of names, "
+                "or an object of name -> index or index -> name, with indices from 0."
+            )
+        if index in classes or name in classes.values():
+            raise ValueError(f"{path}: 'entity classes' holds {name!r} or index {index} twice.")
+        classes[index] = name
+    if not classes:
+        raise ValueError(
+            f"{path}: 'entity classes' must be a list of names, or an object of name -> index or "
+            f"index -> name; got {table!r}."
+        )
+    return classes
+
+
+def _entries(path: str, data: dict[str, Any], split: str) -> tuple[str, list[Any]]:
+    """The list of a split, and its name in the file."""
+    key = _LISTS[split]
+    if split == "test" and key not in data:
+        key = _LISTS["val"]
+    if not isinstance(data.get(key), list):
+        raise ValueError(
+            f"{path}: no list {key!r} of entries for split {split!r} "
+            f"(got {type(data.get(key)).__name__!r}). Add it, or pass another split=."
+        )
+    return key, data[key]
+
+
+def _entry_name(key: str, number: int, entry: Any) -> str:
+    named = isinstance(entry, dict) and "image_name" in entry
+    return f"entry {number} of {key!r}" + (f", image {entry['image_name']!r}" if named else "")
+
+
+def _list(entry: dict[str, Any], key: str) -> list[Any]:
+    values = entry.get(key)
+    if not isinstance(values, list):
+        raise Reject(f"{key} is not a list", f"got {type(values).__name__!r}")
+    return values
+
+
+def _find(folders: Sequence[str], name: object, kind: str) -> str:
+    """The path of a file in the first of the folders that has it."""
+    paths = [resolve(folder, name) for folder in folders]
+    for path in paths:
+        if os.path.isfile(path):
+            return path
+    looked = " and ".join(paths)
+    raise Reject(f"{kind} file is missing", f"looked for {looked}", FileNotFoundError)
+
+
+def _check_mask(path: str, image: str) -> None:
+    try:
+        labels = read_labels(path, "mask")
+        with Image.open(image) as header:
+            size = header.size
+    except (ValueError, OSError) as error:
+        raise Reject("file is no image, or a mask is not grey", str(error)) from None
+    if labels.shape != size[::-1]:
+        detail = f"{image} is {size[0]} x {size[1]}, {path} is {_width_by_height(labels)}"
+        raise Reject("image and mask differ in size", detail)
+    if not labels.any():
+        raise Reject("mask is empty", path)
+
+
+def _width_by_height(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[1]} x {pixels.shape[0]}"
