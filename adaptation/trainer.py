@@ -45,7 +45,7 @@ class TrainConfig:
     """Objects of a step, over all processes."""
     learning_rate: float | None = None
     """Adam's learning rate, which falls to a tenth over a domain, along a cosine (default: by what
-    is tuned: decoder and sam_adapter 3e-4, hq and prompts 1e-3, LoRA 3e-3)."""
+    is tuned: decoder and sam_adapter 3e-4, hq and prompts 1e-3, hq_small 2e-3, LoRA 3e-3)."""
     views: int = 4
     """Views of each training image, the first as it is, the others flipped and scaled."""
     objects_per_image: int = 8
@@ -107,7 +107,7 @@ def find_stream(where: str | Stream | gym.Env[Any, Any]) -> Stream:
     stream = getattr(where.unwrapped, "stream", None)
     if isinstance(stream, Stream):
         return stream
-    config = getattr(getattr(where.unwrapped, "core", None), "config", None)
+    config: Any = getattr(getattr(where.unwrapped, "core", None), "config", None)
     if not hasattr(config, "dataset"):
         raise ValueError(f"{where} has neither a stream of domains nor a dataset.")
     return dataset_stream(config.dataset, config.data, **config.dataset_kwargs)

@@ -26,6 +26,8 @@ BENCHMARKS = {
     "agents": "benchmarks.agents",
     "continual": "benchmarks.continual",
     "epochs": "benchmarks.epochs",
+    "everything": "benchmarks.everything",
+    "generator": "benchmarks.generator",
     "interactive": "benchmarks.interactive",
     "pointing": "benchmarks.pointing",
     "throughput": "benchmarks.throughput",

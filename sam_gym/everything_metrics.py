@@ -106,6 +106,25 @@ def match(overlaps: Overlaps) -> Matched:
     return Matched(chosen, iou, accuracy)
 
 
+def panoptic_quality(overlaps: Sequence[Overlaps]) -> float:
+    """PQ (Kirillov et al. 2019) over images, whatever the class: quality and number of masks in one.
+
+    Sum of the IoU of matches above one half, over their number, half the masks without a match and
+    half the objects without one. A mask of which more than half lies in no object is not counted:
+    what is there is not annotated.
+    """
+    quality = matches = others = 0.0
+    for own in overlaps:
+        found = match(own)
+        hit = found.iou > 0.5
+        void = own.shared.sum(axis=1) < 0.5 * own.masks
+        void[found.masks[hit]] = False
+        quality += float(found.iou[hit].sum())
+        matches += int(hit.sum())
+        others += len(own.objects) + np.count_nonzero(~void) - 2 * int(hit.sum())
+    return quality / (matches + 0.5 * others) if matches else 0.0
+
+
 def mean_over_classes(values: np.ndarray, categories: np.ndarray) -> float:
     """Mean over the classes that occur of the mean over their objects.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,6 +21,7 @@ from torch import nn
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.loading import BACKBONES, MICRO_WEIGHTS
 from sam_gym.backbones.micro import build_micro
+from sam_gym.masks import Masks, to_counts
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores, and so do the processes that tests start.
@@ -160,7 +162,6 @@ def no_display(monkeypatch: pytest.MonkeyPatch) -> None:
 def two_photos(tmp_path: Path) -> Path:
     """Root of a `folder` dataset with a wide and a tall image, some pixels ignored."""
     import cv2
-    import numpy as np
 
     rng = np.random.default_rng(0)
     root = tmp_path / "photos"
@@ -174,3 +175,25 @@ def two_photos(tmp_path: Path) -> Path:
         cv2.imwrite(str(root / "images" / f"{stem}.png"), cv2.resize(coarse, (width, height)))
         cv2.imwrite(str(root / "masks" / f"{stem}.png"), mask)
     return root
+
+
+@pytest.fixture
+def make_masks() -> Callable[..., Masks]:
+    """Makes masks of boxes (x0, y0, x1, y1) in 32 x 32 pixels, each trusted less than the last."""
+
+    def make(*boxes: tuple[int, int, int, int]) -> Masks:
+        binary = np.zeros((len(boxes), 32, 32), bool)
+        for mask, (x0, y0, x1, y1) in zip(binary, boxes, strict=True):
+            mask[y0 : y1 + 1, x0 : x1 + 1] = True
+        return Masks(
+            size=(32, 32),
+            counts=[to_counts(mask) for mask in binary],
+            boxes=np.array(boxes, np.float32),
+            predicted_iou=np.linspace(0.9, 0.5, len(boxes), dtype=np.float32),
+            stability=np.ones(len(boxes), np.float32),
+            points=np.zeros((len(boxes), 2), np.float32),
+            crop_boxes=np.tile(np.array([0, 0, 32, 32], np.float32), (len(boxes), 1)),
+            probabilities=np.zeros((len(boxes), 0), np.float32),
+        )
+
+    return make

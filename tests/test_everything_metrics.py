@@ -10,6 +10,7 @@ from sam_gym.everything_metrics import (
     encoded,
     match,
     mean_over_classes,
+    panoptic_quality,
 )
 
 
@@ -89,3 +90,14 @@ def test_average_recall_counts_thresholds_and_limits() -> None:
     two = average_recall([one, []], [scores, np.zeros(0)], [both, both])
     assert two == pytest.approx([0.375, 0.375])
     assert average_recall([[]], [np.zeros(0)], [both]) == [0.0, 0.0]
+
+
+def test_panoptic_quality_by_hand() -> None:
+    objects = squares((0, 0, 10, 10), (10, 10, 10, 10), (0, 12, 4, 4))
+    # A match of 0.8; one of 0.4, which is too little; outside; two thirds outside.
+    masks = squares((0, 0, 10, 8), (10, 10, 10, 4), (0, 16, 4, 4), (0, 10, 4, 3))
+    overlaps = overlaps_of(masks, objects)
+    # Of the masks without a match, only the second counts: the others lie on nothing annotated.
+    assert panoptic_quality([overlaps]) == pytest.approx(0.8 / (1 + 0.5 * (1 + 2)))
+    assert panoptic_quality([overlaps, overlaps]) == panoptic_quality([overlaps])
+    assert panoptic_quality([overlaps_of(squares(), objects)]) == 0.0

@@ -20,7 +20,7 @@ LORA_RANK, LORA_SCALE = 4, 2.0
 #: Hidden channels of an adapter in the encoder.
 ADAPTER_WIDTH = 32
 #: Channels that a small HQ head reduces early features to.
-HQ_RANK = 32
+HQ_RANK = 64
 
 _LORA = (".lora_A.default.weight", ".lora_B.default.weight")
 
@@ -196,7 +196,7 @@ _ENCODER_LINEARS = r"image_encoder\.blocks\.\d+\.attn\.qkv"
 
 TUNINGS.add("decoder", Tuning(_decoder, "embedding", 3e-4))
 TUNINGS.add("hq", Tuning(_hq, "early", 1e-3))
-TUNINGS.add("hq_small", Tuning(lambda sam: _hq(sam, HQ_RANK), "early", 1e-3))
+TUNINGS.add("hq_small", Tuning(lambda sam: _hq(sam, HQ_RANK), "early", 2e-3))
 TUNINGS.add("sam_adapter", Tuning(_sam_adapter, "pixels", 3e-4))
 TUNINGS.add(
     "lora",

@@ -165,11 +165,11 @@ def test_an_hq_sam_tunes_its_own_head() -> None:
         TUNINGS.get("hq_small").prepare(backbone.sam)
 
 
-def test_a_small_hq_head_is_a_third_of_one(shipped: Backbone) -> None:
+def test_a_small_hq_head_is_less_than_half_of_one(shipped: Backbone) -> None:
     def size(tune: str) -> int:
         return sum(w.numel() for w in trainable(TUNINGS.get(tune).prepare(shipped.sam)).values())
 
-    assert size("hq_small") < 0.36 * size("hq")
+    assert size("hq_small") < 0.45 * size("hq")
 
 
 def test_encoders_without_what_is_needed_are_refused(tiny: Backbone) -> None:

@@ -1,0 +1,95 @@
+"""Whole objects out of SAM's own masks, without training: parts are merged, and left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+
+from sam_gym.everything_metrics import Overlaps
+from sam_gym.masks import Masks, to_counts
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """When masks belong together."""
+
+    similarity: float = 0.8
+    """Neighbours of at least this cosine similarity of their mean embedding are merged."""
+    reach: int = 3
+    """Masks that come as near to each other as this, in pixels, are neighbours."""
+    inside: float = 0.85
+    """A mask of which this share lies in a larger one is a part of it, and left out."""
+    largest: float = 0.5
+    """Masks of more than this share of the image take in no parts: they are background."""
+
+
+def merge_masks(masks: Masks, embedding: np.ndarray, options: MergeOptions | None = None) -> Masks:
+    """Merge neighbours that look alike, then leave out what lies in something larger.
+
+    A merged mask is trusted as much as the least of its parts. It joins those that it is made of,
+    which then count as parts.
+
+    Args:
+        masks: of one image, best first.
+        embedding: float32 (C, H, W), the image's features at its own size or coarser, of the image
+            without padding.
+        options: when masks belong together.
+    """
+    options = options or MergeOptions()
+    if not len(masks):
+        return masks
+    binary = masks.binary()
+    means = _mean_features(binary, embedding)
+    alike = means @ means.T >= options.similarity
+    kernel = np.ones((2 * options.reach + 1,) * 2, np.uint8)
+    grown = np.stack([cv2.dilate(mask.astype(np.uint8), kernel) for mask in binary])
+    flat = binary.reshape(len(binary), -1).astype(np.float32)
+    touches = grown.reshape(len(grown), -1).astype(np.float32) @ flat.T > 0
+    small = binary.mean(axis=(1, 2)) <= options.largest
+    joined = alike & touches & touches.T & small[:, None] & small[None]
+    groups = _components(joined)
+    merged = [members for members in groups if len(members) > 1]
+    if merged:
+        unions = masks.take(np.array([members[0] for members in merged]))
+        whole = [binary[members].any(axis=0) for members in merged]
+        trust = np.array([masks.predicted_iou[members].min() for members in merged], np.float32)
+        boxes = np.array([cv2.boundingRect(mask.astype(np.uint8)) for mask in whole], np.float32)
+        boxes[:, 2:] += boxes[:, :2] - 1
+        counts = [to_counts(mask) for mask in whole]
+        unions = replace(unions, counts=counts, boxes=boxes, predicted_iou=trust)
+        masks = Masks.joined([masks, unions])
+    return masks.take(_without_parts(masks, options))
+
+
+def _mean_features(binary: np.ndarray, embedding: np.ndarray) -> np.ndarray:
+    """Normalised mean features of masks bool (N, H, W): float32 (N, C)."""
+    height, width = embedding.shape[1:]
+    low = np.stack(
+        [
+            cv2.resize(m.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+            for m in binary
+        ]
+    ).reshape(len(binary), -1)
+    means = low @ embedding.reshape(len(embedding), -1).T
+    return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-6)
+
+
+def _components(joined: np.ndarray) -> list[np.ndarray]:
+    """Connected components of a relation bool (N, N): the members of each."""
+    from scipy.sparse.csgraph import connected_components
+
+    _, labels = connected_components(joined, directed=False)
+    return [np.flatnonzero(labels == k) for k in range(labels.max() + 1)]
+
+
+def _without_parts(masks: Masks, options: MergeOptions) -> np.ndarray:
+    """Index of masks that do not lie in another that is larger, in their order."""
+    own = masks.coco()
+    overlaps = Overlaps.of(own, own)
+    areas = overlaps.masks
+    inside = overlaps.shared / np.maximum(areas[:, None], 1) >= options.inside
+    whole = areas <= options.largest * masks.size[0] * masks.size[1]
+    larger = (areas[None] > areas[:, None]) & whole[None]
+    return np.flatnonzero(~(inside & larger).any(axis=1))

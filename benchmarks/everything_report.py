@@ -1,0 +1,136 @@
+"""What the benchmark of everything mode writes: tables, pictures, one page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import report
+from sam_gym.data import Sample
+from sam_gym.files import write_csv, write_json
+from sam_gym.render import draw_masks, save_image
+
+_COLUMNS = {
+    "miou": "mIoU",
+    "macc": "mAcc",
+    "pq": "PQ",
+    "ar100": "AR@100",
+    "ar1000": "AR@1000",
+    "found": "found",
+    "masks_per_object": "masks/object",
+    "part_share": "parts %",
+    "class_accuracy": "class",
+    "least_trust": "trust >",
+    "seconds_per_image": "s/image",
+    "released_miou": "mIoU, released",
+    "released_macc": "mAcc, released",
+}
+_BRIEF = ("model", "mIoU", "mAcc", "PQ", "AR@100", "masks/object", "parts %")
+
+
+def write_report(
+    results: dict[str, Any],
+    samples: Sequence[Sample],
+    shown: Mapping[str, Sequence[np.ndarray]],
+    out: Path,
+) -> None:
+    """Write results.json, models.csv, two pictures and report.html, and print a short table.
+
+    Args:
+        results: what results.json holds.
+        samples: images of the pictures.
+        shown: model -> masks bool (K, H, W) of each of them.
+        out: folder.
+    """
+    json_file = write_json(out / "results.json", results)
+    rows = [
+        {"split": split, "model": name} | {key: own.get(key) for key in _COLUMNS}
+        for split, models in {"test": results["models"], **results["transfer"]}.items()
+        for name, own in models.items()
+    ]
+    csv_file = write_csv(out / "models.csv", rows)
+    columns, rows_of = _table(results["models"])
+    grid = "x".join(map(str, results["grid"]))
+    page = report.Page(
+        "Everything mode: whole objects",
+        f"{results['dataset']}, {results['images']['test']} test images with "
+        f"{results['objects']['test']} objects; {grid} points on each, no truth in the prompts. "
+        "In points of 100; mean and standard deviation over runs.",
+    )
+    page.cards(_headlines(results["models"]))
+    page.table(columns, rows_of)
+    page.text(
+        "Masks are kept above the predicted IoU (trust) that gives each model the best panoptic "
+        "quality on val, and matched one to one with the objects; an object without a mask counts "
+        "0. mIoU and mAcc (share of the object that is covered) are means over classes. AR: COCO's "
+        "average recall of the 100 or 1000 masks that are trusted most, whatever the class. Parts: "
+        "masks that lie in one object and cover less than half of it. merged: the masks of the SAM "
+        "as it was, merged and filtered without training."
+    )
+    page.text(
+        "The columns marked released follow the released protocol, which is what published "
+        "figures mean: the prompts are derived from the truth, one for each object."
+    )
+    plot = _plot(results["curves"]["test"], out / "masks_per_object.png")
+    page.plot(plot, "mIoU against masks per object, for every least predicted IoU")
+    for split, models in results["transfer"].items():
+        page.heading(f"On photographs that no model was trained on ({split})")
+        page.table(*_table(models))
+    sheet = []
+    for number, sample in enumerate(samples):
+        frames = [draw_masks(sample.image, sample.masks, caption="objects", height=256)]
+        for name, masks in shown.items():
+            caption = f"{name}, {len(masks[number])} masks"
+            frames.append(draw_masks(sample.image, masks[number], caption=caption, height=256))
+        sheet.append(report.side_by_side(frames))
+        page.photograph(sheet[-1], "The objects, and the masks that each model keeps")
+    save_image(out / "masks.png", np.concatenate(sheet))
+    page.settings(results["settings"], [json_file, csv_file])
+    page_file = page.write(out / "report.html")
+    brief = [columns.index(name) for name in columns if name in _BRIEF]
+    report.print_table(
+        f"everything ({results['dataset']}, {grid} points), in points of 100",
+        [columns[k] for k in brief],
+        [[row[k] for k in brief] for row in rows_of],
+    )
+    print(f"Report: {page_file}")
+
+
+def _plot(curves: Mapping[str, Any], path: Path) -> Path:
+    """What each model finds, against how many masks it takes."""
+    figure, axes = report.new_plot()
+    colours = (report.MUTED, report.BLUE, report.ORANGE, report.INK)
+    for colour, (name, runs) in zip(colours, curves.items(), strict=False):
+        for number, curve in enumerate(runs):
+            x, y = ([point[key] for point in curve] for key in ("masks_per_object", "miou"))
+            axes.plot(x, y, "o-", color=colour, ms=4, label=None if number else name)
+    axes.set(xlabel="masks per object", ylabel="mIoU", xscale="log", ylim=(0, 100))
+    axes.legend(frameon=False)
+    return report.save_plot(path, figure)
+
+
+def _table(models: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    keys = [key for key in _COLUMNS if any(key in own for own in models.values())]
+    rows = [[name, *(_cell(own, key) for key in keys)] for name, own in models.items()]
+    return ["model", *(_COLUMNS[key] for key in keys)], rows
+
+
+def _cell(own: Mapping[str, Any], key: str) -> str:
+    if key not in own:
+        return ""
+    digits = 2 if key in ("masks_per_object", "least_trust", "seconds_per_image") else 1
+    deviation = own["std"][key]
+    return f"{own[key]:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "")
+
+
+def _headlines(models: Mapping[str, Any]) -> dict[str, str]:
+    cards = {f"mIoU, {name}": f"{own['miou']:.1f}" for name, own in models.items()}
+    untouched = models["untouched"]
+    for name, own in models.items():
+        if name not in ("untouched", "merged") and untouched["miou"]:
+            gain = 100 * (own["miou"] / untouched["miou"] - 1)
+            cards[f"mIoU gained by {name}"] = f"{gain:+.0f}%"
+    return cards

@@ -1,0 +1,46 @@
+"""Whole objects without training: what is merged, what is left out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from adaptation.merging import MergeOptions, merge_masks
+from sam_gym.masks import Masks
+
+MakeMasks = Callable[..., Masks]
+SIZE = 32
+
+
+def halves() -> np.ndarray:
+    """An embedding (2, 8, 8) that knows two kinds of places: left and right of the middle."""
+    embedding = np.zeros((2, 8, 8), np.float32)
+    embedding[0, :, :4] = 1.0
+    embedding[1, :, 4:] = 1.0
+    return embedding
+
+
+def test_neighbours_that_look_alike_become_one(make_masks: MakeMasks) -> None:
+    # Two boxes side by side on the left, one far from them, one on the right that touches.
+    masks = make_masks((0, 0, 7, 7), (8, 0, 15, 7), (0, 24, 7, 31), (16, 0, 23, 7))
+    merged = merge_masks(masks, halves())
+    boxes = merged.boxes.astype(int).tolist()
+    assert boxes == [[0, 24, 7, 31], [16, 0, 23, 7], [0, 0, 15, 7]]
+    # The whole is trusted as little as its less trusted part.
+    assert merged.predicted_iou[2] == masks.predicted_iou[1]
+    assert merged.mask(2).sum() == 16 * 8
+    assert len(masks) == 4
+
+
+def test_parts_of_something_larger_are_left_out(make_masks: MakeMasks) -> None:
+    masks = make_masks((0, 0, 7, 7), (0, 0, 15, 15), (0, 0, 31, 31))
+    far = MergeOptions(similarity=1.1)
+    # The largest covers all of the image: it is background, which has no parts.
+    kept = merge_masks(masks, halves(), far)
+    assert kept.boxes.astype(int).tolist() == [[0, 0, 15, 15], [0, 0, 31, 31]]
+    everything = merge_masks(masks, halves(), replace(far, largest=1.0))
+    assert everything.boxes.astype(int).tolist() == [[0, 0, 31, 31]]
+
+
+def test_nothing_stays_nothing() -> None:
+    assert len(merge_masks(Masks.none((SIZE, SIZE)), halves())) == 0
