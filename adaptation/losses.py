@@ -81,7 +81,7 @@ def whole_object_loss(
     """The loss of prompts that ask for whole objects (SAOM, arXiv 2403.10780).
 
     Focal and Dice loss teach the one of the three masks that is trusted most, which is what answers
-    in everything mode. The predicted IoU of all three is taught, since it chooses.
+    in everything mode; the focal loss weighs object and background alike. The predicted IoU of all three is taught, since it chooses.
 
     Args:
         tokens: P decoded prompts.
@@ -96,7 +96,7 @@ def whole_object_loss(
     rows = torch.arange(len(best), device=best.device)
     chosen = logits[rows, best]
     count = valid.sum(dim=(1, 2)).clamp(min=1)
-    focal = (sigmoid_focal_loss(chosen, targets) * valid).sum(dim=(1, 2)) / count
+    focal = (sigmoid_focal_loss(chosen, targets, alpha=-1.0) * valid).sum(dim=(1, 2)) / count
     ious = low_res_iou(logits.detach(), targets[:, None], valid[:, None])
     iou_loss = (tokens.iou[:, 1:].float() - ious).square().mean(dim=1)
     total = (focal_weight * focal + dice_costs(chosen, targets, valid) + iou_loss).mean()

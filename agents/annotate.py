@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +16,16 @@ from pycocotools import mask as rle
 from agents.evaluate import PolicyAgent
 from agents.policies import ImplicitPolicy
 from sam_gym import cli
+from sam_gym.backbones import Backbone
 from sam_gym.data import Sample
 from sam_gym.data.files import IMAGE_SUFFIXES, read_image
 from sam_gym.envs.core import ClickConfig, ClickCore, SlotTarget
 from sam_gym.files import plain, write_json
 from sam_gym.registry import unknown_name
 from sam_gym.render import draw_episode, save_image
+
+#: The option that asks for everything mode instead of an agent.
+EVERYTHING = "--everything"
 
 
 @dataclass
@@ -30,6 +35,9 @@ class Config:
     Every image is asked for every category. An annotation has the agent's mask (RLE), a `score`
     (what SAM takes the mask's IoU for) and the number of `clicks`. A run that was cut off goes on
     where it was when it is started again. Files that are no images are reported and skipped.
+
+    Without an agent, `--everything` finds the masks of all that is in the images; see
+    `python -m agents.annotate --everything --help`.
     """
 
     policy: str
@@ -270,6 +278,7 @@ class Ids:
     """
 
     def __init__(self, coco: str | None, files: Sequence[str], categories: Sequence[str]) -> None:
+        self.coco = coco
         self.images = {file: number for number, file in enumerate(files, start=1)}
         self.categories = {name: number for number, name in enumerate(categories, start=1)}
         if coco is None:
@@ -282,6 +291,20 @@ class Ids:
             if name not in names:
                 raise unknown_name(f"category of {coco}", name, names)
         self.categories = {name: names[name] for name in categories}
+
+    def known(self, files: Sequence[str], folder: str) -> tuple[list[str], list[str]]:
+        """Image files that have an id, and those that have none.
+
+        Raises:
+            ValueError: none has.
+        """
+        left_out = [file for file in files if file not in self.images]
+        if len(left_out) == len(files):
+            raise ValueError(
+                f"{self.coco} has none of the {len(left_out)} images of {folder} (the first is "
+                f"{left_out[0]!r}): its file_name must be a path relative to --images."
+            )
+        return [file for file in files if file in self.images], left_out
 
 
 def annotate(config: Config) -> dict[str, Any]:
@@ -299,13 +322,7 @@ def annotate(config: Config) -> dict[str, Any]:
         raise ValueError("--categories is empty: name what to look for, for example star,ring.")
     files = image_files(config.images)
     ids = Ids(config.coco, files, names)
-    left_out = [file for file in files if file not in ids.images]
-    files = [file for file in files if file in ids.images]
-    if not files:
-        raise ValueError(
-            f"{config.coco} has none of the {len(left_out)} images of {config.images} (the first "
-            f"is {left_out[0]!r}): its file_name must be a path relative to --images."
-        )
+    files, left_out = ids.known(files, config.images)
     agent = PolicyAgent.load(config.policy, config.device)
     annotator = Annotator(agent, names, config.num_envs, config.max_steps, config.keep_best)
 
@@ -323,7 +340,7 @@ def annotate(config: Config) -> dict[str, Any]:
     ]
     if progress.done:
         print(f"Going on: {len(progress.done)} of {len(progress.done) + len(jobs)} are done.")
-    reader = _Reader(config.images, annotator.core)
+    reader = Reader(config.images, annotator.core.backbone)
     for first in track(range(0, len(jobs), config.num_envs), "annotating"):
         chunk = reader.readable(jobs[first : first + config.num_envs])
         if not chunk:
@@ -341,10 +358,7 @@ def annotate(config: Config) -> dict[str, Any]:
     content = _as_coco(config, progress, ids, names, reader)
     write_json(out, content)
     progress.path.unlink(missing_ok=True)
-    for file in left_out:
-        print(f"skipped {file}: not in {config.coco}")
-    for file, reason in reader.broken.items():
-        print(f"skipped {file}: {reason}")
+    reader.report(left_out, config.coco)
     counts = f"{len(content['annotations'])} masks in {len(content['images'])} images"
     print(f"{counts}, {len(reader.broken)} files skipped: {out}")
     if overlays is not None:
@@ -352,11 +366,11 @@ def annotate(config: Config) -> dict[str, Any]:
     return content
 
 
-class _Reader:
+class Reader:
     """Reads images, each once for all of its categories, and remembers which could not be read."""
 
-    def __init__(self, folder: str, core: ClickCore) -> None:
-        self.folder, self.core = folder, core
+    def __init__(self, folder: str, backbone: Backbone) -> None:
+        self.folder, self.backbone = folder, backbone
         self.broken: dict[str, str] = {}
         self._last: tuple[str, np.ndarray] | None = None
 
@@ -368,7 +382,7 @@ class _Reader:
             return None
         try:
             image = read_image(str(Path(self.folder) / file), "image")
-            if not all(self.core.backbone.input_size(image.shape[:2])):
+            if not all(self.backbone.input_size(image.shape[:2])):
                 raise ValueError(
                     f"{image.shape[1]} x {image.shape[0]} pixels are too thin for SAM."
                 )
@@ -383,9 +397,16 @@ class _Reader:
         pairs = [(job, self.read(job.file)) for job in jobs]
         return [(job, image) for job, image in pairs if image is not None]
 
+    def report(self, left_out: Sequence[str], coco: str | None) -> None:
+        """Say which files were skipped: those that are not in the COCO file, and broken ones."""
+        for file in left_out:
+            print(f"skipped {file}: not in {coco}")
+        for file, reason in self.broken.items():
+            print(f"skipped {file}: {reason}")
+
 
 def _as_coco(
-    config: Config, progress: Progress, ids: Ids, names: Sequence[str], reader: _Reader
+    config: Config, progress: Progress, ids: Ids, names: Sequence[str], reader: Reader
 ) -> dict[str, Any]:
     images: dict[str, dict[str, Any]] = {}
     annotations: list[dict[str, Any]] = []
@@ -420,6 +441,11 @@ def _as_coco(
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """The command line."""
+    args = list(sys.argv[1:] if args is None else args)
+    if EVERYTHING in args:
+        from agents import annotate_everything
+
+        return annotate_everything.main([arg for arg in args if arg != EVERYTHING])
     return annotate(tyro.cli(Config, args=args))
 
 

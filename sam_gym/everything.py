@@ -24,7 +24,7 @@ from torchvision.ops import nms
 
 from sam_gym.backbones.decode import MaskTokens, Prompts
 from sam_gym.backbones.service import Backbone
-from sam_gym.masks import OUTPUTS, Masks, run_lengths, to_counts
+from sam_gym.masks import OUTPUTS, Collected, Masks, run_lengths, to_counts
 from sam_gym.registry import unknown_name
 from sam_gym.transfer import to_device, to_host
 
@@ -222,9 +222,7 @@ class MaskGenerator:
             [backbone.to_input_frame(view.points, view.pixels.shape[:2]) for view in views]
         )
         points = np.concatenate([view.points for view in views]).astype(np.float32)
-        found: list[list[Masks]] = [
-            [Masks.none(view.pixels.shape[:2], self.names)] for view in views
-        ]
+        found = [Collected(view.pixels.shape[:2], self.names) for view in views]
         for start in range(0, len(rows), self._points_per_batch):
             chunk = slice(start, start + self._points_per_batch)
             own, first = rows[chunk], rows[start]
@@ -237,12 +235,13 @@ class MaskGenerator:
                 tokens = backbone.model.decode(embeddings[first : own[-1] + 1], prompts)
             for number in range(first, own[-1] + 1):
                 part = slice(*np.searchsorted(own, [number, number + 1]).tolist())
-                found[number] += self._drawn(tokens, part, views[number], points[chunk])
+                for masks in self._drawn(tokens, part, views[number], points[chunk]):
+                    found[number].add(masks)
             if clicked is not None:
                 clicked(len(own))
         return [
-            self._of_view(view, Masks.joined(parts))
-            for view, parts in zip(views, found, strict=True)
+            self._of_view(view, collected.masks())
+            for view, collected in zip(views, found, strict=True)
         ]
 
     def _encode(self, views: Sequence[_View]) -> Tensor:

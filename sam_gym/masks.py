@@ -67,7 +67,7 @@ class Masks:
     def take(self, index: np.ndarray) -> Masks:
         """The masks of an index, int64 (K,)."""
         arrays: dict[str, Any] = {name: getattr(self, name)[index] for name in _ARRAYS}
-        return replace(self, counts=[self.counts[i] for i in index], **arrays)
+        return replace(self, counts=[self.counts[i].copy() for i in index], **arrays)
 
     @property
     def areas(self) -> np.ndarray:
@@ -166,6 +166,40 @@ class Masks:
 _ARRAYS = tuple(
     field.name for field in fields(Masks) if field.name not in ("size", "counts", "names")
 )
+
+
+class Collected:
+    """Masks of one image as they come, in a few buffers that grow.
+
+    Small arrays that outlive the large ones beside them keep the allocator from using that room
+    again, and memory would grow with every decoder call.
+    """
+
+    def __init__(self, size: tuple[int, int], names: Sequence[str] = ()) -> None:
+        self._none = Masks.none(size, names)
+        self._buffers = {name: bytearray() for name in (*_ARRAYS, "counts", "lengths")}
+
+    def add(self, masks: Masks) -> None:
+        """Take more masks in, behind the others."""
+        if not len(masks):
+            return
+        lengths = np.array([len(own) for own in masks.counts], np.int64)
+        arrays = {name: getattr(masks, name) for name in _ARRAYS}
+        arrays |= {"counts": np.concatenate(masks.counts), "lengths": lengths}
+        for name, array in arrays.items():
+            self._buffers[name] += array.tobytes()
+
+    def masks(self) -> Masks:
+        """All of them."""
+        lengths = np.frombuffer(self._buffers["lengths"], np.int64)
+        if not len(lengths):
+            return self._none
+        counts = np.split(np.frombuffer(self._buffers["counts"], np.int32), lengths.cumsum()[:-1])
+        arrays: dict[str, Any] = {}
+        for name in _ARRAYS:
+            shape = (len(lengths), *getattr(self._none, name).shape[1:])
+            arrays[name] = np.frombuffer(self._buffers[name], np.float32).reshape(shape)
+        return replace(self._none, counts=counts, **arrays)
 
 
 def _with_extent(box: np.ndarray) -> list[int]:

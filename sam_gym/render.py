@@ -58,6 +58,54 @@ def draw_episode(
     return np.concatenate([canvas, _caption(caption, size[0])]) if caption else canvas
 
 
+def draw_masks(
+    image: np.ndarray,
+    masks: np.ndarray,
+    points: Sequence[tuple[float, float]] = (),
+    *,
+    targets: np.ndarray | None = None,
+    caption: str = "",
+    height: int = 384,
+) -> np.ndarray:
+    """Draw many masks over an image, each in a colour of its own, and numbered points.
+
+    Args:
+        image: uint8 (H, W, 3), RGB.
+        masks: bool (K, H, W); smaller ones lie on top of larger ones.
+        points: (x, y) in pixels of the image, in order.
+        targets: bool (N, H, W), outlined in white, or None.
+        caption: one line below the picture; no line if empty.
+        height: of the drawn image in pixels; the width keeps the aspect ratio.
+
+    Returns:
+        uint8 (height [+ caption], W', 3), RGB.
+    """
+    canvas, size, scale = _enlarged(image, height)
+    canvas *= 0.62
+    original = canvas / 0.62
+    large = [_at_size(mask, size) for mask in masks]
+    order = sorted(range(len(large)), key=lambda number: -int(large[number].sum()))
+    for number in order:
+        inside, colour = large[number], np.array(distinct_colour(number), np.float32)
+        canvas[inside] = 0.5 * original[inside] + 0.5 * colour
+    canvas = canvas.clip(0, 255).astype(np.uint8)
+    for number in order:
+        _outline(canvas, large[number], distinct_colour(number), 2)
+    for target in () if targets is None else targets:
+        _outline(canvas, _at_size(target, size), TARGET_COLOUR, 1)
+    for number, (x, y) in enumerate(points, start=1):
+        _numbered(canvas, _at(x, y, scale), number)
+    return np.concatenate([canvas, _caption(caption, size[0])]) if caption else canvas
+
+
+def distinct_colour(number: int) -> tuple[int, int, int]:
+    """A bright RGB colour, far from those of the numbers before and after."""
+    hue = int(180 * ((0.58 + number * 0.618034) % 1.0))
+    pixel = np.array([[[hue, 210 if number % 2 else 150, 255]]], np.uint8)
+    red, green, blue = cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0].tolist()
+    return red, green, blue
+
+
 def draw_heat(
     image: np.ndarray,
     heat: np.ndarray,
@@ -128,6 +176,24 @@ def _mark(canvas: np.ndarray, center: tuple[int, int], positive: bool, newest: b
     cv2.line(canvas, (x - arm, y), (x + arm, y), (255, 255, 255), 2, cv2.LINE_AA)
     if positive:
         cv2.line(canvas, (x, y - arm), (x, y + arm), (255, 255, 255), 2, cv2.LINE_AA)
+
+
+def _numbered(canvas: np.ndarray, center: tuple[int, int], number: int) -> None:
+    """A dot with its number beside it, dark under light so that it shows on anything."""
+    x, y = center
+    cv2.circle(canvas, center, 4, (20, 20, 20), -1, cv2.LINE_AA)
+    cv2.circle(canvas, center, 3, (255, 255, 255), -1, cv2.LINE_AA)
+    for colour, width in (((20, 20, 20), 3), ((255, 255, 255), 1)):
+        cv2.putText(
+            canvas,
+            str(number),
+            (x + 5, y - 3),
+            cv2.FONT_HERSHEY_SIMPLEX,
+            0.36,
+            colour,
+            width,
+            cv2.LINE_AA,
+        )
 
 
 def _caption(text: str, width: int) -> np.ndarray:

@@ -98,8 +98,7 @@ def test_the_mask_that_is_trusted_most_is_taught() -> None:
     p = result.logits.detach().sigmoid()
     entropy = F.binary_cross_entropy(p, targets, reduction="none")
     right = p * targets + (1 - p) * (1 - targets)
-    alpha = 0.25 * targets + 0.75 * (1 - targets)
-    focal = (alpha * (1 - right) ** 2 * entropy * valid).sum((1, 2)) / valid.sum((1, 2))
+    focal = ((1 - right) ** 2 * entropy * valid).sum((1, 2)) / valid.sum((1, 2))
     dice = 1 - (2 * (p * targets * valid).sum((1, 2)) + 1) / (
         (p * valid).sum((1, 2)) + (targets * valid).sum((1, 2)) + 1
     )

@@ -7,18 +7,23 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from stable_baselines3 import PPO
 
 from agents import annotate as module
-from agents.annotate import Annotator, Config, Job, annotate
+from agents import annotate_everything
+from agents.annotate import Annotator, Config, Job, annotate, main
 from agents.evaluate import PolicyAgent
 from agents.policies import ImplicitPolicy
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
+from sam_gym.backbones import Backbone
+from sam_gym.backbones.adapters import ClassHead, Model
 from sam_gym.data import make_dataset
 from sam_gym.envs.click import make_config
+from sam_gym.everything import GeneratorOptions, MaskGenerator
 
 SCENES = 3
 
@@ -195,3 +200,88 @@ def test_wrong_inputs(policy: str, photos: Path, tmp_path: Path) -> None:
         annotate(config(policy, photos, categories=" , "))
     with pytest.raises(FileNotFoundError, match="no such policy"):
         annotate(config(str(tmp_path / "none.zip"), photos))
+
+
+# Everything mode -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def everything(photos: Path) -> list[str]:
+    """The command line of everything mode on the photos; broken and thin files are among them."""
+    out = photos.parent / "out" / "all.json"
+    options = ["--grid", "5", "4", "--pred-iou-thresh", "0.3", "--stability-score-thresh", "0.3"]
+    return ["--everything", "--images", str(photos), "--out", str(out), "--device", "cpu", *options]
+
+
+def test_everything_in_the_images(
+    shipped: Backbone, photos: Path, everything: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = main(everything)
+    printed = capsys.readouterr().out
+    assert "skipped broken.jpg" in printed and "2 files skipped" in printed
+    assert "skipped thin.png: 3000 x 1 pixels are too thin" in printed
+    out = photos.parent / "out"
+    assert json.loads((out / "all.json").read_text()) == content
+    assert [image["file_name"] for image in content["images"]] == ["a.png", "b.jpg", "more/c.png"]
+    assert content["categories"] == [{"id": 1, "name": "object"}]
+    options = GeneratorOptions((5, 4), pred_iou_thresh=0.3, stability_score_thresh=0.3)
+    image = cv2.imread(str(photos / "b.jpg"))[..., ::-1]
+    (masks,) = MaskGenerator(shipped, options).generate_masks([np.ascontiguousarray(image)])
+    number = next(i["id"] for i in content["images"] if i["file_name"] == "b.jpg")
+    found = [a for a in content["annotations"] if a["image_id"] == number]
+    assert len(found) == len(masks) > 1
+    for annotation, mask, score in zip(found, masks.binary(), masks.predicted_iou, strict=True):
+        np.testing.assert_array_equal(rle.decode(annotation["segmentation"]), mask)
+        assert annotation["area"] == mask.sum() and annotation["score"] == pytest.approx(score)
+        y, x = mask.nonzero()
+        box = [x.min(), y.min(), 1 + np.ptp(x), 1 + np.ptp(y)]
+        assert annotation["bbox"] == box and annotation["category_id"] == 1
+    pictures = sorted(path.name for path in (out / "all_overlays").iterdir())
+    assert pictures == ["a.png.jpg", "b.jpg.jpg", "more__c.png.jpg"]
+    truth = COCO(str(out / "all.json"))
+    assert len(truth.loadRes(content["annotations"]).anns) == len(content["annotations"])
+
+
+def test_everything_with_classes_and_the_ids_of_a_coco_file(
+    shipped: Backbone,
+    photos: Path,
+    everything: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = ClassHead(shipped.sam.prompt_encoder.embed_dim, ["star", "ring"])
+    classified = shipped.with_model(Model(shipped.sam, head=head))
+    monkeypatch.setattr(annotate_everything, "load_backbone", lambda *_, **__: classified)
+    path = photos.parent / "truth.json"
+    known = {
+        "images": [{"id": 77, "file_name": "a.png"}],
+        "categories": [{"id": 5, "name": "ring"}, {"id": 9, "name": "star"}],
+    }
+    path.write_text(json.dumps(known))
+    content = main([*everything, "--coco", str(path), "--overlays", "none"])
+    assert [image["id"] for image in content["images"]] == [77]
+    assert not (photos.parent / "out" / "all_overlays").exists()
+    assert {c["name"]: c["id"] for c in content["categories"]} == {"star": 9, "ring": 5}
+    assert len(content["annotations"]) > 1
+    for annotation in content["annotations"]:
+        assert annotation["category_id"] in (5, 9) and annotation["category_score"] >= 0.5
+
+
+def test_everything_with_wrong_inputs(everything: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pred_iou_thresh must be at most 1"):
+        main([*everything, "--pred-iou-thresh", "7"])
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        main([*everything, "--images", str(tmp_path / "nowhere")])
+
+
+def test_everything_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--everything", "--help"])
+    shown = capsys.readouterr().out
+    assert "agents.annotate --everything" in shown and "--output" not in shown
+    for name in ("--grid", "--pred-iou-thresh", "--min-mask-region-area", "--adapter"):
+        assert name in shown
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--everything --help" in capsys.readouterr().out

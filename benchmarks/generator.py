@@ -1,0 +1,300 @@
+"""`generator`: everything mode against segment_anything's mask generator."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as rle
+from segment_anything import SamAutomaticMaskGenerator
+
+from benchmarks import report
+from benchmarks.machine import peak_memory_mib
+from benchmarks.options import BackboneOptions, provenance, require_at_least
+from benchmarks.reference import check_comparable, plain_sam
+from sam_gym.backbones import Backbone
+from sam_gym.backbones.loading import BACKBONES, resolve_device, resolve_dtype
+from sam_gym.data import make_dataset
+from sam_gym.everything import GeneratorOptions, MaskGenerator, relative_grid
+from sam_gym.files import plain, write_csv, write_json
+from sam_gym.registry import unknown_name
+from sam_gym.transfer import synchronise
+
+#: Two masks of this IoU are one.
+_SAME = 0.99
+#: Share of the reference's masks that have to be found for times to be comparable.
+_LEAST_FOUND = 0.95
+_SIDES = ("ours", "reference")
+
+
+@dataclass
+class Config(BackboneOptions):
+    """Time everything mode, and segment_anything's SamAutomaticMaskGenerator with its settings.
+
+    Both see the same images with the same weights, one after the other, and their masks are
+    compared. The most memory that each holds is that of a process of its own with one image.
+    """
+
+    out: str = "runs/generator"
+    """Folder for results.json, grids.csv and report.html."""
+    grids: tuple[str, ...] = ("32x32", "64x64", "320x64")
+    """Point grids, COLUMNSxROWS, one or several."""
+    images: int = 4
+    """How many images, the first of the split."""
+    repeats: int = 1
+    """How often each image is timed; the median counts."""
+    dataset: str = "scenes"
+    """Procedural dataset of the images."""
+    split: str = "test"
+    """Split of the dataset that they are of."""
+    pred_iou_thresh: float = 0.6
+    """Lower than usual in everything mode, since micro trusts its masks less than SAM does."""
+    stability_score_thresh: float = 0.8
+    """The same for the stability of a mask."""
+    crop_n_layers: int = 0
+    """Layers of crops, as of everything mode."""
+    min_mask_region_area: int = 0
+    """Islands and holes of fewer pixels go, as of everything mode."""
+    memory: bool = True
+    """Measure the most memory of each side, in processes of their own."""
+    random_weights: bool = False
+    """A backbone with random weights, for which no checkpoint is needed: masks mean nothing."""
+
+    def validate(self) -> None:
+        """Raise `ValueError` for a value that cannot work."""
+        check_comparable(self.backbone)
+        require_at_least(1, images=self.images, repeats=self.repeats)
+        if not self.grids:
+            raise ValueError("--grids needs at least one grid, for example 32x32.")
+        for grid in self.grids:
+            self.generator_options(grid).validate()
+
+    def load(self) -> Backbone:
+        if not self.random_weights:
+            return super().load()
+        if self.backbone not in BACKBONES:
+            raise unknown_name("backbone", self.backbone, BACKBONES)
+        torch.manual_seed(self.seed)
+        device = resolve_device(self.device)
+        sam = BACKBONES[self.backbone]()
+        return Backbone(self.backbone, sam, device, resolve_dtype(self.dtype, device))
+
+    def generator_options(self, grid: str) -> GeneratorOptions:
+        """The settings of both sides with a grid, COLUMNSxROWS."""
+        numbers = grid.lower().split("x")
+        if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+            raise ValueError(
+                f"--grids: {grid!r} is no grid, write COLUMNSxROWS, for example 32x32."
+            )
+        columns, rows = map(int, numbers)
+        shared = {field.name for field in fields(GeneratorOptions)} & set(asdict(self))
+        own = {name: getattr(self, name) for name in shared}
+        return GeneratorOptions(grid=(columns, rows), output="coco_rle", **own)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run the benchmark and write its report.
+
+    Raises:
+        ValueError, FileNotFoundError: an option or the checkpoint is wrong.
+        RuntimeError: the sides do not find the same masks.
+    """
+    config.validate()
+    out = report.output_folder(config.out)
+    backbone = config.load()
+    images = _images(config)
+    steps = config.images * config.repeats + len(_SIDES) * config.memory
+    rows = []
+    with report.progress_bar() as bar:
+        task = bar.add_task("generating", total=steps * len(config.grids))
+        for grid in config.grids:
+            sides = {side: _generator(backbone, config, grid, side) for side in _SIDES}
+            row = {"grid": grid} | _compare(
+                sides, images, config.repeats, backbone.device, bar, task
+            )
+            for side in _SIDES if config.memory else ():
+                row[f"{side}_peak_mib"] = _peak_memory(config, grid, side)
+                bar.advance(task)
+            rows.append(row)
+    summary = {
+        "benchmark": "generator",
+        "rows": rows,
+        "speedup": {row["grid"]: round(row["ratio"], 3) for row in rows},
+        "memory_growth": _growth(rows) if config.memory else None,
+    } | provenance(config, backbone)
+    _write(summary, out)
+    for row in rows:
+        if row["found"] < _LEAST_FOUND and backbone.dtype == torch.float32:
+            raise RuntimeError(
+                f"The sides disagree on a grid of {row['grid']}, so their times cannot be "
+                f"compared: {row['found']:.1%} of the reference's masks are found."
+            )
+    return summary
+
+
+def _images(config: Config) -> list[np.ndarray]:
+    dataset = make_dataset(config.dataset, config.split, length=config.images)
+    return [dataset[index].image for index in range(config.images)]
+
+
+def _generator(
+    backbone: Backbone, config: Config, grid: str, side: str
+) -> Callable[[np.ndarray], list[dict[str, Any]]]:
+    """What a side does with an image."""
+    options = config.generator_options(grid)
+    if side == "ours":
+        return MaskGenerator(backbone, options).generate
+    settings = asdict(options)
+    for name in ("grid", "points_per_batch", "crop_n_points_downscale_factor"):
+        settings.pop(name)
+    layers = [relative_grid(*options.layer_grid(i)) for i in range(options.crop_n_layers + 1)]
+    return SamAutomaticMaskGenerator(
+        plain_sam(backbone),
+        points_per_side=None,
+        point_grids=layers,
+        output_mode=settings.pop("output"),
+        **settings,
+    ).generate
+
+
+def _compare(
+    sides: dict[str, Callable[[np.ndarray], list[dict[str, Any]]]],
+    images: Sequence[np.ndarray],
+    repeats: int,
+    device: torch.device,
+    bar: Any,
+    task: Any,
+) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    found, masks = [], dict.fromkeys(sides, 0)
+    for image in images:
+        records: dict[str, list[dict[str, Any]]] = {}
+        times: dict[str, list[float]] = {side: [] for side in sides}
+        # Turn by turn, so that a busy machine is busy for both.
+        for _ in range(repeats):
+            for side, generate in sides.items():
+                synchronise(device)
+                started = time.perf_counter()
+                records[side] = generate(image)
+                synchronise(device)
+                times[side].append(time.perf_counter() - started)
+            bar.advance(task)
+        for side in sides:
+            seconds[side].append(float(np.median(times[side])))
+            masks[side] += len(records[side])
+        found += _found(records["reference"], records["ours"])
+    ours, reference = (float(np.mean(seconds[side])) for side in _SIDES)
+    return {
+        "ours_seconds": ours,
+        "reference_seconds": reference,
+        "ratio": reference / ours,
+        "ours_masks": masks["ours"],
+        "reference_masks": masks["reference"],
+        "found": float(np.mean(found)) if found else 1.0,
+    }
+
+
+def _found(theirs: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> list[bool]:
+    """For each mask of the reference, whether ours has it too."""
+    if not theirs or not ours:
+        return [False] * len(theirs)
+    coded = ([record["segmentation"] for record in records] for records in (theirs, ours))
+    iou = rle.iou(*coded, [0] * len(ours))
+    return (np.asarray(iou).max(axis=1) >= _SAME).tolist()
+
+
+# Memory ----------------------------------------------------------------------------------------
+
+
+def _peak_memory(config: Config, grid: str, side: str) -> float | None:
+    """MiB that a process holds at most which works on one image (see `measure_memory`)."""
+    job = {"config": plain(asdict(replace(config, images=1))), "grid": grid, "side": side}
+    code = (
+        "import sys; from benchmarks.generator import measure_memory; measure_memory(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(job)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"Measuring the memory of {side} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_memory(job: str) -> None:
+    """In a process of its own: work on one image and print the most memory held, in MiB.
+
+    Args:
+        job: JSON of the config, the grid and the side.
+    """
+    content = json.loads(job)
+    settings = content["config"] | {"grids": tuple(content["config"]["grids"])}
+    config = Config(**settings)
+    backbone = config.load()
+    _generator(backbone, config, content["grid"], content["side"])(_images(config)[0])
+    print(json.dumps(_high_water_mib(backbone.device)))
+
+
+def _high_water_mib(device: torch.device) -> float | None:
+    status = Path("/proc/self/status")
+    if device.type == "cuda" or not status.exists():
+        return peak_memory_mib(device)
+    # What getrusage says may be of the process that started this one.
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def _growth(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Peak memory with the last grid, as a multiple of that with the first, by side."""
+    growth: dict[str, float | None] = {}
+    for side in _SIDES:
+        peaks = [row[f"{side}_peak_mib"] for row in rows]
+        growth[side] = None if None in peaks else round(peaks[-1] / peaks[0], 3)
+    return growth
+
+
+def _write(summary: dict[str, Any], out: Path) -> None:
+    rows, settings = summary["rows"], summary["settings"]
+    json_file = write_json(out / "results.json", summary)
+    csv_file = write_csv(out / "grids.csv", rows)
+    columns = ["grid", "s an image", "reference, s", "ratio", "masks", "reference", "found"]
+    cells = [
+        [
+            row["grid"],
+            f"{row['ours_seconds']:.2f}",
+            f"{row['reference_seconds']:.2f}",
+            f"{row['ratio']:.2f}x",
+            str(row["ours_masks"]),
+            str(row["reference_masks"]),
+            f"{row['found']:.1%}",
+        ]
+        for row in rows
+    ]
+    if settings["memory"]:
+        columns += ["peak, MiB", "reference, MiB"]
+        for row, cell in zip(rows, cells, strict=True):
+            peaks = (row[f"{side}_peak_mib"] for side in _SIDES)
+            cell += ["unknown" if peak is None else f"{peak:.0f}" for peak in peaks]
+    page = report.Page(
+        "Everything mode",
+        f"{summary['backbone']}: the masks of all that is in an image, by this package and by "
+        f"segment_anything's SamAutomaticMaskGenerator; {settings['images']} images, same weights "
+        "and settings.",
+    )
+    page.cards({f"times as fast, {row['grid']}": f"{row['ratio']:.2f}x" for row in rows})
+    page.table(columns, cells)
+    page.text(
+        f"found: share of the reference's masks that have one of ours with an IoU of {_SAME}. "
+        "peak: the most memory of a process that does this with one image."
+    )
+    page.settings(settings, [json_file, csv_file])
+    page_file = page.write(out / "report.html")
+    report.print_table(f"everything mode, {summary['backbone']}", columns, cells)
+    print(f"Report: {page_file}")
