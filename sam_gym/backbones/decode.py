@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from sam_gym.backbones.hq import HqMaskDecoder
 
+#: Keys that are so few, and queries that are not, are attended to in another way on a CPU.
+_FEW = 32
 #: Label of an entry of `Prompts.labels` that holds no point.
 NO_POINT = -2
 
@@ -106,11 +108,31 @@ def encode_masks(encoder: PromptEncoder, prompts: Prompts) -> Tensor:
 def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """segment_anything's attention of queries, keys and values that are projected already."""
 
+    if q.device.type == "cpu" and k.shape[1] < _FEW <= q.shape[1]:
+        return attention.out_proj(_attend_to_few(attention.num_heads, q, k, v, mask))
+
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(split(q), split(k), split(v), attn_mask=mask)
     return attention.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def _attend_to_few(heads: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of many queries (P, N, C) to few keys (P, T, C): two matrix products for all heads.
+
+    Fused kernels are slow on a CPU where heads are narrow and keys are few. Here the keys of a head
+    stand in a row of their own with zeros in the channels of the others.
+    """
+    channels, count = q.shape[2], k.shape[1]
+    own = torch.arange(channels, device=q.device) // (channels // heads)
+    own = (own == torch.arange(heads, device=q.device)[:, None]).to(q.dtype)[:, None]
+    keys = (k[:, None] * (own * (channels // heads) ** -0.5)).flatten(1, 2)
+    scores = torch.bmm(keys, q.transpose(1, 2)).unflatten(1, (heads, count))
+    if mask is not None:
+        scores = scores.masked_fill(~mask.transpose(-1, -2), -torch.inf)
+    weights = scores.softmax(dim=2).flatten(1, 2).transpose(1, 2)
+    return torch.bmm(weights, (v[:, None] * own).flatten(1, 2))
 
 
 def _project_image(layer: Any, keys: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
