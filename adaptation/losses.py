@@ -81,7 +81,8 @@ def whole_object_loss(
     """The loss of prompts that ask for whole objects (SAOM, arXiv 2403.10780).
 
     Focal and Dice loss teach the one of the three masks that is trusted most, which is what answers
-    in everything mode; the focal loss weighs object and background alike. The predicted IoU of all three is taught, since it chooses.
+    in everything mode; the focal loss weighs object and background alike. The predicted IoU of all
+    three is taught, since it chooses. Where there is nothing to segment, that is all: it is 0.
 
     Args:
         tokens: P decoded prompts.
@@ -99,7 +100,9 @@ def whole_object_loss(
     focal = (sigmoid_focal_loss(chosen, targets, alpha=-1.0) * valid).sum(dim=(1, 2)) / count
     ious = low_res_iou(logits.detach(), targets[:, None], valid[:, None])
     iou_loss = (tokens.iou[:, 1:].float() - ious).square().mean(dim=1)
-    total = (focal_weight * focal + dice_costs(chosen, targets, valid) + iou_loss).mean()
+    there = targets.amax(dim=(1, 2)) > 0
+    costs = (focal_weight * focal + dice_costs(chosen, targets, valid)) * there
+    total = costs.sum() / there.sum().clamp(min=1) + iou_loss.mean()
     return MaskLoss(total, chosen, 1 + best, ious[rows, best])
 
 

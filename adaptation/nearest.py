@@ -65,11 +65,11 @@ def nearest_points(
 
 
 def points_inside(seeds: np.ndarray, targets: Tensor, image_size: int) -> Tensor:
-    """A point anywhere inside of each object: float32 (P, 2), each drawn with a seed of its own.
+    """A point anywhere inside of each region: float32 (P, 2), each drawn with a seed of its own.
 
     Args:
         seeds: int64 (P,).
-        targets: float32 (P, hm, wm), shares of low-res pixels.
+        targets: float32 (P, hm, wm), shares of low-res pixels; of an empty region, any is drawn.
         image_size: side of the frame.
     """
     host = targets.cpu().numpy()

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from adaptation.prompting import training_prompts
 from adaptation.strategy import Batch, Strategy
 from adaptation.views import Bank, Draw, Gathered, gathered
-from sam_gym.backbones.decode import Prompts
 
 
 def make_batch(
@@ -18,7 +17,7 @@ def make_batch(
     draw: Draw,
     kind: str,
     seeds: np.ndarray,
-    prompt: Callable[[Gathered, np.ndarray], tuple[Prompts, Tensor] | None] | None = None,
+    make: Callable[[Gathered, np.ndarray], Batch | None] | None = None,
 ) -> Batch:
     """The objects of a draw, each with a prompt that is drawn with a seed of its own.
 
@@ -29,13 +28,14 @@ def make_batch(
         draw: which objects.
         kind: of `raw_features`.
         seeds: int64 (P,), of each prompt.
-        prompt: `Strategy.prompts`, or None: box, points or noisy mask.
+        make: `Strategy.batch`, or None: box, points or noisy mask.
     """
     own = gathered(bank, draw, kind)
-    drawn = None if prompt is None else prompt(own, seeds)
-    if drawn is None:
-        size = bank.backbone.image_size
-        drawn = training_prompts(seeds, own.targets, own.boxes, own.rows, size)
+    batch = None if make is None else make(own, seeds)
+    if batch is not None:
+        return batch
+    size = bank.backbone.image_size
+    drawn = training_prompts(seeds, own.targets, own.boxes, own.rows, size)
     return Batch(own.raw, *drawn, own.targets, own.valid, own.categories)
 
 

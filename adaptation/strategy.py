@@ -66,9 +66,12 @@ class Options:
     """Pooled embeddings of each domain that are kept (samcl)."""
     class_weight: float = 0.5
     """Weight of the class loss (saom_v1, saom_v2, panosam)."""
-    inside: float = 0.5
+    inside: float = 1.0
     """Share of the prompts that lie anywhere inside their object; 0: all by nearest neighbour, as
     in the paper (saom_v1, saom_v2, panosam)."""
+    background: float = 0.25
+    """Share of the prompts that lie on no object, where no mask is to be trusted; 0 if images have
+    objects that are not annotated (saom_v1, saom_v2, panosam)."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class Strategy:
         "module",
         "before_task",
         "more",
-        "prompts",
+        "batch",
         "decode",
         "masks",
         "loss",
@@ -201,8 +204,8 @@ class Strategy:
         """Objects beside the `count` objects of the domain, in the same step (replay)."""
         return None
 
-    def prompts(self, objects: Gathered, seeds: np.ndarray) -> tuple[Prompts, Tensor] | None:
-        """Prompts of P objects, and which of them are ambiguous, bool (P,).
+    def batch(self, objects: Gathered, seeds: np.ndarray) -> Batch | None:
+        """P objects with prompts, each drawn with a seed of its own, int64 (P,).
 
         None: box, points or noisy mask, as `adaptation.prompting.training_prompts` draws them.
         """

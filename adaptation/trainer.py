@@ -340,7 +340,7 @@ class _Fit:
         own, used = draw.part(rank, world), seeds[0]
         if more is not None:
             own, used = own + more.part(rank, world), seeds.ravel()
-        batch = make_batch(self.bank, own, strategy.raw, used, strategy.prompts)
+        batch = make_batch(self.bank, own, strategy.raw, used, strategy.batch)
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate * falling(self.step / self.steps)
         loss, overlap = learner(lambda: batch)

@@ -37,6 +37,7 @@ class Views:
         rows: int64 (P,), the view of each object.
         targets: uint8 (P, hm, wm), `low_res_target` of each object.
         valid: bool (V, hm, wm), low-res pixels of each view that count.
+        empty: bool (V, hm, wm), those of them that belong to no object, however small.
         boxes: float32 (P, 4), (x0, y0, x1, y1) in pixels of the frame.
         categories: int64 (P,), the category of each object.
         objects: object numbers of each view.
@@ -47,6 +48,7 @@ class Views:
     rows: np.ndarray
     targets: np.ndarray
     valid: np.ndarray
+    empty: np.ndarray
     boxes: np.ndarray
     categories: np.ndarray
     objects: tuple[np.ndarray, ...]
@@ -177,7 +179,8 @@ class Bank:
     def _train(self, domain: Domain) -> Views:
         size, shape = self.backbone.image_size, self.backbone.mask_shape
         frames: list[np.ndarray] = []
-        image, targets, valid, boxes, categories, objects = [], [], [], [], [], []
+        image, targets, valid, empty = [], [], [], []
+        boxes, categories, objects = [], [], []
         rows: list[int] = []
         for number, sample in enumerate(self._samples(domain.split("train"))):
             for view in range(self.views):
@@ -192,6 +195,7 @@ class Bank:
                 boxes += [box_of(masks[k]) for k in kept]
                 categories += [int(sample.categories[k]) for k in kept]
                 valid.append(_low(scored, shape) >= 128)
+                empty.append(valid[-1] & (_low(masks.any(axis=0), shape) == 0))
                 frames.append(frame)
                 image.append(number)
         if not frames:
@@ -206,6 +210,7 @@ class Bank:
             np.array(rows),
             np.stack(targets),
             np.stack(valid),
+            np.stack(empty),
             np.stack(boxes),
             np.array(categories),
             tuple(objects),
@@ -362,6 +367,7 @@ class Gathered:
         rows: int64 (P,), the view of each object.
         targets: float32 (P, hm, wm), in [0, 1].
         valid: float32 (P, hm, wm), 1 where a pixel counts.
+        empty: bool (P, hm, wm), where the view shows no object.
         boxes: float32 (P, 4), in pixels of the frame.
         categories: int64 (P,).
     """
@@ -370,13 +376,15 @@ class Gathered:
     rows: Tensor
     targets: Tensor
     valid: Tensor
+    empty: Tensor
     boxes: Tensor
     categories: Tensor
 
 
 def gathered(bank: Bank, draw: Draw, kind: str) -> Gathered:
     """The objects of a draw, with `raw_features` of a kind."""
-    raw, rows, targets, valid, boxes, categories, order = [], [], [], [], [], [], []
+    raw, rows, targets, valid, empty = [], [], [], [], []
+    boxes, categories, order = [], [], []
     first = 0
     for number in np.unique(draw.domains):
         domain = bank.stream[int(number)]
@@ -389,6 +397,7 @@ def gathered(bank: Bank, draw: Draw, kind: str) -> Gathered:
         first += len(seen)
         targets.append(views.targets[objects])
         valid.append(views.valid[views.rows[objects]])
+        empty.append(views.empty[views.rows[objects]])
         boxes.append(views.boxes[objects])
         categories.append(views.categories[objects])
         order.append(where)
@@ -403,6 +412,7 @@ def gathered(bank: Bank, draw: Draw, kind: str) -> Gathered:
         whole(rows),
         whole(targets).float() / 255.0,
         whole(valid).float(),
+        whole(empty),
         whole(boxes),
         whole(categories),
     )

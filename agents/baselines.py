@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,10 +15,14 @@ from sam_gym.registry import Registry
 
 
 class Agent(Protocol):
-    """Anything that chooses actions for all slots of a click environment at once."""
+    """Anything that chooses actions for all slots of an environment at once.
 
-    def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
-        """Actions int64 (num_slots,). Only agents that say "oracle" may look up ground truth."""
+    One that plays by other rules than those it is given has a method `rules`, which makes its
+    settings of the environment's.
+    """
+
+    def act(self, core: Any, observations: dict[str, np.ndarray]) -> np.ndarray:
+        """Actions int64 (num_slots, ...). Only those that say "oracle" may look up ground truth."""
         ...
 
 

@@ -16,27 +16,36 @@ from gymnasium.envs.registration import load_env_creator
 
 from sam_gym import ENVIRONMENTS
 from sam_gym.envs.core import ClickConfig, TaskConfig
+from sam_gym.envs.everything import EverythingConfig
+from sam_gym.envs.slots import SlotConfig
 from sam_gym.registry import unknown_name
 
 #: Configs in the package, by name, as `--config` takes them.
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
 
+#: Class of settings -> the policies that play such environments; the first one is the default.
+PLAYERS: dict[type[SlotConfig], tuple[str, ...]] = {
+    TaskConfig: ("implicit", "explicit"),
+    EverythingConfig: ("everything",),
+}
+
 
 @dataclass
 class Config:
-    """Train a click agent with PPO and compare it with baselines on held-out data.
+    """Train an agent with PPO and compare it with baselines on held-out data.
 
     Writes to `out`: policy.zip, results.json, learning_curve.png, episodes.gif, videos, TensorBoard
     logs, and checkpoints until it is done.
 
     --config NAME or FILE.yaml sets defaults, and may be repeated. Names: explicit, alignsam,
-    alignsam_explicit (agents); few_clicks, instance (environments).
+    alignsam_explicit, everything (agents); few_clicks, instance (environments).
     """
 
     env: str = "SamSeg-v0"
     """Environment id."""
     policy: str = "implicit"
-    """Policy name: implicit (knows a category by its number) or explicit (told in words)."""
+    """Policy name: implicit (knows a category by its number) or explicit (told in words); of
+    SamEverything: everything. The default is the first that plays --env."""
     know_category: bool = True
     """Let the policy know the categories of its training by number (implicit), or its words by
     themselves, beside their maps (explicit)."""
@@ -73,11 +82,11 @@ class Config:
     num_envs: int = 64
     """Environments side by side, over all processes."""
     train_images: int = 2048
-    """How many different scenes are trained on; each is encoded once (dataset scenes only)."""
+    """How many different scenes or rooms are trained on; each is encoded once."""
     categories: str | None = None
     """Comma-separated categories: the only things in scenes, the things to segment of coco."""
     held_out: str | None = None
-    """Split to report on (default: test for scenes and folder, val for coco)."""
+    """Split to report on (default: val for coco, test for all others)."""
     n_steps: int = 16
     """Steps per environment and rollout."""
     batch_size: int = 256
@@ -116,12 +125,12 @@ class Config:
     """Experiment that the run belongs to; made if there is none."""
     register_model: str | None = None
     """Name under which MLflow's model registry gets the finished policy."""
-    settings: Annotated[TaskConfig, tyro.conf.arg(name="")] = field(
+    settings: Annotated[SlotConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: ClickConfig(obs="handle")
     )
 
 
-def settings_class(env_id: str) -> type[TaskConfig]:
+def settings_class(env_id: str) -> type[SlotConfig]:
     """Class of the settings that a registered environment takes.
 
     Raises:
@@ -131,6 +140,26 @@ def settings_class(env_id: str) -> type[TaskConfig]:
         raise unknown_name("environment", env_id, ENVIRONMENTS)
     scalar, _ = ENVIRONMENTS[env_id]
     return cast(Any, load_env_creator(scalar)).config_class
+
+
+def players_of(kind: type[SlotConfig]) -> tuple[str, ...]:
+    """Names of the policies that play environments with such settings, the default first."""
+    return next(names for base, names in PLAYERS.items() if issubclass(kind, base))
+
+
+def check_plays(policy: str, env_id: str) -> None:
+    """Raise `ValueError` for a policy that is made for other environments.
+
+    Args:
+        policy: its name.
+        env_id: the environment that it is to play.
+    """
+    own = players_of(settings_class(env_id))
+    if policy not in own and any(policy in names for names in PLAYERS.values()):
+        raise ValueError(
+            f"The policy {policy!r} does not play {env_id}; what does: {', '.join(own)}. Leave "
+            "--policy out, or pass another --env."
+        )
 
 
 def env_of(args: Sequence[str]) -> str | None:
@@ -165,7 +194,8 @@ def read_config(args: Sequence[str] | None = None) -> Config:
     default = Config()
     envs = [str(content["env"]) for _, content in contents if "env" in content]
     env = env_of(rest) or (envs[-1] if envs else default.env)
-    default = replace(default, settings=settings_class(env)(obs="handle"))
+    kind = settings_class(env)
+    default = replace(default, settings=kind(obs="handle"), policy=players_of(kind)[0])
     for name, content in contents:
         default = _updated(default, content, name)
     return tyro.cli(Config, args=rest, default=default)

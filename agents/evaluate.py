@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
@@ -17,21 +17,48 @@ import numpy as np
 import torch
 import tyro
 
-from agents.baselines import BASELINES, Agent
+from agents import baselines, everything
+from agents.baselines import Agent
 from agents.config import env_of, settings_class
 from agents.hub import PREFIX, local_policy
-from agents.policies import ClickFeatures, ImplicitPolicy
+from agents.policies import SlotPolicy, StoredFeatures
 from agents.saved import SHIPPED, load_policy
 from agents.vec_env import make_vector_env, over_domains
 from sam_gym import cli
 from sam_gym.envs.continual import ContinualConfig
-from sam_gym.envs.core import ClickConfig, ClickCore, TaskConfig
+from sam_gym.envs.core import ClickConfig, TaskConfig
+from sam_gym.envs.everything import EverythingConfig
+from sam_gym.envs.slots import DatasetConfig, SlotConfig, SlotCore
 from sam_gym.files import write_csv, write_json
 from sam_gym.metrics import mean_and_ci95
-from sam_gym.registry import unknown_name
+from sam_gym.registry import Registry, unknown_name
 from sam_gym.render import save_gif, tile
 
-S = TypeVar("S", bound=TaskConfig)
+S = TypeVar("S", bound=SlotConfig)
+#: Steps of a film, about; an episode may have more.
+MAX_FRAMES = 32
+
+
+def baselines_of(settings: SlotConfig) -> Registry[Callable[[int], Agent]]:
+    """The baselines of environments with such settings; "random" and "oracle" are always there."""
+    if isinstance(settings, EverythingConfig):
+        return everything.BASELINES
+    return baselines.BASELINES
+
+
+def rules_of(agent: Agent, settings: S) -> S:
+    """The settings under which an agent plays: those given, but for agents with own rules."""
+    rules = getattr(agent, "rules", None)
+    return settings if rules is None else rules(settings)
+
+
+def scored_at(settings: S, score: str) -> S:
+    """Settings with the IoU computed on the low-res mask or at full size, if there is a choice."""
+    return (
+        cast(S, replace(settings, score=cast(Any, score)))
+        if isinstance(settings, TaskConfig)
+        else settings
+    )
 
 
 @dataclass(frozen=True)
@@ -41,30 +68,35 @@ class Evaluation:
     Attributes:
         ious: float64 (episodes,), final IoU of each.
         rewards: float64 (episodes,), summed reward of each.
-        clicks: int64 (episodes,), clicks used.
         sources: where each episode's image came from.
-        targets: name of each episode's target.
+        counts: by name, what the environment reports of each (`SlotCore.reported`): clicks, ...
+        targets: name of each episode's target, of an environment that asks for one.
         domains: name of each episode's domain, of an environment with a stream.
     """
 
     ious: np.ndarray
     rewards: np.ndarray
-    clicks: np.ndarray
     sources: list[str]
-    targets: list[str]
+    counts: dict[str, np.ndarray]
+    targets: list[str] | None = None
     domains: list[str] | None = None
 
+    @property
+    def clicks(self) -> np.ndarray:
+        """Clicks used in each episode, int64 (episodes,)."""
+        return self.counts["clicks"]
+
     def rows(self) -> list[dict[str, Any]]:
-        """A row per episode: source, target, iou, reward, clicks; domain, if there are some."""
+        """A row per episode: source, target, iou, reward, counts, domain, as far as there are."""
         columns: dict[str, Any] = {
             "source": self.sources,
             "target": self.targets,
             "iou": self.ious,
             "reward": self.rewards,
-            "clicks": self.clicks,
+            **self.counts,
+            "domain": self.domains,
         }
-        if self.domains is not None:
-            columns["domain"] = self.domains
+        columns = {name: column for name, column in columns.items() if column is not None}
         rows = zip(*columns.values(), strict=True)
         return [dict(zip(columns, row, strict=True)) for row in rows]
 
@@ -86,28 +118,28 @@ class Evaluation:
             "ci95": half,
             "episodes": len(self.ious),
             "mean_reward": round(float(self.rewards.mean()), 4),
-            "mean_clicks": round(float(self.clicks.mean()), 3),
+            **{f"mean_{k}": round(float(v.mean()), 3) for k, v in self.counts.items()},
         } | ({"by_domain": by_domain} if by_domain else {})
 
 
-def check_fits(policy: ImplicitPolicy, core: ClickCore) -> None:
+def check_fits(policy: SlotPolicy, core: SlotCore[Any, Any]) -> None:
     """Raise `ValueError` if the actions of an environment are not those that a policy knows.
 
     Args:
         policy: who is to play.
         core: the environment.
     """
-    extractor = cast(ClickFeatures, policy.features_extractor)
     config = core.config
-    own = {
-        "grid": policy.grid,
-        "target": "instance" if extractor.has_cue else "category",
-        "backbone": extractor.backbone,
-    }
-    # Whoever makes a policy by hand may leave its other actions without names.
-    if policy.others or cast(Any, policy.action_space).n != core.action_space.n:
-        own |= {name: name in policy.others for name in ("stop", "undo")}
-    wanted = {name: getattr(config, name) for name in own} | {"backbone": core.backbone}
+    extractor = cast(StoredFeatures, policy.features_extractor)
+    own = policy.played_with(cast(Any, core.action_space).n) | {"backbone": extractor.backbone}
+    missing = [name for name in own if name != "backbone" and not hasattr(config, name)]
+    if missing:
+        raise ValueError(
+            f"The policy was trained in another environment, with {', '.join(missing)}, which "
+            "this one does not have. Pass the --env that it had."
+        )
+    wanted = {name: getattr(config, name) for name in own if name != "backbone"}
+    wanted["backbone"] = core.backbone
     different = [
         f"{name} {own[name]} (the environment has {wanted[name]})"
         for name in own
@@ -127,7 +159,10 @@ class PolicyAgent:
         deterministic: play the most likely action instead of a sample.
     """
 
-    def __init__(self, policy: ImplicitPolicy, *, deterministic: bool = True) -> None:
+    #: A `SlotPolicy`; which one says the file that it is from.
+    policy: Any
+
+    def __init__(self, policy: SlotPolicy, *, deterministic: bool = True) -> None:
         self.policy, self.deterministic = policy, deterministic
 
     @classmethod
@@ -153,7 +188,7 @@ class PolicyAgent:
         return cls(load_policy(file, device))
 
     @torch.no_grad()
-    def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
+    def act(self, core: SlotCore[Any, Any], observations: dict[str, np.ndarray]) -> np.ndarray:
         check_fits(self.policy, core)
         self.policy.set_training_mode(False)
         self.policy.set_categories(core.dataset.categories)
@@ -167,7 +202,7 @@ class PolicyAgent:
 
 def evaluate(
     agent: Agent,
-    settings: TaskConfig,
+    settings: SlotConfig,
     *,
     env_id: str = "SamSeg-v0",
     episodes: int = 256,
@@ -188,8 +223,9 @@ def evaluate(
         episodes: at least how many, over all domains, rounded up to a multiple of the slots.
         num_envs: slots.
         seed: of the episodes.
-        score: "full" (IoU at the size of the image) or "low".
+        score: "full" (IoU at the size of the image) or "low", where there is a choice.
     """
+    settings = rules_of(agent, scored_at(settings, score))
     # Held on to, since then the environment does not have to open it once more.
     stream = settings.open_stream() if isinstance(settings, ContinualConfig) else None
     if stream is not None:
@@ -199,11 +235,10 @@ def evaluate(
     if stream is not None:
         settings = replace(cast(Any, settings), episodes_per_domain=per_slot, cycle=False)
         per_slot *= len(stream)
-    env, core = make_vector_env(env_id, num_envs, settings, score=score)
+    env, core = make_vector_env(env_id, num_envs, settings)
     observations, _ = env.reset(seed=seed)
     totals = np.zeros(num_envs)
-    rows: list[list[tuple[float, float, int, str, str]]] = [[] for _ in range(num_envs)]
-    domains: list[list[str]] = [[] for _ in range(num_envs)]
+    rows: list[list[dict[str, Any]]] = [[] for _ in range(num_envs)]
     while any(len(row) < per_slot for row in rows):
         actions = agent.act(core, observations)
         observations, reward, terminated, truncated, infos = env.step(actions)
@@ -211,34 +246,35 @@ def evaluate(
         for i in np.flatnonzero(terminated | truncated):
             final = infos["final_info"]
             if len(rows[i]) < per_slot:
-                iou, clicks = final["iou"][i], final["clicks"][i]
-                rows[i].append(
-                    (iou, totals[i], clicks, final["source"][i], final["target_name"][i])
-                )
-                if stream is not None:
-                    domains[i].append(final["domain"][i])
+                names = ("iou", *core.reported, "source", "target_name", "domain")
+                own = {name: final[name][i] for name in names if name in final}
+                rows[i].append(own | {"reward": totals[i]})
             totals[i] = 0.0
     env.close()
-    ious, rewards, clicks, sources, targets = zip(*(x for row in rows for x in row), strict=True)
+    played = [row for own in rows for row in own]
+    columns = {name: [row[name] for row in played] for name in played[0]}
     return Evaluation(
-        np.array(ious),
-        np.array(rewards),
-        np.array(clicks),
-        list(sources),
-        list(targets),
-        None if stream is None else [name for own in domains for name in own],
+        np.array(columns["iou"]),
+        np.array(columns["reward"]),
+        columns["source"],
+        {name: np.array(columns[name]) for name in core.reported},
+        columns.get("target_name"),
+        columns.get("domain"),
     )
 
 
 def film_episodes(
-    agent: Agent, settings: TaskConfig, *, env_id: str = "SamSeg-v0", count: int = 6, seed: int = 0
+    agent: Agent, settings: SlotConfig, *, env_id: str = "SamSeg-v0", count: int = 6, seed: int = 0
 ) -> list[np.ndarray]:
-    """Frames of episodes played side by side: uint8 (H, W, 3) each, the last one held."""
+    """Frames of episodes played side by side: uint8 (H, W, 3) each, the last one held.
+
+    Of long episodes, not every step has a frame.
+    """
+    settings = rules_of(agent, scored_at(settings, "full"))
     env, core = make_vector_env(
         env_id,
         count,
         settings,
-        score="full",
         autoreset_mode="NextStep",
         render_mode="rgb_array",
     )
@@ -247,13 +283,16 @@ def film_episodes(
     columns = min(count, 3)
     frames = [tile(current, columns)]
     ended = np.zeros(count, bool)
-    for _ in range(settings.max_steps):
+    stride = -(-settings.longest // MAX_FRAMES)
+    for step in range(1, settings.longest + 1):
         observations, _, terminated, truncated, _ = env.step(agent.act(core, observations))
-        drawn = cast(Any, env.render())
-        for i in np.flatnonzero(~ended):
-            current[i] = drawn[i]
-        ended |= terminated | truncated
-        frames.append(tile(current, columns))
+        ends = (terminated | truncated) & ~ended
+        if step % stride == 0 or ends.any():
+            drawn = cast(Any, env.render())
+            for i in np.flatnonzero(~ended):
+                current[i] = drawn[i]
+            frames.append(tile(current, columns))
+        ended |= ends
         if ended.all():
             break
     env.close()
@@ -266,7 +305,7 @@ class Config:
 
     policy: str
     """Path of a policy.zip, hf://USER/NAME[@REVISION], implicit, explicit (in the package), or a
-    baseline: random, center, confident, oracle."""
+    baseline: random, center, confident, oracle; of SamEverything, random, grid, greedy, oracle."""
     env: str = "SamSeg-v0"
     """Environment id."""
     out: str = "runs/evaluate"
@@ -279,18 +318,28 @@ class Config:
     """Seed of the episodes."""
     categories: str | None = None
     """Comma-separated categories: the only things in scenes, the things to segment of coco."""
-    settings: Annotated[TaskConfig, tyro.conf.arg(name="")] = field(
+    settings: Annotated[SlotConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: ClickConfig(split="test")
     )
 
 
-def load_agent(policy: str, seed: int = 0, device: str = "auto") -> Agent:
-    """A baseline by name, or a trained policy by path or by its name on the hub."""
-    if policy in BASELINES.names():
-        return BASELINES.get(policy)(seed)
+def load_agent(
+    policy: str, seed: int = 0, device: str = "auto", settings: SlotConfig | None = None
+) -> Agent:
+    """A baseline by name, or a trained policy by path or by its name on the hub.
+
+    Args:
+        policy: the name or path.
+        seed: of a baseline.
+        device: of a trained policy.
+        settings: of the environment that it is to play (default: of `SamSeg-v0`).
+    """
+    known = baselines_of(settings or ClickConfig())
+    if policy in known.names():
+        return known.get(policy)(seed)
     if policy not in SHIPPED and not policy.startswith(PREFIX):
         if Path(policy).suffix != ".zip" and not Path(policy).exists():
-            kinds = [*BASELINES.names(), *SHIPPED, "PATH/policy.zip", f"{PREFIX}USER/NAME"]
+            kinds = [*known.names(), *SHIPPED, "PATH/policy.zip", f"{PREFIX}USER/NAME"]
             raise unknown_name("policy", policy, kinds)
     return PolicyAgent.load(policy, device)
 
@@ -303,7 +352,7 @@ def with_categories(settings: S, categories: str | None) -> S:
     """
     if categories is None:
         return settings
-    if not isinstance(settings, ClickConfig):
+    if not isinstance(settings, DatasetConfig):
         raise ValueError(
             f"categories={categories!r}: the domains of a stream have one category only. "
             "Leave it out."
@@ -318,7 +367,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     default = Config(policy=tyro.MISSING, settings=settings_of_env)
     config = tyro.cli(Config, args=given, default=default)
     settings = with_categories(config.settings, config.categories)
-    agent = load_agent(config.policy, config.seed, settings.device)
+    agent = load_agent(config.policy, config.seed, settings.device, settings)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     result = evaluate(

@@ -56,7 +56,11 @@ class ExportablePolicy(nn.Module):
         super().__init__()
         self.policy = policy
         extractor = policy.features_extractor
-        assert isinstance(extractor, ClickFeatures)
+        if not isinstance(extractor, ClickFeatures):
+            raise ValueError(
+                f"{type(policy).__name__} cannot be exported: only click agents (implicit, "
+                "explicit) can."
+            )
         channels, height, width = extractor.backbone.embedding_shape
         masks = extractor.backbone.mask_shape
         #: Input name -> shape of one row, dtype, and what it is.

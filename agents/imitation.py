@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from agents.baselines import Agent
 from agents.distributed import SlotPPO
-from sam_gym.envs.core import ClickCore
+from sam_gym.envs.slots import SlotCore
 
 
-def imitate(model: SlotPPO, core: ClickCore, expert: Agent, steps: int) -> None:
+def imitate(model: SlotPPO, core: SlotCore[Any, Any], expert: Agent, steps: int) -> None:
     """Teach the policy of a model that has not begun to learn; its environments end mid-episode.
 
     Args:
@@ -54,7 +54,7 @@ def imitate(model: SlotPPO, core: ClickCore, expert: Agent, steps: int) -> None:
 
 
 @torch.no_grad()
-def _play(model: SlotPPO, core: ClickCore, expert: Agent, share_of_own: float) -> None:
+def _play(model: SlotPPO, core: SlotCore[Any, Any], expert: Agent, share_of_own: float) -> None:
     """One step of all slots; what is remembered is the action of the expert."""
     observations = cast(dict[str, np.ndarray], model._last_obs)
     tensors = obs_as_tensor(observations, model.device)

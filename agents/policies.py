@@ -1,4 +1,5 @@
-"""Policies for the click task: they see SAM's embedding through the current mask."""
+"""Policies: what all have in common, and the implicit one, which sees SAM's embedding through the
+current mask of the click task."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from sam_gym.backbones.store import shared_store
 from sam_gym.registry import Registry, unknown_name
 
 #: Policy name -> class, as `--policy` takes it.
-POLICIES: Registry[type[ImplicitPolicy]] = Registry("policy")
+POLICIES: Registry[type[SlotPolicy]] = Registry("policy")
 HEADS = ("spatial", "flat")
 PRECISIONS = ("32-true", "bf16-mixed")
 #: Logit of an action of probability 0; finite, so that exported policies can be compared.
@@ -30,13 +31,48 @@ NEVER = -1e9
 _COMPUTATION = ("precision", "gradient_checkpointing")
 
 
-class ClickFeatures(BaseFeaturesExtractor):
+class StoredFeatures(BaseFeaturesExtractor):
+    """Features (B, width, h, w) of SAM's embedding, gathered from the store of this process.
+
+    The frozen SAM is not part of this module, so neither gradients nor checkpoints touch it.
+
+    Args:
+        observation_space: of an environment, with `obs="full"` or `obs="handle"`.
+        backbone: name, checkpoint, device and dtype of the SAM, as `load_backbone` takes them.
+        width: feature channels.
+    """
+
+    def __init__(
+        self, observation_space: gym.spaces.Dict, backbone: dict[str, Any], width: int
+    ) -> None:
+        super().__init__(observation_space, features_dim=width)
+        self.backbone = load_backbone(**backbone)
+        self.store = shared_store(self.backbone)
+        #: (h, w) of the embedding.
+        self.cells: tuple[int, int] = self.backbone.embedding_shape[1:]
+        #: Whether the policy learns, and does not just play (see `SlotPolicy.playing`).
+        self.learning = False
+
+    def embedding(self, observations: dict[str, Tensor]) -> Tensor:
+        """Embedding (B, C, h, w) of either observation form."""
+        if "handle" in observations:
+            return self.store.gather(observations["handle"][:, 0])
+        return observations["sam_image_embeddings"]
+
+    def plane(self, observations: dict[str, Tensor], name: str) -> Tensor:
+        """A map of either observation form, 0 to 1: (B, 1, h, w)."""
+        values = observations[name][:, None].float()
+        if "handle" in observations:
+            return values / 255.0
+        return F.adaptive_avg_pool2d(values, self.cells)
+
+
+class ClickFeatures(StoredFeatures):
     """What the implicit agent sees: float32 (B, width, h, w), aligned with SAM's embedding.
 
     The image embedding, modulated by the target category, enters three times: as it is, times the
     current mask probability, and with the mask and the step beside it (AlignSAM's implicit branch,
-    made convolutional). The frozen SAM is not part of this module: embeddings are gathered from the
-    store of this process, so neither gradients nor checkpoints touch it.
+    made convolutional).
 
     Args:
         observation_space: of `SamSeg-v0`, with `obs="full"` or `obs="handle"`.
@@ -56,13 +92,8 @@ class ClickFeatures(BaseFeaturesExtractor):
         max_steps: int,
         width: int = 48,
     ) -> None:
-        super().__init__(observation_space, features_dim=width)
-        self.backbone = load_backbone(**backbone)
-        self.store = shared_store(self.backbone)
-        channels, height, width_cells = self.backbone.embedding_shape
-        self.cells = (height, width_cells)
-        #: Whether the policy learns, and does not just play (see `ImplicitPolicy.playing`).
-        self.learning = False
+        super().__init__(observation_space, backbone, width)
+        channels = self.backbone.embedding_shape[0]
         self.max_steps, self.vocabulary = max_steps, tuple(vocabulary)
         self.has_cue = "cue_click" in observation_space.spaces
         # Word 0 is "unknown": it modulates nothing and is never trained.
@@ -111,10 +142,7 @@ class ClickFeatures(BaseFeaturesExtractor):
 
     def _image(self, observations: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Embedding (B, C, h, w) and mask probability (B, 1, h, w) of either observation form."""
-        mask = observations["sam_pred_mask_prob"][:, None].float()
-        if "handle" in observations:
-            return self.store.gather(observations["handle"][:, 0]), mask / 255.0
-        return observations["sam_image_embeddings"], F.adaptive_avg_pool2d(mask, self.cells)
+        return self.embedding(observations), self.plane(observations, "sam_pred_mask_prob")
 
     def _cue_plane(self, cue: Tensor) -> Tensor:
         """A soft spot at the cue click: (B, 1, h, w)."""
@@ -158,6 +186,10 @@ class SpatialHead(nn.Module):
         self.clicks = nn.Conv2d(width, polarities, 1)
         self.others = nn.Linear(2 * width, num_others) if num_others else None
 
+    def last_layers(self) -> list[nn.Module]:
+        """The layers that give the logits."""
+        return [self.clicks] if self.others is None else [self.clicks, self.others]
+
     def forward(self, features: Tensor) -> Tensor:
         clicks = F.adaptive_avg_pool2d(self.clicks(features), self.grid).flatten(1)
         if self.others is None:
@@ -171,6 +203,10 @@ class FlatHead(nn.Module):
     def __init__(self, width: int, cells: tuple[int, int], num_choices: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width * cells[0] * cells[1], num_choices)
+
+    def last_layers(self) -> list[nn.Module]:
+        """The layers that give the logits."""
+        return [self.linear]
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear(features.flatten(1))
@@ -192,28 +228,24 @@ class Recalibration(nn.Module):
         return self.head(self.features(observations))[:, 0]
 
 
-@POLICIES.register("implicit")
-class ImplicitPolicy(ActorCriticPolicy):
-    """The implicit agent: SAM's own features tell where to click, no language model.
+class SlotPolicy(ActorCriticPolicy):
+    """An actor-critic over one map of features, for observations as the environments give them.
 
-    After AlignSAM (Huang et al., CVPR 2024), with a spatial action head.
+    A policy adds its features, and an action head that reads logits off them.
 
     Args:
         observation_space, action_space, lr_schedule: as SB3 passes them.
-        features: arguments of `ClickFeatures` (names and numbers only, since SB3 pickles them).
-        grid: clicks fall on grid x grid cells.
-        head: "spatial" or "flat".
-        others: actions beyond clicks, in their order: "stop", "undo".
-        recalibrate: choose among places only; a module that learns from targets (see
-            `agents.recalibration`) says whether a click there is positive.
+        features: arguments of `extractor_class` (names and numbers only, since SB3 pickles them).
         precision: "32-true", or "bf16-mixed" for features in bfloat16; weights, heads and
             probabilities are float32.
         gradient_checkpointing: compute features twice instead of keeping what backward needs.
     """
 
-    extractor_class: type[ClickFeatures] = ClickFeatures
+    extractor_class: type[StoredFeatures]
     #: Whether the features need the pixels of observations in full form.
     needs_image = False
+    #: Arguments that a saved policy keeps, beside those of SB3.
+    arguments: tuple[str, ...] = ("features", *_COMPUTATION)
 
     def __init__(
         self,
@@ -222,22 +254,14 @@ class ImplicitPolicy(ActorCriticPolicy):
         lr_schedule: Schedule,
         *,
         features: dict[str, Any],
-        grid: int,
-        head: str = "spatial",
-        others: Sequence[str] = (),
-        recalibrate: bool = False,
         precision: str = "32-true",
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
-        if head not in HEADS:
-            raise unknown_name("head", head, HEADS)
         if precision not in PRECISIONS:
             raise unknown_name("precision", precision, PRECISIONS)
         self.precision, self.gradient_checkpointing = precision, gradient_checkpointing
-        self.grid, self.head, self.features = grid, head, features
-        self.others, self.recalibrate = list(others), recalibrate
-        self.recalibration: Recalibration | None = None
+        self.features = features
         kwargs |= {
             "features_extractor_class": self.extractor_class,
             "features_extractor_kwargs": features,
@@ -245,43 +269,34 @@ class ImplicitPolicy(ActorCriticPolicy):
         }
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
-    def _build(self, lr_schedule: Schedule) -> None:
-        extractor = self.features_extractor
-        assert isinstance(extractor, ClickFeatures)
-        width, num_actions = self.features_dim, int(self.action_space.n)  # type: ignore[attr-defined]
-        polarities = 1 if self.recalibrate else 2
-        num_others = num_actions - 2 * self.grid**2
-        num_choices = polarities * self.grid**2 + num_others
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        for name in ("features_extractor_class", "features_extractor_kwargs", "ortho_init"):
+            data.pop(name, None)
+        return data | {name: getattr(self, name) for name in self.arguments}
+
+    def _build_heads(self, action_net: nn.Module, num_choices: int, lr_schedule: Schedule) -> None:
+        """Take an action head over so many choices; add the value head and the optimizer."""
         # SB3 has made one over all actions.
         self.action_dist = CategoricalDistribution(num_choices)
-        self.mlp_extractor = SplitFeatures(width)  # type: ignore[assignment]
-        if self.head == "flat":
-            self.action_net = FlatHead(width, extractor.cells, num_choices)
-            last: Any = self.action_net.linear
-        else:
-            self.action_net = SpatialHead(width, self.grid, polarities, num_others)
-            last = self.action_net.clicks
+        self.action_net = action_net
         # Small logits at first: every action is about as likely as any other.
-        for layer in (last, getattr(self.action_net, "others", None)):
-            if layer is not None:
-                nn.init.normal_(layer.weight, std=0.01)
-                nn.init.zeros_(layer.bias)
+        for layer in cast(Any, action_net).last_layers():
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
         self.value_net = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
         make_optimizer: Any = self.optimizer_class
         self.optimizer = make_optimizer(
             self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs
         )
-        # After the optimizer: rewards do not teach it.
-        if self.recalibrate:
-            features = cast(ClickFeatures, self.make_features_extractor())
-            self.recalibration = Recalibration(features)
 
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        for name in ("features_extractor_class", "features_extractor_kwargs", "ortho_init"):
-            data.pop(name, None)
-        names = ("features", "grid", "head", "others", "recalibrate", *_COMPUTATION)
-        return data | {name: getattr(self, name) for name in names}
+    def played_with(self, num_actions: int) -> dict[str, Any]:
+        """Settings by name that an environment must have for this policy to know its actions.
+
+        Args:
+            num_actions: of that environment.
+        """
+        raise NotImplementedError
 
     # SB3 would turn observations into one-hot codes and floats first; the extractor takes them raw.
 
@@ -293,74 +308,65 @@ class ImplicitPolicy(ActorCriticPolicy):
                 features = self.features_extractor(obs)
         return cast(Tensor, features).float()
 
+    def _choice_logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
+        """Logits (B, choices) of what the distribution is over, and state values (B, 1)."""
+        latent_pi, latent_vf = self.mlp_extractor(self.extract_features(obs))
+        return self._allowed(self.action_net(latent_pi), obs), self.value_net(latent_vf)
+
+    def _allowed(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
+        """Logits with `NEVER` for choices that make no sense."""
+        del obs
+        return logits
+
+    def _judged(self, obs: PyTorchObs) -> tuple[Distribution, Tensor]:
+        """The distribution of choices, and state values (B, 1)."""
+        logits, values = self._choice_logits_and_value(obs)
+        return self.action_dist.proba_distribution(action_logits=logits), values
+
     def get_distribution(self, obs: PyTorchObs) -> Distribution:
-        return self._get_action_dist_from_latent(self.extract_features(obs))
+        return self._judged(obs)[0]
 
     def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        choices, values, log_probs = super().forward(obs, deterministic)
-        return self._to_actions(choices, obs), values, log_probs
+        distribution, values = self._judged(obs)
+        choices = distribution.get_actions(deterministic=deterministic)
+        return self._to_actions(choices, obs), values, distribution.log_prob(choices)
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return super().evaluate_actions(obs, self._to_choices(actions))
+        distribution, values = self._judged(obs)
+        return values, distribution.log_prob(self._to_choices(actions)), distribution.entropy()
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._to_actions(super()._predict(observation, deterministic), observation)
 
     def _to_actions(self, choices: Tensor, obs: PyTorchObs) -> Tensor:
-        """Actions (B,) of the environment; the recalibration labels places."""
-        if self.recalibration is None:
-            return choices
-        places = self.grid**2
-        negative = self._is_negative(obs).gather(1, choices.clamp(max=places - 1)[:, None])[:, 0]
-        return choices + places * (negative | (choices >= places))
+        """Actions (B,) of the environment."""
+        del obs
+        return choices
 
     def _to_choices(self, actions: Tensor) -> Tensor:
-        """What the distribution is over (B,): with a recalibration, places without their label."""
-        if self.recalibration is None:
-            return actions
-        places = self.grid**2
-        return torch.where(actions < 2 * places, actions % places, actions - places)
-
-    @torch.no_grad()
-    def _is_negative(self, obs: PyTorchObs) -> Tensor:
-        """Whether the recalibration calls each place background: bool (B, grid * grid)."""
-        assert self.recalibration is not None
-        return F.adaptive_avg_pool2d(self.recalibration(obs), self.grid).flatten(1) < 0.0
+        """What the distribution is over (B,)."""
+        return actions
 
     def logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
-        """Logits float32 (B, A) of all actions of the environment, and state values (B, 1).
-
-        With a recalibration, a click of the polarity that it does not give has `NEVER`.
-        """
-        latent_pi, latent_vf = self.mlp_extractor(self.extract_features(obs))
-        logits, value = self.action_net(latent_pi), self.value_net(latent_vf)
-        if self.recalibration is None:
-            return logits, value
-        places = self.grid**2
-        clicks, negative = logits[:, :places], self._is_negative(obs)
-        never = torch.full_like(clicks, NEVER)
-        signed = [torch.where(negative, never, clicks), torch.where(negative, clicks, never)]
-        return torch.cat([*signed, logits[:, places:]], dim=1), value
+        """Logits float32 (B, A) of all actions of the environment, and state values (B, 1)."""
+        return self._choice_logits_and_value(obs)
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         return self.value_net(self.mlp_extractor.forward_critic(self.extract_features(obs)))
 
     def set_categories(self, categories: Sequence[str]) -> None:
-        """Say which names the numbers in `target_category` stand for from now on."""
-        cast(ClickFeatures, self.features_extractor).set_categories(categories)
-        if self.recalibration is not None:
-            self.recalibration.features.set_categories(categories)
+        """Say which names the categories of the environment have from now on."""
 
     def set_learning(self, learning: bool) -> None:
         """Say whether the policy learns; some features hide something from one that does."""
         for module in self.modules():
-            if isinstance(module, ClickFeatures):
+            if isinstance(module, StoredFeatures):
                 module.learning = learning
 
     @contextmanager
     def playing(self) -> Iterator[None]:
         """Play as well as the policy can, even while it learns."""
-        learning = cast(ClickFeatures, self.features_extractor).learning
+        learning = cast(StoredFeatures, self.features_extractor).learning
         self.set_learning(False)
         try:
             yield
@@ -389,8 +395,7 @@ class ImplicitPolicy(ActorCriticPolicy):
             action int64 (B,), log-probability (B,), entropy (B,), value (B, 1).
         """
         tensors = self._to_tensors(obs)
-        latent_pi, latent_vf = self.mlp_extractor(self.extract_features(tensors))
-        distribution = self._get_action_dist_from_latent(latent_pi)
+        distribution, values = self._judged(tensors)
         if action is None:
             choice = distribution.get_actions(deterministic=deterministic)
             action = self._to_actions(choice, tensors)
@@ -398,7 +403,7 @@ class ImplicitPolicy(ActorCriticPolicy):
             choice = self._to_choices(action)
         entropy = distribution.entropy()
         assert entropy is not None
-        return action, distribution.log_prob(choice), entropy, self.value_net(latent_vf)
+        return action, distribution.log_prob(choice), entropy, values
 
     def _to_tensors(self, obs: dict[str, Any]) -> dict[str, Tensor]:
         return {
@@ -408,3 +413,112 @@ class ImplicitPolicy(ActorCriticPolicy):
             for key, value in obs.items()
             if key != "image" or self.needs_image
         }
+
+
+@POLICIES.register("implicit")
+class ImplicitPolicy(SlotPolicy):
+    """The implicit agent: SAM's own features tell where to click, no language model.
+
+    After AlignSAM (Huang et al., CVPR 2024), with a spatial action head.
+
+    Args:
+        observation_space, action_space, lr_schedule: as SB3 passes them.
+        features: arguments of `ClickFeatures` (names and numbers only, since SB3 pickles them).
+        grid: clicks fall on grid x grid cells.
+        head: "spatial" or "flat".
+        others: actions beyond clicks, in their order: "stop", "undo".
+        recalibrate: choose among places only; a module that learns from targets (see
+            `agents.recalibration`) says whether a click there is positive.
+        **kwargs: as `SlotPolicy` takes them.
+    """
+
+    extractor_class: type[StoredFeatures] = ClickFeatures
+    arguments = ("features", "grid", "head", "others", "recalibrate", *_COMPUTATION)
+
+    def __init__(
+        self,
+        observation_space: gym.spaces.Dict,
+        action_space: gym.spaces.Discrete,
+        lr_schedule: Schedule,
+        *,
+        features: dict[str, Any],
+        grid: int,
+        head: str = "spatial",
+        others: Sequence[str] = (),
+        recalibrate: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if head not in HEADS:
+            raise unknown_name("head", head, HEADS)
+        self.grid, self.head = grid, head
+        self.others, self.recalibrate = list(others), recalibrate
+        self.recalibration: Recalibration | None = None
+        super().__init__(observation_space, action_space, lr_schedule, features=features, **kwargs)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        extractor = self.features_extractor
+        assert isinstance(extractor, ClickFeatures)
+        width, num_actions = self.features_dim, int(self.action_space.n)  # type: ignore[attr-defined]
+        polarities = 1 if self.recalibrate else 2
+        num_others = num_actions - 2 * self.grid**2
+        num_choices = polarities * self.grid**2 + num_others
+        self.mlp_extractor = SplitFeatures(width)  # type: ignore[assignment]
+        head = (
+            FlatHead(width, extractor.cells, num_choices)
+            if self.head == "flat"
+            else SpatialHead(width, self.grid, polarities, num_others)
+        )
+        self._build_heads(head, num_choices, lr_schedule)
+        # After the optimizer: rewards do not teach it.
+        if self.recalibrate:
+            features = cast(ClickFeatures, self.make_features_extractor())
+            self.recalibration = Recalibration(features)
+
+    def played_with(self, num_actions: int) -> dict[str, Any]:
+        extractor = cast(ClickFeatures, self.features_extractor)
+        own = {"grid": self.grid, "target": "instance" if extractor.has_cue else "category"}
+        # Whoever makes a policy by hand may leave its other actions without names.
+        if self.others or cast(Any, self.action_space).n != num_actions:
+            own |= {name: name in self.others for name in ("stop", "undo")}
+        return own
+
+    def _to_actions(self, choices: Tensor, obs: PyTorchObs) -> Tensor:
+        """Actions (B,) of the environment; the recalibration labels places."""
+        if self.recalibration is None:
+            return choices
+        places = self.grid**2
+        negative = self._is_negative(obs).gather(1, choices.clamp(max=places - 1)[:, None])[:, 0]
+        return choices + places * (negative | (choices >= places))
+
+    def _to_choices(self, actions: Tensor) -> Tensor:
+        """What the distribution is over (B,): with a recalibration, places without their label."""
+        if self.recalibration is None:
+            return actions
+        places = self.grid**2
+        return torch.where(actions < 2 * places, actions % places, actions - places)
+
+    @torch.no_grad()
+    def _is_negative(self, obs: PyTorchObs) -> Tensor:
+        """Whether the recalibration calls each place background: bool (B, grid * grid)."""
+        assert self.recalibration is not None
+        return F.adaptive_avg_pool2d(self.recalibration(obs), self.grid).flatten(1) < 0.0
+
+    def logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
+        """Logits float32 (B, A) of all actions of the environment, and state values (B, 1).
+
+        With a recalibration, a click of the polarity that it does not give has `NEVER`.
+        """
+        logits, value = self._choice_logits_and_value(obs)
+        if self.recalibration is None:
+            return logits, value
+        places = self.grid**2
+        clicks, negative = logits[:, :places], self._is_negative(obs)
+        never = torch.full_like(clicks, NEVER)
+        signed = [torch.where(negative, never, clicks), torch.where(negative, clicks, never)]
+        return torch.cat([*signed, logits[:, places:]], dim=1), value
+
+    def set_categories(self, categories: Sequence[str]) -> None:
+        """Say which names the numbers in `target_category` stand for from now on."""
+        cast(ClickFeatures, self.features_extractor).set_categories(categories)
+        if self.recalibration is not None:
+            self.recalibration.features.set_categories(categories)

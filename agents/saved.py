@@ -12,8 +12,9 @@ from typing import Any
 
 import gymnasium as gym
 
-import agents.explicit  # noqa: F401  (registers its policy)
-from agents.policies import POLICIES, ImplicitPolicy
+import agents.everything
+import agents.explicit  # noqa: F401  (both register their policies)
+from agents.policies import POLICIES, SlotPolicy
 from sam_gym.backbones.loading import resolve_device
 
 #: Agents in the package, by name; docs/results.md has the commands that trained them.
@@ -74,7 +75,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def load_policy(path: Path, device: str) -> ImplicitPolicy:
+def load_policy(path: Path, device: str) -> SlotPolicy:
     """The policy of a zip, for another device of its SAM and CLIP.
 
     Only what makes the policy is read: nothing of its training (schedules, environments) has to be
@@ -95,7 +96,7 @@ def load_policy(path: Path, device: str) -> ImplicitPolicy:
         ) from error
 
 
-def _rebuilt(path: Path, data: dict[str, Any], device: str) -> ImplicitPolicy:
+def _rebuilt(path: Path, data: dict[str, Any], device: str) -> SlotPolicy:
     from stable_baselines3.common.save_util import load_from_zip_file
 
     _, parameters, _ = load_from_zip_file(path, device="cpu", load_data=False)
@@ -104,7 +105,7 @@ def _rebuilt(path: Path, data: dict[str, Any], device: str) -> ImplicitPolicy:
         for name in ("policy_class", "observation_space", "action_space", "policy_kwargs")
     )
     if policy_class not in map(POLICIES.get, POLICIES.names()):
-        raise ValueError(f"expected a click policy, got {policy_class!r}")
+        raise ValueError(f"expected a registered policy, got {policy_class!r}")
     for model in ("backbone", "clip"):
         if model in arguments["features"]:
             arguments["features"][model]["device"] = device

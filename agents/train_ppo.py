@@ -1,4 +1,4 @@
-"""Train a click agent with PPO: `python -m agents.train_ppo --env SamSeg-v0`, or `--help`.
+"""Train an agent with PPO: `python -m agents.train_ppo --env SamSeg-v0`, or `--help`.
 
 On N GPUs or processes: `torchrun --nproc_per_node=N -m agents.train_ppo ...`.
 """
@@ -18,7 +18,6 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecMonitor
 
 import agents.explicit  # noqa: F401  (registers its policy)
-from agents.baselines import BASELINES
 from agents.checkpoint import (
     Checkpoint,
     check_same_settings,
@@ -26,21 +25,32 @@ from agents.checkpoint import (
     flat,
     newest_checkpoint,
 )
-from agents.config import Config, read_config, settings_class
+from agents.config import Config, check_plays, read_config, settings_class
 from agents.continual import EachStageAnew, Stages, WalkStream
 from agents.distributed import ALONE, CountAllRanks, Ranks, SlotPPO, recorded
-from agents.evaluate import Evaluation, PolicyAgent, evaluate, film_episodes, with_categories
+from agents.evaluate import (
+    Evaluation,
+    PolicyAgent,
+    baselines_of,
+    evaluate,
+    film_episodes,
+    with_categories,
+)
+from agents.everything import compared_with_grid
+from agents.everything import policy_arguments as everything_arguments
 from agents.imitation import imitate
-from agents.policies import POLICIES, ImplicitPolicy
+from agents.policies import POLICIES, SlotPolicy
 from agents.recalibration import TrainRecalibration
 from agents.tracking import MlflowRun, make_logger, require_mlflow
 from agents.training import PinRollouts, WatchTraining, plot_learning_curve
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
-from agents.views import draw_views
+from agents.views import check_has_views, draw_views
 from sam_gym import cli
 from sam_gym.data.streams import Stream
 from sam_gym.envs.continual import ContinualConfig
-from sam_gym.envs.core import ClickConfig, ClickCore, TaskConfig
+from sam_gym.envs.core import TaskConfig
+from sam_gym.envs.everything import EverythingConfig
+from sam_gym.envs.slots import DatasetConfig, SlotConfig, SlotCore
 from sam_gym.files import write_atomic, write_json
 from sam_gym.metrics import with_interval
 from sam_gym.plots import plot_matrix
@@ -48,44 +58,42 @@ from sam_gym.render import save_gif, save_image
 from sam_gym.version import __version__
 
 
-def training_settings(config: Config) -> TaskConfig:
+def training_settings(config: Config) -> SlotConfig:
     """The environment's settings in training."""
     settings = with_categories(replace(config.settings, obs="handle"), config.categories)
     if isinstance(settings, ContinualConfig):
         # `WalkStream` says when a domain is over.
         return replace(settings, episodes_per_domain=None)
-    assert isinstance(settings, ClickConfig)
-    if settings.dataset == "scenes" and "length" not in settings.dataset_kwargs:
+    assert isinstance(settings, DatasetConfig)
+    if settings.dataset in ("scenes", "rooms") and "length" not in settings.dataset_kwargs:
         kwargs = settings.dataset_kwargs | {"length": config.train_images}
         settings = replace(settings, dataset_kwargs=kwargs)
     return settings
 
 
-def held_out_settings(config: Config, split: str) -> TaskConfig:
+def held_out_settings(config: Config, split: str) -> SlotConfig:
     """The same task on data that training never sees."""
     settings = with_categories(replace(config.settings, obs="handle"), config.categories)
     return replace(settings, split=split)
 
 
-def make_model(
-    config: Config,
-    settings: TaskConfig,
-    env: VecMonitor,
-    core: ClickCore,
-    ranks: Ranks = ALONE,
-    stages: Stages | None = None,
-) -> SlotPPO:
-    """PPO with the policy of the config, on the environments of this rank."""
-    schedule: Any = LinearSchedule(config.learning_rate, 0.1 * config.learning_rate, 0.9)
+def policy_arguments(
+    config: Config, settings: SlotConfig, core: SlotCore[Any, Any]
+) -> dict[str, Any]:
+    """Arguments of the policy of the config, for an environment."""
+    backbone = {
+        "name": settings.backbone,
+        "checkpoint": settings.checkpoint,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "compile": settings.compile,
+        "adapter": settings.adapter,
+    }
+    if isinstance(settings, EverythingConfig):
+        return everything_arguments(settings, backbone)
+    assert isinstance(settings, TaskConfig)
     features: dict[str, Any] = {
-        "backbone": {
-            "name": settings.backbone,
-            "checkpoint": settings.checkpoint,
-            "device": settings.device,
-            "dtype": settings.dtype,
-            "compile": settings.compile,
-            "adapter": settings.adapter,
-        },
+        "backbone": backbone,
         "categories": list(core.dataset.categories),
         "max_steps": settings.max_steps,
     }
@@ -95,6 +103,25 @@ def make_model(
         features["allow_unknown"] = config.allow_unknown_words
         features["temperature"] = config.temperature
     features["vocabulary"] = features["categories"] if config.know_category else []
+    return {
+        "features": features,
+        "grid": settings.grid,
+        "head": config.head,
+        "others": ["stop"] * settings.stop + ["undo"] * settings.undo,
+        "recalibrate": config.recalibrate,
+    }
+
+
+def make_model(
+    config: Config,
+    settings: SlotConfig,
+    env: VecMonitor,
+    core: SlotCore[Any, Any],
+    ranks: Ranks = ALONE,
+    stages: Stages | None = None,
+) -> SlotPPO:
+    """PPO with the policy of the config, on the environments of this rank."""
+    schedule: Any = LinearSchedule(config.learning_rate, 0.1 * config.learning_rate, 0.9)
     model = SlotPPO(
         POLICIES.get(config.policy),
         env,
@@ -107,11 +134,7 @@ def make_model(
         clip_range=config.clip_range,
         ent_coef=config.ent_coef,
         policy_kwargs={
-            "features": features,
-            "grid": settings.grid,
-            "head": config.head,
-            "others": ["stop"] * settings.stop + ["undo"] * settings.undo,
-            "recalibrate": config.recalibrate,
+            **policy_arguments(config, settings, core),
             "precision": config.precision,
             "gradient_checkpointing": config.gradient_checkpointing,
         },
@@ -119,7 +142,7 @@ def make_model(
         device=core.device,
         ranks=ranks,
     )
-    cast(ImplicitPolicy, model.policy).set_learning(True)
+    cast(SlotPolicy, model.policy).set_learning(True)
     return model
 
 
@@ -138,7 +161,7 @@ def _state_to_resume(config: Config, folder: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _encoded_alone(core: ClickCore) -> Iterator[None]:
+def _encoded_alone(core: SlotCore[Any, Any]) -> Iterator[None]:
     """Encode image by image on a CPU.
 
     There, an embedding differs in its last bits with the batch that it is computed in, and which
@@ -231,6 +254,7 @@ def train(config: Config) -> dict[str, Any]:
             f"got {config.warm_start}."
         )
     POLICIES.get(config.policy)
+    check_plays(config.policy, config.env)
     kind = settings_class(config.env)
     if type(config.settings) is not kind:
         raise ValueError(
@@ -239,7 +263,8 @@ def train(config: Config) -> dict[str, Any]:
         )
     settings = training_settings(config)
     settings.validate()
-    is_coco = isinstance(settings, ClickConfig) and settings.dataset == "coco"
+    _check_fits_task(config, settings)
+    is_coco = isinstance(settings, DatasetConfig) and settings.dataset == "coco"
     held_out = held_out_settings(config, config.held_out or ("val" if is_coco else "test"))
     validation = held_out_settings(config, "val")
     # Held on to, since evaluations then do not open it again.
@@ -260,15 +285,29 @@ def train(config: Config) -> dict[str, Any]:
         return _train(config, settings, validation, held_out, stream, state, ranks, mlflow)
 
 
+def _check_fits_task(config: Config, settings: SlotConfig) -> None:
+    """Raise `ValueError` for options that make no sense for the task of an environment."""
+    if isinstance(settings, TaskConfig):
+        return
+    if config.recalibrate:
+        raise ValueError(
+            f"--recalibrate labels clicks, of which {config.env} has none. Leave it out."
+        )
+    if config.views:
+        check_has_views(settings)
+    if isinstance(settings, EverythingConfig):
+        everything_arguments(settings, {})
+
+
 def _stages(config: Config, stream: Stream) -> Stages:
     return Stages(config.total_timesteps, config.n_steps * config.num_envs, len(stream))
 
 
 def _train(
     config: Config,
-    settings: TaskConfig,
-    validation: TaskConfig,
-    held_out: TaskConfig,
+    settings: SlotConfig,
+    validation: SlotConfig,
+    held_out: SlotConfig,
     stream: Stream | None,
     state: dict[str, Any] | None,
     ranks: Ranks,
@@ -280,7 +319,8 @@ def _train(
     env = VecMonitor(VectorEnvAdaptor(vector))
     stages = None if stream is None else _stages(config, stream)
     model = make_model(config, settings, env, core, ranks, stages)
-    agent = PolicyAgent(model.policy)  # type: ignore[arg-type]
+    agent = PolicyAgent(cast(SlotPolicy, model.policy))
+    baselines = baselines_of(settings)
 
     @contextmanager
     def elsewhere() -> Iterator[None]:
@@ -336,13 +376,13 @@ def _train(
         if updates is None:
             updates = 5 if config.policy == "explicit" else 1
         parts["recalibration"] = TrainRecalibration(
-            agent.policy, core, updates, config.learning_rate, ranks=ranks
+            agent.policy, cast(Any, core), updates, config.learning_rate, ranks=ranks
         )
     checkpoint = Checkpoint(
         out / "checkpoints", asdict(config), config.checkpoint_every, env, parts
     )
     if ranks.is_first:
-        data = settings.dataset if isinstance(settings, ClickConfig) else core.dataset.name
+        data = settings.dataset if isinstance(settings, DatasetConfig) else core.dataset.name
         what = f"{config.policy} on {config.env} ({data}) with {core.backbone}"
         print(f"Going on from step {state['step']} with {what}." if state else f"Training {what}.")
     with _encoded_alone(core):
@@ -351,7 +391,7 @@ def _train(
         if state:
             checkpoint.restore(model, state)
         elif config.warm_start:
-            imitate(model, core, BASELINES.get("oracle")(config.seed), config.warm_start)
+            imitate(model, core, baselines.get("oracle")(config.seed), config.warm_start)
         callbacks = [checkpoint, CountAllRanks(ranks), PinRollouts(core.store), *parts.values()]
         with watch.bar:
             model.learn(
@@ -373,7 +413,7 @@ def _train(
 
     print(f"Evaluating on {held_out.split}, {config.final_episodes} episodes each.")
     agents = {"agent": agent} | {
-        name: BASELINES.get(name)(config.seed) for name in BASELINES.names()
+        name: baselines.get(name)(config.seed) for name in baselines.names()
     }
     results: dict[str, Any] = {}
     for name, player in agents.items():
@@ -390,6 +430,13 @@ def _train(
         else None
     )
     print(f"  gap closed (agent - random) / (oracle - random): {results['gap_closed']}")
+    if isinstance(settings, EverythingConfig):
+        compared_with_grid(results, agents)
+        own = results["agent"]
+        print(
+            f"  against the full grid: {own['share_of_grid_iou']:.1%} of its IoU "
+            f"with {own['share_of_grid_points']:.1%} of its points"
+        )
     files = [out / name for name in ("results.json", "learning_curve.png", "episodes.gif")]
     if walk is not None:
         results["continual"] = continual = walk.results()
@@ -407,8 +454,8 @@ def _train(
         "eval_curve": watch.eval_curve,
     }
     write_json(out / "results.json", results)
-    baselines = {name: results[name]["mean_iou"] for name in BASELINES.names()}
-    plot_learning_curve(out / "learning_curve.png", watch.train_curve, watch.eval_curve, baselines)
+    references = {name: results[name]["mean_iou"] for name in baselines.names()}
+    plot_learning_curve(out / "learning_curve.png", watch.train_curve, watch.eval_curve, references)
     save_gif(out / "episodes.gif", film_episodes(agent, held_out, env_id=config.env, seed=3))
     if mlflow is not None:
         mlflow.finish(files, out / "policy.zip", config.register_model)

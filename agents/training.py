@@ -178,6 +178,8 @@ def plot_learning_curve(
         "random": "#999999",
         "center": "#c08040",
         "confident": "#b04a9a",
+        "greedy": "#c08040",
+        "grid": "#b04a9a",
         "oracle": "#2e8b57",
     }
     label_height = -1.0

@@ -12,12 +12,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs
 
 from sam_gym.envs.continual import ContinualCore
-from sam_gym.envs.core import ClickCore, TaskConfig
+from sam_gym.envs.slots import SlotConfig, SlotCore
 
 
 def make_vector_env(
-    env_id: str, num_envs: int, settings: TaskConfig, **options: Any
-) -> tuple[VectorEnv, ClickCore]:
+    env_id: str, num_envs: int, settings: SlotConfig, **options: Any
+) -> tuple[VectorEnv, SlotCore[Any, Any]]:
     """A vector environment with handle observations, and its core.
 
     Args:
@@ -32,7 +32,7 @@ def make_vector_env(
     return env, cast(Any, env.unwrapped).core
 
 
-def over_domains(core: ClickCore) -> dict[str, Any]:
+def over_domains(core: SlotCore[Any, Any]) -> dict[str, Any]:
     """Options of a reset that share the slots out over the domains of a stream, if there is one."""
     if not isinstance(core, ContinualCore):
         return {}

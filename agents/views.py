@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from agents.evaluate import PolicyAgent
 from agents.explicit import TextFeatures
 from agents.vec_env import make_vector_env, over_domains
 from sam_gym.envs.core import ClickCore, TaskConfig
+from sam_gym.envs.slots import SlotConfig
 from sam_gym.render import draw_heat, tile
 
 _HEIGHT = 224
@@ -20,7 +21,7 @@ _HEIGHT = 224
 @torch.no_grad()
 def draw_views(
     agent: PolicyAgent,
-    settings: TaskConfig,
+    settings: SlotConfig,
     *,
     env_id: str = "SamSeg-v0",
     count: int = 4,
@@ -44,9 +45,11 @@ def draw_views(
     Returns:
         uint8 (H, W, 3), RGB.
     """
-    env, core = make_vector_env(env_id, count, settings)
+    check_has_views(settings)
+    env, made = make_vector_env(env_id, count, settings)
+    core = cast(ClickCore, made)
     observations, _ = env.reset(seed=seed, options=over_domains(core))
-    for _ in range(min(clicks, settings.max_steps - 1)):
+    for _ in range(min(clicks, settings.longest - 1)):
         observations, *_ = env.step(agent.act(core, observations))
     tensors = agent.policy._to_tensors(observations)
     with agent.policy.playing():
@@ -57,6 +60,12 @@ def draw_views(
         frames += _row(core, slot, chances[slot].cpu().numpy(), words[slot])
     env.close()
     return tile(frames, len(frames) // count)
+
+
+def check_has_views(settings: SlotConfig) -> None:
+    """Raise `ValueError` for an environment whose agents are not drawn: one without clicks."""
+    if not isinstance(settings, TaskConfig):
+        raise ValueError("views show click agents only. Leave them out; episodes.gif shows all.")
 
 
 def _word_planes(extractor: Any, tensors: dict[str, torch.Tensor]) -> list[list[np.ndarray]]:

@@ -33,6 +33,10 @@ ENVIRONMENTS = {
         "sam_gym.envs.continual:SamContinualEnv",
         "sam_gym.envs.continual:SamContinualVectorEnv",
     ),
+    "SamEverything-v0": (
+        "sam_gym.envs.everything:SamEverythingEnv",
+        "sam_gym.envs.everything:SamEverythingVectorEnv",
+    ),
 }
 
 for _id, (_scalar, _vector) in ENVIRONMENTS.items():

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from adaptation.losses import MaskLoss, whole_object_loss
@@ -18,6 +18,7 @@ from adaptation.views import Gathered
 from sam_gym.backbones.adapters import Adapter, ClassHead, Model, embed
 from sam_gym.backbones.decode import MaskTokens, Prompts
 from sam_gym.backbones.tuning import bytes_of, tuned_weights
+from sam_gym.transfer import to_device
 
 
 @STRATEGIES.register("saom_v1")
@@ -26,8 +27,9 @@ class Saom(Strategy):
 
     The prompt of an object is the grid point that its nearest neighbour in the embedding says; the
     mask that is trusted most learns the object by focal and Dice loss, its token the class, and the
-    predicted IoU of all masks is trained, for it chooses. Beyond the paper, a share of the prompts
-    (`Options.inside`) lies anywhere inside the object: in everything mode every point is asked.
+    predicted IoU of all masks is trained, for it chooses. Beyond the paper, since everything mode
+    asks every point: a share of the prompts (`Options.inside`) lies anywhere inside the object, and
+    one (`Options.background`) on no object, where the predicted IoU learns 0.
     """
 
     #: Columns and rows of the grid.
@@ -66,8 +68,8 @@ class Saom(Strategy):
             )
 
     @torch.no_grad()
-    def prompts(self, objects: Gathered, seeds: np.ndarray) -> tuple[Prompts, Tensor]:
-        size = self.setting.bank.backbone.image_size
+    def batch(self, objects: Gathered, seeds: np.ndarray) -> Batch:
+        options, size = self.setting.options, self.setting.bank.backbone.image_size
         width = self.sam.prompt_encoder.embed_dim
         embeddings = objects.raw
         if self.raw == "pixels":
@@ -75,22 +77,35 @@ class Saom(Strategy):
         points = nearest_points(
             embeddings[:, :width], objects.rows, objects.targets, objects.valid, self._grid, size
         ).points
-        rngs = [np.random.default_rng([int(seed), 1]) for seed in seeds]
-        anywhere = [rng.random() < self.setting.options.inside for rng in rngs]
-        inside = points_inside(seeds, objects.targets, size)
-        inside = snapped(inside, extents(objects.valid, size), self._grid)
-        chosen = torch.tensor(anywhere, device=points.device)[:, None]
-        points = torch.where(chosen, inside, points)
+        draws = np.array([np.random.default_rng([int(seed), 1]).random(2) for seed in seeds])
+        anywhere, outside = (
+            to_device(draws[:, k] < share, points.device)
+            for k, share in enumerate((options.inside, options.background))
+        )
+        outside &= objects.empty.flatten(1).any(dim=1)
+        region = torch.where(outside[:, None, None], objects.empty.float(), objects.targets)
+        drawn = snapped(
+            points_inside(seeds, region, size), extents(objects.valid, size), self._grid
+        )
+        points = torch.where((anywhere | outside)[:, None], drawn, points)
         labels = torch.ones((len(points), 1), dtype=torch.int64, device=points.device)
-        ambiguous = torch.ones(len(points), dtype=torch.bool, device=points.device)
-        return Prompts(points=points[:, None], labels=labels, rows=objects.rows), ambiguous
+        return Batch(
+            objects.raw,
+            Prompts(points=points[:, None], labels=labels, rows=objects.rows),
+            torch.ones_like(outside),
+            objects.targets * ~outside[:, None, None],
+            objects.valid,
+            objects.categories,
+        )
 
     def masks(self, batch: Batch, tokens: MaskTokens) -> MaskLoss:
         masks = whole_object_loss(tokens, batch.targets, batch.valid)
         assert tokens.tokens is not None
         rows = torch.arange(len(masks.chosen), device=masks.chosen.device)
         logits = self._head(tokens.tokens[rows, masks.chosen])
-        cost = F.cross_entropy(logits.float(), batch.categories)
+        there = batch.targets.amax(dim=(1, 2)) > 0
+        costs = F.cross_entropy(logits.float(), batch.categories, reduction="none") * there
+        cost = costs.sum() / there.sum().clamp(min=1)
         total = masks.total + self.setting.options.class_weight * cost
         return MaskLoss(total, masks.logits, masks.chosen, masks.ious)
 

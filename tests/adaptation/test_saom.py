@@ -91,6 +91,7 @@ def test_the_mask_that_is_trusted_most_is_taught() -> None:
     iou = torch.rand(3, 4, requires_grad=True)
     tokens = MaskTokens(vectors, torch.randn(3, 4, 16, 8), iou, (2, 2))
     targets = (torch.rand(3, 8, 8) > 0.5).float()
+    targets[2] = 0.0
     valid = (torch.rand(3, 8, 8) > 0.2).float()
     result = whole_object_loss(tokens, targets, valid)
     best = 1 + iou.detach()[:, 1:].argmax(dim=1)
@@ -107,11 +108,13 @@ def test_the_mask_that_is_trusted_most_is_taught() -> None:
     ious = (hits & truth & counts).sum((2, 3)) / ((hits | truth) & counts).sum((2, 3))
     trust = (iou[:, 1:] - ious).square().mean(dim=1)
     assert float(result.total.detach()) == pytest.approx(
-        float((20 * focal + dice + trust).mean().detach()), rel=1e-5
+        float(((20 * focal + dice)[:2].mean() + trust.mean()).detach()), rel=1e-5
     )
     result.total.backward()
     assert vectors.grad is not None and iou.grad is not None
-    for k in range(3):
+    # Where there is nothing, no mask is taught, but that none is to be trusted.
+    assert not vectors.grad[2].any() and (iou.grad[2, 1:] > 0).all()
+    for k in range(2):
         assert vectors.grad[k].abs().sum(dim=1).nonzero()[:, 0].tolist() == [int(best[k])]
         assert iou.grad[k].nonzero()[:, 0].tolist() == [1, 2, 3]
 
@@ -124,16 +127,24 @@ def test_prompts_are_points_of_the_grid(bank: Bank, tune: str) -> None:
     draw = Draw.from_views(rng, 12, [(0, views, np.arange(len(views.frames)))])
     objects = gathered(bank, draw, strategy.raw)
     seeds = np.arange(12)
-    prompts, ambiguous = strategy.prompts(objects, seeds)
-    assert ambiguous.all() and prompts.points.shape == (12, 1, 2)
+    batch = strategy.batch(objects, seeds)
+    prompts = batch.prompts
+    assert batch.ambiguous.all() and prompts.points.shape == (12, 1, 2)
     boxes = extents(objects.valid, 64)
     assert (boxes[:, 1] - boxes[:, 0] < 64).any(), "no view is padded"
     places = (prompts.points[:, 0] - boxes[:, 0]) / (boxes[:, 1] - boxes[:, 0]) * 32
     torch.testing.assert_close(places, places.floor() + 0.5, atol=1e-3, rtol=0)
     for part in (slice(0, 5), slice(5, 12)):
         some = gathered(bank, Draw(draw.domains[part], draw.objects[part]), strategy.raw)
-        own, _ = strategy.prompts(some, seeds[part])
-        assert torch.equal(own.points, prompts.points[part])
+        own = strategy.batch(some, seeds[part])
+        assert torch.equal(own.prompts.points, prompts.points[part])
+        assert torch.equal(own.targets, batch.targets[part])
+    # Some lie on nothing, and have nothing to segment; the others are as they were.
+    nothing = batch.targets.amax(dim=(1, 2)) == 0
+    assert 0 < nothing.sum() < 12
+    assert torch.equal(batch.targets[~nothing], objects.targets[~nothing])
+    pixel = (prompts.points[:, 0] + 0.5).div(4).long()
+    assert objects.empty[torch.arange(12), pixel[:, 1], pixel[:, 0]][nothing].float().mean() > 0.7
 
 
 def test_presets_differ_in_their_grid() -> None:
@@ -181,7 +192,7 @@ def test_a_run_learns_and_its_adapter_knows_classes(
 @pytest.mark.filterwarnings("ignore:.*fill half of no cell")
 def test_classes_are_learned(bank: Bank) -> None:
     """Of the few objects of a few scenes, the head soon tells all classes."""
-    options = Options(class_weight=5.0, inside=0.0)
+    options = Options(class_weight=5.0, inside=0.0, background=0.0)
     strategy: Any = STRATEGIES.get("saom_v1")(Setting(bank, "decoder", options))
     views = bank.train(bank.stream[0])
     everything = np.arange(len(views.rows))
@@ -190,7 +201,7 @@ def test_classes_are_learned(bank: Bank) -> None:
     learner = Learner(strategy)
     optimizer = torch.optim.Adam(list(strategy.trained().values()), 3e-3)
     for _ in range(150):
-        batch = make_batch(bank, draw, "embedding", everything, strategy.prompts)
+        batch = make_batch(bank, draw, "embedding", everything, strategy.batch)
         loss, _ = learner(lambda batch=batch: batch)
         optimizer.zero_grad()
         loss.backward()

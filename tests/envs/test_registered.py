@@ -18,6 +18,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
 from sam_gym import ENVIRONMENTS
+from sam_gym.envs.core import ClickCore
+from sam_gym.envs.everything import MAPS, EverythingCore
 
 Make = Callable[..., Any]
 
@@ -30,26 +32,63 @@ ALLOWED_WARNINGS = {
     "Treating image space as channels-last, while second dimension was": "the same guess of SB3",
     "The minimal resolution for an image is 36x36": "the same guess of SB3",
     "sam_pred_mask_prob has an unconventional shape": "a mask has two dimensions",
+    "coverage has an unconventional shape": "a map has two dimensions",
+    "overlap has an unconventional shape": "a map has two dimensions",
+    "predicted_iou has an unconventional shape": "a map has two dimensions",
+    "tried has an unconventional shape": "a map has two dimensions",
     "render_mode='human' shows nothing": "there is no display here",
 }
 
-#: What environments have instead of a dataset: eight small images in each of two domains that
-#: come and go.
-DATA: dict[str, dict[str, Any]] = {
+#: Arguments of environments in place of those of `SamSeg-v0`; None: there is no such thing.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    # Eight small images in each of two domains that come and go.
     "SamContinual-v0": {
-        "stream_kwargs": {"domains": "cells,night", "train_images": 8, "size": 128},
-        "episodes_per_domain": 2,
-        "cycle": True,
-        "observe_task": True,
+        "dataset_kwargs": {
+            "stream_kwargs": {"domains": "cells,night", "train_images": 8, "size": 128},
+            "episodes_per_domain": 2,
+            "cycle": True,
+            "observe_task": True,
+        }
+    },
+    "SamEverything-v0": {
+        "dataset_kwargs": lambda kwargs: {
+            "dataset": "scenes",
+            "dataset_kwargs": kwargs,
+            "keep_iou": 0.0,
+            "duplicate_iou": 0.97,
+            "budget": 5,
+        },
+        # A checker wants more than one step, so the budget is that of several random sets.
+        "target": lambda target: (
+            {} if target == "category" else {"actions": "set", "grid": 8, "budget": 64}
+        ),
+        "max_steps": lambda steps: {"budget": steps},
+        "click_cost": lambda cost: {"point_cost": cost},
+        "undo": None,
     },
 }
 
 
-def with_data(env: dict[str, Any], env_id: str) -> dict[str, Any]:
+def as_of(env_id: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `SamSeg-v0` as those of another environment."""
-    if env_id not in DATA:
-        return env
-    return {name: value for name, value in env.items() if name != "dataset_kwargs"} | DATA[env_id]
+    translated: dict[str, Any] = {}
+    others = ARGUMENTS.get(env_id, {})
+    for name, value in settings.items():
+        other = others.get(name, {name: value})
+        translated |= (other(value) if callable(other) else other) or {}
+    return translated
+
+
+def random_actions(
+    rng: np.random.Generator, space: gym.Space, count: int | tuple[int, ...]
+) -> np.ndarray:
+    """Actions of a space of one environment."""
+    if isinstance(space, gym.spaces.Discrete):
+        return rng.integers(space.n, size=count)
+    shape = (count,) if isinstance(count, int) else count
+    # Sets of no, one and many points.
+    share = rng.choice([0.0, 1 / space.n, 0.5], size=(*shape, 1), p=[0.1, 0.6, 0.3])
+    return (rng.random((*shape, space.n)) < share).astype(np.int8)
 
 
 @pytest.fixture(params=sorted(ENVIRONMENTS))
@@ -59,31 +98,31 @@ def env_id(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def micro_env(micro_env: dict[str, Any], env_id: str) -> dict[str, Any]:
-    return with_data(micro_env, env_id)
+    return as_of(env_id, micro_env)
 
 
 @pytest.fixture
 def tiny_env(tiny_env: dict[str, Any], env_id: str) -> dict[str, Any]:
-    return with_data(tiny_env, env_id)
+    return as_of(env_id, tiny_env)
 
 
 @pytest.fixture(
     params=itertools.product(("full", "handle"), ("category", "instance")), ids="-".join
 )
-def variant(request: pytest.FixtureRequest) -> dict[str, Any]:
+def variant(request: pytest.FixtureRequest, env_id: str) -> dict[str, Any]:
     obs, target = request.param
-    return {"obs": obs, "target": target, "stop": True, "undo": True}
+    return as_of(env_id, {"obs": obs, "target": target, "stop": True, "undo": True})
 
 
 @pytest.fixture
 def make(env_id: str, tiny_env: dict[str, Any]) -> Make:
-    return lambda **more: gym.make(env_id, **{**tiny_env, **more})
+    return lambda **more: gym.make(env_id, **{**tiny_env, **as_of(env_id, more)})
 
 
 @pytest.fixture
 def make_vec(env_id: str, tiny_env: dict[str, Any]) -> Make:
     def make_vec(mode: AutoresetMode, own: bool = True, **more: Any) -> VectorEnv:
-        settings = {**tiny_env, "num_envs": 3, **more}
+        settings = {**tiny_env, "num_envs": 3, **as_of(env_id, more)}
         if own:
             return gym.make_vec(
                 env_id,
@@ -117,7 +156,7 @@ def assert_equal(one: Any, other: Any, path: str = "") -> None:
 
 def rollout(env: gym.Env, seed: int, steps: int, reset: bool = True) -> list[Any]:
     """What an environment returns for random actions, starting over at the end of an episode."""
-    actions = np.random.default_rng(seed).integers(env.action_space.n, size=steps)
+    actions = random_actions(np.random.default_rng(seed), env.action_space, steps)
     log: list[Any] = [env.reset(seed=seed)] if reset else []
     for action in actions:
         log.append(env.step(action))
@@ -137,7 +176,7 @@ def test_checkers_are_content(
     micro_env: dict[str, Any],
     no_display: None,
 ) -> None:
-    env = gym.make(env_id, **micro_env, **variant)
+    env = gym.make(env_id, **{**micro_env, **variant})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         checker(env.unwrapped)
@@ -183,7 +222,7 @@ def test_same_seed_gives_the_same_numbers_in_a_vector(make_vec: Make, mode: Auto
     def log(seed: int) -> list[Any]:
         envs = make_vec(mode, max_steps=20)
         entries: list[Any] = [envs.reset(seed=seed)]
-        actions = np.random.default_rng(0).integers(envs.single_action_space.n, size=(15, 3))
+        actions = random_actions(np.random.default_rng(0), envs.single_action_space, (15, 3))
         return entries + [envs.step(action) for action in actions]
 
     assert_equal(log(3), log(3))
@@ -235,8 +274,9 @@ def test_a_copy_goes_on_alike_and_shares_the_model(
 def test_pickle_holds_neither_model_nor_embeddings(env_id: str, micro_env: dict[str, Any]) -> None:
     env = gym.make(env_id, **micro_env)
     env.reset(seed=0)
-    size = len(pickle.dumps(env))  # the bounds of the spaces, an image and a history of logits
-    assert size < 2 * 2**20
+    # The bounds of the spaces, an image with its masks, and a history of logits.
+    size = len(pickle.dumps(env))
+    assert size < 2.5 * 2**20
     for seed in range(8):
         env.reset(seed=seed)
     assert len(pickle.dumps(env)) < 1.1 * size
@@ -247,7 +287,7 @@ def test_pickle_holds_neither_model_nor_embeddings(env_id: str, micro_env: dict[
 def test_a_copied_vector_goes_on_alike(make_vec: Make, variant: dict[str, Any]) -> None:
     envs = make_vec(AutoresetMode.NEXT_STEP, **variant)
     envs.reset(seed=0)
-    actions = np.random.default_rng(0).integers(envs.single_action_space.n, size=(20, 3))
+    actions = random_actions(np.random.default_rng(0), envs.single_action_space, (20, 3))
     for action in actions[:7]:
         envs.step(action)
     other = pickle.loads(pickle.dumps(envs))
@@ -334,23 +374,42 @@ class Comparison:
 
     def step(self, actions: np.ndarray) -> np.ndarray:
         one, other = self.own.step(actions), self.sync.step(actions)
-        self.compare_logits()
+        self.compare_masks()
         self.compare(one, other)
         return one[2] | one[3]
 
-    def compare_logits(self) -> None:
+    def compare_masks(self) -> None:
         core = self.own.unwrapped.core
         for i, env in enumerate(self.sync.envs):
             alone = env.unwrapped.core
-            assert core.num_clicks[i] == alone.num_clicks[0] and core.steps[i] == alone.steps[0]
-            together = core.logits[i, core.num_clicks[i]]
-            expected = alone.logits[0, alone.num_clicks[0]]
-            limit = 1e-4 * float(expected.std())
-            assert float((together - expected).abs().max()) <= limit
-            unclear = expected.abs() <= limit if limit else torch.zeros_like(expected, dtype=bool)
-            assert torch.equal((together > 0)[~unclear], (expected > 0)[~unclear])
-            area = int(alone._low_target[0].sum())
-            self.slack[i] = max(self.slack[i], int(unclear.sum()) / area)
+            assert core.steps[i] == alone.steps[0]
+            if isinstance(core, EverythingCore):
+                unclear = self.differing_pixels(core, alone, i)
+                area = int(alone._objects[0].sum(dim=(1, 2))[: len(alone.targets[0].masks)].min())
+            else:
+                unclear = self.unclear_pixels(core, alone, i)
+                area = int(alone._low_target[0].sum())
+            self.slack[i] = max(self.slack[i], unclear / area)
+
+    def differing_pixels(self, core: EverythingCore, alone: EverythingCore, slot: int) -> int:
+        together, expected = core.kept[slot], alone.kept[0]
+        assert [own.is_part for own in together] == [own.is_part for own in expected]
+        trust = [[own.predicted_iou for own in kept] for kept in (together, expected)]
+        np.testing.assert_allclose(*trust, atol=1e-4)
+        count = len(expected)
+        differing = int((core._masks[slot, :count] != alone._masks[0, :count]).sum())
+        assert differing <= count
+        return differing
+
+    def unclear_pixels(self, core: ClickCore, alone: ClickCore, slot: int) -> int:
+        assert core.num_clicks[slot] == alone.num_clicks[0]
+        together = core.logits[slot, core.num_clicks[slot]]
+        expected = alone.logits[0, alone.num_clicks[0]]
+        limit = 1e-4 * float(expected.std())
+        assert float((together - expected).abs().max()) <= limit
+        unclear = expected.abs() <= limit if limit else torch.zeros_like(expected, dtype=bool)
+        assert torch.equal((together > 0)[~unclear], (expected > 0)[~unclear])
+        return int(unclear.sum())
 
     def compare(self, one: Any, other: Any, name: str = "") -> None:
         if isinstance(one, dict):
@@ -370,6 +429,9 @@ class Comparison:
             assert one.dtype == other.dtype and one.shape == other.shape, name
             if name in ("1", "iou", "dice"):  # 1 is the reward
                 assert (np.abs(one - other) <= 4 * self.slack + 1e-9).all(), name
+            elif name in MAPS and one.ndim > 1:
+                differing = (np.abs(one - other.astype(float)) > 1e-3 * one.max(initial=1)).sum()
+                assert differing <= 1e6 * self.slack.sum(), name
             elif name == "predicted_iou":
                 np.testing.assert_allclose(one, other, atol=1e-4, err_msg=name)
             elif name == "sam_pred_mask_prob":
@@ -384,13 +446,15 @@ def play_side_by_side(own: VectorEnv, sync: SyncVectorEnv, steps: int) -> int:
     rng = np.random.default_rng(0)
     game = Comparison(own, sync)
     game.reset(seed=10)
-    last = own.single_action_space.n - 1
+    space = own.single_action_space
+    last = space.n - 1
     ended_episodes = 0
     disabled = own.metadata["autoreset_mode"] == AutoresetMode.DISABLED
     for step in range(steps):
-        actions = rng.integers(last - 1, size=own.num_envs)
-        kind = rng.random(own.num_envs)
-        actions[kind < 0.1], actions[kind > 0.8] = last - 1, last
+        actions = random_actions(rng, space, own.num_envs)
+        if isinstance(space, gym.spaces.Discrete):
+            kind = rng.random(own.num_envs)
+            actions[kind < 0.1], actions[kind > 0.8] = last - 1, last
         ended = game.step(actions)
         ended_episodes += int(ended.sum())
         if disabled and ended.any():
@@ -407,9 +471,9 @@ def play_side_by_side(own: VectorEnv, sync: SyncVectorEnv, steps: int) -> int:
 )
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 def test_vector_equals_scalars(
-    make_vec: Make, variant: dict[str, Any], mode: AutoresetMode
+    env_id: str, make_vec: Make, variant: dict[str, Any], mode: AutoresetMode
 ) -> None:
-    settings = {**variant, "max_steps": 6, "click_cost": 0.01}
+    settings = {**variant, **as_of(env_id, {"max_steps": 6, "click_cost": 0.01})}
     own, sync = make_vec(mode, **settings), make_vec(mode, own=False, **settings)
     assert isinstance(sync, SyncVectorEnv) and not isinstance(own, SyncVectorEnv)
     assert own.single_observation_space == sync.single_observation_space
