@@ -69,7 +69,7 @@ class Options:
     inside: float = 1.0
     """Share of the prompts that lie anywhere inside their object; 0: all by nearest neighbour, as
     in the paper (saom_v1, saom_v2, panosam)."""
-    background: float = 0.25
+    background: float = 0.4
     """Share of the prompts that lie on no object, where no mask is to be trusted; 0 if images have
     objects that are not annotated (saom_v1, saom_v2, panosam)."""
 
