@@ -195,7 +195,8 @@ class Bank:
                 boxes += [box_of(masks[k]) for k in kept]
                 categories += [int(sample.categories[k]) for k in kept]
                 valid.append(_low(scored, shape) >= 128)
-                empty.append(valid[-1] & (_low(masks.any(axis=0), shape) == 0))
+                anything = np.asarray(masks.any(axis=0))
+                empty.append(valid[-1] & (_low(anything, shape) == 0))
                 frames.append(frame)
                 image.append(number)
         if not frames:

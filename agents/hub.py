@@ -24,6 +24,7 @@ import yaml
 
 from agents.saved import SHIPPED, read_data
 from sam_gym import cli
+from sam_gym.data import PROCEDURAL
 from sam_gym.files import write_atomic
 from sam_gym.metrics import with_interval
 
@@ -459,7 +460,7 @@ def _command(run: Run, repo: str) -> str:
     """What somebody who has sam-gym types to use the agent."""
     settings = run.results["config"]["settings"]
     if settings["target"] == "instance":
-        data = "" if settings["dataset"] == "scenes" else " --data PATH"
+        data = "" if settings["dataset"] in PROCEDURAL else " --data PATH"
         task = [f"--{name.replace('_', '-')} {settings[name]}" for name in _TASK]
         task += [f"--{name}" for name in ("stop", "undo") if settings[name]]
         return (
@@ -477,7 +478,7 @@ def _limits(run: Run) -> list[str]:
     config = run.results["config"]
     settings = config["settings"]
     limits = ["It clicks as well as SAM answers: what SAM cannot segment, it cannot either."]
-    if settings["dataset"] == "scenes":
+    if settings["dataset"] in PROCEDURAL:
         limits.append("It was trained on procedural drawings and knows no photographs.")
     if settings["backbone"].endswith("micro"):
         limits.append(

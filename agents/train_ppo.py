@@ -46,6 +46,7 @@ from agents.training import PinRollouts, WatchTraining, plot_learning_curve
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.views import check_has_views, draw_views
 from sam_gym import cli
+from sam_gym.data import PROCEDURAL
 from sam_gym.data.streams import Stream
 from sam_gym.envs.continual import ContinualConfig
 from sam_gym.envs.core import TaskConfig
@@ -65,7 +66,7 @@ def training_settings(config: Config) -> SlotConfig:
         # `WalkStream` says when a domain is over.
         return replace(settings, episodes_per_domain=None)
     assert isinstance(settings, DatasetConfig)
-    if settings.dataset in ("scenes", "rooms") and "length" not in settings.dataset_kwargs:
+    if settings.dataset in PROCEDURAL and "length" not in settings.dataset_kwargs:
         kwargs = settings.dataset_kwargs | {"length": config.train_images}
         settings = replace(settings, dataset_kwargs=kwargs)
     return settings

@@ -24,7 +24,7 @@ from benchmarks.everything_report import write_report
 from benchmarks.options import require_at_least
 from benchmarks.report import output_folder, progress_bar
 from sam_gym.backbones import Backbone, Prompts, load_backbone
-from sam_gym.data import Sample, make_dataset
+from sam_gym.data import PROCEDURAL, Sample, make_dataset
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.everything import GeneratorOptions, MaskGenerator
 from sam_gym.everything_metrics import (
@@ -243,7 +243,7 @@ def _check(config: Config) -> None:
 def _open(config: Config) -> tuple[Stream, Split, Split, dict[str, Split]]:
     """The stream that is trained on, and what is measured on."""
     root = {} if config.data is None else {"root": config.data}
-    procedural = config.dataset.startswith(("rooms", "scenes"))
+    procedural = config.dataset in PROCEDURAL
 
     def split(name: str, limit: int) -> Any:
         return make_dataset(

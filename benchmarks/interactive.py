@@ -14,7 +14,7 @@ from benchmarks import report
 from benchmarks.grabcut import LONGEST_SIDE, GrabCut
 from benchmarks.options import BackboneOptions, provenance, require_at_least
 from sam_gym.backbones import Backbone
-from sam_gym.data import DATASETS, Dataset, Sample, make_dataset
+from sam_gym.data import DATASETS, PROCEDURAL, Dataset, Sample, make_dataset
 from sam_gym.data.cache import SampleCache
 from sam_gym.files import write_csv, write_json
 from sam_gym.interactive import Target, click_out
@@ -161,8 +161,8 @@ def open_dataset(config: Config) -> Dataset:
     """The dataset of the config; `ValueError` for options that it does not take."""
     # Option -> the dataset's argument, its value, and the datasets that take it.
     given = {
-        "--data": ("root", config.data, ("coco", "folder")),
-        "--categories": ("categories", config.categories, ("coco",)),
+        "--data": ("root", config.data, ("coco", "folder", "entities")),
+        "--categories": ("categories", config.categories, ("coco", *PROCEDURAL)),
         "--objects": ("target", config.objects, ("folder",)),
         "--min-area": ("min_area", config.min_area, ("coco", "folder")),
     }
@@ -172,15 +172,13 @@ def open_dataset(config: Config) -> Dataset:
             if config.dataset in DATASETS and config.dataset not in takers:
                 raise ValueError(f"{option} is for {', '.join(takers)}, not for {config.dataset}.")
             options[name] = value
-    if config.dataset in ("coco", "folder") and config.data is None:
-        raise ValueError(f"Dataset {config.dataset!r} reads files: pass --data FOLDER.")
     return make_dataset(config.dataset, _split(config), **options)
 
 
 def find_objects(config: Config, dataset: Dataset, samples: SampleCache) -> list[Item]:
     """All objects to click out. Reads every image once, so that a broken one stops before work."""
     max_images = config.max_images
-    if max_images is None and config.dataset == "scenes":
+    if max_images is None and config.dataset in PROCEDURAL:
         max_images = SCENES
     items = []
     for number in _subset(range(len(dataset)), max_images, config.seed):

@@ -50,7 +50,9 @@ class Overlaps:
         """Of the masks and objects of one image."""
         from pycocotools import mask as coco_mask
 
-        areas = [np.array([coco_mask.area(rle) for rle in side], float) for side in (masks, objects)]
+        areas = [
+            np.array([coco_mask.area(rle) for rle in side], float) for side in (masks, objects)
+        ]
         if not len(masks) or not len(objects):
             return cls(np.zeros((len(masks), len(objects))), *areas)
         # Of a "crowd", pycocotools divides the intersection by the area of the mask alone.
@@ -73,6 +75,23 @@ class Overlaps:
         inside = self.shared / np.maximum(self.masks[:, None], 1)
         covers = self.shared / np.maximum(self.objects[None], 1)
         return ((inside >= PART_INSIDE) & (covers < PART_COVERS)).any(axis=1)
+
+
+def matched_ious(overlaps: np.ndarray) -> np.ndarray:
+    """IoU of each object with its own mask, under the best matching of one to one.
+
+    Args:
+        overlaps: float (K, N), IoU of K masks with N objects.
+
+    Returns:
+        float64 (N,), 0 where an object has no mask.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    matched = np.zeros(overlaps.shape[1])
+    masks, objects = linear_sum_assignment(overlaps, maximize=True)
+    matched[objects] = overlaps[masks, objects]
+    return matched
 
 
 @dataclass(frozen=True)
@@ -107,11 +126,11 @@ def match(overlaps: Overlaps) -> Matched:
 
 
 def panoptic_quality(overlaps: Sequence[Overlaps]) -> float:
-    """PQ (Kirillov et al. 2019) over images, whatever the class: quality and number of masks in one.
+    """PQ (Kirillov et al. 2019) over images, whatever the class: quality and number of masks.
 
-    Sum of the IoU of matches above one half, over their number, half the masks without a match and
-    half the objects without one. A mask of which more than half lies in no object is not counted:
-    what is there is not annotated.
+    The IoU of matches above one half, added up, over their number, half the masks without a match
+    and half the objects without one. A mask of which more than half lies in no object is not
+    counted: what is there is not annotated.
     """
     quality = matches = others = 0.0
     for own in overlaps:

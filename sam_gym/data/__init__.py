@@ -9,7 +9,7 @@ from typing import Any
 from sam_gym.data.sample import Dataset, Sample
 from sam_gym.registry import unknown_name
 
-__all__ = ["DATASETS", "Dataset", "Sample", "make_dataset"]
+__all__ = ["DATASETS", "PROCEDURAL", "Dataset", "Sample", "make_dataset"]
 
 #: Dataset name -> "module:factory". A factory takes `split` and its own keyword arguments.
 DATASETS: dict[str, str] = {
@@ -21,6 +21,10 @@ DATASETS: dict[str, str] = {
     "folder": "sam_gym.data.folder:Folder",
     "entities": "sam_gym.data.entities:Entities",
 }
+
+
+#: Datasets that are drawn: endless, unless they are given a `length`.
+PROCEDURAL = ("scenes", "rooms", "rooms-panoramas")
 
 
 def make_dataset(name: str, split: str = "train", **kwargs: Any) -> Dataset:

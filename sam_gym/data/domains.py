@@ -6,21 +6,20 @@ Every domain has a look, a kind of object and a convention of annotation of its 
 
 from __future__ import annotations
 
-import zlib
 from itertools import count
 
 import numpy as np
 
 from sam_gym.data import domains_field, domains_lab  # noqa: F401 (they fill the table)
 from sam_gym.data.domains_kinds import DOMAINS
+from sam_gym.data.procedural import Procedural
 from sam_gym.data.sample import Sample
-from sam_gym.data.scenes import SPLITS, check_procedural
 
 #: Objects below this share of the image's area are drawn but not annotated: compact, and thin.
 LEAST_AREA, LEAST_AREA_THIN = 0.003, 0.002
 
 
-class ProceduralDomain:
+class ProceduralDomain(Procedural):
     """Procedural images of one domain, with one mask for each object.
 
     Sample `i` of a kind, split and seed is always the same image. There is one category, "object",
@@ -50,23 +49,11 @@ class ProceduralDomain:
         seed: int = 0,
     ) -> None:
         self._kind = DOMAINS.get(kind)
-        check_procedural(split, length, size, largest=1024)
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}.")
+        super().__init__(split, length, size, seed=seed)
         self.name = kind
-        self.split, self.length, self.size, self.seed = split, length, size, seed
-
-    def __len__(self) -> int:
-        return 2**31 - 1 if self.length is None else self.length
-
-    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
-        """Draw an image uniformly; the category is None, for there is only one."""
-        return int(rng.integers(len(self))), None
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} is not in range({len(self)}).")
-        words = [SPLITS[self.split], self.seed, zlib.crc32(self.name.encode()), index]
+        words = self.words(index)
         least = (LEAST_AREA_THIN if self._kind.thin else LEAST_AREA) * self.size**2
         for attempt in count():
             image, drawn = self._kind.draw(np.random.default_rng([*words, attempt]), self.size)
@@ -77,5 +64,5 @@ class ProceduralDomain:
             image=image,
             masks=np.stack(masks),
             categories=np.zeros(len(masks), np.int64),
-            source=f"{self.name}/{self.split}/{index}",
+            source=self.source(index),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,9 +9,9 @@ from typing import Literal
 import cv2
 import numpy as np
 
+from sam_gym.data.procedural import Procedural
 from sam_gym.data.rooms import Rooms, furnished_room
 from sam_gym.data.sample import Sample, select_categories
-from sam_gym.data.scenes import SPLITS, check_procedural
 from sam_gym.registry import unknown_name
 
 #: Status of OpenCV's stitcher -> what it means and what to do.
@@ -52,7 +51,7 @@ class View:
     instances: np.ndarray
 
 
-class RoomsPanoramas:
+class RoomsPanoramas(Procedural):
     """Wide `rooms`, with as many more things, and the views that a camera would take of them.
 
     Sample `i` of a split and seed is always the same panorama.
@@ -70,7 +69,7 @@ class RoomsPanoramas:
         ValueError: unknown split or category, or a number out of range.
     """
 
-    name = "rooms-panoramas"
+    name, noun = "rooms-panoramas", "panorama"
     categories: tuple[str, ...] = Rooms.categories
 
     def __init__(
@@ -85,7 +84,7 @@ class RoomsPanoramas:
         overlap: float = 0.5,
         seed: int = 0,
     ) -> None:
-        check_procedural(split, length, height, largest=1024)
+        super().__init__(split, length, height, seed=seed)
         if not height <= width <= 8 * height:
             raise ValueError(f"width must be from {height} to {8 * height} pixels, got {width}.")
         view = height if view is None else view
@@ -93,25 +92,12 @@ class RoomsPanoramas:
             raise ValueError(f"view must be from 64 to {width} pixels wide, got {view}.")
         if not 0 <= overlap <= 0.9:
             raise ValueError(f"overlap must be from 0 to 0.9, got {overlap}.")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}.")
         self.categories = select_categories(categories, Rooms.categories)
-        self.split, self.length, self.seed = split, length, seed
         self.height, self.width, self.view, self.overlap = height, width, view, overlap
 
-    def __len__(self) -> int:
-        return 2**31 - 1 if self.length is None else self.length
-
-    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
-        """Draw a panorama uniformly; the category is None: any in the image."""
-        return int(rng.integers(len(self))), None
-
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"panorama {index} is not in range({len(self)}).")
-        words = [SPLITS[self.split], self.seed, zlib.crc32(self.name.encode()), index]
-        room = furnished_room(words, self.height, self.width, self.categories)
-        return room.sample(f"{self.name}/{self.split}/{index}")
+        room = furnished_room(self.words(index), self.height, self.width, self.categories)
+        return room.sample(self.source(index))
 
     def views(self, index: int) -> list[View]:
         """The views of a panorama from left to right; together they show all of it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +10,11 @@ from itertools import count, pairwise
 import cv2
 import numpy as np
 
+from sam_gym.data.procedural import Procedural
 from sam_gym.data.rooms_drawing import SUBPIXEL_BITS, Build, Canvas, fixed_point
 from sam_gym.data.rooms_furniture import FURNITURE
 from sam_gym.data.rooms_walls import Shell
 from sam_gym.data.sample import Sample, select_categories
-from sam_gym.data.scenes import SPLITS, check_procedural
 
 #: Least visible area of a thing, as a share of a square of the height of the image,
 #: and of what of it would be visible if it stood alone.
@@ -231,7 +230,7 @@ class Room:
         cv2.fillPoly(canvas.shadow, outline, 235, cv2.LINE_8, SUBPIXEL_BITS)
 
 
-class Rooms:
+class Rooms(Procedural):
     """Procedural rooms with things that are made of parts in colours of their own.
 
     Twelve categories; four to nine things in a room, on the floor, on the walls and on each other,
@@ -252,7 +251,7 @@ class Rooms:
         ValueError: unknown split or category, or a length, size or seed out of range.
     """
 
-    name = "rooms"
+    name, noun = "rooms", "room"
     #: All that there are; `Rooms.categories` of an instance are those of its images.
     categories: tuple[str, ...] = FURNITURE.names()
 
@@ -265,25 +264,12 @@ class Rooms:
         size: int = 256,
         seed: int = 0,
     ) -> None:
-        check_procedural(split, length, size, largest=1024)
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}.")
+        super().__init__(split, length, size, seed=seed)
         self.categories = select_categories(categories, Rooms.categories)
-        self.split, self.length, self.size, self.seed = split, length, size, seed
-
-    def __len__(self) -> int:
-        return 2**31 - 1 if self.length is None else self.length
-
-    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
-        """Draw an image uniformly; the category is None: any in the image."""
-        return int(rng.integers(len(self))), None
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"room {index} is not in range({len(self)}).")
-        words = [SPLITS[self.split], self.seed, zlib.crc32(self.name.encode()), index]
-        room = furnished_room(words, self.size, self.size, self.categories)
-        return room.sample(f"{self.name}/{self.split}/{index}")
+        room = furnished_room(self.words(index), self.size, self.size, self.categories)
+        return room.sample(self.source(index))
 
 
 def furnished_room(

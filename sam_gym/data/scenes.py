@@ -9,12 +9,9 @@ import cv2
 import numpy as np
 
 from sam_gym.data.materials import TILE, Material, category_look, ground, patterned
+from sam_gym.data.procedural import SPLITS, Procedural
 from sam_gym.data.sample import Sample, select_categories
 from sam_gym.data.shapes import SHAPES, Contours, blob
-from sam_gym.registry import unknown_name
-
-#: Split name -> first word of the seed, so that no scene of one split occurs in another.
-SPLITS = {"train": 1, "val": 2, "test": 3}
 
 _SUBPIXEL_BITS = 4
 
@@ -187,17 +184,7 @@ class _Canvas:
         return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def check_procedural(split: str, length: int | None, size: int, largest: int) -> None:
-    """Raise `ValueError` for a split, length or size that images out of a seed cannot have."""
-    if split not in SPLITS:
-        raise unknown_name("split", split, SPLITS)
-    if length is not None and length < 1:
-        raise ValueError(f"length must be at least 1, got {length}.")
-    if not 64 <= size <= largest:
-        raise ValueError(f"size must be from 64 to {largest} pixels, got {size}.")
-
-
-class Scenes:
+class Scenes(Procedural):
     """Procedural images of named objects made of parts.
 
     Ten categories; three to seven objects of two to four categories per image, with texture,
@@ -217,7 +204,7 @@ class Scenes:
         ValueError: unknown split, or a length or size that is too small.
     """
 
-    name = "scenes"
+    name, noun = "scenes", "scene"
     #: All that there are; `Scenes.categories` of an instance are those of its images.
     categories: tuple[str, ...] = SHAPES.names()
 
@@ -230,19 +217,12 @@ class Scenes:
         size: int = 256,
         material: Material = patterned,
     ) -> None:
-        check_procedural(split, length, size, largest=TILE)
+        super().__init__(split, length, size, largest=TILE)
         self.categories = select_categories(categories, Scenes.categories)
-        self.split, self.length, self.size, self.material = split, length, size, material
-
-    def __len__(self) -> int:
-        return 2**31 - 1 if self.length is None else self.length
-
-    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
-        return int(rng.integers(len(self))), None
+        self.material = material
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"scene {index} is not in range({len(self)}).")
+        self.check_index(index)
         rng = np.random.default_rng([SPLITS[self.split], index])
         canvas = _Canvas(rng, self.size, self.material)
         canvas.clutter()
@@ -261,6 +241,6 @@ class Scenes:
             image=canvas.finish(),
             masks=np.stack(canvas.masks),
             categories=np.array(categories, np.int64),
-            source=f"scenes/{self.split}/{index}",
+            source=self.source(index),
             parts=np.stack(canvas.parts),
         )

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from gymnasium import spaces
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from sam_gym.backbones import Prompts
 from sam_gym.data import Dataset, Sample
 from sam_gym.envs.faces import SlotEnv, SlotVectorEnv
 from sam_gym.envs.slots import DatasetConfig, SlotCore, check_choice
+from sam_gym.everything_metrics import PART_COVERS, PART_INSIDE, matched_ious
 from sam_gym.transfer import to_device, to_host
 
 #: Arrays of an `EverythingCore` with a row per slot that say how far its episode is. `get_state`
@@ -25,9 +25,6 @@ EPISODE_ARRAYS = (
     *("steps", "num_points", "num_duplicates", "cells"),
     *("ious", "found", "shown"),
 )
-#: A kept mask is a part if this much of it lies inside one object, of which it covers less than
-#: `PART_COVERS`.
-PART_INSIDE, PART_COVERS = 0.8, 0.5
 #: An object counts as found from this IoU on.
 FOUND_IOU = 0.5
 #: So many kept masks on one another are shown as 1 in `overlap`.
@@ -112,21 +109,6 @@ class _Relations(NamedTuple):
     ious: np.ndarray
     overlaps: np.ndarray
     is_part: np.ndarray
-
-
-def matched_ious(overlaps: np.ndarray) -> np.ndarray:
-    """IoU of each object with its own mask, under the best matching of one to one.
-
-    Args:
-        overlaps: float (K, N), IoU of K masks with N objects.
-
-    Returns:
-        float64 (N,), 0 where an object has no mask.
-    """
-    matched = np.zeros(overlaps.shape[1])
-    masks, objects = linear_sum_assignment(overlaps, maximize=True)
-    matched[objects] = overlaps[masks, objects]
-    return matched
 
 
 class EverythingCore(SlotCore[EverythingConfig, Sample]):

@@ -9,7 +9,7 @@ import pytest
 
 from sam_gym.data import Dataset, Sample, make_dataset
 from sam_gym.data.domains import DOMAINS, LEAST_AREA, LEAST_AREA_THIN, ProceduralDomain
-from sam_gym.data.scenes import SPLITS
+from sam_gym.data.procedural import SPLITS
 
 KINDS = DOMAINS.names()
 #: Domains in which the whole of a hidden object counts, or things may lie across each other.

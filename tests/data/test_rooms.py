@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sam_gym.data import Dataset, Sample, make_dataset
+from sam_gym.data.procedural import SPLITS
 from sam_gym.data.rooms import (
     LEAST_AREA,
     LEAST_VISIBLE,
@@ -16,7 +17,6 @@ from sam_gym.data.rooms import (
 )
 from sam_gym.data.rooms_drawing import Build
 from sam_gym.data.rooms_furniture import FURNITURE
-from sam_gym.data.scenes import SPLITS
 
 
 @pytest.fixture(scope="module")

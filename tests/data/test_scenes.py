@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sam_gym.data import Dataset, Sample, make_dataset
-from sam_gym.data.scenes import SPLITS, Scenes
+from sam_gym.data.procedural import SPLITS
+from sam_gym.data.scenes import Scenes
 from sam_gym.data.shapes import SHAPES
 
 

@@ -17,8 +17,8 @@ from sam_gym.envs.everything import (
     EPISODE_ARRAYS,
     EverythingConfig,
     EverythingCore,
-    matched_ious,
 )
+from sam_gym.everything_metrics import matched_ious
 
 #: Arrays of a core with a row per slot that `set_state` makes anew out of the drawn objects, and
 #: the kept masks, of which only those that there are are kept.
