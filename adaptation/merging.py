@@ -15,13 +15,13 @@ from sam_gym.masks import Masks, to_counts
 class MergeOptions:
     """When masks belong together."""
 
-    similarity: float = 0.8
+    merge_similarity: float = 0.8
     """Neighbours of at least this cosine similarity of their mean embedding are merged."""
-    reach: int = 3
+    merge_reach: int = 3
     """Masks that come as near to each other as this, in pixels, are neighbours."""
-    inside: float = 0.85
+    merge_inside: float = 0.85
     """A mask of which this share lies in a larger one is a part of it, and left out."""
-    largest: float = 0.5
+    merge_largest: float = 0.5
     """Masks of more than this share of the image take in no parts: they are background."""
 
 
@@ -42,12 +42,12 @@ def merge_masks(masks: Masks, embedding: np.ndarray, options: MergeOptions | Non
         return masks
     binary = masks.binary()
     means = _mean_features(binary, embedding)
-    alike = means @ means.T >= options.similarity
-    kernel = np.ones((2 * options.reach + 1,) * 2, np.uint8)
+    alike = means @ means.T >= options.merge_similarity
+    kernel = np.ones((2 * options.merge_reach + 1,) * 2, np.uint8)
     grown = np.stack([cv2.dilate(mask.astype(np.uint8), kernel) for mask in binary])
     flat = binary.reshape(len(binary), -1).astype(np.float32)
     touches = grown.reshape(len(grown), -1).astype(np.float32) @ flat.T > 0
-    small = binary.mean(axis=(1, 2)) <= options.largest
+    small = binary.mean(axis=(1, 2)) <= options.merge_largest
     joined = alike & touches & touches.T & small[:, None] & small[None]
     groups = _components(joined)
     merged = [members for members in groups if len(members) > 1]
@@ -89,7 +89,7 @@ def _without_parts(masks: Masks, options: MergeOptions) -> np.ndarray:
     own = masks.coco()
     overlaps = Overlaps.of(own, own)
     areas = overlaps.masks
-    inside = overlaps.shared / np.maximum(areas[:, None], 1) >= options.inside
-    whole = areas <= options.largest * masks.size[0] * masks.size[1]
+    inside = overlaps.shared / np.maximum(areas[:, None], 1) >= options.merge_inside
+    whole = areas <= options.merge_largest * masks.size[0] * masks.size[1]
     larger = (areas[None] > areas[:, None]) & whole[None]
     return np.flatnonzero(~(inside & larger).any(axis=1))

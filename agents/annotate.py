@@ -324,6 +324,11 @@ def annotate(config: Config) -> dict[str, Any]:
     ids = Ids(config.coco, files, names)
     files, left_out = ids.known(files, config.images)
     agent = PolicyAgent.load(config.policy, config.device)
+    if not isinstance(agent.policy, ImplicitPolicy):
+        raise ValueError(
+            f"{config.policy}: this policy does not click for a category, so it cannot annotate. "
+            "For the masks of all that is in an image: python -m agents.annotate --everything."
+        )
     annotator = Annotator(agent, names, config.num_envs, config.max_steps, config.keep_best)
 
     out = Path(config.out)

@@ -126,6 +126,11 @@ def annotate_everything(config: Config) -> dict[str, Any]:
     reader.report(left_out, config.coco)
     counts = f"{len(annotations)} masks in {len(images)} images"
     print(f"{counts}, {len(reader.broken)} files skipped: {out}")
+    if not annotations:
+        print(
+            f"SAM trusts no mask more than {config.generator.pred_iou_thresh}, or none is stable: "
+            "lower --pred-iou-thresh and --stability-score-thresh (for micro, try 0.6 and 0)."
+        )
     if overlays is not None:
         print(f"Pictures: {overlays}")
     return content

@@ -48,6 +48,22 @@ GRIDS = {"saom_v1": (32, 32), "saom_v2": (64, 64), "panosam": (320, 64)}
 TRUST = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
+@dataclass(frozen=True)
+class FineTuning(TrainConfig):
+    """Settings of the fine-tuning."""
+
+    steps: int = 600
+    """Optimizer steps of a fine-tuning."""
+    batch_size: int = 48
+    """Objects of a step, over all processes."""
+    views: int = 2
+    """Views of each training image, the first as it is, the others flipped and scaled."""
+    prompts: tuple[str, ...] = ("click",)
+    """What objects are shown by where a fine-tuning is measured by itself: box, click, clicks5."""
+    learning_rate: float | None = 1e-3
+    """Adam's learning rate, which falls to a tenth, along a cosine."""
+
+
 @dataclass
 class Config:
     """Fine-tune a SAM's everything mode to whole objects, and compare it with the SAM as it was.
@@ -92,13 +108,9 @@ class Config:
     out: str = "runs/everything"
     """Folder for results.json, tables, pictures, adapters and report.html."""
     model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
-    train: tyro.conf.OmitArgPrefixes[TrainConfig] = field(
-        default_factory=lambda: TrainConfig(
-            steps=600, batch_size=48, views=2, prompts=("click",), learning_rate=1e-3
-        )
-    )
+    train: tyro.conf.OmitArgPrefixes[FineTuning] = field(default_factory=FineTuning)
     weights: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
-    merging: MergeOptions = field(default_factory=MergeOptions)
+    merging: tyro.conf.OmitArgPrefixes[MergeOptions] = field(default_factory=MergeOptions)
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,9 @@ def open_dataset(config: Config) -> Dataset:
             if config.dataset in DATASETS and config.dataset not in takers:
                 raise ValueError(f"{option} is for {', '.join(takers)}, not for {config.dataset}.")
             options[name] = value
+    readers = given["--data"][2]
+    if config.dataset in readers and config.data is None:
+        raise ValueError(f"Dataset {config.dataset!r} reads files: pass --data FOLDER.")
     return make_dataset(config.dataset, _split(config), **options)
 
 

@@ -34,11 +34,11 @@ def test_neighbours_that_look_alike_become_one(make_masks: MakeMasks) -> None:
 
 def test_parts_of_something_larger_are_left_out(make_masks: MakeMasks) -> None:
     masks = make_masks((0, 0, 7, 7), (0, 0, 15, 15), (0, 0, 31, 31))
-    far = MergeOptions(similarity=1.1)
+    far = MergeOptions(merge_similarity=1.1)
     # The largest covers all of the image: it is background, which has no parts.
     kept = merge_masks(masks, halves(), far)
     assert kept.boxes.astype(int).tolist() == [[0, 0, 15, 15], [0, 0, 31, 31]]
-    everything = merge_masks(masks, halves(), replace(far, largest=1.0))
+    everything = merge_masks(masks, halves(), replace(far, merge_largest=1.0))
     assert everything.boxes.astype(int).tolist() == [[0, 0, 31, 31]]
 
 

@@ -73,7 +73,7 @@ def test_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         (["interactive", "--dataset", "foldr"], "Did you mean 'folder'?"),
         (["interactive", "--dataset", "folder"], "pass --data"),
         (["interactive", "--dataset", "folder", "--data", "nowhere"], "nowhere"),
-        (["interactive", "--categories", "person"], "--categories"),
+        (["interactive", "--categories", "person"], "Unknown category"),
         (["interactive", "--split", "tset"], "Did you mean 'test'?"),
         (["interactive", "--backbone", "mikro"], "Did you mean 'micro'?"),
         (["interactive", "--checkpoint", "nothing.pth"], "nothing.pth"),
