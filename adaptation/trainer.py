@@ -28,7 +28,7 @@ from sam_gym.backbones.adapters import Model
 from sam_gym.backbones.tuning import TUNINGS
 from sam_gym.data import DATASETS
 from sam_gym.data.streams import STREAMS, Domain, Stream, dataset_stream, make_stream
-from sam_gym.files import write_json
+from sam_gym.files import wait_for_a_later_name, write_json
 from sam_gym.loop import save_state
 from sam_gym.registry import unknown_name
 
@@ -426,6 +426,7 @@ class _Fit:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = self._folder() / "tensorboard"
+            wait_for_a_later_name(folder)
             self._log = SummaryWriter(str(folder), purge_step=self._global_step + 1)
 
     @property

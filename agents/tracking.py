@@ -23,6 +23,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-
 from torch.utils.tensorboard import SummaryWriter
 
 from agents.distributed import ALONE, Ranks
+from sam_gym.files import wait_for_a_later_name
 
 T = TypeVar("T")
 
@@ -51,6 +52,7 @@ class TensorBoard(TensorBoardOutputFormat):
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
+        wait_for_a_later_name(folder)
         self.writer = SummaryWriter(str(folder), purge_step=first_step)
         self._is_closed = False
 

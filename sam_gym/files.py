@@ -7,6 +7,7 @@ import io
 import json
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 def _cell(value: Any) -> Any:
     value = plain(value)
     return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def wait_for_a_later_name(folder: Path) -> None:
+    """Return once a new event file comes after those that are there, in the order of their names.
+
+    That is how TensorBoard reads them. A name begins with the second, and what follows it (process,
+    and a counter) says nothing of the order.
+    """
+    while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.05)

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from agents.config import Config
 from agents.distributed import Ranks
 from agents.evaluate import PolicyAgent
-from agents.tracking import MlflowRun
+from agents.tracking import MlflowRun, TensorBoard
 from agents.train_ppo import _in_mlflow, main
 from sam_gym.backbones.loading import BACKBONES
 from sam_gym.version import __version__
@@ -270,3 +270,19 @@ def test_a_place_that_does_not_answer_is_an_error(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ConnectionError, match=r"^MLflow \(http://127\.0\.0\.1:9\): [^\n]*$"):
         MlflowRun("http://127.0.0.1:9", "tests", name="a", settings={}, tags={})
+
+
+def test_what_goes_on_within_a_second_is_read_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of files of one second, TensorBoard would read the tenth before the ninth."""
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer._global_uid, "_value", 9)
+    for first, last in ((0, 4), (3, 7)):
+        writer = TensorBoard(tmp_path, first)
+        for step in range(first, last):
+            writer.write({"x": float(step)}, {"x": ()}, step)
+        writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("x")] == list(range(7))
