@@ -15,18 +15,16 @@ from adaptation.strategy import Setting
 from adaptation.trainer import falling
 from adaptation.views import Bank, Draw
 from benchmarks import report
-from benchmarks.options import BackboneOptions, provenance, require_at_least
+from benchmarks.options import TimedOptions, provenance, require_at_least
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.adapters import raw_features
-from sam_gym.backbones.loading import BACKBONES, resolve_device, resolve_dtype
 from sam_gym.backbones.tuning import TUNINGS, tuned_weights
 from sam_gym.data.streams import Domain, Stream, make_stream
 from sam_gym.files import write_csv, write_json
-from sam_gym.registry import unknown_name
 
 
 @dataclass
-class Config(BackboneOptions):
+class Config(TimedOptions):
     """Time an epoch of training with embeddings from the bank, and one that encodes anew.
 
     Both sides see the same augmented views, objects and prompts, and must end with the same
@@ -45,22 +43,10 @@ class Config(BackboneOptions):
     """Objects of a step."""
     max_steps: int | None = None
     """Stop both sides after so many steps (default: a whole epoch)."""
-    random_weights: bool = False
-    """A backbone with random weights: times are the same, and no checkpoint is needed."""
     domain: str = "xray"
     """Procedural domain of the images."""
     out: str = "runs/epochs"
     """Folder for results.json, a table and report.html."""
-
-    def load(self) -> Backbone:
-        if not self.random_weights:
-            return super().load()
-        if self.backbone not in BACKBONES:
-            raise unknown_name("backbone", self.backbone, BACKBONES)
-        torch.manual_seed(self.seed)
-        device = resolve_device(self.device)
-        sam = BACKBONES[self.backbone]()
-        return Backbone(self.backbone, sam, device, resolve_dtype(self.dtype, device))
 
 
 class EncodingBank(Bank):

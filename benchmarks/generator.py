@@ -18,14 +18,12 @@ from segment_anything import SamAutomaticMaskGenerator
 
 from benchmarks import report
 from benchmarks.machine import peak_memory_mib
-from benchmarks.options import BackboneOptions, provenance, require_at_least
+from benchmarks.options import TimedOptions, provenance, require_at_least
 from benchmarks.reference import check_comparable, plain_sam
 from sam_gym.backbones import Backbone
-from sam_gym.backbones.loading import BACKBONES, resolve_device, resolve_dtype
 from sam_gym.data import make_dataset
 from sam_gym.everything import GeneratorOptions, MaskGenerator, relative_grid
 from sam_gym.files import plain, write_csv, write_json
-from sam_gym.registry import unknown_name
 from sam_gym.transfer import synchronise
 
 #: Two masks of this IoU are one.
@@ -36,7 +34,7 @@ _SIDES = ("ours", "reference")
 
 
 @dataclass
-class Config(BackboneOptions):
+class Config(TimedOptions):
     """Time everything mode, and segment_anything's SamAutomaticMaskGenerator with its settings.
 
     Both see the same images with the same weights, one after the other, and their masks are
@@ -65,8 +63,6 @@ class Config(BackboneOptions):
     """Islands and holes of fewer pixels go, as of everything mode."""
     memory: bool = True
     """Measure the most memory of each side, in processes of their own."""
-    random_weights: bool = False
-    """A backbone with random weights, for which no checkpoint is needed: masks mean nothing."""
 
     def validate(self) -> None:
         """Raise `ValueError` for a value that cannot work."""
@@ -76,16 +72,6 @@ class Config(BackboneOptions):
             raise ValueError("--grids needs at least one grid, for example 32x32.")
         for grid in self.grids:
             self.generator_options(grid).validate()
-
-    def load(self) -> Backbone:
-        if not self.random_weights:
-            return super().load()
-        if self.backbone not in BACKBONES:
-            raise unknown_name("backbone", self.backbone, BACKBONES)
-        torch.manual_seed(self.seed)
-        device = resolve_device(self.device)
-        sam = BACKBONES[self.backbone]()
-        return Backbone(self.backbone, sam, device, resolve_dtype(self.dtype, device))
 
     def generator_options(self, grid: str) -> GeneratorOptions:
         """The settings of both sides with a grid, COLUMNSxROWS."""

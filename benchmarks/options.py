@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from sam_gym.backbones import Backbone, load_backbone
+from sam_gym.backbones.loading import BACKBONES, resolve_device, resolve_dtype
+from sam_gym.registry import unknown_name
 from sam_gym.version import __version__
 
 
@@ -31,6 +33,24 @@ class BackboneOptions:
 
     def load(self) -> Backbone:
         return load_backbone(self.backbone, self.checkpoint, self.device, self.dtype, self.compile)
+
+
+@dataclass
+class TimedOptions(BackboneOptions):
+    """The same, where only times matter."""
+
+    random_weights: bool = False
+    """A backbone with random weights: times are the same, and no checkpoint is needed."""
+
+    def load(self) -> Backbone:
+        if not self.random_weights:
+            return super().load()
+        if self.backbone not in BACKBONES:
+            raise unknown_name("backbone", self.backbone, BACKBONES)
+        torch.manual_seed(self.seed)
+        device = resolve_device(self.device)
+        sam = BACKBONES[self.backbone]()
+        return Backbone(self.backbone, sam, device, resolve_dtype(self.dtype, device))
 
 
 def provenance(options: BackboneOptions, backbone: Backbone) -> dict[str, Any]:
