@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """Points of a grid for P objects.
+def cell_shares(targets: Tensor, cells: tuple[int, int]) -> Tensor:
+    """Share of each cell of the embedding that an object fills: float32 (P, h * w).
 
-    Attributes:
-        points: float32 (P, 2), (x, y) in pixels of the frame.
-        vanished: bool (P,), objects that fill half of no cell of the embedding. They are described
-            by the cell that they fill most, not left out.
+    Args:
+        targets: float32 (P, hm, wm), shares of low-res pixels.
+        cells: (h, w) of the embedding.
     """
+    return F.adaptive_avg_pool2d(targets[:, None], cells).flatten(1)
 
-    points: Tensor
-    vanished: Tensor
+
+def vanished(targets: Tensor, cells: tuple[int, int]) -> Tensor:
+    """Which objects fill half of no cell of the embedding: bool (P,); see `cell_shares`."""
+    return cell_shares(targets, cells).amax(dim=1) < 0.5
 
 
 def nearest_points(
@@ -31,12 +29,13 @@ def nearest_points(
     valid: Tensor,
     grid: tuple[int, int],
     image_size: int,
-) -> Assignment:
-    """The grid point whose cell of the embedding is most like each object.
+) -> Tensor:
+    """The grid point whose cell of the embedding is most like each object: float32 (P, 2).
 
     An object is described by half the mean and half the maximum of the normalised embedding inside
     of its mask; the cell of the greatest cosine similarity wins, and the grid point nearest to its
-    centre is the prompt (SAOM, arXiv 2403.10780). Cells, points and masks are in one frame.
+    centre is the prompt (SAOM, arXiv 2403.10780). Cells, points and masks are in one frame. What
+    has `vanished` is described by the cell that it fills most, not left out.
 
     Args:
         embeddings: (B, C, h, w).
@@ -48,9 +47,8 @@ def nearest_points(
     """
     height, width = embeddings.shape[-2:]
     cells = F.normalize(embeddings, dim=1).flatten(2)[rows]
-    share = F.adaptive_avg_pool2d(targets[:, None], (height, width)).flatten(2)
+    share = cell_shares(targets, (height, width))[:, None]
     most = share.amax(dim=2, keepdim=True)
-    vanished = most[:, 0, 0] < 0.5
     inside = share >= most.clamp(max=0.5)
     mean = (cells * inside).sum(dim=2) / inside.sum(dim=2)
     highest = cells.masked_fill(~inside, -torch.inf).amax(dim=2)
@@ -60,27 +58,7 @@ def nearest_points(
     best = alike.argmax(dim=1)
     side = image_size / width
     centres = torch.stack([best % width, best // width], dim=1).float()
-    points = snapped((centres + 0.5) * side - 0.5, extents(valid, image_size), grid)
-    return Assignment(points, vanished)
-
-
-def points_inside(seeds: np.ndarray, targets: Tensor, image_size: int) -> Tensor:
-    """A point anywhere inside of each region: float32 (P, 2), each drawn with a seed of its own.
-
-    Args:
-        seeds: int64 (P,).
-        targets: float32 (P, hm, wm), shares of low-res pixels; of an empty region, any is drawn.
-        image_size: side of the frame.
-    """
-    host = targets.cpu().numpy()
-    side = image_size / host.shape[-1]
-    points = np.zeros((len(host), 2), np.float32)
-    for k, seed in enumerate(seeds):
-        rng = np.random.default_rng(seed)
-        pixel = rng.choice(np.flatnonzero(host[k] >= min(0.5, host[k].max())))
-        where = np.array([pixel % host.shape[-1], pixel // host.shape[-1]])
-        points[k] = (where + rng.random(2)) * side - 0.5
-    return torch.from_numpy(points).to(targets.device)
+    return snapped((centres + 0.5) * side - 0.5, extents(valid, image_size), grid)
 
 
 def extents(valid: Tensor, image_size: int) -> Tensor:

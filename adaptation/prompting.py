@@ -63,7 +63,6 @@ def _points(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Points (P, N, 2) inside the objects and their labels (P, N), for those that have points."""
     host = targets.cpu().numpy()
-    side = image_size / host.shape[-1]
     points = np.zeros((len(host), _MAX_POINTS, 2), np.float32)
     labels = np.full((len(host), _MAX_POINTS), NO_POINT, np.int64)
     for k, (rng, kind) in enumerate(zip(rngs, kinds, strict=True)):
@@ -72,13 +71,27 @@ def _points(
             wanted = 1 if rng.random() < 0.5 else int(rng.integers(2, _MAX_POINTS + 1))
         elif kind == "mask":
             wanted = int(rng.integers(0, 2))
-        inside = np.flatnonzero(host[k] >= min(0.5, host[k].max()))
-        cells = rng.choice(inside, wanted)
-        where = np.stack([cells % host.shape[-1], cells // host.shape[-1]], axis=1)
-        points[k, :wanted] = (where + rng.random((wanted, 2))) * side - 0.5
+        points[k, :wanted] = points_inside(rng, host[k], wanted, image_size)
         labels[k, :wanted] = 1
     most = max(1, int((labels >= 0).sum(axis=1).max()))
     return points[:, :most], labels[:, :most]
+
+
+def points_inside(
+    rng: np.random.Generator, target: np.ndarray, count: int, image_size: int
+) -> np.ndarray:
+    """Points anywhere inside of an object: float64 (count, 2), (x, y) in pixels of the frame.
+
+    Args:
+        rng: the generator.
+        target: float32 (hm, wm), shares of low-res pixels; of an empty one, any is drawn.
+        count: how many points.
+        image_size: side of the frame.
+    """
+    width = target.shape[-1]
+    cells = rng.choice(np.flatnonzero(target >= min(0.5, target.max())), count)
+    where = np.stack([cells % width, cells // width], axis=1)
+    return (where + rng.random((count, 2))) * (image_size / width) - 0.5
 
 
 def _noisy(rngs: Sequence[np.random.Generator], targets: Tensor) -> Tensor:

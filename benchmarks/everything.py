@@ -192,10 +192,11 @@ def run(config: Config) -> dict[str, Any]:
                 for name, scored in scores.items():
                     found, took = masks_of(backbone, splits[name])
                     kept = [_trusted(masks, trust) for masks in found]
-                    numbers = _numbers(found, kept, splits[name], backbone)
+                    numbers = _numbers(kept, splits[name], backbone)
+                    numbers |= _recalls(found, splits[name])
                     numbers |= {"seconds_per_image": took, "least_trust": trust}
                     best = [_trusted(masks, own_trust) for masks in found]
-                    at_best = _numbers(found, best, splits[name], backbone)
+                    at_best = _numbers(best, splits[name], backbone)
                     numbers |= {f"own_{key}": at_best[key] for key in OWN}
                     numbers |= {"own_least_trust": own_trust}
                     numbers |= _released(backbone, splits[name], grid)
@@ -205,7 +206,8 @@ def run(config: Config) -> dict[str, Any]:
                         shown[model] = [masks.binary() for masks in kept[:4]]
                     if model == UNTOUCHED:
                         merged = _merged(found, splits[name], merge_trust, backbone, config.merging)
-                        numbers = _numbers(merged, merged, splits[name], backbone)
+                        numbers = _numbers(merged, splits[name], backbone)
+                        numbers |= _recalls(merged, splits[name])
                         numbers |= {"seconds_per_image": took, "least_trust": merge_trust}
                         scored[MERGED].append(numbers)
     results = {
@@ -376,9 +378,7 @@ def _overlaps(kept: Sequence[Masks], split: Split) -> list[Overlaps]:
 # Numbers ---------------------------------------------------------------------------------------
 
 
-def _numbers(
-    found: Sequence[Masks], kept: Sequence[Masks], split: Split, backbone: Backbone
-) -> dict[str, float]:
+def _numbers(kept: Sequence[Masks], split: Split, backbone: Backbone) -> dict[str, float]:
     """What the masks of a model come to, in points of 100 where that makes sense."""
     overlaps = _overlaps(kept, split)
     matches = [match(own) for own in overlaps]
@@ -386,15 +386,11 @@ def _numbers(
     accuracy = np.concatenate([own.accuracy for own in matches])
     categories = np.concatenate([sample.categories for sample in split.samples])
     count = sum(map(len, kept))
-    scores = [masks.predicted_iou for masks in found]
-    recalls = average_recall([masks.coco() for masks in found], scores, split.objects)
     parts = sum(int(own.is_part.sum()) for own in overlaps)
     numbers = {
         "miou": 100 * mean_over_classes(iou, categories),
         "macc": 100 * mean_over_classes(accuracy, categories),
         "pq": 100 * panoptic_quality(overlaps),
-        "ar100": 100 * recalls[0],
-        "ar1000": 100 * recalls[1],
         "found": 100 * float((iou >= 0.5).mean()),
         "masks_per_object": count / len(iou),
         "part_share": 100 * parts / count if count else 0.0,
@@ -407,6 +403,13 @@ def _numbers(
         # An object without a mask is not told right.
         numbers["class_accuracy"] = 100 * right / len(iou)
     return numbers
+
+
+def _recalls(found: Sequence[Masks], split: Split) -> dict[str, float]:
+    """Average recall, in points of 100, of all masks of a model."""
+    scores = [masks.predicted_iou for masks in found]
+    recalls = average_recall([masks.coco() for masks in found], scores, split.objects)
+    return {"ar100": 100 * recalls[0], "ar1000": 100 * recalls[1]}
 
 
 def _released(backbone: Backbone, split: Split, grid: tuple[int, int]) -> dict[str, float]:
@@ -462,7 +465,7 @@ def _points_from_truth(
         to_device(shown, device).float()[None].expand(count, -1, -1),
         grid,
         size,
-    ).points
+    )
 
 
 def _entry(runs: Sequence[Mapping[str, float]], seconds: Sequence[float] | None) -> dict[str, Any]:

@@ -77,6 +77,13 @@ class Overlaps:
         return ((inside >= PART_INSIDE) & (covers < PART_COVERS)).any(axis=1)
 
 
+def _pairs(ious: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Masks and their objects, one to one, for the greatest total of IoU (K, N)."""
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(ious, maximize=True)
+
+
 def matched_ious(overlaps: np.ndarray) -> np.ndarray:
     """IoU of each object with its own mask, under the best matching of one to one.
 
@@ -86,10 +93,8 @@ def matched_ious(overlaps: np.ndarray) -> np.ndarray:
     Returns:
         float64 (N,), 0 where an object has no mask.
     """
-    from scipy.optimize import linear_sum_assignment
-
     matched = np.zeros(overlaps.shape[1])
-    masks, objects = linear_sum_assignment(overlaps, maximize=True)
+    masks, objects = _pairs(overlaps)
     matched[objects] = overlaps[masks, objects]
     return matched
 
@@ -111,12 +116,10 @@ class Matched:
 
 def match(overlaps: Overlaps) -> Matched:
     """Match masks and objects one to one."""
-    from scipy.optimize import linear_sum_assignment
-
     count = len(overlaps.objects)
     chosen, iou, accuracy = np.full(count, -1), np.zeros(count), np.zeros(count)
     ious = overlaps.iou
-    rows, columns = linear_sum_assignment(ious, maximize=True)
+    rows, columns = _pairs(ious)
     hit = ious[rows, columns] > 0
     rows, columns = rows[hit], columns[hit]
     chosen[columns] = rows

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptation.losses import MaskLoss, whole_object_loss
-from adaptation.nearest import extents, nearest_points, points_inside, snapped
+from adaptation.nearest import extents, nearest_points, snapped, vanished
+from adaptation.prompting import points_inside
 from adaptation.strategy import STRATEGIES, Batch, Strategy, seeded
 from adaptation.views import Gathered
 from sam_gym.backbones.adapters import Adapter, ClassHead, Model, embed
@@ -55,40 +56,37 @@ class Saom(Strategy):
         super().before_task(task)
         bank = self.setting.bank
         views = bank.train(bank.stream[task])
-        share = F.adaptive_avg_pool2d(
-            torch.from_numpy(views.targets)[:, None].float() / 255.0,
-            bank.backbone.embedding_shape[1:],
-        )
-        vanished = int((share.amax(dim=(1, 2, 3)) < 0.5).sum())
-        if vanished:
+        targets = torch.from_numpy(views.targets).float() / 255.0
+        _, height, width = bank.backbone.embedding_shape
+        count = int(vanished(targets, (height, width)).sum())
+        if count:
             warnings.warn(
-                f"{bank.stream[task].name}: {vanished} of {len(share)} objects fill half of no "
-                "cell of the embedding; the cell that they fill most stands for them.",
+                f"{bank.stream[task].name}: {count} of {len(targets)} objects fill half of no cell "
+                "of the embedding; the cell that they fill most stands for them.",
                 stacklevel=2,
             )
 
     @torch.no_grad()
     def batch(self, objects: Gathered, seeds: np.ndarray) -> Batch:
         options, size = self.setting.options, self.setting.bank.backbone.image_size
-        width = self.sam.prompt_encoder.embed_dim
-        embeddings = objects.raw
-        if self.raw == "pixels":
-            embeddings = embed(self.sam, objects.raw, self.raw)
-        points = nearest_points(
-            embeddings[:, :width], objects.rows, objects.targets, objects.valid, self._grid, size
-        ).points
+        device = objects.targets.device
         draws = np.array([np.random.default_rng([int(seed), 1]).random(2) for seed in seeds])
         anywhere, outside = (
-            to_device(draws[:, k] < share, points.device)
+            to_device(draws[:, k] < share, device)
             for k, share in enumerate((options.inside, options.background))
         )
         outside &= objects.empty.flatten(1).any(dim=1)
         region = torch.where(outside[:, None, None], objects.empty.float(), objects.targets)
-        drawn = snapped(
-            points_inside(seeds, region, size), extents(objects.valid, size), self._grid
-        )
-        points = torch.where((anywhere | outside)[:, None], drawn, points)
-        labels = torch.ones((len(points), 1), dtype=torch.int64, device=points.device)
+        drawn = [
+            points_inside(np.random.default_rng(seed), own, 1, size)[0]
+            for seed, own in zip(seeds, region.cpu().numpy(), strict=True)
+        ]
+        points = to_device(np.array(drawn, np.float32), device)
+        points = snapped(points, extents(objects.valid, size), self._grid)
+        by_neighbour = ~(anywhere | outside)
+        if by_neighbour.any():
+            points = torch.where(by_neighbour[:, None], self._nearest(objects), points)
+        labels = torch.ones((len(points), 1), dtype=torch.int64, device=device)
         return Batch(
             objects.raw,
             Prompts(points=points[:, None], labels=labels, rows=objects.rows),
@@ -96,6 +94,20 @@ class Saom(Strategy):
             objects.targets * ~outside[:, None, None],
             objects.valid,
             objects.categories,
+        )
+
+    def _nearest(self, objects: Gathered) -> Tensor:
+        """The points that stand for the objects by nearest neighbour: float32 (P, 2)."""
+        embeddings = objects.raw
+        if self.raw == "pixels":
+            embeddings = embed(self.sam, objects.raw, self.raw)
+        return nearest_points(
+            embeddings[:, : self.sam.prompt_encoder.embed_dim],
+            objects.rows,
+            objects.targets,
+            objects.valid,
+            self._grid,
+            self.setting.bank.backbone.image_size,
         )
 
     def masks(self, batch: Batch, tokens: MaskTokens) -> MaskLoss:

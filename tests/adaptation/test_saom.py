@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from adaptation.losses import whole_object_loss
-from adaptation.nearest import extents, nearest_points, points_inside, snapped
+from adaptation.nearest import extents, nearest_points, snapped, vanished
+from adaptation.prompting import points_inside
 from adaptation.steps import Learner, make_batch
 from adaptation.strategy import STRATEGIES, Options, Setting
 from adaptation.trainer import Trainer, find_stream
@@ -54,15 +55,15 @@ def test_the_nearest_cell_by_hand() -> None:
     valid = torch.ones(3, 8, 8)
     rows = torch.zeros(3, dtype=torch.int64)
     got = nearest_points(embeddings, rows, targets, valid, (4, 4), 16)
-    assert got.vanished.tolist() == [False, False, True]
+    assert vanished(targets, (4, 4)).tolist() == [False, False, True]
     # Half mean, half maximum of [1, 0, 0] and about [0.99, 0.11, 0] lies nearer to the second.
     first = F.normalize(embeddings[0, :, 0, :2], dim=0)
     query = 0.5 * first.mean(dim=1) + 0.5 * first.amax(dim=1)
     best = int((first.T @ query).argmax())
-    assert got.points[0].tolist() == [1.5 + 4 * best, 1.5]
-    assert got.points[1].tolist() == [13.5, 13.5]
+    assert got[0].tolist() == [1.5 + 4 * best, 1.5]
+    assert got[1].tolist() == [13.5, 13.5]
     # Nothing fills half a cell: the cell that it fills most stands for it, and looks like the rest.
-    cell = got.points[2].div(4).floor().long()
+    cell = got[2].div(4).floor().long()
     assert embeddings[0, :, cell[1], cell[0]].tolist() == [0.0, 0.0, 1.0]
 
 
@@ -79,7 +80,10 @@ def test_grids_cover_the_image_and_not_its_padding() -> None:
 def test_points_inside_are_inside() -> None:
     targets = torch.zeros(20, 8, 8)
     targets[:, 3:5, 2:7] = 1.0
-    points = points_inside(np.arange(20), targets, 32)
+    drawn = [
+        points_inside(np.random.default_rng(k), targets[k].numpy(), 1, 32)[0] for k in range(20)
+    ]
+    points = torch.from_numpy(np.array(drawn, np.float32))
     cells = ((points + 0.5) / 4).floor().long()
     assert (targets[torch.arange(20), cells[:, 1], cells[:, 0]] == 1).all()
     assert len({tuple(p.tolist()) for p in points}) == 20
