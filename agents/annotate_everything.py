@@ -127,9 +127,10 @@ def annotate_everything(config: Config) -> dict[str, Any]:
     counts = f"{len(annotations)} masks in {len(images)} images"
     print(f"{counts}, {len(reader.broken)} files skipped: {out}")
     if not annotations:
+        trust, stability = generator.thresholds
         print(
-            f"SAM trusts no mask more than {config.generator.pred_iou_thresh}, or none is stable: "
-            "lower --pred-iou-thresh and --stability-score-thresh (for micro, try 0.6 and 0)."
+            f"SAM trusts no mask more than {trust}, or none is as stable as {stability}: "
+            "lower --pred-iou-thresh and --stability-score-thresh."
         )
     if overlays is not None:
         print(f"Pictures: {overlays}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,41 +12,42 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
 
-from adaptation.merging import MergeOptions, merge_masks
-from adaptation.nearest import nearest_points
+from adaptation.merging import MergeOptions
 from adaptation.options import ModelOptions
 from adaptation.results import folder_name
 from adaptation.strategy import STRATEGIES, Options
 from adaptation.trainer import TrainConfig, Trainer, check_tune
-from adaptation.views import low_res_target
 from benchmarks.everything_report import write_report
+from benchmarks.everything_scores import (
+    ALL,
+    EVERYTHING,
+    TRUST,
+    Candidates,
+    OperatingPoint,
+    Split,
+    best_of,
+    best_within,
+    merged,
+    released,
+)
 from benchmarks.options import require_at_least
 from benchmarks.report import output_folder, progress_bar
-from sam_gym.backbones import Backbone, Prompts, load_backbone
+from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.data import PROCEDURAL, Sample, make_dataset
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.everything import GeneratorOptions, MaskGenerator
-from sam_gym.everything_metrics import (
-    Overlaps,
-    average_recall,
-    encoded,
-    match,
-    mean_over_classes,
-    panoptic_quality,
-)
-from sam_gym.masks import Masks
-from sam_gym.transfer import to_device
 from sam_gym.version import __version__
 
 UNTOUCHED, MERGED = "untouched", "merged"
-#: What is told of each model at its own operating point.
-OWN = ("miou", "macc", "pq", "masks_per_object")
+#: What is told of each model where it keeps no more masks than the SAM as it was.
+SAME = ("miou", "macc", "masks_per_object")
+#: Masks per object that the curve of a model is told for.
+BUDGETS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 #: Trained methods, and the grid of each.
 GRIDS = {"saom_v1": (32, 32), "saom_v2": (64, 64), "panosam": (320, 64)}
-#: Least predicted IoU among which the operating point of a model is chosen.
-TRUST = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+#: Images that pictures show, and on which the generator is timed.
+SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class Config:
     """Fine-tune a SAM's everything mode to whole objects, and compare it with the SAM as it was.
 
     No truth is in the prompts: a grid of points is asked, masks are filtered and cleared of
-    duplicates, and what is left is matched one to one with the objects. The least predicted IoU at
-    which a mask is kept is the one that gives the SAM as it was the best panoptic quality on val,
-    for all models. What each is like at its own best is told beside it.
+    duplicates, and what is left is matched one to one with the objects. From which predicted IoU
+    and stability on a mask is kept is chosen on val, for each model by itself: the best panoptic
+    quality. Beside it stands the best mIoU with no more masks than the SAM as it was keeps.
 
     Without options this is the quick setting: `rooms`, micro, one fine-tuning.
     """
@@ -86,7 +88,7 @@ class Config:
     """Root folder of a dataset that reads files."""
     train_images: int = 192
     """Images that are trained on."""
-    val_images: int = 12
+    val_images: int = 24
     """Images on which operating points are chosen."""
     test_images: int = 32
     """Images that are reported on."""
@@ -98,9 +100,6 @@ class Config:
     """At most so many of those photographs."""
     grid: tuple[int, int] | None = None
     """Columns and rows of the grid that is asked (default: that of the first method)."""
-    stability: float = 0.0
-    """Least stability of a mask, for all models; a model trained with a focal loss is less sure of
-    its pixels, so this would judge the training."""
     seeds: int = 1
     """Runs of each fine-tuning: the first with the seed that is given, then those after it."""
     resume: bool = False
@@ -113,29 +112,6 @@ class Config:
     merging: tyro.conf.OmitArgPrefixes[MergeOptions] = field(default_factory=MergeOptions)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Images to measure on, with their objects as run-length codes."""
-
-    samples: list[Sample]
-    objects: list[list[dict[str, Any]]]
-    classes: tuple[str, ...]
-
-    @classmethod
-    def of(cls, dataset: Any, limit: int) -> Split:
-        """The first images of a dataset that show an object."""
-        samples: list[Sample] = []
-        for index in range(len(dataset)):
-            if len(samples) == limit:
-                break
-            sample = dataset[index]
-            if len(sample.masks):
-                samples.append(sample)
-        if not samples:
-            raise ValueError(f"{dataset.name}: no image shows an object.")
-        return cls(samples, [encoded(s.masks) for s in samples], tuple(dataset.categories))
-
-
 def run(config: Config) -> dict[str, Any]:
     """Fine-tune, measure and write everything; returns what stands in results.json.
 
@@ -144,10 +120,7 @@ def run(config: Config) -> dict[str, Any]:
     """
     _check(config)
     grid = config.grid or GRIDS[config.methods[0]]
-    options = GeneratorOptions(
-        grid=grid, pred_iou_thresh=TRUST[0], stability_score_thresh=config.stability
-    )
-    options.validate()
+    GeneratorOptions(grid=grid).validate()
     stream, val, test, others = _open(config)
     out = output_folder(config.out)
     if list(out.glob("runs/*/checkpoint.pt")) and not config.resume:
@@ -164,52 +137,14 @@ def run(config: Config) -> dict[str, Any]:
             backbones.setdefault(method, []).append(backbone)
             seconds.setdefault(method, []).append(spent)
     splits = {"val": val, "test": test, **others}
-    names = [*backbones, MERGED]
-    scores: dict[str, dict[str, list[dict[str, float]]]] = {
-        name: {model: [] for model in names} for name in splits if name != "val"
-    }
-    curves: dict[str, dict[str, list[Any]]] = {name: {} for name in scores}
-    shown: dict[str, list[np.ndarray]] = {}
     with progress_bar() as bar:
         total = sum(len(own.samples) for own in splits.values())
         task = bar.add_task("measuring", total=total * sum(map(len, backbones.values())))
-
-        def masks_of(backbone: Backbone, split: Split) -> tuple[list[Masks], float]:
-            generator = MaskGenerator(backbone, options)
-            found, started = [], time.perf_counter()
-            for masks in generator.stream(sample.image for sample in split.samples):
-                found.append(masks)
-                bar.advance(task)
-            return found, (time.perf_counter() - started) / len(split.samples)
-
+        measuring = _Measuring(splits, grid, config.merging, lambda: bar.advance(task))
         for model, own in backbones.items():
             for backbone in own:
-                on_val, _ = masks_of(backbone, val)
-                own_trust = _operating_point(on_val, val)
-                if model == UNTOUCHED:
-                    trust = own_trust
-                    merge_trust = _operating_point(on_val, val, backbone, config.merging)
-                for name, scored in scores.items():
-                    found, took = masks_of(backbone, splits[name])
-                    kept = [_trusted(masks, trust) for masks in found]
-                    numbers = _numbers(kept, splits[name], backbone)
-                    numbers |= _recalls(found, splits[name])
-                    numbers |= {"seconds_per_image": took, "least_trust": trust}
-                    best = [_trusted(masks, own_trust) for masks in found]
-                    at_best = _numbers(best, splits[name], backbone)
-                    numbers |= {f"own_{key}": at_best[key] for key in OWN}
-                    numbers |= {"own_least_trust": own_trust}
-                    numbers |= _released(backbone, splits[name], grid)
-                    scored[model].append(numbers)
-                    curves[name].setdefault(model, []).append(_curve(found, splits[name]))
-                    if name == "test" and model not in shown:
-                        shown[model] = [masks.binary() for masks in kept[:4]]
-                    if model == UNTOUCHED:
-                        merged = _merged(found, splits[name], merge_trust, backbone, config.merging)
-                        numbers = _numbers(merged, splits[name], backbone)
-                        numbers |= _recalls(merged, splits[name])
-                        numbers |= {"seconds_per_image": took, "least_trust": merge_trust}
-                        scored[MERGED].append(numbers)
+                measuring.model(model, backbone)
+    scores = measuring.scores
     results = {
         "benchmark": "everything",
         "dataset": config.dataset,
@@ -223,13 +158,13 @@ def run(config: Config) -> dict[str, Any]:
         "images": {name: len(own.samples) for name, own in splits.items()},
         "objects": {name: sum(map(len, own.objects)) for name, own in splits.items()},
         "by_run": scores,
-        "curves": curves,
+        "curves": measuring.curves,
         "backbone": {"name": plain.name, "identity": plain.identity},
         "threads": torch.get_num_threads(),
         "versions": {"sam-gym": __version__, "torch": torch.__version__},
         "settings": asdict(config),
     }
-    write_report(results, test.samples[:4], shown, out)
+    write_report(results, test.samples[:SHOWN], measuring.shown, out)
     return results
 
 
@@ -311,161 +246,103 @@ def _trained(
     return load_backbone(**config.model.arguments, adapter=adapter), result.seconds
 
 
-# Masks -----------------------------------------------------------------------------------------
+class _Measuring:
+    """What is measured of every model.
 
-
-def _trusted(masks: Masks, least: float) -> Masks:
-    return masks.take(np.flatnonzero(masks.predicted_iou > least))
-
-
-def _merged(
-    found: Sequence[Masks],
-    split: Split,
-    least: float,
-    backbone: Backbone,
-    options: MergeOptions,
-) -> list[Masks]:
-    """Masks merged without training, after those that are not trusted were left out."""
-    merged = []
-    for masks, sample in zip(found, split.samples, strict=True):
-        embedding = _without_padding(backbone, sample.image)
-        merged.append(merge_masks(_trusted(masks, least), embedding, options))
-    return merged
-
-
-def _without_padding(backbone: Backbone, image: np.ndarray) -> np.ndarray:
-    """The embedding of an image, float32 (C, h, w), where there is image."""
-    embedding = backbone.encode([image])[0].cpu().numpy()
-    corner = backbone.to_input_frame(np.array([[image.shape[1], image.shape[0]]]), image.shape[:2])
-    side = backbone.image_size / embedding.shape[-1]
-    columns, rows = np.maximum(np.ceil(corner[0] / side - 0.01), 1).astype(int)
-    return embedding[:, :rows, :columns]
-
-
-def _operating_point(
-    found: Sequence[Masks],
-    split: Split,
-    backbone: Backbone | None = None,
-    merging: MergeOptions | None = None,
-) -> float:
-    """The least predicted IoU of `TRUST` of the best panoptic quality."""
-    qualities = []
-    for least in TRUST:
-        if backbone is None or merging is None:
-            kept = [_trusted(masks, least) for masks in found]
-        else:
-            kept = _merged(found, split, least, backbone, merging)
-        qualities.append(panoptic_quality(_overlaps(kept, split)))
-    return TRUST[int(np.argmax(qualities))]
-
-
-def _curve(found: Sequence[Masks], split: Split) -> list[dict[str, float]]:
-    """mIoU and masks per object for every value of `TRUST`."""
-    categories = np.concatenate([sample.categories for sample in split.samples])
-    curve = []
-    for least in TRUST:
-        kept = [_trusted(masks, least) for masks in found]
-        iou = np.concatenate([match(own).iou for own in _overlaps(kept, split)])
-        point = {"least_trust": least, "miou": 100 * mean_over_classes(iou, categories)}
-        curve.append(point | {"masks_per_object": sum(map(len, kept)) / len(iou)})
-    return curve
-
-
-def _overlaps(kept: Sequence[Masks], split: Split) -> list[Overlaps]:
-    return [Overlaps.of(masks.coco(), own) for masks, own in zip(kept, split.objects, strict=True)]
-
-
-# Numbers ---------------------------------------------------------------------------------------
-
-
-def _numbers(kept: Sequence[Masks], split: Split, backbone: Backbone) -> dict[str, float]:
-    """What the masks of a model come to, in points of 100 where that makes sense."""
-    overlaps = _overlaps(kept, split)
-    matches = [match(own) for own in overlaps]
-    iou = np.concatenate([own.iou for own in matches])
-    accuracy = np.concatenate([own.accuracy for own in matches])
-    categories = np.concatenate([sample.categories for sample in split.samples])
-    count = sum(map(len, kept))
-    parts = sum(int(own.is_part.sum()) for own in overlaps)
-    numbers = {
-        "miou": 100 * mean_over_classes(iou, categories),
-        "macc": 100 * mean_over_classes(accuracy, categories),
-        "pq": 100 * panoptic_quality(overlaps),
-        "found": 100 * float((iou >= 0.5).mean()),
-        "masks_per_object": count / len(iou),
-        "part_share": 100 * parts / count if count else 0.0,
-    }
-    if backbone.model.classes == split.classes:
-        right = 0
-        for masks, own, sample in zip(kept, matches, split.samples, strict=True):
-            hit = own.masks >= 0
-            right += int((masks.classes[own.masks[hit]] == sample.categories[hit]).sum())
-        # An object without a mask is not told right.
-        numbers["class_accuracy"] = 100 * right / len(iou)
-    return numbers
-
-
-def _recalls(found: Sequence[Masks], split: Split) -> dict[str, float]:
-    """Average recall, in points of 100, of all masks of a model."""
-    scores = [masks.predicted_iou for masks in found]
-    recalls = average_recall([masks.coco() for masks in found], scores, split.objects)
-    return {"ar100": 100 * recalls[0], "ar1000": 100 * recalls[1]}
-
-
-def _released(backbone: Backbone, split: Split, grid: tuple[int, int]) -> dict[str, float]:
-    """The protocol of the released code, whose prompts are derived from the truth.
-
-    One point for each object, by nearest neighbour in the embedding; the mask that is trusted most.
+    Args:
+        splits: of images: val, on which operating points are chosen, test, and others.
+        grid: points that are asked.
+        merging: how the masks of the SAM as it was are merged.
+        advance: called after each image.
     """
-    ious, accuracies, categories = [], [], []
-    for sample in split.samples:
-        embedding = backbone.encode([sample.image])
-        points = _points_from_truth(backbone, embedding, sample, grid)
-        prompts = Prompts(
-            points=points[:, None],
-            labels=torch.ones((len(points), 1), dtype=torch.int64, device=points.device),
-            rows=torch.zeros(len(points), dtype=torch.int64, device=points.device),
+
+    def __init__(
+        self,
+        splits: Mapping[str, Split],
+        grid: tuple[int, int],
+        merging: MergeOptions,
+        advance: Callable[[], None],
+    ) -> None:
+        self.splits, self.grid, self.merging, self.advance = splits, grid, merging, advance
+        #: Split -> model -> numbers of each run, and curves likewise.
+        self.scores, self.curves = (
+            {split: defaultdict[str, list[Any]](list) for split in splits if split != "val"}
+            for _ in range(2)
         )
-        ambiguous = torch.ones(len(points), dtype=torch.bool, device=points.device)
-        logits, _ = backbone.decode_best(embedding, prompts, ambiguous)
-        for own, truth in zip(logits, sample.masks, strict=True):
-            mask = (backbone.masks_at(own[None], truth.shape)[0] > 0).cpu().numpy()
-            shared = np.count_nonzero(mask & truth)
-            ious.append(shared / np.count_nonzero(mask | truth))
-            accuracies.append(shared / np.count_nonzero(truth))
-        categories.append(sample.categories)
-    every = np.concatenate(categories)
-    return {
-        "released_miou": 100 * mean_over_classes(np.array(ious), every),
-        "released_macc": 100 * mean_over_classes(np.array(accuracies), every),
-    }
+        #: Model -> masks bool (K, H, W) of the first images of test.
+        self.shown: dict[str, list[np.ndarray]] = {}
+        self._budget = 0.0
 
+    def model(self, name: str, backbone: Backbone) -> None:
+        """Measure a model, the SAM as it was before all others."""
+        on_val = self._candidates(backbone, "val")
+        tried = on_val.tried()
+        best = best_of(tried)
+        merge_point = None
+        if name == UNTOUCHED:
+            self._budget = best.masks_per_object
+            merge_point = self._merge_point(backbone, on_val, best.point.stability)
+        same = best_within(tried, self._budget)
+        for split in self.scores:
+            found = self._candidates(backbone, split)
+            masks, seconds = self._generated(backbone, split, best.point)
+            numbers = found.at(best.point).numbers() | found.at(EVERYTHING).recalls()
+            numbers |= {"seconds_per_image": seconds, **asdict(best.point)}
+            at_same = found.at(same.point).numbers()
+            numbers |= {f"same_{key}": at_same[key] for key in SAME}
+            numbers |= released(backbone, self.splits[split], self.grid)
+            self.scores[split][name].append(numbers)
+            self.curves[split][name].append(
+                [
+                    {"budget": budget, **asdict(point), **found.at(point).numbers()}
+                    for budget in BUDGETS
+                    for point in [best_within(tried, budget).point]
+                ]
+            )
+            if split == "test":
+                self.shown.setdefault(name, masks)
+            if merge_point is not None:
+                own = merged(found.at(merge_point), backbone, self.merging)
+                numbers = own.numbers() | own.recalls()
+                numbers |= {"seconds_per_image": seconds, **asdict(merge_point)}
+                self.scores[split][MERGED].append(numbers)
 
-def _points_from_truth(
-    backbone: Backbone, embedding: Tensor, sample: Sample, grid: tuple[int, int]
-) -> Tensor:
-    """Where the released protocol asks for each object: float32 (N, 2), pixels of the frame."""
-    import cv2
+    def _merge_point(
+        self, backbone: Backbone, on_val: Candidates, stability: float
+    ) -> OperatingPoint:
+        """Above which trust the masks are best merged without training."""
+        points = [OperatingPoint(trust, stability) for trust in TRUST[::2]]
 
-    size, shape = backbone.image_size, backbone.mask_shape
-    height, width = sample.image.shape[:2]
-    scale = size / max(height, width)
-    side = (max(1, round(width * scale)), max(1, round(height * scale)))
-    framed = np.zeros((len(sample.masks) + 1, size, size), bool)
-    for frame, mask in zip(framed, [*sample.masks, np.ones((height, width), bool)], strict=True):
-        small = cv2.resize(mask.astype(np.uint8), side, interpolation=cv2.INTER_NEAREST)
-        frame[: side[1], : side[0]] = small > 0
-    targets = np.stack([low_res_target(mask, shape) for mask in framed[:-1]])
-    shown = cv2.resize(framed[-1].astype(np.uint8), shape[::-1], interpolation=cv2.INTER_AREA)
-    count, device = len(targets), backbone.device
-    return nearest_points(
-        embedding[:, : backbone.sam.prompt_encoder.embed_dim],
-        torch.zeros(count, dtype=torch.int64, device=device),
-        to_device(targets, device).float() / 255.0,
-        to_device(shown, device).float()[None].expand(count, -1, -1),
-        grid,
-        size,
-    )
+        def quality(point: OperatingPoint) -> float:
+            return merged(on_val.at(point), backbone, self.merging).numbers()["pq"]
+
+        return max(points, key=quality)
+
+    def _candidates(self, backbone: Backbone, split: str) -> Candidates:
+        """All that a model has to say of a split."""
+        generator = MaskGenerator(backbone, GeneratorOptions(grid=self.grid, **ALL))
+        found, images = [], self.splits[split]
+        for masks in generator.stream(sample.image for sample in images.samples):
+            found.append(masks)
+            self.advance()
+        return Candidates.of(found, images)
+
+    def _generated(
+        self, backbone: Backbone, split: str, point: OperatingPoint
+    ) -> tuple[list[np.ndarray], float]:
+        """The masks of the first images, as a user has them made, and seconds per image."""
+        generator = MaskGenerator(
+            backbone,
+            GeneratorOptions(
+                grid=self.grid,
+                pred_iou_thresh=point.trust,
+                stability_score_thresh=point.stability,
+            ),
+        )
+        images = [sample.image for sample in self.splits[split].samples[:SHOWN]]
+        started = time.perf_counter()
+        masks = generator.generate_masks(images)
+        return [own.binary() for own in masks], (time.perf_counter() - started) / len(images)
 
 
 def _entry(runs: Sequence[Mapping[str, float]], seconds: Sequence[float] | None) -> dict[str, Any]:

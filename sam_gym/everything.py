@@ -39,16 +39,23 @@ _MANY_PIXELS = 2**26
 _VIEWS = 8
 
 
+#: Least predicted IoU and least stability of a mask: SAM's own, and those of backbones for which
+#: they are known to be others (the best panoptic quality on val of `scenes`).
+_SAMS = (0.88, 0.95)
+_SUITED = {"micro": (0.6, 0.8), "hq_micro": (0.6, 0.8)}
+
+
 @dataclass(frozen=True)
 class GeneratorOptions:
     """Where everything mode clicks and which masks it keeps, as segment_anything names it."""
 
     grid: tuple[int, int] = (32, 32)
     """Clicks on an image: columns and rows of the point grid."""
-    pred_iou_thresh: float = 0.88
-    """Keep masks whose IoU SAM predicts to be above this; 0 keeps all."""
-    stability_score_thresh: float = 0.95
-    """Keep masks of at least this stability; 0 keeps all."""
+    pred_iou_thresh: float | None = None
+    """Keep masks whose IoU SAM predicts to be above this; 0 keeps all (default: 0.88, and for
+    micro, which is less sure of itself, 0.6)."""
+    stability_score_thresh: float | None = None
+    """Keep masks of at least this stability; 0 keeps all (default: 0.95, for micro 0.8)."""
     stability_score_offset: float = 1.0
     """Stability is the IoU of the masks at thresholds so far above and below SAM's own."""
     box_nms_thresh: float = 0.7
@@ -75,7 +82,8 @@ class GeneratorOptions:
             raise unknown_name("output", self.output, OUTPUTS)
         shares = "pred_iou_thresh stability_score_thresh box_nms_thresh crop_nms_thresh"
         for name in (*shares.split(), "crop_overlap_ratio"):
-            _require(self, name, 0.0, 1.0)
+            if getattr(self, name) is not None:
+                _require(self, name, 0.0, 1.0)
         _require(self, "stability_score_offset", 0.0)
         for name in ("crop_n_layers", "min_mask_region_area"):
             _require(self, name, 0)
@@ -92,6 +100,13 @@ class GeneratorOptions:
                 f"{self.crop_n_layers}: take a finer grid, fewer crop_n_layers, or a smaller "
                 f"crop_n_points_downscale_factor than {self.crop_n_points_downscale_factor}."
             )
+
+    def thresholds(self, backbone: str) -> tuple[float, float]:
+        """Least predicted IoU and stability: those that are set, or else what suits a backbone."""
+        suited = _SUITED.get(backbone, _SAMS)
+        own = (self.pred_iou_thresh, self.stability_score_thresh)
+        least, stable = (usual if v is None else v for v, usual in zip(own, suited, strict=True))
+        return least, stable
 
     def layer_grid(self, layer: int) -> tuple[int, int]:
         """Columns and rows of the grid in crops of a layer; layer 0 is the image."""
@@ -146,6 +161,8 @@ class MaskGenerator:
     def __init__(self, backbone: Backbone, options: GeneratorOptions | None = None) -> None:
         self.backbone, self.options = backbone, options or GeneratorOptions()
         self.options.validate()
+        #: Above which predicted IoU, and from which stability on, masks are kept.
+        self.thresholds = self.options.thresholds(backbone.name)
         self.names: tuple[str, ...] = backbone.model.classes
         kind = backbone.device.type
         cells = backbone.embedding_shape[1] * backbone.embedding_shape[2]
@@ -262,11 +279,10 @@ class MaskGenerator:
             view: the view.
             points: float32 (P, 2), all clicks of the call.
         """
-        options, backbone = self.options, self.backbone
+        backbone, least = self.backbone, self.thresholds[0]
         # The first token is the single mask, which is not for ambiguous prompts.
         iou = tokens.iou[part, 1:].float()
-        least = options.pred_iou_thresh if options.pred_iou_thresh > 0 else -torch.inf
-        prompts, which = (iou > least).nonzero(as_tuple=True)
+        prompts, which = (iou > (least if least > 0 else -torch.inf)).nonzero(as_tuple=True)
         quality = iou[prompts, which]
         prompts, which = prompts + part.start, which + 1
         probabilities = iou.new_zeros((len(prompts), 0))
@@ -305,17 +321,17 @@ class MaskGenerator:
             low: mask logits (N, hm, wm).
             view: what the masks are of.
         """
-        options, level = self.options, self.backbone.sam.mask_threshold
+        level, offset = self.backbone.sam.mask_threshold, self.options.stability_score_offset
         height, width = view.pixels.shape[:2]
         # Columns are laid out one after the other, as run lengths go.
         logits = self.backbone.masks_at(low.transpose(1, 2), (width, height))
         # Comparisons that give floats are several times as quick on a CPU as those that give bools.
-        above, offset = torch.empty_like(logits), options.stability_score_offset
+        above = torch.empty_like(logits)
         inner = torch.gt(logits, level + offset, out=above).sum(dim=(1, 2))
         outer = torch.gt(logits, level - offset, out=above).sum(dim=(1, 2))
         stability = inner / outer.clamp(min=1)
         # Where all are kept (at 0), so are those without a pixel.
-        stable = (stability >= options.stability_score_thresh).nonzero()[:, 0]
+        stable = (stability >= self.thresholds[1]).nonzero()[:, 0]
         logits = logits[stable]
         boxes = _boxes(logits.amax(dim=2) > level, logits.amax(dim=1) > level)
         whole = [0, 0, view.image_size[1], view.image_size[0]]
@@ -326,7 +342,7 @@ class MaskGenerator:
 
     def _of_view(self, view: _View, masks: Masks) -> Masks:
         """Without duplicates, best predicted IoU first, in pixels of the image."""
-        keep = _kept(masks.boxes, masks.predicted_iou, self.options.box_nms_thresh)
+        keep = without_duplicates(masks.boxes, masks.predicted_iou, self.options.box_nms_thresh)
         return masks.take(keep).placed(view.box[:2], view.image_size)
 
     def _of_image(self, of_views: Sequence[Masks]) -> Masks:
@@ -335,7 +351,7 @@ class MaskGenerator:
         if len(of_views) > 1:
             x0, y0, x1, y1 = masks.crop_boxes.T
             scores = 1 / ((x1 - x0) * (y1 - y0))
-            masks = masks.take(_kept(masks.boxes, scores, options.crop_nms_thresh))
+            masks = masks.take(without_duplicates(masks.boxes, scores, options.crop_nms_thresh))
         if options.min_mask_region_area > 0:
             threshold = max(options.box_nms_thresh, options.crop_nms_thresh)
             masks = without_small_regions(masks, options.min_mask_region_area, threshold)
@@ -359,12 +375,18 @@ def without_small_regions(masks: Masks, least_area: int, nms_thresh: float) -> M
             counts[index] = to_counts(mask)
             columns, rows = (torch.from_numpy(mask.any(axis=axis))[None] for axis in (0, 1))
             boxes[index] = _boxes(columns, rows)[0].numpy()
-    keep = _kept(boxes, whole, nms_thresh)
+    keep = without_duplicates(boxes, whole, nms_thresh)
     return replace(masks, counts=counts, boxes=boxes).take(keep)
 
 
-def _kept(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
-    """Index int64 (K,) of boxes (N, 4) without duplicates, best score first."""
+def without_duplicates(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
+    """Non-maximum suppression: index int64 (K,) of the boxes to keep, best score first.
+
+    Args:
+        boxes: float32 (N, 4), (x0, y0, x1, y1).
+        scores: float32 (N,).
+        threshold: of two boxes with a greater IoU than this, the one of the better score is kept.
+    """
     return nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold).numpy()
 
 

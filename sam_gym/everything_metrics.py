@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,10 @@ class Overlaps:
         # Of a "crowd", pycocotools divides the intersection by the area of the mask alone.
         shares = coco_mask.iou(list(masks), list(objects), [True] * len(objects))
         return cls(np.asarray(shares) * areas[0][:, None], *areas)
+
+    def take(self, index: np.ndarray) -> Overlaps:
+        """Those of some of the masks, int64 (K,)."""
+        return replace(self, shared=self.shared[index], masks=self.masks[index])
 
     @property
     def iou(self) -> np.ndarray:

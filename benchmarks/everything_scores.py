@@ -1,0 +1,280 @@
+"""How everything mode is measured: its masks against the objects that nobody asked for by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptation.merging import MergeOptions, merge_masks
+from adaptation.nearest import nearest_points
+from adaptation.views import low_res_target
+from sam_gym.backbones import Backbone, Prompts
+from sam_gym.data import Sample
+from sam_gym.everything import GeneratorOptions, without_duplicates
+from sam_gym.everything_metrics import (
+    Overlaps,
+    average_recall,
+    encoded,
+    match,
+    mean_over_classes,
+    panoptic_quality,
+)
+from sam_gym.masks import Masks
+from sam_gym.transfer import to_device
+
+#: Least predicted IoU and least stability, of which the operating point of a model is chosen.
+TRUST = tuple(k / 20 for k in range(20))
+STABILITY = tuple(k / 10 for k in range(10))
+#: What leaves no mask out: operating points are tried on all that a model says.
+ALL: dict[str, Any] = {
+    "pred_iou_thresh": 0.0,
+    "stability_score_thresh": 0.0,
+    "box_nms_thresh": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """Which masks of a model are kept.
+
+    Attributes:
+        trust: above which predicted IoU.
+        stability: from which stability on.
+    """
+
+    trust: float
+    stability: float
+
+
+#: Keeps all but duplicates.
+EVERYTHING = OperatingPoint(-np.inf, 0.0)
+
+
+class Tried(NamedTuple):
+    """What an operating point comes to.
+
+    Attributes:
+        point: which masks are kept.
+        pq: panoptic quality, in [0, 1].
+        miou: mean over classes, in [0, 1].
+        masks_per_object: how many masks are kept.
+    """
+
+    point: OperatingPoint
+    pq: float
+    miou: float
+    masks_per_object: float
+
+
+def best_of(tried: Sequence[Tried]) -> Tried:
+    """The operating point of the best panoptic quality."""
+    return max(tried, key=lambda own: own.pq)
+
+
+def best_within(tried: Sequence[Tried], budget: float) -> Tried:
+    """The operating point of the best mIoU of those that keep no more masks per object."""
+    least = min(own.masks_per_object for own in tried)
+    allowed = [own for own in tried if own.masks_per_object <= max(budget, least)]
+    return max(allowed, key=lambda own: own.miou)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images to measure on, with their objects as run-length codes."""
+
+    samples: list[Sample]
+    objects: list[list[dict[str, Any]]]
+    classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, dataset: Any, limit: int) -> Split:
+        """The first images of a dataset that show an object."""
+        samples: list[Sample] = []
+        for index in range(len(dataset)):
+            if len(samples) == limit:
+                break
+            sample = dataset[index]
+            if len(sample.masks):
+                samples.append(sample)
+        if not samples:
+            raise ValueError(f"{dataset.name}: no image shows an object.")
+        return cls(samples, [encoded(s.masks) for s in samples], tuple(dataset.categories))
+
+    @cached_property
+    def categories(self) -> np.ndarray:
+        """The category of each object of all images: int64 (N,)."""
+        return np.concatenate([sample.categories for sample in self.samples])
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All masks that a model has for the images of a split, and what they share with its objects.
+
+    Attributes:
+        split: the images.
+        masks: of each image.
+        overlaps: of each image.
+    """
+
+    split: Split
+    masks: list[Masks]
+    overlaps: list[Overlaps]
+
+    @classmethod
+    def of(cls, masks: Sequence[Masks], split: Split) -> Candidates:
+        """Of the masks of each image of a split."""
+        pairs = zip(masks, split.objects, strict=True)
+        return cls(split, list(masks), [Overlaps.of(own.coco(), objects) for own, objects in pairs])
+
+    def kept(self, point: OperatingPoint) -> list[np.ndarray]:
+        """What the generator would keep at an operating point, best first: int64 (K,) an image."""
+        usual = GeneratorOptions.box_nms_thresh
+        kept = []
+        for masks in self.masks:
+            passed = np.flatnonzero(
+                (masks.predicted_iou > point.trust) & (masks.stability >= point.stability)
+            )
+            boxes, scores = masks.boxes[passed], masks.predicted_iou[passed]
+            kept.append(passed[without_duplicates(boxes, scores, usual)])
+        return kept
+
+    def at(self, point: OperatingPoint) -> Candidates:
+        """What is kept at an operating point."""
+        kept = self.kept(point)
+        return Candidates(
+            self.split,
+            [own.take(index) for own, index in zip(self.masks, kept, strict=True)],
+            [own.take(index) for own, index in zip(self.overlaps, kept, strict=True)],
+        )
+
+    def tried(self) -> list[Tried]:
+        """What every operating point of `TRUST` x `STABILITY` comes to."""
+        every = []
+        for point in (OperatingPoint(*values) for values in product(TRUST, STABILITY)):
+            kept = self.kept(point)
+            overlaps = [own.take(index) for own, index in zip(self.overlaps, kept, strict=True)]
+            iou = np.concatenate([match(own).iou for own in overlaps])
+            miou = mean_over_classes(iou, self.split.categories)
+            each = sum(map(len, kept)) / len(iou)
+            every.append(Tried(point, panoptic_quality(overlaps), miou, each))
+        return every
+
+    def numbers(self) -> dict[str, float]:
+        """What these masks come to, in points of 100 where that makes sense."""
+        matches = [match(own) for own in self.overlaps]
+        iou = np.concatenate([own.iou for own in matches])
+        accuracy = np.concatenate([own.accuracy for own in matches])
+        categories = self.split.categories
+        count = sum(map(len, self.masks))
+        parts = sum(int(own.is_part.sum()) for own in self.overlaps)
+        numbers = {
+            "miou": 100 * mean_over_classes(iou, categories),
+            "macc": 100 * mean_over_classes(accuracy, categories),
+            "pq": 100 * panoptic_quality(self.overlaps),
+            "found": 100 * float((iou >= 0.5).mean()),
+            "masks_per_object": count / len(iou),
+            "part_share": 100 * parts / count if count else 0.0,
+        }
+        if self.masks[0].names == self.split.classes:
+            right = 0
+            for masks, own, sample in zip(self.masks, matches, self.split.samples, strict=True):
+                hit = own.masks >= 0
+                right += int((masks.classes[own.masks[hit]] == sample.categories[hit]).sum())
+            # An object without a mask is not told right.
+            numbers["class_accuracy"] = 100 * right / len(iou)
+        return numbers
+
+    def recalls(self) -> dict[str, float]:
+        """Average recall of these masks, in points of 100."""
+        scores = [masks.predicted_iou for masks in self.masks]
+        coded = [masks.coco() for masks in self.masks]
+        recalls = average_recall(coded, scores, self.split.objects)
+        return {"ar100": 100 * recalls[0], "ar1000": 100 * recalls[1]}
+
+
+def merged(candidates: Candidates, backbone: Backbone, options: MergeOptions) -> Candidates:
+    """Masks merged and filtered without training.
+
+    Args:
+        candidates: what a model keeps.
+        backbone: the model.
+        options: when masks belong together.
+    """
+    split = candidates.split
+    whole = [
+        merge_masks(masks, _without_padding(backbone, sample.image), options)
+        for masks, sample in zip(candidates.masks, split.samples, strict=True)
+    ]
+    return Candidates.of(whole, split)
+
+
+def _without_padding(backbone: Backbone, image: np.ndarray) -> np.ndarray:
+    """The embedding of an image, float32 (C, h, w), where there is image."""
+    embedding = backbone.encode([image])[0].cpu().numpy()
+    corner = backbone.to_input_frame(np.array([[image.shape[1], image.shape[0]]]), image.shape[:2])
+    side = backbone.image_size / embedding.shape[-1]
+    columns, rows = np.maximum(np.ceil(corner[0] / side - 0.01), 1).astype(int)
+    return embedding[:, :rows, :columns]
+
+
+# The released protocol -------------------------------------------------------------------------
+
+
+def released(backbone: Backbone, split: Split, grid: tuple[int, int]) -> dict[str, float]:
+    """The protocol of the released code, whose prompts are derived from the truth.
+
+    One point for each object, by nearest neighbour in the embedding; the mask that is trusted most.
+    """
+    ious, accuracies = [], []
+    for sample in split.samples:
+        embedding = backbone.encode([sample.image])
+        points = _points_from_truth(backbone, embedding, sample, grid)
+        prompts = Prompts(
+            points=points[:, None],
+            labels=torch.ones((len(points), 1), dtype=torch.int64, device=points.device),
+            rows=torch.zeros(len(points), dtype=torch.int64, device=points.device),
+        )
+        ambiguous = torch.ones(len(points), dtype=torch.bool, device=points.device)
+        logits, _ = backbone.decode_best(embedding, prompts, ambiguous)
+        for own, truth in zip(logits, sample.masks, strict=True):
+            mask = (backbone.masks_at(own[None], truth.shape)[0] > 0).cpu().numpy()
+            shared = np.count_nonzero(mask & truth)
+            ious.append(shared / np.count_nonzero(mask | truth))
+            accuracies.append(shared / np.count_nonzero(truth))
+    return {
+        "released_miou": 100 * mean_over_classes(np.array(ious), split.categories),
+        "released_macc": 100 * mean_over_classes(np.array(accuracies), split.categories),
+    }
+
+
+def _points_from_truth(
+    backbone: Backbone, embedding: Tensor, sample: Sample, grid: tuple[int, int]
+) -> Tensor:
+    """Where the released protocol asks for each object: float32 (N, 2), pixels of the frame."""
+    size, shape = backbone.image_size, backbone.mask_shape
+    height, width = sample.image.shape[:2]
+    scale = size / max(height, width)
+    side = (max(1, round(width * scale)), max(1, round(height * scale)))
+    framed = np.zeros((len(sample.masks) + 1, size, size), bool)
+    for frame, mask in zip(framed, [*sample.masks, np.ones((height, width), bool)], strict=True):
+        small = cv2.resize(mask.astype(np.uint8), side, interpolation=cv2.INTER_NEAREST)
+        frame[: side[1], : side[0]] = small > 0
+    targets = np.stack([low_res_target(mask, shape) for mask in framed[:-1]])
+    shown = cv2.resize(framed[-1].astype(np.uint8), shape[::-1], interpolation=cv2.INTER_AREA)
+    count, device = len(targets), backbone.device
+    return nearest_points(
+        embedding[:, : backbone.sam.prompt_encoder.embed_dim],
+        torch.zeros(count, dtype=torch.int64, device=device),
+        to_device(targets, device).float() / 255.0,
+        to_device(shown, device).float()[None].expand(count, -1, -1),
+        grid,
+        size,
+    )
