@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,14 +12,13 @@ import numpy as np
 import tyro
 from pycocotools import mask as rle
 
+from agents.annotation_files import Ids, Progress, Reader, image_files, overlay_folder
 from agents.evaluate import PolicyAgent
 from agents.policies import ImplicitPolicy
 from sam_gym import cli
-from sam_gym.backbones import Backbone
 from sam_gym.data import Sample
-from sam_gym.data.files import IMAGE_SUFFIXES, read_image
 from sam_gym.envs.core import ClickConfig, ClickCore, SlotTarget
-from sam_gym.files import plain, write_json
+from sam_gym.files import write_json
 from sam_gym.registry import unknown_name
 from sam_gym.render import draw_episode, save_image
 
@@ -194,119 +192,6 @@ def check_words(policy: ImplicitPolicy, categories: Sequence[str]) -> None:
     policy.set_categories(categories)
 
 
-class Progress:
-    """What is done already, a line of JSON for each image and category, in a file beside `out`.
-
-    Raises:
-        ValueError: the file is of a run with other settings.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self._header = header = {"settings": plain(settings)}
-        #: (file, category number) -> annotation without ids, None where there is no mask.
-        self.done: dict[tuple[str, int], dict[str, Any] | None] = {}
-        if path.exists():
-            lines = path.read_text().splitlines()
-            rows = [row for row in map(_parsed, lines) if row is not None]
-            if not rows or rows[0] != header:
-                raise ValueError(
-                    f"{path}: left by a run with other settings. Run it to its end with those, or "
-                    "remove the file to begin anew."
-                )
-            self.done = {(row["file"], row["category"]): row["annotation"] for row in rows[1:]}
-            self._rewrite()
-
-    def add(self, job: Job, annotation: dict[str, Any] | None) -> None:
-        self.done[job.file, job.category] = annotation
-        if not self.path.exists():
-            self._rewrite()
-            return
-        with self.path.open("a") as file:
-            file.write(self._line(job.file, job.category, annotation))
-
-    def _rewrite(self) -> None:
-        """Write the file anew, without a half-written last line."""
-        lines = [self._line(*key, annotation) for key, annotation in self.done.items()]
-        self.path.write_text(json.dumps(self._header) + "\n" + "".join(lines))
-
-    @staticmethod
-    def _line(file: str, category: int, annotation: dict[str, Any] | None) -> str:
-        row = {"file": file, "category": category, "annotation": plain(annotation)}
-        return json.dumps(row) + "\n"
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
-
-
-def image_files(folder: str) -> list[str]:
-    """Image files of a folder and the folders within, as paths relative to it, sorted.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: there is no image in it.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of images.")
-    files = sorted(
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*")
-        if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
-    )
-    if not files:
-        raise ValueError(
-            f"{folder}: no image in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})."
-        )
-    return files
-
-
-class Ids:
-    """Ids of images and categories: those of a COCO file, or 1, 2, 3, ...
-
-    Args:
-        coco: path of the COCO file, or None.
-        files: all image files.
-        categories: all category names.
-
-    Raises:
-        ValueError: the file does not have a category.
-    """
-
-    def __init__(self, coco: str | None, files: Sequence[str], categories: Sequence[str]) -> None:
-        self.coco = coco
-        self.images = {file: number for number, file in enumerate(files, start=1)}
-        self.categories = {name: number for number, name in enumerate(categories, start=1)}
-        if coco is None:
-            return
-        content = json.loads(Path(coco).read_text())
-        known = {image["file_name"]: image["id"] for image in content["images"]}
-        self.images = {file: known[file] for file in files if file in known}
-        names = {category["name"]: category["id"] for category in content["categories"]}
-        for name in categories:
-            if name not in names:
-                raise unknown_name(f"category of {coco}", name, names)
-        self.categories = {name: names[name] for name in categories}
-
-    def known(self, files: Sequence[str], folder: str) -> tuple[list[str], list[str]]:
-        """Image files that have an id, and those that have none.
-
-        Raises:
-            ValueError: none has.
-        """
-        left_out = [file for file in files if file not in self.images]
-        if len(left_out) == len(files):
-            raise ValueError(
-                f"{self.coco} has none of the {len(left_out)} images of {folder} (the first is "
-                f"{left_out[0]!r}): its file_name must be a path relative to --images."
-            )
-        return [file for file in files if file in self.images], left_out
-
-
 def annotate(config: Config) -> dict[str, Any]:
     """Annotate and write; returns what stands in the COCO file.
 
@@ -333,9 +218,7 @@ def annotate(config: Config) -> dict[str, Any]:
 
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    overlays = None
-    if config.overlays != "none":
-        overlays = Path(config.overlays or out.with_suffix("").as_posix() + "_overlays")
+    overlays = overlay_folder(config.overlays, out)
     progress = Progress(out.with_suffix(".partial.jsonl"), asdict(config) | {"names": names})
     jobs = [
         Job(file, category)
@@ -347,13 +230,14 @@ def annotate(config: Config) -> dict[str, Any]:
         print(f"Going on: {len(progress.done)} of {len(progress.done) + len(jobs)} are done.")
     reader = Reader(config.images, annotator.core.backbone)
     for first in track(range(0, len(jobs), config.num_envs), "annotating"):
-        chunk = reader.readable(jobs[first : first + config.num_envs])
+        pairs = [(job, reader.read(job.file)) for job in jobs[first : first + config.num_envs]]
+        chunk = [(job, image) for job, image in pairs if image is not None]
         if not chunk:
             continue
         results = annotator.annotate([image for _, image in chunk], [job for job, _ in chunk])
         for (job, _), (result, picture) in zip(chunk, results, strict=True):
             keep = result["area"] > 0 and result["score"] >= config.min_score
-            progress.add(job, result if keep else None)
+            progress.add((job.file, job.category), result if keep else None)
             if overlays is not None and keep:
                 overlays.mkdir(parents=True, exist_ok=True)
                 name = f"{job.file}__{names[job.category]}.jpg".replace("/", "__")
@@ -362,52 +246,13 @@ def annotate(config: Config) -> dict[str, Any]:
 
     content = _as_coco(config, progress, ids, names, reader)
     write_json(out, content)
-    progress.path.unlink(missing_ok=True)
+    progress.finish()
     reader.report(left_out, config.coco)
     counts = f"{len(content['annotations'])} masks in {len(content['images'])} images"
     print(f"{counts}, {len(reader.broken)} files skipped: {out}")
     if overlays is not None:
         print(f"Pictures: {overlays}")
     return content
-
-
-class Reader:
-    """Reads images, each once for all of its categories, and remembers which could not be read."""
-
-    def __init__(self, folder: str, backbone: Backbone) -> None:
-        self.folder, self.backbone = folder, backbone
-        self.broken: dict[str, str] = {}
-        self._last: tuple[str, np.ndarray] | None = None
-
-    def read(self, file: str) -> np.ndarray | None:
-        """The image uint8 (H, W, 3), or None if it is broken."""
-        if self._last is not None and self._last[0] == file:
-            return self._last[1]
-        if file in self.broken:
-            return None
-        try:
-            image = read_image(str(Path(self.folder) / file), "image")
-            if not all(self.backbone.input_size(image.shape[:2])):
-                raise ValueError(
-                    f"{image.shape[1]} x {image.shape[0]} pixels are too thin for SAM."
-                )
-        except (ValueError, OSError) as error:
-            self.broken[file] = str(error)
-            return None
-        self._last = (file, image)
-        return image
-
-    def readable(self, jobs: Sequence[Job]) -> list[tuple[Job, np.ndarray]]:
-        """The jobs whose image can be read, with the image."""
-        pairs = [(job, self.read(job.file)) for job in jobs]
-        return [(job, image) for job, image in pairs if image is not None]
-
-    def report(self, left_out: Sequence[str], coco: str | None) -> None:
-        """Say which files were skipped: those that are not in the COCO file, and broken ones."""
-        for file in left_out:
-            print(f"skipped {file}: not in {coco}")
-        for file, reason in self.broken.items():
-            print(f"skipped {file}: {reason}")
 
 
 def _as_coco(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 from pycocotools import mask as rle
 
-from agents.annotate import Ids, Reader, image_files
+from agents.annotation_files import Ids, Progress, Reader, image_files, overlay_folder
 from sam_gym.backbones import load_backbone
 from sam_gym.everything import GeneratorOptions, MaskGenerator
 from sam_gym.files import write_json
@@ -36,7 +36,8 @@ class Config:
     Clicks on a grid of points, keeps the masks that SAM trusts, and no duplicates. An annotation
     has the mask (RLE), a `score` (what SAM takes the mask's IoU for) and a `stability_score`. The
     category is that of the adapter's class head, with its `category_score`, or else "object".
-    Files that are no images are reported and skipped.
+    A run that was cut off goes on where it was when it is started again. Files that are no images
+    are reported and skipped.
     """
 
     images: str
@@ -67,7 +68,7 @@ def annotate_everything(config: Config) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: an option, the weights or the folder is wrong.
     """
-    from rich.progress import Progress
+    from rich.progress import Progress as Bar
 
     config.generator.validate()
     files = image_files(config.images)
@@ -82,19 +83,20 @@ def annotate_everything(config: Config) -> dict[str, Any]:
 
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    overlays = None
-    if config.overlays != "none":
-        overlays = Path(config.overlays or out.with_suffix("").as_posix() + "_overlays")
+    overlays = overlay_folder(config.overlays, out)
+    if overlays is not None:
         overlays.mkdir(parents=True, exist_ok=True)
+    progress = Progress(out.with_suffix(".partial.jsonl"), asdict(config))
+    todo = [file for file in files if (file,) not in progress.done]
+    if progress.done:
+        print(f"Going on: {len(progress.done)} of {len(files)} images are done.")
     reader = Reader(config.images, backbone)
     waiting: list[tuple[str, np.ndarray]] = []
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    with Progress() as bar:
-        task = bar.add_task("annotating", total=len(files))
+    with Bar() as bar:
+        task = bar.add_task("annotating", total=len(files), completed=len(progress.done))
 
         def readable() -> Iterator[np.ndarray]:
-            for file in files:
+            for file in todo:
                 image = reader.read(file)
                 if image is None:
                     bar.advance(task)
@@ -104,25 +106,16 @@ def annotate_everything(config: Config) -> dict[str, Any]:
 
         for masks in generator.stream(readable()):
             file, image = waiting.pop(0)
-            height, width = masks.size
-            entry = {"id": ids.images[file], "file_name": file, "height": height, "width": width}
-            images.append(entry)
-            for annotation in _annotations(masks):
-                category = ids.categories[annotation.pop("category")]
-                number = {"id": len(annotations) + 1, "image_id": entry["id"]}
-                annotations.append(number | {"category_id": category} | annotation)
+            progress.add((file,), {"size": masks.size, "annotations": list(_annotations(masks))})
             if overlays is not None:
                 picture = draw_masks(image, masks.binary(), caption=f"{file}  {len(masks)} masks")
                 save_image(overlays / f"{file}.jpg".replace("/", "__"), picture)
             bar.advance(task)
 
-    content = {
-        "info": {"description": f"everything that {config.backbone} finds"},
-        "images": images,
-        "categories": [{"id": number, "name": name} for name, number in ids.categories.items()],
-        "annotations": annotations,
-    }
+    content = _as_coco(config, progress, ids)
+    images, annotations = content["images"], content["annotations"]
     write_json(out, content)
+    progress.finish()
     reader.report(left_out, config.coco)
     counts = f"{len(annotations)} masks in {len(images)} images"
     print(f"{counts}, {len(reader.broken)} files skipped: {out}")
@@ -135,6 +128,24 @@ def annotate_everything(config: Config) -> dict[str, Any]:
     if overlays is not None:
         print(f"Pictures: {overlays}")
     return content
+
+
+def _as_coco(config: Config, progress: Progress, ids: Ids) -> dict[str, Any]:
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for (file,), result in sorted(progress.done.items()):
+        (height, width), number = result["size"], ids.images[file]
+        images.append({"id": number, "file_name": file, "height": height, "width": width})
+        for own in result["annotations"]:
+            category = ids.categories[own["category"]]
+            known = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
+            annotations.append(known | {key: own[key] for key in own if key != "category"})
+    return {
+        "info": {"description": f"everything that {config.backbone} finds"},
+        "images": images,
+        "categories": [{"id": number, "name": name} for name, number in ids.categories.items()],
+        "annotations": annotations,
+    }
 
 
 def _annotations(masks: Masks) -> Iterator[dict[str, Any]]:

@@ -268,6 +268,46 @@ def test_everything_with_classes_and_the_ids_of_a_coco_file(
         assert annotation["category_id"] in (5, 9) and annotation["category_score"] >= 0.5
 
 
+def test_everything_goes_on_where_it_was_cut_off(
+    photos: Path,
+    everything: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = main(everything)
+    stream, clicked = MaskGenerator.stream, []
+
+    def dying(self: Any, images: Any, *args: Any) -> Any:
+        for count, masks in enumerate(stream(self, images, *args)):
+            if count == 2:
+                raise KeyboardInterrupt
+            yield masks
+
+    def counting(self: Any, images: Any, *args: Any) -> Any:
+        for image in images:
+            clicked.append(image)
+            yield from stream(self, [image], *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskGenerator, "stream", dying)
+        with pytest.raises(KeyboardInterrupt):
+            main(everything)
+    partial = photos.parent / "out" / "all.partial.jsonl"
+    assert len(partial.read_text().splitlines()) == 3
+    with pytest.raises(ValueError, match="other settings"):
+        main([*everything, "--box-nms-thresh", "0.5"])
+    capsys.readouterr()
+    monkeypatch.setattr(MaskGenerator, "stream", counting)
+    again = main(everything)
+    assert len(clicked) == 1 and not partial.exists()
+    assert "Going on: 2 of" in capsys.readouterr().out
+    assert again["images"] == whole["images"]
+    for own, other in zip(again["annotations"], whole["annotations"], strict=True):
+        # What shares a decoder call moves the last bit of a score.
+        assert own.pop("score") == pytest.approx(other.pop("score"), abs=1e-5)
+        assert own == other
+
+
 def test_everything_with_wrong_inputs(everything: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pred_iou_thresh must be at most 1"):
         main([*everything, "--pred-iou-thresh", "7"])
