@@ -54,11 +54,11 @@ SHOWN = 4
 class FineTuning(TrainConfig):
     """Settings of the fine-tuning."""
 
-    steps: int = 600
+    steps: int = 3000
     """Optimizer steps of a fine-tuning."""
     batch_size: int = 48
     """Objects of a step, over all processes."""
-    views: int = 2
+    views: int = 1
     """Views of each training image, the first as it is, the others flipped and scaled."""
     prompts: tuple[str, ...] = ("click",)
     """What objects are shown by where a fine-tuning is measured by itself: box, click, clicks5."""
@@ -86,7 +86,7 @@ class Config:
     """Images: rooms, rooms-panoramas, or coco, entities (with --data)."""
     data: str | None = None
     """Root folder of a dataset that reads files."""
-    train_images: int = 192
+    train_images: int = 2048
     """Images that are trained on."""
     val_images: int = 24
     """Images on which operating points are chosen."""
