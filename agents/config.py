@@ -16,7 +16,7 @@ from gymnasium.envs.registration import load_env_creator
 
 from sam_gym import ENVIRONMENTS
 from sam_gym.envs.core import ClickConfig, TaskConfig
-from sam_gym.envs.everything import EverythingConfig
+from sam_gym.envs.everything_core import EverythingConfig
 from sam_gym.envs.slots import SlotConfig
 from sam_gym.registry import unknown_name
 

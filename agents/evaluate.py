@@ -27,7 +27,7 @@ from agents.vec_env import make_vector_env, over_domains
 from sam_gym import cli
 from sam_gym.envs.continual import ContinualConfig
 from sam_gym.envs.core import ClickConfig, TaskConfig
-from sam_gym.envs.everything import EverythingConfig
+from sam_gym.envs.everything_core import EverythingConfig
 from sam_gym.envs.slots import DatasetConfig, SlotConfig, SlotCore
 from sam_gym.files import write_csv, write_json
 from sam_gym.metrics import mean_and_ci95

@@ -23,7 +23,7 @@ from agents.policies import (
     pooled,
 )
 from sam_gym.backbones import Prompts
-from sam_gym.envs.everything import FOUND_IOU, MAPS, EverythingConfig, EverythingCore
+from sam_gym.envs.everything_core import FOUND_IOU, MAPS, EverythingConfig, EverythingCore
 from sam_gym.everything_metrics import matched_ious
 from sam_gym.prompts import interior_distance, point_grid
 from sam_gym.registry import Registry

@@ -50,7 +50,7 @@ from sam_gym.data import PROCEDURAL
 from sam_gym.data.streams import Stream
 from sam_gym.envs.continual import ContinualConfig
 from sam_gym.envs.core import TaskConfig
-from sam_gym.envs.everything import EverythingConfig
+from sam_gym.envs.everything_core import EverythingConfig
 from sam_gym.envs.slots import DatasetConfig, SlotConfig, SlotCore
 from sam_gym.files import write_atomic, write_json
 from sam_gym.metrics import with_interval

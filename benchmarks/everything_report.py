@@ -116,7 +116,8 @@ def _plot(curves: Mapping[str, Any], path: Path) -> Path:
     colours = (report.MUTED, report.BLUE, report.ORANGE, report.INK)
     for colour, (name, runs) in zip(colours, curves.items(), strict=False):
         for number, curve in enumerate(runs):
-            x, y = ([point[key] for point in curve] for key in ("masks_per_object", "miou"))
+            points = sorted((point["masks_per_object"], point["miou"]) for point in curve)
+            x, y = zip(*points, strict=True)
             axes.plot(x, y, "o-", color=colour, ms=4, label=None if number else name)
     axes.set(xlabel="masks per object", ylabel="mIoU", xscale="log", ylim=(0, 100))
     axes.legend(frameon=False)

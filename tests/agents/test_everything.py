@@ -20,7 +20,7 @@ from agents.train_ppo import main, train
 from agents.training import PinRollouts
 from agents.vec_env import make_vector_env
 from sam_gym.envs.core import ClickConfig
-from sam_gym.envs.everything import EverythingConfig, EverythingCore
+from sam_gym.envs.everything_core import EverythingConfig, EverythingCore
 
 ENV = "SamEverything-v0"
 #: A task of four points, of which SAM keeps whatever it finds.

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-import sam_gym.envs.everything as everything
+import sam_gym.envs.everything_core as everything
 from sam_gym.data import Sample
-from sam_gym.envs.everything import (
+from sam_gym.envs.everything_core import (
     EPISODE_ARRAYS,
     EverythingConfig,
     EverythingCore,
