@@ -91,5 +91,8 @@ def _without_parts(masks: Masks, options: MergeOptions) -> np.ndarray:
     areas = overlaps.masks
     inside = overlaps.shared / np.maximum(areas[:, None], 1) >= options.merge_inside
     whole = areas <= options.merge_largest * masks.size[0] * masks.size[1]
-    larger = (areas[None] > areas[:, None]) & whole[None]
+    number = np.arange(len(areas))
+    # Of masks that are equal, the first is the larger one.
+    earlier = (areas[None] == areas[:, None]) & (number[None] < number[:, None])
+    larger = ((areas[None] > areas[:, None]) | earlier) & whole[None]
     return np.flatnonzero(~(inside & larger).any(axis=1))

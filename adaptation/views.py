@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -25,6 +25,8 @@ _JITTER, _MIN_AREA = (0.6, 1.8), 0.001
 #: Shares of a pixel above which a target may begin; of equally good ones the first is taken.
 _THRESHOLDS = (0.5, 0.4, 0.3, 0.2, 0.1)
 _ENCODE = 16
+#: No bank holds the views of so many images: a procedural dataset without a length has 2^31 - 1.
+_ENDLESS = 2**30
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,11 @@ class Bank:
                 chunks.append(raw_features(self.backbone.sam, pixels, kind).float())
         return torch.cat(chunks)
 
-    def _samples(self, dataset: Dataset) -> list[Sample]:
+    def _samples(self, dataset: Dataset) -> Iterator[Sample]:
         count = len(dataset) if self.max_images is None else min(len(dataset), self.max_images)
-        return [dataset[i] for i in range(count)]
+        if count > _ENDLESS:
+            raise ValueError(f"{dataset.name} is endless: pass --max-images (max_images=).")
+        return (dataset[i] for i in range(count))
 
     def _rng(self, *words: object) -> np.random.Generator:
         text = "/".join(map(str, words)).encode()

@@ -261,6 +261,8 @@ def _as_coco(
     images: dict[str, dict[str, Any]] = {}
     annotations: list[dict[str, Any]] = []
     for (file, category), annotation in sorted(progress.done.items()):
+        if file not in ids.images:
+            continue
         if file not in images:
             image = reader.read(file)
             if image is None:

@@ -47,7 +47,8 @@ class Config:
     overlays: str | None = None
     """Folder for pictures of the masks (left out: beside `out`; "none": no pictures)."""
     coco: str | None = None
-    """COCO JSON whose image and category ids are used, so that COCOeval can compare with it."""
+    """COCO JSON whose image and category ids are used, so that COCOeval can compare with it;
+    classes that it does not have get ids that it does not use."""
     backbone: str = "micro"
     """SAM to use: micro, hq_micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam, hf:..."""
     checkpoint: str | None = None
@@ -76,9 +77,7 @@ def annotate_everything(config: Config) -> dict[str, Any]:
         config.backbone, config.checkpoint, config.device, config.dtype, adapter=config.adapter
     )
     generator = MaskGenerator(backbone, config.generator)
-    ids = Ids(config.coco, files, generator.names)
-    if not generator.names:
-        ids.categories = {OBJECT: 1}
+    ids = Ids(config.coco, files, generator.names or [OBJECT], new_categories=True)
     files, left_out = ids.known(files, config.images)
 
     out = Path(config.out)
@@ -86,7 +85,8 @@ def annotate_everything(config: Config) -> dict[str, Any]:
     overlays = overlay_folder(config.overlays, out)
     if overlays is not None:
         overlays.mkdir(parents=True, exist_ok=True)
-    progress = Progress(out.with_suffix(".partial.jsonl"), asdict(config))
+    model = {"thresholds": generator.thresholds, "weights": backbone.identity}
+    progress = Progress(out.with_suffix(".partial.jsonl"), asdict(config) | model)
     todo = [file for file in files if (file,) not in progress.done]
     if progress.done:
         print(f"Going on: {len(progress.done)} of {len(files)} images are done.")
@@ -108,7 +108,8 @@ def annotate_everything(config: Config) -> dict[str, Any]:
             file, image = waiting.pop(0)
             progress.add((file,), {"size": masks.size, "annotations": list(_annotations(masks))})
             if overlays is not None:
-                picture = draw_masks(image, masks.binary(), caption=f"{file}  {len(masks)} masks")
+                drawn = map(masks.mask, range(len(masks)))
+                picture = draw_masks(image, drawn, caption=f"{file}  {len(masks)} masks")
                 save_image(overlays / f"{file}.jpg".replace("/", "__"), picture)
             bar.advance(task)
 
@@ -119,7 +120,7 @@ def annotate_everything(config: Config) -> dict[str, Any]:
     reader.report(left_out, config.coco)
     counts = f"{len(annotations)} masks in {len(images)} images"
     print(f"{counts}, {len(reader.broken)} files skipped: {out}")
-    if not annotations:
+    if images and not annotations:
         trust, stability = generator.thresholds
         print(
             f"SAM trusts no mask more than {trust}, or none is as stable as {stability}: "
@@ -134,6 +135,8 @@ def _as_coco(config: Config, progress: Progress, ids: Ids) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for (file,), result in sorted(progress.done.items()):
+        if file not in ids.images:
+            continue
         (height, width), number = result["size"], ids.images[file]
         images.append({"id": number, "file_name": file, "height": height, "width": width})
         for own in result["annotations"]:
@@ -150,13 +153,13 @@ def _as_coco(config: Config, progress: Progress, ids: Ids) -> dict[str, Any]:
 
 def _annotations(masks: Masks) -> Iterator[dict[str, Any]]:
     """The masks of an image that have a pixel, without ids."""
-    for coded, record in zip(masks.coco(), masks.records("uncompressed_rle"), strict=True):
+    for record in masks.records("coco_rle"):
         if not record["area"]:
             continue
         annotation = {
-            "segmentation": coded,
+            "segmentation": record["segmentation"],
             "area": record["area"],
-            "bbox": rle.toBbox(coded).tolist(),
+            "bbox": rle.toBbox(record["segmentation"]).tolist(),
             "iscrowd": 0,
             "category": record.get("category", OBJECT),
             "score": record["predicted_iou"],

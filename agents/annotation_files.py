@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from sam_gym.backbones import Backbone
 from sam_gym.data.files import IMAGE_SUFFIXES, read_image
-from sam_gym.files import plain
+from sam_gym.files import plain, write_atomic
 from sam_gym.registry import unknown_name
 
 
@@ -51,25 +52,40 @@ class Ids:
         coco: path of the COCO file, or None.
         files: all image files.
         categories: all category names.
+        new_categories: give categories that the file does not have ids that it does not use.
 
     Raises:
-        ValueError: the file does not have a category.
+        ValueError: the file does not have a category, or is not in COCO's form.
     """
 
-    def __init__(self, coco: str | None, files: Sequence[str], categories: Sequence[str]) -> None:
+    def __init__(
+        self,
+        coco: str | None,
+        files: Sequence[str],
+        categories: Sequence[str],
+        new_categories: bool = False,
+    ) -> None:
         self.coco = coco
         self.images = {file: number for number, file in enumerate(files, start=1)}
         self.categories = {name: number for number, name in enumerate(categories, start=1)}
         if coco is None:
             return
-        content = json.loads(Path(coco).read_text())
-        known = {image["file_name"]: image["id"] for image in content["images"]}
+        try:
+            content = json.loads(Path(coco).read_text())
+            known = {image["file_name"]: image["id"] for image in content["images"]}
+            names = {category["name"]: category["id"] for category in content["categories"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{coco}: no COCO JSON with images and categories ({error!r})."
+            ) from None
         self.images = {file: known[file] for file in files if file in known}
-        names = {category["name"]: category["id"] for category in content["categories"]}
         for name in categories:
-            if name not in names:
+            if name not in names and not new_categories:
                 raise unknown_name(f"category of {coco}", name, names)
-        self.categories = {name: names[name] for name in categories}
+        unused = itertools.count(1 + max(names.values(), default=0))
+        self.categories = {
+            name: names[name] if name in names else next(unused) for name in categories
+        }
 
     def known(self, files: Sequence[str], folder: str) -> tuple[list[str], list[str]]:
         """Image files that have an id, and those that have none.
@@ -163,7 +179,7 @@ class Progress:
     def _rewrite(self) -> None:
         """Write the file anew, without a half-written last line."""
         lines = [self._line(key, result) for key, result in self.done.items()]
-        self.path.write_text(json.dumps(self._header) + "\n" + "".join(lines))
+        write_atomic(self.path, json.dumps(self._header) + "\n" + "".join(lines))
 
     @staticmethod
     def _line(key: tuple[Any, ...], result: Any) -> str:

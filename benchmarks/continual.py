@@ -83,7 +83,7 @@ def run(config: Config) -> dict[str, Any]:
     streams = {order: config.stream.open(order) for order in _orders(config)}
     retention = config.stream.open_retention()
     out = report.output_folder(config.out)
-    _refuse_unfinished(out, config)
+    report.refuse_unfinished(out, "runs/*/*/checkpoint.pt", config.resume)
 
     runs: dict[str, list[Run]] = {}
     first = next(iter(streams.values()))
@@ -165,15 +165,6 @@ def _grouped(jobs: Sequence[_Job]) -> list[tuple[tuple[int, str | None], list[_J
 
 def _slug(order: str | None) -> str:
     return "given" if order is None else order.replace(":", "-").replace(",", "_")[:80]
-
-
-def _refuse_unfinished(out: Path, config: Config) -> None:
-    """An earlier run's checkpoints are not overwritten without a word."""
-    started = sorted(out.glob("runs/*/*/checkpoint.pt"))
-    if started and not config.resume and not (out / "results.json").is_file():
-        raise ValueError(
-            f"{out} holds an unfinished run. Pass --resume to go on with it, or another --out."
-        )
 
 
 # Numbers ---------------------------------------------------------------------------------------

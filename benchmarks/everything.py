@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,9 +32,10 @@ from benchmarks.everything_scores import (
     released,
 )
 from benchmarks.options import require_at_least
-from benchmarks.report import output_folder, progress_bar
+from benchmarks.report import output_folder, progress_bar, refuse_unfinished
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.data import PROCEDURAL, Sample, make_dataset
+from sam_gym.data import PROCEDURAL, Dataset, MissingSplit, make_dataset
+from sam_gym.data.sample import image_digest
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.everything import GeneratorOptions, MaskGenerator
 from sam_gym.version import __version__
@@ -60,8 +61,9 @@ class FineTuning(TrainConfig):
     """Objects of a step, over all processes."""
     views: int = 1
     """Views of each training image, the first as it is, the others flipped and scaled."""
-    prompts: tuple[str, ...] = ("click",)
-    """What objects are shown by where a fine-tuning is measured by itself: box, click, clicks5."""
+    max_images: tyro.conf.Suppress[int | None] = None
+    split: tyro.conf.Suppress[Literal["val", "test"]] = "val"
+    prompts: tyro.conf.Suppress[tuple[str, ...]] = ("click",)
     learning_rate: float | None = 1e-3
     """Adam's learning rate, which falls to a tenth, along a cosine."""
 
@@ -121,13 +123,9 @@ def run(config: Config) -> dict[str, Any]:
     _check(config)
     grid = config.grid or GRIDS[config.methods[0]]
     GeneratorOptions(grid=grid).validate()
-    stream, val, test, others = _open(config)
+    stream, splits = _open(config)
     out = output_folder(config.out)
-    if list(out.glob("runs/*/checkpoint.pt")) and not config.resume:
-        if not (out / "results.json").is_file():
-            raise ValueError(
-                f"{out} holds an unfinished run. Pass --resume to go on with it, or another --out."
-            )
+    refuse_unfinished(out, "runs/*/checkpoint.pt", config.resume)
     plain = load_backbone(**config.model.arguments)
     backbones: dict[str, list[Backbone]] = {UNTOUCHED: [plain]}
     seconds: dict[str, list[float]] = {}
@@ -136,7 +134,6 @@ def run(config: Config) -> dict[str, Any]:
             backbone, spent = _trained(config, stream, method, config.train.seed + number, out)
             backbones.setdefault(method, []).append(backbone)
             seconds.setdefault(method, []).append(spent)
-    splits = {"val": val, "test": test, **others}
     with progress_bar() as bar:
         total = sum(len(own.samples) for own in splits.values())
         task = bar.add_task("measuring", total=total * sum(map(len, backbones.values())))
@@ -153,7 +150,7 @@ def run(config: Config) -> dict[str, Any]:
         "models": {name: _entry(own, seconds.get(name)) for name, own in scores["test"].items()},
         "transfer": {
             split: {name: _entry(own, None) for name, own in scores[split].items()}
-            for split in others
+            for split in splits.keys() - {"val", "test"}
         },
         "images": {name: len(own.samples) for name, own in splits.items()},
         "objects": {name: sum(map(len, own.objects)) for name, own in splits.items()},
@@ -164,7 +161,7 @@ def run(config: Config) -> dict[str, Any]:
         "versions": {"sam-gym": __version__, "torch": torch.__version__},
         "settings": asdict(config),
     }
-    write_report(results, test.samples[:SHOWN], measuring.shown, out)
+    write_report(results, splits["test"].samples[:SHOWN], measuring.shown, out)
     return results
 
 
@@ -178,9 +175,13 @@ def _check(config: Config) -> None:
         transfer_limit=config.transfer_limit,
     )
     config.train.validate()
+    if config.transfer is None and config.transfer_annotations is not None:
+        raise ValueError("--transfer-annotations needs --transfer, the folder of the photographs.")
     if not config.methods:
         raise ValueError("--methods is empty: name at least one of saom_v1, saom_v2, panosam.")
     for method in config.methods:
+        if config.methods.count(method) > 1:
+            raise ValueError(f"--methods names {method!r} twice: for more runs of it, --seeds.")
         if method not in GRIDS:
             STRATEGIES.get(method)
             raise ValueError(
@@ -189,56 +190,40 @@ def _check(config: Config) -> None:
         check_tune(method, config.tune)
 
 
-def _open(config: Config) -> tuple[Stream, Split, Split, dict[str, Split]]:
-    """The stream that is trained on, and what is measured on."""
+def _open(config: Config) -> tuple[Stream, dict[str, Split]]:
+    """The stream that is trained on, and what is measured on: val, test and others."""
     root = {} if config.data is None else {"root": config.data}
     procedural = config.dataset in PROCEDURAL
 
-    def split(name: str, limit: int) -> Any:
+    def dataset(split: str, limit: int) -> Dataset:
         return make_dataset(
-            config.dataset, name, **root, **({"length": limit} if procedural else {})
+            config.dataset, split, **root, **({"length": limit} if procedural else {})
         )
 
-    train = split("train", config.train_images)
-    val = split("val", config.val_images)
+    train, val = dataset("train", config.train_images), dataset("val", config.val_images)
+    splits = {"val": Split.of(val, config.val_images)}
     try:
-        test = split("test", config.test_images)
-    except FileNotFoundError:
-        # Without a test split: the images of val that operating points are not chosen on.
-        test = _Rest(val, config.val_images)
-    domain = Domain(config.dataset, False, {"train": train, "val": val, "test": test})
-    others = {}
+        test = dataset("test", config.test_images)
+    except MissingSplit:
+        test = val
+    splits["test"] = Split.of(test, config.test_images, but=splits["val"])
+    for name, split in splits.items():
+        if image_digest(train[0].image) in split.digests:
+            raise ValueError(f"{config.dataset}: an image of train is in {name} too.")
     if config.transfer is not None:
         photographs = make_dataset(
             "coco", "val", root=config.transfer, annotations=config.transfer_annotations
         )
-        others["transfer"] = Split.of(photographs, config.transfer_limit)
-    stream = Stream(config.dataset, (domain,))
-    return stream, Split.of(val, config.val_images), Split.of(test, config.test_images), others
-
-
-class _Rest:
-    """A dataset without its first images."""
-
-    def __init__(self, dataset: Any, first: int) -> None:
-        self.dataset, self.first = dataset, first
-        self.name, self.categories = dataset.name, dataset.categories
-
-    def __len__(self) -> int:
-        return max(0, len(self.dataset) - self.first)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.dataset[self.first + index]
-
-    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
-        return int(rng.integers(len(self))), None
+        splits["transfer"] = Split.of(photographs, config.transfer_limit)
+    domain = Domain(config.dataset, False, {"train": train, "val": splits["val"]})
+    return Stream(config.dataset, (domain,)), splits
 
 
 def _trained(
     config: Config, stream: Stream, method: str, seed: int, out: Path
 ) -> tuple[Backbone, float]:
     """A fine-tuned backbone, and the seconds that its training took."""
-    settings = replace(config.train, seed=seed, split="val", max_images=config.train_images)
+    settings = replace(config.train, seed=seed, max_images=config.train_images)
     trainer = Trainer(settings, config.weights, config.model.arguments, out / "runs")
     result = trainer.fit(stream, method, config.tune, config.resume)
     folder = out / "runs" / folder_name(method, config.tune, seed)
@@ -303,8 +288,7 @@ class _Measuring:
                 self.shown.setdefault(name, masks)
             if merge_point is not None:
                 own = merged(found.at(merge_point), backbone, self.merging)
-                numbers = own.numbers() | own.recalls()
-                numbers |= {"seconds_per_image": seconds, **asdict(merge_point)}
+                numbers = own.numbers() | own.recalls() | asdict(merge_point)
                 self.scores[split][MERGED].append(numbers)
 
     def _merge_point(
@@ -342,7 +326,8 @@ class _Measuring:
         images = [sample.image for sample in self.splits[split].samples[:SHOWN]]
         started = time.perf_counter()
         masks = generator.generate_masks(images)
-        return [own.binary() for own in masks], (time.perf_counter() - started) / len(images)
+        seconds = (time.perf_counter() - started) / len(images)
+        return [own.binary() for own in masks], seconds
 
 
 def _entry(runs: Sequence[Mapping[str, float]], seconds: Sequence[float] | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import report
 from sam_gym.data import Sample
 from sam_gym.files import write_csv, write_json
-from sam_gym.render import draw_masks, save_image
+from sam_gym.render import draw_masks, save_image, tile
 
 _COLUMNS = {
     "miou": "mIoU",
@@ -73,7 +73,8 @@ def write_report(
         "there with no more masks than the SAM as it was. Masks are matched one to one "
         "with the objects; an object without a mask counts 0. mIoU and mAcc (share of the "
         "object that is covered) are means over classes. AR: COCO's average recall of the 100 or "
-        "1000 masks that are trusted most, whatever the class. Parts: masks that lie in one object "
+        "1000 masks that are trusted most of all that a model has (of merged: of what it keeps), "
+        "whatever the class. Parts: masks that lie in one object "
         "and cover less than half of it. merged: the masks of the SAM as it was, merged and "
         "filtered without training, above a trust of its own (trust > and stability >= say which "
         "masks are merged)."
@@ -98,7 +99,7 @@ def write_report(
             frames.append(draw_masks(sample.image, masks[number], caption=caption, height=256))
         sheet.append(report.side_by_side(frames))
         page.photograph(sheet[-1], "The objects, and the masks that each model keeps")
-    save_image(out / "masks.png", np.concatenate(sheet))
+    save_image(out / "masks.png", tile(sheet, 1))
     page.settings(results["settings"], [json_file, csv_file])
     page_file = page.write(out / "report.html")
     brief = [columns.index(name) for name in columns if name in _BRIEF]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ from adaptation.merging import MergeOptions, merge_masks
 from adaptation.nearest import nearest_points
 from adaptation.views import low_res_target
 from sam_gym.backbones import Backbone, Prompts
-from sam_gym.data import Sample
+from sam_gym.data import Dataset, Sample
+from sam_gym.data.sample import image_digest
 from sam_gym.everything import GeneratorOptions, without_duplicates
 from sam_gym.everything_metrics import (
     Overlaps,
@@ -31,8 +32,8 @@ from sam_gym.masks import Masks
 from sam_gym.transfer import to_device
 
 #: Least predicted IoU and least stability, of which the operating point of a model is chosen.
-TRUST = tuple(k / 20 for k in range(20))
-STABILITY = tuple(k / 10 for k in range(10))
+TRUST = tuple(sorted({*(k / 20 for k in range(20)), 0.88, 0.92}))
+STABILITY = tuple(sorted({*(k / 10 for k in range(10)), 0.85, 0.95}))
 #: What leaves no mask out: operating points are tried on all that a model says.
 ALL: dict[str, Any] = {
     "pred_iou_thresh": 0.0,
@@ -46,7 +47,7 @@ class OperatingPoint:
     """Which masks of a model are kept.
 
     Attributes:
-        trust: above which predicted IoU.
+        trust: above which predicted IoU; 0 keeps all.
         stability: from which stability on.
     """
 
@@ -55,7 +56,7 @@ class OperatingPoint:
 
 
 #: Keeps all but duplicates.
-EVERYTHING = OperatingPoint(-np.inf, 0.0)
+EVERYTHING = OperatingPoint(0.0, 0.0)
 
 
 class Tried(NamedTuple):
@@ -75,8 +76,8 @@ class Tried(NamedTuple):
 
 
 def best_of(tried: Sequence[Tried]) -> Tried:
-    """The operating point of the best panoptic quality."""
-    return max(tried, key=lambda own: own.pq)
+    """The operating point of the best panoptic quality, and of those the one of fewest masks."""
+    return max(tried, key=lambda own: (own.pq, -own.masks_per_object))
 
 
 def best_within(tried: Sequence[Tried], budget: float) -> Tried:
@@ -86,30 +87,60 @@ def best_within(tried: Sequence[Tried], budget: float) -> Tried:
     return max(allowed, key=lambda own: own.miou)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Split:
-    """Images to measure on, with their objects as run-length codes."""
+    """Images to measure on, with their objects; a dataset of its own.
 
+    Attributes:
+        name: of the dataset that they are of.
+        categories: of that dataset.
+        samples: the images.
+        objects: of each image, as run-length codes.
+    """
+
+    name: str
+    categories: tuple[str, ...]
     samples: list[Sample]
     objects: list[list[dict[str, Any]]]
-    classes: tuple[str, ...]
 
     @classmethod
-    def of(cls, dataset: Any, limit: int) -> Split:
-        """The first images of a dataset that show an object."""
+    def of(cls, dataset: Dataset, limit: int, but: Split | None = None) -> Split:
+        """The first images of a dataset that show an object, but for those of another split.
+
+        Raises:
+            ValueError: there is none.
+        """
         samples: list[Sample] = []
+        others = set() if but is None else but.digests
         for index in range(len(dataset)):
             if len(samples) == limit:
                 break
             sample = dataset[index]
-            if len(sample.masks):
-                samples.append(sample)
+            if len(sample.masks) and image_digest(sample.image) not in others:
+                samples.append(replace(sample, parts=None))
         if not samples:
-            raise ValueError(f"{dataset.name}: no image shows an object.")
-        return cls(samples, [encoded(s.masks) for s in samples], tuple(dataset.categories))
+            beyond = "" if but is None else " but those of val: lower --val-images, or add more"
+            raise ValueError(f"{dataset.name}: no image shows an object{beyond}.")
+        objects = [encoded(sample.masks) for sample in samples]
+        return cls(dataset.name, tuple(dataset.categories), samples, objects)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
+        """As of `Dataset`."""
+        return int(rng.integers(len(self))), None
 
     @cached_property
-    def categories(self) -> np.ndarray:
+    def digests(self) -> set[bytes]:
+        """Of the images."""
+        return {image_digest(sample.image) for sample in self.samples}
+
+    @cached_property
+    def classes(self) -> np.ndarray:
         """The category of each object of all images: int64 (N,)."""
         return np.concatenate([sample.categories for sample in self.samples])
 
@@ -131,16 +162,20 @@ class Candidates:
     @classmethod
     def of(cls, masks: Sequence[Masks], split: Split) -> Candidates:
         """Of the masks of each image of a split."""
-        pairs = zip(masks, split.objects, strict=True)
-        return cls(split, list(masks), [Overlaps.of(own.coco(), objects) for own, objects in pairs])
+        overlaps = [
+            Overlaps.of(own.coco(), objects, sample.ignore)
+            for own, objects, sample in zip(masks, split.objects, split.samples, strict=True)
+        ]
+        return cls(split, list(masks), overlaps)
 
     def kept(self, point: OperatingPoint) -> list[np.ndarray]:
         """What the generator would keep at an operating point, best first: int64 (K,) an image."""
         usual = GeneratorOptions.box_nms_thresh
         kept = []
+        trust = point.trust if point.trust > 0 else -np.inf
         for masks in self.masks:
             passed = np.flatnonzero(
-                (masks.predicted_iou > point.trust) & (masks.stability >= point.stability)
+                (masks.predicted_iou > trust) & (masks.stability >= point.stability)
             )
             boxes, scores = masks.boxes[passed], masks.predicted_iou[passed]
             kept.append(passed[without_duplicates(boxes, scores, usual)])
@@ -162,7 +197,7 @@ class Candidates:
             kept = self.kept(point)
             overlaps = [own.take(index) for own, index in zip(self.overlaps, kept, strict=True)]
             iou = np.concatenate([match(own).iou for own in overlaps])
-            miou = mean_over_classes(iou, self.split.categories)
+            miou = mean_over_classes(iou, self.split.classes)
             each = sum(map(len, kept)) / len(iou)
             every.append(Tried(point, panoptic_quality(overlaps), miou, each))
         return every
@@ -172,8 +207,9 @@ class Candidates:
         matches = [match(own) for own in self.overlaps]
         iou = np.concatenate([own.iou for own in matches])
         accuracy = np.concatenate([own.accuracy for own in matches])
-        categories = self.split.categories
-        count = sum(map(len, self.masks))
+        categories = self.split.classes
+        # Masks of nothing but what is left out of the metrics do not count.
+        count = sum(int((own.masks >= 1).sum()) for own in self.overlaps)
         parts = sum(int(own.is_part.sum()) for own in self.overlaps)
         numbers = {
             "miou": 100 * mean_over_classes(iou, categories),
@@ -183,7 +219,7 @@ class Candidates:
             "masks_per_object": count / len(iou),
             "part_share": 100 * parts / count if count else 0.0,
         }
-        if self.masks[0].names == self.split.classes:
+        if self.masks[0].names == self.split.categories:
             right = 0
             for masks, own, sample in zip(self.masks, matches, self.split.samples, strict=True):
                 hit = own.masks >= 0
@@ -218,7 +254,8 @@ def merged(candidates: Candidates, backbone: Backbone, options: MergeOptions) ->
 
 def _without_padding(backbone: Backbone, image: np.ndarray) -> np.ndarray:
     """The embedding of an image, float32 (C, h, w), where there is image."""
-    embedding = backbone.encode([image])[0].cpu().numpy()
+    # Behind the embedding may be further channels.
+    embedding = backbone.encode([image])[0, : backbone.sam.prompt_encoder.embed_dim].cpu().numpy()
     corner = backbone.to_input_frame(np.array([[image.shape[1], image.shape[0]]]), image.shape[:2])
     side = backbone.image_size / embedding.shape[-1]
     columns, rows = np.maximum(np.ceil(corner[0] / side - 0.01), 1).astype(int)
@@ -246,12 +283,14 @@ def released(backbone: Backbone, split: Split, grid: tuple[int, int]) -> dict[st
         logits, _ = backbone.decode_best(embedding, prompts, ambiguous)
         for own, truth in zip(logits, sample.masks, strict=True):
             mask = (backbone.masks_at(own[None], truth.shape)[0] > 0).cpu().numpy()
+            if sample.ignore is not None:
+                mask &= ~sample.ignore
             shared = np.count_nonzero(mask & truth)
             ious.append(shared / np.count_nonzero(mask | truth))
             accuracies.append(shared / np.count_nonzero(truth))
     return {
-        "released_miou": 100 * mean_over_classes(np.array(ious), split.categories),
-        "released_macc": 100 * mean_over_classes(np.array(accuracies), split.categories),
+        "released_miou": 100 * mean_over_classes(np.array(ious), split.classes),
+        "released_macc": 100 * mean_over_classes(np.array(accuracies), split.classes),
     }
 
 
@@ -261,12 +300,11 @@ def _points_from_truth(
     """Where the released protocol asks for each object: float32 (N, 2), pixels of the frame."""
     size, shape = backbone.image_size, backbone.mask_shape
     height, width = sample.image.shape[:2]
-    scale = size / max(height, width)
-    side = (max(1, round(width * scale)), max(1, round(height * scale)))
+    side = backbone.input_size((height, width))
     framed = np.zeros((len(sample.masks) + 1, size, size), bool)
     for frame, mask in zip(framed, [*sample.masks, np.ones((height, width), bool)], strict=True):
-        small = cv2.resize(mask.astype(np.uint8), side, interpolation=cv2.INTER_NEAREST)
-        frame[: side[1], : side[0]] = small > 0
+        small = cv2.resize(mask.astype(np.uint8), side[::-1], interpolation=cv2.INTER_NEAREST)
+        frame[: side[0], : side[1]] = small > 0
     targets = np.stack([low_res_target(mask, shape) for mask in framed[:-1]])
     shown = cv2.resize(framed[-1].astype(np.uint8), shape[::-1], interpolation=cv2.INTER_AREA)
     count, device = len(targets), backbone.device

@@ -61,6 +61,20 @@ def output_folder(out: str) -> Path:
     return folder
 
 
+def refuse_unfinished(out: Path, checkpoints: str, resume: bool) -> None:
+    """Raise `ValueError` rather than write over an earlier run that did not finish.
+
+    Args:
+        out: folder of the run.
+        checkpoints: pattern of what fine-tunings leave in it.
+        resume: whether they are gone on with.
+    """
+    if not resume and any(out.glob(checkpoints)) and not (out / "results.json").is_file():
+        raise ValueError(
+            f"{out} holds an unfinished run. Pass --resume to go on with it, or another --out."
+        )
+
+
 def progress_bar() -> Progress:
     """A bar with the count and the remaining time, on stderr."""
     from rich.console import Console

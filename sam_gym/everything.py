@@ -1,7 +1,7 @@
 """Everything mode: the masks of all that is in an image, from a grid of clicks.
 
-What segment_anything's `SamAutomaticMaskGenerator` does, with the same settings and the same
-results, for many images at once: the clicks of all images share decoder calls, masks are drawn only
+What segment_anything's `SamAutomaticMaskGenerator` does, and of equal settings the same results,
+for many images at once: the clicks of all images share decoder calls, masks are drawn only
 of what is trusted, and what leaves a call is run lengths.
 """
 

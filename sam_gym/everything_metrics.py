@@ -37,7 +37,7 @@ class Overlaps:
 
     Attributes:
         shared: float64 (M, N), area of each intersection.
-        masks: float64 (M,), areas.
+        masks: float64 (M,), areas, without what is left out of the metrics.
         objects: float64 (N,), areas.
     """
 
@@ -46,18 +46,32 @@ class Overlaps:
     objects: np.ndarray
 
     @classmethod
-    def of(cls, masks: Sequence[Rle], objects: Sequence[Rle]) -> Overlaps:
-        """Of the masks and objects of one image."""
+    def of(
+        cls, masks: Sequence[Rle], objects: Sequence[Rle], ignore: np.ndarray | None = None
+    ) -> Overlaps:
+        """Of the masks and objects of one image.
+
+        Args:
+            masks: M of them.
+            objects: N of them.
+            ignore: bool (H, W), pixels of no object that do not count, or None.
+        """
         from pycocotools import mask as coco_mask
 
         areas = [
             np.array([coco_mask.area(rle) for rle in side], float) for side in (masks, objects)
         ]
-        if not len(masks) or not len(objects):
-            return cls(np.zeros((len(masks), len(objects))), *areas)
+        if not len(masks):
+            return cls(np.zeros((0, len(objects))), *areas)
+        left_out = [] if ignore is None else encoded(ignore[None])
+        others = [*objects, *left_out]
+        if not others:
+            return cls(np.zeros((len(masks), 0)), *areas)
         # Of a "crowd", pycocotools divides the intersection by the area of the mask alone.
-        shares = coco_mask.iou(list(masks), list(objects), [True] * len(objects))
-        return cls(np.asarray(shares) * areas[0][:, None], *areas)
+        shares = coco_mask.iou(list(masks), others, [True] * len(others))
+        shared = np.asarray(shares) * areas[0][:, None]
+        counted = areas[0] - shared[:, len(objects) :].sum(axis=1)
+        return cls(shared[:, : len(objects)], counted, areas[1])
 
     def take(self, index: np.ndarray) -> Overlaps:
         """Those of some of the masks, int64 (K,)."""
@@ -143,7 +157,7 @@ def panoptic_quality(overlaps: Sequence[Overlaps]) -> float:
     for own in overlaps:
         found = match(own)
         hit = found.iou > 0.5
-        void = own.shared.sum(axis=1) < 0.5 * own.masks
+        void = (own.shared.sum(axis=1) < 0.5 * own.masks) | (own.masks < 1)
         void[found.masks[hit]] = False
         quality += float(found.iou[hit].sum())
         matches += int(hit.sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
@@ -60,7 +60,7 @@ def draw_episode(
 
 def draw_masks(
     image: np.ndarray,
-    masks: np.ndarray,
+    masks: Iterable[np.ndarray],
     points: Sequence[tuple[float, float]] = (),
     *,
     targets: np.ndarray | None = None,
@@ -71,7 +71,7 @@ def draw_masks(
 
     Args:
         image: uint8 (H, W, 3), RGB.
-        masks: bool (K, H, W); smaller ones lie on top of larger ones.
+        masks: bool (H, W) each; smaller ones lie on top of larger ones.
         points: (x, y) in pixels of the image, in order.
         targets: bool (N, H, W), outlined in white, or None.
         caption: one line below the picture; no line if empty.

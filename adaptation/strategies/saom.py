@@ -26,11 +26,12 @@ from sam_gym.transfer import to_device
 class Saom(Strategy):
     """SAOM (arXiv 2403.10780): fine-tunes SAM's everything mode to answer with whole objects.
 
-    The prompt of an object is the grid point that its nearest neighbour in the embedding says; the
-    mask that is trusted most learns the object by focal and Dice loss, its token the class, and the
-    predicted IoU of all masks is trained, for it chooses. Beyond the paper, since everything mode
-    asks every point: a share of the prompts (`Options.inside`) lies anywhere inside the object, and
-    one (`Options.background`) on no object, where the predicted IoU learns 0.
+    The mask that is trusted most learns the object by focal and Dice loss, its token the class, and
+    the predicted IoU of all masks is trained, for it chooses. In the paper, the prompt of an object
+    is the grid point that its nearest neighbour in the embedding says; that is `Options.inside=0`
+    and `Options.background=0`. Since everything mode asks every point, the defaults differ: prompts
+    lie anywhere inside their object (`inside=1`), and a share of them on no object
+    (`background=0.4`), where the predicted IoU learns 0.
     """
 
     #: Columns and rows of the grid.
@@ -56,13 +57,16 @@ class Saom(Strategy):
         super().before_task(task)
         bank = self.setting.bank
         views = bank.train(bank.stream[task])
-        targets = torch.from_numpy(views.targets).float() / 255.0
         _, height, width = bank.backbone.embedding_shape
-        count = int(vanished(targets, (height, width)).sum())
+        count = sum(
+            int(vanished(own.float() / 255.0, (height, width)).sum())
+            for own in torch.from_numpy(views.targets).split(1024)
+        )
         if count:
+            stands = "; the cell that they fill most stands for them"
             warnings.warn(
-                f"{bank.stream[task].name}: {count} of {len(targets)} objects fill half of no cell "
-                "of the embedding; the cell that they fill most stands for them.",
+                f"{bank.stream[task].name}: {count} of {len(views.targets)} objects fill half of "
+                f"no cell of the embedding{stands * (self.setting.options.inside < 1)}.",
                 stacklevel=2,
             )
 

@@ -56,7 +56,7 @@ _CONVERSIONS: dict[str, Callable[[State], State]] = {
     "repvit_sam": repvit_sam_state,
 }
 
-_loaded: dict[tuple[str, str, str, str, bool, str], Backbone] = {}
+_loaded: dict[tuple[str, str, str, str, bool, str, int], Backbone] = {}
 _lock = threading.Lock()
 
 
@@ -184,7 +184,9 @@ def load_backbone(
     else:
         path = Path(checkpoint).expanduser().resolve()
     adaptation = None if adapter is None else Path(adapter).expanduser().resolve()
-    key = (name, str(path), str(target), str(precision), compile, str(adaptation))
+    # An adapter may be trained anew and written to the same path.
+    written = adaptation.stat().st_mtime_ns if adaptation and adaptation.is_file() else 0
+    key = (name, str(path), str(target), str(precision), compile, str(adaptation), written)
     with _lock:
         if key not in _loaded:
             if path is None:

@@ -6,10 +6,10 @@ import importlib
 import inspect
 from typing import Any
 
-from sam_gym.data.sample import Dataset, Sample
+from sam_gym.data.sample import Dataset, MissingSplit, Sample
 from sam_gym.registry import unknown_name
 
-__all__ = ["DATASETS", "PROCEDURAL", "Dataset", "Sample", "make_dataset"]
+__all__ = ["DATASETS", "PROCEDURAL", "Dataset", "MissingSplit", "Sample", "make_dataset"]
 
 #: Dataset name -> "module:factory". A factory takes `split` and its own keyword arguments.
 DATASETS: dict[str, str] = {

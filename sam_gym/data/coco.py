@@ -13,7 +13,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from sam_gym.data.files import OnError, Records, Reject, read_image, resolve
-from sam_gym.data.sample import Sample, select_categories
+from sam_gym.data.sample import MissingSplit, Sample, select_categories
 from sam_gym.registry import unknown_name
 
 
@@ -197,7 +197,7 @@ def _annotation_file(root: str, split: str) -> str:
     path = os.path.join(root, f"instances_{split}.json")
     if not os.path.isfile(path):
         found = sorted(glob.glob("instances_*.json", root_dir=root))
-        raise FileNotFoundError(
+        raise MissingSplit(
             f"{path}: no annotation file for split {split!r}. "
             f"Found: {', '.join(found) or 'no instances_*.json'}. "
             "Pass another split=, or the file as annotations=."

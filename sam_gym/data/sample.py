@@ -68,6 +68,10 @@ class Sample:
         return self.masks[self.categories == category].any(axis=0)
 
 
+class MissingSplit(FileNotFoundError):
+    """The data has no such split; some come without a test split."""
+
+
 @runtime_checkable
 class Dataset(Protocol):
     """What environments, trainers and benchmarks need of a dataset.

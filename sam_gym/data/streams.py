@@ -27,7 +27,7 @@ from sam_gym.data import make_dataset
 from sam_gym.data.domains import DOMAINS, ProceduralDomain
 from sam_gym.data.files import read_labels
 from sam_gym.data.folder import BACKGROUND, IGNORE, OBJECT, Folder
-from sam_gym.data.sample import Dataset, Sample
+from sam_gym.data.sample import Dataset, MissingSplit, Sample
 from sam_gym.registry import Registry, unknown_name
 
 SPLITS = ("train", "val", "test")
@@ -169,8 +169,8 @@ def dataset_stream(dataset: str, data: str | None = None, **kwargs: Any) -> Stre
     root = {} if data is None else {"root": data}
     splits = {"train": make_dataset(dataset, "train", **root, **kwargs)}
     for split in ("val", "test"):
-        # Some datasets come without a test split: asking for it is an error then, not having none.
-        with suppress(FileNotFoundError):
+        # Asking for a test split is an error where there is none, not having none.
+        with suppress(MissingSplit):
             splits[split] = make_dataset(dataset, split, **root, **kwargs)
     return Stream(dataset, (Domain(dataset, False, splits),))
 

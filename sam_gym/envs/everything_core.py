@@ -40,7 +40,7 @@ class EverythingConfig(DatasetConfig):
     """Settings of `SamEverything-v0`, all JSON-plain."""
 
     dataset: str = "rooms"
-    """Dataset name: rooms, scenes, coco, folder."""
+    """Dataset name: rooms, rooms-panoramas, scenes, coco, folder, entities."""
     grid: int = 32
     """Points lie on the centres of grid x grid cells of SAM's square input frame."""
     actions: Literal["points", "set"] = "points"

@@ -44,3 +44,11 @@ def test_parts_of_something_larger_are_left_out(make_masks: MakeMasks) -> None:
 
 def test_nothing_stays_nothing() -> None:
     assert len(merge_masks(Masks.none((SIZE, SIZE)), halves())) == 0
+
+
+def test_a_whole_that_was_there_already_stays_once(make_masks: MakeMasks) -> None:
+    # The union of a mask and its part is the mask.
+    masks = make_masks((0, 0, 15, 15), (0, 0, 7, 15))
+    merged = merge_masks(masks, np.ones((2, 8, 8), np.float32))
+    assert merged.boxes.astype(int).tolist() == [[0, 0, 15, 15]]
+    assert merged.predicted_iou[0] == masks.predicted_iou[0]

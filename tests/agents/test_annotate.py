@@ -266,6 +266,13 @@ def test_everything_with_classes_and_the_ids_of_a_coco_file(
     assert len(content["annotations"]) > 1
     for annotation in content["annotations"]:
         assert annotation["category_id"] in (5, 9) and annotation["category_score"] >= 0.5
+    # A class that the file does not have gets an id that the file does not use.
+    path.write_text(json.dumps(known | {"categories": known["categories"][:1]}))
+    content = main([*everything, "--coco", str(path), "--overlays", "none"])
+    assert {c["name"]: c["id"] for c in content["categories"]} == {"star": 6, "ring": 5}
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"truth.json: no COCO JSON with images and categories"):
+        main([*everything, "--coco", str(path), "--overlays", "none"])
 
 
 def test_everything_goes_on_where_it_was_cut_off(

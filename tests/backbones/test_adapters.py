@@ -1,6 +1,8 @@
 """Adapters: what chooses by the image, the files, and SAMs that are loaded with them."""
 
 import json
+import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -374,6 +376,11 @@ def test_identity_tells_adapters_apart(named: dict[str, Any], tmp_path: Path) ->
     ids = [load_backbone(**named, adapter=str(path)).identity for path in (one, same, other)]
     assert ids[0] == ids[1]
     assert len({plain.identity, *ids}) == 3
+    # The same path, written anew.
+    later = time.time_ns() + 10**9
+    other.replace(one)
+    os.utime(one, ns=(later, later))
+    assert load_backbone(**named, adapter=str(one)).identity == ids[2]
 
 
 def test_a_half_precision_backbone_takes_an_adapter(named: dict[str, Any], tmp_path: Path) -> None:

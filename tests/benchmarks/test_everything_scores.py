@@ -19,8 +19,9 @@ from benchmarks.everything_scores import (
 )
 from sam_gym.backbones import Backbone
 from sam_gym.data import Sample
+from sam_gym.data.rooms import Rooms
 from sam_gym.everything import GeneratorOptions, MaskGenerator
-from sam_gym.everything_metrics import Overlaps
+from sam_gym.everything_metrics import Overlaps, encoded
 from sam_gym.masks import Masks
 
 MakeMasks = Callable[..., Masks]
@@ -70,19 +71,49 @@ def test_the_best_points_are_found(candidates: Candidates) -> None:
     assert best_within(points, 0.5).masks_per_object == 2
 
 
-def test_what_is_kept_is_what_the_generator_keeps(tiny: Backbone) -> None:
+def test_the_first_of_equal_points_keeps_the_fewest() -> None:
+    nothing = [Tried(OperatingPoint(k / 10, 0), 0.0, 0.0, 3.0 - k) for k in range(3)]
+    assert best_of(nothing).masks_per_object == 1
+
+
+def test_sams_own_thresholds_are_tried() -> None:
+    assert 0.88 in TRUST and 0.95 in STABILITY
+
+
+def test_what_is_left_out_of_the_metrics_does_not_count(make_masks: MakeMasks) -> None:
+    masks = make_masks((0, 0, 15, 7), (16, 16, 31, 31))
+    truth, ignore = np.zeros((1, 32, 32), bool), np.zeros((32, 32), bool)
+    truth[0, :8, :8], ignore[:8, 8:16], ignore[16:, 16:] = True, True, True
+    sample = Sample(np.zeros((32, 32, 3), np.uint8), truth, np.array([0]), "one", ignore)
+    split = Split("one", ("a",), [sample], [encoded(truth)])
+    numbers = Candidates.of([masks], split).at(EVERYTHING).numbers()
+    assert numbers["miou"] == numbers["pq"] == 100 and numbers["masks_per_object"] == 1
+
+
+def test_test_has_no_image_of_val() -> None:
+    rooms = Rooms("val", length=3, size=64)
+    val = Split.of(rooms, 2)
+    test = Split.of(rooms, 2, but=val)
+    assert len(val) == 2 and len(test) == 1 and not val.digests & test.digests
+    with pytest.raises(ValueError, match="no image shows an object but those of val: lower --val"):
+        Split.of(rooms, 2, but=Split.of(rooms, 3))
+
+
+@pytest.mark.parametrize("trust", [0.0, None])
+def test_what_is_kept_is_what_the_generator_keeps(tiny: Backbone, trust: float | None) -> None:
     """Masks that are filtered and cleared of duplicates afterwards are those of one run."""
     image = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
     truth = np.zeros((1, 40, 64), bool)
     truth[0, 5:20, 5:30] = True
     objects: list[list[dict[str, object]]] = [[]]
-    split = Split([Sample(image, truth, np.array([0]), "one")], objects, ("thing",))
+    split = Split("one", ("thing",), [Sample(image, truth, np.array([0]), "one")], objects)
     everything = MaskGenerator(tiny, GeneratorOptions(grid=(8, 8), **ALL)).generate_masks([image])
     candidates = Candidates(split, everything, [Overlaps.of(everything[0].coco(), [])])
     assert len(everything[0]) > 100
-    trust = float(np.median(everything[0].predicted_iou))
+    if trust is None:
+        trust = float(np.median(everything[0].predicted_iou))
     stability = float(np.quantile(everything[0].stability, 0.3))
-    assert trust > 0 and stability > 0
+    assert stability > 0 and (everything[0].predicted_iou < 0).any()
     got = candidates.at(OperatingPoint(trust, stability)).masks[0]
     expected = MaskGenerator(
         tiny,
