@@ -33,7 +33,10 @@ def options_of(config: Any) -> list[Field[Any]]:
     found: list[Field[Any]] = []
     for field in fields(config):
         group = field.default_factory
-        found += options_of(group) if is_dataclass(group) else [field]
+        if is_dataclass(group):
+            found += options_of(group)
+        elif "Suppress" not in str(field.type):
+            found.append(field)
     return found
 
 
