@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple
@@ -158,6 +158,7 @@ class Candidates:
     split: Split
     masks: list[Masks]
     overlaps: list[Overlaps]
+    _stable: dict[float, list[np.ndarray]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, masks: Sequence[Masks], split: Split) -> Candidates:
@@ -170,13 +171,18 @@ class Candidates:
 
     def kept(self, point: OperatingPoint) -> list[np.ndarray]:
         """What the generator would keep at an operating point, best first: int64 (K,) an image."""
-        usual = GeneratorOptions.box_nms_thresh
-        kept = []
+        if point.stability not in self._stable:
+            self._stable[point.stability] = self._without_duplicates(point.stability)
+        # A mask is a duplicate of one that is trusted more: a higher trust keeps the first ones.
         trust = point.trust if point.trust > 0 else -np.inf
+        stable = zip(self.masks, self._stable[point.stability], strict=True)
+        return [index[masks.predicted_iou[index] > trust] for masks, index in stable]
+
+    def _without_duplicates(self, stability: float) -> list[np.ndarray]:
+        """The masks of at least a stability that are no duplicates: int64 (K,) an image."""
+        usual, kept = GeneratorOptions.box_nms_thresh, []
         for masks in self.masks:
-            passed = np.flatnonzero(
-                (masks.predicted_iou > trust) & (masks.stability >= point.stability)
-            )
+            passed = np.flatnonzero(masks.stability >= stability)
             boxes, scores = masks.boxes[passed], masks.predicted_iou[passed]
             kept.append(passed[without_duplicates(boxes, scores, usual)])
         return kept
