@@ -30,6 +30,7 @@ from benchmarks.everything_scores import (
     best_within,
     merged,
     released,
+    without_padding,
 )
 from benchmarks.options import require_at_least
 from benchmarks.report import output_folder, progress_bar, refuse_unfinished
@@ -287,7 +288,7 @@ class _Measuring:
             if split == "test":
                 self.shown.setdefault(name, masks)
             if merge_point is not None:
-                own = merged(found.at(merge_point), backbone, self.merging)
+                own = merged(found.at(merge_point), self._embeddings(backbone, split), self.merging)
                 numbers = own.numbers() | own.recalls() | asdict(merge_point)
                 self.scores[split][MERGED].append(numbers)
 
@@ -296,11 +297,15 @@ class _Measuring:
     ) -> OperatingPoint:
         """Above which trust the masks are best merged without training."""
         points = [OperatingPoint(trust, stability) for trust in TRUST[::2]]
+        embeddings = self._embeddings(backbone, "val")
 
         def quality(point: OperatingPoint) -> float:
-            return merged(on_val.at(point), backbone, self.merging).numbers()["pq"]
+            return merged(on_val.at(point), embeddings, self.merging).numbers()["pq"]
 
         return max(points, key=quality)
+
+    def _embeddings(self, backbone: Backbone, split: str) -> list[np.ndarray]:
+        return [without_padding(backbone, sample.image) for sample in self.splits[split].samples]
 
     def _candidates(self, backbone: Backbone, split: str) -> Candidates:
         """All that a model has to say of a split."""

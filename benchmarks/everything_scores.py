@@ -242,23 +242,22 @@ class Candidates:
         return {"ar100": 100 * recalls[0], "ar1000": 100 * recalls[1]}
 
 
-def merged(candidates: Candidates, backbone: Backbone, options: MergeOptions) -> Candidates:
+def merged(
+    candidates: Candidates, embeddings: Sequence[np.ndarray], options: MergeOptions
+) -> Candidates:
     """Masks merged and filtered without training.
 
     Args:
         candidates: what a model keeps.
-        backbone: the model.
+        embeddings: of each image, as of `without_padding`.
         options: when masks belong together.
     """
-    split = candidates.split
-    whole = [
-        merge_masks(masks, _without_padding(backbone, sample.image), options)
-        for masks, sample in zip(candidates.masks, split.samples, strict=True)
-    ]
-    return Candidates.of(whole, split)
+    pairs = zip(candidates.masks, embeddings, strict=True)
+    whole = [merge_masks(masks, embedding, options) for masks, embedding in pairs]
+    return Candidates.of(whole, candidates.split)
 
 
-def _without_padding(backbone: Backbone, image: np.ndarray) -> np.ndarray:
+def without_padding(backbone: Backbone, image: np.ndarray) -> np.ndarray:
     """The embedding of an image, float32 (C, h, w), where there is image."""
     # Behind the embedding may be further channels.
     embedding = backbone.encode([image])[0, : backbone.sam.prompt_encoder.embed_dim].cpu().numpy()
