@@ -1,10 +1,19 @@
-"""Which point of a grid stands for an object: SAOM's nearest-neighbour assignment."""
+"""Which point of a grid stands for an object: SAOM's nearest neighbour, or any inside of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from adaptation.prompting import points_inside
+from sam_gym.transfer import to_device
+
+#: Points that are drawn to find one that stays inside of its object on the grid.
+_DRAWS = 16
 
 
 def cell_shares(targets: Tensor, cells: tuple[int, int]) -> Tensor:
@@ -61,6 +70,38 @@ def nearest_points(
     return snapped((centres + 0.5) * side - 0.5, extents(valid, image_size), grid)
 
 
+def inner_grid_points(
+    rngs: Sequence[np.random.Generator],
+    regions: Tensor,
+    boxes: Tensor,
+    grid: tuple[int, int],
+    image_size: int,
+) -> Tensor:
+    """A point of a grid inside of each region: float32 (P, 2).
+
+    Points are drawn anywhere inside and moved to the grid; of those that lie in the region then,
+    the first is taken. Where none of them does, since the region is thinner than the grid, it is
+    the one of which the most lies inside.
+
+    Args:
+        rngs: a generator for each region.
+        regions: float32 (P, hm, wm), shares of low-res pixels.
+        boxes: of `extents`; the grids cover them.
+        grid: columns and rows.
+        image_size: side of the frame.
+    """
+    drawn = [
+        points_inside(rng, region, _DRAWS, image_size)
+        for rng, region in zip(rngs, regions.cpu().numpy(), strict=True)
+    ]
+    points = to_device(np.array(drawn, np.float32), regions.device)
+    points = snapped(points, boxes[:, None], grid)
+    places = (points + 0.5) / (image_size / 2) - 1
+    inside = F.grid_sample(regions[:, None], places[:, None], align_corners=False)[:, 0, 0]
+    best = inside.clamp(max=0.5).argmax(dim=1)
+    return points[torch.arange(len(points), device=points.device), best]
+
+
 def extents(valid: Tensor, image_size: int) -> Tensor:
     """Boxes of what counts of P frames: float32 (P, 2, 2), first and last (x, y) in pixels.
 
@@ -79,15 +120,16 @@ def extents(valid: Tensor, image_size: int) -> Tensor:
 
 
 def snapped(points: Tensor, boxes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The nearest points of grids that cover boxes: float32 (P, 2).
+    """The nearest points of grids that cover boxes: float32 (..., 2).
 
     Args:
-        points: float32 (P, 2).
-        boxes: of `extents`.
+        points: float32 (..., 2).
+        boxes: float32 (..., 2, 2), as of `extents`.
         grid: columns and rows; its points are the centres of its cells.
     """
     counts = torch.tensor(grid, dtype=torch.float32, device=points.device)
-    spacing = (boxes[:, 1] - boxes[:, 0]) / counts
-    number = ((points - boxes[:, 0]) / spacing).floor()
+    first, last = boxes.unbind(dim=-2)
+    spacing = (last - first) / counts
+    number = ((points - first) / spacing).floor()
     number = torch.minimum(number.clamp(min=0), counts - 1)
-    return boxes[:, 0] + (number + 0.5) * spacing
+    return first + (number + 0.5) * spacing

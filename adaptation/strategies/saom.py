@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptation.losses import MaskLoss, whole_object_loss
-from adaptation.nearest import extents, nearest_points, snapped, vanished
-from adaptation.prompting import points_inside
+from adaptation.nearest import extents, inner_grid_points, nearest_points, vanished
 from adaptation.strategy import STRATEGIES, Batch, Strategy, seeded
 from adaptation.views import Gathered
 from sam_gym.backbones.adapters import Adapter, ClassHead, Model, embed
@@ -30,8 +29,8 @@ class Saom(Strategy):
     the predicted IoU of all masks is trained, for it chooses. In the paper, the prompt of an object
     is the grid point that its nearest neighbour in the embedding says; that is `Options.inside=0`
     and `Options.background=0`. Since everything mode asks every point, the defaults differ: prompts
-    lie anywhere inside their object (`inside=1`), and a share of them on no object
-    (`background=0.4`), where the predicted IoU learns 0.
+    are any points of the grid inside of their object (`inside=1`), and a share of them lie on no
+    object (`background=0.4`), where the predicted IoU learns 0.
     """
 
     #: Columns and rows of the grid.
@@ -81,12 +80,9 @@ class Saom(Strategy):
         )
         outside &= objects.empty.flatten(1).any(dim=1)
         region = torch.where(outside[:, None, None], objects.empty.float(), objects.targets)
-        drawn = [
-            points_inside(np.random.default_rng(seed), own, 1, size)[0]
-            for seed, own in zip(seeds, region.cpu().numpy(), strict=True)
-        ]
-        points = to_device(np.array(drawn, np.float32), device)
-        points = snapped(points, extents(objects.valid, size), self._grid)
+        rngs = [np.random.default_rng(seed) for seed in seeds]
+        boxes = extents(objects.valid, size)
+        points = inner_grid_points(rngs, region, boxes, self._grid, size)
         by_neighbour = ~(anywhere | outside)
         if by_neighbour.any():
             points = torch.where(by_neighbour[:, None], self._nearest(objects), points)
