@@ -387,6 +387,8 @@ def without_duplicates(boxes: np.ndarray, scores: np.ndarray, threshold: float) 
         scores: float32 (N,).
         threshold: of two boxes with a greater IoU than this, the one of the better score is kept.
     """
+    if threshold >= 1:  # no IoU is greater, and 60,000 boxes have 2 billion pairs
+        return np.argsort(-scores, kind="stable")
     return nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold).numpy()
 
 

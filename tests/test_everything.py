@@ -11,13 +11,19 @@ from pycocotools import mask as rle
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import Sam
 from segment_anything.utils.amg import build_point_grid, mask_to_rle_pytorch, rle_to_mask
+from torchvision.ops import nms
 
 from sam_gym.backbones import Backbone, Prompts
 from sam_gym.backbones.adapters import ClassHead, Model, RoutedModel
 from sam_gym.backbones.micro import build_hq_micro
 from sam_gym.backbones.selectors import EmbeddingSelector
 from sam_gym.data import make_dataset
-from sam_gym.everything import GeneratorOptions, MaskGenerator, relative_grid
+from sam_gym.everything import (
+    GeneratorOptions,
+    MaskGenerator,
+    relative_grid,
+    without_duplicates,
+)
 from sam_gym.masks import Masks, from_counts, run_lengths, to_counts
 
 #: Thresholds that let enough masks through.
@@ -192,6 +198,16 @@ def test_no_mask_is_no_error(tiny: Backbone, layers: int) -> None:
     for output in ("binary_mask", "coco_rle"):
         assert masks[0].records(output) == []
     assert MaskGenerator(tiny, strict).generate_all([]) == []
+
+
+def test_at_one_no_box_is_a_duplicate_of_another() -> None:
+    rng = np.random.default_rng(0)
+    boxes = rng.integers(0, 20, (500, 4)).astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes[:50] = 0
+    scores = (rng.integers(0, 50, 500) / 50).astype(np.float32)
+    want = nms(torch.from_numpy(boxes), torch.from_numpy(scores), 1.0).numpy()
+    assert len(want) == 500 and np.array_equal(without_duplicates(boxes, scores, 1.0), want)
 
 
 def test_run_lengths_are_those_of_segment_anything() -> None:
