@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from sam_gym.everything_metrics import Overlaps
+from sam_gym.everything_metrics import Overlaps, encoded
 from sam_gym.masks import Masks, to_counts
 
 
@@ -40,20 +40,16 @@ def merge_masks(masks: Masks, embedding: np.ndarray, options: MergeOptions | Non
     options = options or MergeOptions()
     if not len(masks):
         return masks
-    binary = masks.binary()
-    means = _mean_features(binary, embedding)
+    means = _mean_features(masks, embedding)
     alike = means @ means.T >= options.merge_similarity
-    kernel = np.ones((2 * options.merge_reach + 1,) * 2, np.uint8)
-    grown = np.stack([cv2.dilate(mask.astype(np.uint8), kernel) for mask in binary])
-    flat = binary.reshape(len(binary), -1).astype(np.float32)
-    touches = grown.reshape(len(grown), -1).astype(np.float32) @ flat.T > 0
-    small = binary.mean(axis=(1, 2)) <= options.merge_largest
+    touches = _near(masks, options.merge_reach)
+    small = masks.areas <= options.merge_largest * masks.size[0] * masks.size[1]
     joined = alike & touches & touches.T & small[:, None] & small[None]
     groups = _components(joined)
     merged = [members for members in groups if len(members) > 1]
     if merged:
         unions = masks.take(np.array([members[0] for members in merged]))
-        whole = [binary[members].any(axis=0) for members in merged]
+        whole = [np.any([masks.mask(i) for i in members], axis=0) for members in merged]
         trust = np.array([masks.predicted_iou[members].min() for members in merged], np.float32)
         boxes = np.array([cv2.boundingRect(mask.astype(np.uint8)) for mask in whole], np.float32)
         boxes[:, 2:] += boxes[:, :2] - 1
@@ -63,17 +59,25 @@ def merge_masks(masks: Masks, embedding: np.ndarray, options: MergeOptions | Non
     return masks.take(_without_parts(masks, options))
 
 
-def _mean_features(binary: np.ndarray, embedding: np.ndarray) -> np.ndarray:
-    """Normalised mean features of masks bool (N, H, W): float32 (N, C)."""
-    height, width = embedding.shape[1:]
-    low = np.stack(
-        [
-            cv2.resize(m.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
-            for m in binary
-        ]
-    ).reshape(len(binary), -1)
-    means = low @ embedding.reshape(len(embedding), -1).T
+def _mean_features(masks: Masks, embedding: np.ndarray) -> np.ndarray:
+    """Normalised mean features of N masks: float32 (N, C)."""
+    size, area = embedding.shape[:0:-1], cv2.INTER_AREA
+    low = [
+        cv2.resize(masks.mask(index).astype(np.float32), size, interpolation=area).ravel()
+        for index in range(len(masks))
+    ]
+    means = np.stack(low) @ embedding.reshape(len(embedding), -1).T
     return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-6)
+
+
+def _near(masks: Masks, reach: int) -> np.ndarray:
+    """Which of N masks come near to which: bool (N, N)."""
+    kernel = np.ones((2 * reach + 1,) * 2, np.uint8)
+    grown = [
+        encoded(cv2.dilate(masks.mask(index).astype(np.uint8), kernel)[None])[0]
+        for index in range(len(masks))
+    ]
+    return Overlaps.of(grown, masks.coco()).shared > 0
 
 
 def _components(joined: np.ndarray) -> list[np.ndarray]:
