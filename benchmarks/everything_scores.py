@@ -1,4 +1,4 @@
-"""How everything mode is measured: its masks against the objects that nobody asked for by name."""
+"""What masks come to against the objects of an image, and at which thresholds they are kept."""
 
 from __future__ import annotations
 
@@ -202,10 +202,11 @@ class Candidates:
         for point in (OperatingPoint(*values) for values in product(TRUST, STABILITY)):
             kept = self.kept(point)
             overlaps = [own.take(index) for own, index in zip(self.overlaps, kept, strict=True)]
-            iou = np.concatenate([match(own).iou for own in overlaps])
+            matches = [match(own) for own in overlaps]
+            iou = np.concatenate([own.iou for own in matches])
             miou = mean_over_classes(iou, self.split.classes)
             each = sum(map(len, kept)) / len(iou)
-            every.append(Tried(point, panoptic_quality(overlaps), miou, each))
+            every.append(Tried(point, panoptic_quality(overlaps, matches), miou, each))
         return every
 
     def numbers(self) -> dict[str, float]:
@@ -220,7 +221,7 @@ class Candidates:
         numbers = {
             "miou": 100 * mean_over_classes(iou, categories),
             "macc": 100 * mean_over_classes(accuracy, categories),
-            "pq": 100 * panoptic_quality(self.overlaps),
+            "pq": 100 * panoptic_quality(self.overlaps, matches),
             "found": 100 * float((iou >= 0.5).mean()),
             "masks_per_object": count / len(iou),
             "part_share": 100 * parts / count if count else 0.0,

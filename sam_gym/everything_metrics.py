@@ -146,23 +146,28 @@ def match(overlaps: Overlaps) -> Matched:
     return Matched(chosen, iou, accuracy)
 
 
-def panoptic_quality(overlaps: Sequence[Overlaps]) -> float:
+def panoptic_quality(
+    overlaps: Sequence[Overlaps], matches: Sequence[Matched] | None = None
+) -> float:
     """PQ (Kirillov et al. 2019) over images, whatever the class: quality and number of masks.
 
     The IoU of matches above one half, added up, over their number, half the masks without a match
     and half the objects without one. A mask of which more than half lies in no object is not
     counted: what is there is not annotated.
+
+    Args:
+        overlaps: of each image.
+        matches: of each image, if they are known (`match`).
     """
-    quality = matches = others = 0.0
-    for own in overlaps:
-        found = match(own)
+    quality = hits = others = 0.0
+    for own, found in zip(overlaps, matches or map(match, overlaps), strict=True):
         hit = found.iou > 0.5
         void = (own.shared.sum(axis=1) < 0.5 * own.masks) | (own.masks < 1)
         void[found.masks[hit]] = False
         quality += float(found.iou[hit].sum())
-        matches += int(hit.sum())
+        hits += int(hit.sum())
         others += len(own.objects) + np.count_nonzero(~void) - 2 * int(hit.sum())
-    return quality / (matches + 0.5 * others) if matches else 0.0
+    return quality / (hits + 0.5 * others) if hits else 0.0
 
 
 def mean_over_classes(values: np.ndarray, categories: np.ndarray) -> float:

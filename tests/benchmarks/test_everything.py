@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from segment_anything.modeling import Sam
 
-from benchmarks import everything
+from benchmarks.everything_measuring import BUDGETS
 from benchmarks.run import main
 from sam_gym.backbones.loading import BACKBONES
 from sam_gym.data.entities import write_entities
@@ -56,7 +56,7 @@ def test_the_benchmark_writes_its_report(arguments: list[str], tmp_path: Path) -
         assert [row["model"] for row in csv.DictReader(file)] == list(saved["models"])
     assert (out / "masks.png").is_file() and (out / "masks_per_object.png").is_file()
     for curve in saved["curves"]["test"]["saom_v1"]:
-        assert [point["budget"] for point in curve] == list(everything.BUDGETS)
+        assert [point["budget"] for point in curve] == list(BUDGETS)
         for point in curve:
             assert 0 <= point["miou"] <= 100 and point["masks_per_object"] >= 0
     page = (out / "report.html").read_text()
