@@ -440,7 +440,7 @@ def _rows(results: Mapping[str, Any]) -> list[str]:
     }
     shown = {"agent": "**this agent**", "oracle": "oracle (sees the truth)"}
     return [
-        f"| {shown.get(name, name)} | {with_interval(row['mean_iou'], row['ci95'], '±')} "
+        f"| {shown.get(name, name)} | {with_interval(row['mean_iou'], row['ci95'])} "
         f"| {row['mean_clicks']:.1f} |"
         for name, row in sorted(players.items(), key=lambda item: -item[1]["mean_iou"])
     ]

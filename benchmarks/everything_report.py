@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import report
+from benchmarks.everything_measuring import BUDGETS
 from sam_gym.data import Sample
 from sam_gym.files import write_csv, write_json
 from sam_gym.render import draw_masks, save_image, tile
 
-_COLUMNS = {
+_ROWS = {
     "miou": "mIoU",
     "macc": "mAcc",
     "pq": "PQ",
@@ -33,7 +34,7 @@ _COLUMNS = {
     "released_macc": "mAcc, released",
 }
 _FINE = ("masks_per_object", "trust", "stability", "seconds_per_image")
-_BRIEF = ("model", "mIoU", "mAcc", "PQ", "AR@100", "masks/object", "mIoU, as many masks")
+_BRIEF = ("miou", "macc", "pq", "ar100", "masks_per_object", "same_miou")
 
 
 def write_report(
@@ -52,12 +53,11 @@ def write_report(
     """
     json_file = write_json(out / "results.json", results)
     rows = [
-        {"split": split, "model": name} | {key: own.get(key) for key in _COLUMNS}
+        {"split": split, "model": name} | {key: own.get(key) for key in _ROWS}
         for split, models in {"test": results["models"], **results["transfer"]}.items()
         for name, own in models.items()
     ]
     csv_file = write_csv(out / "models.csv", rows)
-    columns, rows_of = _table(results["models"])
     grid = "x".join(map(str, results["grid"]))
     page = report.Page(
         "Everything mode: whole objects",
@@ -66,7 +66,7 @@ def write_report(
         "In points of 100; mean and standard deviation over runs.",
     )
     page.cards(_headlines(results["models"]))
-    page.table(columns, rows_of)
+    page.table(*_table(results["models"]))
     page.text(
         "Each model keeps masks above the predicted IoU (trust) and from the stability on that "
         "give it the best panoptic quality on val; as many masks: those that give it the best mIoU "
@@ -80,7 +80,7 @@ def write_report(
         "masks are merged)."
     )
     page.text(
-        "The columns marked released follow the released protocol, which is what published "
+        "The rows marked released follow the released protocol, which is what published "
         "figures mean: the prompts are derived from the truth, one for each object."
     )
     plot = _plot(results["curves"]["test"], out / "masks_per_object.png")
@@ -95,18 +95,17 @@ def write_report(
     for number, sample in enumerate(samples):
         frames = [draw_masks(sample.image, sample.masks, caption="objects", height=256)]
         for name, masks in shown.items():
-            caption = f"{name}, {len(masks[number])} masks"
+            count = len(masks[number])
+            caption = f"{name}, {count} mask{'s' * (count != 1)}"
             frames.append(draw_masks(sample.image, masks[number], caption=caption, height=256))
         sheet.append(report.side_by_side(frames))
         page.photograph(sheet[-1], "The objects, and the masks that each model keeps")
     save_image(out / "masks.png", tile(sheet, 1))
     page.settings(results["settings"], [json_file, csv_file])
     page_file = page.write(out / "report.html")
-    brief = [columns.index(name) for name in columns if name in _BRIEF]
     report.print_table(
         f"everything ({results['dataset']}, {grid} points), in points of 100",
-        [columns[k] for k in brief],
-        [[row[k] for k in brief] for row in rows_of],
+        *_table(results["models"], _BRIEF),
     )
     print(f"Report: {page_file}")
 
@@ -121,14 +120,22 @@ def _plot(curves: Mapping[str, Any], path: Path) -> Path:
             x, y = zip(*points, strict=True)
             axes.plot(x, y, "o-", color=colour, ms=4, label=None if number else name)
     axes.set(xlabel="masks per object", ylabel="mIoU", xscale="log", ylim=(0, 100))
+    axes.set_xticks(BUDGETS, [f"{budget:g}" for budget in BUDGETS])
+    axes.minorticks_off()
     axes.legend(frameon=False)
     return report.save_plot(path, figure)
 
 
-def _table(models: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    keys = [key for key in _COLUMNS if any(key in own for own in models.values())]
-    rows = [[name, *(_cell(own, key) for key in keys)] for name, own in models.items()]
-    return ["model", *(_COLUMNS[key] for key in keys)], rows
+def _table(
+    models: Mapping[str, Any], keys: Iterable[str] = _ROWS
+) -> tuple[list[str], list[list[str]]]:
+    """A column for each model, a row for each number that at least one of them has."""
+    rows = [
+        [_ROWS[key], *(_cell(own, key) for own in models.values())]
+        for key in keys
+        if any(key in own for own in models.values())
+    ]
+    return ["", *models], rows
 
 
 def _cell(own: Mapping[str, Any], key: str) -> str:

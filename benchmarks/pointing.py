@@ -128,7 +128,7 @@ def _write(
         for name, value in summary["accuracy"].items()
     ]
     rows.append(["chance", f"{summary['chance']:.3f}", ""])
-    columns = ["map", "pointing accuracy", "+- (95%)"]
+    columns = ["map", "pointing accuracy", "± (95%)"]
     page = report.Page(
         f"Pointing game of {summary['clip']} on {config.dataset}",
         "Is the maximum of a word's map on a thing of that name? "

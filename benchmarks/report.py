@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ th, td { padding: 6px 14px; text-align: right; white-space: nowrap;
          font-variant-numeric: tabular-nums; border-bottom: 1px solid #eef0f3; }
 th { color: #68727e; font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
+.long td:last-child { white-space: normal; overflow-wrap: anywhere; }
 figure { margin: 16px 0 24px; }
 figure img { max-width: 100%; border-radius: 8px; border: 1px solid #e2e6ea; background: #fff; }
 figcaption { color: #68727e; font-size: .9rem; margin-top: 4px; }
@@ -169,13 +170,23 @@ class Page:
         )
         self._parts.append(f'<div class="cards">{"".join(cards)}</div>')
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], long: bool = False
+    ) -> None:
+        """A table; the first column is aligned left, the others right.
+
+        Args:
+            columns: their names.
+            rows: formatted cells.
+            long: the last column may take several lines.
+        """
+        kind = ' class="long"' if long else ""
         head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
         body = "".join(
             f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows
         )
         self._parts.append(
-            f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
+            f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead>\n'
             f"<tbody>{body}</tbody></table></div>"
         )
 
@@ -199,8 +210,7 @@ class Page:
     def settings(self, settings: Mapping[str, Any], files: Sequence[Path]) -> None:
         """How to repeat the run, and the files beside the page."""
         self.heading("Settings")
-        used = {key: value for key, value in plain(settings).items() if value is not None}
-        self.table(("option", "value"), [(key, str(value)) for key, value in used.items()])
+        self.table(("option", "value"), list(_options(plain(settings))), long=True)
         links = ", ".join(
             f'<a href="{html.escape(file.name)}">{html.escape(file.name)}</a>' for file in files
         )
@@ -215,3 +225,13 @@ class Page:
             f"<title>{html.escape(self.title)}</title>\n<style>{_CSS}</style>\n</head>\n"
             f"<body><main>\n{body}\n</main></body>\n</html>\n",
         )
+
+
+def _options(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of all settings that are set, those of a group behind its name."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _options(value, f"{prefix}{name}.")
+        elif value is not None:
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            yield f"{prefix}{name}", shown

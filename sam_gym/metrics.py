@@ -59,9 +59,9 @@ def mean_and_ci95(values: np.ndarray) -> tuple[float, float | None]:
     return round(float(values.mean()), 4), round(float(half), 4)
 
 
-def with_interval(mean: float, half: float | None, sign: str = "+-") -> str:
+def with_interval(mean: float, half: float | None) -> str:
     """A mean and the half-width of its interval, for people; None: there is no interval."""
-    return f"{mean:.3f}" + ("" if half is None else f" {sign} {half:.3f}")
+    return f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
 def boundary(mask: np.ndarray, dilation_ratio: float = 0.02) -> np.ndarray:

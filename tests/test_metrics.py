@@ -105,9 +105,8 @@ def test_confidence_interval_covers_the_mean_19_times_out_of_20() -> None:
 
 
 def test_a_mean_for_people() -> None:
-    assert with_interval(0.81234, 0.02) == "0.812 +- 0.020"
+    assert with_interval(0.81234, 0.02) == "0.812 ± 0.020"
     assert with_interval(0.5, None) == "0.500"
-    assert with_interval(0.5, 0.1, "±") == "0.500 ± 0.100"
 
 
 def published_boundary(mask: np.ndarray, ratio: float = 0.02) -> np.ndarray:

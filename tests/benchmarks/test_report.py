@@ -61,10 +61,12 @@ def test_page_escapes_and_embeds(tmp_path: Path) -> None:
     page.table(("a", "<b>"), [("1", "<2>")])
     page.plot(plot, "plot")
     page.photograph(np.zeros((4, 6, 3), np.uint8), "<caption>")
-    page.settings({"x": 1, "left_out": None}, [plot])
+    page.settings({"x": 1, "left_out": None, "y": {"z": (2, 3), "left_out": None}}, [plot])
     text = page.write(tmp_path / "page.html").read_text()
     for raw in ("<script>", "<n>", "<th><b>", "<2>", "<caption>", "left_out"):
         assert raw not in text
+    for row in ("<td>x</td><td>1</td>", "<td>y.z</td><td>2, 3</td>"):
+        assert row in text
     assert text.count("data:image/png;base64,") == 1
     assert text.count("data:image/jpeg;base64,") == 1
 
