@@ -34,8 +34,8 @@ PLAYERS: dict[type[SlotConfig], tuple[str, ...]] = {
 class Config:
     """Train an agent with PPO and compare it with baselines on held-out data.
 
-    Writes to `out`: policy.zip, results.json, learning_curve.png, episodes.gif, videos, TensorBoard
-    logs, and checkpoints until it is done.
+    Writes to `out`: policy.zip, results.json, learning_curve.png, iou_after_steps.png,
+    episodes.gif, videos, TensorBoard logs, and checkpoints until it is done.
 
     --config NAME or FILE.yaml sets defaults, and may be repeated. Names: explicit, alignsam,
     alignsam_explicit, everything (agents); few_clicks, instance (environments).

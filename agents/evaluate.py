@@ -20,6 +20,7 @@ import tyro
 from agents import baselines, everything
 from agents.baselines import Agent
 from agents.config import env_of, settings_class
+from agents.curves import plot_iou_after_steps
 from agents.hub import PREFIX, local_policy
 from agents.policies import SlotPolicy, StoredFeatures
 from agents.saved import SHIPPED, load_policy
@@ -70,6 +71,7 @@ class Evaluation:
         rewards: float64 (episodes,), summed reward of each.
         sources: where each episode's image came from.
         counts: by name, what the environment reports of each (`SlotCore.reported`): clicks, ...
+        steps: IoU of each episode after each of its steps.
         targets: name of each episode's target, of an environment that asks for one.
         domains: name of each episode's domain, of an environment with a stream.
     """
@@ -78,8 +80,16 @@ class Evaluation:
     rewards: np.ndarray
     sources: list[str]
     counts: dict[str, np.ndarray]
+    steps: list[list[float]]
     targets: list[str] | None = None
     domains: list[str] | None = None
+
+    @property
+    def curve(self) -> np.ndarray:
+        """Mean IoU after each step, float64 (steps,); what has ended keeps its IoU."""
+        longest = max(map(len, self.steps))
+        held = [own + own[-1:] * (longest - len(own)) for own in self.steps]
+        return np.mean(held, axis=0)
 
     @property
     def clicks(self) -> np.ndarray:
@@ -239,17 +249,21 @@ def evaluate(
     observations, _ = env.reset(seed=seed)
     totals = np.zeros(num_envs)
     rows: list[list[dict[str, Any]]] = [[] for _ in range(num_envs)]
+    steps: list[list[float]] = [[] for _ in range(num_envs)]
     while any(len(row) < per_slot for row in rows):
         actions = agent.act(core, observations)
         observations, reward, terminated, truncated, infos = env.step(actions)
         totals += reward
-        for i in np.flatnonzero(terminated | truncated):
+        ended = terminated | truncated
+        for slot, (so_far, over) in enumerate(zip(steps, ended, strict=True)):
+            so_far.append(float((infos["final_info"] if over else infos)["iou"][slot]))
+        for i in np.flatnonzero(ended):
             final = infos["final_info"]
             if len(rows[i]) < per_slot:
                 names = ("iou", *core.reported, "source", "target_name", "domain")
                 own = {name: final[name][i] for name in names if name in final}
-                rows[i].append(own | {"reward": totals[i]})
-            totals[i] = 0.0
+                rows[i].append(own | {"reward": totals[i], "steps": steps[i]})
+            totals[i], steps[i] = 0.0, []
     env.close()
     played = [row for own in rows for row in own]
     columns = {name: [row[name] for row in played] for name in played[0]}
@@ -258,6 +272,7 @@ def evaluate(
         np.array(columns["reward"]),
         columns["source"],
         {name: np.array(columns[name]) for name in core.reported},
+        columns["steps"],
         columns.get("target_name"),
         columns.get("domain"),
     )
@@ -309,7 +324,7 @@ class Config:
     env: str = "SamSeg-v0"
     """Environment id."""
     out: str = "runs/evaluate"
-    """Folder for results.json, episodes.csv and episodes.gif."""
+    """Folder for results.json, episodes.csv, iou_after_steps.png and episodes.gif."""
     episodes: int = 256
     """Episodes to play."""
     num_envs: int = 64
@@ -378,13 +393,16 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         num_envs=config.num_envs,
         seed=config.seed,
     )
-    summary = result.summary()
-    write_json(out / "results.json", {config.policy: summary, "config": asdict(config)})
+    summary, curve = result.summary(), result.curve.round(4).tolist()
+    written = {config.policy: summary, "iou_after_steps": curve, "config": asdict(config)}
+    write_json(out / "results.json", written)
     write_csv(out / "episodes.csv", result.rows())
+    name = config.policy if config.policy in baselines_of(settings).names() else "agent"
+    plot_iou_after_steps(out / "iou_after_steps.png", {name: curve})
     frames = film_episodes(agent, settings, env_id=config.env, seed=config.seed)
     save_gif(out / "episodes.gif", frames)
     print(json.dumps(summary, indent=2))
-    print(f"Wrote results.json, episodes.csv and episodes.gif to {out}.")
+    print(f"Wrote results.json, episodes.csv, iou_after_steps.png and episodes.gif to {out}.")
     return summary
 
 

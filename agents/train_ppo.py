@@ -27,6 +27,7 @@ from agents.checkpoint import (
 )
 from agents.config import Config, check_plays, read_config, settings_class
 from agents.continual import EachStageAnew, Stages, WalkStream
+from agents.curves import plot_iou_after_steps, plot_learning_curve
 from agents.distributed import ALONE, CountAllRanks, Ranks, SlotPPO, recorded
 from agents.evaluate import (
     Evaluation,
@@ -42,7 +43,7 @@ from agents.imitation import imitate
 from agents.policies import POLICIES, SlotPolicy
 from agents.recalibration import TrainRecalibration
 from agents.tracking import MlflowRun, make_logger, require_mlflow
-from agents.training import PinRollouts, WatchTraining, plot_learning_curve
+from agents.training import PinRollouts, WatchTraining
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.views import check_has_views, draw_views
 from sam_gym import cli
@@ -417,11 +418,12 @@ def _train(
         name: baselines.get(name)(config.seed) for name in baselines.names()
     }
     results: dict[str, Any] = {}
+    curves: dict[str, list[float]] = {}
     for name, player in agents.items():
         outcome = outcomes.get(name) or evaluate(
             player, held_out, env_id=config.env, episodes=config.final_episodes, seed=2
         )
-        results[name] = outcome.summary()
+        results[name], curves[name] = outcome.summary(), outcome.curve.round(4).tolist()
         row = results[name]
         print(f"  {name:10s} mean IoU {with_interval(row['mean_iou'], row['ci95'])}")
     gap = results["oracle"]["mean_iou"] - results["random"]["mean_iou"]
@@ -438,7 +440,8 @@ def _train(
             f"  against the full grid: {own['share_of_grid_iou']:.1%} of its IoU "
             f"with {own['share_of_grid_points']:.1%} of its points"
         )
-    files = [out / name for name in ("results.json", "learning_curve.png", "episodes.gif")]
+    pictures = ("learning_curve.png", "iou_after_steps.png", "episodes.gif")
+    files = [out / name for name in ("results.json", *pictures)]
     if walk is not None:
         results["continual"] = continual = walk.results()
         print(
@@ -453,10 +456,12 @@ def _train(
         "config": asdict(config),
         "train_curve": watch.train_curve,
         "eval_curve": watch.eval_curve,
+        "iou_after_steps": curves,
     }
     write_json(out / "results.json", results)
     references = {name: results[name]["mean_iou"] for name in baselines.names()}
     plot_learning_curve(out / "learning_curve.png", watch.train_curve, watch.eval_curve, references)
+    plot_iou_after_steps(out / "iou_after_steps.png", curves)
     save_gif(out / "episodes.gif", film_episodes(agent, held_out, env_id=config.env, seed=3))
     if mlflow is not None:
         mlflow.finish(files, out / "policy.zip", config.register_model)

@@ -1,4 +1,4 @@
-"""What a training run watches: progress, periodic evaluation, pictures, its curve."""
+"""What a training run watches: progress, periodic evaluation, pictures."""
 
 from __future__ import annotations
 
@@ -154,51 +154,3 @@ class WatchTraining(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._show()
-
-
-def plot_learning_curve(
-    path: Path,
-    train: list[tuple[int, float]],
-    evaluations: list[tuple[int, float]],
-    baselines: dict[str, float],
-) -> None:
-    """Mean IoU over environment steps, with a line for each baseline."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    if train:
-        axes.plot(*zip(*train, strict=True), color="#9ec5e8", lw=1.5, label="training (exploring)")
-    if evaluations:
-        axes.plot(*zip(*evaluations, strict=True), color="#1464b4", lw=2.5, marker="o", ms=4)
-        axes.plot([], [], color="#1464b4", lw=2.5, marker="o", ms=4, label="agent, held-out")
-    colours = {
-        "random": "#999999",
-        "center": "#c08040",
-        "confident": "#b04a9a",
-        "greedy": "#c08040",
-        "grid": "#b04a9a",
-        "oracle": "#2e8b57",
-    }
-    label_height = -1.0
-    for name, value in sorted(baselines.items(), key=lambda item: item[1]):
-        label_height = max(value, label_height + 0.04)
-        axes.axhline(value, color=colours.get(name, "black"), ls="--", lw=1.2)
-        axes.annotate(
-            name,
-            (1.0, label_height),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            color=colours.get(name, "black"),
-        )
-    axes.set(xlabel="environment steps", ylabel="mean IoU at the end of an episode", ylim=(0, 1))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if train or evaluations:
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

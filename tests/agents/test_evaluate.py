@@ -18,7 +18,7 @@ import torch
 from stable_baselines3 import PPO
 
 from agents.baselines import BASELINES
-from agents.evaluate import PolicyAgent, evaluate, load_agent, main
+from agents.evaluate import Evaluation, PolicyAgent, evaluate, load_agent, main
 from agents.policies import ImplicitPolicy
 from agents.saved import SHIPPED
 from agents.vec_env import VectorEnvAdaptor, make_vector_env
@@ -93,6 +93,16 @@ def test_all_agents_meet_the_same_episodes(tiny_env: dict[str, Any]) -> None:
     assert len(runs[0].ious) == 12
     assert (runs[0].clicks == 2).all()
     assert np.allclose(runs[0].rewards, runs[0].ious)
+    steps = np.array(runs[1].steps)
+    assert steps.shape == (12, 2) and np.array_equal(steps[:, 1], runs[1].ious)
+    assert (steps[:, 0] != steps[:, 1]).any()
+    assert np.allclose(runs[1].curve, steps.mean(axis=0))
+
+
+def test_what_has_ended_keeps_its_iou() -> None:
+    steps = [[0.5], [0.1, 0.2, 0.6]]
+    result = Evaluation(np.array([0.5, 0.6]), np.zeros(2), ["a", "b"], {}, steps)
+    assert np.allclose(result.curve, [0.3, 0.35, 0.55])
 
 
 def test_summary_holds_mean_and_interval(tiny_env: dict[str, Any]) -> None:
@@ -209,6 +219,8 @@ def test_command_line_writes_its_files(tiny_env: dict[str, Any], tmp_path: Path)
     mean = np.mean([float(row.split(",")[2]) for row in rows[1:]])
     assert mean == pytest.approx(summary["mean_iou"], abs=1e-3)
     assert (out / "episodes.gif").read_bytes()[:3] == b"GIF"
+    assert results["iou_after_steps"][-1] == pytest.approx(mean, abs=1e-3)
+    assert (out / "iou_after_steps.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_policy_plays_only_what_it_was_trained_on(

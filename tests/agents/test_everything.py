@@ -206,7 +206,11 @@ def test_training_from_end_to_end_and_a_stopped_one_comes_to_the_same(
             row["mean_iou"] / grid["mean_iou"], abs=1e-3
         )
     assert stored["grid"]["share_of_grid_iou"] == 1.0 and stored["grid"]["mean_points"] == 64
-    assert (through / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    for picture in ("learning_curve.png", "iou_after_steps.png"):
+        assert (through / picture).read_bytes()[:4] == b"\x89PNG"
+    for name, curve in stored["iou_after_steps"].items():
+        assert curve[-1] == pytest.approx(stored[name]["mean_iou"], abs=1e-3)
+    assert len(stored["iou_after_steps"]["grid"]) == 1
     assert (through / "episodes.gif").read_bytes()[:3] == b"GIF"
 
     on_step = PinRollouts._on_step

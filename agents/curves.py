@@ -1,0 +1,108 @@
+"""Curves of a training run and of the agents that it compares; matplotlib loads with the first."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sam_gym.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = {
+    "agent": "#1464b4",
+    "random": "#999999",
+    "center": "#c08040",
+    "confident": "#b04a9a",
+    "greedy": "#c08040",
+    "grid": "#b04a9a",
+    "oracle": "#2e8b57",
+}
+
+
+def plot_learning_curve(
+    path: Path,
+    train: list[tuple[int, float]],
+    evaluations: list[tuple[int, float]],
+    baselines: dict[str, float],
+) -> Path:
+    """Mean IoU over environment steps, with a line for each baseline."""
+    figure, axes = _new_plot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#9ec5e8", lw=1.5, label="training (exploring)")
+    if evaluations:
+        steps, values = zip(*evaluations, strict=True)
+        axes.plot(
+            steps, values, "o-", color=_colour("agent"), lw=2.5, ms=4, label="agent, held-out"
+        )
+    for name, value in baselines.items():
+        axes.axhline(value, color=_colour(name), ls="--", lw=1.2)
+    _name_at_the_right(axes, baselines)
+    axes.set(xlabel="environment steps", ylabel="mean IoU at the end of an episode")
+    if train or evaluations:
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False)
+    return _save(path, figure)
+
+
+def plot_iou_after_steps(path: Path, curves: Mapping[str, Sequence[float]]) -> Path:
+    """Mean IoU of each agent after each step of its episodes.
+
+    Args:
+        path: of the PNG.
+        curves: of each agent, the mean after its first step, and so on; one that has a single
+            step is a line across.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _new_plot()
+    for name, curve in curves.items():
+        if len(curve) == 1:
+            axes.axhline(curve[0], color=_colour(name), ls="--", lw=1.2)
+        else:
+            width = 2.5 if name == "agent" else 1.5
+            axes.plot(range(1, len(curve) + 1), curve, color=_colour(name), lw=width)
+    _name_at_the_right(axes, {name: curve[-1] for name, curve in curves.items()})
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="step of an episode", ylabel="mean IoU after it")
+    return _save(path, figure)
+
+
+def _new_plot() -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _colour(name: str) -> str:
+    return _COLOURS.get(name, "black")
+
+
+def _name_at_the_right(axes: Axes, heights: Mapping[str, float]) -> None:
+    """Write names beside the plot, at their heights as far as they do not meet."""
+    height = -1.0
+    for name, value in sorted(heights.items(), key=lambda item: item[1]):
+        height = max(value, height + 0.04)
+        axes.annotate(
+            name,
+            (1.0, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            color=_colour(name),
+        )
+
+
+def _save(path: Path, figure: Figure) -> Path:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return write_atomic(path, buffer.getvalue())
