@@ -200,7 +200,7 @@ class Strategy:
         """A domain begins. Call the parent's."""
         self.task = task
 
-    def more(self, rng: np.random.Generator, count: int) -> Draw | None:
+    def more(self, rng: np.random.Generator, count: int, per_view: int = 1) -> Draw | None:
         """Objects beside the `count` objects of the domain, in the same step (replay)."""
         return None
 

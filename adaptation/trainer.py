@@ -43,6 +43,9 @@ class TrainConfig:
     """Optimizer steps on each domain."""
     batch_size: int = 16
     """Objects of a step, over all processes."""
+    objects_per_view: int = 1
+    """Objects that a step takes of each view that it draws. Where the encoder is tuned
+    (sam_adapter, lora), 8 encode an eighth of the views in a step of the same size."""
     learning_rate: float | None = None
     """Adam's learning rate, which falls to a tenth over a domain, along a cosine (default: by what
     is tuned: decoder and sam_adapter 3e-4, hq and prompts 1e-3, hq_small 2e-3, LoRA 3e-3)."""
@@ -65,7 +68,8 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise `ValueError` for a value that cannot work."""
-        for name in ("steps", "batch_size", "views", "objects_per_image", "checkpoint_every"):
+        counts = ("steps", "batch_size", "objects_per_view", "views", "objects_per_image")
+        for name in (*counts, "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.max_images is not None and self.max_images < 1:
@@ -332,8 +336,8 @@ class _Fit:
         views = [self.bank.train(domain) for domain in self._domains()]
         first = 0 if strategy.joint else self.stage
         everything = [(first + k, own, np.arange(len(own.frames))) for k, own in enumerate(views)]
-        draw = Draw.from_views(rng, config.batch_size, everything)
-        more = strategy.more(rng, config.batch_size)
+        draw = Draw.from_views(rng, config.batch_size, everything, config.objects_per_view)
+        more = strategy.more(rng, config.batch_size, config.objects_per_view)
         rank, world = fabric.global_rank, fabric.world_size
         # A row of seeds for the objects of the domain, and one for those beside them.
         seeds = rng.integers(2**63, size=(2, world, config.batch_size // world))[:, rank]

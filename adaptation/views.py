@@ -334,21 +334,24 @@ class Draw:
         rng: np.random.Generator,
         count: int,
         views: Sequence[tuple[int, Views, np.ndarray]],
+        per_view: int = 1,
     ) -> Draw:
-        """Draw objects: a domain evenly, then a view, then one of its objects.
+        """Draw objects: a domain evenly, then a view, then some of its objects.
 
         Args:
             rng: the generator.
             count: how many.
             views: number and views of each domain, and which views may be drawn.
+            per_view: objects of a view, one after the other; a view that has fewer repeats some.
         """
-        domains = rng.integers(len(views), size=count)
-        objects = []
-        for choice in domains:
+        choices = rng.integers(len(views), size=-(-count // per_view))
+        objects: list[int] = []
+        for choice in choices:
             _, bank, allowed = views[choice]
             pool = bank.objects[int(rng.choice(allowed))]
-            objects.append(int(rng.choice(pool)))
-        return cls(np.array([views[k][0] for k in domains]), np.array(objects))
+            objects.extend(rng.choice(pool, per_view, replace=len(pool) < per_view))
+        domains = np.repeat([views[k][0] for k in choices], per_view)
+        return cls(domains[:count], np.array(objects[:count]))
 
     def part(self, rank: int, world: int) -> Draw:
         """The share of one of several processes; all shares are of one size."""

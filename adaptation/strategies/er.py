@@ -16,7 +16,7 @@ class ER(Strategy):
     domain.
     """
 
-    def more(self, rng: np.random.Generator, count: int) -> Draw | None:
+    def more(self, rng: np.random.Generator, count: int, per_view: int = 1) -> Draw | None:
         past = range(self.task)
         if not past:
             return None
@@ -25,7 +25,7 @@ class ER(Strategy):
             (task, bank.train(bank.stream[task]), kept)
             for task, kept in zip(past, images_kept(self.setting, past), strict=True)
         ]
-        return Draw.from_views(rng, count, views)
+        return Draw.from_views(rng, count, views, per_view)
 
     def kept_bytes(self) -> int:
         return super().kept_bytes() + image_bytes(self.setting, range(self.task + 1))

@@ -171,8 +171,8 @@ def test_joint_training_has_one_stage(
     domains: list[int] = []
     drawn = loop.Draw.from_views
 
-    def noted(rng: Any, count: int, views: Any) -> Any:
-        draw = drawn(rng, count, views)
+    def noted(*args: Any) -> Any:
+        draw = drawn(*args)
         domains.extend(draw.domains)
         return draw
 

@@ -179,6 +179,20 @@ def test_domains_are_drawn_evenly_and_only_allowed_views(bank: Bank) -> None:
     np.testing.assert_array_equal((halves[0] + halves[1]).objects, draw.objects)
 
 
+def test_objects_of_one_view_are_drawn_together(bank: Bank) -> None:
+    views = [bank.train(domain) for domain in bank.stream]
+    places = [(task, own, np.arange(len(own.frames))) for task, own in enumerate(views[:2])]
+    draw = Draw.from_views(np.random.default_rng(0), 10, places, per_view=4)
+    assert len(draw.objects) == len(draw.domains) == 10
+    for first in (0, 4, 8):
+        group = slice(first, first + 4)
+        (task,) = set(draw.domains[group])
+        (view,) = set(views[task].rows[draw.objects[group]])
+        there = len(views[task].objects[view])
+        assert len(set(draw.objects[group])) == min(there, len(draw.objects[group])) or there < 4
+    assert len(gathered(bank, draw, "pixels").raw) <= 3
+
+
 def test_what_is_gathered_belongs_to_the_objects(bank: Bank) -> None:
     draw = Draw(np.array([1, 0, 1, 0, 1]), np.array([3, 0, 0, 2, 3]))
     for kind in ("embedding", "pixels"):
