@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -186,11 +187,15 @@ class Bank:
         image, targets, valid, empty = [], [], [], []
         boxes, categories, objects = [], [], []
         rows: list[int] = []
+        count = small = 0
         for number, sample in enumerate(self._samples(domain.split("train"))):
             for view in range(self.views):
                 rng = self._rng("view", domain.name, number, view)
                 frame, masks, scored = _view(rng, sample, self.backbone, plain=view == 0)
-                kept = _visible(masks, rng, self.objects_per_image)
+                large = _large(masks)
+                if view == 0:
+                    count, small = count + len(masks), small + len(masks) - len(large)
+                kept = np.sort(rng.permutation(large)[: self.objects_per_image])
                 if not len(kept):
                     continue
                 objects.append(len(rows) + np.arange(len(kept)))
@@ -207,6 +212,12 @@ class Bank:
             raise ValueError(
                 f"Domain {domain.name!r}: no training image shows an object of at least "
                 f"{_MIN_AREA:.1%} of the frame. Leave the domain out."
+            )
+        if small:
+            warnings.warn(
+                f"{domain.name}: {small} of {count} objects are smaller than {_MIN_AREA:.1%} of "
+                "the frame, and are not trained on.",
+                stacklevel=2,
             )
         assert frames[0].shape == (size, size, 3)
         return Views(
@@ -273,11 +284,9 @@ def low_res_target(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.round(255 * bent).astype(np.uint8)
 
 
-def _visible(masks: np.ndarray, rng: np.random.Generator, most: int) -> np.ndarray:
-    """Numbers of some objects that are large enough to be asked for."""
-    areas = masks.sum(axis=(1, 2))
-    large = np.flatnonzero(areas >= _MIN_AREA * masks[0].size)
-    return np.sort(rng.permutation(large)[:most])
+def _large(masks: np.ndarray) -> np.ndarray:
+    """Numbers of the objects that are large enough to be asked for."""
+    return np.flatnonzero(masks.sum(axis=(1, 2)) >= _MIN_AREA * masks[0].size)
 
 
 def _view(

@@ -162,6 +162,18 @@ def test_a_domain_without_large_objects_is_named(loaded: Backbone) -> None:
         Bank(loaded, stream).train(stream[0])
 
 
+def test_objects_too_small_to_train_on_are_counted(loaded: Backbone) -> None:
+    disc = Discs(64, 64)[0]
+    speck = np.zeros((1, 64, 64), bool)
+    speck[0, 5, 5] = True
+    masks = np.concatenate([disc.masks, speck])
+    sample = Sample(disc.image, masks, np.zeros(len(masks), np.int64), "both")
+    stream = Stream("s", (Domain("discs", False, {"train": [sample, sample]}),))  # type: ignore[dict-item]
+    with pytest.warns(UserWarning, match=r"discs: 2 of 6 objects are smaller than 0\.1% of the"):
+        views = Bank(loaded, stream, views=2).train(stream[0])
+    assert all(len(own) == 2 for own in views.objects)
+
+
 # Draws -----------------------------------------------------------------------------------------
 
 
