@@ -49,11 +49,9 @@ def merge_masks(masks: Masks, embedding: np.ndarray, options: MergeOptions | Non
     merged = [members for members in groups if len(members) > 1]
     if merged:
         unions = masks.take(np.array([members[0] for members in merged]))
-        whole = [np.any([masks.mask(i) for i in members], axis=0) for members in merged]
         trust = np.array([masks.predicted_iou[members].min() for members in merged], np.float32)
-        boxes = np.array([cv2.boundingRect(mask.astype(np.uint8)) for mask in whole], np.float32)
-        boxes[:, 2:] += boxes[:, :2] - 1
-        counts = [to_counts(mask) for mask in whole]
+        boxes = np.stack([_box(masks.boxes[members]) for members in merged])
+        counts = [to_counts(_union(masks, members)) for members in merged]
         unions = replace(unions, counts=counts, boxes=boxes, predicted_iou=trust)
         masks = Masks.joined([masks, unions])
     return masks.take(_without_parts(masks, options))
@@ -78,6 +76,19 @@ def _near(masks: Masks, reach: int) -> np.ndarray:
         for index in range(len(masks))
     ]
     return Overlaps.of(grown, masks.coco()).shared > 0
+
+
+def _union(masks: Masks, members: np.ndarray) -> np.ndarray:
+    """All that some of the masks cover: bool (H, W)."""
+    union = np.zeros(masks.size, bool)
+    for index in members:
+        union |= masks.mask(index)
+    return union
+
+
+def _box(boxes: np.ndarray) -> np.ndarray:
+    """The box (4,) around boxes (N, 4)."""
+    return np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
 
 
 def _components(joined: np.ndarray) -> list[np.ndarray]:

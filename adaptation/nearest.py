@@ -76,12 +76,12 @@ def inner_grid_points(
     boxes: Tensor,
     grid: tuple[int, int],
     image_size: int,
-) -> Tensor:
-    """A point of a grid inside of each region: float32 (P, 2).
+) -> tuple[Tensor, Tensor]:
+    """A point of a grid inside of each region, as far as there is one.
 
-    Points are drawn anywhere inside and moved to the grid; of those that lie in the region then,
-    the first is taken. Where none of them does, since the region is thinner than the grid, it is
-    the one of which the most lies inside.
+    Points are drawn anywhere inside and moved to the grid; the first that lies in the region then
+    is taken, or else, mostly since the region is thinner than the grid, the one that is nearest to
+    it by its share.
 
     Args:
         rngs: a generator for each region.
@@ -89,6 +89,10 @@ def inner_grid_points(
         boxes: of `extents`; the grids cover them.
         grid: columns and rows.
         image_size: side of the frame.
+
+    Returns:
+        The points, float32 (P, 2), and the share of the region where they are, float32 (P,): at
+        least one half inside.
     """
     drawn = [
         points_inside(rng, region, _DRAWS, image_size)
@@ -97,9 +101,12 @@ def inner_grid_points(
     points = to_device(np.array(drawn, np.float32), regions.device)
     points = snapped(points, boxes[:, None], grid)
     places = (points + 0.5) / (image_size / 2) - 1
-    inside = F.grid_sample(regions[:, None], places[:, None], align_corners=False)[:, 0, 0]
-    best = inside.clamp(max=0.5).argmax(dim=1)
-    return points[torch.arange(len(points), device=points.device), best]
+    shares = F.grid_sample(
+        regions[:, None], places[:, None], padding_mode="border", align_corners=False
+    )[:, 0, 0]
+    best = shares.clamp(max=0.5).argmax(dim=1)
+    rows = torch.arange(len(points), device=points.device)
+    return points[rows, best], shares[rows, best]
 
 
 def extents(valid: Tensor, image_size: int) -> Tensor:

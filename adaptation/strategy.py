@@ -14,7 +14,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from adaptation.losses import MaskLoss, mask_loss
-from adaptation.views import Bank, Draw, Gathered
+from adaptation.views import Bank, Gathered, Views
 from sam_gym.backbones.adapters import Adapter, Model, embed
 from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
 from sam_gym.backbones.tuning import TUNINGS, bytes_of, trainable, tuned_weights
@@ -67,8 +67,8 @@ class Options:
     class_weight: float = 0.5
     """Weight of the class loss (saom_v1, saom_v2, panosam)."""
     inside: float = 1.0
-    """Share of the prompts that lie anywhere inside their object; 0: all by nearest neighbour, as
-    in the paper (saom_v1, saom_v2, panosam)."""
+    """Share of the prompts that are any point of the grid inside their object; 0: all by nearest
+    neighbour, as in the paper (saom_v1, saom_v2, panosam)."""
     background: float = 0.4
     """Share of the prompts that lie on no object, where no mask is to be trusted; 0 if images have
     objects that are not annotated (saom_v1, saom_v2, panosam)."""
@@ -136,7 +136,7 @@ class Strategy:
         "learning_rate",
         "module",
         "before_task",
-        "more",
+        "replayed",
         "batch",
         "decode",
         "masks",
@@ -200,9 +200,12 @@ class Strategy:
         """A domain begins. Call the parent's."""
         self.task = task
 
-    def more(self, rng: np.random.Generator, count: int, per_view: int = 1) -> Draw | None:
-        """Objects beside the `count` objects of the domain, in the same step (replay)."""
-        return None
+    def replayed(self) -> list[tuple[int, Views, np.ndarray]]:
+        """Views of which a step takes as many objects again as of the domain (replay).
+
+        Number and views of each past domain, and which views may be drawn, as of `Draw.from_views`.
+        """
+        return []
 
     def batch(self, objects: Gathered, seeds: np.ndarray) -> Batch | None:
         """P objects with prompts, each drawn with a seed of its own, int64 (P,).

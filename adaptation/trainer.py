@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -335,15 +337,17 @@ class _Fit:
         rng = np.random.default_rng([config.seed, 3, self.stage, self.step])
         views = [self.bank.train(domain) for domain in self._domains()]
         first = 0 if strategy.joint else self.stage
-        everything = [(first + k, own, np.arange(len(own.frames))) for k, own in enumerate(views)]
-        draw = Draw.from_views(rng, config.batch_size, everything, config.objects_per_view)
-        more = strategy.more(rng, config.batch_size, config.objects_per_view)
+        present = [(first + k, own, np.arange(len(own.frames))) for k, own in enumerate(views)]
+        draws = [
+            Draw.from_views(rng, config.batch_size, places, config.objects_per_view)
+            for places in (present, strategy.replayed())
+            if places
+        ]
         rank, world = fabric.global_rank, fabric.world_size
         # A row of seeds for the objects of the domain, and one for those beside them.
         seeds = rng.integers(2**63, size=(2, world, config.batch_size // world))[:, rank]
-        own, used = draw.part(rank, world), seeds[0]
-        if more is not None:
-            own, used = own + more.part(rank, world), seeds.ravel()
+        own = functools.reduce(operator.add, (draw.part(rank, world) for draw in draws))
+        used = seeds[: len(draws)].ravel()
         batch = make_batch(self.bank, own, strategy.raw, used, strategy.batch)
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate * falling(self.step / self.steps)

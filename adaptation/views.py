@@ -187,14 +187,14 @@ class Bank:
         image, targets, valid, empty = [], [], [], []
         boxes, categories, objects = [], [], []
         rows: list[int] = []
-        count = small = 0
+        asked = small = 0
         for number, sample in enumerate(self._samples(domain.split("train"))):
+            ever = np.zeros(len(sample.masks), bool)
             for view in range(self.views):
                 rng = self._rng("view", domain.name, number, view)
                 frame, masks, scored = _view(rng, sample, self.backbone, plain=view == 0)
                 large = _large(masks)
-                if view == 0:
-                    count, small = count + len(masks), small + len(masks) - len(large)
+                ever[large] = True
                 kept = np.sort(rng.permutation(large)[: self.objects_per_image])
                 if not len(kept):
                     continue
@@ -208,6 +208,7 @@ class Bank:
                 empty.append(valid[-1] & (_low(anything, shape) == 0))
                 frames.append(frame)
                 image.append(number)
+            asked, small = asked + len(ever), small + int((~ever).sum())
         if not frames:
             raise ValueError(
                 f"Domain {domain.name!r}: no training image shows an object of at least "
@@ -215,8 +216,8 @@ class Bank:
             )
         if small:
             warnings.warn(
-                f"{domain.name}: {small} of {count} objects are smaller than {_MIN_AREA:.1%} of "
-                "the frame, and are not trained on.",
+                f"{domain.name}: {small} of {asked} objects are smaller than {_MIN_AREA:.1%} of "
+                "the frame in every view, and are not trained on.",
                 stacklevel=2,
             )
         assert frames[0].shape == (size, size, 3)
@@ -351,14 +352,19 @@ class Draw:
             rng: the generator.
             count: how many.
             views: number and views of each domain, and which views may be drawn.
-            per_view: objects of a view, one after the other; a view that has fewer repeats some.
+            per_view: objects of a view, one after the other; a view that has fewer shows each of
+                them as often as another, give or take one.
         """
         choices = rng.integers(len(views), size=-(-count // per_view))
         objects: list[int] = []
         for choice in choices:
             _, bank, allowed = views[choice]
             pool = bank.objects[int(rng.choice(allowed))]
-            objects.extend(rng.choice(pool, per_view, replace=len(pool) < per_view))
+            left = per_view
+            while left > 0:
+                some = rng.choice(pool, min(left, len(pool)), replace=False)
+                objects.extend(some)
+                left -= len(some)
         domains = np.repeat([views[k][0] for k in choices], per_view)
         return cls(domains[:count], np.array(objects[:count]))
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sam_gym.files import write_atomic
+from sam_gym.plots import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +44,7 @@ def plot_learning_curve(
     axes.set(xlabel="environment steps", ylabel="mean IoU at the end of an episode")
     if train or evaluations:
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False)
-    return _save(path, figure)
+    return save_figure(path, figure)
 
 
 def plot_iou_after_steps(path: Path, curves: Mapping[str, Sequence[float]]) -> Path:
@@ -53,22 +52,24 @@ def plot_iou_after_steps(path: Path, curves: Mapping[str, Sequence[float]]) -> P
 
     Args:
         path: of the PNG.
-        curves: of each agent, the mean after its first step, and so on; one that has a single
-            step is a line across.
+        curves: of each agent, the mean after its first step, and so on. One that is over before
+            others keeps its last value; one that has a single step is a line across.
     """
     from matplotlib.ticker import MaxNLocator
 
+    longest = max(map(len, curves.values()))
     figure, axes = _new_plot()
     for name, curve in curves.items():
         if len(curve) == 1:
             axes.axhline(curve[0], color=_colour(name), ls="--", lw=1.2)
         else:
+            held = [*curve, *[curve[-1]] * (longest - len(curve))]
             width = 2.5 if name == "agent" else 1.5
-            axes.plot(range(1, len(curve) + 1), curve, color=_colour(name), lw=width)
+            axes.plot(range(1, longest + 1), held, color=_colour(name), lw=width)
     _name_at_the_right(axes, {name: curve[-1] for name, curve in curves.items()})
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="step of an episode", ylabel="mean IoU after it")
-    return _save(path, figure)
+    return save_figure(path, figure)
 
 
 def _new_plot() -> tuple[Figure, Axes]:
@@ -100,9 +101,3 @@ def _name_at_the_right(axes: Axes, heights: Mapping[str, float]) -> None:
             va="center",
             color=_colour(name),
         )
-
-
-def _save(path: Path, figure: Figure) -> Path:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return write_atomic(path, buffer.getvalue())

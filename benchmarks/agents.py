@@ -20,6 +20,7 @@ from benchmarks.options import require_at_least
 from sam_gym.envs.core import ClickConfig
 from sam_gym.files import write_csv, write_json
 from sam_gym.metrics import mean_and_ci95, with_interval
+from sam_gym.plots import save_figure
 from sam_gym.version import __version__
 
 #: What stands beside the agents, and its colour.
@@ -268,4 +269,4 @@ def plot_agents(path: Path, rows: list[Row]) -> None:
     axes.set_xticks(range(len(groups)), groups)
     axes.set(ylabel="mean IoU at the end of an episode", ylim=(0, 1))
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=6, frameon=False)
-    report.save_plot(path, figure)
+    save_figure(path, figure)

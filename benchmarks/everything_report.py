@@ -12,6 +12,7 @@ from benchmarks import report
 from benchmarks.everything_measuring import BUDGETS
 from sam_gym.data import Sample
 from sam_gym.files import write_csv, write_json
+from sam_gym.plots import save_figure
 from sam_gym.render import draw_masks, save_image, tile
 
 _ROWS = {
@@ -123,7 +124,7 @@ def _plot(curves: Mapping[str, Any], path: Path) -> Path:
     axes.set_xticks(BUDGETS, [f"{budget:g}" for budget in BUDGETS])
     axes.minorticks_off()
     axes.legend(frameon=False)
-    return report.save_plot(path, figure)
+    return save_figure(path, figure)
 
 
 def _table(

@@ -19,6 +19,7 @@ from sam_gym.data.cache import SampleCache
 from sam_gym.files import write_csv, write_json
 from sam_gym.interactive import Target, click_out
 from sam_gym.metrics import iou, number_of_clicks, number_of_failures
+from sam_gym.plots import save_figure
 from sam_gym.prompts import Click
 from sam_gym.render import draw_episode, save_image
 
@@ -304,7 +305,7 @@ def _write(
     json_file = write_json(out / "results.json", summary)
     rows = object_rows(results, grabcut["clicks"] if grabcut else 0)
     csv_file = write_csv(out / "objects.csv", rows)
-    curve_file = report.save_plot(out / "curve.png", _curve(summary))
+    curve_file = save_figure(out / "curve.png", _curve(summary))
 
     page = report.Page(
         f"{backbone.name} on {summary['dataset']}: interactive segmentation",

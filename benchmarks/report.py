@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -128,13 +127,6 @@ def new_panels(count: int, width: float, height: float) -> tuple[Figure, list[Ax
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
     return figure, panels
-
-
-def save_plot(path: Path, figure: Figure) -> Path:
-    """Write a matplotlib figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return write_atomic(path, buffer.getvalue())
 
 
 def side_by_side(frames: Sequence[np.ndarray], gap: int = 8) -> np.ndarray:

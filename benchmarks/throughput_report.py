@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks import report
 from sam_gym.files import write_csv, write_json
+from sam_gym.plots import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,12 +45,12 @@ def write(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> Non
     """
     json_file = write_json(out / "results.json", summary)
     csv_file = write_csv(out / "repeats.csv", rows)
-    speed_file = report.save_plot(out / "speed.png", _speed_plot(summary))
+    speed_file = save_figure(out / "speed.png", _speed_plot(summary))
     settings = summary["settings"]
     middle = str(settings["num_envs"][len(settings["num_envs"]) // 2])
     measured = summary["by_num_envs"][middle]
-    phase_file = report.save_plot(out / "phases.png", _phase_plot(measured))
-    growth_file = report.save_plot(out / "growth.png", _growth_plot(summary))
+    phase_file = save_figure(out / "phases.png", _phase_plot(measured))
+    growth_file = save_figure(out / "growth.png", _growth_plot(summary))
     columns, table = _table(summary)
 
     page = report.Page(

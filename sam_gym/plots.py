@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from sam_gym.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_matrix(
@@ -52,6 +55,11 @@ def plot_matrix(
     axes.set(xlabel="evaluated on", ylabel="after learning", title=title)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label=score, fraction=0.05, shrink=0.9)
+    return save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Figure) -> Path:
+    """Write a figure as PNG; what lies beside its axes is on it too."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     return write_atomic(path, buffer.getvalue())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from adaptation.strategy import STRATEGIES, Strategy, image_bytes, images_kept
-from adaptation.views import Draw
+from adaptation.views import Views
 
 
 @STRATEGIES.register("er")
@@ -16,16 +16,13 @@ class ER(Strategy):
     domain.
     """
 
-    def more(self, rng: np.random.Generator, count: int, per_view: int = 1) -> Draw | None:
-        past = range(self.task)
-        if not past:
-            return None
-        bank = self.setting.bank
-        views = [
+    def replayed(self) -> list[tuple[int, Views, np.ndarray]]:
+        bank, past = self.setting.bank, range(self.task)
+        buffers = images_kept(self.setting, past)
+        return [
             (task, bank.train(bank.stream[task]), kept)
-            for task, kept in zip(past, images_kept(self.setting, past), strict=True)
+            for task, kept in zip(past, buffers, strict=True)
         ]
-        return Draw.from_views(rng, count, views, per_view)
 
     def kept_bytes(self) -> int:
         return super().kept_bytes() + image_bytes(self.setting, range(self.task + 1))

@@ -29,8 +29,9 @@ class Saom(Strategy):
     the predicted IoU of all masks is trained, for it chooses. In the paper, the prompt of an object
     is the grid point that its nearest neighbour in the embedding says; that is `Options.inside=0`
     and `Options.background=0`. Since everything mode asks every point, the defaults differ: prompts
-    are any points of the grid inside of their object (`inside=1`), and a share of them lie on no
-    object (`background=0.4`), where the predicted IoU learns 0.
+    are any points of the grid inside of their object (`inside=1`; the nearest where it is thinner
+    than the grid), and a share of them lie on no object (`background=0.4`), where the predicted IoU
+    learns 0.
     """
 
     #: Columns and rows of the grid.
@@ -78,11 +79,17 @@ class Saom(Strategy):
             to_device(draws[:, k] < share, device)
             for k, share in enumerate((options.inside, options.background))
         )
-        outside &= objects.empty.flatten(1).any(dim=1)
-        region = torch.where(outside[:, None, None], objects.empty.float(), objects.targets)
-        rngs = [np.random.default_rng(seed) for seed in seeds]
         boxes = extents(objects.valid, size)
-        points = inner_grid_points(rngs, region, boxes, self._grid, size)
+
+        def drawn(regions: Tensor) -> tuple[Tensor, Tensor]:
+            rngs = [np.random.default_rng(seed) for seed in seeds]
+            return inner_grid_points(rngs, regions, boxes, self._grid, size)
+
+        points, shares = drawn(torch.where(outside[:, None, None], objects.empty, objects.targets))
+        crowded = outside & (shares < 0.5)
+        if crowded.any():  # what is between the objects may be narrower than the grid
+            points = torch.where(crowded[:, None], drawn(objects.targets)[0], points)
+            outside &= ~crowded
         by_neighbour = ~(anywhere | outside)
         if by_neighbour.any():
             points = torch.where(by_neighbour[:, None], self._nearest(objects), points)

@@ -32,6 +32,13 @@ def test_neighbours_that_look_alike_become_one(make_masks: MakeMasks) -> None:
     assert len(masks) == 4
 
 
+def test_neighbours_are_no_farther_than_the_reach(make_masks: MakeMasks) -> None:
+    alike = np.ones((2, 8, 8), np.float32)
+    near = make_masks((0, 0, 7, 7), (11, 0, 15, 7))  # three pixels lie between
+    for reach, count in ((3, 2), (4, 1)):
+        assert len(merge_masks(near, alike, MergeOptions(merge_reach=reach))) == count
+
+
 def test_parts_of_something_larger_are_left_out(make_masks: MakeMasks) -> None:
     masks = make_masks((0, 0, 7, 7), (0, 0, 15, 15), (0, 0, 31, 31))
     far = MergeOptions(merge_similarity=1.1)

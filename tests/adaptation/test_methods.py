@@ -172,7 +172,7 @@ def test_nothing_is_held_in_the_first_domain(bank: Bank) -> None:
         strategy = make(bank, method)
         strategy.before_task(0)
         assert strategy.loss(nothing, nothing) == 0.0
-        assert strategy.more(np.random.default_rng(0), 4) is None
+        assert strategy.replayed() == []
 
 
 # LwF -------------------------------------------------------------------------------------------
@@ -229,8 +229,8 @@ def test_replay_is_of_images_in_the_buffers_of_past_domains(
     bank = Bank(loaded, stream, views=3, objects_per_image=3)
     strategy = make(bank, "er")
     strategy.before_task(2)
-    draw = strategy.more(np.random.default_rng(0), 300)
-    assert draw is not None and set(draw.domains) == {0, 1}
+    draw = Draw.from_views(np.random.default_rng(0), 300, strategy.replayed())
+    assert set(draw.domains) == {0, 1}
     for task in (0, 1):
         views = bank.train(stream[task])
         shown = views.image[views.rows[draw.objects[draw.domains == task]]]

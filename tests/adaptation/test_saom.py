@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def test_points_of_the_grid_stay_inside() -> None:
     regions[20:] = regions[:20].transpose(1, 2)
     boxes = extents(torch.ones(40, 16, 16), 64)
     rngs = [np.random.default_rng(k) for k in range(40)]
-    got = inner_grid_points(rngs, regions, boxes, (4, 4), 64)
+    got, shares = inner_grid_points(rngs, regions, boxes, (4, 4), 64)
+    assert torch.equal(shares, shares_at(regions, got, 64))
     assert torch.equal(snapped(got, boxes, (4, 4)), got)
     assert (shares_at(regions, got, 64) >= 0.5).all()
     assert len(got[:20].unique(dim=0)) == 4
@@ -115,8 +117,27 @@ def test_what_is_thinner_than_the_grid_has_the_nearest_point() -> None:
     region = torch.zeros(1, 16, 16)
     region[0, 4:12, 7] = 1.0  # the grid's columns are at 2 and 6 of 16, 10 and 14
     boxes = extents(torch.ones(1, 16, 16), 64)
-    got = inner_grid_points([np.random.default_rng(0)], region, boxes, (4, 4), 64)
+    got, shares = inner_grid_points([np.random.default_rng(0)], region, boxes, (4, 4), 64)
     assert got[0, 0] == 6 * 4 - 0.5 and 16 < got[0, 1] < 48
+    assert shares.tolist() == [0.0]
+
+
+def test_no_prompt_on_an_object_is_taught_to_be_on_nothing(bank: Bank) -> None:
+    """Between objects that fill the image, a seam has no point of the grid."""
+    strategy: Any = STRATEGIES.get("saom_v1")(Setting(bank, "decoder", Options(background=1.0)))
+    views = bank.train(bank.stream[0])
+    draw = Draw.from_views(np.random.default_rng(0), 8, [(0, views, np.arange(len(views.frames)))])
+    objects = gathered(bank, draw, strategy.raw)
+    objects = replace(objects, valid=torch.ones_like(objects.valid))
+    seam = torch.zeros_like(objects.empty)
+    seam[:4, :, 1] = True
+    strategy._grid = (2, 2)  # columns of the grid are at 4 and 12 of 16
+    batch = strategy.batch(replace(objects, empty=seam), np.arange(8))
+    assert (batch.targets.amax(dim=(1, 2)) > 0).all()
+    assert torch.equal(batch.targets, objects.targets)
+    seam[:4, :, 1:6] = True
+    batch = strategy.batch(replace(objects, empty=seam), np.arange(8))
+    assert (batch.targets.amax(dim=(1, 2)) > 0).tolist() == [False] * 4 + [True] * 4
 
 
 def test_the_mask_that_is_trusted_most_is_taught() -> None:

@@ -207,6 +207,24 @@ def test_each_stage_trains_on_its_own_domain(
     assert all(stage // 2 in domains for stage, (_, domains) in enumerate(seen))
 
 
+@pytest.mark.parametrize("method", ["naive", "er"])
+def test_a_step_may_take_several_objects_of_a_view(
+    make_trainer: MakeTrainer, stream: Stream, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    views: list[int] = []
+    make = loop.make_batch
+
+    def noted(bank: Bank, draw: Any, *args: Any) -> Any:
+        pairs = zip(draw.domains, draw.objects, strict=True)
+        views.append(len({(k, bank.train(stream[int(k)]).rows[number]) for k, number in pairs}))
+        return make(bank, draw, *args)
+
+    monkeypatch.setattr(loop, "make_batch", noted)
+    make_trainer(steps=2, objects_per_view=4).fit(stream, method)
+    # Four objects of the domain, and as many of the buffer once there is one.
+    assert views == ([1, 1, 2, 2, 2, 2] if method == "er" else [1] * 6)
+
+
 def test_the_learning_rate_falls_over_a_domain() -> None:
     rates = [falling(step / 10) for step in range(11)]
     assert rates[0] == 1 and rates[-1] == pytest.approx(0.1)
@@ -332,6 +350,7 @@ def test_streams_are_found(stream: Stream, tiny_name: dict[str, Any]) -> None:
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1"),
+        ({"objects_per_view": 0}, "objects_per_view must be at least 1"),
         ({"max_images": 0}, "max_images must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"precision": "bf16"}, "Did you mean 'bf16-mixed'"),

@@ -163,15 +163,20 @@ def test_a_domain_without_large_objects_is_named(loaded: Backbone) -> None:
 
 
 def test_objects_too_small_to_train_on_are_counted(loaded: Backbone) -> None:
-    disc = Discs(64, 64)[0]
-    speck = np.zeros((1, 64, 64), bool)
-    speck[0, 5, 5] = True
-    masks = np.concatenate([disc.masks, speck])
-    sample = Sample(disc.image, masks, np.zeros(len(masks), np.int64), "both")
-    stream = Stream("s", (Domain("discs", False, {"train": [sample, sample]}),))  # type: ignore[dict-item]
-    with pytest.warns(UserWarning, match=r"discs: 2 of 6 objects are smaller than 0\.1% of the"):
-        views = Bank(loaded, stream, views=2).train(stream[0])
-    assert all(len(own) == 2 for own in views.objects)
+    image = np.full((64, 64, 3), 10, np.uint8)
+    masks = np.zeros((3, 64, 64), bool)
+    masks[0, 20:40, 20:40] = True
+    masks[1, 5, 5] = True  # too small at any scale
+    masks[2, 30, 42:45] = True  # 3 pixels, of which 4.1 are asked for: large enough when scaled
+    sample = Sample(image, masks, np.zeros(3, np.int64), "all")
+    train: Any = [sample, sample]
+    stream = Stream("s", (Domain("specks", False, {"train": train}),))
+    with pytest.warns(UserWarning, match=r"specks: 4 of 6 objects are smaller than 0\.1% of the"):
+        views = Bank(loaded, stream, views=1).train(stream[0])
+    assert all(len(own) == 1 for own in views.objects)
+    with pytest.warns(UserWarning, match=r"specks: 2 of 6 objects are smaller"):
+        views = Bank(loaded, stream, views=12).train(stream[0])
+    assert {len(own) for own in views.objects} == {1, 2}
 
 
 # Draws -----------------------------------------------------------------------------------------
@@ -194,15 +199,21 @@ def test_domains_are_drawn_evenly_and_only_allowed_views(bank: Bank) -> None:
 def test_objects_of_one_view_are_drawn_together(bank: Bank) -> None:
     views = [bank.train(domain) for domain in bank.stream]
     places = [(task, own, np.arange(len(own.frames))) for task, own in enumerate(views[:2])]
-    draw = Draw.from_views(np.random.default_rng(0), 10, places, per_view=4)
-    assert len(draw.objects) == len(draw.domains) == 10
-    for first in (0, 4, 8):
-        group = slice(first, first + 4)
-        (task,) = set(draw.domains[group])
-        (view,) = set(views[task].rows[draw.objects[group]])
-        there = len(views[task].objects[view])
-        assert len(set(draw.objects[group])) == min(there, len(draw.objects[group])) or there < 4
-    assert len(gathered(bank, draw, "pixels").raw) <= 3
+    repeated = 0
+    for per_view in (2, 3, 5):
+        draw = Draw.from_views(np.random.default_rng(0), 24, places, per_view)
+        assert len(draw.objects) == len(draw.domains) == 24
+        for first in range(0, 24, per_view):
+            group = slice(first, first + per_view)
+            (task,) = set(draw.domains[group])
+            (view,) = set(views[task].rows[draw.objects[group]])
+            there = len(views[task].objects[view])
+            _, counts = np.unique(draw.objects[group], return_counts=True)
+            assert len(counts) == min(there, len(draw.objects[group]))
+            assert counts.max() - counts.min() <= 1
+            repeated += counts.max() > 1
+        assert len(gathered(bank, draw, "pixels").raw) <= -(-24 // per_view)
+    assert repeated
 
 
 def test_what_is_gathered_belongs_to_the_objects(bank: Bank) -> None:

@@ -155,7 +155,8 @@ def test_mlflow_has_what_tensorboard_has_though_the_run_was_killed(
     assert tags.items() <= data.tags.items()
     assert data.params["learning_rate"] == "0.001" and data.params["settings.max_steps"] == "5"
     assert files_in_mlflow(run) == {
-        *("results.json", "learning_curve.png", "episodes.gif", "policy/policy.zip"),
+        *("results.json", "learning_curve.png", "iou_after_steps.png", "episodes.gif"),
+        "policy/policy.zip",
         *("videos/step-00000064.gif", "views/step-00000064.png", "views/step-00000128.png"),
     }
 

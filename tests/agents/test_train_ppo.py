@@ -30,7 +30,8 @@ def test_a_run_leaves_everything_it_promises(tiny_env: dict[str, Any], tmp_path:
     gain = stored["agent"]["mean_iou"] - stored["random"]["mean_iou"]
     assert stored["gap_closed"] == pytest.approx(gain / span, abs=1e-3)
     assert stored["held_out_split"] == "test" and stored["config"]["seed"] == 0
-    assert (tmp_path / "a" / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    for picture in ("learning_curve.png", "iou_after_steps.png"):
+        assert (tmp_path / "a" / picture).read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "a" / "episodes.gif").read_bytes()[:3] == b"GIF"
     assert list((tmp_path / "a" / "tensorboard").rglob("events*"))
     assert not (tmp_path / "a" / "checkpoints").exists()

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import report
 from sam_gym.files import write_atomic, write_csv, write_json
+from sam_gym.plots import save_figure
 
 
 def test_numpy_becomes_plain(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_csv(tmp_path: Path) -> None:
 def test_page_escapes_and_embeds(tmp_path: Path) -> None:
     figure, axes = report.new_plot()
     axes.plot([0, 1])
-    plot = report.save_plot(tmp_path / "plot.png", figure)
+    plot = save_figure(tmp_path / "plot.png", figure)
     assert plot.read_bytes().startswith(b"\x89PNG")
     page = report.Page("<script>", "a & b")
     page.cards({"<n>": "1"})
