@@ -58,7 +58,8 @@ class Config:
     No truth is in the prompts: a grid of points is asked, masks are filtered and cleared of
     duplicates, and what is left is matched one to one with the objects. From which predicted IoU
     and stability on a mask is kept is chosen on val, for each model by itself: the best panoptic
-    quality. Beside it stands the best mIoU with no more masks than the SAM as it was keeps.
+    quality. Beside it stands the best mIoU with at most one mask per object, and with no more masks
+    than the SAM as it was keeps.
 
     Without options this is the quick setting: `rooms`, micro, one fine-tuning.
     """

@@ -28,8 +28,9 @@ from sam_gym.backbones import Backbone
 from sam_gym.everything import GeneratorOptions, MaskGenerator
 
 UNTOUCHED, MERGED = "untouched", "merged"
-#: What is told of each model where it keeps no more masks than the SAM as it was.
-SAME = ("miou", "macc", "masks_per_object")
+#: What is told of each model where it keeps at most one mask per object, or no more masks than the
+#: SAM as it was.
+WITHIN = ("miou", "macc", "masks_per_object")
 #: Masks per object that the curve of a model is told for.
 BUDGETS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 #: Images that pictures show, and on which the generator is timed.
@@ -72,14 +73,14 @@ class Measuring:
         if name == UNTOUCHED:
             self._budget = best.masks_per_object
             merge_point = self._merge_point(backbone, on_val, best.point.stability)
-        same = best_within(tried, self._budget)
         for split in self.scores:
             found = self._candidates(backbone, split)
             masks, seconds = self._generated(backbone, split, best.point)
             numbers = found.at(best.point).numbers() | found.at(EVERYTHING).recalls()
             numbers |= {"seconds_per_image": seconds, **asdict(best.point)}
-            at_same = found.at(same.point).numbers()
-            numbers |= {f"same_{key}": at_same[key] for key in SAME}
+            for name_of, within in (("one", 1.0), ("same", self._budget)):
+                at_most = found.at(best_within(tried, within).point).numbers()
+                numbers |= {f"{name_of}_{key}": at_most[key] for key in WITHIN}
             numbers |= released(backbone, self.splits[split], self.grid)
             self.scores[split][name].append(numbers)
             self.curves[split][name].append(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from segment_anything.modeling import Sam
 
-from benchmarks.everything_measuring import BUDGETS
+from benchmarks.everything_measuring import BUDGETS, WITHIN
 from benchmarks.run import main
 from sam_gym.backbones.loading import BACKBONES
 from sam_gym.data.entities import write_entities
@@ -55,7 +55,12 @@ def test_the_benchmark_writes_its_report(arguments: list[str], tmp_path: Path) -
     with (out / "models.csv").open() as file:
         assert [row["model"] for row in csv.DictReader(file)] == list(saved["models"])
     assert (out / "masks.png").is_file() and (out / "masks_per_object.png").is_file()
-    for curve in saved["curves"]["test"]["saom_v1"]:
+    for curve, own in zip(
+        saved["curves"]["test"]["saom_v1"], saved["by_run"]["test"]["saom_v1"], strict=True
+    ):
+        (at_one,) = (point for point in curve if point["budget"] == 1)
+        for key in WITHIN:
+            assert own[f"one_{key}"] == at_one[key] and f"same_{key}" in own
         assert [point["budget"] for point in curve] == list(BUDGETS)
         for point in curve:
             assert 0 <= point["miou"] <= 100 and point["masks_per_object"] >= 0
