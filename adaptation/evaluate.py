@@ -18,12 +18,12 @@ from rich.progress import track
 from rich.table import Table
 
 from adaptation.evaluation import check_prompt, score
+from adaptation.features import Bank
 from adaptation.options import ModelOptions, StreamOptions
-from adaptation.views import Bank
-from sam_gym import cli
 from sam_gym.backbones import load_backbone
-from sam_gym.backbones.adapters import Adapter, Model
-from sam_gym.files import write_json
+from sam_gym.backbones.adapters.adapter import Adapter, Model
+from sam_gym.utils import cli
+from sam_gym.utils.files import write_json
 
 
 @dataclass

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptation.views import Bank, Objects
+from adaptation.features import Bank, Objects
 from sam_gym.backbones import Backbone, Prompts
-from sam_gym.backbones.adapters import Model, PromptedModel, RoutedModel, embed
+from sam_gym.backbones.adapters.adapter import Model, PromptedModel, RoutedModel, embed
 from sam_gym.data.streams import Domain
-from sam_gym.interactive import Target, click_out
-from sam_gym.metrics import boundary, boundary_iou, iou
-from sam_gym.registry import unknown_name
-from sam_gym.transfer import to_device
+from sam_gym.metrics.masks import boundary, boundary_iou, iou
+from sam_gym.simulation.interactive import Target, click_out
+from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.transfer import to_device
 
 #: Prompt name -> clicks of the standard rule; 0 stands for the ground-truth box.
 PROMPTS = {"box": 0, "click": 1, "clicks5": 5}

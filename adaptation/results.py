@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sam_gym import continual_metrics as metrics
+from sam_gym.metrics import continual as metrics
 
 #: What is measured on each domain: name in results, and attribute of `Scores`.
 MEASURES = ("iou", "biou")
@@ -52,7 +52,7 @@ class Run:
     seed: int = 0
 
     def summary(self, prompt: str) -> dict[str, float | None]:
-        """The numbers of the benchmark for one prompt; see `sam_gym.continual_metrics`.
+        """The numbers of the benchmark for one prompt; see `sam_gym.metrics.continual`.
 
         What needs a stage for every domain is None for methods that have one stage.
         """

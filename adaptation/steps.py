@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor, nn
 
+from adaptation.features import Bank, Draw, Gathered, gathered
 from adaptation.prompting import training_prompts
 from adaptation.strategy import Batch, Strategy
-from adaptation.views import Bank, Draw, Gathered, gathered
 
 
 def make_batch(

@@ -13,12 +13,12 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
+from adaptation.features import Bank, Gathered, Views
 from adaptation.losses import MaskLoss, mask_loss
-from adaptation.views import Bank, Gathered, Views
-from sam_gym.backbones.adapters import Adapter, Model, embed
+from sam_gym.backbones.adapters.adapter import Adapter, Model, embed
+from sam_gym.backbones.adapters.tuning import TUNINGS, bytes_of, trainable, tuned_weights
 from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
-from sam_gym.backbones.tuning import TUNINGS, bytes_of, trainable, tuned_weights
-from sam_gym.registry import Registry, unknown_name
+from sam_gym.utils.registry import Registry, unknown_name
 
 #: Method name -> class.
 STRATEGIES: Registry[type[Strategy]] = Registry("method")

@@ -24,8 +24,8 @@ from adaptation.options import ModelOptions, StreamOptions
 from adaptation.results import Run, folder_name
 from adaptation.strategy import STRATEGIES, Options
 from adaptation.trainer import TrainConfig, Trainer, check_tune
-from sam_gym import cli
-from sam_gym.plots import plot_matrix
+from sam_gym.utils import cli
+from sam_gym.utils.plots import plot_matrix
 
 
 @dataclass

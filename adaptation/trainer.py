@@ -20,19 +20,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import adaptation.strategies  # noqa: F401  (registers the methods)
 from adaptation.evaluation import check_prompt, narrow_share, score
+from adaptation.features import Bank, Draw
 from adaptation.results import MEASURES, Run, folder_name
 from adaptation.steps import Learner, make_batch
 from adaptation.strategy import STRATEGIES, Options, Setting, Strategy
-from adaptation.views import Bank, Draw
 from sam_gym import ENVIRONMENTS
 from sam_gym.backbones import load_backbone
-from sam_gym.backbones.adapters import Model
-from sam_gym.backbones.tuning import TUNINGS
+from sam_gym.backbones.adapters.adapter import Model
+from sam_gym.backbones.adapters.tuning import TUNINGS
 from sam_gym.data import DATASETS
 from sam_gym.data.streams import STREAMS, Domain, Stream, dataset_stream, make_stream
-from sam_gym.files import wait_for_a_later_name, write_json
-from sam_gym.loop import save_state
-from sam_gym.registry import unknown_name
+from sam_gym.utils.files import wait_for_a_later_name, write_json
+from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.training import save_state
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 

@@ -12,15 +12,15 @@ import numpy as np
 import tyro
 from pycocotools import mask as rle
 
-from agents.annotation_files import Ids, Progress, Reader, image_files, overlay_folder
+from agents.annotation.files import Ids, Progress, Reader, image_files, overlay_folder
 from agents.evaluate import PolicyAgent
-from agents.policies import ImplicitPolicy
-from sam_gym import cli
+from agents.policies.base import ImplicitPolicy
 from sam_gym.data import Sample
-from sam_gym.envs.core import ClickConfig, ClickCore, SlotTarget
-from sam_gym.files import write_json
-from sam_gym.registry import unknown_name
-from sam_gym.render import draw_episode, save_image
+from sam_gym.envs.click import ClickConfig, ClickCore, SlotTarget
+from sam_gym.utils import cli
+from sam_gym.utils.files import write_json
+from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.render import draw_episode, save_image
 
 #: The option that asks for everything mode instead of an agent.
 EVERYTHING = "--everything"
@@ -295,7 +295,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """The command line."""
     args = list(sys.argv[1:] if args is None else args)
     if EVERYTHING in args:
-        from agents import annotate_everything
+        from agents.annotation import everything as annotate_everything
 
         return annotate_everything.main([arg for arg in args if arg != EVERYTHING])
     return annotate(tyro.cli(Config, args=args))

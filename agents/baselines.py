@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from sam_gym.backbones import NO_POINT, Prompts
-from sam_gym.envs.core import ClickCore
-from sam_gym.prompts import error_click, point_grid
-from sam_gym.registry import Registry
+from sam_gym.envs.click import ClickCore
+from sam_gym.simulation.clicks import error_click, point_grid
+from sam_gym.utils.registry import Registry
 
 
 class Agent(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sam_gym.plots import save_figure
+from sam_gym.utils.plots import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,21 +19,21 @@ import tyro
 
 from agents import baselines, everything
 from agents.baselines import Agent
-from agents.config import env_of, settings_class
 from agents.curves import plot_iou_after_steps
 from agents.hub import PREFIX, local_policy
-from agents.policies import SlotPolicy, StoredFeatures
-from agents.saved import SHIPPED, load_policy
-from agents.vec_env import make_vector_env, over_domains
-from sam_gym import cli
+from agents.policies.base import SlotPolicy, StoredFeatures
+from agents.policies.saved import SHIPPED, load_policy
+from agents.ppo.config import env_of, settings_class
+from agents.ppo.vec_env import make_vector_env, over_domains
+from sam_gym.envs.base_core import DatasetConfig, SlotConfig, SlotCore
+from sam_gym.envs.click import ClickConfig, TaskConfig
 from sam_gym.envs.continual import ContinualConfig
-from sam_gym.envs.core import ClickConfig, TaskConfig
-from sam_gym.envs.everything_core import EverythingConfig
-from sam_gym.envs.slots import DatasetConfig, SlotConfig, SlotCore
-from sam_gym.files import write_csv, write_json
-from sam_gym.metrics import mean_and_ci95
-from sam_gym.registry import Registry, unknown_name
-from sam_gym.render import save_gif, tile
+from sam_gym.envs.everything import EverythingConfig
+from sam_gym.metrics.masks import mean_and_ci95
+from sam_gym.utils import cli
+from sam_gym.utils.files import write_csv, write_json
+from sam_gym.utils.registry import Registry, unknown_name
+from sam_gym.utils.render import save_gif, tile
 
 S = TypeVar("S", bound=SlotConfig)
 #: Steps of a film, about; an episode may have more.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.baselines import Agent
-from agents.policies import (
+from agents.policies.base import (
     NEVER,
     POLICIES,
     SlotPolicy,
@@ -23,11 +23,11 @@ from agents.policies import (
     pooled,
 )
 from sam_gym.backbones import Prompts
-from sam_gym.envs.everything_core import FOUND_IOU, MAPS, EverythingConfig, EverythingCore
-from sam_gym.everything_metrics import matched_ious
-from sam_gym.prompts import interior_distance, point_grid
-from sam_gym.registry import Registry
-from sam_gym.transfer import to_device, to_host
+from sam_gym.envs.everything import FOUND_IOU, MAPS, EverythingConfig, EverythingCore
+from sam_gym.metrics.panoptic import matched_ious
+from sam_gym.simulation.clicks import interior_distance, point_grid
+from sam_gym.utils.registry import Registry
+from sam_gym.utils.transfer import to_device, to_host
 
 # The policy ------------------------------------------------------------------------------------
 

@@ -17,10 +17,10 @@ import tyro
 from torch import Tensor, nn
 
 from agents.evaluate import PolicyAgent
-from agents.explicit import TextFeatures
-from agents.policies import ClickFeatures, ImplicitPolicy
-from sam_gym import cli
-from sam_gym.files import write_json
+from agents.policies.base import ClickFeatures, ImplicitPolicy
+from agents.policies.explicit import TextFeatures
+from sam_gym.utils import cli
+from sam_gym.utils.files import write_json
 
 #: How far an exported policy's outputs may be from the original's, absolutely and relatively.
 TOLERANCE = 1e-4
@@ -78,7 +78,11 @@ class ExportablePolicy(nn.Module):
             self.inputs["cue_click"] = ((2,), torch.float32, "cue click, 0 to 1 of the frame")
         if isinstance(extractor, TextFeatures):
             shape = (len(policy.features["categories"]), 1 + height * width)
-            self.inputs["word_maps"] = (shape, torch.float32, "of agents.explicit.WordMaps")
+            self.inputs["word_maps"] = (
+                shape,
+                torch.float32,
+                "of agents.policies.explicit",
+            )
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Logits float32 (B, A) and value float32 (B, 1) of a batch of inputs."""

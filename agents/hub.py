@@ -22,11 +22,11 @@ from typing import Any
 import tyro
 import yaml
 
-from agents.saved import SHIPPED, read_data
-from sam_gym import cli
+from agents.policies.saved import SHIPPED, read_data
 from sam_gym.data import PROCEDURAL
-from sam_gym.files import write_atomic
-from sam_gym.metrics import with_interval
+from sam_gym.metrics.masks import with_interval
+from sam_gym.utils import cli
+from sam_gym.utils.files import write_atomic
 
 #: Names of policies that begin with this are on the hub.
 PREFIX = "hf://"

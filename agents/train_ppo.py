@@ -17,18 +17,8 @@ from typing import Any, cast
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecMonitor
 
-import agents.explicit  # noqa: F401  (registers its policy)
-from agents.checkpoint import (
-    Checkpoint,
-    check_same_settings,
-    checkpoints,
-    flat,
-    newest_checkpoint,
-)
-from agents.config import Config, check_plays, read_config, settings_class
-from agents.continual import EachStageAnew, Stages, WalkStream
+import agents.policies.explicit  # noqa: F401  (registers its policy)
 from agents.curves import plot_iou_after_steps, plot_learning_curve
-from agents.distributed import ALONE, CountAllRanks, Ranks, SlotPPO, recorded
 from agents.evaluate import (
     Evaluation,
     PolicyAgent,
@@ -39,24 +29,34 @@ from agents.evaluate import (
 )
 from agents.everything import compared_with_grid
 from agents.everything import policy_arguments as everything_arguments
-from agents.imitation import imitate
-from agents.policies import POLICIES, SlotPolicy
-from agents.recalibration import TrainRecalibration
-from agents.tracking import MlflowRun, make_logger, require_mlflow
-from agents.training import PinRollouts, WatchTraining
-from agents.vec_env import VectorEnvAdaptor, make_vector_env
+from agents.policies.base import POLICIES, SlotPolicy
+from agents.policies.recalibration import TrainRecalibration
+from agents.ppo.callbacks import PinRollouts, WatchTraining
+from agents.ppo.checkpoint import (
+    Checkpoint,
+    check_same_settings,
+    checkpoints,
+    flat,
+    newest_checkpoint,
+)
+from agents.ppo.config import Config, check_plays, read_config, settings_class
+from agents.ppo.distributed import ALONE, CountAllRanks, Ranks, SlotPPO, recorded
+from agents.ppo.imitation import imitate
+from agents.ppo.stages import EachStageAnew, Stages, WalkStream
+from agents.ppo.tracking import MlflowRun, make_logger, require_mlflow
+from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.views import check_has_views, draw_views
-from sam_gym import cli
 from sam_gym.data import PROCEDURAL
 from sam_gym.data.streams import Stream
+from sam_gym.envs.base_core import DatasetConfig, SlotConfig, SlotCore
+from sam_gym.envs.click import TaskConfig
 from sam_gym.envs.continual import ContinualConfig
-from sam_gym.envs.core import TaskConfig
-from sam_gym.envs.everything_core import EverythingConfig
-from sam_gym.envs.slots import DatasetConfig, SlotConfig, SlotCore
-from sam_gym.files import write_atomic, write_json
-from sam_gym.metrics import with_interval
-from sam_gym.plots import plot_matrix
-from sam_gym.render import save_gif, save_image
+from sam_gym.envs.everything import EverythingConfig
+from sam_gym.metrics.masks import with_interval
+from sam_gym.utils import cli
+from sam_gym.utils.files import write_atomic, write_json
+from sam_gym.utils.plots import plot_matrix
+from sam_gym.utils.render import save_gif, save_image
 from sam_gym.version import __version__
 
 

@@ -7,13 +7,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from agents.clip_surgery import min_max
+from agents.clip.surgery import min_max
 from agents.evaluate import PolicyAgent
-from agents.explicit import TextFeatures
-from agents.vec_env import make_vector_env, over_domains
-from sam_gym.envs.core import ClickCore, TaskConfig
-from sam_gym.envs.slots import SlotConfig
-from sam_gym.render import draw_heat, tile
+from agents.policies.explicit import TextFeatures
+from agents.ppo.vec_env import make_vector_env, over_domains
+from sam_gym.envs.base_core import SlotConfig
+from sam_gym.envs.click import ClickCore, TaskConfig
+from sam_gym.utils.render import draw_heat, tile
 
 _HEIGHT = 224
 

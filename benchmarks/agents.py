@@ -17,10 +17,10 @@ from agents.baselines import BASELINES, Agent
 from agents.evaluate import PolicyAgent, evaluate
 from benchmarks import report
 from benchmarks.options import require_at_least
-from sam_gym.envs.core import ClickConfig
-from sam_gym.files import write_csv, write_json
-from sam_gym.metrics import mean_and_ci95, with_interval
-from sam_gym.plots import save_figure
+from sam_gym.envs.click import ClickConfig
+from sam_gym.metrics.masks import mean_and_ci95, with_interval
+from sam_gym.utils.files import write_csv, write_json
+from sam_gym.utils.plots import save_figure
 from sam_gym.version import __version__
 
 #: What stands beside the agents, and its colour.

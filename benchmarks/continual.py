@@ -12,20 +12,20 @@ import torch
 import tyro
 
 from adaptation.evaluation import score
+from adaptation.features import Bank
 from adaptation.options import ModelOptions, StreamOptions
 from adaptation.results import Run, folder_name
 from adaptation.strategy import STRATEGIES, Options
 from adaptation.trainer import TrainConfig, Trainer, check_tune
-from adaptation.views import Bank
 from benchmarks import report
 from benchmarks.options import require_at_least
-from sam_gym.backbones.adapters import Adapter, Model
-from sam_gym.backbones.tuning import TUNINGS
+from sam_gym.backbones.adapters.adapter import Adapter, Model
+from sam_gym.backbones.adapters.tuning import TUNINGS
 from sam_gym.data.streams import Stream, low_res_ceiling
-from sam_gym.files import write_csv, write_json
-from sam_gym.plots import plot_matrix
-from sam_gym.registry import unknown_name
-from sam_gym.render import draw_episode
+from sam_gym.utils.files import write_csv, write_json
+from sam_gym.utils.plots import plot_matrix
+from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.render import draw_episode
 from sam_gym.version import __version__
 
 #: The methods of the paper's table, in its order, and those that came after it.

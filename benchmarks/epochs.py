@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from adaptation.features import Bank, Draw
 from adaptation.steps import Learner, make_batch
 from adaptation.strategies.naive import Naive
 from adaptation.strategy import Setting
 from adaptation.trainer import falling
-from adaptation.views import Bank, Draw
 from benchmarks import report
 from benchmarks.options import TimedOptions, provenance, require_at_least
 from sam_gym.backbones import Backbone
-from sam_gym.backbones.adapters import raw_features
-from sam_gym.backbones.tuning import TUNINGS, tuned_weights
+from sam_gym.backbones.adapters.adapter import raw_features
+from sam_gym.backbones.adapters.tuning import TUNINGS, tuned_weights
 from sam_gym.data.streams import Domain, Stream, make_stream
-from sam_gym.files import write_csv, write_json
+from sam_gym.utils.files import write_csv, write_json
 
 
 @dataclass

@@ -17,14 +17,14 @@ from pycocotools import mask as rle
 from segment_anything import SamAutomaticMaskGenerator
 
 from benchmarks import report
-from benchmarks.machine import peak_memory_mib
 from benchmarks.options import TimedOptions, provenance, require_at_least
-from benchmarks.reference import check_comparable, plain_sam
+from benchmarks.throughput.machine import peak_memory_mib
+from benchmarks.throughput.reference import check_comparable, plain_sam
 from sam_gym.backbones import Backbone
 from sam_gym.data import make_dataset
-from sam_gym.everything import GeneratorOptions, MaskGenerator, relative_grid
-from sam_gym.files import plain, write_csv, write_json
-from sam_gym.transfer import synchronise
+from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator, relative_grid
+from sam_gym.utils.files import plain, write_csv, write_json
+from sam_gym.utils.transfer import synchronise
 
 #: Two masks of this IoU are one.
 _SAME = 0.99

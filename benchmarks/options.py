@@ -10,7 +10,7 @@ import torch
 
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.loading import BACKBONES, resolve_device, resolve_dtype
-from sam_gym.registry import unknown_name
+from sam_gym.utils.registry import unknown_name
 from sam_gym.version import __version__
 
 

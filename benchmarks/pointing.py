@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.clip import load_clip
-from agents.clip_surgery import ClipSurgery, min_max
-from agents.pointing import PointingResult, pointing_game, redundant_feature, word_maps
+from agents.clip.models import load_clip
+from agents.clip.pointing import PointingResult, pointing_game, redundant_feature, word_maps
+from agents.clip.surgery import ClipSurgery, min_max
 from benchmarks import report
 from benchmarks.options import device_name, require_at_least
 from sam_gym.data import Sample, make_dataset
-from sam_gym.files import write_csv, write_json
-from sam_gym.render import draw_heat, save_image, tile
+from sam_gym.utils.files import write_csv, write_json
+from sam_gym.utils.render import draw_heat, save_image, tile
 from sam_gym.version import __version__
 
 _SHOWN = 12

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
-from sam_gym.files import plain, write_atomic
+from sam_gym.utils.files import plain, write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

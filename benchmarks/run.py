@@ -18,19 +18,19 @@ from typing import Any
 
 import tyro
 
-from sam_gym import cli
-from sam_gym.registry import unknown_name
+from sam_gym.utils import cli
+from sam_gym.utils.registry import unknown_name
 
 #: Benchmark name -> module with a dataclass `Config` and `run(config) -> results`.
 BENCHMARKS = {
     "agents": "benchmarks.agents",
     "continual": "benchmarks.continual",
     "epochs": "benchmarks.epochs",
-    "everything": "benchmarks.everything",
+    "everything": "benchmarks.everything.benchmark",
     "generator": "benchmarks.generator",
-    "interactive": "benchmarks.interactive",
+    "interactive": "benchmarks.interactive.benchmark",
     "pointing": "benchmarks.pointing",
-    "throughput": "benchmarks.throughput",
+    "throughput": "benchmarks.throughput.benchmark",
 }
 
 

@@ -20,8 +20,8 @@ from torch import nn
 
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.loading import BACKBONES, MICRO_WEIGHTS
-from sam_gym.backbones.micro import build_micro
-from sam_gym.masks import Masks, to_counts
+from sam_gym.backbones.micro.model import build_micro
+from sam_gym.mask_generation.masks import Masks, to_counts
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores, and so do the processes that tests start.
@@ -155,7 +155,7 @@ def no_display(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    monkeypatch.setattr("sam_gym.render._warned", False)
+    monkeypatch.setattr("sam_gym.utils.render._warned", False)
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
-"""CODA-Prompt (Smith et al., CVPR 2023): see `sam_gym.backbones.prompt_pools`."""
+"""CODA-Prompt (Smith et al., CVPR 2023): see `sam_gym.backbones.adapters.prompt_pools`."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from adaptation.prompted import Prompted
+from adaptation.strategies.prompted import Prompted
 from adaptation.strategy import STRATEGIES
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from adaptation.features import Views
 from adaptation.strategy import STRATEGIES, Strategy, image_bytes, images_kept
-from adaptation.views import Views
 
 
 @STRATEGIES.register("er")

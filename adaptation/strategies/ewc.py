@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptation.features import Draw
 from adaptation.losses import MaskLoss, mask_loss
 from adaptation.steps import make_batch
 from adaptation.strategy import STRATEGIES, Batch, Strategy
-from adaptation.views import Draw
-from sam_gym.backbones.tuning import bytes_of
+from sam_gym.backbones.adapters.tuning import bytes_of
 
 
 @STRATEGIES.register("ewc")

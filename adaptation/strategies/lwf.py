@@ -10,9 +10,9 @@ from torch import Tensor
 
 from adaptation.losses import MaskLoss, mask_costs
 from adaptation.strategy import STRATEGIES, Batch, Strategy
-from sam_gym.backbones.adapters import embed
+from sam_gym.backbones.adapters.adapter import embed
+from sam_gym.backbones.adapters.tuning import apply_tuned, tuned_weights
 from sam_gym.backbones.decode import decode_tokens
-from sam_gym.backbones.tuning import apply_tuned, tuned_weights
 
 
 @STRATEGIES.register("lwf")

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from adaptation.routed import Routed
+from adaptation.strategies.routed import Routed
 from adaptation.strategy import STRATEGIES, image_bytes, images_kept, seeded
-from sam_gym.backbones.selectors import TokenSelector, block_inputs, keys_of
-from sam_gym.backbones.tuning import encoder_blocks
+from sam_gym.backbones.adapters.selectors import TokenSelector, block_inputs, keys_of
+from sam_gym.backbones.adapters.tuning import encoder_blocks
 
 _LEARNING_RATE, _BATCH = 3e-3, 32
 

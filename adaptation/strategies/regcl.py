@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptation.features import Draw
 from adaptation.steps import make_batch
 from adaptation.strategy import STRATEGIES, Strategy
-from adaptation.views import Draw
-from sam_gym.backbones.adapters import Adapter, Model
-from sam_gym.backbones.tuning import bytes_of, tuned_weights
+from sam_gym.backbones.adapters.adapter import Adapter, Model
+from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
 
 #: Off the diagonal, Gram matrices count by this much (RegMean's shrinkage).
 _SHRINK = 0.9

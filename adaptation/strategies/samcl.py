@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptation.routed import Routed
+from adaptation.strategies.routed import Routed
 from adaptation.strategy import STRATEGIES, seeded
-from sam_gym.backbones.selectors import EmbeddingSelector, pooled_embedding
-from sam_gym.backbones.tuning import bytes_of
+from sam_gym.backbones.adapters.selectors import EmbeddingSelector, pooled_embedding
+from sam_gym.backbones.adapters.tuning import bytes_of
 
 _LEARNING_RATE = 3e-3
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adaptation.features import Gathered
 from adaptation.losses import MaskLoss, whole_object_loss
-from adaptation.nearest import extents, inner_grid_points, nearest_points, vanished
+from adaptation.strategies.nearest import extents, inner_grid_points, nearest_points, vanished
 from adaptation.strategy import STRATEGIES, Batch, Strategy, seeded
-from adaptation.views import Gathered
-from sam_gym.backbones.adapters import Adapter, ClassHead, Model, embed
+from sam_gym.backbones.adapters.adapter import Adapter, ClassHead, Model, embed
+from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
 from sam_gym.backbones.decode import MaskTokens, Prompts
-from sam_gym.backbones.tuning import bytes_of, tuned_weights
-from sam_gym.transfer import to_device
+from sam_gym.utils.transfer import to_device
 
 
 @STRATEGIES.register("saom_v1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from adaptation.strategy import STRATEGIES, Strategy
-from sam_gym.backbones.adapters import Adapter, Model
+from sam_gym.backbones.adapters.adapter import Adapter, Model
 
 
 @STRATEGIES.register("zero_shot")

@@ -15,8 +15,8 @@ from pathlib import Path
 import tyro
 from filelock import FileLock
 
-from sam_gym.home import home
-from sam_gym.registry import unknown_name
+from sam_gym.utils.home import home
+from sam_gym.utils.registry import unknown_name
 
 _CHUNK = 2**20
 _TIMEOUT = 30.0
@@ -205,6 +205,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    from sam_gym import cli
+    from sam_gym.utils import cli
 
     cli.run(lambda: main(tyro.cli(Config)))

@@ -10,8 +10,8 @@ import torch
 from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 from segment_anything.modeling import Sam
 
-from sam_gym.backbones import huggingface
-from sam_gym.backbones.adapters import Adapter
+from sam_gym.backbones import hub as huggingface
+from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.encoders import (
     State,
     build_mobile_sam,
@@ -20,11 +20,11 @@ from sam_gym.backbones.encoders import (
     repvit_sam_state,
 )
 from sam_gym.backbones.hq import build_hq_vit_b, build_hq_vit_h, build_hq_vit_l
-from sam_gym.backbones.micro import build_hq_micro, build_micro
+from sam_gym.backbones.micro.model import build_hq_micro, build_micro
 from sam_gym.backbones.service import DTYPES, Backbone
-from sam_gym.registry import unknown_name
+from sam_gym.utils.registry import unknown_name
 
-_WEIGHTS = Path(__file__).parent / "weights"
+_WEIGHTS = Path(__file__).parent / "micro" / "weights"
 MICRO_WEIGHTS = _WEIGHTS / "micro.safetensors"
 #: Backbone name -> the weights that come with the package.
 BUNDLED = {"micro": MICRO_WEIGHTS, "hq_micro": _WEIGHTS / "hq_micro.safetensors"}

@@ -14,12 +14,12 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_gym.backbones.adapters import Adapter, Model, digest_of
+from sam_gym.backbones.adapters.adapter import Adapter, Model, digest_of
 from sam_gym.backbones.attention import fuse_attention
 from sam_gym.backbones.compiled import FixedShapes, padded_size
 from sam_gym.backbones.decode import NO_POINT, Prompts
 from sam_gym.backbones.memory import keep_freed_memory
-from sam_gym.transfer import to_device
+from sam_gym.utils.transfer import to_device
 
 #: Precisions by name, of models and of embeddings on disk.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

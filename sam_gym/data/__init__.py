@@ -6,17 +6,17 @@ import importlib
 import inspect
 from typing import Any
 
-from sam_gym.data.sample import Dataset, MissingSplit, Sample
-from sam_gym.registry import unknown_name
+from sam_gym.data.base import Dataset, MissingSplit, Sample
+from sam_gym.utils.registry import unknown_name
 
 __all__ = ["DATASETS", "PROCEDURAL", "Dataset", "MissingSplit", "Sample", "make_dataset"]
 
 #: Dataset name -> "module:factory". A factory takes `split` and its own keyword arguments.
 DATASETS: dict[str, str] = {
-    "scenes": "sam_gym.data.scenes:Scenes",
-    "rooms": "sam_gym.data.rooms:Rooms",
-    "rooms-panoramas": "sam_gym.data.panoramas:RoomsPanoramas",
-    "domain": "sam_gym.data.domains:ProceduralDomain",
+    "scenes": "sam_gym.data.synthetic.scenes:Scenes",
+    "rooms": "sam_gym.data.synthetic.rooms.dataset:Rooms",
+    "rooms-panoramas": "sam_gym.data.synthetic.rooms.panoramas:RoomsPanoramas",
+    "domain": "sam_gym.data.synthetic.domains.dataset:ProceduralDomain",
     "coco": "sam_gym.data.coco:Coco",
     "folder": "sam_gym.data.folder:Folder",
     "entities": "sam_gym.data.entities:Entities",

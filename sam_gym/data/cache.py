@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from sam_gym.data.sample import Dataset, Sample, image_digest
+from sam_gym.data.base import Dataset, Sample, image_digest
 
 
 class SampleCache:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import mask as rle
 
-from sam_gym.data.files import OnError, Records, Reject, read_image, resolve
-from sam_gym.data.sample import MissingSplit, Sample, select_categories
-from sam_gym.registry import unknown_name
+from sam_gym.data.base import MissingSplit, Sample, select_categories
+from sam_gym.data.io import OnError, Records, Reject, read_image, resolve
+from sam_gym.utils.registry import unknown_name
 
 
 @dataclass

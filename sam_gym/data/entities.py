@@ -12,10 +12,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from sam_gym.data.files import OnError, Records, Reject, read_image, read_labels, resolve
-from sam_gym.data.sample import Sample
-from sam_gym.files import write_atomic
-from sam_gym.registry import unknown_name
+from sam_gym.data.base import Sample
+from sam_gym.data.io import OnError, Records, Reject, read_image, read_labels, resolve
+from sam_gym.utils.files import write_atomic
+from sam_gym.utils.registry import unknown_name
 
 METADATA = "metadata.json"
 

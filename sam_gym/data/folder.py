@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from sam_gym.data.files import (
+from sam_gym.data.base import Sample
+from sam_gym.data.io import (
     IMAGE_SUFFIXES,
     OnError,
     Records,
@@ -19,8 +20,7 @@ from sam_gym.data.files import (
     read_labels,
     resolve,
 )
-from sam_gym.data.sample import Sample
-from sam_gym.registry import unknown_name
+from sam_gym.utils.registry import unknown_name
 
 BACKGROUND, IGNORE, OBJECT = 0, 128, 255
 

@@ -24,11 +24,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 from sam_gym.data import make_dataset
-from sam_gym.data.domains import DOMAINS, ProceduralDomain
-from sam_gym.data.files import read_labels
+from sam_gym.data.base import Dataset, MissingSplit, Sample
 from sam_gym.data.folder import BACKGROUND, IGNORE, OBJECT, Folder
-from sam_gym.data.sample import Dataset, MissingSplit, Sample
-from sam_gym.registry import Registry, unknown_name
+from sam_gym.data.io import read_labels
+from sam_gym.data.synthetic.domains.dataset import DOMAINS, ProceduralDomain
+from sam_gym.utils.registry import Registry, unknown_name
 
 SPLITS = ("train", "val", "test")
 
@@ -185,7 +185,7 @@ def scenes_domains(
     size: int = 256,
     seed: int = 0,
 ) -> Stream:
-    """The procedural domains (see `sam_gym.data.domains`), offline and seeded.
+    """The procedural domains (see `sam_gym.data.synthetic.domains.dataset`), offline and seeded.
 
     Args:
         domains: which, in this order, as a sequence or as one string with commas (None: all).

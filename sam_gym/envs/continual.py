@@ -10,11 +10,10 @@ from weakref import WeakValueDictionary
 import numpy as np
 from gymnasium import spaces
 
-from sam_gym.data.sample import Dataset, Sample
+from sam_gym.data.base import Dataset, Sample
 from sam_gym.data.streams import Stream, make_stream
-from sam_gym.envs.click import SamSegEnv, SamSegVectorEnv
-from sam_gym.envs.core import EPISODE_ARRAYS, ClickCore, TaskConfig
-from sam_gym.registry import unknown_name
+from sam_gym.envs.click import EPISODE_ARRAYS, ClickCore, SamSegEnv, SamSegVectorEnv, TaskConfig
+from sam_gym.utils.registry import unknown_name
 
 BOUNDARIES = ("announced", "hidden")
 

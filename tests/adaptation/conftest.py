@@ -9,11 +9,11 @@ import pytest
 import torch
 from segment_anything.modeling import Sam
 
+from adaptation.features import Bank
 from adaptation.strategy import Options, Strategy
 from adaptation.trainer import STRATEGIES, TrainConfig, Trainer
-from adaptation.views import Bank
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.backbones.adapters import Model
+from sam_gym.backbones.adapters.adapter import Model
 from sam_gym.backbones.decode import Prompts
 from sam_gym.backbones.loading import BACKBONES
 from sam_gym.data.streams import Stream, make_stream

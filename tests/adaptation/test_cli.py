@@ -10,9 +10,9 @@ import pytest
 
 from adaptation import evaluate, train
 from adaptation.strategy import STRATEGIES
-from sam_gym import cli
 from sam_gym.backbones import load_backbone
-from sam_gym.backbones.tuning import TUNINGS
+from sam_gym.backbones.adapters.tuning import TUNINGS
+from sam_gym.utils import cli
 
 MEASURES = ("last_iou", "avg_iou", "ff_iou", "forward_iou", "last_biou", "avg_biou", "ff_biou")
 

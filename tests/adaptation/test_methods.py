@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import adaptation.strategies  # noqa: F401  (registers the methods)
+from adaptation.features import Bank, Draw
 from adaptation.losses import mask_costs, mask_loss
 from adaptation.steps import Learner, make_batch
 from adaptation.strategy import STRATEGIES, Batch, Options, Setting, Strategy, images_kept
-from adaptation.views import Bank, Draw
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.backbones.adapters import Model, RoutedModel, digest_of, embed
+from sam_gym.backbones.adapters.adapter import Model, RoutedModel, digest_of, embed
+from sam_gym.backbones.adapters.tuning import TUNINGS, trainable, tuned_weights
 from sam_gym.backbones.decode import MaskTokens, decode_tokens
-from sam_gym.backbones.tuning import TUNINGS, trainable, tuned_weights
 from sam_gym.data.streams import Stream
 
 OPTIONS = Options(selector_steps=4, fisher_samples=5, buffer_images=2, buffer_embeddings=3)

@@ -11,15 +11,21 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from adaptation.features import Bank, Draw, gathered
 from adaptation.losses import whole_object_loss
-from adaptation.nearest import extents, inner_grid_points, nearest_points, snapped, vanished
 from adaptation.prompting import points_inside
 from adaptation.steps import Learner, make_batch
+from adaptation.strategies.nearest import (
+    extents,
+    inner_grid_points,
+    nearest_points,
+    snapped,
+    vanished,
+)
 from adaptation.strategy import STRATEGIES, Options, Setting
 from adaptation.trainer import Trainer, find_stream
-from adaptation.views import Bank, Draw, gathered
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.backbones.adapters import Adapter, ClassHead, Model
+from sam_gym.backbones.adapters.adapter import Adapter, ClassHead, Model
 from sam_gym.backbones.decode import MaskTokens, Prompts
 from sam_gym.data.streams import Domain, Stream, dataset_stream
 

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 
 from adaptation import trainer as loop
 from adaptation.evaluation import narrow_share, score
+from adaptation.features import Bank
 from adaptation.train import main
 from adaptation.trainer import Run, TrainConfig, Trainer, check_tune, falling, find_stream
-from adaptation.views import Bank
-from sam_gym import continual_metrics
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.backbones.adapters import Adapter, Model
-from sam_gym.backbones.tuning import TUNINGS, tuned_weights
+from sam_gym.backbones.adapters.adapter import Adapter, Model
+from sam_gym.backbones.adapters.tuning import TUNINGS, tuned_weights
 from sam_gym.data.streams import Domain, Stream, make_stream
-from sam_gym.metrics import boundary_iou, iou
+from sam_gym.metrics import continual as continual_metrics
+from sam_gym.metrics.masks import boundary_iou, iou
 
 HERE = Path(__file__).parent
 MakeTrainer = Callable[..., Trainer]

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from adaptation.train import main
-from sam_gym import cli
 from sam_gym.backbones.loading import BACKBONES
+from sam_gym.utils import cli
 
 
 def register_tiny() -> None:

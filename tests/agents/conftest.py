@@ -13,7 +13,7 @@ import torch
 from stable_baselines3.common.save_util import load_from_zip_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.train_clip_micro import ClipTrainer, Config
+from agents.clip.train import ClipTrainer, Config
 
 HERE = Path(__file__).parent
 

@@ -14,16 +14,16 @@ from pycocotools.cocoeval import COCOeval
 from stable_baselines3 import PPO
 
 from agents import annotate as module
-from agents import annotate_everything
 from agents.annotate import Annotator, Config, Job, annotate, main
+from agents.annotation import everything as annotate_everything
 from agents.evaluate import PolicyAgent
-from agents.policies import ImplicitPolicy
-from agents.vec_env import VectorEnvAdaptor, make_vector_env
+from agents.policies.base import ImplicitPolicy
+from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.backbones import Backbone
-from sam_gym.backbones.adapters import ClassHead, Model
+from sam_gym.backbones.adapters.adapter import ClassHead, Model
 from sam_gym.data import make_dataset
 from sam_gym.envs.click import make_config
-from sam_gym.everything import GeneratorOptions, MaskGenerator
+from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 
 SCENES = 3
 

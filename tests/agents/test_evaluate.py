@@ -19,10 +19,10 @@ from stable_baselines3 import PPO
 
 from agents.baselines import BASELINES
 from agents.evaluate import Evaluation, PolicyAgent, evaluate, load_agent, main
-from agents.policies import ImplicitPolicy
-from agents.saved import SHIPPED
-from agents.vec_env import VectorEnvAdaptor, make_vector_env
-from sam_gym.envs.core import ClickConfig
+from agents.policies.base import ImplicitPolicy
+from agents.policies.saved import SHIPPED
+from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
+from sam_gym.envs.click import ClickConfig
 
 
 def settings_of(env: dict[str, Any], **more: Any) -> ClickConfig:

@@ -12,15 +12,15 @@ import torch
 from torch.nn import functional as F
 
 from agents import evaluate as evaluate_command
-from agents.config import Config, read_config
 from agents.evaluate import PolicyAgent, baselines_of, evaluate, load_agent
 from agents.everything import BASELINES, EverythingPolicy, PixelShuffleHead
-from agents.policies import NEVER
+from agents.policies.base import NEVER
+from agents.ppo.callbacks import PinRollouts
+from agents.ppo.config import Config, read_config
+from agents.ppo.vec_env import make_vector_env
 from agents.train_ppo import main, train
-from agents.training import PinRollouts
-from agents.vec_env import make_vector_env
-from sam_gym.envs.core import ClickConfig
-from sam_gym.envs.everything_core import EverythingConfig, EverythingCore
+from sam_gym.envs.click import ClickConfig
+from sam_gym.envs.everything import EverythingConfig, EverythingCore
 
 ENV = "SamEverything-v0"
 #: A task of four points, of which SAM keeps whatever it finds.

@@ -11,8 +11,8 @@ from stable_baselines3 import PPO
 
 from agents.evaluate import PolicyAgent
 from agents.export import Config, ExportablePolicy, export
-from agents.policies import POLICIES
-from agents.vec_env import VectorEnvAdaptor, make_vector_env
+from agents.policies.base import POLICIES
+from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.envs.click import make_config
 
 pytest.importorskip("onnxruntime", reason="the export extra is not installed")
@@ -27,7 +27,7 @@ def test_both_forms_agree_for_any_number_of_images(
 ) -> None:
     import onnxruntime
 
-    import agents.explicit  # noqa: F401
+    import agents.policies.explicit  # noqa: F401
 
     settings = make_config(tiny_env | {"stop": True})
     vector, core = make_vector_env("SamSeg-v0", 3, settings)

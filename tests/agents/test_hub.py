@@ -24,9 +24,9 @@ from huggingface_hub import ModelCard, constants, file_download
 from agents import train_ppo
 from agents.evaluate import PolicyAgent, evaluate
 from agents.hub import RUN_FILES, Pull, Push, Run, main, model_card, pull, push
-from sam_gym import cli
 from sam_gym.backbones.loading import BACKBONES
-from sam_gym.envs.core import ClickConfig
+from sam_gym.envs.click import ClickConfig
+from sam_gym.utils import cli
 
 TOKEN = "hf_secret"
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from agents.evaluate import PolicyAgent
-from agents.explicit import ExplicitPolicy
-from agents.policies import ImplicitPolicy
-from agents.vec_env import VectorEnvAdaptor, make_vector_env
+from agents.policies.base import ImplicitPolicy
+from agents.policies.explicit import ExplicitPolicy
+from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.views import draw_views
 from sam_gym.envs.click import make_config
 

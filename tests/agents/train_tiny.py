@@ -14,10 +14,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from agents.ppo.callbacks import PinRollouts
 from agents.train_ppo import main
-from agents.training import PinRollouts
-from sam_gym import cli
 from sam_gym.backbones.loading import BACKBONES
+from sam_gym.utils import cli
 
 
 def die() -> None:

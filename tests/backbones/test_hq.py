@@ -10,9 +10,9 @@ import torch
 from segment_anything.modeling import PromptEncoder, TwoWayTransformer
 
 from sam_gym.backbones import BACKBONES, Backbone, Prompts, load_backbone
+from sam_gym.backbones.embeddings.store import EmbeddingStore
 from sam_gym.backbones.encoders import assemble
 from sam_gym.backbones.hq import HqImageEncoder, HqMaskDecoder
-from sam_gym.backbones.store import EmbeddingStore
 
 with warnings.catch_warnings():
     # The package enters models into timm's registry under names that are taken.

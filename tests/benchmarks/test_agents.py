@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents import config, train_ppo
+from agents import train_ppo
+from agents.ppo import config
 from benchmarks.agents import Config, Row, gaps_closed, read_run
 from benchmarks.run import main
-from sam_gym.envs.core import ClickConfig
+from sam_gym.envs.click import ClickConfig
 
 
 @pytest.fixture

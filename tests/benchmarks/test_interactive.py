@@ -10,14 +10,14 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks import interactive
-from benchmarks.grabcut import GrabCut
-from benchmarks.interactive import curve_numbers
+from benchmarks.interactive import benchmark as interactive
+from benchmarks.interactive.benchmark import curve_numbers
+from benchmarks.interactive.grabcut import GrabCut
 from benchmarks.run import main
 from sam_gym.backbones import Backbone
-from sam_gym.interactive import Session, Target
-from sam_gym.metrics import iou
-from sam_gym.prompts import Click, error_click
+from sam_gym.metrics.masks import iou
+from sam_gym.simulation.clicks import Click, error_click
+from sam_gym.simulation.interactive import Session, Target
 
 NUMBERS = {"miou_at_k", "noc85", "noc90", "nof90", "n", "ms_per_click"}
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import report
-from sam_gym.files import write_atomic, write_csv, write_json
-from sam_gym.plots import save_figure
+from sam_gym.utils.files import write_atomic, write_csv, write_json
+from sam_gym.utils.plots import save_figure
 
 
 def test_numpy_becomes_plain(tmp_path: Path) -> None:

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import throughput
-from benchmarks.machine import decoder_speed
-from benchmarks.reference import plain_sam
 from benchmarks.run import main
-from benchmarks.throughput import (
+from benchmarks.throughput import benchmark as throughput
+from benchmarks.throughput.benchmark import (
     PHASES,
     REST,
     Chunk,
@@ -30,6 +28,8 @@ from benchmarks.throughput import (
     play_reference,
     play_vector,
 )
+from benchmarks.throughput.machine import decoder_speed
+from benchmarks.throughput.reference import plain_sam
 from sam_gym.backbones import loading, service
 from sam_gym.backbones.compiled import FixedShapes
 

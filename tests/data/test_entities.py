@@ -12,7 +12,7 @@ import pytest
 
 from sam_gym.data import Dataset, Sample, make_dataset
 from sam_gym.data.entities import Entities, write_entities
-from sam_gym.data.rooms import Rooms
+from sam_gym.data.synthetic.rooms.dataset import Rooms
 
 CATEGORIES = ("chair", "table", "lamp")
 HEIGHT, WIDTH = 30, 50

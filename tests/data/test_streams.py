@@ -12,8 +12,8 @@ import torch
 
 from sam_gym.backbones import Backbone
 from sam_gym.data import Dataset
-from sam_gym.data.domains import DOMAINS
 from sam_gym.data.streams import STREAMS, THIN_BELOW, low_res_ceiling, make_stream
+from sam_gym.data.synthetic.domains.dataset import DOMAINS
 
 HEIGHT, WIDTH = 80, 100
 TINY = {"domains": "cells,night,sonar", "train_images": 3, "val_images": 2, "test_images": 2}

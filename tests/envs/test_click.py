@@ -19,11 +19,10 @@ from segment_anything.utils.transforms import ResizeLongestSide
 
 import sam_gym  # noqa: F401 (registers the environments)
 from sam_gym.backbones import Backbone
-from sam_gym.backbones.store import MAX_HANDLES
+from sam_gym.backbones.embeddings.store import MAX_HANDLES
 from sam_gym.data import make_dataset
-from sam_gym.envs.click import SamSegEnv, SamSegVectorEnv
-from sam_gym.envs.core import ClickConfig
-from sam_gym.rewards import REWARDS
+from sam_gym.envs.click import ClickConfig, SamSegEnv, SamSegVectorEnv
+from sam_gym.envs.rewards import REWARDS
 
 Make = Callable[..., SamSegEnv]
 

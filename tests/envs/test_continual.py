@@ -11,8 +11,8 @@ import torch
 
 import sam_gym  # noqa: F401 (registers the environments)
 from sam_gym.data.streams import Domain, Stream
+from sam_gym.envs.click import EPISODE_ARRAYS
 from sam_gym.envs.continual import ContinualConfig, StreamDataset
-from sam_gym.envs.core import EPISODE_ARRAYS
 
 Make = Callable[..., Any]
 

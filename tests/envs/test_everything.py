@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-import sam_gym.envs.everything_core as everything
+import sam_gym.envs.everything as everything
 from sam_gym.data import Sample
-from sam_gym.envs.everything_core import (
+from sam_gym.envs.everything import (
     EPISODE_ARRAYS,
     EverythingConfig,
     EverythingCore,
 )
-from sam_gym.everything_metrics import matched_ious
+from sam_gym.metrics.panoptic import matched_ious
 
 #: Arrays of a core with a row per slot that `set_state` makes anew out of the drawn objects, and
 #: the kept masks, of which only those that there are are kept.

@@ -18,8 +18,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
 from sam_gym import ENVIRONMENTS
-from sam_gym.envs.core import ClickCore
-from sam_gym.envs.everything_core import MAPS, EverythingCore
+from sam_gym.envs.click import ClickCore
+from sam_gym.envs.everything import MAPS, EverythingCore
 
 Make = Callable[..., Any]
 

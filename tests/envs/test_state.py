@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import sam_gym  # noqa: F401 (registers the environments)
-from sam_gym.envs.click import SamSegVectorEnv
-from sam_gym.envs.core import EPISODE_ARRAYS
+from sam_gym.envs.click import EPISODE_ARRAYS, SamSegVectorEnv
 
 #: Arrays of a core with a row per slot that `set_state` makes anew out of the drawn targets, and
 #: the mask logits, of which only those of the clicks so far are kept.

@@ -1,0 +1,142 @@
+"""Which point of a grid stands for an object: SAOM's nearest neighbour, or any inside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adaptation.prompting import points_inside
+from sam_gym.utils.transfer import to_device
+
+#: Points that are drawn to find one that stays inside of its object on the grid.
+_DRAWS = 16
+
+
+def cell_shares(targets: Tensor, cells: tuple[int, int]) -> Tensor:
+    """Share of each cell of the embedding that an object fills: float32 (P, h * w).
+
+    Args:
+        targets: float32 (P, hm, wm), shares of low-res pixels.
+        cells: (h, w) of the embedding.
+    """
+    return F.adaptive_avg_pool2d(targets[:, None], cells).flatten(1)
+
+
+def vanished(targets: Tensor, cells: tuple[int, int]) -> Tensor:
+    """Which objects fill half of no cell of the embedding: bool (P,); see `cell_shares`."""
+    return cell_shares(targets, cells).amax(dim=1) < 0.5
+
+
+def nearest_points(
+    embeddings: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    valid: Tensor,
+    grid: tuple[int, int],
+    image_size: int,
+) -> Tensor:
+    """The grid point whose cell of the embedding is most like each object: float32 (P, 2).
+
+    An object is described by half the mean and half the maximum of the normalised embedding inside
+    of its mask; the cell of the greatest cosine similarity wins, and the grid point nearest to its
+    centre is the prompt (SAOM, arXiv 2403.10780). Cells, points and masks are in one frame. What
+    has `vanished` is described by the cell that it fills most, not left out.
+
+    Args:
+        embeddings: (B, C, h, w).
+        rows: int64 (P,), the image of each object.
+        targets: float32 (P, hm, wm), shares of low-res pixels.
+        valid: float32 (P, hm, wm), low-res pixels of the image; the grid covers their box.
+        grid: columns and rows.
+        image_size: side of the frame.
+    """
+    height, width = embeddings.shape[-2:]
+    cells = F.normalize(embeddings, dim=1).flatten(2)[rows]
+    share = cell_shares(targets, (height, width))[:, None]
+    most = share.amax(dim=2, keepdim=True)
+    inside = share >= most.clamp(max=0.5)
+    mean = (cells * inside).sum(dim=2) / inside.sum(dim=2)
+    highest = cells.masked_fill(~inside, -torch.inf).amax(dim=2)
+    query = F.normalize(0.5 * mean + 0.5 * highest, dim=1)
+    shown = F.adaptive_max_pool2d(valid[:, None], (height, width)).flatten(1) > 0
+    alike = torch.einsum("pc,pcn->pn", query, cells).masked_fill(~shown, -torch.inf)
+    best = alike.argmax(dim=1)
+    side = image_size / width
+    centres = torch.stack([best % width, best // width], dim=1).float()
+    return snapped((centres + 0.5) * side - 0.5, extents(valid, image_size), grid)
+
+
+def inner_grid_points(
+    rngs: Sequence[np.random.Generator],
+    regions: Tensor,
+    boxes: Tensor,
+    grid: tuple[int, int],
+    image_size: int,
+) -> tuple[Tensor, Tensor]:
+    """A point of a grid inside of each region, as far as there is one.
+
+    Points are drawn anywhere inside and moved to the grid; the first that lies in the region then
+    is taken, or else, mostly since the region is thinner than the grid, the one that is nearest to
+    it by its share.
+
+    Args:
+        rngs: a generator for each region.
+        regions: float32 (P, hm, wm), shares of low-res pixels.
+        boxes: of `extents`; the grids cover them.
+        grid: columns and rows.
+        image_size: side of the frame.
+
+    Returns:
+        The points, float32 (P, 2), and the share of the region where they are, float32 (P,): at
+        least one half inside.
+    """
+    drawn = [
+        points_inside(rng, region, _DRAWS, image_size)
+        for rng, region in zip(rngs, regions.cpu().numpy(), strict=True)
+    ]
+    points = to_device(np.array(drawn, np.float32), regions.device)
+    points = snapped(points, boxes[:, None], grid)
+    places = (points + 0.5) / (image_size / 2) - 1
+    shares = F.grid_sample(
+        regions[:, None], places[:, None], padding_mode="border", align_corners=False
+    )[:, 0, 0]
+    best = shares.clamp(max=0.5).argmax(dim=1)
+    rows = torch.arange(len(points), device=points.device)
+    return points[rows, best], shares[rows, best]
+
+
+def extents(valid: Tensor, image_size: int) -> Tensor:
+    """Boxes of what counts of P frames: float32 (P, 2, 2), first and last (x, y) in pixels.
+
+    Args:
+        valid: float32 (P, hm, wm).
+        image_size: side of the frame.
+    """
+    side = image_size / valid.shape[-1]
+    boxes = []
+    for axis in (1, 2):  # over rows: where columns begin and end
+        line = (valid.amax(dim=axis) > 0).int()
+        first = line.argmax(dim=1)
+        last = line.shape[1] - line.flip(1).argmax(dim=1)
+        boxes.append(torch.stack([first, last], dim=1).float() * side - 0.5)
+    return torch.stack(boxes, dim=2)
+
+
+def snapped(points: Tensor, boxes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The nearest points of grids that cover boxes: float32 (..., 2).
+
+    Args:
+        points: float32 (..., 2).
+        boxes: float32 (..., 2, 2), as of `extents`.
+        grid: columns and rows; its points are the centres of its cells.
+    """
+    counts = torch.tensor(grid, dtype=torch.float32, device=points.device)
+    first, last = boxes.unbind(dim=-2)
+    spacing = (last - first) / counts
+    number = ((points - first) / spacing).floor()
+    number = torch.minimum(number.clamp(min=0), counts - 1)
+    return first + (number + 0.5) * spacing

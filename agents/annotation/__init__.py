@@ -1,0 +1,1 @@
+"""Annotate folders of images."""

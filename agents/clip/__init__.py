@@ -1,0 +1,1 @@
+"""CLIP models, CLIP Surgery, and the training of `clip_micro`."""

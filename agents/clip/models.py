@@ -1,0 +1,232 @@
+"""Which CLIPs there are: any of open_clip's, and `clip_micro`, which comes with the package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam_gym.backbones.loading import resolve_device
+from sam_gym.utils.registry import unknown_name
+
+CLIP_MICRO = Path(__file__).parents[1] / "weights" / "clip_micro"
+#: Sentences that a name is put into before it is embedded, for a model with a small vocabulary.
+MICRO_TEMPLATES = (
+    "a {}.",
+    "the {}.",
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a picture of a {}.",
+    "there is a {} in the scene.",
+    "there is the {} in the scene.",
+    "this is a {} in the scene.",
+)
+#: What CLIP Surgery adds to open_clip's templates for ImageNet.
+_SCENE_TEMPLATES = (
+    "there is a {} in the scene.",
+    "there is the {} in the scene.",
+    "this is a {} in the scene.",
+    "this is the {} in the scene.",
+    "this is one {} in the scene.",
+)
+
+Tokenizer = Callable[[Sequence[str]], Tensor]
+
+
+class WordTokenizer:
+    """One token per word, for a text tower that knows few.
+
+    Args:
+        words: the vocabulary, lower case.
+        context_length: tokens of every text, with its beginning, end and padding.
+    """
+
+    PAD, UNKNOWN = 0, 1
+
+    def __init__(self, words: Sequence[str], context_length: int) -> None:
+        self.words, self.context_length = tuple(words), context_length
+        self._index = {word: 2 + k for k, word in enumerate(words)}
+        # open_clip pools where the id is largest: the end of the text.
+        self.start, self.end = 2 + len(words), 3 + len(words)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.end + 1
+
+    def unknown(self, text: str) -> list[str]:
+        """The words of a text that are not in the vocabulary."""
+        return [word for word in words_of(text) if word not in self._index]
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Token ids, int64 (N, context_length); longer texts are cut."""
+        ids = torch.full((len(texts), self.context_length), self.PAD)
+        for row, text in zip(ids, texts, strict=True):
+            found = [self._index.get(word, self.UNKNOWN) for word in words_of(text)]
+            found = [self.start, *found[: self.context_length - 2], self.end]
+            row[: len(found)] = torch.tensor(found)
+        return ids
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, lower case."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A frozen CLIP with all that belongs to it.
+
+    Attributes:
+        name: as it was asked for.
+        model: of open_clip, in evaluation mode, without gradients.
+        tokenizer: texts -> int64 (N, context length).
+        templates: sentences that a name is put into before it is embedded.
+        image_size: height and width of its input, in pixels.
+        mean, std: of its input, float32 (3, 1, 1).
+        surgical_blocks: how many of its last blocks CLIP Surgery works on by default.
+        surgical_size: height and width of the input of CLIP Surgery, in pixels: a finer grid of
+            patches than the model was trained with can find things better.
+        redundant_weight: how much of the redundant feature CLIP Surgery takes off the texts.
+        device: where it is.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Tokenizer
+    templates: tuple[str, ...]
+    image_size: int
+    mean: Tensor
+    std: Tensor
+    surgical_blocks: int
+    surgical_size: int
+    device: torch.device
+    redundant_weight: float = 1.0
+
+    @cached_property
+    def identity(self) -> str:
+        """Hex digest of all weights."""
+        digest = hashlib.sha256(self.name.encode())
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
+
+    def check_known(self, names: Sequence[str]) -> None:
+        """Raise `ValueError` for a name of which the model's vocabulary has no word."""
+        if isinstance(self.tokenizer, WordTokenizer):
+            for name in names:
+                if self.tokenizer.unknown(name) or (name and not words_of(name)):
+                    raise ValueError(
+                        f"{self.name} has no word for {name!r}. It knows: "
+                        f"{', '.join(self.tokenizer.words)}. Take a CLIP with a full vocabulary, "
+                        "for example clip='ViT-B-16' with clip_pretrained='openai'; or, to try out "
+                        "a training with maps that mean nothing, pass --allow-unknown-words."
+                    )
+
+    def to_input(self, images: Tensor, side: int | None = None) -> Tensor:
+        """Pixels (B, 3, H, W) in 0..255 as the model takes them, squashed: (B, 3, S, S).
+
+        Args:
+            images: the pixels.
+            side: S, if it is not the model's own.
+        """
+        side = side or self.image_size
+        size = (side, side)
+        if images.shape[-2:] != size:
+            shrink = max(images.shape[-2:]) > side
+            images = nn.functional.interpolate(
+                images, size, mode="bicubic", align_corners=False, antialias=shrink
+            ).clamp(0, 255)
+        return (images / 255.0 - self.mean) / self.std
+
+
+_loaded: dict[tuple[str, str | None, str], Clip] = {}
+
+
+def load_clip(
+    name: str = "clip_micro", pretrained: str | None = None, device: str = "auto"
+) -> Clip:
+    """The shared CLIP of a name; the same arguments give the same object in a process.
+
+    Args:
+        name: "clip_micro", or a model of open_clip, for example "ViT-B-16".
+        pretrained: a tag that open_clip knows, for example "openai" (downloaded when first asked
+            for), or a local file. `clip_micro` brings its own weights.
+        device: "auto" (CUDA, then MPS, then CPU), or a torch device.
+
+    Raises:
+        ValueError: an unknown name, or no weights for it.
+        FileNotFoundError: the package was installed without the weights of `clip_micro`.
+        OSError: the weights could not be downloaded or do not fit.
+    """
+    target = resolve_device(device)
+    key = (name, pretrained, str(target))
+    if key not in _loaded:
+        make = _load_micro if name == "clip_micro" else _load_open_clip
+        _loaded[key] = make(name, pretrained, target)
+    return _loaded[key]
+
+
+def _load_micro(name: str, pretrained: str | None, device: torch.device) -> Clip:
+    folder = CLIP_MICRO if pretrained is None else Path(pretrained)
+    return read_clip_micro(folder, device)
+
+
+def read_clip_micro(folder: Path, device: torch.device) -> Clip:
+    """A CLIP as `train_clip_micro` writes it: open_clip's configuration and weights, and words."""
+    import open_clip
+
+    if not (folder / "open_clip_model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder}: no open_clip_model.safetensors in this folder.")
+    details = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer = WordTokenizer(details["words"], details["context_length"])
+    model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True, device=device)
+    clip = _clip(
+        "clip_micro", model, tokenizer, MICRO_TEMPLATES, details["surgical_blocks"], device
+    )
+    weight = details.get("redundant_weight", 1.0)
+    return replace(clip, surgical_size=details["surgical_size"], redundant_weight=weight)
+
+
+def _load_open_clip(name: str, pretrained: str | None, device: torch.device) -> Clip:
+    import open_clip
+
+    if name not in open_clip.list_models():
+        raise unknown_name("CLIP", name, ["clip_micro", *open_clip.list_models()])
+    if pretrained is None:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise ValueError(f"{name} needs clip_pretrained: a file, or one of {', '.join(tags)}.")
+    try:
+        model = open_clip.create_model(name, pretrained, device=device, require_pretrained=True)
+    except RuntimeError as error:
+        raise OSError(f"{name}: the weights {pretrained!r} could not be had. {error}") from error
+    templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    tokenizer = open_clip.get_tokenizer(name)
+    return _clip(name, model, tokenizer, (*templates, *_SCENE_TEMPLATES), 6, device)
+
+
+def _clip(
+    name: str,
+    model: Any,
+    tokenizer: Tokenizer,
+    templates: tuple[str, ...],
+    surgical_blocks: int,
+    device: torch.device,
+) -> Clip:
+    model.eval().requires_grad_(False)
+    visual = model.visual
+    size = visual.image_size
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=device).reshape(3, 1, 1)
+        for values in (visual.preprocess_cfg["mean"], visual.preprocess_cfg["std"])
+    )
+    side = size if isinstance(size, int) else size[0]
+    return Clip(name, model, tokenizer, templates, side, mean, std, surgical_blocks, side, device)

@@ -1,0 +1,1 @@
+"""PPO: algorithm, processes, checkpoints, callbacks, tracking, configuration."""

@@ -1,0 +1,156 @@
+"""What a training run watches: progress, periodic evaluation, pictures."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from stable_baselines3.common.callbacks import BaseCallback
+
+from agents.ppo.distributed import ALONE, Ranks
+from agents.ppo.tracking import PictureFile
+from sam_gym.backbones.embeddings.store import EmbeddingStore
+
+
+class PinRollouts(BaseCallback):
+    """Keeps every embedding that a rollout refers to until the update after it has ended."""
+
+    def __init__(self, store: EmbeddingStore) -> None:
+        super().__init__()
+        self.store = store
+
+    def _on_rollout_start(self) -> None:
+        self.store.pin_new_epoch()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self.store.end_epoch()
+
+
+class WatchTraining(BaseCallback):
+    """Progress bar, mean IoU of finished episodes, periodic evaluation and pictures.
+
+    None of the functions that it is given may touch the random numbers of the training.
+
+    Args:
+        total_timesteps: length of the run, for the bar.
+        evaluate_every: environment steps between evaluations.
+        evaluate: called without arguments, returns the mean IoU on validation data.
+        ranks: the processes of the run; the first one evaluates, draws and shows the bar.
+        draw: called with the environment steps so far after each evaluation, returns a picture.
+        film_every: finished training episodes between films; 0 for none.
+        film: called with the environment steps so far, returns an animation.
+    """
+
+    def __init__(
+        self,
+        total_timesteps: int,
+        evaluate_every: int,
+        evaluate: Callable[[], float],
+        ranks: Ranks = ALONE,
+        draw: Callable[[int], Path] | None = None,
+        film_every: int = 0,
+        film: Callable[[int], Path] | None = None,
+    ) -> None:
+        super().__init__()
+        self.draw, self.film_every, self.film = draw, film_every, film
+        self.total_timesteps, self.evaluate_every = total_timesteps, evaluate_every
+        self.evaluate, self.ranks = evaluate, ranks
+        self._finished: list[tuple[int, int, float]] = []
+        self._episodes = self._episodes_before = 0
+        self.recent: deque[float] = deque(maxlen=512)
+        #: (environment steps, mean IoU of recent training episodes).
+        self.train_curve: list[tuple[int, float]] = []
+        #: (environment steps, mean IoU on validation episodes).
+        self.eval_curve: list[tuple[int, float]] = []
+        self._due = evaluate_every
+        #: When the run would have begun, had it never stopped, on the clock of `time.monotonic`.
+        self.started = time.monotonic()
+        self.bar = Progress(
+            TextColumn("{task.completed}/{task.total} steps"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            disable=not ranks.is_first,
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        """The course of the run so far, for `set_state`."""
+        return {
+            "recent": list(self.recent),
+            "train_curve": self.train_curve,
+            "eval_curve": self.eval_curve,
+            "due": self._due,
+            "episodes": (self._episodes, self._episodes_before),
+            "seconds": time.monotonic() - self.started,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from `get_state`."""
+        self.recent.extend(state["recent"])
+        self.train_curve[:], self.eval_curve[:] = state["train_curve"], state["eval_curve"]
+        self._due = state["due"]
+        self._episodes, self._episodes_before = state["episodes"]
+        self.started = time.monotonic() - state["seconds"]
+
+    def _on_training_start(self) -> None:
+        self._task = self.bar.add_task("", total=self.total_timesteps, numbers="")
+
+    def _on_step(self) -> bool:
+        dones, infos = self.locals["dones"], self.locals["infos"]
+        first = self.ranks.rank * len(dones)
+        self._finished += [
+            (self.num_timesteps, first + i, info["iou"])
+            for i, (done, info) in enumerate(zip(dones, infos, strict=True))
+            if done
+        ]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        finished = self.ranks.merge(self._finished)
+        self._finished = []
+        self.recent.extend(finished)
+        self._episodes += len(finished)
+        if self.recent:
+            mean = float(np.mean(self.recent))
+            self.train_curve.append((self.num_timesteps, mean))
+            self.logger.record("rollout/iou", mean)
+        self._show()
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps >= self._due:
+            self._due = (self.num_timesteps // self.evaluate_every + 1) * self.evaluate_every
+            if self.ranks.is_first:
+                self.evaluate_now()
+        if self.film is not None and self.film_every > 0 and self.ranks.is_first:
+            if self._episodes // self.film_every > self._episodes_before // self.film_every:
+                path = self.film(self.num_timesteps)
+                self.logger.record("eval/video", PictureFile(path))
+        self._episodes_before = self._episodes
+
+    def evaluate_now(self) -> None:
+        """Evaluate the policy as it is and note the result."""
+        value = self.evaluate()
+        self.eval_curve.append((self.num_timesteps, value))
+        self.logger.record("eval/iou", value)
+        if self.draw is not None:
+            path = self.draw(self.num_timesteps)
+            self.logger.record("eval/views", PictureFile(path))
+
+    def _show(self) -> None:
+        parts = []
+        if self.train_curve:
+            parts.append(f"IoU train {self.train_curve[-1][1]:.3f}")
+        if self.eval_curve:
+            parts.append(f"held-out {self.eval_curve[-1][1]:.3f}")
+        self.bar.update(self._task, completed=self.num_timesteps, numbers="  ".join(parts))
+
+    def _on_training_end(self) -> None:
+        self._show()

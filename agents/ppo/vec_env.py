@@ -1,0 +1,140 @@
+"""Gymnasium's vector environments as stable-baselines3 wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any, cast
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs
+
+from sam_gym.envs.base_core import SlotConfig, SlotCore
+from sam_gym.envs.continual import ContinualCore
+
+
+def make_vector_env(
+    env_id: str, num_envs: int, settings: SlotConfig, **options: Any
+) -> tuple[VectorEnv, SlotCore[Any, Any]]:
+    """A vector environment with handle observations, and its core.
+
+    Args:
+        env_id: a registered environment.
+        num_envs: how many.
+        settings: of the environment; observations are handles whatever they say.
+        **options: more arguments of the vector environment; it resets in the same step unless
+            `autoreset_mode` says otherwise.
+    """
+    arguments = asdict(replace(settings, obs="handle")) | {"autoreset_mode": "SameStep"} | options
+    env = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **arguments)
+    return env, cast(Any, env.unwrapped).core
+
+
+def over_domains(core: SlotCore[Any, Any]) -> dict[str, Any]:
+    """Options of a reset that share the slots out over the domains of a stream, if there is one."""
+    if not isinstance(core, ContinualCore):
+        return {}
+    return {"task": np.arange(core.num_slots) % len(core.stream)}
+
+
+class VectorEnvAdaptor(VecEnv):
+    """An SB3 `VecEnv` over a `gymnasium.vector.VectorEnv` that resets in the same step.
+
+    When an episode ends, `infos[i]` holds the final information, `terminal_observation` and
+    `TimeLimit.truncated`, and the returned observation is the first of the next episode.
+
+    Args:
+        env: a vector environment with autoreset mode SAME_STEP.
+
+    Raises:
+        ValueError: the environment resets in another way.
+    """
+
+    def __init__(self, env: VectorEnv) -> None:
+        mode = env.metadata.get("autoreset_mode")
+        if mode != AutoresetMode.SAME_STEP:
+            raise ValueError(
+                f"stable-baselines3 needs autoreset mode SameStep, got {mode}. Make the "
+                'environment with autoreset_mode="SameStep".'
+            )
+        self.env = env
+        self.render_mode = env.render_mode
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        self._next_seed: int | None = None
+        self._actions: np.ndarray = np.empty(0)
+
+    def reset(self) -> VecEnvObs:
+        observations, infos = self.env.reset(seed=self._next_seed)
+        self._next_seed = None
+        self.reset_infos = _split(infos, self.num_envs)
+        return observations
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """Seed the next reset; environment `i` gets `seed + i`."""
+        self._next_seed = seed
+        return [None if seed is None else seed + i for i in range(self.num_envs)]
+
+    def get_state(self) -> list[dict[str, Any]]:
+        """The state of each environment, for `set_state`."""
+        return cast(Any, self.env.unwrapped).get_state()
+
+    def set_state(self, state: list[dict[str, Any]]) -> VecEnvObs:
+        """Go on from `get_state`; returns the observations of that moment, with other handles."""
+        self._next_seed = None
+        return cast(Any, self.env.unwrapped).set_state(state)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> tuple[VecEnvObs, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        observations, rewards, terminated, truncated, infos = self.env.step(self._actions)
+        final_obs, final_info = infos.pop("final_obs", None), infos.pop("final_info", None)
+        rows = _split(infos, self.num_envs)
+        done = terminated | truncated
+        if final_obs is not None and final_info is not None:
+            final_rows = _split(final_info, self.num_envs)
+            for i in np.flatnonzero(done):
+                rows[i] = final_rows[i]
+                rows[i]["terminal_observation"] = final_obs[i]
+                rows[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
+        return observations, rewards.astype(np.float32), done, rows
+
+    def close(self) -> None:
+        self.env.close()
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        frames = self.env.render()
+        return [None] * self.num_envs if frames is None else list(cast(Any, frames))
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        if indices is not None:
+            raise NotImplementedError(
+                "The environments of a batched core share their attributes: pass indices=None."
+            )
+        setattr(self.env, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any
+    ) -> list[Any]:
+        result = getattr(self.env, method_name)(*args, **kwargs)
+        return [result for _ in self._get_indices(indices)]
+
+    def env_is_wrapped(
+        self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None
+    ) -> list[bool]:
+        return [False for _ in self._get_indices(indices)]
+
+
+def _split(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Vector infos as a dict per environment."""
+    rows: list[dict[str, Any]] = [{} for _ in range(count)]
+    for key, values in infos.items():
+        if not key.startswith("_"):
+            for i in np.flatnonzero(infos[f"_{key}"]):
+                rows[i][key] = values[i]
+    return rows

@@ -1,0 +1,230 @@
+"""Everything mode: does a SAM that is asked for nothing in particular answer with whole objects?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from adaptation.options import ModelOptions
+from adaptation.results import folder_name
+from adaptation.strategy import STRATEGIES, Options
+from adaptation.trainer import TrainConfig, Trainer, check_tune
+from benchmarks.everything.measuring import SHOWN, UNTOUCHED, Measuring
+from benchmarks.everything.report import write_report
+from benchmarks.everything.scores import (
+    Split,
+)
+from benchmarks.options import require_at_least
+from benchmarks.report import output_folder, progress_bar, refuse_unfinished
+from sam_gym.backbones import Backbone, load_backbone
+from sam_gym.data import PROCEDURAL, Dataset, MissingSplit, make_dataset
+from sam_gym.data.base import image_digest
+from sam_gym.data.streams import Domain, Stream
+from sam_gym.mask_generation.generator import GeneratorOptions
+from sam_gym.mask_generation.merging import MergeOptions
+from sam_gym.version import __version__
+
+#: Trained methods, and the grid of each.
+GRIDS = {"saom_v1": (32, 32), "saom_v2": (64, 64), "panosam": (320, 64)}
+
+
+@dataclass(frozen=True)
+class FineTuning(TrainConfig):
+    """Settings of the fine-tuning."""
+
+    steps: int = 3000
+    """Optimizer steps of a fine-tuning."""
+    batch_size: int = 48
+    """Objects of a step, over all processes."""
+    views: int = 1
+    """Views of each training image, the first as it is, the others flipped and scaled."""
+    max_images: tyro.conf.Suppress[int | None] = None
+    split: tyro.conf.Suppress[Literal["val", "test"]] = "val"
+    prompts: tyro.conf.Suppress[tuple[str, ...]] = ("click",)
+    learning_rate: float | None = 1e-3
+    """Adam's learning rate, which falls to a tenth, along a cosine."""
+
+
+@dataclass
+class Config:
+    """Fine-tune a SAM's everything mode to whole objects, and compare it with the SAM as it was.
+
+    No truth is in the prompts: a grid of points is asked, masks are filtered and cleared of
+    duplicates, and what is left is matched one to one with the objects. From which predicted IoU
+    and stability on a mask is kept is chosen on val, for each model by itself: the best panoptic
+    quality. Beside it stands the best mIoU with at most one mask per object, and with no more masks
+    than the SAM as it was keeps.
+
+    Without options this is the quick setting: `rooms`, micro, one fine-tuning.
+    """
+
+    methods: tuple[str, ...] = ("saom_v1",)
+    """Fine-tunings to compare: saom_v1 (32x32 points), saom_v2 (64x64), panosam (320x64)."""
+    tune: str = "decoder"
+    """What is tuned: decoder, hq, hq_small, sam_adapter, lora, lora_decoder."""
+    dataset: str = "rooms"
+    """Images: rooms, rooms-panoramas, or coco, entities (with --data)."""
+    data: str | None = None
+    """Root folder of a dataset that reads files."""
+    train_images: int = 2048
+    """Images that are trained on."""
+    val_images: int = 24
+    """Images on which operating points are chosen."""
+    test_images: int = 32
+    """Images that are reported on."""
+    transfer: str | None = None
+    """Root folder of photographs in COCO's form, on which the same models are measured too."""
+    transfer_annotations: str | None = None
+    """Their annotation file (default: instances_val.json of the root folder)."""
+    transfer_limit: int = 40
+    """At most so many of those photographs."""
+    grid: tuple[int, int] | None = None
+    """Columns and rows of the grid that is asked (default: that of the first method)."""
+    seeds: int = 1
+    """Runs of each fine-tuning: the first with the seed that is given, then those after it."""
+    resume: bool = False
+    """Go on with the fine-tunings in the output folder where they stopped."""
+    out: str = "runs/everything"
+    """Folder for results.json, tables, pictures, adapters and report.html."""
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
+    train: tyro.conf.OmitArgPrefixes[FineTuning] = field(default_factory=FineTuning)
+    weights: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
+    merging: tyro.conf.OmitArgPrefixes[MergeOptions] = field(default_factory=MergeOptions)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Fine-tune, measure and write everything; returns what stands in results.json.
+
+    Raises:
+        ValueError, FileNotFoundError: a name, a value or the data is wrong, before work starts.
+    """
+    _check(config)
+    grid = config.grid or GRIDS[config.methods[0]]
+    GeneratorOptions(grid=grid).validate()
+    stream, splits = _open(config)
+    out = output_folder(config.out)
+    refuse_unfinished(out, "runs/*/checkpoint.pt", config.resume)
+    plain = load_backbone(**config.model.arguments)
+    backbones: dict[str, list[Backbone]] = {UNTOUCHED: [plain]}
+    seconds: dict[str, list[float]] = {}
+    for method in config.methods:
+        for number in range(config.seeds):
+            backbone, spent = _trained(config, stream, method, config.train.seed + number, out)
+            backbones.setdefault(method, []).append(backbone)
+            seconds.setdefault(method, []).append(spent)
+    with progress_bar() as bar:
+        total = sum(len(own.samples) for own in splits.values())
+        task = bar.add_task("measuring", total=total * sum(map(len, backbones.values())))
+        measuring = Measuring(splits, grid, config.merging, lambda: bar.advance(task))
+        for model, own in backbones.items():
+            for backbone in own:
+                measuring.model(model, backbone)
+    scores = measuring.scores
+    results = {
+        "benchmark": "everything",
+        "dataset": config.dataset,
+        "grid": list(grid),
+        "prompts": grid[0] * grid[1],
+        "models": {name: _entry(own, seconds.get(name)) for name, own in scores["test"].items()},
+        "transfer": {
+            split: {name: _entry(own, None) for name, own in scores[split].items()}
+            for split in splits.keys() - {"val", "test"}
+        },
+        "images": {name: len(own.samples) for name, own in splits.items()},
+        "objects": {name: sum(map(len, own.objects)) for name, own in splits.items()},
+        "by_run": scores,
+        "curves": measuring.curves,
+        "backbone": {"name": plain.name, "identity": plain.identity},
+        "threads": torch.get_num_threads(),
+        "versions": {"sam-gym": __version__, "torch": torch.__version__},
+        "settings": asdict(config),
+    }
+    write_report(results, splits["test"].samples[:SHOWN], measuring.shown, out)
+    return results
+
+
+def _check(config: Config) -> None:
+    require_at_least(
+        1,
+        seeds=config.seeds,
+        train_images=config.train_images,
+        val_images=config.val_images,
+        test_images=config.test_images,
+        transfer_limit=config.transfer_limit,
+    )
+    config.train.validate()
+    if config.transfer is None and config.transfer_annotations is not None:
+        raise ValueError("--transfer-annotations needs --transfer, the folder of the photographs.")
+    if not config.methods:
+        raise ValueError("--methods is empty: name at least one of saom_v1, saom_v2, panosam.")
+    for method in config.methods:
+        if config.methods.count(method) > 1:
+            raise ValueError(f"--methods names {method!r} twice: for more runs of it, --seeds.")
+        if method not in GRIDS:
+            STRATEGIES.get(method)
+            raise ValueError(
+                f"Method {method!r} does not train everything mode: take {', '.join(GRIDS)}."
+            )
+        check_tune(method, config.tune)
+
+
+def _open(config: Config) -> tuple[Stream, dict[str, Split]]:
+    """The stream that is trained on, and what is measured on: val, test and others."""
+    root = {} if config.data is None else {"root": config.data}
+    procedural = config.dataset in PROCEDURAL
+
+    def dataset(split: str, limit: int) -> Dataset:
+        return make_dataset(
+            config.dataset, split, **root, **({"length": limit} if procedural else {})
+        )
+
+    train, val = dataset("train", config.train_images), dataset("val", config.val_images)
+    splits = {"val": Split.of(val, config.val_images)}
+    try:
+        test = dataset("test", config.test_images)
+    except MissingSplit:
+        test = val
+    splits["test"] = Split.of(test, config.test_images, but=splits["val"])
+    for name, split in splits.items():
+        if image_digest(train[0].image) in split.digests:
+            raise ValueError(f"{config.dataset}: an image of train is in {name} too.")
+    if config.transfer is not None:
+        photographs = make_dataset(
+            "coco", "val", root=config.transfer, annotations=config.transfer_annotations
+        )
+        splits["transfer"] = Split.of(photographs, config.transfer_limit)
+    domain = Domain(config.dataset, False, {"train": train, "val": splits["val"]})
+    return Stream(config.dataset, (domain,)), splits
+
+
+def _trained(
+    config: Config, stream: Stream, method: str, seed: int, out: Path
+) -> tuple[Backbone, float]:
+    """A fine-tuned backbone, and the seconds that its training took."""
+    settings = replace(config.train, seed=seed, max_images=config.train_images)
+    trainer = Trainer(settings, config.weights, config.model.arguments, out / "runs")
+    result = trainer.fit(stream, method, config.tune, config.resume)
+    folder = out / "runs" / folder_name(method, config.tune, seed)
+    adapter = str(folder / "adapter.safetensors")
+    return load_backbone(**config.model.arguments, adapter=adapter), result.seconds
+
+
+def _entry(runs: Sequence[Mapping[str, float]], seconds: Sequence[float] | None) -> dict[str, Any]:
+    """Means over the runs of a model, and under `std` their deviations."""
+    entry: dict[str, Any] = {
+        key: round(float(np.mean([own[key] for own in runs])), 3) for key in runs[0]
+    }
+    entry["runs"] = len(runs)
+    entry["std"] = {
+        key: round(float(np.std([own[key] for own in runs], ddof=1)), 3) if len(runs) > 1 else 0.0
+        for key in runs[0]
+    }
+    if seconds is not None:
+        entry["training_seconds"] = round(float(np.mean(seconds)), 2)
+    return entry

@@ -1,0 +1,161 @@
+"""What the benchmark of everything mode writes: tables, pictures, one page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import report
+from benchmarks.everything.measuring import BUDGETS
+from sam_gym.data import Sample
+from sam_gym.utils.files import write_csv, write_json
+from sam_gym.utils.plots import save_figure
+from sam_gym.utils.render import draw_masks, save_image, tile
+
+_ROWS = {
+    "miou": "mIoU",
+    "macc": "mAcc",
+    "pq": "PQ",
+    "ar100": "AR@100",
+    "ar1000": "AR@1000",
+    "found": "found",
+    "masks_per_object": "masks/object",
+    "part_share": "parts %",
+    "class_accuracy": "class",
+    "trust": "trust >",
+    "stability": "stability >=",
+    "one_miou": "mIoU, one mask per object",
+    "one_macc": "mAcc, one mask per object",
+    "one_masks_per_object": "masks/object, at most one",
+    "same_miou": "mIoU, as many masks",
+    "same_macc": "mAcc, as many masks",
+    "same_masks_per_object": "masks/object, as many",
+    "seconds_per_image": "s/image",
+    "released_miou": "mIoU, released",
+    "released_macc": "mAcc, released",
+}
+_FINE = ("masks_per_object", "trust", "stability", "seconds_per_image")
+_BRIEF = ("miou", "macc", "pq", "ar100", "masks_per_object", "one_miou", "same_miou")
+
+
+def write_report(
+    results: dict[str, Any],
+    samples: Sequence[Sample],
+    shown: Mapping[str, Sequence[np.ndarray]],
+    out: Path,
+) -> None:
+    """Write results.json, models.csv, two pictures and report.html, and print a short table.
+
+    Args:
+        results: what results.json holds.
+        samples: images of the pictures.
+        shown: model -> masks bool (K, H, W) of each of them.
+        out: folder.
+    """
+    json_file = write_json(out / "results.json", results)
+    rows = [
+        {"split": split, "model": name} | {key: own.get(key) for key in _ROWS}
+        for split, models in {"test": results["models"], **results["transfer"]}.items()
+        for name, own in models.items()
+    ]
+    csv_file = write_csv(out / "models.csv", rows)
+    grid = "x".join(map(str, results["grid"]))
+    page = report.Page(
+        "Everything mode: whole objects",
+        f"{results['dataset']}, {results['images']['test']} test images with "
+        f"{results['objects']['test']} objects; {grid} points on each, no truth in the prompts. "
+        "In points of 100; mean and standard deviation over runs.",
+    )
+    page.cards(_headlines(results["models"]))
+    page.table(*_table(results["models"]))
+    page.text(
+        "Each model keeps masks above the predicted IoU (trust) and from the stability on that "
+        "give it the best panoptic quality on val; one mask per object: those that give it the "
+        "best mIoU there with no more masks than objects; as many masks: with no more masks than "
+        "the SAM as it was. Masks are matched one to one "
+        "with the objects; an object without a mask counts 0. mIoU and mAcc (share of the "
+        "object that is covered) are means over classes. AR: COCO's average recall of the 100 or "
+        "1000 masks that are trusted most of all that a model has (of merged: of what it keeps), "
+        "whatever the class. Parts: masks that lie in one object "
+        "and cover less than half of it. merged: the masks of the SAM as it was, merged and "
+        "filtered without training, above a trust of its own (trust > and stability >= say which "
+        "masks are merged)."
+    )
+    page.text(
+        "The rows marked released follow the released protocol, which is what published "
+        "figures mean: the prompts are derived from the truth, one for each object."
+    )
+    plot = _plot(results["curves"]["test"], out / "masks_per_object.png")
+    page.plot(
+        plot,
+        "mIoU against masks per object: for each budget, the thresholds that are best on val",
+    )
+    for split, models in results["transfer"].items():
+        page.heading(f"On photographs that no model was trained on ({split})")
+        page.table(*_table(models))
+    sheet = []
+    for number, sample in enumerate(samples):
+        frames = [draw_masks(sample.image, sample.masks, caption="objects", height=256)]
+        for name, masks in shown.items():
+            count = len(masks[number])
+            caption = f"{name}, {count} mask{'s' * (count != 1)}"
+            frames.append(draw_masks(sample.image, masks[number], caption=caption, height=256))
+        sheet.append(report.side_by_side(frames))
+        page.photograph(sheet[-1], "The objects, and the masks that each model keeps")
+    save_image(out / "masks.png", tile(sheet, 1))
+    page.settings(results["settings"], [json_file, csv_file])
+    page_file = page.write(out / "report.html")
+    report.print_table(
+        f"everything ({results['dataset']}, {grid} points), in points of 100",
+        *_table(results["models"], _BRIEF),
+    )
+    print(f"Report: {page_file}")
+
+
+def _plot(curves: Mapping[str, Any], path: Path) -> Path:
+    """What each model finds, against how many masks it takes."""
+    figure, axes = report.new_plot()
+    colours = (report.MUTED, report.BLUE, report.ORANGE, report.INK)
+    for colour, (name, runs) in zip(colours, curves.items(), strict=False):
+        for number, curve in enumerate(runs):
+            points = sorted((point["masks_per_object"], point["miou"]) for point in curve)
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, "o-", color=colour, ms=4, label=None if number else name)
+    axes.set(xlabel="masks per object", ylabel="mIoU", xscale="log", ylim=(0, 100))
+    axes.set_xticks(BUDGETS, [f"{budget:g}" for budget in BUDGETS])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    return save_figure(path, figure)
+
+
+def _table(
+    models: Mapping[str, Any], keys: Iterable[str] = _ROWS
+) -> tuple[list[str], list[list[str]]]:
+    """A column for each model, a row for each number that at least one of them has."""
+    rows = [
+        [_ROWS[key], *(_cell(own, key) for own in models.values())]
+        for key in keys
+        if any(key in own for own in models.values())
+    ]
+    return ["", *models], rows
+
+
+def _cell(own: Mapping[str, Any], key: str) -> str:
+    if key not in own:
+        return ""
+    digits = 2 if key.endswith(_FINE) else 1
+    deviation = own["std"][key]
+    return f"{own[key]:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "")
+
+
+def _headlines(models: Mapping[str, Any]) -> dict[str, str]:
+    cards = {f"mIoU, {name}": f"{own['miou']:.1f}" for name, own in models.items()}
+    untouched = models["untouched"]
+    for name, own in models.items():
+        if name not in ("untouched", "merged") and untouched["miou"]:
+            gain = 100 * (own["miou"] / untouched["miou"] - 1)
+            cards[f"mIoU gained by {name}"] = f"{gain:+.0f}%"
+    return cards

@@ -1,0 +1,160 @@
+"""How fast a model is on a machine, and how fast the machine could be."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from segment_anything import SamPredictor
+from segment_anything.modeling import Sam
+from torch.utils.flop_counter import FlopCounterMode
+
+from sam_gym.backbones import Backbone, Prompts
+from sam_gym.data import make_dataset
+from sam_gym.simulation.clicks import interior_distance
+from sam_gym.utils.transfer import synchronise
+
+
+def _median_seconds(work: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+    """Median time of some work on a device, after one run to warm up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        synchronise(device)
+        started = time.perf_counter()
+        work()
+        synchronise(device)
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[1:]))
+
+
+def encoder_speed(backbone: Backbone, plain: Sam, batch: int = 16) -> dict[str, float]:
+    """Images per second of `encode` in batches, and of segment_anything's encoder one by one."""
+    scenes = make_dataset("scenes", "test", length=batch)
+    images = [scenes[i].image for i in range(batch)]
+    predictor = SamPredictor(plain)
+
+    def one_by_one() -> None:
+        for image in images:
+            predictor.set_image(image)
+
+    ours = batch / _median_seconds(lambda: backbone.encode(images), backbone.device)
+    theirs = batch / _median_seconds(one_by_one, backbone.device)
+    embedding = torch.cat([_embedding(predictor, image) for image in images])
+    difference = (backbone.encode(images)[:, : embedding.shape[1]] - embedding).abs().max()
+    return {
+        "images_per_second": ours,
+        "plain_images_per_second": theirs,
+        "speedup": ours / theirs,
+        "largest_difference_in_deviations": float(difference / embedding.std()),
+    }
+
+
+def _embedding(predictor: SamPredictor, image: np.ndarray) -> torch.Tensor:
+    predictor.set_image(image)
+    return predictor.get_image_embedding()
+
+
+def decoder_speed(backbone: Backbone, prompts: int) -> dict[str, float]:
+    """Decoding against what the machine can do, measured beside it.
+
+    The machine's limit is the larger of two times: that of the multiplications at the rate of a
+    large matrix product, and that of reading the embeddings and writing the masks at the rate of a
+    large copy. Latency is that of one click on one image.
+    """
+    device = backbone.device
+    embeddings = torch.randn(prompts, *backbone.embedding_shape, device=device)
+    batch = Prompts(
+        points=torch.full((prompts, 3, 2), 50.0, device=device),
+        labels=torch.ones((prompts, 3), dtype=torch.long, device=device),
+        masks=torch.randn(prompts, *backbone.mask_shape, device=device),
+    )
+    first = torch.zeros(prompts, dtype=torch.bool, device=device)
+    one = Prompts(batch.points[:1], batch.labels[:1], masks=batch.masks[:1])  # type: ignore[index]
+
+    decode = _median_seconds(lambda: backbone.decode_best(embeddings, batch, first), device)
+    click = _median_seconds(lambda: backbone.decode_best(embeddings[:1], one, first[:1]), device)
+    # Compiled code does not say what it multiplies.
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        backbone.decode_best(embeddings, batch, first)
+    flops = counter.get_total_flops()
+    moved = 4 * (embeddings.numel() + 2 * prompts * int(np.prod(backbone.mask_shape)))
+
+    side = 8192 if device.type == "cuda" else 2048
+    left = torch.randn(side, side, device=device, dtype=backbone.dtype)
+    flops_per_second = 2 * side**3 / _median_seconds(lambda: left @ left, device)
+    large = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
+    copied = torch.empty_like(large)
+    bytes_per_second = 8 * large.numel() / _median_seconds(lambda: copied.copy_(large), device)
+    limit = max(flops / flops_per_second, moved / bytes_per_second)
+    return {
+        "prompts": prompts,
+        "ms_per_prompt": 1000 * decode / prompts,
+        "click_latency_ms": 1000 * click,
+        "gflop_per_prompt": flops / prompts / 1e9,
+        "matmul_gflop_per_second": flops_per_second / 1e9,
+        "copy_gb_per_second": bytes_per_second / 1e9,
+        "fraction_of_roofline": limit / decode,
+    }
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """The most memory that was ever held: of the device, or of the process on a CPU.
+
+    None on Windows, which does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def precision_effect(backbone: Backbone, count: int = 32) -> dict[str, dict[str, float]]:
+    """Mean IoU of the masks after one click with those of float32, by precision.
+
+    `model`: encoder and decoder in that precision; `disk`: float32 throughout, but the embedding
+    kept on disk in that precision. Nothing is compiled here.
+    """
+    scenes = make_dataset("scenes", "test", length=count)
+    samples = [scenes[i] for i in range(count)]
+    images = [sample.image for sample in samples]
+    points = np.zeros((count, 1, 2), np.float32)
+    for point, sample in zip(points, samples, strict=True):
+        distance = interior_distance(sample.masks[0])
+        y, x = divmod(int(distance.argmax()), distance.shape[1])
+        point[0] = backbone.to_input_frame(np.array([x, y]), distance.shape)
+    device = backbone.device
+    prompts = Prompts(
+        points=torch.from_numpy(points).to(device),
+        labels=torch.ones((count, 1), dtype=torch.long, device=device),
+    )
+    first = torch.ones(count, dtype=torch.bool, device=device)
+
+    def at(dtype: torch.dtype) -> Backbone:
+        return Backbone(backbone.name, backbone.private_copy(), device, dtype)
+
+    exact = at(torch.float32)
+    embeddings = exact.encode(images)
+    truth = exact.decode_best(embeddings, prompts, first)[0] > 0
+
+    def iou(logits: torch.Tensor) -> float:
+        mask = logits > 0
+        overlap, union = (mask & truth).sum(dim=(1, 2)), (mask | truth).sum(dim=(1, 2))
+        return float(torch.where(union > 0, overlap / union.clamp(min=1), 1.0).mean())
+
+    effect = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        lower = at(dtype)
+        kept = embeddings.to(dtype).float()
+        effect[str(dtype).removeprefix("torch.")] = {
+            "model": iou(lower.decode_best(lower.encode(images), prompts, first)[0]),
+            "disk": iou(exact.decode_best(kept, prompts, first)[0]),
+        }
+    return effect

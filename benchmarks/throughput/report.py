@@ -1,0 +1,249 @@
+"""What `throughput` writes: results.json, repeats.csv, plots and the page that explains them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks import report
+from sam_gym.utils.files import write_csv, write_json
+from sam_gym.utils.plots import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Side -> its colour in plots.
+_SIDES = {"vector": report.BLUE, "reference": "#8a6fb3", "scalar": report.ORANGE}
+#: Kind of images -> how its lines are drawn.
+_KINDS = {"cached": "-", "fresh": "--"}
+#: Phase of a step -> its colour in plots, and what it is.
+_PHASES = {
+    "encode": (report.BLUE, "the image encoder, with resizing"),
+    "decode": ("#7db8e8", "the prompt encoder and the mask decoder"),
+    "samples": (
+        report.ORANGE,
+        "waiting for the next images and targets, drawn in a thread meanwhile",
+    ),
+    "store": ("#efb666", "finding embeddings by content, gathering them"),
+    "clicks": ("#c9603f", "turning actions into clicks"),
+    "score": ("#8a6fb3", "IoU and reward"),
+    "observation": ("#5a9e6f", "observations and infos"),
+    "rest": ("#b8bec6", "everything else"),
+}
+
+
+def write(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
+    """Write all files and print the table of speeds.
+
+    Args:
+        summary: what results.json is to hold.
+        rows: what repeats.csv is to hold.
+        out: an existing folder.
+    """
+    json_file = write_json(out / "results.json", summary)
+    csv_file = write_csv(out / "repeats.csv", rows)
+    speed_file = save_figure(out / "speed.png", _speed_plot(summary))
+    settings = summary["settings"]
+    middle = str(settings["num_envs"][len(settings["num_envs"]) // 2])
+    measured = summary["by_num_envs"][middle]
+    phase_file = save_figure(out / "phases.png", _phase_plot(measured))
+    growth_file = save_figure(out / "growth.png", _growth_plot(summary))
+    columns, table = _table(summary)
+
+    page = report.Page(
+        f"Throughput of SamSeg-v0 with {summary['backbone']}",
+        f"One vector environment against as many environments that each work SAM alone, on "
+        f"{summary['device']}, CPU threads: {summary['threads']}. Same weights, same images, same "
+        "actions.",
+    )
+    page.cards(
+        {
+            f"env steps per second, {middle} envs": (
+                f"{measured['cached']['vector_steps_per_second']:.0f}"
+            ),
+            "times the reference, cached": f"{measured['cached']['speedup_vs_reference']:.1f}",
+            "times the reference, fresh": f"{measured['fresh']['speedup_vs_reference']:.1f}",
+            "smaller rollouts": f"{summary['rollout_bytes']['ratio']:.0f}x",
+        }
+    )
+    page.table(columns, table)
+    page.text(
+        "Reference: a SamPredictor per environment under SyncVectorEnv, as research code does it: "
+        "encodes at every reset, copies the embedding into every observation, masks at image size. "
+        "Scalar: a Python loop over this package's own scalar environments. Cached: the image was "
+        "encoded before, as most are in training. Fresh: never seen before, so that every episode "
+        f"of {settings['max_steps']} steps pays for drawing and encoding an image. Steps that end "
+        f"episodes include the reset. Medians of {settings['repeats']} repeats of "
+        f"{settings['steps']} steps."
+    )
+    page.plot(speed_file, "environment steps per second by number of environments")
+    page.heading("How the cost of a vector step grows")
+    page.plot(growth_file, "milliseconds per vector step by environments and by images seen")
+    page.text(_growth_caption(summary))
+    page.heading(f"Where a vector step of {middle} environments spends its time")
+    page.plot(phase_file, "milliseconds per vector step by phase")
+    page.table(
+        ("phase", "cached, ms", "fresh, ms"),
+        [
+            (f"{phase}: {what}", *(f"{measured[k]['phases_ms'][phase]:.2f}" for k in _KINDS))
+            for phase, (_, what) in _PHASES.items()
+        ],
+    )
+    page.heading("Model and machine")
+    page.table(("", ""), _machine_table(summary))
+    page.settings(settings, [json_file, csv_file])
+    page_file = page.write(out / "report.html")
+    report.print_table(f"throughput: {summary['backbone']}", columns, table)
+    print(f"Report: {page_file}")
+
+
+def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    columns = [
+        "envs",
+        "images",
+        "vector, steps/s",
+        "reference",
+        "scalar loop",
+        "vs reference",
+        "vs scalar",
+        "not the model",
+    ]
+    rows = []
+    for num_envs, measured in summary["by_num_envs"].items():
+        for kind in _KINDS:
+            numbers = measured[kind]
+            rows.append(
+                [
+                    num_envs,
+                    kind,
+                    *(f"{numbers[f'{s}_steps_per_second']:.0f}" for s in _SIDES),
+                    f"{numbers['speedup_vs_reference']:.2f}x",
+                    f"{numbers['speedup_vs_scalar']:.2f}x",
+                    f"{numbers['overhead_share']:.1%}",
+                ]
+            )
+    return columns, rows
+
+
+def _machine_table(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    encoder, decoder = summary["encoder"], summary["decoder"]
+    rollout, vit_b = summary["rollout_bytes"], summary["rollout_bytes_vit_b"]
+    peak = summary["peak_memory_mib"]
+    return [
+        ("encode, images per second", f"{encoder['images_per_second']:.1f}"),
+        ("of plain segment_anything", f"{encoder['plain_images_per_second']:.1f}"),
+        (f"decode, ms per prompt of {decoder['prompts']}", f"{decoder['ms_per_prompt']:.3f}"),
+        ("one click, ms", f"{decoder['click_latency_ms']:.2f}"),
+        ("decode, share of the roofline", f"{decoder['fraction_of_roofline']:.1%}"),
+        ("large matrix product, GFLOP/s", f"{decoder['matmul_gflop_per_second']:.0f}"),
+        ("large copy, GB/s", f"{decoder['copy_gb_per_second']:.1f}"),
+        ("rollout of 128 steps, full form, MiB", f"{rollout['full'] / 2**20:.1f}"),
+        ("rollout of 128 steps, handle form, MiB", f"{rollout['handle'] / 2**20:.3f}"),
+        ("the same at ViT-B size, full form, MiB", f"{vit_b['full'] / 2**20:.1f}"),
+        ("the same at ViT-B size, handle form, MiB", f"{vit_b['handle'] / 2**20:.3f}"),
+        ("full form over handle form, at ViT-B size", f"{vit_b['ratio']:.0f}x"),
+        ("peak memory while playing, MiB", "unknown" if peak is None else f"{peak:.0f}"),
+        *(
+            (f"mask IoU with float32, {what} in {dtype}", f"{value:.4f}")
+            for dtype, effect in summary["mask_iou_with_float32"].items()
+            for what, value in effect.items()
+        ),
+    ]
+
+
+def _growth_caption(summary: dict[str, Any]) -> str:
+    sentences = [
+        f"{kind.capitalize()} images: {fit['ms_per_env']:.2f} ms for each further environment, "
+        f"R² of the straight line {fit['r_squared']:.4f}."
+        for kind, fit in summary["linear_fit"].items()
+        if fit is not None
+    ]
+    growth = summary["growth"]
+    if growth is not None:
+        sentences.append(
+            f"Over {growth['images'][-1]} fresh images, of which the embedding store holds "
+            f"{growth['capacity']}, the last quarter of the steps took "
+            f"{growth['last_over_first']:.3f} times as long as the first."
+        )
+    return " ".join(sentences)
+
+
+def _speed_plot(summary: dict[str, Any]) -> Figure:
+    figure, axes = report.new_plot()
+    sizes = _sizes(summary)
+    for side, colour in _SIDES.items():
+        for kind, dashes in _KINDS.items():
+            speed = _series(summary, kind, f"{side}_steps_per_second")
+            label = f"{side}, {kind}"
+            axes.plot(sizes, speed, dashes, color=colour, marker="o", ms=4, label=label)
+    axes.set(xscale="log", xlabel="environments", ylabel="env steps per second")
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(sizes, [str(n) for n in sizes])
+    axes.minorticks_off()
+    _legend_above(axes, columns=3)
+    return figure
+
+
+def _growth_plot(summary: dict[str, Any]) -> Figure:
+    figure, (by_envs, by_images) = report.new_panels(2, width=11.0, height=3.8)
+    sizes = np.array(_sizes(summary))
+    for kind, colour in (("cached", report.BLUE), ("fresh", report.ORANGE)):
+        times = _series(summary, kind, "vector_step_ms")
+        by_envs.plot(sizes, times, "o", color=colour, ms=5, label=f"{kind} images")
+        fit = summary["linear_fit"][kind]
+        if fit is not None:
+            line = fit["intercept_ms"] + fit["ms_per_env"] * sizes
+            label = f"straight line, R² {fit['r_squared']:.4f}"
+            by_envs.plot(sizes, line, color=colour, lw=1, label=label)
+    by_envs.set(xlabel="environments", ylabel="ms per vector step")
+    _begin_at_zero(by_envs)
+    _legend_above(by_envs, columns=2)
+
+    growth = summary["growth"]
+    if growth is None:
+        by_images.set_axis_off()
+        return figure
+    label = f"{growth['num_envs']} environments, fresh images"
+    by_images.plot(
+        growth["images"], growth["step_ms"], "o-", color=report.ORANGE, ms=4, label=label
+    )
+    by_images.axvline(growth["capacity"], color=report.MUTED, lw=1, ls=":", label="first eviction")
+    by_images.set(xlabel="images seen", ylabel="ms per vector step")
+    _begin_at_zero(by_images)
+    _legend_above(by_images, columns=2)
+    return figure
+
+
+def _phase_plot(measured: dict[str, Any]) -> Figure:
+    figure, axes = report.new_plot(height=2.6)
+    kinds = list(_KINDS)[::-1]  # a bar plot starts at the bottom
+    left = np.zeros(len(kinds))
+    for phase, (colour, _) in _PHASES.items():
+        width = np.array([measured[kind]["phases_ms"][phase] for kind in kinds])
+        axes.barh([f"{kind} images" for kind in kinds], width, 0.6, left, color=colour, label=phase)
+        left += width
+    axes.set_xlabel("milliseconds per vector step")
+    _legend_above(axes, columns=4)
+    return figure
+
+
+def _sizes(summary: dict[str, Any]) -> list[int]:
+    return [int(n) for n in summary["by_num_envs"]]
+
+
+def _series(summary: dict[str, Any], kind: str, number: str) -> list[float]:
+    """A number of every measurement of a kind, in the order of `_sizes`."""
+    return [measured[kind][number] for measured in summary["by_num_envs"].values()]
+
+
+def _begin_at_zero(axes: Axes) -> None:
+    axes.margins(0.06, 0.1)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+
+
+def _legend_above(axes: Axes, columns: int) -> None:
+    axes.legend(frameon=False, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -1,0 +1,291 @@
+"""What of a SAM is tuned: copies that share all that stays frozen, and their weights as tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from segment_anything.modeling import ImageEncoderViT, Sam
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sam_gym.backbones.hq import HqImageEncoder, HqMaskDecoder, in_head
+from sam_gym.utils.registry import Registry
+
+#: Rank of LoRA, and what its product is multiplied by (alpha / rank).
+LORA_RANK, LORA_SCALE = 4, 2.0
+#: Hidden channels of an adapter in the encoder.
+ADAPTER_WIDTH = 32
+#: Channels that a small HQ head reduces early features to.
+HQ_RANK = 64
+
+_LORA = (".lora_A.default.weight", ".lora_B.default.weight")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A choice of what is tuned.
+
+    Attributes:
+        prepare: a frozen SAM -> a SAM that shares its frozen parts; what is tuned requires
+            gradients. Before the first step it gives the same masks (an HQ head adds nothing then,
+            but SAM's tokens see its token, which is zero at first: nearly the same).
+        raw: what of an image the tuned part starts from: "embedding", "early" (the embedding, and
+            behind it the encoder's early features), both of which the frozen encoder gives once
+            and for all, or "pixels".
+        learning_rate: what Adam begins with unless told otherwise, chosen on validation data.
+    """
+
+    prepare: Callable[[Sam], Sam]
+    raw: str
+    learning_rate: float
+
+
+#: Tune target -> what it means.
+TUNINGS: Registry[Tuning] = Registry("tune target")
+
+
+def _copy(sam: Sam, owned: Callable[[str], bool] = lambda name: False) -> Sam:
+    """A SAM of own modules, with own copies of the weights whose names are `owned`.
+
+    All other weights and buffers are shared. Nothing is trainable.
+    """
+    tensors = [*sam.named_parameters(), *sam.named_buffers()]
+    shared = {id(tensor): tensor for name, tensor in tensors if not owned(name)}
+    return copy.deepcopy(sam, shared).eval().requires_grad_(False)
+
+
+def _in_decoder(name: str) -> bool:
+    return name.startswith("mask_decoder.")
+
+
+def _decoder(sam: Sam) -> Sam:
+    own = _copy(sam, _in_decoder)
+    own.mask_decoder.requires_grad_(True)
+    return own
+
+
+def _hq(sam: Sam, rank: int | None = None) -> Sam:
+    own = _copy(sam, in_head)
+    decoder = own.mask_decoder
+    if not isinstance(decoder, HqMaskDecoder):
+        own.image_encoder = with_early_features(own.image_encoder)
+        own.mask_decoder = _with_hq_head(decoder, early_channels(own.image_encoder), rank)
+    elif rank is not None:
+        raise ValueError("tune='hq_small' makes a new head, but this SAM has one: take tune='hq'.")
+    for name, weight in own.named_parameters():
+        weight.requires_grad_(in_head(name))
+    return own.eval()
+
+
+def _with_hq_head(decoder: Any, vit_dim: int, rank: int | None) -> HqMaskDecoder:
+    """A mask decoder with an HQ head beside it, which at first adds nothing to a mask."""
+    hq = HqMaskDecoder(
+        vit_dim=vit_dim,
+        vit_rank=rank,
+        transformer_dim=decoder.transformer_dim,
+        transformer=decoder.transformer,
+        num_multimask_outputs=decoder.num_multimask_outputs,
+        iou_head_depth=decoder.iou_prediction_head.num_layers,
+        iou_head_hidden_dim=decoder.iou_prediction_head.layers[0].out_features,
+    ).to(decoder.iou_token.weight.device)
+    for name, part in decoder.named_children():
+        setattr(hq, name, part)
+    last: Any = hq.hf_mlp.layers[-1]
+    nn.init.zeros_(hq.hf_token.weight)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return hq
+
+
+def with_early_features(encoder: Any) -> Any:
+    """The encoder, or one that shares its weights, that also tells its early features.
+
+    Raises:
+        ValueError: an encoder that has none.
+    """
+    if hasattr(encoder, "forward_with_early"):
+        return encoder
+    if type(encoder) is not ImageEncoderViT:
+        raise ValueError(
+            "tune='hq' and 'hq_small' need early features of the encoder; "
+            f"{type(encoder).__name__} has none. Take micro or a ViT SAM, or another tune target."
+        )
+    own = copy.copy(encoder)
+    own.__class__ = HqImageEncoder
+    return own
+
+
+def early_channels(encoder: Any) -> int:
+    """Channels of an encoder's early features."""
+    from sam_gym.backbones.micro.model import FINE, MicroEncoder
+
+    return FINE if isinstance(encoder, MicroEncoder) else encoder.pos_embed.shape[-1]
+
+
+class AdaptedBlock(nn.Module):
+    """A transformer block with a bottleneck behind it (Houlsby et al. 2019), at first the identity.
+
+    Args:
+        block: maps (B, h, w, C) to the same shape; it stays as it is.
+        channels: C.
+    """
+
+    def __init__(self, block: Any, channels: int) -> None:
+        super().__init__()
+        self.block = block
+        self.window_size = block.window_size
+        width = min(ADAPTER_WIDTH, channels)
+        self.down, self.up = nn.Linear(channels, width), nn.Linear(width, channels)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        return x + self.up(F.gelu(self.down(x)))
+
+
+def encoder_blocks(encoder: Any) -> nn.ModuleList:
+    """The transformer blocks of an image encoder.
+
+    Raises:
+        ValueError: it has none of segment_anything's kind.
+    """
+    blocks = getattr(encoder, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList) or not all(hasattr(b, "attn") for b in blocks):
+        raise ValueError(
+            f"{type(encoder).__name__} has no transformer blocks to work on: take micro or a ViT "
+            "SAM, or another tune target or method."
+        )
+    return blocks
+
+
+def _sam_adapter(sam: Sam) -> Sam:
+    own = _copy(sam, _in_decoder)
+    blocks: Any = encoder_blocks(own.image_encoder)
+    for number, block in enumerate(blocks):
+        channels = block.norm1.weight.shape[0]
+        blocks[number] = AdaptedBlock(block, channels).to(block.norm1.weight.device)
+    own.mask_decoder.requires_grad_(True)
+    return own.eval()
+
+
+def _lora(sam: Sam, names: str) -> Sam:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("LoRA needs peft: pip install 'sam-gym[lora]'.") from error
+    if _ENCODER_LINEARS in names:
+        encoder_blocks(sam.image_encoder)
+    own = _copy(sam)
+    config = LoraConfig(r=LORA_RANK, lora_alpha=round(LORA_SCALE * LORA_RANK), target_modules=names)
+    inject_adapter_in_model(config, own)
+    for name, weight in own.named_parameters():
+        weight.requires_grad_(name.endswith(_LORA))
+    return own.eval()
+
+
+_DECODER_LINEARS = (
+    r"mask_decoder\.(transformer\..*(q_proj|k_proj|v_proj|out_proj|lin1|lin2)"
+    r"|(output_hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.\d)"
+)
+_ENCODER_LINEARS = r"image_encoder\.blocks\.\d+\.attn\.qkv"
+
+TUNINGS.add("decoder", Tuning(_decoder, "embedding", 3e-4))
+TUNINGS.add("hq", Tuning(_hq, "early", 1e-3))
+TUNINGS.add("hq_small", Tuning(lambda sam: _hq(sam, HQ_RANK), "early", 2e-3))
+TUNINGS.add("sam_adapter", Tuning(_sam_adapter, "pixels", 3e-4))
+TUNINGS.add(
+    "lora",
+    Tuning(lambda sam: _lora(sam, f"{_DECODER_LINEARS}|{_ENCODER_LINEARS}"), "pixels", 3e-3),
+)
+TUNINGS.add(
+    "lora_decoder",
+    Tuning(lambda sam: _lora(sam, _DECODER_LINEARS), "embedding", 3e-3),
+)
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module that require gradients, by name."""
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+
+
+def tuned_weights(sam: Sam) -> dict[str, Tensor]:
+    """What was tuned in a SAM that a `Tuning` has prepared: copies, on the CPU.
+
+    A LoRA is two matrices beside the weight it adds to: `NAME.lora_A`, (r, inputs), and
+    `NAME.lora_B`, (outputs, r), scaled.
+    """
+    weights = {}
+    for name, weight in trainable(sam).items():
+        value = weight.detach().cpu().clone()
+        if name.endswith(_LORA):
+            value = value * LORA_SCALE if ".lora_B." in name else value
+            name = name.removesuffix(".default.weight")
+        weights[name] = value
+    return weights
+
+
+def apply_tuned(sam: Sam, tune: str, weights: Mapping[str, Tensor], source: str = "") -> Sam:
+    """A frozen SAM that shares what is as in `sam`, with tuned weights in place of the others.
+
+    Args:
+        sam: what was tuned.
+        tune: a key of `TUNINGS`.
+        weights: of `tuned_weights`.
+        source: where they come from, for messages.
+
+    Raises:
+        ValueError: they are not weights of such a tuning of this model.
+    """
+    lora = {name for name in weights if name.endswith((".lora_A", ".lora_B"))}
+    own = _merged(sam, weights, source) if lora else TUNINGS.get(tune).prepare(sam)
+    if not lora:
+        state = trainable(own)
+        check_names(state, weights, source)
+        with torch.no_grad():
+            for name, weight in state.items():
+                weight.copy_(weights[name])
+    return own.requires_grad_(False)
+
+
+def check_names(state: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise `ValueError` unless weights have the names and shapes of a state."""
+    wrong = sorted(state.keys() ^ weights.keys()) or sorted(
+        name for name in state if state[name].shape != weights[name].shape
+    )
+    if wrong:
+        raise ValueError(
+            f"{source or 'adapter'}: does not fit this backbone and tune target "
+            f"({len(wrong)} weights differ in name or shape, first: {wrong[0]})."
+        )
+
+
+def _merged(sam: Sam, weights: Mapping[str, Tensor], source: str) -> Sam:
+    """A SAM whose linear layers have taken up the LoRAs beside them."""
+    names = sorted({name.rpartition(".")[0] for name in weights})
+    own = _copy(sam, lambda name: name.removesuffix(".weight") in names)
+    layers = dict(own.named_modules())
+    for name in names:
+        pair = [weights.get(f"{name}.lora_{side}") for side in "BA"]
+        layer = layers.get(name)
+        if None in pair or not isinstance(layer, nn.Linear):
+            raise ValueError(f"{source or 'adapter'}: {name!r} is no LoRA of a layer of this SAM.")
+        outer, inner = pair
+        assert outer is not None and inner is not None
+        if (outer.shape[0], inner.shape[1]) != tuple(layer.weight.shape):
+            raise ValueError(
+                f"{source or 'adapter'}: the LoRA of {name!r} is for a layer of shape "
+                f"{(outer.shape[0], inner.shape[1])}, here it is {tuple(layer.weight.shape)}."
+            )
+        with torch.no_grad():
+            layer.weight += (outer.float() @ inner.float()).to(layer.weight)
+    return own
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors as they are kept in a file."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,1 @@
+"""Image embeddings in memory and on disk."""

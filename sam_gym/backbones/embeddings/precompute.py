@@ -1,0 +1,157 @@
+"""Encode a dataset once, into files: `python -m sam_gym.backbones.embeddings.precompute --help`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
+from sam_gym.backbones.loading import load_backbone, resolve_device
+from sam_gym.backbones.service import DTYPES
+from sam_gym.data import PROCEDURAL, make_dataset
+from sam_gym.data.base import image_digest
+
+
+@dataclass
+class Config:
+    """Encode all images of a dataset and keep their embeddings on disk.
+
+    Environments with the same backbone, weights and `dtype` find them when `disk=` is the same
+    folder and `disk_dtype=` the same precision. What is there already is not encoded again, so a
+    run that was cut off goes on where it stopped. Several processes share the work when
+    they are started by torchrun, or each with its own `--shard`.
+    """
+
+    dataset: str = "coco"
+    """Dataset name: scenes, coco, folder."""
+    data: str | None = None
+    """Root folder of a dataset that reads files."""
+    split: str = "train"
+    """Dataset split: train, val, test."""
+    limit: int | None = None
+    """Only the first so many images (scenes are endless: their default is 2048)."""
+    backbone: str = "micro"
+    """SAM that encodes: micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam."""
+    checkpoint: str | None = None
+    """Weights of the backbone (micro brings its own)."""
+    device: str = "auto"
+    """Where it runs: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
+    dtype: str = "auto"
+    """Its precision: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
+    folder: str | None = None
+    """Root of the embeddings (default: SAM_GYM_HOME/embeddings)."""
+    disk_dtype: str = "float32"
+    """Precision on disk: float32 (exact), float16 or bfloat16 (half the space)."""
+    disk_gib: float = DEFAULT_BYTES / 2**30
+    """Bound on the files of this backbone and precision, in GiB."""
+    batch_size: int = 16
+    """Images per encoder call."""
+    shard: str | None = None
+    """This process's share, as "0/4" for the first of four (default: torchrun's, else all)."""
+
+
+def share(shard: str | None) -> tuple[int, int]:
+    """(rank, number of shares) of "0/4", or of torchrun's environment variables.
+
+    Raises:
+        ValueError: not of that form, or a rank that is not below the number.
+    """
+    text = shard or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+    try:
+        rank, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"--shard must look like 0/4, got {text!r}.") from None
+    if not 0 <= rank < count:
+        raise ValueError(f"--shard {text}: the first number must be from 0 to {count - 1}.")
+    return rank, count
+
+
+def precompute(config: Config) -> dict[str, int]:
+    """Fill the store; returns how many images were encoded, and how many were there already.
+
+    Raises:
+        ValueError, FileNotFoundError: an option, the dataset or the checkpoint is wrong.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    if config.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {config.batch_size}.")
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {config.limit}.")
+    rank, shares = share(config.shard)
+    kwargs: dict[str, Any] = {} if config.data is None else {"root": config.data}
+    if config.dataset in PROCEDURAL:
+        kwargs["length"] = config.limit or 2048
+    dataset = make_dataset(config.dataset, config.split, **kwargs)
+    device = config.device
+    if device == "auto" and "LOCAL_RANK" in os.environ and resolve_device().type == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    backbone = load_backbone(config.backbone, config.checkpoint, device, config.dtype)
+    folder = None if config.folder is None else Path(config.folder).expanduser()
+    max_bytes = int(config.disk_gib * 2**30)
+    disk = DiskStore(backbone, folder, config.disk_dtype, max_bytes)
+    total = min(len(dataset), config.limit or len(dataset))
+    needed = total * int(np.prod(backbone.embedding_shape)) * DTYPES[config.disk_dtype].itemsize
+    if needed > max_bytes:
+        raise ValueError(
+            f"{total} embeddings take {needed / 2**30:.1f} GiB, and the bound is "
+            f"{config.disk_gib:.1f}: the first would be gone before the last is there. Raise "
+            "--disk-gib (environments: disk_gib=), or take --disk-dtype float16."
+        )
+    numbers = range(rank, total, shares)
+    counts = {"encoded": 0, "found": 0}
+    waiting: list[tuple[bytes, np.ndarray]] = []
+
+    def encode() -> None:
+        embeddings = backbone.encode([image for _, image in waiting])
+        for (key, _), embedding in zip(waiting, embeddings, strict=True):
+            disk.put(key, embedding)
+        counts["encoded"] += len(waiting)
+        waiting.clear()
+
+    columns = (
+        TextColumn("encoding"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+        for number in progress.track(numbers):
+            image = dataset[number].image
+            key = image_digest(image)
+            if disk.get(key) is not None:
+                counts["found"] += 1
+                continue
+            waiting.append((key, image))
+            if len(waiting) == config.batch_size:
+                encode()
+        if waiting:
+            encode()
+    print(
+        f"{counts['encoded']} images encoded, {counts['found']} found, {disk.damaged} of the files "
+        f"were damaged and replaced: {disk.folder}"
+    )
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    print(
+        f"Environments find them with disk={config.folder or 'home'!r}, dtype={dtype!r}, "
+        f"disk_dtype={config.disk_dtype!r}, disk_gib={config.disk_gib:g}."
+    )
+    return counts
+
+
+if __name__ == "__main__":
+    import tyro
+
+    from sam_gym.utils import cli
+
+    cli.run(lambda: precompute(tyro.cli(Config)))

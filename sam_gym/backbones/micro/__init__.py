@@ -1,0 +1,1 @@
+"""`micro`, the bundled SAM: architecture, training, weights."""

@@ -1,0 +1,477 @@
+"""Train `micro`, the SAM in the box: `python -m sam_gym.backbones.micro.train --help`.
+
+The recipe is SAM's (Kirillov et al. 2023, appendix A) made small: simulated clicks, boxes and noisy
+masks, corrections from the error region, focal + Dice loss, best of three masks for an ambiguous
+prompt, a predicted-IoU head. New here: a semantic head on the embedding (dropped afterwards), which
+teaches the encoder what things are, and corrections that are played forward without gradients, so
+that long click sequences cost little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from sam_gym.backbones.decode import NO_POINT, Prompts, best_token, decode_tokens
+from sam_gym.backbones.hq import encode_pixels, in_head
+from sam_gym.backbones.loading import MICRO_WEIGHTS, load_weights, resolve_device
+from sam_gym.backbones.micro.data import LABEL_STRIDE, NO_LABEL, SIZE, MicroStream, TrainItem
+from sam_gym.backbones.micro.model import build_hq_micro, build_micro
+from sam_gym.backbones.micro.muon import Muon
+from sam_gym.backbones.service import Backbone
+from sam_gym.data.base import Sample
+from sam_gym.data.synthetic.scenes import Scenes
+from sam_gym.simulation.clicks import interior_distance
+from sam_gym.simulation.interactive import Target, click_out
+from sam_gym.utils.files import write_json
+from sam_gym.utils.training import run_steps, save_half, save_state
+
+MASK = SIZE // 4
+CELL = SIZE // MASK
+
+
+@dataclass
+class Config:
+    """Train micro, the SAM in the box.
+
+    The run resumes from `out` when it is started again with the same settings; `steps` may change
+    between starts, which moves the final decay of the learning rate.
+    """
+
+    out: str = "runs/micro"
+    """Folder for the checkpoint, the weights and the evaluation."""
+    photos: str | None = None
+    """Root of a COCO-style dataset whose train split is mixed in (none: scenes only)."""
+    init: str | None = None
+    """Weights of micro to start from (none: random ones, or those in the package with --hq)."""
+    hq: bool = False
+    """Train the HQ head of hq_micro, on frozen weights of micro, instead of micro itself."""
+    steps: int = 2700
+    """Optimizer steps."""
+    images: int = 12
+    """Images per step."""
+    targets: int = 4
+    """Prompted targets per image."""
+    max_rounds: int = 6
+    """Longest sequence of corrections without gradients before the last, trained one."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of Muon, for matrices and convolutions."""
+    vector_learning_rate: float = 8e-4
+    """Peak learning rate of AdamW, for everything else."""
+    weight_decay: float = 0.03
+    """Weight decay of what Muon moves; the rest has none."""
+    warmup: int = 150
+    """Steps of linear warm-up."""
+    decay: float = 0.3
+    """Share of the steps, at the end, in which the learning rate falls to zero."""
+    ema: float = 0.998
+    """Decay of the moving average of the weights, which is what is saved."""
+    semantic_weight: float = 1.0
+    """Weight of the semantic head's cross-entropy."""
+    seed: int = 0
+    """Seed of data, prompts and initial weights."""
+    workers: int = 1
+    """Processes that make training images."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    device: str = "auto"
+    """Where to train: auto, cpu, cuda, mps."""
+    evaluate: int = 200
+    """Objects of held-out scenes to click out at the end."""
+
+    @property
+    def model(self) -> str:
+        """Name of the backbone that is trained."""
+        return "hq_micro" if self.hq else "micro"
+
+
+class PromptBatch:
+    """The prompts of one step, growing by a click per round.
+
+    Args:
+        items: the images and targets of the step.
+        capacity: clicks per target at most.
+        rng: draws prompt kinds and click places.
+    """
+
+    def __init__(self, items: Sequence[TrainItem], capacity: int, rng: np.random.Generator) -> None:
+        targets = [target for item in items for target in item.targets]
+        self.rng = rng
+        self.rows = np.repeat(np.arange(len(items)), [len(item.targets) for item in items])
+        self.full = np.stack([target.mask for target in targets])
+        area = self.full.reshape(-1, MASK, CELL, MASK, CELL).mean(axis=(2, 4), dtype=np.float32)
+        self.target = torch.from_numpy(area)
+        self.hard = area > 0.5
+        count = len(targets)
+        self.points = np.zeros((count, capacity, 2), np.float32)
+        self.labels = np.full((count, capacity), NO_POINT, np.int64)
+        self.boxes = np.zeros((count, 4), np.float32)
+        self.has_box = np.zeros(count, bool)
+        self.masks = torch.zeros(count, MASK, MASK)
+        self.has_mask = np.zeros(count, bool)
+        self.used = np.zeros(count, np.int64)
+        self.partial = np.zeros(count, bool)
+        for i, target in enumerate(targets):
+            self._first_prompt(i, target.clicks)
+
+    def _first_prompt(self, i: int, clicks: np.ndarray) -> None:
+        kind = self.rng.random()
+        if kind < 0.18:
+            self._add_box(i)
+            return
+        count = len(clicks) if len(clicks) > 1 and self.rng.random() < 0.5 else 1
+        # One click into a union asks for one object of it: there is nothing to learn from yet.
+        self.partial[i] = count < len(clicks)
+        for click in clicks[:count]:
+            self._add_click(i, click[0], click[1], True)
+        if kind > 0.9:
+            self._add_noisy_mask(i)
+
+    def _add_click(self, i: int, x: float, y: float, positive: bool) -> None:
+        if self.used[i] < self.points.shape[1]:
+            self.points[i, self.used[i]] = x, y
+            self.labels[i, self.used[i]] = int(positive)
+            self.used[i] += 1
+
+    def _add_box(self, i: int) -> None:
+        x, y, w, h = cv2.boundingRect(self.full[i].astype(np.uint8))
+        corners = np.array([x, y, x + w - 1, y + h - 1], np.float32)
+        noise = self.rng.normal(0, 0.06, 4) * [w, h, w, h]
+        self.boxes[i] = np.clip(corners + np.clip(noise, -15, 15), 0, SIZE - 1)
+        self.has_box[i] = True
+
+    def _add_noisy_mask(self, i: int) -> None:
+        mask = self.hard[i].astype(np.float32)
+        dx, dy = self.rng.normal(0, 2, 2)
+        move = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
+        mask = cv2.GaussianBlur(cv2.warpAffine(mask, move, (MASK, MASK)), (0, 0), 1.5)
+        bumps = cv2.resize(self.rng.normal(0, 0.25, (8, 8)).astype(np.float32), (MASK, MASK))
+        self.masks[i] = torch.from_numpy((mask + bumps - 0.5) * self.rng.uniform(6, 20))
+        self.has_mask[i] = True
+
+    @property
+    def ambiguous(self) -> Tensor:
+        """bool (P,): rows whose only prompt is one click."""
+        return torch.from_numpy((self.used == 1) & ~self.has_box & ~self.has_mask)
+
+    def prompts(self, device: torch.device) -> Prompts:
+        used = max(1, int(self.used.max()))
+
+        def to(x: np.ndarray) -> Tensor:
+            return torch.from_numpy(x).to(device)
+
+        return Prompts(
+            points=to(self.points[:, :used]),
+            labels=to(self.labels[:, :used]),
+            boxes=to(self.boxes),
+            has_box=to(self.has_box),
+            masks=self.masks.to(device),
+            has_mask=to(self.has_mask),
+            rows=to(self.rows),
+        )
+
+    def correct(self, logits: Tensor) -> None:
+        """Give each target a click in its error region, and the logits as its mask prompt."""
+        self.masks = logits.detach().float().cpu().clamp(-32, 32)
+        self.has_mask[:] = True
+        predicted = self.masks.numpy() > 0
+        for i, (mask, truth) in enumerate(zip(predicted, self.hard, strict=True)):
+            missed, extra = truth & ~mask, mask & ~truth
+            if not (missed.any() or extra.any()):
+                continue
+            if self.rng.random() < 0.65:
+                inner_missed, inner_extra = interior_distance(missed), interior_distance(extra)
+                positive = bool(inner_missed.max() > inner_extra.max())
+                index = int((inner_missed if positive else inner_extra).argmax())
+            else:
+                wrong = np.flatnonzero(missed | extra)
+                index = int(wrong[self.rng.integers(len(wrong))])
+                positive = bool(truth.flat[index])
+            y, x = divmod(index, MASK)
+            dx, dy = self.rng.integers(0, CELL, 2)
+            self._add_click(i, CELL * x + dx, CELL * y + dy, positive)
+
+
+def mask_losses(logits: Tensor, target: Tensor) -> Tensor:
+    """Focal x 8 + Dice per mask: logits (P, M, h, w), target (P, h, w) in [0, 1] -> (P, M)."""
+    target = target[:, None].expand_as(logits)
+    probability = logits.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    focal = ((probability - target).square() * entropy).mean(dim=(2, 3))
+    overlap = (probability * target).sum(dim=(2, 3))
+    total = probability.sum(dim=(2, 3)) + target.sum(dim=(2, 3))
+    return 8.0 * focal + 1.0 - (2.0 * overlap + 1.0) / (total + 1.0)
+
+
+def true_iou(logits: Tensor, target: Tensor) -> Tensor:
+    """IoU of thresholded masks: logits (P, M, h, w), target (P, h, w) -> (P, M)."""
+    predicted, truth = logits > 0, (target > 0.5)[:, None]
+    overlap = (predicted & truth).sum(dim=(2, 3))
+    return overlap / (predicted | truth).sum(dim=(2, 3)).clamp(min=1)
+
+
+def round_loss(sam: Sam, embeddings: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of the prompts as they stand, the logits to go on with (P, h, w), their IoU (P,)."""
+    device = embeddings.device
+    tokens = decode_tokens(sam, embeddings, batch.prompts(device))
+    logits = tokens.draw(tokens.vectors)
+    target = batch.target.to(device)
+    ambiguous = batch.ambiguous.to(device)
+    learn = (~torch.from_numpy(batch.partial).to(device)).float()
+
+    losses = mask_losses(logits, target)
+    three = losses[:, 1:]
+    # The winner learns the target; a trickle to the others keeps them alive.
+    multimask = 0.93 * three.min(dim=1).values + 0.07 * three.mean(dim=1)
+    shared = torch.where(ambiguous, multimask + 0.4 * losses[:, 0], losses[:, 0] + 0.2 * multimask)
+    quality = true_iou(logits.detach(), target)
+    quality_loss = (tokens.iou - quality).square().mean(dim=1)
+    loss = ((shared + quality_loss) * learn).sum() / learn.sum().clamp(min=1)
+
+    chosen = best_token(tokens.iou, ambiguous)[:, None]
+    kept = logits.detach().take_along_dim(chosen[:, :, None, None], dim=1)[:, 0]
+    return loss, kept, quality.gather(1, chosen)[:, 0]
+
+
+@torch.no_grad()
+def play_round(sam: Sam, embeddings: Tensor, batch: PromptBatch) -> Tensor:
+    """The logits (P, h, w) that the prompts give, without gradients."""
+    tokens = decode_tokens(sam, embeddings, batch.prompts(embeddings.device))
+    return tokens.draw_best(batch.ambiguous.to(embeddings.device))[0]
+
+
+def _initial(config: Config) -> Sam:
+    """The model before its first step; what is not to be trained requires no gradient."""
+    sam = build_micro()
+    if config.init or config.hq:
+        load_weights(sam, "micro", Path(config.init or MICRO_WEIGHTS))
+    if not config.hq:
+        return sam
+    hq = build_hq_micro()
+    hq.load_state_dict(hq.state_dict() | sam.state_dict())
+    for name, parameter in hq.named_parameters():
+        parameter.requires_grad_(in_head(name))
+    return hq
+
+
+def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter maps features to features, and so is one for Muon."""
+    if parameter.ndim < 2 or "embed" in name:
+        return False
+    return min(parameter.flatten(1).shape) >= 8
+
+
+class MicroTrainer:
+    """Owns the model, its moving average, the optimizer and the step counter."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device, self.step = config, device, 0
+        torch.manual_seed(config.seed)
+        self.sam = _initial(config).to(device)
+        width = self.sam.prompt_encoder.embed_dim
+        per_cell = (16 // LABEL_STRIDE) ** 2
+        self.semantic = nn.Conv2d(width, (1 + len(Scenes.categories)) * per_cell, 1).to(device)
+        self.average = AveragedModel(
+            self.sam, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
+        )
+        learned = [(name, p) for name, p in self.sam.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in learned]
+        if not config.hq:
+            self.parameters += self.semantic.parameters()
+        matrices = [p for name, p in learned if _is_hidden_matrix(name, p)]
+        taken = {id(parameter) for parameter in matrices}
+        rest = [parameter for parameter in self.parameters if id(parameter) not in taken]
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
+            Muon(matrices, config.learning_rate, config.weight_decay),
+            torch.optim.AdamW(
+                rest, lr=config.vector_learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+            ),
+        )
+
+    def schedule(self) -> float:
+        """Share of the peak learning rate at this step: warm-up, constant, linear decay."""
+        config = self.config
+        warm = min(1.0, (self.step + 1) / config.warmup)
+        cool = min(1.0, (config.steps - self.step) / max(1.0, config.decay * config.steps))
+        return warm * cool
+
+    def train_step(self, items: Sequence[TrainItem]) -> dict[str, float]:
+        """One optimizer step; returns numbers for the log."""
+        config = self.config
+        rng = np.random.default_rng([config.seed, 11, self.step])
+        peaks = (config.learning_rate, config.vector_learning_rate)
+        for optimizer, peak in zip(self.optimizers, peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * self.schedule()
+        # Frozen means frozen: running statistics too.
+        self.sam.train(not config.hq)
+        pixels = torch.from_numpy(np.stack([item.image for item in items])).to(self.device)
+        pixels = (pixels.permute(0, 3, 1, 2) - self.sam.pixel_mean) / self.sam.pixel_std
+        embeddings = encode_pixels(self.sam, pixels)
+        semantic = embeddings.new_zeros(())
+        if not config.hq:
+            semantic = self._semantic_loss(embeddings, items)
+
+        rounds = int(rng.integers(0, config.max_rounds))
+        batch = PromptBatch(items, rounds + 6, rng)
+        first, logits, first_iou = round_loss(self.sam, embeddings, batch)
+        batch.correct(logits)
+        batch.partial[:] = False
+        for _ in range(rounds):
+            batch.correct(play_round(self.sam, embeddings, batch))
+        last, _, last_iou = round_loss(self.sam, embeddings, batch)
+
+        loss = first + last + config.semantic_weight * semantic
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.average.update_parameters(self.sam)
+        self.step += 1
+        numbers = {
+            "loss": loss,
+            "first": first,
+            "last": last,
+            "semantic": semantic,
+            "grad_norm": norm,
+            "iou_first": first_iou.mean(),
+            "iou_last": last_iou.mean(),
+        }
+        return {key: float(value.detach()) for key, value in numbers.items()}
+
+    def _semantic_loss(self, embeddings: Tensor, items: Sequence[TrainItem]) -> Tensor:
+        labels = torch.from_numpy(np.stack([item.labels for item in items])).long()
+        if (labels == NO_LABEL).all():
+            return embeddings.new_zeros(())
+        scores = F.pixel_shuffle(self.semantic(embeddings), 16 // LABEL_STRIDE)
+        # Most cells are background: at full weight it would drown the categories.
+        weight = scores.new_ones(scores.shape[1])
+        weight[0] = 0.25
+        return F.cross_entropy(scores, labels.to(self.device), weight, ignore_index=NO_LABEL)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint atomically."""
+        state = {
+            "step": self.step,
+            "sam": self.sam.state_dict(),
+            "semantic": self.semantic.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        save_state(state, path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.step = state["step"]
+        self.sam.load_state_dict(state["sam"])
+        self.semantic.load_state_dict(state["semantic"])
+        self.average.load_state_dict(state["average"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def export(self, path: Path) -> None:
+        """Write the averaged weights as float16 safetensors.
+
+        Of an HQ head on the weights of the package only the head; they are there already.
+        """
+        state = {
+            key: value
+            for key, value in self.average.module.state_dict().items()
+            if in_head(key) or not self.config.hq or self.config.init
+        }
+        metadata = {"model": f"sam-gym {self.config.model}", "steps": str(self.step)}
+        save_half(state, path, metadata)
+
+
+def item_batches(config: Config, photos: Sequence[Sample], start: int) -> Iterator[list[TrainItem]]:
+    """The stream from a step on, in batches of `config.images`."""
+    total = config.steps * config.images
+    stream = MicroStream(config.seed, total, photos, config.targets)
+    loader = DataLoader(
+        stream,
+        batch_size=config.images,
+        sampler=range(start * config.images, total),  # type: ignore[arg-type]
+        num_workers=config.workers,
+        collate_fn=list,
+        worker_init_fn=_single_thread,
+        prefetch_factor=4 if config.workers else None,
+    )
+    return iter(loader)
+
+
+def _single_thread(_: int) -> None:
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def evaluate(backbone: Backbone, objects: int, num_clicks: int = 5) -> dict[str, float]:
+    """mIoU after 1..num_clicks simulated clicks on objects of held-out scenes."""
+    scenes = Scenes("val")
+    targets: list[Target] = []
+    index = 0
+    while len(targets) < objects:
+        sample = scenes[index]
+        targets += [Target(sample.image, mask) for mask in sample.masks]
+        index += 1
+    ious = [
+        session.ious
+        for first in range(0, objects, 32)
+        for session in click_out(backbone, targets[first : min(first + 32, objects)], num_clicks)
+    ]
+    means = np.mean(ious, axis=0)
+    return {f"miou@{k + 1}": round(float(value), 4) for k, value in enumerate(means)}
+
+
+def _headline(row: dict[str, float]) -> str:
+    return f"loss {row['loss']:.3f}  IoU {row['iou_first']:.3f} -> {row['iou_last']:.3f}"
+
+
+def train(config: Config) -> dict[str, float]:
+    """Train, or go on training, and write the weights and `evaluation.json`."""
+    # OpenCV's threads do not survive the fork of a data worker, which would wait for them.
+    cv2.setNumThreads(0)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    device = resolve_device(config.device)
+    photos: list[Sample] = []
+    if config.photos:
+        from sam_gym.data import make_dataset
+
+        dataset = make_dataset("coco", "train", root=config.photos)
+        photos = [dataset[i] for i in range(len(dataset))]
+    trainer = MicroTrainer(config, device)
+    checkpoint, weights = out / "checkpoint.pt", out / f"{config.model}.safetensors"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+        print(f"Going on from step {trainer.step} of {checkpoint}.")
+    write_json(out / "config.json", asdict(config))
+
+    batches = item_batches(config, photos, trainer.step)
+    run_steps(trainer, batches, config.steps, out, config.save_every, _headline)
+    trainer.export(weights)
+
+    backbone = Backbone(config.model, trainer.average.module, device, torch.float32)
+    result = evaluate(backbone, config.evaluate)
+    write_json(out / "evaluation.json", result)
+    print("held-out scenes:", result)
+    return result
+
+
+if __name__ == "__main__":
+    import tyro
+
+    from sam_gym.utils import cli
+
+    cli.run(lambda: train(tyro.cli(Config)))

@@ -1,0 +1,153 @@
+"""What readers of files share: confined names, images, and records that do not validate."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from sam_gym.utils.registry import unknown_name
+
+OnError = Literal["raise", "skip"]
+
+#: Endings of files that are read as images.
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+class Reject(Exception):
+    """A record that cannot be used, raised by a validator and turned into a message by `Records`.
+
+    Attributes:
+        reason: what is wrong, the same text for all records of that kind: it is what is counted.
+        detail: what arrived instead.
+        error: the exception that the user sees.
+    """
+
+    def __init__(
+        self, reason: str, detail: str = "", error: type[ValueError | OSError] = ValueError
+    ) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail, self.error = reason, detail, error
+
+
+class Records:
+    """Stops at the first record that does not validate, or counts and skips such records.
+
+    Args:
+        file: the annotation file or folder that messages name.
+        on_error: "raise" or "skip".
+
+    Attributes:
+        skipped: number of records left out, by reason.
+    """
+
+    def __init__(self, file: str, on_error: str) -> None:
+        if on_error not in ("raise", "skip"):
+            raise unknown_name("on_error", on_error, ("raise", "skip"))
+        self.file = file
+        self.on_error = on_error
+        self.skipped: Counter[str] = Counter()
+
+    @contextmanager
+    def validate(self, record: str) -> Iterator[None]:
+        """The body validates `record` and keeps it; a `Reject` from it raises or is counted."""
+        try:
+            yield
+        except Reject as reject:
+            if self.on_error == "raise":
+                detail = f" ({reject.detail})" if reject.detail else ""
+                raise reject.error(
+                    f"{self.file}: {record}: {reject.reason}{detail}. Fix or drop it, "
+                    'or pass on_error="skip" to count and skip such records.'
+                ) from None
+            self.skipped[reject.reason] += 1
+
+    def warn(self) -> None:
+        """Warn once, with totals, if records were left out."""
+        if self.skipped:
+            reasons = "; ".join(f"{n} x {reason}" for reason, n in self.skipped.most_common())
+            total = self.skipped.total()
+            warnings.warn(f"{self.file}: skipped {total} records: {reasons}.", stacklevel=3)
+
+
+def resolve(folder: str, name: object) -> str:
+    """The path of the file `name` inside `folder`.
+
+    `folder` itself is trusted and may be a symbolic link; `name` comes from a file and is not.
+
+    Raises:
+        Reject: `name` is no file name, is absolute, contains `..`, or is a link out of `folder`.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise Reject("file name is not a non-empty string", f"got {name!r}")
+    parts = name.replace("\\", "/").split("/")
+    inside = os.path.join(os.path.realpath(folder), "")
+    path = os.path.join(folder, name)
+    leaves = ".." in parts or not parts[0] or os.path.isabs(name) or os.path.splitdrive(name)[0]
+    if leaves or not os.path.realpath(path).startswith(inside):
+        raise Reject("file name leaves its folder", f"got {name!r}, confined to {folder}")
+    return path
+
+
+def read_image(path: str, record: str) -> np.ndarray:
+    """Read a colour or grey image as uint8 (H, W, 3), RGB.
+
+    Pixels are as stored: an EXIF orientation is not applied, because masks and annotated sizes
+    refer to the stored pixels (as in pycocotools).
+
+    Args:
+        path: the image file.
+        record: what the file belongs to, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image, or is truncated.
+    """
+    bgr = _decode(path, record, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+
+
+def read_labels(path: str, record: str) -> np.ndarray:
+    """Read a mask or label image unchanged: uint8 or uint16 (H, W).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image, is truncated, or is not one channel of 8 or 16 bits.
+    """
+    labels = _decode(path, record, cv2.IMREAD_UNCHANGED)
+    if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
+        channels = 1 if labels.ndim == 2 else labels.shape[2]
+        raise ValueError(
+            f"{path}: {record}: expected one channel of uint8 or uint16 labels, got {channels} "
+            f"of {labels.dtype}. Save it as grey PNG of 8 or 16 bits, without a palette."
+        )
+    return labels
+
+
+def _decode(path: str, record: str, flags: int) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: {record}: the file is missing. Restore it, or drop the record."
+        ) from None
+    array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    if array is None or _is_cut_jpeg(data):
+        raise ValueError(
+            f"{path}: {record}: the file is truncated or not an image. "
+            "Fetch or export it again, or drop the record."
+        )
+    return array
+
+
+def _is_cut_jpeg(data: bytes) -> bool:
+    """OpenCV fills the missing part of a truncated JPEG with grey and reports nothing."""
+    start_of_scan, end_of_image = b"\xff\xda", b"\xff\xd9"
+    return data.startswith(b"\xff\xd8") and data.rfind(end_of_image) < data.rfind(start_of_scan)

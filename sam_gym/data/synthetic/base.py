@@ -1,0 +1,65 @@
+"""What datasets share whose images are drawn out of a seed and a number."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from sam_gym.utils.registry import unknown_name
+
+#: Split name -> first word of the seed, so that no image of one split occurs in another.
+SPLITS = {"train": 1, "val": 2, "test": 3}
+
+
+class Procedural:
+    """Images by number, each always the same, and as many as are asked for.
+
+    Args:
+        split: "train", "val" or "test"; disjoint by seed.
+        length: how many different images there are (None: 2^31 - 1, in effect endless).
+        size: of the images (their height), in pixels.
+        largest: that can be drawn.
+        seed: of all images.
+
+    Raises:
+        ValueError: a split, length, size or seed that they cannot have.
+    """
+
+    name: str
+    #: What an image is called in messages.
+    noun = "image"
+
+    def __init__(
+        self, split: str, length: int | None, size: int, largest: int = 1024, seed: int = 0
+    ) -> None:
+        if split not in SPLITS:
+            raise unknown_name("split", split, SPLITS)
+        if length is not None and length < 1:
+            raise ValueError(f"length must be at least 1, got {length}.")
+        if not 64 <= size <= largest:
+            raise ValueError(f"size must be from 64 to {largest} pixels, got {size}.")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}.")
+        self.split, self.length, self.size, self.seed = split, length, size, seed
+
+    def __len__(self) -> int:
+        return 2**31 - 1 if self.length is None else self.length
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
+        """Draw an image uniformly; the category is None: any in the image."""
+        return int(rng.integers(len(self))), None
+
+    def check_index(self, index: int) -> None:
+        """Raise `IndexError` for the number of an image that there is not."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.noun} {index} is not in range({len(self)}).")
+
+    def words(self, index: int) -> list[int]:
+        """What the generator of an image is seeded with; raises as `check_index` does."""
+        self.check_index(index)
+        return [SPLITS[self.split], self.seed, zlib.crc32(self.name.encode()), index]
+
+    def source(self, index: int) -> str:
+        """Where a sample comes from."""
+        return f"{self.name}/{self.split}/{index}"

@@ -1,0 +1,1 @@
+"""`domain`: ten procedural domains for continual learning."""

@@ -1,0 +1,1 @@
+"""`rooms` and `rooms-panoramas`: procedural rooms of objects made of parts."""

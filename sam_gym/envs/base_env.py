@@ -1,0 +1,317 @@
+"""The scalar and the vector environment of any task over slots: thin faces of its core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from sam_gym.envs.base_core import SlotConfig, SlotCore, check_choice
+from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.render import show
+
+C = TypeVar("C", bound=SlotConfig)
+
+
+class SlotEnv(gym.Env[Any, Any]):
+    """A core with one slot; a task says which.
+
+    Args:
+        render_mode: None, "rgb_array" or "human".
+        **settings: fields of `config_class`.
+
+    Raises:
+        ValueError: unknown name or impossible value, or data that does not validate.
+        FileNotFoundError: a file is missing.
+    """
+
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 2}
+    #: The id, the settings and the rules: what a task brings.
+    env_id: str
+    config_class: type[Any]
+    core_class: type[Any]
+    core: SlotCore[Any, Any]
+
+    def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
+        check_render_mode(render_mode)
+        self.render_mode = render_mode
+        config = make_settings(self.config_class, self.env_id, settings)
+        self.core = self.core_class(config, num_slots=1)
+        self.action_space = self.core.action_space
+        self.observation_space = self.core.observation_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        super().reset(seed=seed)
+        self.core.plan([0], [] if seed is None else [0], options or {})
+        self.core.reset([0], [self.np_random])
+        if self.render_mode == "human":
+            self.render()
+        return self._observation(), self._info()
+
+    def step(self, action: int) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        actions = self.core.check_actions(np.array([action]))
+        reward, terminated, truncated = self.core.step(np.array([0]), actions)
+        if self.render_mode == "human":
+            self.render()
+        return (
+            self._observation(),
+            float(reward[0]),
+            bool(terminated[0]),
+            bool(truncated[0]),
+            self._info(),
+        )
+
+    def render(self) -> np.ndarray | None:
+        if self.render_mode is None:
+            gym.logger.warn('Call gym.make(..., render_mode="rgb_array") to render.')
+            return None
+        frame = self.core.render(0)
+        if self.render_mode == "human":
+            show(self.env_id, frame)
+            return None
+        return frame
+
+    def close(self) -> None:
+        self.core.close()
+
+    def _observation(self) -> dict[str, Any]:
+        spaces = self.core.observation_space.spaces
+        return {
+            key: np.int64(value[0]) if isinstance(spaces[key], gym.spaces.Discrete) else value[0]
+            for key, value in self.core.observe([0]).items()
+        }
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            key: bool(value[0]) if value.dtype == bool else value[0]
+            for key, value in self.core.info([0]).items()
+        }
+
+
+class SlotVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
+    """A core with many slots; a task says which.
+
+    Args:
+        num_envs: how many environments.
+        render_mode: None, "rgb_array" (one frame per environment) or "human" (all in one window).
+        autoreset_mode: "NextStep" (default), "SameStep" or "Disabled", or the enum.
+        **settings: fields of `config_class`.
+    """
+
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 2}
+    env_id: str
+    config_class: type[Any]
+    core_class: type[Any]
+    core: SlotCore[Any, Any]
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        render_mode: str | None = None,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        **settings: Any,
+    ) -> None:
+        check_render_mode(render_mode)
+        self.autoreset_mode = _autoreset_mode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.render_mode = render_mode
+        self.num_envs = num_envs
+        config = make_settings(self.config_class, self.env_id, settings)
+        self.core = self.core_class(config, num_envs)
+        self.single_action_space = self.core.action_space
+        self.single_observation_space = self.core.observation_space
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self._all = np.arange(num_envs)
+        self._ended = np.zeros(num_envs, bool)
+        self._rngs = [seeding.np_random(None)[0] for _ in range(num_envs)]
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Begin new episodes; `options={"reset_mask": bool (num_envs,)}` limits them to some."""
+        mask = np.ones(self.num_envs, bool)
+        if options and "reset_mask" in options:
+            mask = np.asarray(options["reset_mask"], bool)
+            if mask.shape != (self.num_envs,):
+                raise ValueError(
+                    f"reset_mask must be bool ({self.num_envs},), got shape {mask.shape}."
+                )
+        seeds = self._seeds(seed)
+        seeded = [i for i, own in enumerate(seeds) if own is not None and mask[i]]
+        self.core.plan(np.flatnonzero(mask).tolist(), seeded, options or {})
+        for i in seeded:
+            self._rngs[i] = seeding.np_random(seeds[i])[0]
+        self._begin(np.flatnonzero(mask))
+        self._ended[mask] = False
+        self._show()
+        return self.core.observe(self._all), self._infos(mask)
+
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, (int, np.integer)):
+            return [int(seed) + i for i in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise ValueError(f"Expected {self.num_envs} seeds, got {len(seed)}.")
+        return list(seed)
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        actions = self.core.check_actions(actions)
+        reward = np.zeros(self.num_envs)
+        terminated = np.zeros(self.num_envs, bool)
+        truncated = np.zeros(self.num_envs, bool)
+        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
+            self._begin(np.flatnonzero(self._ended))
+            playing = np.flatnonzero(~self._ended)
+        else:
+            if self._ended.any():
+                raise RuntimeError(
+                    f"Environments {np.flatnonzero(self._ended).tolist()} have ended: reset them "
+                    'with reset(options={"reset_mask": ...}) before the next step.'
+                )
+            playing = self._all
+        if len(playing):
+            reward[playing], terminated[playing], truncated[playing] = self.core.step(
+                playing, actions[playing]
+            )
+        ended = terminated | truncated
+        final: dict[str, Any] = {}
+        if self.autoreset_mode == AutoresetMode.SAME_STEP:
+            final = self._final(np.flatnonzero(ended))
+            self._begin(np.flatnonzero(ended))
+        else:
+            self._ended = ended
+        self._show()
+        infos = self._infos(np.ones(self.num_envs, bool)) | final
+        return self.core.observe(self._all), reward, terminated, truncated, infos
+
+    def get_state(self) -> list[dict[str, Any]]:
+        """The state of each environment: its episode and its random numbers, for `set_state`.
+
+        Numpy arrays and plain values, copied, so that it can be kept in a file. An environment
+        plays the same from it in another process and in another place of the batch.
+        """
+        return [
+            {"episode": episode, "ended": bool(ended), "rng": rng.bit_generator.state}
+            for episode, ended, rng in zip(
+                self.core.get_state(), self._ended, self._rngs, strict=True
+            )
+        ]
+
+    def set_state(self, state: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """Go on from `get_state` of environments with the same settings and data.
+
+        Returns:
+            What the last `reset` or `step` had returned as observations. Embeddings are computed
+            again, so handles differ.
+
+        Raises:
+            ValueError: another number of environments, one that was never reset, or other data.
+        """
+        if len(state) != self.num_envs:
+            raise ValueError(
+                f"Expected the state of {self.num_envs} environments, got {len(state)}."
+            )
+        self.core.set_state([own["episode"] for own in state], self._rngs)
+        for i, (own, rng) in enumerate(zip(state, self._rngs, strict=True)):
+            if rng.bit_generator.state != own["rng"]:
+                raise ValueError(
+                    f"Environment {i} draws another episode than when its state was taken: the "
+                    f"dataset {self.core.dataset.name} has changed. Bring the old data back, or "
+                    "begin anew."
+                )
+        self._ended[:] = [own["ended"] for own in state]
+        return self.core.observe(self._all)
+
+    def _begin(self, slots: np.ndarray) -> None:
+        if len(slots):
+            self.core.reset(slots.tolist(), [self._rngs[slot] for slot in slots])
+
+    def _final(self, slots: np.ndarray) -> dict[str, Any]:
+        """`final_obs` and `final_info` of episodes that are about to be replaced."""
+        if not len(slots):
+            return {}
+        mask = np.zeros(self.num_envs, bool)
+        mask[slots] = True
+        observations = self.core.observe(slots)
+        final_obs = np.full(self.num_envs, None, object)
+        for i, slot in enumerate(slots):
+            final_obs[slot] = {key: value[i] for key, value in observations.items()}
+        return {
+            "final_obs": final_obs,
+            "_final_obs": mask,
+            "final_info": self._infos(mask),
+            "_final_info": mask,
+        }
+
+    def _infos(self, mask: np.ndarray) -> dict[str, Any]:
+        """Gymnasium's form of vector infos: an array per key, and which entries count."""
+        infos: dict[str, Any] = {}
+        slots = np.flatnonzero(mask)
+        for key, values in self.core.info(slots).items():
+            full = np.full(self.num_envs, None if values.dtype == object else 0, values.dtype)
+            full[slots] = values
+            infos[key], infos[f"_{key}"] = full, mask.copy()
+        return infos
+
+    def _show(self) -> None:
+        if self.render_mode == "human":
+            self.render()
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        if self.render_mode is None:
+            gym.logger.warn('Call gym.make_vec(..., render_mode="rgb_array") to render.')
+            return None
+        frames = tuple(self.core.render(slot) for slot in range(self.num_envs))
+        if self.render_mode == "human":
+            from sam_gym.utils.render import tile
+
+            columns = int(np.ceil(np.sqrt(self.num_envs)))
+            show(self.env_id, tile(frames, columns))
+            return None
+        return frames
+
+    def close_extras(self, **kwargs: Any) -> None:
+        self.core.close()
+
+
+def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
+    modes = {valid.value: valid for valid in AutoresetMode}
+    name = mode.value if isinstance(mode, AutoresetMode) else mode
+    if name not in modes:
+        raise unknown_name("autoreset_mode", name, modes)
+    return modes[name]
+
+
+def check_render_mode(render_mode: str | None) -> None:
+    """Raise `ValueError` for a render mode that no environment has."""
+    check_choice("render_mode", render_mode, (None, "rgb_array", "human"))
+
+
+def make_settings(kind: type[C], env_id: str, settings: dict[str, Any]) -> C:
+    """The config of keyword arguments; an unknown one raises `ValueError` with the nearest name.
+
+    Args:
+        kind: class of the config.
+        env_id: environment that they are the arguments of, for the message.
+        settings: the arguments.
+    """
+    valid = [f.name for f in fields(kind)]
+    for name in settings:
+        if name not in valid:
+            raise unknown_name(f"argument of {env_id}", name, valid)
+    return kind(**settings)

@@ -1,0 +1,88 @@
+"""Reward functions by name, each over a batch of transitions at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from sam_gym.utils.registry import Registry
+
+
+@dataclass(frozen=True)
+class Transition:
+    """N transitions of the click task; the arrays are (N,) unless said otherwise.
+
+    Attributes:
+        is_click: bool, false for `stop` and `undo`.
+        positive: bool, whether the click was positive.
+        on_target: bool, whether the clicked pixel belongs to the target.
+        distance: float32, from the click to the nearest earlier click, in units of the frame's
+            side; infinite for a first click.
+        iou_before, iou_after: float32, IoU with the target.
+    """
+
+    is_click: np.ndarray
+    positive: np.ndarray
+    on_target: np.ndarray
+    distance: np.ndarray
+    iou_before: np.ndarray
+    iou_after: np.ndarray
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool (N,): positive on the target, or negative off it."""
+        return self.positive == self.on_target
+
+    @property
+    def dice_gain(self) -> np.ndarray:
+        after = 2 * self.iou_after / (1 + self.iou_after)
+        return after - 2 * self.iou_before / (1 + self.iou_before)
+
+
+Reward = Callable[[Transition], np.ndarray]
+
+#: Reward name -> function from N transitions to float (N,).
+REWARDS: Registry[Reward] = Registry("reward")
+
+
+@REWARDS.register("iou_gain")
+def iou_gain(t: Transition) -> np.ndarray:
+    """By how much the IoU rose; the rewards of an episode add up to its final IoU."""
+    return t.iou_after - t.iou_before
+
+
+@REWARDS.register("dice_gain")
+def dice_gain(t: Transition) -> np.ndarray:
+    """By how much the Dice coefficient rose."""
+    return t.dice_gain
+
+
+@REWARDS.register("click_correct")
+def click_correct(t: Transition) -> np.ndarray:
+    """+1 for a click whose label is right, -1 for a wrong one."""
+    return np.where(t.is_click, np.where(t.correct, 1.0, -1.0), 0.0)
+
+
+@REWARDS.register("foreground")
+def foreground(t: Transition) -> np.ndarray:
+    """+1 for a click on the target, -1 for one elsewhere, whatever its label.
+
+    For agents that choose places only (AlignSAM, Huang et al. 2024).
+    """
+    return np.where(t.is_click, np.where(t.on_target, 1.0, -1.0), 0.0)
+
+
+@REWARDS.register("shaped")
+def shaped(t: Transition) -> np.ndarray:
+    """Click correctness as AlignSAM's public reimplementation shapes it.
+
+    A right positive click earns 1, less where it repeats an earlier click (in proportion to the
+    distance, up to a tenth of the frame). A right negative click earns the Dice it gained, at
+    least 0. A wrong positive click costs 1, a wrong negative one 0.5.
+    """
+    novelty = np.clip(t.distance / 0.1, 0.0, 1.0)
+    right = np.where(t.positive, novelty, np.maximum(t.dice_gain, 0.0))
+    wrong = np.where(t.positive, -1.0, -0.5)
+    return np.where(t.is_click, np.where(t.correct, right, wrong), 0.0)

@@ -1,0 +1,1 @@
+"""Everything mode: generate, store and merge masks."""

@@ -1,0 +1,1 @@
+"""Metrics of masks, of everything mode and of continual learning."""

@@ -1,0 +1,1 @@
+"""Simulated clicks and point grids."""

@@ -1,0 +1,65 @@
+"""Plots of results; matplotlib loads when the first is drawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from sam_gym.utils.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_matrix(
+    path: Path, matrix: ArrayLike, names: Sequence[str], title: str, score: str = "mean IoU"
+) -> Path:
+    """Draw how a sequence of domains was learned and forgotten, as a heat map.
+
+    A line sets apart what was not yet learned at a stage, on the right of it.
+
+    Args:
+        path: of the PNG.
+        matrix: float (stages, domains) in [0, 1], in order of learning.
+        names: of the domains.
+        title: above the map.
+        score: what the numbers are.
+    """
+    from matplotlib.figure import Figure
+
+    scores = np.asarray(matrix, np.float64)
+    stages, domains = scores.shape
+    if domains != len(names):
+        raise ValueError(f"Expected a name for each of {domains} domains, got {len(names)}.")
+    side = 0.62
+    figure = Figure(figsize=(2.8 + side * domains, 2.0 + side * stages), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(scores, cmap="viridis", vmin=0.0, vmax=1.0)
+    for stage, domain in np.ndindex(stages, domains):
+        value = scores[stage, domain]
+        style: dict[str, Any] = {
+            "color": "white" if value < 0.6 else "black",
+            "weight": "bold" if stage == domain else "normal",
+        }
+        axes.text(domain, stage, f"{value:.2f}", ha="center", va="center", size=9, **style)
+    steps = np.arange(min(stages, domains) + 1) - 0.5
+    axes.autoscale(False)
+    axes.plot(np.repeat(steps[1:], 2), np.repeat(steps, 2)[1:-1], color="white", lw=2)
+    axes.set_xticks(range(domains), names, rotation=40, ha="right")
+    axes.set_yticks(range(stages), names[:stages])
+    axes.set(xlabel="evaluated on", ylabel="after learning", title=title)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label=score, fraction=0.05, shrink=0.9)
+    return save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Figure) -> Path:
+    """Write a figure as PNG; what lies beside its axes is on it too."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    return write_atomic(path, buffer.getvalue())

@@ -1,0 +1,100 @@
+"""A run that was stopped comes to the same as one that was not."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agents.ppo.checkpoint import (
+    check_same_settings,
+    checkpoints,
+    newest_checkpoint,
+    write_checkpoint,
+)
+from agents.ppo.config import Config
+from agents.train_ppo import main
+
+Arguments = Callable[..., list[str]]
+
+
+def killed(start: Callable[..., subprocess.Popen[str]], *arguments: str) -> str:
+    """Let a run be killed; what it had printed."""
+    process = start(*arguments)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == -9, printed
+    return printed
+
+
+def test_a_stopped_run_comes_to_the_same(
+    tiny_env: dict[str, Any],
+    arguments: Arguments,
+    start_training: Callable[..., subprocess.Popen[str]],
+    assert_same: Callable[[Path, Path], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    through = tmp_path / "through"
+    main(arguments(through))
+    assert not (through / "checkpoints").exists()
+
+    stopped, damaged = tmp_path / "stopped", tmp_path / "damaged"
+    killed(start_training, "--die-at", "172", *arguments(stopped))
+    shutil.copytree(stopped, damaged)
+    newest, before = checkpoints(stopped / "checkpoints")
+    assert (newest.stem, before.stem) == ("000000000128", "000000000064")
+    with pytest.raises(FileExistsError, match="not finished. Pass --resume"):
+        main(arguments(stopped))
+    with pytest.raises(ValueError, match=r"learning_rate \(0.001 then, 0.5 now\)"):
+        main(arguments(stopped, "--resume", "--learning-rate", "0.5"))
+    main(arguments(stopped, "--resume"))
+    assert_same(stopped, through)
+    assert "step 128" in capsys.readouterr().out
+
+    newest = checkpoints(damaged / "checkpoints")[0]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    main(arguments(damaged, "--resume"))
+    assert_same(damaged, through)
+    printed = capsys.readouterr().out
+    assert f"{newest} is damaged" in printed and "step 64" in printed
+
+    writing = tmp_path / "writing"
+    killed(start_training, "--die-in-write", "2", *arguments(writing))
+    files = sorted(path.name for path in (writing / "checkpoints").iterdir())
+    assert len(files) == 2 and files[0].startswith(".000000000128.ckpt.")
+    main(arguments(writing, "--resume"))
+    assert_same(writing, through)
+
+
+def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
+    (tmp_path / ".000000000001.ckpt.7.7").write_bytes(b"half a check")
+    for step in (5, 50, 500):
+        write_checkpoint(tmp_path, {"step": step, "values": torch.arange(step)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "000000000050.ckpt",
+        "000000000500.ckpt",
+    ]
+    assert len(newest_checkpoint(tmp_path)["values"]) == 500
+
+
+def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="without --resume"):
+        newest_checkpoint(tmp_path / "nowhere")
+    write_checkpoint(tmp_path, {"step": 5}).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+        newest_checkpoint(tmp_path)
+
+
+def test_only_settings_that_change_nothing_may_differ() -> None:
+    config = Config()
+    moved = replace(
+        config, out="elsewhere", resume=True, settings=replace(config.settings, cache_mib=7)
+    )
+    check_same_settings(asdict(config), asdict(moved))
+    harder = replace(config, seed=4, settings=replace(config.settings, max_steps=3))
+    with pytest.raises(ValueError, match=r"seed \(0 then, 4 now\); settings.max_steps \(5 then"):
+        check_same_settings(asdict(config), asdict(harder))

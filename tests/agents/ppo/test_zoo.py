@@ -1,0 +1,36 @@
+"""The hyperparameters in RL-Zoo's form fit the environment and the policy."""
+
+import importlib
+from pathlib import Path
+
+import yaml
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+
+import agents
+import sam_gym  # noqa: F401
+from sam_gym.backbones import Backbone
+from sam_gym.data.synthetic.scenes import Scenes
+
+
+def test_a_policy_is_made_and_learns(shipped: Backbone) -> None:
+    path = Path(agents.__file__).parent / "zoo" / "ppo.yml"
+    settings = yaml.safe_load(path.read_text())["SamSeg-v0"]
+    features = settings["policy_kwargs"]["features"]
+    # The policy knows categories by their numbers, so their order counts.
+    assert tuple(features["categories"]) == Scenes.categories
+    module, _, name = settings["policy"].rpartition(".")
+    settings["policy_kwargs"]["features"]["backbone"]["device"] = "cpu"
+    env = make_vec_env("SamSeg-v0", n_envs=2, env_kwargs={"device": "cpu"})
+    model = PPO(
+        getattr(importlib.import_module(module), name),
+        env,
+        n_steps=4,
+        batch_size=8,
+        n_epochs=1,
+        policy_kwargs=settings["policy_kwargs"],
+        device="cpu",
+    )
+    model.learn(8)
+    assert model.num_timesteps == 8
+    env.close()

@@ -1,0 +1,266 @@
+"""Embeddings on disk: exact, never stale, safe under several writers, bounded."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sam_gym.backbones import Backbone
+from sam_gym.backbones.embeddings import store
+from sam_gym.backbones.embeddings.disk import DiskStore
+from sam_gym.backbones.embeddings.precompute import Config, precompute, share
+from sam_gym.backbones.embeddings.store import EmbeddingStore
+from sam_gym.data.base import image_digest
+from sam_gym.envs.click import ClickConfig, ClickCore
+
+
+def key_of(number: int) -> bytes:
+    return image_digest(np.full((1, 1, 3), number, np.uint8))
+
+
+def embedding_of(number: int, backbone: Backbone) -> Tensor:
+    """What each writer of a number writes."""
+    noise = torch.Generator().manual_seed(number)
+    return torch.randn(backbone.embedding_shape, generator=noise)
+
+
+@pytest.fixture
+def disk(tiny: Backbone, tmp_path: Path) -> DiskStore:
+    return DiskStore(tiny, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("float32", 0.0), ("float16", 2**-11), ("bfloat16", 2**-8)]
+)
+def test_what_is_put_is_got(tiny: Backbone, tmp_path: Path, dtype: str, error: float) -> None:
+    disk, embedding = DiskStore(tiny, tmp_path, dtype), embedding_of(1, tiny)
+    returned = disk.put(key_of(1), embedding)
+    got = DiskStore(tiny, tmp_path, dtype).get(key_of(1))
+    assert got is not None and got.dtype == torch.float32
+    assert torch.equal(got, returned)
+    assert ((got - embedding).abs() <= error * embedding.abs() + 1e-7).all()
+    assert disk.get(key_of(2)) is None
+
+
+def test_files_are_safetensors_in_shards(disk: DiskStore, tiny: Backbone) -> None:
+    disk.put(key_of(1), embedding_of(1, tiny))
+    path = disk.path(key_of(1))
+    assert path.parent.name == key_of(1).hex()[:2]
+    with safe_open(path, "pt") as file:
+        assert torch.equal(file.get_tensor("embedding"), embedding_of(1, tiny))
+
+
+def test_another_checkpoint_or_precision_finds_nothing(
+    tiny: Backbone, micro: Backbone, disk: DiskStore, tmp_path: Path
+) -> None:
+    disk.put(key_of(1), embedding_of(1, tiny))
+    other = Backbone("tiny", tiny.private_copy(), torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        other.sam.image_encoder.pos_embed[0, 0, 0, 0] += 1e-6
+    assert DiskStore(other, tmp_path).get(key_of(1)) is None
+    assert DiskStore(tiny, tmp_path, "float16").get(key_of(1)) is None
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "flipped", "header", "not json"])
+def test_damaged_files_count_as_missing_and_are_replaced(
+    disk: DiskStore, tiny: Backbone, kind: str
+) -> None:
+    embedding = embedding_of(1, tiny)
+    disk.put(key_of(1), embedding)
+    path = disk.path(key_of(1))
+    content = bytearray(path.read_bytes())
+    if kind == "empty":
+        content.clear()
+    elif kind == "truncated":
+        del content[-5:]
+    elif kind == "flipped":
+        content[-100] ^= 0x10
+    elif kind == "header":
+        at = content.index(b"F32")
+        content[at : at + 3] = b"I32"
+    else:
+        content[8] = 0
+    path.write_bytes(content)
+    assert disk.get(key_of(1)) is None
+    assert disk.damaged == 1 and not path.exists()
+    disk.put(key_of(1), embedding)
+    assert torch.equal(disk.get(key_of(1)), embedding)
+
+
+def test_values_that_do_not_fit_are_refused(tiny: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot hold"):
+        DiskStore(tiny, tmp_path, "float16").put(key_of(1), 1e5 * embedding_of(1, tiny))
+    with pytest.raises(ValueError, match="Expected an embedding"):
+        DiskStore(tiny, tmp_path).put(key_of(1), torch.zeros(1, 2, 3))
+    with pytest.raises(ValueError, match="bfloat16"):
+        DiskStore(tiny, tmp_path, "bfloat")
+
+
+def test_least_recently_used_go_first(tiny: Backbone, tmp_path: Path) -> None:
+    disk = DiskStore(tiny, tmp_path)
+    disk.put(key_of(0), embedding_of(0, tiny))
+    size = disk.path(key_of(0)).stat().st_size
+    bounded = DiskStore(tiny, tmp_path, max_bytes=10 * size)
+    for number in range(1, 10):
+        bounded.put(key_of(number), embedding_of(number, tiny))
+    for number in range(10):  # the order of use, in a clock that is coarser than this loop
+        os.utime(disk.path(key_of(number)), (number, number))
+    assert bounded.get(key_of(0)) is not None
+    bounded.put(key_of(10), embedding_of(10, tiny))
+    there = [number for number in range(11) if key_of(number) in bounded]
+    assert there == [0, *range(3, 11)]
+
+
+def test_abandoned_pieces_are_removed(disk: DiskStore, tiny: Backbone) -> None:
+    disk.put(key_of(1), embedding_of(1, tiny))
+    folder = disk.path(key_of(1)).parent
+    old, new = folder / ".old.safetensors.1.2", folder / ".new.safetensors.3.4"
+    for piece in (old, new):
+        piece.write_bytes(b"half of")
+    os.utime(old, (time.time() - 7200,) * 2)
+    disk.evict()
+    assert not old.exists() and new.exists() and key_of(1) in disk
+
+
+def test_memory_store_takes_from_disk_and_keeps_there(tiny: Backbone, tmp_path: Path) -> None:
+    images = [np.full((64, 64, 3), shade, np.uint8) for shade in (10, 90, 200)]
+    first = EmbeddingStore(tiny, disk=DiskStore(tiny, tmp_path))
+    expected = first.gather(torch.tensor(first.acquire(images[:2])))
+    second = EmbeddingStore(tiny, disk=DiskStore(tiny, tmp_path))
+    got = second.gather(torch.tensor(second.acquire(images)))
+    assert (first.encoded, second.encoded) == (2, 1)
+    assert torch.equal(got[:2], expected)
+    assert torch.equal(got[2], tiny.encode(images[2:])[0])
+
+
+def test_environment_with_a_disk_store(
+    tiny_env: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAM_GYM_HOME", str(tmp_path))
+    monkeypatch.setattr(store, "_stores", {})  # nothing was encoded yet
+    core = ClickCore(ClickConfig(**tiny_env, disk="home"), 2)
+    core.reset([0, 1], [np.random.default_rng(0), np.random.default_rng(1)])
+    core.close()
+    assert list((tmp_path / "embeddings").rglob("*.safetensors"))
+    with pytest.raises(ValueError, match="float16"):
+        ClickConfig(**tiny_env, disk_dtype="flota16").validate()
+
+
+# Several processes ------------------------------------------------------------------------------
+
+
+def write_forever(folder: Path, backbone: Backbone) -> None:
+    """Write the same few embeddings over and over."""
+    torch.set_num_threads(1)
+    disk = DiskStore(backbone, folder)
+    while True:
+        for number in range(8):
+            disk.put(key_of(number), embedding_of(number, backbone))
+
+
+def test_two_writers_of_which_one_is_killed(tiny: Backbone, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_forever, args=(tmp_path, tiny)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    reader, deadline = DiskStore(tiny, tmp_path), time.monotonic() + 60
+    read = 0
+    try:
+        while read < 400 and time.monotonic() < deadline:
+            for number in range(8):
+                got = reader.get(key_of(number))
+                if got is not None:
+                    assert torch.equal(got, embedding_of(number, tiny))
+                    read += 1
+            if read > 200 and writers[0].is_alive():
+                os.kill(writers[0].pid, signal.SIGKILL)
+                writers[0].join()
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.join()
+    assert read >= 400 and reader.damaged == 0
+    assert all(key_of(number) in reader for number in range(8))
+
+
+def write_beyond_the_bound(folder: Path, backbone: Backbone, bound: int, first: int) -> None:
+    """Write 60 embeddings, and read back those of the neighbours that are still there."""
+    torch.set_num_threads(1)
+    disk = DiskStore(backbone, folder, max_bytes=bound)
+    for number in range(first, first + 60):
+        disk.put(key_of(number), embedding_of(number, backbone))
+        got = disk.get(key_of((number + 30) % 120))
+        assert got is None or torch.equal(got, embedding_of((number + 30) % 120, backbone))
+    assert disk.damaged == 0
+
+
+def test_three_processes_evict_at_once(tiny: Backbone, tmp_path: Path) -> None:
+    one = DiskStore(tiny, tmp_path / "one")
+    one.put(key_of(0), embedding_of(0, tiny))
+    size = one.path(key_of(0)).stat().st_size
+    bound, folder = 20 * size, tmp_path / "shared"
+    context = multiprocessing.get_context("fork")
+    writers = [
+        context.Process(target=write_beyond_the_bound, args=(folder, tiny, bound, first))
+        for first in (0, 30, 60)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    # Each process looks at the folder after every twentieth of the bound that it wrote.
+    kept = list(folder.rglob("*.safetensors"))
+    assert 10 <= len(kept) <= 20 + 3 * 2
+    reader = DiskStore(tiny, folder, max_bytes=bound)
+    reader.evict()
+    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) <= bound
+    assert sum(reader.get(key_of(number)) is not None for number in range(120)) >= 10
+
+
+# Filling it -------------------------------------------------------------------------------------
+
+
+def config(checkpoint: str, folder: Path, **more: object) -> Config:
+    settings = {"dataset": "scenes", "limit": 5, "batch_size": 2, "device": "cpu"} | more
+    return Config(checkpoint=checkpoint, folder=str(folder), **settings)  # type: ignore[arg-type]
+
+
+def test_precompute_resumes_and_repairs(
+    micro_checkpoint: str, micro: Backbone, tmp_path: Path
+) -> None:
+    assert precompute(config(micro_checkpoint, tmp_path, limit=3)) == {"encoded": 3, "found": 0}
+    damaged = next(tmp_path.rglob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert precompute(config(micro_checkpoint, tmp_path)) == {"encoded": 3, "found": 2}
+    assert precompute(config(micro_checkpoint, tmp_path)) == {"encoded": 0, "found": 5}
+
+
+def test_shards_make_up_the_whole(micro_checkpoint: str, tmp_path: Path) -> None:
+    counts = [precompute(config(micro_checkpoint, tmp_path, shard=f"{k}/2")) for k in range(2)]
+    assert [c["encoded"] for c in counts] == [3, 2]
+    assert precompute(config(micro_checkpoint, tmp_path))["found"] == 5
+
+
+def test_precompute_refuses_what_would_evict_itself(micro_checkpoint: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--disk-gib"):
+        precompute(config(micro_checkpoint, tmp_path, disk_gib=4 * 2**17 / 2**30))
+    with pytest.raises(ValueError, match="--limit"):
+        precompute(config(micro_checkpoint, tmp_path, limit=0))
+
+
+def test_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert share(None) == (0, 1) and share("2/3") == (2, 3)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert share(None) == (1, 4)
+    for wrong in ("3/3", "1", "a/b", "-1/2"):
+        with pytest.raises(ValueError, match="shard"):
+            share(wrong)

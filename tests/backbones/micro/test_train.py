@@ -1,0 +1,156 @@
+"""Training `micro`: a run that was cut off goes on to the same weights, and they load."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sam_gym.backbones import Prompts, load_backbone
+from sam_gym.backbones.loading import read_weights
+from sam_gym.backbones.micro.model import build_micro
+from sam_gym.backbones.micro.train import Config, MicroTrainer, mask_losses, train, true_iou
+
+
+@pytest.fixture(autouse=True)
+def restore_process() -> Iterator[None]:
+    """Training seeds torch and takes OpenCV's threads away."""
+    threads = cv2.getNumThreads()
+    with torch.random.fork_rng():
+        yield
+    cv2.setNumThreads(threads)
+
+
+def config(out: Path, **more: Any) -> Config:
+    return Config(
+        out=str(out), steps=2, images=2, targets=2, workers=0, evaluate=2, device="cpu", **more
+    )
+
+
+class CutOff(Exception):
+    """The process dies."""
+
+
+def assert_same_state(one: Any, other: Any, path: str = "") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key, value in one.items():
+            assert_same_state(value, other[key], f"{path}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), path
+        for number, values in enumerate(zip(one, other, strict=True)):
+            assert_same_state(*values, f"{path}/{number}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+def test_a_run_cut_off_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = train(config(whole))
+
+    step = MicroTrainer.train_step
+
+    def dying_step(self: MicroTrainer, items: list) -> dict[str, float]:
+        if self.step == 1:
+            raise CutOff
+        return step(self, items)
+
+    monkeypatch.setattr(MicroTrainer, "train_step", dying_step)
+    with pytest.raises(CutOff):
+        train(config(parts, save_every=1))
+    monkeypatch.setattr(MicroTrainer, "train_step", step)
+    capsys.readouterr()
+    resumed = train(config(parts, save_every=1))
+    assert "Going on from step 1" in capsys.readouterr().out
+
+    one, other = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, parts))
+    assert one["step"] == 2
+    assert_same_state(one, other)
+    exported = [load_file(out / "micro.safetensors") for out in (whole, parts)]
+    assert_same_state(*exported)
+    assert resumed == result == json.loads((parts / "evaluation.json").read_text())
+    assert list(result) == [f"miou@{clicks}" for clicks in range(1, 6)]
+    assert not list(tmp_path.rglob("*.partial"))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(Config.seed)
+        untrained = build_micro().state_dict()
+    assert any(not torch.equal(one["sam"][key], untrained[key]) for key in untrained)
+    check_export(whole / "micro.safetensors", one["average"])
+
+
+def test_the_hq_head_is_all_that_is_trained(tmp_path: Path, micro_checkpoint: str) -> None:
+    train(config(tmp_path, hq=True, init=micro_checkpoint))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["sam"]
+    start = read_weights(Path(micro_checkpoint))
+    assert state.keys() > start.keys()
+    for key, value in start.items():
+        assert torch.equal(state[key], value), key
+    # On other weights than the package's, the file holds them too: it loads as it was trained.
+    kept = load_file(tmp_path / "hq_micro.safetensors")
+    assert kept.keys() == state.keys()
+    head = {key: value for key, value in kept.items() if key not in start}
+    assert head["mask_decoder.hf_mlp.layers.2.weight"].abs().sum() > 0
+    start = {key: kept[key] for key in start}
+    backbone = load_backbone("hq_micro", str(tmp_path / "hq_micro.safetensors"), device="cpu")
+    loaded = backbone.sam.state_dict()
+    for key, value in (start | head).items():
+        assert torch.equal(loaded[key], value.to(loaded[key].dtype)), key
+
+
+def test_on_the_weights_of_the_package_only_the_head_is_kept(tmp_path: Path) -> None:
+    trainer = MicroTrainer(Config(hq=True), torch.device("cpu"))
+    trainer.export(tmp_path / "hq_micro.safetensors")
+    kept = load_file(tmp_path / "hq_micro.safetensors")
+    assert kept.keys() == trainer.sam.state_dict().keys() - build_micro().state_dict().keys()
+
+
+def check_export(path: Path, average: dict[str, torch.Tensor]) -> None:
+    """The averaged weights, in half precision, load as a backbone that segments something."""
+    backbone = load_backbone("micro", checkpoint=str(path), device="cpu")
+    loaded = backbone.sam.state_dict()
+    for key, value in loaded.items():
+        expected = average[f"module.{key}"]
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6, msg=key)
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    logits, iou = backbone.decode(
+        backbone.encode([image]), Prompts(torch.full((1, 1, 2), 99.0), torch.ones(1, 1).long())
+    )
+    assert (
+        logits.shape == (1, 1, 64, 64)
+        and torch.isfinite(logits).all()
+        and torch.isfinite(iou).all()
+    )
+
+
+def test_mask_losses_by_hand() -> None:
+    """Focal x 8 + Dice of two pixels, one of them on the target, at probability 1/2 and 3/4."""
+    logits = torch.tensor([0.0, np.log(3.0)]).reshape(1, 1, 1, 2)
+    target = torch.tensor([1.0, 0.0]).reshape(1, 1, 2)
+    focal = (0.25 * np.log(2) + 0.5625 * np.log(4)) / 2
+    dice = 1 - (2 * 0.5 + 1) / (1.25 + 1 + 1)
+    assert mask_losses(logits, target).item() == pytest.approx(8 * focal + dice, rel=1e-6)
+
+
+def test_true_iou_by_hand() -> None:
+    logits = torch.tensor([[[[1.0, 1.0], [-1.0, -1.0]], [[1.0, 1.0], [1.0, 1.0]]]])
+    target = torch.tensor([[[1.0, 0.2], [0.7, 0.5]]])
+    assert true_iou(logits, target).tolist() == [[pytest.approx(1 / 3), 0.5]]
+
+
+def test_training_starts_from_given_weights(tmp_path: Path, micro_checkpoint: str) -> None:
+    trainer = MicroTrainer(Config(init=micro_checkpoint), torch.device("cpu"))
+    expected = read_weights(Path(micro_checkpoint))
+    for model in (trainer.sam, trainer.average.module):
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, expected[key]), key

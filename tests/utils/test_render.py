@@ -1,0 +1,120 @@
+"""Pictures are checked where their colours follow from the rules."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sam_gym.utils import render
+from sam_gym.utils.render import draw_episode, save_gif, save_image, show, tile
+
+GREY = 100
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    return np.full((64, 96, 3), GREY, np.uint8)
+
+
+@pytest.fixture
+def mask() -> np.ndarray:
+    mask = np.zeros((64, 96), bool)
+    mask[16:48, 24:72] = True
+    return mask
+
+
+def test_mask_is_tinted_and_the_rest_is_dimmed(image: np.ndarray, mask: np.ndarray) -> None:
+    picture = draw_episode(image, mask, height=128)
+    assert picture.shape == (128, 192, 3) and picture.dtype == np.uint8
+    tint = [int(0.6 * GREY + 0.4 * colour) for colour in render.MASK_COLOUR]
+    assert picture[64, 96].tolist() == tint
+    assert picture[4, 4].tolist() == [int(0.62 * GREY)] * 3
+    assert picture[64, 48].tolist() == list(render.MASK_COLOUR)  # the outline
+
+
+def test_arguments_are_not_changed(image: np.ndarray, mask: np.ndarray) -> None:
+    clicks = [(10.0, 10.0, True)]
+    draw_episode(image, mask, clicks, target=mask, cue=(3.0, 3.0), caption="x", height=64)
+    assert (image == GREY).all() and mask.sum() == 32 * 48 and clicks == [(10.0, 10.0, True)]
+
+
+def test_target_is_outlined_in_white(image: np.ndarray, mask: np.ndarray) -> None:
+    nothing = np.zeros_like(mask)
+    picture = draw_episode(image, nothing, target=mask, height=64)
+    white = (picture > 220).all(axis=2)
+    assert white[16, 26:70].all() and white[47, 26:70].all() and white[18:46, 24].all()
+    assert not white[20:44, 28:68].any() and not white[:12].any()
+    assert draw_episode(image, nothing, height=64).max() < 100
+
+
+def test_clicks_are_marked_by_sign_at_their_place(image: np.ndarray) -> None:
+    nothing = np.zeros((64, 96), bool)
+    picture = draw_episode(image, nothing, [(20, 12, True), (70, 40, False)], height=640)
+    plus, minus = (125, 205), (405, 705)  # (row, column): 10 (y + 0.5), 10 (x + 0.5)
+    for (row, column), colour in (
+        (plus, render.POSITIVE_COLOUR),
+        (minus, render.NEGATIVE_COLOUR),
+    ):
+        assert picture[row, column].tolist() == [255, 255, 255]
+        assert picture[row - 8, column - 8].tolist() == list(colour)
+    assert picture[plus[0] - 5, plus[1]].tolist() == [255, 255, 255]
+    assert picture[minus[0] - 5, minus[1]].tolist() == list(render.NEGATIVE_COLOUR)
+
+
+def test_cue_is_a_ring(image: np.ndarray) -> None:
+    picture = draw_episode(image, np.zeros((64, 96), bool), cue=(20, 12), height=640)
+    assert picture[125, 205 + 20].tolist() == list(render.CUE_COLOUR)
+    assert picture[125, 205].tolist() == [int(0.62 * GREY)] * 3
+
+
+def test_caption_is_a_line_below(image: np.ndarray, mask: np.ndarray) -> None:
+    plain = draw_episode(image, mask, height=64)
+    captioned = draw_episode(image, mask, caption="cat  IoU 0.93", height=64)
+    assert captioned.shape[1:] == plain.shape[1:] and captioned.shape[0] > 64
+    np.testing.assert_array_equal(captioned[:64], plain)
+    strip = captioned[64:]
+    assert strip.max() > 150
+    other = draw_episode(image, mask, caption="dog  IoU 0.11", height=64)[64:]
+    assert (strip != other).any()
+
+
+def test_tile_fills_row_by_row() -> None:
+    frames = [np.full((2, 3, 3), value, np.uint8) for value in (10, 20, 30)]
+    sheet = tile(frames, columns=2)
+    assert sheet.shape == (4, 6, 3)
+    assert sheet[::2, ::3, 0].tolist() == [[10, 20], [30, 0]]
+    np.testing.assert_array_equal(sheet[:2, 3:], frames[1])
+
+
+def test_tile_pads_smaller_frames() -> None:
+    sheet = tile([np.full((2, 3, 3), 10, np.uint8), np.full((4, 1, 3), 20, np.uint8)], columns=2)
+    assert sheet.shape == (4, 6, 3)
+    assert (sheet[:2, :3] == 10).all() and (sheet[:, 3] == 20).all()
+    assert sheet.astype(int).sum() == 3 * (6 * 10 + 4 * 20)
+
+
+def test_saved_image_reads_back(tmp_path: Path, image: np.ndarray) -> None:
+    image[5, 7] = 10, 20, 30
+    save_image(tmp_path / "picture.png", image)
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "picture.png")), image)
+    with pytest.raises(OSError, match=r"picture\.png: could not be written"):
+        save_image(tmp_path / "no" / "picture.png", image)
+
+
+def test_saved_gif_plays_all_frames(tmp_path: Path) -> None:
+    frames = [np.full((8, 8, 3), value, np.uint8) for value in (0, 120, 240)]
+    save_gif(tmp_path / "episode.gif", frames, fps=4)
+    with Image.open(tmp_path / "episode.gif") as gif:
+        assert (gif.n_frames, gif.info["duration"], gif.info["loop"]) == (3, 250, 0)
+        for number, frame in enumerate(frames):
+            gif.seek(number)
+            np.testing.assert_allclose(np.array(gif.convert("RGB")), frame, atol=2)
+
+
+def test_without_display_it_is_said_once(no_display: None, image: np.ndarray, recwarn) -> None:
+    show("title", image)
+    show("title", image)
+    assert [str(warning.message) for warning in recwarn] == [
+        "render_mode='human' shows nothing: there is no display."
+    ]
