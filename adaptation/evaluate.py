@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from adaptation.evaluation import check_prompt, score
-from adaptation.features import Bank
+from adaptation.features import FeatureBank
 from adaptation.options import ModelOptions, StreamOptions
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.adapters.adapter import Adapter, Model
@@ -69,7 +69,9 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     plain = Model(backbone.sam, "embedding")
     stream = options.stream.open()
     extra = options.stream.open_retention()
-    bank = Bank(backbone, stream, 1, options.objects_per_image, options.max_images, options.seed)
+    bank = FeatureBank(
+        backbone, stream, 1, options.objects_per_image, options.max_images, options.seed
+    )
     domains = [*stream, *([] if extra is None else [extra])]
     results: dict[str, Any] = {}
     console = Console(stderr=True)

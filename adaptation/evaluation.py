@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptation.features import Bank, Objects
+from adaptation.features import FeatureBank, Objects
 from sam_gym.backbones import Backbone, Prompts
 from sam_gym.backbones.adapters.adapter import Model, PromptedModel, RoutedModel, embed
 from sam_gym.data.streams import Domain
@@ -48,7 +48,9 @@ def check_prompt(name: str) -> str:
 
 
 @torch.no_grad()
-def features(model: Model, bank: Bank, domain: Domain, split: str) -> tuple[Tensor, Tensor | None]:
+def features(
+    model: Model, bank: FeatureBank, domain: Domain, split: str
+) -> tuple[Tensor, Tensor | None]:
     """A model's embeddings of all held-out images of a domain, and to which expert each went.
 
     Args:
@@ -74,7 +76,7 @@ def features(model: Model, bank: Bank, domain: Domain, split: str) -> tuple[Tens
 @torch.no_grad()
 def score(
     model: Model,
-    bank: Bank,
+    bank: FeatureBank,
     domain: Domain,
     prompt: str = "box",
     split: str = "test",

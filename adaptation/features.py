@@ -81,7 +81,7 @@ class Objects:
     boxes: np.ndarray
 
 
-class Bank:
+class FeatureBank:
     """Views, held-out objects and their features for all domains of a stream, each made once.
 
     All methods that are compared share one bank, so they see the same views, and no image is
@@ -327,7 +327,7 @@ def _view(
 
 
 @dataclass(frozen=True)
-class Draw:
+class ObjectIndices:
     """Objects that a step trains on.
 
     Attributes:
@@ -345,8 +345,8 @@ class Draw:
         count: int,
         views: Sequence[tuple[int, Views, np.ndarray]],
         per_view: int = 1,
-    ) -> Draw:
-        """Draw objects: a domain evenly, then a view, then some of its objects.
+    ) -> ObjectIndices:
+        """ObjectIndices objects: a domain evenly, then a view, then some of its objects.
 
         Args:
             rng: the generator.
@@ -368,21 +368,21 @@ class Draw:
         domains = np.repeat([views[k][0] for k in choices], per_view)
         return cls(domains[:count], np.array(objects[:count]))
 
-    def part(self, rank: int, world: int) -> Draw:
+    def part(self, rank: int, world: int) -> ObjectIndices:
         """The share of one of several processes; all shares are of one size."""
         size = len(self.objects) // world
         own = slice(rank * size, (rank + 1) * size)
-        return Draw(self.domains[own], self.objects[own])
+        return ObjectIndices(self.domains[own], self.objects[own])
 
-    def __add__(self, other: Draw) -> Draw:
-        return Draw(
+    def __add__(self, other: ObjectIndices) -> ObjectIndices:
+        return ObjectIndices(
             np.concatenate([self.domains, other.domains]),
             np.concatenate([self.objects, other.objects]),
         )
 
 
 @dataclass(frozen=True)
-class Gathered:
+class BatchTargets:
     """What a batch needs of a bank.
 
     Attributes:
@@ -404,7 +404,7 @@ class Gathered:
     categories: Tensor
 
 
-def gathered(bank: Bank, draw: Draw, kind: str) -> Gathered:
+def gathered(bank: FeatureBank, draw: ObjectIndices, kind: str) -> BatchTargets:
     """The objects of a draw, with `raw_features` of a kind."""
     raw, rows, targets, valid, empty = [], [], [], [], []
     boxes, categories, order = [], [], []
@@ -430,7 +430,7 @@ def gathered(bank: Bank, draw: Draw, kind: str) -> Gathered:
     def whole(parts: list[np.ndarray]) -> Tensor:
         return to_device(np.concatenate(parts)[back], device)
 
-    return Gathered(
+    return BatchTargets(
         torch.cat(raw),
         whole(rows),
         whole(targets).float() / 255.0,

@@ -7,17 +7,17 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor, nn
 
-from adaptation.features import Bank, Draw, Gathered, gathered
+from adaptation.features import BatchTargets, FeatureBank, ObjectIndices, gathered
 from adaptation.prompting import training_prompts
 from adaptation.strategy import Batch, Strategy
 
 
 def make_batch(
-    bank: Bank,
-    draw: Draw,
+    bank: FeatureBank,
+    draw: ObjectIndices,
     kind: str,
     seeds: np.ndarray,
-    make: Callable[[Gathered, np.ndarray], Batch | None] | None = None,
+    make: Callable[[BatchTargets, np.ndarray], Batch | None] | None = None,
 ) -> Batch:
     """The objects of a draw, each with a prompt that is drawn with a seed of its own.
 

@@ -13,7 +13,7 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from adaptation.features import Bank, Gathered, Views
+from adaptation.features import BatchTargets, FeatureBank, Views
 from adaptation.losses import MaskLoss, mask_loss
 from sam_gym.backbones.adapters.adapter import Adapter, Model, embed
 from sam_gym.backbones.adapters.tuning import TUNINGS, bytes_of, trainable, tuned_weights
@@ -75,7 +75,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Setting:
+class StrategyContext:
     """What a strategy works with.
 
     Attributes:
@@ -85,7 +85,7 @@ class Setting:
         seed: of everything that is drawn.
     """
 
-    bank: Bank
+    bank: FeatureBank
     tune: str
     options: Options = field(default_factory=Options)
     seed: int = 0
@@ -150,7 +150,7 @@ class Strategy:
         "kept_bytes",
     )
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: StrategyContext) -> None:
         if setting.tune not in self.tunes:
             raise unknown_name(f"tune target of {type(self).__name__}", setting.tune, self.tunes)
         self.setting = setting
@@ -203,11 +203,11 @@ class Strategy:
     def replayed(self) -> list[tuple[int, Views, np.ndarray]]:
         """Views of which a step takes as many objects again as of the domain (replay).
 
-        Number and views of each past domain, and which views may be drawn, as of `Draw.from_views`.
+        Number and views of each past domain, and the views that may be drawn (`ObjectIndices`).
         """
         return []
 
-    def batch(self, objects: Gathered, seeds: np.ndarray) -> Batch | None:
+    def batch(self, objects: BatchTargets, seeds: np.ndarray) -> Batch | None:
         """P objects with prompts, each drawn with a seed of its own, int64 (P,).
 
         None: box, points or noisy mask, as `adaptation.prompting.training_prompts` draws them.
@@ -270,7 +270,7 @@ class Strategy:
         return bytes_of(tuned_weights(self.sam).values())
 
 
-def images_kept(setting: Setting, tasks: Sequence[int]) -> list[np.ndarray]:
+def images_kept(setting: StrategyContext, tasks: Sequence[int]) -> list[np.ndarray]:
     """Which views of each domain show the images that a buffer keeps: int64 each.
 
     The buffer of a domain is `buffer_images` of its training images, drawn with the seed.
@@ -285,7 +285,7 @@ def images_kept(setting: Setting, tasks: Sequence[int]) -> list[np.ndarray]:
     return kept
 
 
-def image_bytes(setting: Setting, tasks: Sequence[int]) -> int:
+def image_bytes(setting: StrategyContext, tasks: Sequence[int]) -> int:
     """Bytes of a buffer's images, as frames of the model."""
     size = setting.bank.backbone.image_size
     count = 0

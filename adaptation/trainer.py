@@ -20,10 +20,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import adaptation.strategies  # noqa: F401  (registers the methods)
 from adaptation.evaluation import check_prompt, narrow_share, score
-from adaptation.features import Bank, Draw
+from adaptation.features import FeatureBank, ObjectIndices
 from adaptation.results import MEASURES, Run, folder_name
 from adaptation.steps import Learner, make_batch
-from adaptation.strategy import STRATEGIES, Options, Setting, Strategy
+from adaptation.strategy import STRATEGIES, Options, Strategy, StrategyContext
 from sam_gym import ENVIRONMENTS
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.adapters.adapter import Model
@@ -165,13 +165,13 @@ class Trainer:
             precision=self.config.precision,
         )
         self.fabric.launch()
-        self._bank: Bank | None = None
+        self._bank: FeatureBank | None = None
 
-    def bank(self, stream: Stream) -> Bank:
+    def bank(self, stream: Stream) -> FeatureBank:
         """The bank of a stream; the same one as long as the stream stays the same."""
         if self._bank is None or self._bank.stream != stream:
             config = self.config
-            self._bank = Bank(
+            self._bank = FeatureBank(
                 self.backbone,
                 stream,
                 config.views,
@@ -203,7 +203,7 @@ class Trainer:
         method = STRATEGIES.get(strategy)
         tune = method.default_tune if tune is None else tune
         check_tune(strategy, tune)
-        setting = Setting(self.bank(stream), tune, self.options, self.config.seed)
+        setting = StrategyContext(self.bank(stream), tune, self.options, self.config.seed)
         return _Fit(self, strategy, method(setting)).run(resume)
 
 
@@ -339,7 +339,7 @@ class _Fit:
         first = 0 if strategy.joint else self.stage
         present = [(first + k, own, np.arange(len(own.frames))) for k, own in enumerate(views)]
         draws = [
-            Draw.from_views(rng, config.batch_size, places, config.objects_per_view)
+            ObjectIndices.from_views(rng, config.batch_size, places, config.objects_per_view)
             for places in (present, strategy.replayed())
             if places
         ]

@@ -16,7 +16,7 @@ from agents.annotation.files import Ids, Progress, Reader, image_files, overlay_
 from agents.evaluate import PolicyAgent
 from agents.policies.base import ImplicitPolicy
 from sam_gym.data import Sample
-from sam_gym.envs.click import ClickConfig, ClickCore, SlotTarget
+from sam_gym.envs.click import ClickCore, ClickTarget, SamSegConfig
 from sam_gym.utils import cli
 from sam_gym.utils.files import write_json
 from sam_gym.utils.registry import unknown_name
@@ -95,16 +95,16 @@ class Annotator:
     Args:
         agent: the policy.
         categories: what can be asked for.
-        num_slots: masks that are worked on side by side.
+        num_envs: masks that are worked on side by side.
         max_steps: actions per mask (None: as in training).
-        keep_best: as of `ClickConfig`.
+        keep_best: as of `SamSegConfig`.
     """
 
     def __init__(
         self,
         agent: PolicyAgent,
         categories: Sequence[str],
-        num_slots: int,
+        num_envs: int,
         max_steps: int | None = None,
         keep_best: bool = False,
     ) -> None:
@@ -119,7 +119,7 @@ class Annotator:
             )
         check_words(policy, categories)
         backbone = dict(policy.features["backbone"])
-        config = ClickConfig(
+        config = SamSegConfig(
             obs="handle",
             backbone=backbone.pop("name"),
             **backbone,
@@ -129,12 +129,12 @@ class Annotator:
             stop="stop" in policy.others,
             undo="undo" in policy.others,
         )
-        self.core = ClickCore(config, num_slots, _Unlabelled(categories))
+        self.core = ClickCore(config, num_envs, _Unlabelled(categories))
 
     def annotate(
         self, images: Sequence[np.ndarray], jobs: Sequence[Job]
     ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        """Work on up to `num_slots` jobs at once.
+        """Work on up to `num_envs` jobs at once.
 
         Args:
             images: uint8 (H, W, 3), of each job.
@@ -146,15 +146,15 @@ class Annotator:
         """
         core = self.core
         everything = [
-            SlotTarget(image, np.ones(image.shape[:2], bool), None, job.category, job.file, None)
+            ClickTarget(image, np.ones(image.shape[:2], bool), None, job.category, job.file, None)
             for image, job in zip(images, jobs, strict=True)
         ]
         # The slots that are left over repeat the last job.
-        missing = core.num_slots - len(everything)
-        core.place(range(core.num_slots), everything + everything[-1:] * missing)
-        playing = np.ones(core.num_slots, bool)
+        missing = core.num_envs - len(everything)
+        core.place(range(core.num_envs), everything + everything[-1:] * missing)
+        playing = np.ones(core.num_envs, bool)
         while playing.any():
-            actions = self.agent.act(core, core.observe(np.arange(core.num_slots)))
+            actions = self.agent.act(core, core.observe(np.arange(core.num_envs)))
             slots = np.flatnonzero(playing)
             _, terminated, truncated = core.step(slots, actions[slots])
             playing[slots] = ~(terminated | truncated)

@@ -22,7 +22,7 @@ class Agent(Protocol):
     """
 
     def act(self, core: Any, observations: dict[str, np.ndarray]) -> np.ndarray:
-        """Actions int64 (num_slots, ...). Only those that say "oracle" may look up ground truth."""
+        """Actions int64 (num_envs, ...). Only those that say "oracle" may look up ground truth."""
         ...
 
 
@@ -38,7 +38,7 @@ class RandomAgent:
         self.rng = np.random.default_rng(seed)
 
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
-        return self.rng.integers(2 * core.config.grid**2, size=core.num_slots)
+        return self.rng.integers(2 * core.config.grid**2, size=core.num_envs)
 
 
 @BASELINES.register("center")
@@ -50,7 +50,7 @@ class CenterAgent:
 
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         middle = (core.backbone.image_size - 1) / 2
-        return np.full(core.num_slots, core.action_at(middle, middle, True))
+        return np.full(core.num_envs, core.action_at(middle, middle, True))
 
 
 @BASELINES.register("confident")
@@ -73,13 +73,13 @@ class ConfidentAgent:
         return np.array(candidates)[trust.argmax(axis=0)]
 
     def _predicted_iou(self, core: ClickCore, action: int) -> np.ndarray:
-        slots = np.arange(core.num_slots)
+        slots = np.arange(core.num_envs)
         x, y, positive = core.click_of(action)
         count = core.num_clicks
         used = int(count.max()) + 1
-        points = np.zeros((core.num_slots, used, 2), np.float32)
+        points = np.zeros((core.num_envs, used, 2), np.float32)
         points[:, : used - 1] = core.points[:, : used - 1]
-        labels = np.full((core.num_slots, used), NO_POINT)
+        labels = np.full((core.num_envs, used), NO_POINT)
         labels[:, : used - 1] = core.labels[:, : used - 1]
         points[slots, count], labels[slots, count] = (x, y), int(positive)
         device = core.device
@@ -105,7 +105,7 @@ class OracleAgent:
         del seed
 
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
-        return np.array([self._click(core, slot) for slot in range(core.num_slots)])
+        return np.array([self._click(core, slot) for slot in range(core.num_envs)])
 
     def _click(self, core: ClickCore, slot: int) -> int:
         truth = core.ground_truth(slot)

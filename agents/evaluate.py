@@ -21,12 +21,12 @@ from agents import baselines, everything
 from agents.baselines import Agent
 from agents.curves import plot_iou_after_steps
 from agents.hub import PREFIX, local_policy
-from agents.policies.base import SlotPolicy, StoredFeatures
+from agents.policies.base import SamPolicy, StoredFeatures
 from agents.policies.saved import SHIPPED, load_policy
 from agents.ppo.config import env_of, settings_class
 from agents.ppo.vec_env import make_vector_env, over_domains
-from sam_gym.envs.base_core import DatasetConfig, SlotConfig, SlotCore
-from sam_gym.envs.click import ClickConfig, TaskConfig
+from sam_gym.envs.base_core import BaseCore, DatasetConfig, EnvConfig
+from sam_gym.envs.click import ClickConfig, SamSegConfig
 from sam_gym.envs.continual import ContinualConfig
 from sam_gym.envs.everything import EverythingConfig
 from sam_gym.metrics.masks import mean_and_ci95
@@ -35,12 +35,12 @@ from sam_gym.utils.files import write_csv, write_json
 from sam_gym.utils.registry import Registry, unknown_name
 from sam_gym.utils.render import save_gif, tile
 
-S = TypeVar("S", bound=SlotConfig)
+S = TypeVar("S", bound=EnvConfig)
 #: Steps of a film, about; an episode may have more.
 MAX_FRAMES = 32
 
 
-def baselines_of(settings: SlotConfig) -> Registry[Callable[[int], Agent]]:
+def baselines_of(settings: EnvConfig) -> Registry[Callable[[int], Agent]]:
     """The baselines of environments with such settings; "random" and "oracle" are always there."""
     if isinstance(settings, EverythingConfig):
         return everything.BASELINES
@@ -57,7 +57,7 @@ def scored_at(settings: S, score: str) -> S:
     """Settings with the IoU computed on the low-res mask or at full size, if there is a choice."""
     return (
         cast(S, replace(settings, score=cast(Any, score)))
-        if isinstance(settings, TaskConfig)
+        if isinstance(settings, ClickConfig)
         else settings
     )
 
@@ -70,7 +70,7 @@ class Evaluation:
         ious: float64 (episodes,), final IoU of each.
         rewards: float64 (episodes,), summed reward of each.
         sources: where each episode's image came from.
-        counts: by name, what the environment reports of each (`SlotCore.reported`): clicks, ...
+        counts: by name, what the environment reports of each (`BaseCore.reported`): clicks, ...
         steps: IoU of each episode after each of its steps.
         targets: name of each episode's target, of an environment that asks for one.
         domains: name of each episode's domain, of an environment with a stream.
@@ -132,7 +132,7 @@ class Evaluation:
         } | ({"by_domain": by_domain} if by_domain else {})
 
 
-def check_fits(policy: SlotPolicy, core: SlotCore[Any, Any]) -> None:
+def check_fits(policy: SamPolicy, core: BaseCore[Any, Any]) -> None:
     """Raise `ValueError` if the actions of an environment are not those that a policy knows.
 
     Args:
@@ -169,10 +169,10 @@ class PolicyAgent:
         deterministic: play the most likely action instead of a sample.
     """
 
-    #: A `SlotPolicy`; which one says the file that it is from.
+    #: A `SamPolicy`; which one says the file that it is from.
     policy: Any
 
-    def __init__(self, policy: SlotPolicy, *, deterministic: bool = True) -> None:
+    def __init__(self, policy: SamPolicy, *, deterministic: bool = True) -> None:
         self.policy, self.deterministic = policy, deterministic
 
     @classmethod
@@ -198,7 +198,7 @@ class PolicyAgent:
         return cls(load_policy(file, device))
 
     @torch.no_grad()
-    def act(self, core: SlotCore[Any, Any], observations: dict[str, np.ndarray]) -> np.ndarray:
+    def act(self, core: BaseCore[Any, Any], observations: dict[str, np.ndarray]) -> np.ndarray:
         check_fits(self.policy, core)
         self.policy.set_training_mode(False)
         self.policy.set_categories(core.dataset.categories)
@@ -212,7 +212,7 @@ class PolicyAgent:
 
 def evaluate(
     agent: Agent,
-    settings: SlotConfig,
+    settings: EnvConfig,
     *,
     env_id: str = "SamSeg-v0",
     episodes: int = 256,
@@ -279,7 +279,7 @@ def evaluate(
 
 
 def film_episodes(
-    agent: Agent, settings: SlotConfig, *, env_id: str = "SamSeg-v0", count: int = 6, seed: int = 0
+    agent: Agent, settings: EnvConfig, *, env_id: str = "SamSeg-v0", count: int = 6, seed: int = 0
 ) -> list[np.ndarray]:
     """Frames of episodes played side by side: uint8 (H, W, 3) each, the last one held.
 
@@ -333,13 +333,13 @@ class Config:
     """Seed of the episodes."""
     categories: str | None = None
     """Comma-separated categories: the only things in scenes, the things to segment of coco."""
-    settings: Annotated[SlotConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: ClickConfig(split="test")
+    settings: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: SamSegConfig(split="test")
     )
 
 
 def load_agent(
-    policy: str, seed: int = 0, device: str = "auto", settings: SlotConfig | None = None
+    policy: str, seed: int = 0, device: str = "auto", settings: EnvConfig | None = None
 ) -> Agent:
     """A baseline by name, or a trained policy by path or by its name on the hub.
 
@@ -349,7 +349,7 @@ def load_agent(
         device: of a trained policy.
         settings: of the environment that it is to play (default: of `SamSeg-v0`).
     """
-    known = baselines_of(settings or ClickConfig())
+    known = baselines_of(settings or SamSegConfig())
     if policy in known.names():
         return known.get(policy)(seed)
     if policy not in SHIPPED and not policy.startswith(PREFIX):

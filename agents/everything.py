@@ -17,7 +17,7 @@ from agents.baselines import Agent
 from agents.policies.base import (
     NEVER,
     POLICIES,
-    SlotPolicy,
+    SamPolicy,
     SplitFeatures,
     StoredFeatures,
     pooled,
@@ -113,7 +113,7 @@ class PixelShuffleHead(nn.Module):
 
 
 @POLICIES.register("everything")
-class EverythingPolicy(SlotPolicy):
+class EverythingPolicy(SamPolicy):
     """Chooses the next point, or to stop, by SAM's embedding and what was found so far.
 
     A point that was tried is never chosen again.
@@ -123,11 +123,11 @@ class EverythingPolicy(SlotPolicy):
         features: arguments of `EverythingFeatures`.
         grid: points lie on grid x grid cells.
         stop: whether the last action ends the episode.
-        **kwargs: as `SlotPolicy` takes them.
+        **kwargs: as `SamPolicy` takes them.
     """
 
     extractor_class = EverythingFeatures
-    arguments = (*SlotPolicy.arguments, "grid", "stop")
+    arguments = (*SamPolicy.arguments, "grid", "stop")
 
     def __init__(
         self,
@@ -187,8 +187,8 @@ BASELINES: Registry[Callable[[int], Agent]] = Registry("baseline of SamEverythin
 
 
 def _left(core: EverythingCore) -> np.ndarray:
-    """Which cells of each slot were not tried yet: bool (num_slots, grid * grid)."""
-    return ~core.tried(np.arange(core.num_slots)).reshape(core.num_slots, -1)
+    """Which cells of each slot were not tried yet: bool (num_envs, grid * grid)."""
+    return ~core.tried(np.arange(core.num_envs)).reshape(core.num_envs, -1)
 
 
 def _nothing_more(core: EverythingCore, left: np.ndarray) -> int:
@@ -220,7 +220,7 @@ class FullGrid:
         return replace(settings, actions="set", budget=settings.grid**2)
 
     def act(self, core: EverythingCore, observations: dict[str, np.ndarray]) -> np.ndarray:
-        return np.ones((core.num_slots, core.config.grid**2), np.int64)
+        return np.ones((core.num_envs, core.config.grid**2), np.int64)
 
 
 @BASELINES.register("greedy")
@@ -245,7 +245,7 @@ class Greedy:
         cells = np.array([core.cell_at(x, y) for x, y in points])
         left, covered = _left(core), self._covered(core, cells)
         actions = []
-        for slot in range(core.num_slots):
+        for slot in range(core.num_envs):
             trust = self._predicted_ious(core, slot, points)
             is_open: np.ndarray = ~covered[slot] & left[slot, cells]
             is_open &= trust >= core.config.keep_iou
@@ -254,11 +254,11 @@ class Greedy:
         return np.array(actions)
 
     def _covered(self, core: EverythingCore, cells: np.ndarray) -> np.ndarray:
-        """Whether something was kept at the centres of some cells: bool (num_slots, K)."""
+        """Whether something was kept at the centres of some cells: bool (num_envs, K)."""
         grid, (height, width) = core.config.grid, core.backbone.mask_shape
         ys = ((cells // grid + 0.5) * height / grid).astype(int)
         xs = ((cells % grid + 0.5) * width / grid).astype(int)
-        return np.stack([core.coverage(slot)[ys, xs] for slot in range(core.num_slots)])
+        return np.stack([core.coverage(slot)[ys, xs] for slot in range(core.num_envs)])
 
     def _predicted_ious(self, core: EverythingCore, slot: int, points: np.ndarray) -> np.ndarray:
         """SAM's predicted IoU of the mask of each point float32 (K, 2), from the image's cache."""
@@ -292,7 +292,7 @@ class Oracle:
 
     def act(self, core: EverythingCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         left = _left(core)
-        return np.array([self._point(core, slot, left[slot]) for slot in range(core.num_slots)])
+        return np.array([self._point(core, slot, left[slot]) for slot in range(core.num_envs)])
 
     def _point(self, core: EverythingCore, slot: int, left: np.ndarray) -> int:
         masks, kept = core.ground_truth(slot).masks, core.kept[slot]

@@ -29,9 +29,9 @@ from agents.evaluate import (
 )
 from agents.everything import compared_with_grid
 from agents.everything import policy_arguments as everything_arguments
-from agents.policies.base import POLICIES, SlotPolicy
+from agents.policies.base import POLICIES, SamPolicy
 from agents.policies.recalibration import TrainRecalibration
-from agents.ppo.callbacks import PinRollouts, WatchTraining
+from agents.ppo.callbacks import MonitorCallback, PinRolloutsCallback
 from agents.ppo.checkpoint import (
     Checkpoint,
     check_same_settings,
@@ -40,16 +40,16 @@ from agents.ppo.checkpoint import (
     newest_checkpoint,
 )
 from agents.ppo.config import Config, check_plays, read_config, settings_class
-from agents.ppo.distributed import ALONE, CountAllRanks, Ranks, SlotPPO, recorded
+from agents.ppo.distributed import ALONE, CountAllProcesses, DistributedPPO, ProcessGroup, recorded
 from agents.ppo.imitation import imitate
-from agents.ppo.stages import EachStageAnew, Stages, WalkStream
+from agents.ppo.stages import PerStageSchedule, Stages, StreamCallback
 from agents.ppo.tracking import MlflowRun, make_logger, require_mlflow
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.views import check_has_views, draw_views
 from sam_gym.data import PROCEDURAL
 from sam_gym.data.streams import Stream
-from sam_gym.envs.base_core import DatasetConfig, SlotConfig, SlotCore
-from sam_gym.envs.click import TaskConfig
+from sam_gym.envs.base_core import BaseCore, DatasetConfig, EnvConfig
+from sam_gym.envs.click import ClickConfig
 from sam_gym.envs.continual import ContinualConfig
 from sam_gym.envs.everything import EverythingConfig
 from sam_gym.metrics.masks import with_interval
@@ -60,11 +60,11 @@ from sam_gym.utils.render import save_gif, save_image
 from sam_gym.version import __version__
 
 
-def training_settings(config: Config) -> SlotConfig:
+def training_settings(config: Config) -> EnvConfig:
     """The environment's settings in training."""
     settings = with_categories(replace(config.settings, obs="handle"), config.categories)
     if isinstance(settings, ContinualConfig):
-        # `WalkStream` says when a domain is over.
+        # `StreamCallback` says when a domain is over.
         return replace(settings, episodes_per_domain=None)
     assert isinstance(settings, DatasetConfig)
     if settings.dataset in PROCEDURAL and "length" not in settings.dataset_kwargs:
@@ -73,14 +73,14 @@ def training_settings(config: Config) -> SlotConfig:
     return settings
 
 
-def held_out_settings(config: Config, split: str) -> SlotConfig:
+def held_out_settings(config: Config, split: str) -> EnvConfig:
     """The same task on data that training never sees."""
     settings = with_categories(replace(config.settings, obs="handle"), config.categories)
     return replace(settings, split=split)
 
 
 def policy_arguments(
-    config: Config, settings: SlotConfig, core: SlotCore[Any, Any]
+    config: Config, settings: EnvConfig, core: BaseCore[Any, Any]
 ) -> dict[str, Any]:
     """Arguments of the policy of the config, for an environment."""
     backbone = {
@@ -93,7 +93,7 @@ def policy_arguments(
     }
     if isinstance(settings, EverythingConfig):
         return everything_arguments(settings, backbone)
-    assert isinstance(settings, TaskConfig)
+    assert isinstance(settings, ClickConfig)
     features: dict[str, Any] = {
         "backbone": backbone,
         "categories": list(core.dataset.categories),
@@ -116,18 +116,18 @@ def policy_arguments(
 
 def make_model(
     config: Config,
-    settings: SlotConfig,
+    settings: EnvConfig,
     env: VecMonitor,
-    core: SlotCore[Any, Any],
-    ranks: Ranks = ALONE,
+    core: BaseCore[Any, Any],
+    ranks: ProcessGroup = ALONE,
     stages: Stages | None = None,
-) -> SlotPPO:
+) -> DistributedPPO:
     """PPO with the policy of the config, on the environments of this rank."""
     schedule: Any = LinearSchedule(config.learning_rate, 0.1 * config.learning_rate, 0.9)
-    model = SlotPPO(
+    model = DistributedPPO(
         POLICIES.get(config.policy),
         env,
-        learning_rate=schedule if stages is None else EachStageAnew(schedule, stages),
+        learning_rate=schedule if stages is None else PerStageSchedule(schedule, stages),
         n_steps=config.n_steps,
         batch_size=config.batch_size,
         n_epochs=config.n_epochs,
@@ -144,7 +144,7 @@ def make_model(
         device=core.device,
         ranks=ranks,
     )
-    cast(SlotPolicy, model.policy).set_learning(True)
+    cast(SamPolicy, model.policy).set_learning(True)
     return model
 
 
@@ -163,7 +163,7 @@ def _state_to_resume(config: Config, folder: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _encoded_alone(core: SlotCore[Any, Any]) -> Iterator[None]:
+def _encoded_alone(core: BaseCore[Any, Any]) -> Iterator[None]:
     """Encode image by image on a CPU.
 
     There, an embedding differs in its last bits with the batch that it is computed in, and which
@@ -188,7 +188,7 @@ def _in_folder(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _save_policy(model: SlotPPO, path: Path) -> None:
+def _save_policy(model: DistributedPPO, path: Path) -> None:
     buffer = io.BytesIO()
     model.save(buffer)
     write_atomic(path, buffer.getvalue())
@@ -210,7 +210,7 @@ def _check_tracking(config: Config) -> None:
 
 @contextmanager
 def _in_mlflow(
-    config: Config, state: dict[str, Any] | None, ranks: Ranks
+    config: Config, state: dict[str, Any] | None, ranks: ProcessGroup
 ) -> Iterator[MlflowRun | None]:
     """The run in MLflow, if that is asked for and this is the rank that writes."""
     if not (config.mlflow and ranks.is_first):
@@ -282,14 +282,14 @@ def train(config: Config) -> dict[str, Any]:
             )
 
     state = _state_to_resume(config, Path(config.out) / "checkpoints")
-    ranks = Ranks.join(settings.device)
+    ranks = ProcessGroup.join(settings.device)
     with _in_mlflow(config, state, ranks) as mlflow:
         return _train(config, settings, validation, held_out, stream, state, ranks, mlflow)
 
 
-def _check_fits_task(config: Config, settings: SlotConfig) -> None:
+def _check_fits_task(config: Config, settings: EnvConfig) -> None:
     """Raise `ValueError` for options that make no sense for the task of an environment."""
-    if isinstance(settings, TaskConfig):
+    if isinstance(settings, ClickConfig):
         return
     if config.recalibrate:
         raise ValueError(
@@ -307,12 +307,12 @@ def _stages(config: Config, stream: Stream) -> Stages:
 
 def _train(
     config: Config,
-    settings: SlotConfig,
-    validation: SlotConfig,
-    held_out: SlotConfig,
+    settings: EnvConfig,
+    validation: EnvConfig,
+    held_out: EnvConfig,
     stream: Stream | None,
     state: dict[str, Any] | None,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     mlflow: MlflowRun | None,
 ) -> dict[str, Any]:
     """What `train` does once everything is checked."""
@@ -321,7 +321,7 @@ def _train(
     env = VecMonitor(VectorEnvAdaptor(vector))
     stages = None if stream is None else _stages(config, stream)
     model = make_model(config, settings, env, core, ranks, stages)
-    agent = PolicyAgent(cast(SlotPolicy, model.policy))
+    agent = PolicyAgent(cast(SamPolicy, model.policy))
     baselines = baselines_of(settings)
 
     @contextmanager
@@ -357,7 +357,7 @@ def _train(
     def judge() -> Evaluation:
         return evaluate(agent, held_out, env_id=config.env, episodes=config.final_episodes, seed=2)
 
-    watch = WatchTraining(
+    watch = MonitorCallback(
         config.total_timesteps,
         config.eval_every,
         validate,
@@ -367,9 +367,9 @@ def _train(
         film,
     )
     parts: dict[str, Any] = {"watch": watch}
-    walk: WalkStream | None = None
+    walk: StreamCallback | None = None
     if stream is not None and stages is not None:
-        walk = WalkStream(cast(Any, vector.unwrapped), stream.names, stages, judge, ranks)
+        walk = StreamCallback(cast(Any, vector.unwrapped), stream.names, stages, judge, ranks)
         parts["walk"] = walk
     if mlflow is not None:
         parts["mlflow"] = mlflow
@@ -394,7 +394,12 @@ def _train(
             checkpoint.restore(model, state)
         elif config.warm_start:
             imitate(model, core, baselines.get("oracle")(config.seed), config.warm_start)
-        callbacks = [checkpoint, CountAllRanks(ranks), PinRollouts(core.store), *parts.values()]
+        callbacks = [
+            checkpoint,
+            CountAllProcesses(ranks),
+            PinRolloutsCallback(core.store),
+            *parts.values(),
+        ]
         with watch.bar:
             model.learn(
                 config.total_timesteps - model.num_timesteps,

@@ -11,8 +11,8 @@ from agents.clip.surgery import min_max
 from agents.evaluate import PolicyAgent
 from agents.policies.explicit import TextFeatures
 from agents.ppo.vec_env import make_vector_env, over_domains
-from sam_gym.envs.base_core import SlotConfig
-from sam_gym.envs.click import ClickCore, TaskConfig
+from sam_gym.envs.base_core import EnvConfig
+from sam_gym.envs.click import ClickConfig, ClickCore
 from sam_gym.utils.render import draw_heat, tile
 
 _HEIGHT = 224
@@ -21,7 +21,7 @@ _HEIGHT = 224
 @torch.no_grad()
 def draw_views(
     agent: PolicyAgent,
-    settings: SlotConfig,
+    settings: EnvConfig,
     *,
     env_id: str = "SamSeg-v0",
     count: int = 4,
@@ -62,9 +62,9 @@ def draw_views(
     return tile(frames, len(frames) // count)
 
 
-def check_has_views(settings: SlotConfig) -> None:
+def check_has_views(settings: EnvConfig) -> None:
     """Raise `ValueError` for an environment whose agents are not drawn: one without clicks."""
-    if not isinstance(settings, TaskConfig):
+    if not isinstance(settings, ClickConfig):
         raise ValueError("views show click agents only. Leave them out; episodes.gif shows all.")
 
 

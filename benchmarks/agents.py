@@ -17,7 +17,7 @@ from agents.baselines import BASELINES, Agent
 from agents.evaluate import PolicyAgent, evaluate
 from benchmarks import report
 from benchmarks.options import require_at_least
-from sam_gym.envs.click import ClickConfig
+from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95, with_interval
 from sam_gym.utils.files import write_csv, write_json
 from sam_gym.utils.plots import save_figure
@@ -145,7 +145,7 @@ def _named(entries: list[str], option: str) -> dict[str, list[str]]:
     return named
 
 
-def read_run(folder: Path, config: Config) -> tuple[ClickConfig, Path]:
+def read_run(folder: Path, config: Config) -> tuple[SamSegConfig, Path]:
     """The task that a run of train_ppo was trained on, on held-out images, and its policy.
 
     Raises:
@@ -159,18 +159,18 @@ def read_run(folder: Path, config: Config) -> tuple[ClickConfig, Path]:
                 f"{path}: not there. Pass the --out of a finished train_ppo run."
             )
     settings = json.loads(results.read_text()).get("config", {}).get("settings")
-    known = {field.name for field in fields(ClickConfig)}
+    known = {field.name for field in fields(SamSegConfig)}
     if not isinstance(settings, Mapping) or not set(settings) <= known:
         raise ValueError(f"{results}: not the results of train_ppo.")
     kwargs = {k: v for k, v in settings["dataset_kwargs"].items() if k not in _TRAINING_ONLY}
-    task = ClickConfig(**settings)
+    task = SamSegConfig(**settings)
     held_out = replace(task, split=config.split, dataset_kwargs=kwargs, iou_target=None)
     return replace(held_out, device=config.device), policy
 
 
 def _players(
-    config: Config, runs: Mapping[str, list[tuple[ClickConfig, Path]]]
-) -> Iterator[tuple[str, list[ClickConfig], list[Agent]]]:
+    config: Config, runs: Mapping[str, list[tuple[SamSegConfig, Path]]]
+) -> Iterator[tuple[str, list[SamSegConfig], list[Agent]]]:
     """Name, settings and agents of each kind; the references play as the first of the runs."""
     for name, members in runs.items():
         agents: list[Agent] = [PolicyAgent.load(policy, config.device) for _, policy in members]
@@ -180,7 +180,7 @@ def _players(
         yield name, [first], [BASELINES.get(name)(config.seed)]
 
 
-def _play(row: Row, agent: Agent, settings: ClickConfig, config: Config) -> None:
+def _play(row: Row, agent: Agent, settings: SamSegConfig, config: Config) -> None:
     """Play the episodes twice: to the end, and until the IoU target."""
     whole = evaluate(agent, settings, episodes=config.episodes, seed=config.seed)
     row.ious.append(float(whole.ious.mean()))

@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from adaptation.evaluation import score
-from adaptation.features import Bank
+from adaptation.features import FeatureBank
 from adaptation.options import ModelOptions, StreamOptions
 from adaptation.results import Run, folder_name
 from adaptation.strategy import STRATEGIES, Options
@@ -180,7 +180,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
 
 
 def _summary(
-    config: Config, stream: Stream, runs: Mapping[str, list[Run]], bank: Bank
+    config: Config, stream: Stream, runs: Mapping[str, list[Run]], bank: FeatureBank
 ) -> dict[str, Any]:
     methods: dict[str, Any] = {}
     for label, own in runs.items():

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from adaptation.features import Bank, Draw
+from adaptation.features import FeatureBank, ObjectIndices
 from adaptation.steps import Learner, make_batch
 from adaptation.strategies.naive import Naive
-from adaptation.strategy import Setting
+from adaptation.strategy import StrategyContext
 from adaptation.trainer import falling
 from benchmarks import report
 from benchmarks.options import TimedOptions, provenance, require_at_least
@@ -49,7 +49,7 @@ class Config(TimedOptions):
     """Folder for results.json, a table and report.html."""
 
 
-class EncodingBank(Bank):
+class EncodingBank(FeatureBank):
     """A bank that remembers views but no features: every step encodes its views again."""
 
     def of_views(self, domain: Domain, index: np.ndarray, kind: str) -> torch.Tensor:
@@ -116,7 +116,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def _compare(config: Config, backbone: Backbone, stream: Stream, tune: str) -> dict[str, Any]:
     sizes: tuple[Any, ...] = (config.views, config.objects_per_image, None, config.seed)
-    bank, anew = Bank(backbone, stream, *sizes), EncodingBank(backbone, stream, *sizes)
+    bank, anew = FeatureBank(backbone, stream, *sizes), EncodingBank(backbone, stream, *sizes)
     kind = TUNINGS.get(tune).raw
     for own in (bank, anew):
         own.train(stream[0])
@@ -147,9 +147,9 @@ def _compare(config: Config, backbone: Backbone, stream: Stream, tune: str) -> d
 class _Side:
     """One way to train, step by step."""
 
-    def __init__(self, config: Config, bank: Bank, tune: str) -> None:
+    def __init__(self, config: Config, bank: FeatureBank, tune: str) -> None:
         self.config, self.bank = config, bank
-        self.strategy = Naive(Setting(bank, tune, seed=config.seed))
+        self.strategy = Naive(StrategyContext(bank, tune, seed=config.seed))
         self.learner = Learner(self.strategy)
         self.optimizer = torch.optim.Adam(list(self.strategy.trained().values()), 1e-3)
         self.views = bank.train(bank.stream[0])
@@ -161,7 +161,7 @@ class _Side:
         started = time.perf_counter()
         rng = np.random.default_rng([self.config.seed, step])
         everything = [(0, self.views, np.arange(len(self.views.frames)))]
-        draw = Draw.from_views(rng, self.config.batch_size, everything)
+        draw = ObjectIndices.from_views(rng, self.config.batch_size, everything)
         seeds = rng.integers(2**63, size=self.config.batch_size)
         batch = make_batch(self.bank, draw, self.strategy.raw, seeds)
         for group in self.optimizer.param_groups:

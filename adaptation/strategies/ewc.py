@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptation.features import Draw
+from adaptation.features import ObjectIndices
 from adaptation.losses import MaskLoss, mask_loss
 from adaptation.steps import make_batch
 from adaptation.strategy import STRATEGIES, Batch, Strategy
@@ -46,7 +46,7 @@ class EWC(Strategy):
         views = bank.train(bank.stream[task])
         rng = np.random.default_rng([self.setting.seed, 13, task])
         count = self.setting.options.fisher_samples
-        draw = Draw.from_views(rng, count, [(task, views, np.arange(len(views.frames)))])
+        draw = ObjectIndices.from_views(rng, count, [(task, views, np.arange(len(views.frames)))])
         weights = self.trained()
         seeds = rng.integers(2**63, size=count)
         for k in range(count):

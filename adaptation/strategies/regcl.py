@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptation.features import Draw
+from adaptation.features import ObjectIndices
 from adaptation.steps import make_batch
 from adaptation.strategy import STRATEGIES, Strategy
 from sam_gym.backbones.adapters.adapter import Adapter, Model
@@ -77,7 +77,7 @@ class RegCL(Strategy):
             rng = np.random.default_rng([self.setting.seed, 23, task])
             everything = [(task, views, np.arange(len(views.frames)))]
             for _ in range(_BATCHES):
-                draw = Draw.from_views(rng, _OBJECTS, everything)
+                draw = ObjectIndices.from_views(rng, _OBJECTS, everything)
                 seeds = rng.integers(2**63, size=_OBJECTS)
                 self.decode(make_batch(bank, draw, self.raw, seeds))
         finally:

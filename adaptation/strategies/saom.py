@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptation.features import Gathered
+from adaptation.features import BatchTargets
 from adaptation.losses import MaskLoss, whole_object_loss
 from adaptation.strategies.nearest import extents, inner_grid_points, nearest_points, vanished
 from adaptation.strategy import STRATEGIES, Batch, Strategy, seeded
@@ -71,7 +71,7 @@ class Saom(Strategy):
             )
 
     @torch.no_grad()
-    def batch(self, objects: Gathered, seeds: np.ndarray) -> Batch:
+    def batch(self, objects: BatchTargets, seeds: np.ndarray) -> Batch:
         options, size = self.setting.options, self.setting.bank.backbone.image_size
         device = objects.targets.device
         draws = np.array([np.random.default_rng([int(seed), 1]).random(2) for seed in seeds])
@@ -103,7 +103,7 @@ class Saom(Strategy):
             objects.categories,
         )
 
-    def _nearest(self, objects: Gathered) -> Tensor:
+    def _nearest(self, objects: BatchTargets) -> Tensor:
         """The points that stand for the objects by nearest neighbour: float32 (P, 2)."""
         embeddings = objects.raw
         if self.raw == "pixels":

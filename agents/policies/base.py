@@ -23,7 +23,7 @@ from sam_gym.backbones.embeddings.store import shared_store
 from sam_gym.utils.registry import Registry, unknown_name
 
 #: Policy name -> class, as `--policy` takes it.
-POLICIES: Registry[type[SlotPolicy]] = Registry("policy")
+POLICIES: Registry[type[SamPolicy]] = Registry("policy")
 HEADS = ("spatial", "flat")
 PRECISIONS = ("32-true", "bf16-mixed")
 #: Logit of an action of probability 0; finite, so that exported policies can be compared.
@@ -50,7 +50,7 @@ class StoredFeatures(BaseFeaturesExtractor):
         self.store = shared_store(self.backbone)
         #: (h, w) of the embedding.
         self.cells: tuple[int, int] = self.backbone.embedding_shape[1:]
-        #: Whether the policy learns, and does not just play (see `SlotPolicy.playing`).
+        #: Whether the policy learns, and does not just play (see `SamPolicy.playing`).
         self.learning = False
 
     def embedding(self, observations: dict[str, Tensor]) -> Tensor:
@@ -228,7 +228,7 @@ class Recalibration(nn.Module):
         return self.head(self.features(observations))[:, 0]
 
 
-class SlotPolicy(ActorCriticPolicy):
+class SamPolicy(ActorCriticPolicy):
     """An actor-critic over one map of features, for observations as the environments give them.
 
     A policy adds its features, and an action head that reads logits off them.
@@ -416,7 +416,7 @@ class SlotPolicy(ActorCriticPolicy):
 
 
 @POLICIES.register("implicit")
-class ImplicitPolicy(SlotPolicy):
+class ImplicitPolicy(SamPolicy):
     """The implicit agent: SAM's own features tell where to click, no language model.
 
     After AlignSAM (Huang et al., CVPR 2024), with a spatial action head.
@@ -429,7 +429,7 @@ class ImplicitPolicy(SlotPolicy):
         others: actions beyond clicks, in their order: "stop", "undo".
         recalibrate: choose among places only; a module that learns from targets (see
             `agents.policies.recalibration`) says whether a click there is positive.
-        **kwargs: as `SlotPolicy` takes them.
+        **kwargs: as `SamPolicy` takes them.
     """
 
     extractor_class: type[StoredFeatures] = ClickFeatures

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.policies.base import ImplicitPolicy
-from agents.ppo.distributed import ALONE, Ranks, share_gradients
+from agents.ppo.distributed import ALONE, ProcessGroup, share_gradients
 from sam_gym.envs.click import ClickCore
 
 
@@ -57,7 +57,7 @@ class TrainRecalibration(BaseCallback):
         updates: int,
         learning_rate: float = 1e-3,
         max_grad_norm: float = 0.5,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
     ) -> None:
         super().__init__()
         assert policy.recalibration is not None

@@ -14,7 +14,7 @@ import gymnasium as gym
 
 import agents.everything
 import agents.policies.explicit  # noqa: F401  (both register their policies)
-from agents.policies.base import POLICIES, SlotPolicy
+from agents.policies.base import POLICIES, SamPolicy
 from sam_gym.backbones.loading import resolve_device
 
 #: Agents in the package, by name; docs/results.md has the commands that trained them.
@@ -80,7 +80,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def load_policy(path: Path, device: str) -> SlotPolicy:
+def load_policy(path: Path, device: str) -> SamPolicy:
     """The policy of a zip, for another device of its SAM and CLIP.
 
     Only what makes the policy is read: nothing of its training (schedules, environments) has to be
@@ -101,7 +101,7 @@ def load_policy(path: Path, device: str) -> SlotPolicy:
         ) from error
 
 
-def _rebuilt(path: Path, data: dict[str, Any], device: str) -> SlotPolicy:
+def _rebuilt(path: Path, data: dict[str, Any], device: str) -> SamPolicy:
     from stable_baselines3.common.save_util import load_from_zip_file
 
     _, parameters, _ = load_from_zip_file(path, device="cpu", load_data=False)

@@ -12,12 +12,12 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.ppo.distributed import ALONE, Ranks
+from agents.ppo.distributed import ALONE, ProcessGroup
 from agents.ppo.tracking import PictureFile
 from sam_gym.backbones.embeddings.store import EmbeddingStore
 
 
-class PinRollouts(BaseCallback):
+class PinRolloutsCallback(BaseCallback):
     """Keeps every embedding that a rollout refers to until the update after it has ended."""
 
     def __init__(self, store: EmbeddingStore) -> None:
@@ -34,7 +34,7 @@ class PinRollouts(BaseCallback):
         self.store.end_epoch()
 
 
-class WatchTraining(BaseCallback):
+class MonitorCallback(BaseCallback):
     """Progress bar, mean IoU of finished episodes, periodic evaluation and pictures.
 
     None of the functions that it is given may touch the random numbers of the training.
@@ -54,7 +54,7 @@ class WatchTraining(BaseCallback):
         total_timesteps: int,
         evaluate_every: int,
         evaluate: Callable[[], float],
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
         draw: Callable[[int], Path] | None = None,
         film_every: int = 0,
         film: Callable[[int], Path] | None = None,

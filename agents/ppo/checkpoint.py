@@ -18,7 +18,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecMonitor
 
-from agents.ppo.distributed import SlotPPO
+from agents.ppo.distributed import DistributedPPO
 from agents.ppo.vec_env import VectorEnvAdaptor
 from sam_gym.utils.files import write_atomic
 
@@ -134,7 +134,7 @@ class Checkpoint(BaseCallback):
         parts: by name, what else of the run has a state to keep.
     """
 
-    model: SlotPPO
+    model: DistributedPPO
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class Checkpoint(BaseCallback):
             )
         ]
 
-    def restore(self, model: SlotPPO, state: Mapping[str, Any]) -> None:
+    def restore(self, model: DistributedPPO, state: Mapping[str, Any]) -> None:
         """Put a run that is set up but not begun to where a checkpoint was taken.
 
         Args:
@@ -220,7 +220,7 @@ class Checkpoint(BaseCallback):
         # Last, since nothing of the above may count as drawn.
         _set_rng_state(state["rng"], model.device)
 
-    def _restore_slots(self, model: SlotPPO, slots: list[dict[str, Any]]) -> None:
+    def _restore_slots(self, model: DistributedPPO, slots: list[dict[str, Any]]) -> None:
         model._last_obs = cast(Any, self.envs.set_state([slot["env"] for slot in slots]))
         model._last_episode_starts = np.array([slot["starts"] for slot in slots])
         self.env.episode_returns = np.array([slot["return"] for slot in slots])

@@ -15,8 +15,8 @@ import yaml
 from gymnasium.envs.registration import load_env_creator
 
 from sam_gym import ENVIRONMENTS
-from sam_gym.envs.base_core import SlotConfig
-from sam_gym.envs.click import ClickConfig, TaskConfig
+from sam_gym.envs.base_core import EnvConfig
+from sam_gym.envs.click import ClickConfig, SamSegConfig
 from sam_gym.envs.everything import EverythingConfig
 from sam_gym.utils.registry import unknown_name
 
@@ -26,8 +26,8 @@ CONFIGS = {
 }
 
 #: Class of settings -> the policies that play such environments; the first one is the default.
-PLAYERS: dict[type[SlotConfig], tuple[str, ...]] = {
-    TaskConfig: ("implicit", "explicit"),
+PLAYERS: dict[type[EnvConfig], tuple[str, ...]] = {
+    ClickConfig: ("implicit", "explicit"),
     EverythingConfig: ("everything",),
 }
 
@@ -127,12 +127,12 @@ class Config:
     """Experiment that the run belongs to; made if there is none."""
     register_model: str | None = None
     """Name under which MLflow's model registry gets the finished policy."""
-    settings: Annotated[SlotConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: ClickConfig(obs="handle")
+    settings: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: SamSegConfig(obs="handle")
     )
 
 
-def settings_class(env_id: str) -> type[SlotConfig]:
+def settings_class(env_id: str) -> type[EnvConfig]:
     """Class of the settings that a registered environment takes.
 
     Raises:
@@ -144,7 +144,7 @@ def settings_class(env_id: str) -> type[SlotConfig]:
     return cast(Any, load_env_creator(scalar)).config_class
 
 
-def players_of(kind: type[SlotConfig]) -> tuple[str, ...]:
+def players_of(kind: type[EnvConfig]) -> tuple[str, ...]:
     """Names of the policies that play environments with such settings, the default first."""
     return next(names for base, names in PLAYERS.items() if issubclass(kind, base))
 

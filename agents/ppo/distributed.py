@@ -34,7 +34,7 @@ PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """The processes of a job, and the place of this one among them.
 
     Attributes:
@@ -46,7 +46,7 @@ class Ranks:
     world: int = 1
 
     @classmethod
-    def join(cls, device: str) -> Ranks:
+    def join(cls, device: str) -> ProcessGroup:
         """The ranks of the job that torchrun has started this process for, or this process alone.
 
         Args:
@@ -109,7 +109,7 @@ class Ranks:
 
 
 #: A process that is in no job.
-ALONE = Ranks()
+ALONE = ProcessGroup()
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def _take_gpu(number: int) -> None:
     torch.cuda.set_device(number)
 
 
-def share_gradients(optimizer: torch.optim.Optimizer, ranks: Ranks, max_norm: float) -> None:
+def share_gradients(optimizer: torch.optim.Optimizer, ranks: ProcessGroup, max_norm: float) -> None:
     """Average gradients over all ranks before each step of an optimizer, then clip their norm.
 
     SB3 would clip on each rank before the gradients of the others are known.
@@ -164,10 +164,10 @@ def share_gradients(optimizer: torch.optim.Optimizer, ranks: Ranks, max_norm: fl
     optimizer.register_step_pre_hook(before_step)
 
 
-class CountAllRanks(BaseCallback):
+class CountAllProcesses(BaseCallback):
     """Makes `num_timesteps` count the environment steps of all ranks."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: ProcessGroup) -> None:
         super().__init__()
         self.ranks = ranks
 
@@ -176,11 +176,11 @@ class CountAllRanks(BaseCallback):
         return True
 
 
-class SlotPPO(PPO):
+class DistributedPPO(PPO):
     """PPO whose randomness belongs to environment slots, which may be spread over ranks.
 
     N ranks learn what one process with all their slots would learn, up to rounding. Train it with
-    the callback `CountAllRanks`. What it saves loads as a plain `PPO`.
+    the callback `CountAllProcesses`. What it saves loads as a plain `PPO`.
 
     Args:
         policy: as `PPO` takes it, with a categorical distribution of actions.
@@ -203,7 +203,7 @@ class SlotPPO(PPO):
         batch_size: int,
         max_grad_norm: float = 0.5,
         seed: int = 0,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
         **kwargs: Any,
     ) -> None:
         slots = env.num_envs * ranks.world

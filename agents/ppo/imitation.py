@@ -16,11 +16,11 @@ from stable_baselines3.common.utils import obs_as_tensor
 from torch.nn import functional as F
 
 from agents.baselines import Agent
-from agents.ppo.distributed import SlotPPO
-from sam_gym.envs.base_core import SlotCore
+from agents.ppo.distributed import DistributedPPO
+from sam_gym.envs.base_core import BaseCore
 
 
-def imitate(model: SlotPPO, core: SlotCore[Any, Any], expert: Agent, steps: int) -> None:
+def imitate(model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, steps: int) -> None:
     """Teach the policy of a model that has not begun to learn; its environments end mid-episode.
 
     Args:
@@ -54,7 +54,9 @@ def imitate(model: SlotPPO, core: SlotCore[Any, Any], expert: Agent, steps: int)
 
 
 @torch.no_grad()
-def _play(model: SlotPPO, core: SlotCore[Any, Any], expert: Agent, share_of_own: float) -> None:
+def _play(
+    model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, share_of_own: float
+) -> None:
     """One step of all slots; what is remembered is the action of the expert."""
     observations = cast(dict[str, np.ndarray], model._last_obs)
     tensors = obs_as_tensor(observations, model.device)
@@ -78,7 +80,7 @@ def _play(model: SlotPPO, core: SlotCore[Any, Any], expert: Agent, share_of_own:
     model._last_obs, model._last_episode_starts = cast(Any, following), dones
 
 
-def _learn(model: SlotPPO) -> float:
+def _learn(model: DistributedPPO) -> float:
     """Several passes over the rollout; returns the mean cross-entropy with the expert."""
     policy, losses = model.policy, []
     policy.set_training_mode(True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.evaluate import Evaluation
-from agents.ppo.distributed import ALONE, Ranks
+from agents.ppo.distributed import ALONE, ProcessGroup
 from sam_gym.metrics import continual as continual_metrics
 
 
@@ -47,7 +47,7 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class EachStageAnew:
+class PerStageSchedule:
     """A learning rate schedule that begins anew in every stage.
 
     Otherwise the domains would be learned, and forgotten, ever more slowly.
@@ -71,7 +71,7 @@ class Walks(Protocol):
     def set_task(self, task: int) -> None: ...
 
 
-class WalkStream(BaseCallback):
+class StreamCallback(BaseCallback):
     """Leads the environments from domain to domain, and evaluates the policy on all after each.
 
     A domain changes where a rollout begins; episodes that are under way end in the old one.
@@ -91,7 +91,7 @@ class WalkStream(BaseCallback):
         names: Sequence[str],
         stages: Stages,
         evaluate: Callable[[], Evaluation],
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
     ) -> None:
         super().__init__()
         self.env, self.names, self.stages = env, list(names), stages
@@ -141,7 +141,7 @@ class WalkStream(BaseCallback):
         }
 
 
-#: What the numbers of `WalkStream.results` mean, for those who read only them.
+#: What the numbers of `StreamCallback.results` mean, for those who read only them.
 DEFINITIONS = {
     "iou": "row: after learning that domain; column: mean IoU on held-out episodes of a domain",
     "last_iou": "mean over domains after the last stage",

@@ -22,7 +22,7 @@ from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputF
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
-from agents.ppo.distributed import ALONE, Ranks
+from agents.ppo.distributed import ALONE, ProcessGroup
 from sam_gym.utils.files import wait_for_a_later_name
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class TensorBoard(TensorBoardOutputFormat):
 
 
 def make_logger(
-    folder: Path, done: int, ranks: Ranks = ALONE, *, mlflow: MlflowRun | None = None
+    folder: Path, done: int, ranks: ProcessGroup = ALONE, *, mlflow: MlflowRun | None = None
 ) -> Logger:
     """A logger to TensorBoard and MLflow, on the first of the ranks.
 

@@ -11,13 +11,13 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs
 
-from sam_gym.envs.base_core import SlotConfig, SlotCore
+from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.continual import ContinualCore
 
 
 def make_vector_env(
-    env_id: str, num_envs: int, settings: SlotConfig, **options: Any
-) -> tuple[VectorEnv, SlotCore[Any, Any]]:
+    env_id: str, num_envs: int, settings: EnvConfig, **options: Any
+) -> tuple[VectorEnv, BaseCore[Any, Any]]:
     """A vector environment with handle observations, and its core.
 
     Args:
@@ -32,11 +32,11 @@ def make_vector_env(
     return env, cast(Any, env.unwrapped).core
 
 
-def over_domains(core: SlotCore[Any, Any]) -> dict[str, Any]:
+def over_domains(core: BaseCore[Any, Any]) -> dict[str, Any]:
     """Options of a reset that share the slots out over the domains of a stream, if there is one."""
     if not isinstance(core, ContinualCore):
         return {}
-    return {"task": np.arange(core.num_slots) % len(core.stream)}
+    return {"task": np.arange(core.num_envs) % len(core.stream)}
 
 
 class VectorEnvAdaptor(VecEnv):

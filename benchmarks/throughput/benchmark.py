@@ -352,7 +352,7 @@ def share_memory(cores: Sequence[ClickCore], warm: bool) -> None:
 def play_vector(env: gym.vector.VectorEnv, actions: np.ndarray, played: Played) -> float:
     """Step the vector environment through actions (T, N); returns the seconds of its steps."""
     core: ClickCore = env.unwrapped.core  # type: ignore[attr-defined]
-    slots, seconds = torch.arange(core.num_slots), 0.0
+    slots, seconds = torch.arange(core.num_envs), 0.0
     for row in actions:
         started = time.perf_counter()
         _, reward, _, _, info = env.step(row)

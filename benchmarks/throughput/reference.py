@@ -11,7 +11,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from sam_gym.backbones import BACKBONES, Backbone
-from sam_gym.envs.click import ClickCore, SlotTarget
+from sam_gym.envs.click import ClickCore, ClickTarget
 from sam_gym.metrics import masks as metrics
 
 
@@ -59,7 +59,7 @@ class PredictorEnv(gym.Env[Any, Any]):
                 "num_steps": gym.spaces.Discrete(core.config.max_steps + 1),
             }
         )
-        self.target: SlotTarget
+        self.target: ClickTarget
         self.low_res: np.ndarray | None = None
         #: bool (hm, wm), the mask after the last click, which a reset leaves as it is.
         self.last_mask = np.zeros(core.backbone.mask_shape, bool)

@@ -18,13 +18,13 @@ from sam_gym.backbones.embeddings.store import MAX_HANDLES, shared_store
 from sam_gym.backbones.service import DTYPES
 from sam_gym.data import Dataset, make_dataset
 from sam_gym.data.cache import SampleCache
-from sam_gym.envs.prefetch import DrawAhead
+from sam_gym.envs.prefetch import Prefetcher
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.transfer import to_device, to_host
 
 
 @dataclass(frozen=True)
-class SlotConfig:
+class EnvConfig:
     """Settings of any task; a subclass says what the task is."""
 
     split: str = "train"
@@ -94,7 +94,7 @@ class _DatasetFields:
 
 
 @dataclass(frozen=True)
-class DatasetConfig(SlotConfig, _DatasetFields):
+class DatasetConfig(EnvConfig, _DatasetFields):
     """Settings of a task over the images of one dataset."""
 
     def validate(self) -> None:
@@ -128,11 +128,11 @@ class Pictured(Protocol):
     def digest(self) -> bytes | None: ...
 
 
-C = TypeVar("C", bound=SlotConfig)
+C = TypeVar("C", bound=EnvConfig)
 T = TypeVar("T", bound=Pictured)
 
 
-class SlotCore(Generic[C, T]):
+class BaseCore(Generic[C, T]):
     """Slots with an image each, drawn from a dataset, and its embedding in the store.
 
     A task adds what is drawn (`_draw`), what an episode begins with (`_begin`), what a step does,
@@ -140,7 +140,7 @@ class SlotCore(Generic[C, T]):
 
     Args:
         config: the settings.
-        num_slots: how many episodes run side by side.
+        num_envs: how many episodes run side by side.
         dataset: instead of the one that the settings name.
 
     Raises:
@@ -154,25 +154,25 @@ class SlotCore(Generic[C, T]):
     action_space: spaces.Space
     observation_space: spaces.Dict
 
-    def __init__(self, config: C, num_slots: int, dataset: Dataset | None = None) -> None:
+    def __init__(self, config: C, num_envs: int, dataset: Dataset | None = None) -> None:
         config.validate()
-        if num_slots < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_slots}.")
-        self.config, self.num_slots = config, num_slots
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
+        self.config, self.num_envs = config, num_envs
         self.dataset = config.open_dataset() if dataset is None else dataset
         self._share()
         self.device = self.backbone.device
-        self.handles = np.full(num_slots, -1, np.int64)
-        self.targets: list[T | None] = [None] * num_slots
+        self.handles = np.full(num_envs, -1, np.int64)
+        self.targets: list[T | None] = [None] * num_envs
         #: The state of each slot's generator before its target was drawn.
-        self._starts: list[dict[str, Any] | None] = [None] * num_slots
-        self.steps = np.zeros(num_slots, np.int64)
+        self._starts: list[dict[str, Any] | None] = [None] * num_envs
+        self.steps = np.zeros(num_envs, np.int64)
 
     def _share(self) -> None:
         """Take what all cores of this process have in common, and an empty cache."""
         config = self.config
         self.samples = SampleCache(self.dataset, config.cache_mib * 2**20)
-        self.ahead = DrawAhead(self._draw)
+        self.ahead = Prefetcher(self._draw)
         self._misses = 0
         self.backbone = load_backbone(
             config.backbone,
@@ -255,7 +255,7 @@ class SlotCore(Generic[C, T]):
         return [
             {name: getattr(self, name)[slot].copy() for name in self.episode_arrays}
             | {"start": self._starts[slot]}
-            for slot in range(self.num_slots)
+            for slot in range(self.num_envs)
         ]
 
     def set_state(
@@ -271,13 +271,13 @@ class SlotCore(Generic[C, T]):
             if row["start"] is None:
                 raise ValueError(f"Slot {slot} of this state had not been reset: nothing to go on.")
             rng.bit_generator.state = row["start"]
-        self.reset(range(self.num_slots), rngs)
+        self.reset(range(self.num_envs), rngs)
         for name in self.episode_arrays:
             getattr(self, name)[:] = np.stack([row[name] for row in state])
 
     def close(self) -> None:
         """Let go of all targets and embeddings; slots must be reset before use."""
-        self.release(range(self.num_slots))
+        self.release(range(self.num_envs))
         self.ahead.close()
 
     def release(self, slots: Sequence[int]) -> None:
@@ -296,7 +296,7 @@ class SlotCore(Generic[C, T]):
         self._enter(slots)
         # A sample from the cache is there sooner than two threads have agreed on whose turn it is.
         missed, self._misses = self.samples.misses > self._misses, self.samples.misses
-        if missed and self.num_slots > 1:
+        if missed and self.num_envs > 1:
             self.ahead.begin(slots, rngs, self._upcoming(slots))
         return drawn
 

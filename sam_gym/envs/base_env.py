@@ -12,14 +12,14 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from sam_gym.envs.base_core import SlotConfig, SlotCore, check_choice
+from sam_gym.envs.base_core import BaseCore, EnvConfig, check_choice
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import show
 
-C = TypeVar("C", bound=SlotConfig)
+C = TypeVar("C", bound=EnvConfig)
 
 
-class SlotEnv(gym.Env[Any, Any]):
+class BaseEnv(gym.Env[Any, Any]):
     """A core with one slot; a task says which.
 
     Args:
@@ -36,13 +36,13 @@ class SlotEnv(gym.Env[Any, Any]):
     env_id: str
     config_class: type[Any]
     core_class: type[Any]
-    core: SlotCore[Any, Any]
+    core: BaseCore[Any, Any]
 
     def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
         check_render_mode(render_mode)
         self.render_mode = render_mode
         config = make_settings(self.config_class, self.env_id, settings)
-        self.core = self.core_class(config, num_slots=1)
+        self.core = self.core_class(config, num_envs=1)
         self.action_space = self.core.action_space
         self.observation_space = self.core.observation_space
 
@@ -96,7 +96,7 @@ class SlotEnv(gym.Env[Any, Any]):
         }
 
 
-class SlotVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
+class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
     """A core with many slots; a task says which.
 
     Args:
@@ -110,7 +110,7 @@ class SlotVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
     env_id: str
     config_class: type[Any]
     core_class: type[Any]
-    core: SlotCore[Any, Any]
+    core: BaseCore[Any, Any]
 
     def __init__(
         self,

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from sam_gym.backbones import NO_POINT, Prompts
 from sam_gym.data import Dataset
 from sam_gym.data.base import select_categories
-from sam_gym.envs.base_core import DatasetConfig, SlotConfig, SlotCore, check_choice
-from sam_gym.envs.base_env import SlotEnv, SlotVectorEnv, make_settings
+from sam_gym.envs.base_core import BaseCore, DatasetConfig, EnvConfig, check_choice
+from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv, make_settings
 from sam_gym.envs.rewards import REWARDS, Transition
 from sam_gym.metrics import masks as metrics
 from sam_gym.utils.transfer import to_device, to_host
@@ -26,7 +26,7 @@ EPISODE_ARRAYS = ("steps", "num_clicks", "points", "labels", "ious", "predicted_
 
 
 @dataclass(frozen=True)
-class TaskConfig(SlotConfig):
+class ClickConfig(EnvConfig):
     """Settings of clicking, whatever the images; a subclass says what those are."""
 
     target: Literal["category", "instance"] = "category"
@@ -69,7 +69,7 @@ class TaskConfig(SlotConfig):
 
 
 @dataclass(frozen=True)
-class ClickConfig(TaskConfig, DatasetConfig):
+class SamSegConfig(ClickConfig, DatasetConfig):
     """Settings of `SamSeg-v0`, all JSON-plain."""
 
     target_categories: str | None = None
@@ -82,7 +82,7 @@ class ClickConfig(TaskConfig, DatasetConfig):
 
 
 @dataclass
-class SlotTarget:
+class ClickTarget:
     """What one slot is about: the sample, the mask to find and how it is named."""
 
     image: np.ndarray
@@ -94,15 +94,15 @@ class SlotTarget:
     digest: bytes | None = None
 
 
-class ClickCore(SlotCore[TaskConfig, SlotTarget]):
-    """The click task in `num_slots` slots that share one `decode` per step.
+class ClickCore(BaseCore[ClickConfig, ClickTarget]):
+    """The click task in `num_envs` slots that share one `decode` per step.
 
     State of a slot: its target, the clicks so far, and after each click the mask logits and their
     predicted IoU. `undo` forgets the last entry.
 
     Args:
         config: the settings.
-        num_slots: how many episodes run side by side.
+        num_envs: how many episodes run side by side.
         dataset: instead of the one that the settings name.
 
     Raises:
@@ -113,8 +113,8 @@ class ClickCore(SlotCore[TaskConfig, SlotTarget]):
     reported = ("clicks",)
     action_space: spaces.Discrete
 
-    def __init__(self, config: TaskConfig, num_slots: int, dataset: Dataset | None = None) -> None:
-        super().__init__(config, num_slots, dataset)
+    def __init__(self, config: ClickConfig, num_envs: int, dataset: Dataset | None = None) -> None:
+        super().__init__(config, num_envs, dataset)
         self._reward = REWARDS.get(config.reward)
         self.asked = config.asked_categories(self.dataset.categories)
 
@@ -125,20 +125,20 @@ class ClickCore(SlotCore[TaskConfig, SlotTarget]):
         self.observation_space = self._make_observation_space()
 
         mask_shape, steps = self.backbone.mask_shape, config.max_steps
-        self.num_clicks = np.zeros(num_slots, np.int64)
-        self.points = np.zeros((num_slots, steps, 2), np.float32)
-        self.labels = np.full((num_slots, steps), NO_POINT, np.int64)
-        self.ious = np.zeros((num_slots, steps + 1))
-        self.predicted_ious = np.zeros((num_slots, steps + 1), np.float32)
+        self.num_clicks = np.zeros(num_envs, np.int64)
+        self.points = np.zeros((num_envs, steps, 2), np.float32)
+        self.labels = np.full((num_envs, steps), NO_POINT, np.int64)
+        self.ious = np.zeros((num_envs, steps + 1))
+        self.predicted_ious = np.zeros((num_envs, steps + 1), np.float32)
         # Entry 0 of a history is the empty mask before the first click.
-        self.logits = torch.full((num_slots, steps + 1, *mask_shape), -20.0, device=self.device)
+        self.logits = torch.full((num_envs, steps + 1, *mask_shape), -20.0, device=self.device)
         self._low_target = torch.zeros(
-            (num_slots, *mask_shape), dtype=torch.bool, device=self.device
+            (num_envs, *mask_shape), dtype=torch.bool, device=self.device
         )
         self._low_valid = torch.ones_like(self._low_target)
         self._nothing = to_host(self._shown(self.logits[:1, 0]))[0]
         #: What an observation shows of the current mask of each slot.
-        self.shown = np.repeat(self._nothing, num_slots, axis=0)
+        self.shown = np.repeat(self._nothing, num_envs, axis=0)
 
     def _make_observation_space(self) -> spaces.Dict:
         config, backbone = self.config, self.backbone
@@ -164,7 +164,7 @@ class ClickCore(SlotCore[TaskConfig, SlotTarget]):
 
         Returns:
             The share of what is scored of each cell that belongs to the target, and the share of
-            the cell that is scored: two float32 (num_slots, *cells), 0 to 1.
+            the cell that is scored: two float32 (num_envs, *cells), 0 to 1.
         """
         both = torch.stack([self._low_target & self._low_valid, self._low_valid], dim=1).float()
         target, scored = F.adaptive_avg_pool2d(both, cells).unbind(dim=1)
@@ -172,12 +172,12 @@ class ClickCore(SlotCore[TaskConfig, SlotTarget]):
 
     # Episodes ----------------------------------------------------------------------------------
 
-    def place(self, slots: Sequence[int], targets: Sequence[SlotTarget]) -> None:
+    def place(self, slots: Sequence[int], targets: Sequence[ClickTarget]) -> None:
         """Begin new episodes in some slots about targets of the caller's choice."""
         self._begin(slots, [self._with_low_res(target) for target in targets])
 
     def _begin(
-        self, slots: Sequence[int], drawn: Sequence[tuple[SlotTarget, np.ndarray, np.ndarray]]
+        self, slots: Sequence[int], drawn: Sequence[tuple[ClickTarget, np.ndarray, np.ndarray]]
     ) -> None:
         super()._begin(slots, drawn)
         index = to_device(np.asarray(slots), self.device)
@@ -203,13 +203,13 @@ class ClickCore(SlotCore[TaskConfig, SlotTarget]):
         for slot, row in enumerate(state):
             self.logits[slot, 1 : len(row["logits"]) + 1] = to_device(row["logits"], self.device)
 
-    def draw(self, rng: np.random.Generator, part: int = 0) -> SlotTarget:
+    def draw(self, rng: np.random.Generator, part: int = 0) -> ClickTarget:
         """What an episode that begins with this generator is about."""
         return self._draw(rng, part)[0]
 
     def _draw(
         self, rng: np.random.Generator, part: int
-    ) -> tuple[SlotTarget, np.ndarray, np.ndarray]:
+    ) -> tuple[ClickTarget, np.ndarray, np.ndarray]:
         for _ in range(200):
             index, category = self._choose(rng, part)
             sample = self.samples[index]
@@ -233,7 +233,7 @@ class ClickCore(SlotCore[TaskConfig, SlotTarget]):
                 inside = np.flatnonzero(mask)
                 y, x = divmod(int(inside[rng.integers(len(inside))]), mask.shape[1])
                 cue = (x, y)
-            target = SlotTarget(
+            target = ClickTarget(
                 sample.image, mask, sample.ignore, category, sample.source, cue, sample.digest
             )
             drawn = self._with_low_res(target)
@@ -241,7 +241,7 @@ class ClickCore(SlotCore[TaskConfig, SlotTarget]):
                 return drawn
         raise self._nothing_drawn(part)
 
-    def _with_low_res(self, target: SlotTarget) -> tuple[SlotTarget, np.ndarray, np.ndarray]:
+    def _with_low_res(self, target: ClickTarget) -> tuple[ClickTarget, np.ndarray, np.ndarray]:
         """A target, and it and its scored area on SAM's low-res mask: two bool (hm, wm)."""
         scored = self._scored(target.mask.shape[:2], target.ignore)
         return target, self._low_res(target.mask), scored
@@ -249,11 +249,11 @@ class ClickCore(SlotCore[TaskConfig, SlotTarget]):
     # Steps -------------------------------------------------------------------------------------
 
     def check_actions(self, actions: np.ndarray) -> np.ndarray:
-        """Actions as int64 (num_slots,); raises `ValueError` if one is out of range."""
+        """Actions as int64 (num_envs,); raises `ValueError` if one is out of range."""
         array = np.asarray(actions)
-        if array.shape != (self.num_slots,) or not np.issubdtype(array.dtype, np.integer):
+        if array.shape != (self.num_envs,) or not np.issubdtype(array.dtype, np.integer):
             raise ValueError(
-                f"Expected {self.num_slots} integer actions, got {array.dtype} {array.shape}."
+                f"Expected {self.num_envs} integer actions, got {array.dtype} {array.shape}."
             )
         if array.min() < 0 or array.max() >= self.action_space.n:
             bad = array[(array < 0) | (array >= self.action_space.n)][0]
@@ -393,7 +393,7 @@ class ClickCore(SlotCore[TaskConfig, SlotTarget]):
             return probability
         return (255 * F.avg_pool2d(probability[:, None], 4)[:, 0]).round().to(torch.uint8)
 
-    def _cue(self, target: SlotTarget) -> np.ndarray:
+    def _cue(self, target: ClickTarget) -> np.ndarray:
         point = self.backbone.to_input_frame(np.array(target.cue), target.mask.shape)
         return point / self.backbone.image_size
 
@@ -451,7 +451,7 @@ class ClickCore(SlotCore[TaskConfig, SlotTarget]):
         return f"{name}  step {self.steps[slot]}  IoU {overlap:.2f}"
 
 
-class SamSegEnv(SlotEnv):
+class SamSegEnv(BaseEnv):
     """Segment a target by clicking a Segment Anything Model.
 
     ## Description
@@ -521,7 +521,7 @@ class SamSegEnv(SlotEnv):
     env = gym.make("SamSeg-v0", dataset="scenes", max_steps=5, render_mode="rgb_array")
     ```
 
-    All arguments are the fields of `sam_gym.envs.click.ClickConfig`. The vector environment,
+    All arguments are the fields of `sam_gym.envs.click.SamSegConfig`. The vector environment,
     `gym.make_vec("SamSeg-v0", num_envs=64, vectorization_mode="vector_entry_point")`, decodes the
     clicks of all its environments in one batch.
 
@@ -531,7 +531,7 @@ class SamSegEnv(SlotEnv):
 
     Args:
         render_mode: None, "rgb_array" or "human".
-        **settings: fields of `ClickConfig`.
+        **settings: fields of `SamSegConfig`.
 
     Raises:
         ValueError: unknown name or impossible value, or data that does not validate.
@@ -539,12 +539,12 @@ class SamSegEnv(SlotEnv):
     """
 
     env_id = "SamSeg-v0"
-    config_class: type[TaskConfig] = ClickConfig
+    config_class: type[ClickConfig] = SamSegConfig
     core_class: type[ClickCore] = ClickCore
     core: ClickCore
 
 
-class SamSegVectorEnv(SlotVectorEnv):
+class SamSegVectorEnv(BaseVectorEnv):
     """`SamSeg-v0` with many environments that share one SAM decode per step.
 
     Sub-environment `i` seeded with `seed` plays as the scalar environment seeded with `seed + i`.
@@ -553,7 +553,7 @@ class SamSegVectorEnv(SlotVectorEnv):
         num_envs: how many environments.
         render_mode: None, "rgb_array" (one frame per environment) or "human" (all in one window).
         autoreset_mode: "NextStep" (default), "SameStep" or "Disabled", or the enum.
-        **settings: fields of `sam_gym.envs.click.ClickConfig`; see `SamSegEnv`.
+        **settings: fields of `sam_gym.envs.click.SamSegConfig`; see `SamSegEnv`.
     """
 
     env_id = SamSegEnv.env_id
@@ -562,6 +562,6 @@ class SamSegVectorEnv(SlotVectorEnv):
     core: ClickCore
 
 
-def make_config(settings: dict[str, Any]) -> ClickConfig:
+def make_config(settings: dict[str, Any]) -> SamSegConfig:
     """The config of `SamSeg-v0` with keyword arguments; see `make_settings`."""
-    return make_settings(ClickConfig, SamSegEnv.env_id, settings)
+    return make_settings(SamSegConfig, SamSegEnv.env_id, settings)

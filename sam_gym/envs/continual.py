@@ -12,7 +12,7 @@ from gymnasium import spaces
 
 from sam_gym.data.base import Dataset, Sample
 from sam_gym.data.streams import Stream, make_stream
-from sam_gym.envs.click import EPISODE_ARRAYS, ClickCore, SamSegEnv, SamSegVectorEnv, TaskConfig
+from sam_gym.envs.click import EPISODE_ARRAYS, ClickConfig, ClickCore, SamSegEnv, SamSegVectorEnv
 from sam_gym.utils.registry import unknown_name
 
 BOUNDARIES = ("announced", "hidden")
@@ -46,7 +46,7 @@ class _StreamFields:
 
 
 @dataclass(frozen=True)
-class ContinualConfig(TaskConfig, _StreamFields):
+class ContinualConfig(ClickConfig, _StreamFields):
     """Settings of `SamContinual-v0`, all JSON-plain."""
 
     target: Literal["category", "instance"] = "instance"
@@ -131,7 +131,7 @@ class ContinualCore(ClickCore):
 
     Args:
         config: the settings.
-        num_slots: how many episodes run side by side.
+        num_envs: how many episodes run side by side.
 
     Raises:
         ValueError, FileNotFoundError: a setting, the stream or the checkpoint is wrong.
@@ -141,16 +141,16 @@ class ContinualCore(ClickCore):
     dataset: StreamDataset
     episode_arrays = (*EPISODE_ARRAYS, "tasks", "played", "requested", "boundaries")
 
-    def __init__(self, config: ContinualConfig, num_slots: int) -> None:
-        super().__init__(config, num_slots)
+    def __init__(self, config: ContinualConfig, num_envs: int) -> None:
+        super().__init__(config, num_envs)
         #: Domain of the episode of each slot.
-        self.tasks = np.zeros(num_slots, np.int64)
+        self.tasks = np.zeros(num_envs, np.int64)
         #: Episodes of each slot since it came to its domain, with the present one.
-        self.played = np.zeros(num_slots, np.int64)
+        self.played = np.zeros(num_envs, np.int64)
         #: Domain that was asked for, for the next episode of each slot; -1: none.
-        self.requested = np.full(num_slots, -1, np.int64)
+        self.requested = np.full(num_envs, -1, np.int64)
         #: Whether the episode of each slot is its first since the domain changed.
-        self.boundaries = np.zeros(num_slots, bool)
+        self.boundaries = np.zeros(num_envs, bool)
 
     @property
     def stream(self) -> Stream:
@@ -161,16 +161,16 @@ class ContinualCore(ClickCore):
         """Let the next episodes of slots be of certain domains; their schedule goes on from there.
 
         Args:
-            tasks: a number of a domain, or int (num_slots,).
+            tasks: a number of a domain, or int (num_envs,).
             slots: which of them are meant; None: all.
 
         Raises:
             ValueError: not such numbers, or there is no such domain.
         """
         wanted, count = np.asarray(tasks), len(self.stream)
-        if wanted.shape not in ((), (self.num_slots,)) or wanted.dtype.kind not in "iu":
+        if wanted.shape not in ((), (self.num_envs,)) or wanted.dtype.kind not in "iu":
             raise ValueError(
-                f"Expected a task as a whole number, or {self.num_slots} of them for as many "
+                f"Expected a task as a whole number, or {self.num_envs} of them for as many "
                 f"environments, got {tasks!r}."
             )
         if wanted.min() < 0 or wanted.max() >= count:
@@ -178,8 +178,8 @@ class ContinualCore(ClickCore):
                 f"Task {tasks} is out of range: expected 0 to {count - 1} "
                 f"({', '.join(self.stream.names)})."
             )
-        index = np.arange(self.num_slots) if slots is None else np.asarray(slots)
-        self.requested[index] = np.broadcast_to(wanted, (self.num_slots,))[index]
+        index = np.arange(self.num_envs) if slots is None else np.asarray(slots)
+        self.requested[index] = np.broadcast_to(wanted, (self.num_envs,))[index]
 
     def advance(self) -> None:
         """Let the next episode of each slot be of the domain after the one it is in, or asked for;
@@ -252,7 +252,7 @@ class _OverStream:
     """What the scalar and the vector environment have in common."""
 
     env_id = "SamContinual-v0"
-    config_class: type[TaskConfig] = ContinualConfig
+    config_class: type[ClickConfig] = ContinualConfig
     core_class: type[ClickCore] = ContinualCore
     core: Any
 

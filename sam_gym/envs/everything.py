@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from sam_gym.backbones import Prompts
 from sam_gym.data import Dataset, Sample
-from sam_gym.envs.base_core import DatasetConfig, SlotCore, check_choice
-from sam_gym.envs.base_env import SlotEnv, SlotVectorEnv
+from sam_gym.envs.base_core import BaseCore, DatasetConfig, check_choice
+from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.metrics.panoptic import PART_COVERS, PART_INSIDE, matched_ious
 from sam_gym.utils.transfer import to_device, to_host
 
@@ -111,8 +111,8 @@ class _Relations(NamedTuple):
     is_part: np.ndarray
 
 
-class EverythingCore(SlotCore[EverythingConfig, Sample]):
-    """The task of finding everything in `num_slots` slots that share one `decode` per step.
+class EverythingCore(BaseCore[EverythingConfig, Sample]):
+    """The task of finding everything in `num_envs` slots that share one `decode` per step.
 
     State of a slot: its image with all objects, the cells tried so far, and the masks that were
     kept. Large sets of points are decoded one part after the other (`MAX_DECODED`), so memory is
@@ -120,7 +120,7 @@ class EverythingCore(SlotCore[EverythingConfig, Sample]):
 
     Args:
         config: the settings.
-        num_slots: how many episodes run side by side.
+        num_envs: how many episodes run side by side.
         dataset: instead of the one that the settings name.
 
     Raises:
@@ -131,9 +131,9 @@ class EverythingCore(SlotCore[EverythingConfig, Sample]):
     reported = ("points", "masks", "duplicates", "parts", "found")
 
     def __init__(
-        self, config: EverythingConfig, num_slots: int, dataset: Dataset | None = None
+        self, config: EverythingConfig, num_envs: int, dataset: Dataset | None = None
     ) -> None:
-        super().__init__(config, num_slots, dataset)
+        super().__init__(config, num_envs, dataset)
         cells, mask_shape = config.grid**2, self.backbone.mask_shape
         is_single = config.actions == "points"
         self.stop_action = cells if is_single and config.stop else -1
@@ -141,27 +141,27 @@ class EverythingCore(SlotCore[EverythingConfig, Sample]):
             spaces.Discrete(cells + int(config.stop)) if is_single else spaces.MultiBinary(cells)
         )
         self.observation_space = self._make_observation_space()
-        self.num_points = np.zeros(num_slots, np.int64)
-        self.num_duplicates = np.zeros(num_slots, np.int64)
+        self.num_points = np.zeros(num_envs, np.int64)
+        self.num_duplicates = np.zeros(num_envs, np.int64)
         #: The cells that were tried, in order; -1 where there is none yet.
-        self.cells = np.full((num_slots, config.budget), -1, np.int64)
+        self.cells = np.full((num_envs, config.budget), -1, np.int64)
         #: Mean over the objects of the IoU with their own kept mask.
-        self.ious = np.zeros(num_slots)
+        self.ious = np.zeros(num_envs)
         #: Share of the objects that are found.
-        self.found = np.zeros(num_slots)
+        self.found = np.zeros(num_envs)
         #: What an observation shows of the kept masks of each slot, see `MAPS`.
         full = config.obs == "full"
         shape = mask_shape if full else self.backbone.embedding_shape[1:]
-        self.shown = np.zeros((num_slots, len(MAPS), *shape), np.float32 if full else np.uint8)
+        self.shown = np.zeros((num_envs, len(MAPS), *shape), np.float32 if full else np.uint8)
         #: The kept masks of each slot.
-        self.kept: list[list[Kept]] = [[] for _ in range(num_slots)]
+        self.kept: list[list[Kept]] = [[] for _ in range(num_envs)]
         self._masks = self._no_masks()
         self._objects = self._no_masks()
-        self._valid = torch.ones((num_slots, *mask_shape), dtype=torch.bool, device=self.device)
+        self._valid = torch.ones((num_envs, *mask_shape), dtype=torch.bool, device=self.device)
 
     def _no_masks(self) -> Tensor:
-        """Room for masks of each slot, bool (num_slots, K, hm, wm): none so far."""
-        shape = (self.num_slots, 0, *self.backbone.mask_shape)
+        """Room for masks of each slot, bool (num_envs, K, hm, wm): none so far."""
+        shape = (self.num_envs, 0, *self.backbone.mask_shape)
         return torch.zeros(shape, dtype=torch.bool, device=self.device)
 
     def _make_observation_space(self) -> spaces.Dict:
@@ -239,11 +239,11 @@ class EverythingCore(SlotCore[EverythingConfig, Sample]):
         array = np.asarray(actions)
         grid, cells = self.config.grid, self.config.grid**2
         is_single = self.config.actions == "points"
-        shape = (self.num_slots,) if is_single else (self.num_slots, cells)
+        shape = (self.num_envs,) if is_single else (self.num_envs, cells)
         whole = np.issubdtype(array.dtype, np.integer) or array.dtype == bool
         if array.shape != shape or not whole:
             what = "integer actions" if is_single else f"sets of {cells} zeros and ones"
-            raise ValueError(f"Expected {self.num_slots} {what}, got {array.dtype} {array.shape}.")
+            raise ValueError(f"Expected {self.num_envs} {what}, got {array.dtype} {array.shape}.")
         array, last = array.astype(np.int64), cells + int(self.config.stop) - 1 if is_single else 1
         if array.min() < 0 or array.max() > last:
             bad = array[(array < 0) | (array > last)][0]
@@ -519,7 +519,7 @@ def _with_room(masks: Tensor, count: int) -> Tensor:
     return grown
 
 
-class SamEverythingEnv(SlotEnv):
+class SamEverythingEnv(BaseEnv):
     """Find all objects of an image with few points for a Segment Anything Model.
 
     ## Description
@@ -615,7 +615,7 @@ class SamEverythingEnv(SlotEnv):
     core: EverythingCore
 
 
-class SamEverythingVectorEnv(SlotVectorEnv):
+class SamEverythingVectorEnv(BaseVectorEnv):
     """`SamEverything-v0` with many environments that share one SAM decode per step.
 
     Sub-environment `i` seeded with `seed` plays as the scalar environment seeded with `seed + i`.

@@ -32,7 +32,7 @@ def _state(rng: np.random.Generator) -> bytes:
     return pickle.dumps(rng.bit_generator.state)
 
 
-class DrawAhead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Makes the next draw of each slot in a thread, before it is asked for.
 
     What it returns, and what it does to the slots' generators, is what `draw(rng, *about)` would

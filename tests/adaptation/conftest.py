@@ -9,7 +9,7 @@ import pytest
 import torch
 from segment_anything.modeling import Sam
 
-from adaptation.features import Bank
+from adaptation.features import FeatureBank
 from adaptation.strategy import Options, Strategy
 from adaptation.trainer import STRATEGIES, TrainConfig, Trainer
 from sam_gym.backbones import Backbone, load_backbone
@@ -89,8 +89,8 @@ def fitted(
 
 
 @pytest.fixture
-def bank(loaded: Backbone, pair: Stream) -> Bank:
-    return Bank(loaded, pair, views=2, objects_per_image=3)
+def bank(loaded: Backbone, pair: Stream) -> FeatureBank:
+    return FeatureBank(loaded, pair, views=2, objects_per_image=3)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptation.features import Bank, Draw, box_of, gathered
+from adaptation.features import FeatureBank, ObjectIndices, box_of, gathered
 from adaptation.prompting import SHARES, training_prompts
 from adaptation.steps import make_batch
 from sam_gym.backbones import Backbone
@@ -47,10 +47,10 @@ class Discs:
         return int(rng.integers(len(self))), None
 
 
-def bank_of(backbone: Backbone, *shape: int, **more: Any) -> Bank:
+def bank_of(backbone: Backbone, *shape: int, **more: Any) -> FeatureBank:
     data = Discs(*shape, ignore=more.pop("ignore", False))
     domain = Domain("discs", False, {"train": data, "val": data, "test": data})
-    return Bank(backbone, Stream("discs", (domain,)), **more)
+    return FeatureBank(backbone, Stream("discs", (domain,)), **more)
 
 
 def test_the_first_view_is_the_image(loaded: Backbone) -> None:
@@ -145,7 +145,7 @@ def test_features_are_those_of_the_frames(loaded: Backbone, kind: str) -> None:
     assert len(bank_of(loaded, 64, 64, views=2, max_images=2).train(domain).firsts) == 2
 
 
-def one_object_at_most(bank: Bank) -> bool:
+def one_object_at_most(bank: FeatureBank) -> bool:
     domain = bank.stream[0]
     held = bank.held_out(domain, "val")
     return len(held.rows) == 3 and all(len(o) == 1 for o in bank.train(domain).objects)
@@ -159,7 +159,7 @@ def test_a_domain_without_large_objects_is_named(loaded: Backbone) -> None:
     empty: Any = [Sample(whole.image, speck, np.zeros(1, np.int64), "speck")]
     stream = Stream("s", (Domain("specks", False, {"train": empty}),))
     with pytest.raises(ValueError, match="'specks': no training image shows an object"):
-        Bank(loaded, stream).train(stream[0])
+        FeatureBank(loaded, stream).train(stream[0])
 
 
 def test_objects_too_small_to_train_on_are_counted(loaded: Backbone) -> None:
@@ -172,21 +172,21 @@ def test_objects_too_small_to_train_on_are_counted(loaded: Backbone) -> None:
     train: Any = [sample, sample]
     stream = Stream("s", (Domain("specks", False, {"train": train}),))
     with pytest.warns(UserWarning, match=r"specks: 4 of 6 objects are smaller than 0\.1% of the"):
-        views = Bank(loaded, stream, views=1).train(stream[0])
+        views = FeatureBank(loaded, stream, views=1).train(stream[0])
     assert all(len(own) == 1 for own in views.objects)
     with pytest.warns(UserWarning, match=r"specks: 2 of 6 objects are smaller"):
-        views = Bank(loaded, stream, views=12).train(stream[0])
+        views = FeatureBank(loaded, stream, views=12).train(stream[0])
     assert {len(own) for own in views.objects} == {1, 2}
 
 
 # Draws -----------------------------------------------------------------------------------------
 
 
-def test_domains_are_drawn_evenly_and_only_allowed_views(bank: Bank) -> None:
+def test_domains_are_drawn_evenly_and_only_allowed_views(bank: FeatureBank) -> None:
     rng = np.random.default_rng(0)
     views = [bank.train(domain) for domain in bank.stream]
     allowed = [np.array([1, 2]), np.array([0])]
-    draw = Draw.from_views(rng, 400, list(zip(range(2), views, allowed, strict=True)))
+    draw = ObjectIndices.from_views(rng, 400, list(zip(range(2), views, allowed, strict=True)))
     assert 150 < (draw.domains == 0).sum() < 250
     for task in range(2):
         seen = views[task].rows[draw.objects[draw.domains == task]]
@@ -196,12 +196,12 @@ def test_domains_are_drawn_evenly_and_only_allowed_views(bank: Bank) -> None:
     np.testing.assert_array_equal((halves[0] + halves[1]).objects, draw.objects)
 
 
-def test_objects_of_one_view_are_drawn_together(bank: Bank) -> None:
+def test_objects_of_one_view_are_drawn_together(bank: FeatureBank) -> None:
     views = [bank.train(domain) for domain in bank.stream]
     places = [(task, own, np.arange(len(own.frames))) for task, own in enumerate(views[:2])]
     repeated = 0
     for per_view in (2, 3, 5):
-        draw = Draw.from_views(np.random.default_rng(0), 24, places, per_view)
+        draw = ObjectIndices.from_views(np.random.default_rng(0), 24, places, per_view)
         assert len(draw.objects) == len(draw.domains) == 24
         for first in range(0, 24, per_view):
             group = slice(first, first + per_view)
@@ -216,8 +216,8 @@ def test_objects_of_one_view_are_drawn_together(bank: Bank) -> None:
     assert repeated
 
 
-def test_what_is_gathered_belongs_to_the_objects(bank: Bank) -> None:
-    draw = Draw(np.array([1, 0, 1, 0, 1]), np.array([3, 0, 0, 2, 3]))
+def test_what_is_gathered_belongs_to_the_objects(bank: FeatureBank) -> None:
+    draw = ObjectIndices(np.array([1, 0, 1, 0, 1]), np.array([3, 0, 0, 2, 3]))
     for kind in ("embedding", "pixels"):
         got = gathered(bank, draw, kind)
         assert len(got.raw) <= 5
@@ -301,10 +301,10 @@ def test_a_prompt_depends_on_its_own_seed_alone() -> None:
     assert torch.equal(again.points, whole.points) and torch.equal(again.masks, whole.masks)  # type: ignore[arg-type]
 
 
-def test_processes_share_a_batch(bank: Bank) -> None:
+def test_processes_share_a_batch(bank: FeatureBank) -> None:
     rng = np.random.default_rng(0)
     views = bank.train(bank.stream[0])
-    draw = Draw.from_views(rng, 6, [(0, views, np.arange(len(views.frames)))])
+    draw = ObjectIndices.from_views(rng, 6, [(0, views, np.arange(len(views.frames)))])
     seeds = rng.integers(2**63, size=6)
     whole = make_batch(bank, draw, "embedding", seeds)
     for rank in range(2):

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import adaptation.strategies  # noqa: F401  (registers the methods)
-from adaptation.features import Bank, Draw
+from adaptation.features import FeatureBank, ObjectIndices
 from adaptation.losses import mask_costs, mask_loss
 from adaptation.steps import Learner, make_batch
-from adaptation.strategy import STRATEGIES, Batch, Options, Setting, Strategy, images_kept
+from adaptation.strategy import STRATEGIES, Batch, Options, Strategy, StrategyContext, images_kept
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.adapter import Model, RoutedModel, digest_of, embed
 from sam_gym.backbones.adapters.tuning import TUNINGS, trainable, tuned_weights
@@ -37,20 +37,22 @@ def needed(tune: str) -> None:
         pytest.importorskip("peft")
 
 
-def make(bank: Bank, method: str, tune: str | None = None, **options: Any) -> Strategy:
+def make(bank: FeatureBank, method: str, tune: str | None = None, **options: Any) -> Strategy:
     cls = STRATEGIES.get(method)
-    setting = Setting(bank, tune or cls.default_tune, replace(OPTIONS, **options))
+    setting = StrategyContext(bank, tune or cls.default_tune, replace(OPTIONS, **options))
     return cls(setting)
 
 
-def batch_of(bank: Bank, task: int, seed: int = 0, count: int = 6, raw: str = "embedding") -> Batch:
+def batch_of(
+    bank: FeatureBank, task: int, seed: int = 0, count: int = 6, raw: str = "embedding"
+) -> Batch:
     rng = np.random.default_rng(seed)
     views = bank.train(bank.stream[task])
-    draw = Draw.from_views(rng, count, [(task, views, np.arange(len(views.frames)))])
+    draw = ObjectIndices.from_views(rng, count, [(task, views, np.arange(len(views.frames)))])
     return make_batch(bank, draw, raw, rng.integers(2**63, size=count))
 
 
-def train(strategy: Strategy, bank: Bank, task: int, steps: int = 3) -> None:
+def train(strategy: Strategy, bank: FeatureBank, task: int, steps: int = 3) -> None:
     """A plain loop: the trainer's, without all that it does beside."""
     strategy.before_task(task)
     learner = Learner(strategy)
@@ -112,18 +114,18 @@ def test_an_ambiguous_prompt_teaches_the_best_of_three() -> None:
 # EWC -------------------------------------------------------------------------------------------
 
 
-def test_fisher_is_the_mean_of_squared_gradients_of_single_objects(bank: Bank) -> None:
+def test_fisher_is_the_mean_of_squared_gradients_of_single_objects(bank: FeatureBank) -> None:
     strategy: Any = make(bank, "ewc")
     train(strategy, bank, 0)
     before = {name: weight.detach().clone() for name, weight in strategy.trained().items()}
     strategy.after_task(0)
     views = bank.train(bank.stream[0])
     rng = np.random.default_rng([0, 13, 0])
-    draw = Draw.from_views(rng, 5, [(0, views, np.arange(len(views.frames)))])
+    draw = ObjectIndices.from_views(rng, 5, [(0, views, np.arange(len(views.frames)))])
     seeds = rng.integers(2**63, size=5)
     expected = {name: torch.zeros_like(weight) for name, weight in before.items()}
     for k in range(5):
-        one = Draw(draw.domains[k : k + 1], draw.objects[k : k + 1])
+        one = ObjectIndices(draw.domains[k : k + 1], draw.objects[k : k + 1])
         batch = make_batch(bank, one, "embedding", seeds[k : k + 1])
         strategy.sam.zero_grad()
         tokens = decode_tokens(strategy.sam, batch.raw, batch.prompts)
@@ -138,7 +140,7 @@ def test_fisher_is_the_mean_of_squared_gradients_of_single_objects(bank: Bank) -
         assert torch.equal(weight, before[name])
 
 
-def test_the_penalty_pulls_to_the_weights_after_each_domain(bank: Bank) -> None:
+def test_the_penalty_pulls_to_the_weights_after_each_domain(bank: FeatureBank) -> None:
     strategy: Any = make(bank, "ewc", ewc_weight=7.0)
     anchors, fishers, total = [], [], None
     for task in range(2):
@@ -166,7 +168,7 @@ def test_the_penalty_pulls_to_the_weights_after_each_domain(bank: Bank) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=limit, msg=name)
 
 
-def test_nothing_is_held_in_the_first_domain(bank: Bank) -> None:
+def test_nothing_is_held_in_the_first_domain(bank: FeatureBank) -> None:
     nothing: Any = None
     for method in ("ewc", "lwf", "naive", "er"):
         strategy = make(bank, method)
@@ -178,7 +180,7 @@ def test_nothing_is_held_in_the_first_domain(bank: Bank) -> None:
 # LwF -------------------------------------------------------------------------------------------
 
 
-def test_lwf_distils_the_masks_of_before(bank: Bank) -> None:
+def test_lwf_distils_the_masks_of_before(bank: FeatureBank) -> None:
     strategy: Any = make(bank, "lwf", lwf_weight=2.0)
     train(strategy, bank, 0)
     before = copy.deepcopy(strategy.sam)
@@ -208,7 +210,7 @@ def test_lwf_distils_the_masks_of_before(bank: Bank) -> None:
     assert any(w.grad is not None and w.grad.any() for w in strategy.trained().values())
 
 
-def test_a_student_who_says_the_same_is_not_moved(bank: Bank) -> None:
+def test_a_student_who_says_the_same_is_not_moved(bank: FeatureBank) -> None:
     """Cross-entropy is stationary at equal soft masks; Dice is where masks are certain."""
     torch.manual_seed(0)
     targets, valid = torch.rand(2, 8, 8), torch.ones(2, 8, 8)
@@ -226,10 +228,10 @@ def test_a_student_who_says_the_same_is_not_moved(bank: Bank) -> None:
 def test_replay_is_of_images_in_the_buffers_of_past_domains(
     loaded: Backbone, stream: Stream
 ) -> None:
-    bank = Bank(loaded, stream, views=3, objects_per_image=3)
+    bank = FeatureBank(loaded, stream, views=3, objects_per_image=3)
     strategy = make(bank, "er")
     strategy.before_task(2)
-    draw = Draw.from_views(np.random.default_rng(0), 300, strategy.replayed())
+    draw = ObjectIndices.from_views(np.random.default_rng(0), 300, strategy.replayed())
     assert set(draw.domains) == {0, 1}
     for task in (0, 1):
         views = bank.train(stream[task])
@@ -263,7 +265,7 @@ def root_of(gram: Tensor) -> np.ndarray:
     return np.sqrt(levels.clip(0))[:, None] * vectors.T
 
 
-def test_merging_one_domain_gives_its_change(bank: Bank) -> None:
+def test_merging_one_domain_gives_its_change(bank: FeatureBank) -> None:
     """What the layer adds is the same on what it is given; some inputs are always zero."""
     pytest.importorskip("peft")
     strategy: Any = make(bank, "regcl")
@@ -279,7 +281,7 @@ def test_merging_one_domain_gives_its_change(bank: Bank) -> None:
         assert off <= 1e-2 * np.linalg.norm(expected), name
 
 
-def test_merging_two_domains_is_least_squares(bank: Bank) -> None:
+def test_merging_two_domains_is_least_squares(bank: FeatureBank) -> None:
     """Layer by layer, against numpy's solution of the squares written out as rows."""
     pytest.importorskip("peft")
     strategy: Any = make(bank, "regcl")
@@ -306,7 +308,7 @@ def test_merging_two_domains_is_least_squares(bank: Bank) -> None:
     assert better > len(merged) / 2
 
 
-def test_grams_are_of_the_inputs(bank: Bank) -> None:
+def test_grams_are_of_the_inputs(bank: FeatureBank) -> None:
     pytest.importorskip("peft")
     strategy: Any = make(bank, "regcl")
     strategy.before_task(0)
@@ -371,7 +373,7 @@ def test_every_method(
 
 @pytest.mark.parametrize("method", ["moda", "samcl"])
 def test_every_expert_starts_from_the_sam_as_it_was(
-    bank: Bank, method: str, logits_of: Callable[[Backbone, Model], Tensor]
+    bank: FeatureBank, method: str, logits_of: Callable[[Backbone, Model], Tensor]
 ) -> None:
     needed(STRATEGIES.get(method).default_tune)
     strategy: Any = make(bank, method)
@@ -397,7 +399,7 @@ def test_every_expert_starts_from_the_sam_as_it_was(
 
 
 @pytest.mark.parametrize("method", ["moda", "samcl"])
-def test_selectors_learn_to_tell_domains_apart(bank: Bank, method: str) -> None:
+def test_selectors_learn_to_tell_domains_apart(bank: FeatureBank, method: str) -> None:
     needed(STRATEGIES.get(method).default_tune)
     strategy: Any = make(bank, method, selector_steps=120, buffer_images=4, buffer_embeddings=4)
     for task in range(2):
@@ -411,7 +413,7 @@ def test_selectors_learn_to_tell_domains_apart(bank: Bank, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["l2p", "dualprompt", "coda"])
-def test_prompt_methods_train_nothing_but_their_pool(bank: Bank, method: str) -> None:
+def test_prompt_methods_train_nothing_but_their_pool(bank: FeatureBank, method: str) -> None:
     strategy: Any = make(bank, method)
     train(strategy, bank, 0)
     pool = {name: weight.detach().clone() for name, weight in strategy.module.named_parameters()}
@@ -430,7 +432,7 @@ def test_prompt_methods_train_nothing_but_their_pool(bank: Bank, method: str) ->
     assert strategy.model().task is None
 
 
-def test_a_state_gives_everything_back(bank: Bank) -> None:
+def test_a_state_gives_everything_back(bank: FeatureBank) -> None:
     for method in ("naive", "ewc", "lwf", "moda", "coda", "samcl", "regcl"):
         needed(STRATEGIES.get(method).default_tune)
         first = make(bank, method)
@@ -451,7 +453,7 @@ def test_a_state_gives_everything_back(bank: Bank) -> None:
         assert first.kept_bytes() == again.kept_bytes() > 0
 
 
-def test_bytes_that_are_kept(bank: Bank) -> None:
+def test_bytes_that_are_kept(bank: FeatureBank) -> None:
     weights = sum(w.nbytes for w in tuned_weights(make(bank, "naive").sam).values())
     image = 3 * 64 * 64
     kept = {}
@@ -476,7 +478,7 @@ def test_a_misspelt_hook_is_an_error() -> None:
     type("Fine", (Strategy,), {"_own": 1, "after_step": lambda self, step: None})
 
 
-def test_methods_and_targets_that_do_not_go_together(bank: Bank) -> None:
+def test_methods_and_targets_that_do_not_go_together(bank: FeatureBank) -> None:
     with pytest.raises(ValueError, match="Unknown method 'mda'. Did you mean 'moda'"):
         STRATEGIES.get("mda")
     for method, tune in (("l2p", "decoder"), ("regcl", "hq"), ("naive", "prompts")):
@@ -484,7 +486,7 @@ def test_methods_and_targets_that_do_not_go_together(bank: Bank) -> None:
             make(bank, method, tune)
 
 
-def test_raw_features_are_enough(bank: Bank) -> None:
+def test_raw_features_are_enough(bank: FeatureBank) -> None:
     """What is decoded in training is what the adapted SAM would decode."""
     for tune in TUNINGS.names():
         needed(tune)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adaptation.features import Bank, Draw, gathered
+from adaptation.features import FeatureBank, ObjectIndices, gathered
 from adaptation.losses import whole_object_loss
 from adaptation.prompting import points_inside
 from adaptation.steps import Learner, make_batch
@@ -22,7 +22,7 @@ from adaptation.strategies.nearest import (
     snapped,
     vanished,
 )
-from adaptation.strategy import STRATEGIES, Options, Setting
+from adaptation.strategy import STRATEGIES, Options, StrategyContext
 from adaptation.trainer import Trainer, find_stream
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.adapter import Adapter, ClassHead, Model
@@ -44,8 +44,8 @@ def few_scenes() -> Stream:
 
 
 @pytest.fixture(scope="module")
-def bank(loaded: Backbone, scenes: Stream) -> Bank:
-    return Bank(loaded, scenes, views=2, objects_per_image=3)
+def bank(loaded: Backbone, scenes: Stream) -> FeatureBank:
+    return FeatureBank(loaded, scenes, views=2, objects_per_image=3)
 
 
 def test_the_nearest_cell_by_hand() -> None:
@@ -128,11 +128,15 @@ def test_what_is_thinner_than_the_grid_has_the_nearest_point() -> None:
     assert shares.tolist() == [0.0]
 
 
-def test_no_prompt_on_an_object_is_taught_to_be_on_nothing(bank: Bank) -> None:
+def test_no_prompt_on_an_object_is_taught_to_be_on_nothing(bank: FeatureBank) -> None:
     """Between objects that fill the image, a seam has no point of the grid."""
-    strategy: Any = STRATEGIES.get("saom_v1")(Setting(bank, "decoder", Options(background=1.0)))
+    strategy: Any = STRATEGIES.get("saom_v1")(
+        StrategyContext(bank, "decoder", Options(background=1.0))
+    )
     views = bank.train(bank.stream[0])
-    draw = Draw.from_views(np.random.default_rng(0), 8, [(0, views, np.arange(len(views.frames)))])
+    draw = ObjectIndices.from_views(
+        np.random.default_rng(0), 8, [(0, views, np.arange(len(views.frames)))]
+    )
     objects = gathered(bank, draw, strategy.raw)
     objects = replace(objects, valid=torch.ones_like(objects.valid))
     seam = torch.zeros_like(objects.empty)
@@ -181,11 +185,11 @@ def test_the_mask_that_is_trusted_most_is_taught() -> None:
 
 
 @pytest.mark.parametrize("tune", ["decoder", "hq", "sam_adapter"])
-def test_prompts_are_points_of_the_grid(bank: Bank, tune: str) -> None:
-    strategy: Any = STRATEGIES.get("saom_v1")(Setting(bank, tune, Options()))
+def test_prompts_are_points_of_the_grid(bank: FeatureBank, tune: str) -> None:
+    strategy: Any = STRATEGIES.get("saom_v1")(StrategyContext(bank, tune, Options()))
     views = bank.train(bank.stream[0])
     rng = np.random.default_rng(0)
-    draw = Draw.from_views(rng, 12, [(0, views, np.arange(len(views.frames)))])
+    draw = ObjectIndices.from_views(rng, 12, [(0, views, np.arange(len(views.frames)))])
     objects = gathered(bank, draw, strategy.raw)
     seeds = np.arange(12)
     batch = strategy.batch(objects, seeds)
@@ -196,7 +200,7 @@ def test_prompts_are_points_of_the_grid(bank: Bank, tune: str) -> None:
     places = (prompts.points[:, 0] - boxes[:, 0]) / (boxes[:, 1] - boxes[:, 0]) * 32
     torch.testing.assert_close(places, places.floor() + 0.5, atol=1e-3, rtol=0)
     for part in (slice(0, 5), slice(5, 12)):
-        some = gathered(bank, Draw(draw.domains[part], draw.objects[part]), strategy.raw)
+        some = gathered(bank, ObjectIndices(draw.domains[part], draw.objects[part]), strategy.raw)
         own = strategy.batch(some, seeds[part])
         assert torch.equal(own.prompts.points, prompts.points[part])
         assert torch.equal(own.targets, batch.targets[part])
@@ -212,8 +216,8 @@ def test_presets_differ_in_their_grid() -> None:
     assert grids == {"saom_v1": (32, 32), "saom_v2": (64, 64), "panosam": (320, 64)}
 
 
-def test_objects_that_vanish_are_counted_and_learned(bank: Bank) -> None:
-    strategy = STRATEGIES.get("saom_v1")(Setting(bank, "decoder"))
+def test_objects_that_vanish_are_counted_and_learned(bank: FeatureBank) -> None:
+    strategy = STRATEGIES.get("saom_v1")(StrategyContext(bank, "decoder"))
     count = len(bank.train(bank.stream[0]).targets)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -250,14 +254,14 @@ def test_a_run_learns_and_its_adapter_knows_classes(
 
 
 @pytest.mark.filterwarnings("ignore:.*fill half of no cell")
-def test_classes_are_learned(bank: Bank) -> None:
+def test_classes_are_learned(bank: FeatureBank) -> None:
     """Of the few objects of a few scenes, the head soon tells all classes."""
     options = Options(class_weight=5.0, inside=0.0, background=0.0)
-    strategy: Any = STRATEGIES.get("saom_v1")(Setting(bank, "decoder", options))
+    strategy: Any = STRATEGIES.get("saom_v1")(StrategyContext(bank, "decoder", options))
     views = bank.train(bank.stream[0])
     everything = np.arange(len(views.rows))
-    objects = gathered(bank, Draw(np.zeros_like(everything), everything), "embedding")
-    draw = Draw(np.zeros_like(everything), everything)
+    objects = gathered(bank, ObjectIndices(np.zeros_like(everything), everything), "embedding")
+    draw = ObjectIndices(np.zeros_like(everything), everything)
     learner = Learner(strategy)
     optimizer = torch.optim.Adam(list(strategy.trained().values()), 3e-3)
     for _ in range(150):
@@ -305,7 +309,7 @@ def test_domains_with_other_categories_are_refused(loaded: Backbone, scenes: Str
     other = dataset_stream("scenes", length=2, size=64, categories="mug")
     mixed = Stream("mixed", (scenes[0], Domain("mugs", False, other[0].datasets)))
     with pytest.raises(ValueError, match="one head for all"):
-        STRATEGIES.get("saom_v1")(Setting(Bank(loaded, mixed, 1), "decoder"))
+        STRATEGIES.get("saom_v1")(StrategyContext(FeatureBank(loaded, mixed, 1), "decoder"))
 
 
 def test_datasets_are_streams_of_one_domain() -> None:

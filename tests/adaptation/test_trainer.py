@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from adaptation import trainer as loop
 from adaptation.evaluation import narrow_share, score
-from adaptation.features import Bank
+from adaptation.features import FeatureBank
 from adaptation.train import main
 from adaptation.trainer import Run, TrainConfig, Trainer, check_tune, falling, find_stream
 from sam_gym.backbones import Backbone, load_backbone
@@ -169,14 +169,14 @@ def test_joint_training_has_one_stage(
     make_trainer: MakeTrainer, stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     domains: list[int] = []
-    drawn = loop.Draw.from_views
+    drawn = loop.ObjectIndices.from_views
 
     def noted(*args: Any) -> Any:
         draw = drawn(*args)
         domains.extend(draw.domains)
         return draw
 
-    monkeypatch.setattr(loop.Draw, "from_views", noted)
+    monkeypatch.setattr(loop.ObjectIndices, "from_views", noted)
     run = make_trainer(tmp_path).fit(stream, "joint")
     assert np.array(run.scores["box"]["iou"]).shape == (1, 3)
     assert len(domains) == 3 * 3 * 4 and set(domains) == {0, 1, 2}
@@ -194,7 +194,7 @@ def test_each_stage_trains_on_its_own_domain(
     seen: list[tuple[int, set[int]]] = []
     make = loop.make_batch
 
-    def noted(bank: Bank, draw: Any, *args: Any) -> Any:
+    def noted(bank: FeatureBank, draw: Any, *args: Any) -> Any:
         seen.append((len(draw.objects), set(draw.domains)))
         return make(bank, draw, *args)
 
@@ -214,7 +214,7 @@ def test_a_step_may_take_several_objects_of_a_view(
     views: list[int] = []
     make = loop.make_batch
 
-    def noted(bank: Bank, draw: Any, *args: Any) -> Any:
+    def noted(bank: FeatureBank, draw: Any, *args: Any) -> Any:
         pairs = zip(draw.domains, draw.objects, strict=True)
         views.append(len({(k, bank.train(stream[int(k)]).rows[number]) for k, number in pairs}))
         return make(bank, draw, *args)
@@ -264,13 +264,13 @@ def test_the_retention_set_is_only_measured(
     assert run.domains == pair.names and np.array(run.scores["box"]["iou"]).shape == (2, 2)
     without = make_trainer().fit(pair, "naive")
     assert without.scores == run.scores and not without.retention
-    bank = Bank(loaded, pair, 1, 3)
+    bank = FeatureBank(loaded, pair, 1, 3)
     plain = make_trainer(retention=retention).fit(pair, "zero_shot").retention["box"]
     expected = score(Model(loaded.sam, "embedding"), bank, retention).iou.mean()
     assert plain == pytest.approx(100 * expected) and plain != run.retention["box"]
 
 
-def test_scores_are_of_the_masks_at_image_size(bank: Bank, loaded: Backbone) -> None:
+def test_scores_are_of_the_masks_at_image_size(bank: FeatureBank, loaded: Backbone) -> None:
     """Against SAM's own way: the box of each object, one by one."""
     from segment_anything import SamPredictor
 
@@ -320,7 +320,7 @@ def test_an_hq_sam_is_adapted_too(method: str, tune: str | None, tmp_path: Path)
     run = Trainer(config, None, backbone, tmp_path, progress=False).fit(stream, method, tune)
     path = folder_of(tmp_path, run) / "adapter.safetensors"
     adapted = load_backbone("hq_micro", device="cpu", adapter=str(path))
-    bank = Bank(load_backbone("hq_micro", device="cpu"), stream, 1)
+    bank = FeatureBank(load_backbone("hq_micro", device="cpu"), stream, 1)
     again = score(adapted.model, bank, stream[0]).iou.mean()
     assert run.scores["box"]["iou"][0][0] == pytest.approx(100 * again, abs=0.05)
 

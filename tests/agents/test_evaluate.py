@@ -22,11 +22,11 @@ from agents.evaluate import Evaluation, PolicyAgent, evaluate, load_agent, main
 from agents.policies.base import ImplicitPolicy
 from agents.policies.saved import SHIPPED
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
-from sam_gym.envs.click import ClickConfig
+from sam_gym.envs.click import SamSegConfig
 
 
-def settings_of(env: dict[str, Any], **more: Any) -> ClickConfig:
-    return ClickConfig(split="test", obs="handle", **(env | more))
+def settings_of(env: dict[str, Any], **more: Any) -> SamSegConfig:
+    return SamSegConfig(split="test", obs="handle", **(env | more))
 
 
 def core_of(settings: dict[str, Any], count: int = 4, **more: Any) -> Any:
@@ -237,7 +237,7 @@ def test_a_policy_plays_only_what_it_was_trained_on(
 def test_agents_in_the_package_play_well(name: str) -> None:
     assert SHIPPED[name].stat().st_size < 16e6
     agent = load_agent(name, device="cpu")
-    settings = ClickConfig(split="test", device="cpu", obs="handle")
+    settings = SamSegConfig(split="test", device="cpu", obs="handle")
     played = evaluate(agent, settings, episodes=16, num_envs=16, seed=5)
     random = evaluate(load_agent("random"), settings, episodes=16, num_envs=16, seed=5)
     assert played.targets == random.targets

@@ -15,11 +15,11 @@ from agents import evaluate as evaluate_command
 from agents.evaluate import PolicyAgent, baselines_of, evaluate, load_agent
 from agents.everything import BASELINES, EverythingPolicy, PixelShuffleHead
 from agents.policies.base import NEVER
-from agents.ppo.callbacks import PinRollouts
+from agents.ppo.callbacks import PinRolloutsCallback
 from agents.ppo.config import Config, read_config
 from agents.ppo.vec_env import make_vector_env
 from agents.train_ppo import main, train
-from sam_gym.envs.click import ClickConfig
+from sam_gym.envs.click import SamSegConfig
 from sam_gym.envs.everything import EverythingConfig, EverythingCore
 
 ENV = "SamEverything-v0"
@@ -115,7 +115,7 @@ def test_the_head_reads_logits_where_they_belong(cells: tuple[int, int], grid: i
 def test_every_baseline_keeps_to_its_rules(settings: EverythingConfig) -> None:
     assert BASELINES.names() == ("greedy", "grid", "oracle", "random")
     assert baselines_of(settings) is BASELINES
-    assert baselines_of(ClickConfig()).names() == ("center", "confident", "oracle", "random")
+    assert baselines_of(SamSegConfig()).names() == ("center", "confident", "oracle", "random")
     outcomes = {}
     for name in BASELINES.names():
         runs = [
@@ -213,16 +213,16 @@ def test_training_from_end_to_end_and_a_stopped_one_comes_to_the_same(
     assert len(stored["iou_after_steps"]["grid"]) == 1
     assert (through / "episodes.gif").read_bytes()[:3] == b"GIF"
 
-    on_step = PinRollouts._on_step
+    on_step = PinRolloutsCallback._on_step
 
-    def on_step_or_stop(self: PinRollouts) -> bool:
+    def on_step_or_stop(self: PinRolloutsCallback) -> bool:
         if self.num_timesteps >= 100:
             raise KeyboardInterrupt
         return on_step(self)
 
     command = arguments(stopped, *options, "--checkpoint-every", "32")
     with monkeypatch.context() as patch:
-        patch.setattr(PinRollouts, "_on_step", on_step_or_stop)
+        patch.setattr(PinRolloutsCallback, "_on_step", on_step_or_stop)
         with pytest.raises(KeyboardInterrupt):
             main(command)
     main([*command, "--resume"])
@@ -237,7 +237,7 @@ def test_training_from_end_to_end_and_a_stopped_one_comes_to_the_same(
         evaluate(agent, replace(fitting, grid=16), env_id=ENV, episodes=2)
     with pytest.raises(ValueError, match="another environment, with actions"):
         clicks = {name: getattr(settings, name) for name in ("backbone", "checkpoint", "device")}
-        evaluate(agent, ClickConfig(**clicks, grid=8, stop=True), episodes=2)
+        evaluate(agent, SamSegConfig(**clicks, grid=8, stop=True), episodes=2)
 
     place = ("--backbone", "tiny", "--checkpoint", str(settings.checkpoint), "--device", "cpu")
     out = ("--out", str(tmp_path / "evaluated"), "--episodes", "2")
@@ -271,6 +271,6 @@ def test_wrong_input_is_an_error_before_work_starts(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         main(["--env", ENV, "--out", str(tmp_path / "out"), *options])
-    with pytest.raises(ValueError, match="settings of class EverythingConfig, got ClickConfig"):
+    with pytest.raises(ValueError, match="settings of class EverythingConfig, got SamSegConfig"):
         train(replace(Config(), env=ENV, policy="everything"))
     assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ from agents import train_ppo
 from agents.evaluate import PolicyAgent, evaluate
 from agents.hub import RUN_FILES, Pull, Push, Run, main, model_card, pull, push
 from sam_gym.backbones.loading import BACKBONES
-from sam_gym.envs.click import ClickConfig
+from sam_gym.envs.click import SamSegConfig
 from sam_gym.utils import cli
 
 TOKEN = "hf_secret"
@@ -253,7 +253,7 @@ def test_what_is_pulled_is_what_was_pushed(
     assert set(sent["config"]) - set(got["config"]) >= {"out", "resume", "mlflow_uri"}
     assert got | {"config": None} == sent | {"config": None}
 
-    settings = ClickConfig(obs="handle", split="test", **tiny_env)
+    settings = SamSegConfig(obs="handle", split="test", **tiny_env)
     agents = [PolicyAgent.load(name, "cpu") for name in (run / "policy.zip", "hf://me/clicker")]
     first, second = (evaluate(agent, settings, episodes=6, num_envs=3) for agent in agents)
     assert np.array_equal(first.ious, second.ious) and first.targets == second.targets

@@ -14,7 +14,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from agents.ppo.callbacks import PinRollouts
+from agents.ppo.callbacks import PinRolloutsCallback
 from agents.train_ppo import main
 from sam_gym.backbones.loading import BACKBONES
 from sam_gym.utils import cli
@@ -25,14 +25,14 @@ def die() -> None:
 
 
 def die_at(step: int) -> None:
-    on_step = PinRollouts._on_step
+    on_step = PinRolloutsCallback._on_step
 
-    def on_step_or_die(self: PinRollouts) -> bool:
+    def on_step_or_die(self: PinRolloutsCallback) -> bool:
         if self.num_timesteps >= step:
             die()
         return on_step(self)
 
-    PinRollouts._on_step = on_step_or_die  # type: ignore[method-assign]
+    PinRolloutsCallback._on_step = on_step_or_die  # type: ignore[method-assign]
 
 
 def die_in_write(number: int) -> None:

@@ -13,7 +13,7 @@ from agents import train_ppo
 from agents.ppo import config
 from benchmarks.agents import Config, Row, gaps_closed, read_run
 from benchmarks.run import main
-from sam_gym.envs.click import ClickConfig
+from sam_gym.envs.click import SamSegConfig
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def trained(tiny_env: dict[str, Any], tmp_path: Path) -> Path:
     run = config.Config(
         out=str(out), num_envs=4, n_steps=8, batch_size=16, total_timesteps=64, eval_episodes=2,
         final_episodes=2, video_every=0, categories="ring,star",
-        settings=ClickConfig(obs="handle", **tiny_env),
+        settings=SamSegConfig(obs="handle", **tiny_env),
     )  # fmt: skip
     train_ppo.train(run)
     return out
@@ -56,7 +56,7 @@ def test_agents_are_compared_on_words(trained: Path, tmp_path: Path) -> None:
 
 def test_held_out_images_are_not_restricted(tmp_path: Path) -> None:
     kwargs = {"categories": "ring,star", "length": 8, "size": 128}
-    saved = {"config": {"settings": asdict(ClickConfig(dataset_kwargs=kwargs))}}
+    saved = {"config": {"settings": asdict(SamSegConfig(dataset_kwargs=kwargs))}}
     (tmp_path / "policy.zip").touch()
     (tmp_path / "results.json").write_text(json.dumps(saved))
     settings, policy = read_run(tmp_path, Config(run=[], words=[], device="cpu"))

@@ -21,7 +21,7 @@ import sam_gym  # noqa: F401 (registers the environments)
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.embeddings.store import MAX_HANDLES
 from sam_gym.data import make_dataset
-from sam_gym.envs.click import ClickConfig, SamSegEnv, SamSegVectorEnv
+from sam_gym.envs.click import SamSegConfig, SamSegEnv, SamSegVectorEnv
 from sam_gym.envs.rewards import REWARDS
 
 Make = Callable[..., SamSegEnv]
@@ -738,7 +738,7 @@ def test_handles_are_refused_in_worker_processes() -> None:
         message = r"obs='handle' refers to embeddings in this process.*make_vec\("
         with pytest.raises(ValueError, match=message):
             pool.apply(gym.make, ("sam_gym:SamSeg-v0",), {"obs": "handle"})
-        assert pool.apply(ClickConfig(obs="full").validate) is None
+        assert pool.apply(SamSegConfig(obs="full").validate) is None
 
 
 # As shipped ------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def test_nothing_of_an_episode_is_left_out(make_vec: Make) -> None:
     with_a_row_per_slot = {
         name
         for name, value in vars(core).items()
-        if isinstance(value, np.ndarray | torch.Tensor) and len(value) == core.num_slots
+        if isinstance(value, np.ndarray | torch.Tensor) and len(value) == core.num_envs
     }
     assert set(core.episode_arrays) == {*EPISODE_ARRAYS, *of_the_schedule}
     assert with_a_row_per_slot == {*core.episode_arrays, *made_anew}

@@ -395,6 +395,6 @@ def test_nothing_of_an_episode_is_left_out(make_vec: Callable[..., Any]) -> None
     with_a_row_per_slot = {
         name
         for name, value in vars(core).items()
-        if isinstance(value, np.ndarray | torch.Tensor) and len(value) == core.num_slots
+        if isinstance(value, np.ndarray | torch.Tensor) and len(value) == core.num_envs
     }
     assert with_a_row_per_slot == {*EPISODE_ARRAYS, *MADE_ANEW}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from sam_gym.envs.prefetch import DrawAhead
+from sam_gym.envs.prefetch import Prefetcher
 
 SLOTS = [0, 1, 2]
 
@@ -41,13 +41,13 @@ def drawer() -> Drawer:
 
 
 @pytest.fixture
-def ahead(drawer: Drawer) -> Iterator[DrawAhead[list[int]]]:
-    ahead = DrawAhead(drawer)
+def ahead(drawer: Drawer) -> Iterator[Prefetcher[list[int]]]:
+    ahead = Prefetcher(drawer)
     yield ahead
     ahead.close()
 
 
-def test_same_values_and_same_generators_as_without(ahead: DrawAhead[list[int]]) -> None:
+def test_same_values_and_same_generators_as_without(ahead: Prefetcher[list[int]]) -> None:
     rngs = [lucky(seed, 4) for seed in SLOTS]
     plain = [lucky(seed, 4) for seed in SLOTS]
     for _ in range(4):
@@ -59,7 +59,7 @@ def test_same_values_and_same_generators_as_without(ahead: DrawAhead[list[int]])
 
 
 def test_a_draw_ahead_is_made_once_and_in_another_thread(
-    ahead: DrawAhead[list[int]], drawer: Drawer
+    ahead: Prefetcher[list[int]], drawer: Drawer
 ) -> None:
     rngs = [lucky(seed, 2) for seed in SLOTS]
     ahead.begin(SLOTS, rngs)
@@ -68,7 +68,7 @@ def test_a_draw_ahead_is_made_once_and_in_another_thread(
     assert threading.current_thread().name not in drawer.threads
 
 
-def test_a_replaced_or_used_generator_is_drawn_from_afresh(ahead: DrawAhead[list[int]]) -> None:
+def test_a_replaced_or_used_generator_is_drawn_from_afresh(ahead: Prefetcher[list[int]]) -> None:
     replaced, used = lucky(5, 2), lucky(6, 3)
     ahead.begin([0, 1], [replaced, used])
     replaced = lucky(7, 2)
@@ -82,7 +82,7 @@ def test_a_draw_about_something_else_does_not_count() -> None:
     def draw(rng: np.random.Generator, kind: str, size: int) -> list[int]:
         return [len(kind), *rng.integers(0, 1000, size).tolist()]
 
-    ahead = DrawAhead(draw)
+    ahead = Prefetcher(draw)
     rngs, plain = ([np.random.default_rng(seed) for seed in SLOTS] for _ in range(2))
     for begun, asked in ((["a"] * 3, ["a", "bb", "a"]), (["a", "a", "bb"], ["ccc"] * 3)):
         ahead.begin(SLOTS, rngs, begun, [4, 4, 4])
@@ -93,7 +93,7 @@ def test_a_draw_about_something_else_does_not_count() -> None:
     ahead.close()
 
 
-def test_an_error_is_raised_where_the_draw_is_asked_for(ahead: DrawAhead[list[int]]) -> None:
+def test_an_error_is_raised_where_the_draw_is_asked_for(ahead: Prefetcher[list[int]]) -> None:
     seed = next(s for s in range(99) if np.random.default_rng(s).integers(0, 1000) < 200)
     rng = np.random.default_rng(seed)
     ahead.begin([0], [rng])
@@ -101,14 +101,14 @@ def test_an_error_is_raised_where_the_draw_is_asked_for(ahead: DrawAhead[list[in
         ahead.take([0], [rng])
 
 
-def test_goes_on_after_close(ahead: DrawAhead[list[int]]) -> None:
+def test_goes_on_after_close(ahead: Prefetcher[list[int]]) -> None:
     rng, plain = lucky(3, 2), lucky(3, 2)
     ahead.begin([0], [rng])
     ahead.close()
     assert ahead.take([0], [rng]) == [plain.integers(0, 1000, 3).tolist()]
 
 
-def test_an_error_uses_up_the_draw(ahead: DrawAhead[list[int]]) -> None:
+def test_an_error_uses_up_the_draw(ahead: Prefetcher[list[int]]) -> None:
     seed = next(s for s in range(99) if np.random.default_rng(s).integers(0, 1000) < 200)
     rng, plain = np.random.default_rng(seed), np.random.default_rng(seed)
     ahead.begin([0], [rng])
@@ -127,7 +127,7 @@ def test_draws_that_nobody_wants_any_more_are_not_made() -> None:
         assert go_on.wait(60)
         return made[-1]
 
-    ahead = DrawAhead(draw)
+    ahead = Prefetcher(draw)
     ahead.begin(range(20), [np.random.default_rng(k) for k in range(20)])
     assert started.wait(60)
     threading.Timer(0.2, go_on.set).start()
@@ -138,7 +138,7 @@ def test_draws_that_nobody_wants_any_more_are_not_made() -> None:
 
 @pytest.mark.parametrize("kind", [np.random.MT19937, np.random.Philox, np.random.SFC64])
 def test_any_bit_generator(kind: type[np.random.BitGenerator]) -> None:
-    ahead = DrawAhead(lambda rng: rng.integers(0, 1000, 3).tolist())
+    ahead = Prefetcher(lambda rng: rng.integers(0, 1000, 3).tolist())
     rng, plain = np.random.Generator(kind(1)), np.random.Generator(kind(1))
     ahead.begin([0], [rng])
     for _ in range(2):
@@ -147,7 +147,7 @@ def test_any_bit_generator(kind: type[np.random.BitGenerator]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_fork_draws_for_itself(ahead: DrawAhead[list[int]]) -> None:
+def test_a_fork_draws_for_itself(ahead: Prefetcher[list[int]]) -> None:
     rng = lucky(3, 2)
     ahead.begin([0], [rng])
     child = multiprocessing.get_context("fork").Process(target=ahead.take, args=([0], [rng]))

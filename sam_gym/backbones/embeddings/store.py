@@ -25,7 +25,7 @@ Describe = Callable[[Sequence[np.ndarray]], Tensor]
 
 
 @dataclass
-class _Companion:
+class FeatureTable:
     """Something else that is computed once per image and kept under the embedding's handle."""
 
     users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
@@ -62,7 +62,7 @@ class EmbeddingStore:
         self._free: list[int] = []
         self._pins: dict[int, int] = {}
         self._epoch: set[int] | None = None
-        self._companions: dict[str, _Companion] = {}
+        self._companions: dict[str, FeatureTable] = {}
         self.max_bytes = max_bytes
         #: How many images were encoded so far.
         self.encoded = 0
@@ -109,7 +109,7 @@ class EmbeddingStore:
             name: for `gather`. What is attached under one name says the same.
             describe: images -> floating (B, ...) on the device, always of the same shape.
         """
-        self._companions.setdefault(name, _Companion()).users.add(describe)
+        self._companions.setdefault(name, FeatureTable()).users.add(describe)
 
     def _acquire(self, keys: Sequence[bytes], images: Sequence[np.ndarray]) -> list[int]:
         missing: dict[bytes, np.ndarray] = {}
@@ -150,7 +150,7 @@ class EmbeddingStore:
                 self._describe(companion, describe, images)
 
     def _describe(
-        self, companion: _Companion, describe: Describe, images: dict[int, np.ndarray]
+        self, companion: FeatureTable, describe: Describe, images: dict[int, np.ndarray]
     ) -> None:
         """Fill in what one companion does not know yet."""
         todo = [handle for handle in images if handle not in companion.known]

@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 
 import sam_gym  # noqa: F401
 from agents.policies.base import ClickFeatures, ImplicitPolicy
-from agents.ppo.callbacks import PinRollouts
+from agents.ppo.callbacks import PinRolloutsCallback
 from agents.ppo.vec_env import VectorEnvAdaptor
 
 
@@ -110,7 +110,7 @@ def test_training_moves_the_policy_but_not_the_backbone(tiny_env: dict[str, Any]
     core = env.unwrapped.core
     sam_before = {k: v.clone() for k, v in core.backbone.sam.state_dict().items()}
     policy_before = {k: v.clone() for k, v in model.policy.state_dict().items()}
-    model.learn(32, callback=PinRollouts(core.store))
+    model.learn(32, callback=PinRolloutsCallback(core.store))
     for key, value in core.backbone.sam.state_dict().items():
         assert torch.equal(value, sam_before[key]), key
     assert not core.backbone.sam.training
@@ -161,7 +161,7 @@ def test_rollouts_keep_their_embeddings(tiny_env: dict[str, Any]) -> None:
     core.store.max_bytes = 20 * size
     seen: dict[int, torch.Tensor] = {}
 
-    class Check(PinRollouts):
+    class Check(PinRolloutsCallback):
         def _on_rollout_start(self) -> None:
             super()._on_rollout_start()
             seen.clear()

@@ -14,13 +14,13 @@ from agents.policies.recalibration import TrainRecalibration, recalibration_loss
 from agents.ppo.config import Config
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.train_ppo import main, make_model, training_settings
-from sam_gym.envs.click import ClickConfig, ClickCore
+from sam_gym.envs.click import ClickCore, SamSegConfig
 
 
 @pytest.fixture
 def made(tiny_env: dict[str, Any]) -> Callable[..., tuple[Any, ImplicitPolicy, ClickCore, Any]]:
     def made(grid: int = 8, **options: Any) -> tuple[Any, ImplicitPolicy, ClickCore, Any]:
-        click = ClickConfig(obs="handle", grid=grid, stop=True, **tiny_env)
+        click = SamSegConfig(obs="handle", grid=grid, stop=True, **tiny_env)
         config = Config(
             num_envs=4, n_steps=8, batch_size=16, train_images=8, recalibrate=True,
             settings=click, **options,

@@ -13,10 +13,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.ppo.config import Config
-from agents.ppo.distributed import Ranks, share_gradients
+from agents.ppo.distributed import ProcessGroup, share_gradients
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.train_ppo import main, make_model
-from sam_gym.envs.click import ClickConfig
+from sam_gym.envs.click import SamSegConfig
 
 Start = Callable[..., subprocess.Popen[str]]
 Outcome = Callable[[Path], dict[str, Any]]
@@ -80,9 +80,9 @@ def test_two_ranks_learn_what_one_process_learns_and_go_on_after_a_stop(
 
 
 def test_what_cannot_be_shared_out_is_an_error() -> None:
-    assert Ranks(1, 4).share(8) == 2
+    assert ProcessGroup(1, 4).share(8) == 2
     with pytest.raises(ValueError, match="num_envs must be a multiple of the 4 processes, got 6"):
-        Ranks(1, 4).share(6)
+        ProcessGroup(1, 4).share(6)
 
 
 def test_a_batch_has_equally_many_samples_of_each_environment(
@@ -95,7 +95,7 @@ def test_a_batch_has_equally_many_samples_of_each_environment(
 def test_what_is_saved_loads_as_plain_ppo_and_learns_on(
     tiny_env: dict[str, Any], tmp_path: Path
 ) -> None:
-    settings = ClickConfig(**tiny_env, obs="handle")
+    settings = SamSegConfig(**tiny_env, obs="handle")
     config = Config(num_envs=4, n_steps=8, batch_size=16)
     vector, core = make_vector_env("SamSeg-v0", 4, settings)
     env = VecMonitor(VectorEnvAdaptor(vector))
@@ -109,7 +109,7 @@ def test_what_is_saved_loads_as_plain_ppo_and_learns_on(
 def test_gradients_are_clipped_before_a_step() -> None:
     parameter = torch.nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    share_gradients(optimizer, Ranks(), max_norm=0.5)
+    share_gradients(optimizer, ProcessGroup(), max_norm=0.5)
     parameter.grad = torch.tensor([3.0, 0.0, 4.0, 0.0])
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), torch.tensor([-0.3, 0.0, -0.4, 0.0]))

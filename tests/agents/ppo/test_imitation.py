@@ -11,7 +11,7 @@ from agents.ppo.config import Config
 from agents.ppo.imitation import imitate
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.train_ppo import main, make_model, training_settings
-from sam_gym.envs.click import ClickConfig, ClickCore
+from sam_gym.envs.click import ClickCore, SamSegConfig
 
 
 class AlwaysThere:
@@ -24,11 +24,11 @@ class AlwaysThere:
 
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         self.asked += 1
-        return np.full(core.num_slots, self.action)
+        return np.full(core.num_envs, self.action)
 
 
 def test_the_policy_learns_what_the_expert_does(tiny_env: dict[str, Any]) -> None:
-    click = ClickConfig(obs="handle", grid=8, **tiny_env)
+    click = SamSegConfig(obs="handle", grid=8, **tiny_env)
     config = Config(num_envs=4, n_steps=8, batch_size=16, learning_rate=0.01, settings=click)
     settings = training_settings(config)
     env, core = make_vector_env("SamSeg-v0", 4, settings)

@@ -14,9 +14,9 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from agents import evaluate
 from agents.ppo.config import Config, read_config
-from agents.ppo.stages import EachStageAnew, Stages, WalkStream
+from agents.ppo.stages import PerStageSchedule, Stages, StreamCallback
 from agents.train_ppo import main, train
-from sam_gym.envs.click import ClickConfig
+from sam_gym.envs.click import SamSegConfig
 from sam_gym.envs.continual import ContinualConfig
 from sam_gym.metrics import continual as continual_metrics
 
@@ -46,10 +46,10 @@ def test_stages_are_equal_and_begin_with_rollouts() -> None:
 
 
 def test_the_learning_rate_begins_anew_with_each_domain() -> None:
-    schedule = EachStageAnew(LinearSchedule(1.0, 0.1, 0.5), Stages(192, 32, 3))
+    schedule = PerStageSchedule(LinearSchedule(1.0, 0.1, 0.5), Stages(192, 32, 3))
     rates = [schedule(1 - step / 192) for step in range(0, 193, 32)]
     assert rates == pytest.approx([1.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1])
-    schedule = EachStageAnew(LinearSchedule(1.0, 0.0, 1.0), Stages(192, 32, 3))
+    schedule = PerStageSchedule(LinearSchedule(1.0, 0.0, 1.0), Stages(192, 32, 3))
     rates = [schedule(1 - step / 192) for step in range(0, 193, 32)]
     assert rates == pytest.approx([1.0, 0.5, 0.0, 0.5, 0.0, 0.5, 0.0])
 
@@ -67,13 +67,13 @@ def test_a_run_reports_what_is_kept_and_a_stopped_one_comes_to_the_same(
 ) -> None:
     seen: list[tuple[int, set[str]]] = []
 
-    def on_step(self: WalkStream) -> bool:
+    def on_step(self: StreamCallback) -> bool:
         infos = self.locals["infos"]
         assert not any("boundary" in info for info in infos)
         seen.append((self.num_timesteps, {info["domain"] for info in infos}))
         return True
 
-    monkeypatch.setattr(WalkStream, "_on_step", on_step)
+    monkeypatch.setattr(StreamCallback, "_on_step", on_step)
     options = (*STREAM, "--boundaries", "hidden", "--final-episodes", "6", "--max-steps", "4")
     through, stopped = tmp_path / "through", tmp_path / "stopped"
     results = main(arguments(through, *options))
@@ -134,7 +134,7 @@ def test_an_environment_with_a_stream_has_its_own_options(tmp_path: Path) -> Non
     assert config.settings.order == "random:2"
     assert config.settings.stream_kwargs == {"domains": "cells"}
     # The command line has the last word, on the environment too.
-    assert isinstance(read_config([f"--env={Config.env}"]).settings, ClickConfig)
+    assert isinstance(read_config([f"--env={Config.env}"]).settings, SamSegConfig)
     with pytest.raises(ValueError, match="Unknown setting 'order'"):
         read_config(["--config", str(path), "--env", "SamSeg-v0"])
     with pytest.raises(ValueError, match="Did you mean 'SamContinual-v0'"):
@@ -151,7 +151,7 @@ def test_wrong_input_is_an_error_before_work_starts(tmp_path: Path) -> None:
         main([*out, "--categories", "star"])
     with pytest.raises(ValueError, match=r"order lacks night"):
         main([*out, "--order", "cells,sonar"])
-    with pytest.raises(ValueError, match="settings of class ContinualConfig, got ClickConfig"):
+    with pytest.raises(ValueError, match="settings of class ContinualConfig, got SamSegConfig"):
         train(replace(Config(), env="SamContinual-v0"))
     assert not (tmp_path / "out").exists()
 

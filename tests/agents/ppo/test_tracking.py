@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents.evaluate import PolicyAgent
 from agents.ppo.config import Config
-from agents.ppo.distributed import Ranks
+from agents.ppo.distributed import ProcessGroup
 from agents.ppo.tracking import MlflowRun, TensorBoard
 from agents.train_ppo import _in_mlflow, main
 from sam_gym.backbones.loading import BACKBONES
@@ -244,7 +244,7 @@ def test_mlflow_is_told_how_a_run_ended(begin: Callable[..., MlflowRun]) -> None
 
 def test_only_the_first_rank_writes(tmp_path: Path) -> None:
     config = Config(out=str(tmp_path / "out"), mlflow=True)
-    with _in_mlflow(config, None, Ranks(1, 2)) as run:
+    with _in_mlflow(config, None, ProcessGroup(1, 2)) as run:
         assert run is None
     assert list(tmp_path.iterdir()) == []
 

@@ -18,7 +18,7 @@ from sam_gym.backbones.embeddings.disk import DiskStore
 from sam_gym.backbones.embeddings.precompute import Config, precompute, share
 from sam_gym.backbones.embeddings.store import EmbeddingStore
 from sam_gym.data.base import image_digest
-from sam_gym.envs.click import ClickConfig, ClickCore
+from sam_gym.envs.click import ClickCore, SamSegConfig
 
 
 def key_of(number: int) -> bytes:
@@ -145,12 +145,12 @@ def test_environment_with_a_disk_store(
 ) -> None:
     monkeypatch.setenv("SAM_GYM_HOME", str(tmp_path))
     monkeypatch.setattr(store, "_stores", {})  # nothing was encoded yet
-    core = ClickCore(ClickConfig(**tiny_env, disk="home"), 2)
+    core = ClickCore(SamSegConfig(**tiny_env, disk="home"), 2)
     core.reset([0, 1], [np.random.default_rng(0), np.random.default_rng(1)])
     core.close()
     assert list((tmp_path / "embeddings").rglob("*.safetensors"))
     with pytest.raises(ValueError, match="float16"):
-        ClickConfig(**tiny_env, disk_dtype="flota16").validate()
+        SamSegConfig(**tiny_env, disk_dtype="flota16").validate()
 
 
 # Several processes ------------------------------------------------------------------------------
