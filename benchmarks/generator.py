@@ -23,7 +23,7 @@ from benchmarks.throughput.reference import check_comparable, plain_sam
 from sam_gym.backbones import Backbone
 from sam_gym.data import make_dataset
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator, relative_grid
-from sam_gym.utils.files import plain, write_csv, write_json
+from sam_gym.utils.files import plain
 from sam_gym.utils.transfer import synchronise
 
 #: Two masks of this IoU are one.
@@ -248,8 +248,7 @@ def _growth(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 def _write(summary: dict[str, Any], out: Path) -> None:
     rows, settings = summary["rows"], summary["settings"]
-    json_file = write_json(out / "results.json", summary)
-    csv_file = write_csv(out / "grids.csv", rows)
+    files = report.write_results(out, summary, "grids.csv", rows)
     columns = ["grid", "s an image", "reference, s", "ratio", "masks", "reference", "found"]
     cells = [
         [
@@ -280,7 +279,4 @@ def _write(summary: dict[str, Any], out: Path) -> None:
         f"found: share of the reference's masks that have one of ours with an IoU of {_SAME}. "
         "peak: the most memory of a process that does this with one image."
     )
-    page.settings(settings, [json_file, csv_file])
-    page_file = page.write(out / "report.html")
-    report.print_table(f"everything mode, {summary['backbone']}", columns, cells)
-    print(f"Report: {page_file}")
+    page.finish(files, settings, f"everything mode, {summary['backbone']}", columns, cells)

@@ -1,18 +1,18 @@
-"""What a benchmark leaves behind: results.json, CSV tables, pictures and one HTML page."""
+"""Write the results of a benchmark: results.json, a CSV table, pictures and one HTML page."""
 
 from __future__ import annotations
 
 import base64
-import html
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cv2
+import jinja2
 import numpy as np
 
-from sam_gym.utils.files import plain, write_atomic
+from sam_gym.utils.files import plain, write_atomic, write_csv, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,62 +21,39 @@ if TYPE_CHECKING:
 
 INK, MUTED, BLUE, ORANGE = "#1d2733", "#68727e", "#1e78c8", "#e08a1e"
 
-_CSS = """
-:root { color-scheme: light; }
-body { margin: 0; background: #f6f7f9; color: #1d2733;
-       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 8px; }
-h2 { font-size: 1.2rem; margin: 40px 0 8px; }
-p { margin: 8px 0 16px; max-width: 76ch; }
-p.lead { color: #4a5561; font-size: 1.06rem; }
-.cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 24px 0; }
-.card { background: #fff; border: 1px solid #e2e6ea; border-radius: 10px; padding: 12px 18px; }
-.card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
-.card span { color: #68727e; font-size: .85rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; background: #fff; border: 1px solid #e2e6ea; font-size: .92rem; }
-th, td { padding: 6px 14px; text-align: right; white-space: nowrap;
-         font-variant-numeric: tabular-nums; border-bottom: 1px solid #eef0f3; }
-th { color: #68727e; font-weight: 600; }
-th:first-child, td:first-child { text-align: left; }
-.long td:last-child { white-space: normal; overflow-wrap: anywhere; }
-figure { margin: 16px 0 24px; }
-figure img { max-width: 100%; border-radius: 8px; border: 1px solid #e2e6ea; background: #fff; }
-figcaption { color: #68727e; font-size: .9rem; margin-top: 4px; }
-footer { margin-top: 48px; color: #68727e; font-size: .85rem; }
-code { font-size: .9em; }
-"""
-
 
 def output_folder(out: str) -> Path:
-    """Make the folder for the results, before work starts; raises `ValueError` if it cannot be."""
+    """Create the folder for the results, before work starts.
+
+    Raises:
+        ValueError: it cannot be created, or not be written to.
+    """
     folder = Path(out).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {out}: cannot be made a folder ({error.strerror}).") from error
+        raise ValueError(f"--out {out}: cannot create the folder ({error.strerror}).") from error
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {out}: the folder cannot be written to.")
+        raise ValueError(f"--out {out}: the folder is not writable.")
     return folder
 
 
 def refuse_unfinished(out: Path, checkpoints: str, resume: bool) -> None:
-    """Raise `ValueError` rather than write over an earlier run that did not finish.
+    """Raise `ValueError` if the folder holds an unfinished run that would be overwritten.
 
     Args:
         out: folder of the run.
-        checkpoints: pattern of what fine-tunings leave in it.
-        resume: whether they are gone on with.
+        checkpoints: glob pattern of checkpoints in that folder.
+        resume: whether the run resumes from them.
     """
     if not resume and any(out.glob(checkpoints)) and not (out / "results.json").is_file():
         raise ValueError(
-            f"{out} holds an unfinished run. Pass --resume to go on with it, or another --out."
+            f"{out} holds an unfinished run. Pass --resume to continue it, or another --out."
         )
 
 
 def progress_bar() -> Progress:
-    """A bar with the count and the remaining time, on stderr."""
+    """Return a progress bar with count and remaining time, on stderr."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -96,7 +73,7 @@ def progress_bar() -> Progress:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a small table; the first column is aligned left, the others right."""
+    """Print a table; the first column is left-aligned, the others right-aligned."""
     from rich.console import Console
     from rich.table import Table
 
@@ -109,13 +86,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def new_plot(width: float = 9.0, height: float = 4.2) -> tuple[Figure, Axes]:
-    """A matplotlib figure in the style of the page; no window system is involved."""
+    """Return a matplotlib figure in the style of the page, without a window system."""
     figure, (axes,) = new_panels(1, width, height)
     return figure, axes
 
 
 def new_panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Like `new_plot`, with several axes side by side."""
+    """Return a figure like that of `new_plot`, with several axes side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -130,97 +107,112 @@ def new_panels(count: int, width: float, height: float) -> tuple[Figure, list[Ax
 
 
 def side_by_side(frames: Sequence[np.ndarray], gap: int = 8) -> np.ndarray:
-    """Frames uint8 (H, W, 3) of one height in a row, with a white gap between them."""
+    """Join frames uint8 (H, W_i, 3) of equal height horizontally, with a white gap in pixels."""
     space = np.full((frames[0].shape[0], gap, 3), 255, np.uint8)
     parts = [part for frame in frames for part in (space, frame)][1:]
     return np.concatenate(parts, axis=1)
 
 
+def write_results(
+    out: Path, results: Mapping[str, Any], csv_name: str, rows: Sequence[Mapping[str, Any]]
+) -> list[Path]:
+    """Write results.json and a CSV table, and return both paths."""
+    return [write_json(out / "results.json", results), write_csv(out / csv_name, rows)]
+
+
 class Page:
-    """One self-contained HTML page, built from top to bottom. All text is escaped.
+    """One self-contained HTML page, built from top to bottom and rendered by `report.html.j2`.
+
+    The template escapes all text.
 
     Args:
         title: heading and window title.
-        lead: what was measured, in one or two sentences.
+        lead: one or two sentences on what was measured.
     """
 
     def __init__(self, title: str, lead: str) -> None:
-        self.title = title
-        self._parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
+        self.title, self.lead = title, lead
+        self._blocks: list[dict[str, Any]] = []
 
     def heading(self, text: str) -> None:
-        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+        """Append a section heading."""
+        self._blocks.append({"kind": "heading", "text": text})
 
     def text(self, text: str) -> None:
-        self._parts.append(f"<p>{html.escape(text)}</p>")
+        """Append a paragraph."""
+        self._blocks.append({"kind": "text", "text": text})
 
     def cards(self, numbers: Mapping[str, str]) -> None:
-        """The numbers to read first: name -> formatted value."""
-        cards = (
-            f'<div class="card"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
-            for name, value in numbers.items()
-        )
-        self._parts.append(f'<div class="cards">{"".join(cards)}</div>')
+        """Append the headline numbers: name -> formatted value."""
+        self._blocks.append({"kind": "cards", "numbers": dict(numbers)})
 
     def table(
-        self, columns: Sequence[str], rows: Sequence[Sequence[str]], long: bool = False
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], wrap: bool = False
     ) -> None:
-        """A table; the first column is aligned left, the others right.
+        """Append a table; the first column is left-aligned, the others right-aligned.
 
         Args:
-            columns: their names.
+            columns: column names.
             rows: formatted cells.
-            long: the last column may take several lines.
+            wrap: break long text in the last column over several lines.
         """
-        kind = ' class="long"' if long else ""
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-        body = "".join(
-            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows
-        )
-        self._parts.append(
-            f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead>\n'
-            f"<tbody>{body}</tbody></table></div>"
-        )
+        self._blocks.append({"kind": "table", "columns": columns, "rows": rows, "wrap": wrap})
 
     def plot(self, path: Path, alt: str) -> None:
-        """Embed a PNG file."""
-        self._figure(path.read_bytes(), "png", alt, "")
+        """Append a PNG file."""
+        self._picture(path.read_bytes(), "png", alt, "")
 
     def photograph(self, image: np.ndarray, caption: str) -> None:
-        """Embed uint8 (H, W, 3) RGB as JPEG, which keeps a page of photographs small."""
+        """Append uint8 (H, W, 3) RGB as JPEG, which keeps a page of photographs small."""
         coded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
-        self._figure(coded.tobytes(), "jpeg", caption, caption)
+        self._picture(coded.tobytes(), "jpeg", caption, caption)
 
-    def _figure(self, content: bytes, kind: str, alt: str, caption: str) -> None:
-        data = base64.b64encode(content).decode()
-        below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-        self._parts.append(
-            f'<figure><img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
-            f"{below}</figure>"
-        )
+    def _picture(self, content: bytes, format: str, alt: str, caption: str) -> None:
+        data = f"data:image/{format};base64,{base64.b64encode(content).decode()}"
+        self._blocks.append({"kind": "picture", "data": data, "alt": alt, "caption": caption})
 
     def settings(self, settings: Mapping[str, Any], files: Sequence[Path]) -> None:
-        """How to repeat the run, and the files beside the page."""
+        """Append the provenance: all options that are set, and links to the files of the run."""
         self.heading("Settings")
-        self.table(("option", "value"), list(_options(plain(settings))), long=True)
-        links = ", ".join(
-            f'<a href="{html.escape(file.name)}">{html.escape(file.name)}</a>' for file in files
-        )
-        self._parts.append(f"<footer>All numbers: {links}.</footer>")
+        self.table(("option", "value"), list(_options(plain(settings))), wrap=True)
+        self._blocks.append({"kind": "files", "names": [file.name for file in files]})
 
     def write(self, path: Path) -> Path:
-        body = "\n".join(self._parts)
-        return write_atomic(
-            path,
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{html.escape(self.title)}</title>\n<style>{_CSS}</style>\n</head>\n"
-            f"<body><main>\n{body}\n</main></body>\n</html>\n",
+        """Render the page into a file."""
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("benchmarks"),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
         )
+        template = environment.get_template("report.html.j2")
+        text = template.render(title=self.title, lead=self.lead, blocks=self._blocks)
+        return write_atomic(path, text)
+
+    def finish(
+        self,
+        files: Sequence[Path],
+        settings: Mapping[str, Any],
+        heading: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+    ) -> None:
+        """Append the settings, write report.html, and print a table and where the page is.
+
+        Args:
+            files: files to link to; the page is written beside the first.
+            settings: options of the run.
+            heading, columns, rows: the printed table.
+        """
+        self.settings(settings, files)
+        path = self.write(files[0].with_name("report.html"))
+        print_table(heading, columns, rows)
+        print(f"Report: {path}")
 
 
 def _options(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values of all settings that are set, those of a group behind its name."""
+    """Yield names and values of all options that are not None; group options as GROUP.NAME."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from _options(value, f"{prefix}{name}.")

@@ -11,7 +11,6 @@ import numpy as np
 from benchmarks import report
 from benchmarks.everything.measuring import BUDGETS
 from sam_gym.data import Sample
-from sam_gym.utils.files import write_csv, write_json
 from sam_gym.utils.plots import save_figure
 from sam_gym.utils.render import draw_masks, save_image, tile
 
@@ -55,13 +54,12 @@ def write_report(
         shown: model -> masks bool (K, H, W) of each of them.
         out: folder.
     """
-    json_file = write_json(out / "results.json", results)
     rows = [
         {"split": split, "model": name} | {key: own.get(key) for key in _ROWS}
         for split, models in {"test": results["models"], **results["transfer"]}.items()
         for name, own in models.items()
     ]
-    csv_file = write_csv(out / "models.csv", rows)
+    files = report.write_results(out, results, "models.csv", rows)
     grid = "x".join(map(str, results["grid"]))
     page = report.Page(
         "Everything mode: whole objects",
@@ -106,13 +104,8 @@ def write_report(
         sheet.append(report.side_by_side(frames))
         page.photograph(sheet[-1], "The objects, and the masks that each model keeps")
     save_image(out / "masks.png", tile(sheet, 1))
-    page.settings(results["settings"], [json_file, csv_file])
-    page_file = page.write(out / "report.html")
-    report.print_table(
-        f"everything ({results['dataset']}, {grid} points), in points of 100",
-        *_table(results["models"], _BRIEF),
-    )
-    print(f"Report: {page_file}")
+    heading = f"everything ({results['dataset']}, {grid} points), in %"
+    page.finish(files, results["settings"], heading, *_table(results["models"], _BRIEF))
 
 
 def _plot(curves: Mapping[str, Any], path: Path) -> Path:

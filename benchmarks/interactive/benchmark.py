@@ -19,7 +19,6 @@ from sam_gym.data.cache import SampleCache
 from sam_gym.metrics.masks import iou, number_of_clicks, number_of_failures
 from sam_gym.simulation.clicks import Click
 from sam_gym.simulation.interactive import Target, click_out
-from sam_gym.utils.files import write_csv, write_json
 from sam_gym.utils.plots import save_figure
 from sam_gym.utils.render import draw_episode, save_image
 
@@ -302,9 +301,8 @@ def _write(
     samples: SampleCache,
 ) -> None:
     grabcut = summary["grabcut"]
-    json_file = write_json(out / "results.json", summary)
     rows = object_rows(results, grabcut["clicks"] if grabcut else 0)
-    csv_file = write_csv(out / "objects.csv", rows)
+    files = report.write_results(out, summary, "objects.csv", rows)
     curve_file = save_figure(out / "curve.png", _curve(summary))
 
     page = report.Page(
@@ -348,10 +346,8 @@ def _write(
             save_image(folder / f"{name}.png", frames)
             caption = f"{rank} of {len(shown)}: {result.item.category}, {result.item.source}"
             page.photograph(frames, caption)
-    page.settings(summary["settings"], [json_file, csv_file])
-    page_file = page.write(out / "report.html")
-    report.print_table(f"interactive: {backbone.name} on {summary['dataset']}", columns, table)
-    print(f"Report: {page_file}")
+    heading = f"interactive: {backbone.name} on {summary['dataset']}"
+    page.finish(files, summary["settings"], heading, columns, table)
 
 
 def _checkpoints(clicks: int) -> list[int]:

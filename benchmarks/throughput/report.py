@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import report
-from sam_gym.utils.files import write_csv, write_json
 from sam_gym.utils.plots import save_figure
 
 if TYPE_CHECKING:
@@ -43,8 +42,7 @@ def write(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> Non
         rows: what repeats.csv is to hold.
         out: an existing folder.
     """
-    json_file = write_json(out / "results.json", summary)
-    csv_file = write_csv(out / "repeats.csv", rows)
+    files = report.write_results(out, summary, "repeats.csv", rows)
     speed_file = save_figure(out / "speed.png", _speed_plot(summary))
     settings = summary["settings"]
     middle = str(settings["num_envs"][len(settings["num_envs"]) // 2])
@@ -94,10 +92,7 @@ def write(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> Non
     )
     page.heading("Model and machine")
     page.table(("", ""), _machine_table(summary))
-    page.settings(settings, [json_file, csv_file])
-    page_file = page.write(out / "report.html")
-    report.print_table(f"throughput: {summary['backbone']}", columns, table)
-    print(f"Report: {page_file}")
+    page.finish(files, settings, f"throughput: {summary['backbone']}", columns, table)
 
 
 def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
