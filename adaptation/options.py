@@ -16,7 +16,7 @@ class StreamOptions:
 
     stream: str | None = None
     """Stream of domains: scenes-domains (procedural), folders, or a dataset as one domain: rooms,
-    rooms-panoramas, scenes, coco, entities (default: folders if --data is given, else
+    rooms-panoramas, scenes, coco, folder, entities (default: folders if --data is given, else
     scenes-domains)."""
     data: tuple[str, ...] = ()
     """Folders of domains, each with images/, masks/ (or instances/) and splits.json; or the folder
@@ -31,7 +31,7 @@ class StreamOptions:
     def open(self, order: str | None = None) -> Stream:
         """The stream, in an order (see `Stream.ordered`)."""
         name = self.stream or ("folders" if self.data else "scenes-domains")
-        if name in DATASETS and name not in STREAMS.names():
+        if name in DATASETS and name not in STREAMS:
             if len(self.data) > 1:
                 raise ValueError(f"--stream {name} is one dataset: give one folder as --data.")
             return dataset_stream(name, *self.data)

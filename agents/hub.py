@@ -23,7 +23,7 @@ import tyro
 import yaml
 
 from agents.policies.saved import SHIPPED, read_data
-from sam_gym.data import PROCEDURAL
+from sam_gym.data import DATASETS
 from sam_gym.metrics.masks import with_interval
 from sam_gym.utils import cli
 from sam_gym.utils.files import write_atomic
@@ -460,7 +460,7 @@ def _command(run: Run, repo: str) -> str:
     """What somebody who has sam-gym types to use the agent."""
     settings = run.results["config"]["settings"]
     if settings["target"] == "instance":
-        data = "" if settings["dataset"] in PROCEDURAL else " --data PATH"
+        data = " --data PATH" if DATASETS.get(settings["dataset"]).reads_files else ""
         task = [f"--{name.replace('_', '-')} {settings[name]}" for name in _TASK]
         task += [f"--{name}" for name in ("stop", "undo") if settings[name]]
         return (
@@ -478,7 +478,7 @@ def _limits(run: Run) -> list[str]:
     config = run.results["config"]
     settings = config["settings"]
     limits = ["It clicks as well as SAM answers: what SAM cannot segment, it cannot either."]
-    if settings["dataset"] in PROCEDURAL:
+    if DATASETS.get(settings["dataset"]).procedural:
         limits.append("It was trained on procedural drawings and knows no photographs.")
     if settings["backbone"].endswith("micro"):
         limits.append(

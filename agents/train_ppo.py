@@ -46,7 +46,7 @@ from agents.ppo.stages import PerStageSchedule, Stages, StreamCallback
 from agents.ppo.tracking import MlflowRun, make_logger, require_mlflow
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.views import check_has_views, draw_views
-from sam_gym.data import PROCEDURAL
+from sam_gym.data import DATASETS
 from sam_gym.data.streams import Stream
 from sam_gym.envs.base_core import BaseCore, DatasetConfig, EnvConfig
 from sam_gym.envs.click import ClickConfig
@@ -67,7 +67,7 @@ def training_settings(config: Config) -> EnvConfig:
         # `StreamCallback` says when a domain is over.
         return replace(settings, episodes_per_domain=None)
     assert isinstance(settings, DatasetConfig)
-    if settings.dataset in PROCEDURAL and "length" not in settings.dataset_kwargs:
+    if DATASETS.get(settings.dataset).procedural and "length" not in settings.dataset_kwargs:
         kwargs = settings.dataset_kwargs | {"length": config.train_images}
         settings = replace(settings, dataset_kwargs=kwargs)
     return settings
@@ -266,8 +266,7 @@ def train(config: Config) -> dict[str, Any]:
     settings = training_settings(config)
     settings.validate()
     _check_fits_task(config, settings)
-    is_coco = isinstance(settings, DatasetConfig) and settings.dataset == "coco"
-    held_out = held_out_settings(config, config.held_out or ("val" if is_coco else "test"))
+    held_out = held_out_settings(config, config.held_out or settings.held_out_split)
     validation = held_out_settings(config, "val")
     # Held on to, since evaluations then do not open it again.
     stream = settings.open_stream() if isinstance(settings, ContinualConfig) else None

@@ -14,7 +14,7 @@ from agents.clip.pointing import PointingResult, pointing_game, redundant_featur
 from agents.clip.surgery import ClipSurgery, min_max
 from benchmarks import report
 from benchmarks.options import device_name, require_at_least
-from sam_gym.data import Sample, make_dataset
+from sam_gym.data import DATASETS, Sample
 from sam_gym.utils.files import write_csv, write_json
 from sam_gym.utils.render import draw_heat, save_image, tile
 from sam_gym.version import __version__
@@ -39,11 +39,11 @@ class Config:
     blocks: int | None = None
     """How many of its last blocks are surgical (left out: what suits the model)."""
     dataset: str = "scenes"
-    """Dataset name: scenes, coco."""
+    """Dataset name: scenes, rooms, rooms-panoramas, coco, folder, entities, domain."""
     data: str | None = None
-    """Root folder of the dataset (scenes needs none)."""
+    """Root folder of a dataset that reads files."""
     split: str | None = None
-    """Split to measure on; left out: test, or val for coco."""
+    """Split to measure on (default: the held-out split: test, or val for coco)."""
     images: int = 512
     """How many images, the first of the split."""
     device: str = "auto"
@@ -60,9 +60,10 @@ def run(config: Config) -> dict[str, Any]:
     out = report.output_folder(config.out)
     clip = load_clip(config.clip, config.clip_pretrained, config.device)
     surgery, plain = ClipSurgery(clip, config.blocks), ClipSurgery(clip, 0)
-    split = config.split or ("val" if config.dataset == "coco" else "test")
+    spec = DATASETS.get(config.dataset)
+    split = config.split or spec.held_out_split
     root = {} if config.data is None else {"root": config.data}
-    dataset = make_dataset(config.dataset, split, **root)
+    dataset = spec.make(split, **root)
     surgery.clip.check_known(dataset.categories)
     samples = [dataset[index] for index in range(min(config.images, len(dataset)))]
 

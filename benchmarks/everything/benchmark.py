@@ -23,7 +23,7 @@ from benchmarks.everything.scores import (
 from benchmarks.options import require_at_least
 from benchmarks.report import output_folder, progress_bar, refuse_unfinished
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.data import PROCEDURAL, Dataset, MissingSplit, make_dataset
+from sam_gym.data import DATASETS, Dataset, MissingSplit, make_dataset
 from sam_gym.data.base import image_digest
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.mask_generation.generator import GeneratorOptions
@@ -69,7 +69,7 @@ class Config:
     tune: str = "decoder"
     """What is tuned: decoder, hq, hq_small, sam_adapter, lora, lora_decoder."""
     dataset: str = "rooms"
-    """Images: rooms, rooms-panoramas, or coco, entities (with --data)."""
+    """Dataset name: rooms, rooms-panoramas, scenes, coco, folder, entities, domain."""
     data: str | None = None
     """Root folder of a dataset that reads files."""
     train_images: int = 2048
@@ -177,7 +177,7 @@ def _check(config: Config) -> None:
 def _open(config: Config) -> tuple[Stream, dict[str, Split]]:
     """The stream that is trained on, and what is measured on: val, test and others."""
     root = {} if config.data is None else {"root": config.data}
-    procedural = config.dataset in PROCEDURAL
+    procedural = DATASETS.get(config.dataset).procedural
 
     def dataset(split: str, limit: int) -> Dataset:
         return make_dataset(

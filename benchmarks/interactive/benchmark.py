@@ -14,7 +14,7 @@ from benchmarks import report
 from benchmarks.interactive.grabcut import LONGEST_SIDE, GrabCut
 from benchmarks.options import BackboneOptions, provenance, require_at_least
 from sam_gym.backbones import Backbone
-from sam_gym.data import DATASETS, PROCEDURAL, Dataset, Sample, make_dataset
+from sam_gym.data import DATASETS, Dataset, Sample
 from sam_gym.data.cache import SampleCache
 from sam_gym.metrics.masks import iou, number_of_clicks, number_of_failures
 from sam_gym.simulation.clicks import Click
@@ -39,11 +39,11 @@ class Config(BackboneOptions):
     out: str = "runs/interactive"
     """Folder for results.json, objects.csv, pictures and report.html."""
     dataset: str = "scenes"
-    """Dataset name: scenes, coco, folder."""
+    """Dataset name: scenes, rooms, rooms-panoramas, coco, folder, entities, domain."""
     data: str | None = None
-    """Root folder of the dataset (scenes needs none)."""
+    """Root folder of a dataset that reads files."""
     split: str | None = None
-    """Split to measure on; left out: test, or val for coco, whose test split is not annotated."""
+    """Split to measure on (default: the held-out split: test, or val for coco)."""
     categories: str | None = None
     """coco: names of the categories to measure, with commas; left out: all."""
     objects: Literal["mask", "components", "instances"] | None = None
@@ -154,34 +154,35 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _split(config: Config) -> str:
-    return config.split or ("val" if config.dataset == "coco" else "test")
+    return config.split or DATASETS.get(config.dataset).held_out_split
 
 
 def open_dataset(config: Config) -> Dataset:
     """The dataset of the config; `ValueError` for options that it does not take."""
-    # Option -> the dataset's argument, its value, and the datasets that take it.
+    spec = DATASETS.get(config.dataset)
+    # Option of the command -> the dataset's option, and its value.
     given = {
-        "--data": ("root", config.data, ("coco", "folder", "entities")),
-        "--categories": ("categories", config.categories, ("coco", *PROCEDURAL)),
-        "--objects": ("target", config.objects, ("folder",)),
-        "--min-area": ("min_area", config.min_area, ("coco", "folder")),
+        "--data": ("root", config.data),
+        "--categories": ("categories", config.categories),
+        "--objects": ("target", config.objects),
+        "--min-area": ("min_area", config.min_area),
     }
     options = {}
-    for option, (name, value, takers) in given.items():
+    for option, (name, value) in given.items():
         if value is not None:
-            if config.dataset in DATASETS and config.dataset not in takers:
+            if name not in spec.parameters:
+                takers = [other.name for _, other in DATASETS.items() if name in other.parameters]
                 raise ValueError(f"{option} is for {', '.join(takers)}, not for {config.dataset}.")
             options[name] = value
-    readers = given["--data"][2]
-    if config.dataset in readers and config.data is None:
+    if spec.reads_files and config.data is None:
         raise ValueError(f"Dataset {config.dataset!r} reads files: pass --data FOLDER.")
-    return make_dataset(config.dataset, _split(config), **options)
+    return spec.make(_split(config), **options)
 
 
 def find_objects(config: Config, dataset: Dataset, samples: SampleCache) -> list[Item]:
     """All objects to click out. Reads every image once, so that a broken one stops before work."""
     max_images = config.max_images
-    if max_images is None and config.dataset in PROCEDURAL:
+    if max_images is None and DATASETS.get(config.dataset).procedural:
         max_images = SCENES
     items = []
     for number in _subset(range(len(dataset)), max_images, config.seed):

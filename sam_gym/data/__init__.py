@@ -2,51 +2,92 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from typing import Any
 
-from sam_gym.data.base import Dataset, MissingSplit, Sample
-from sam_gym.utils.registry import unknown_name
+from sam_gym.data.base import Dataset, DatasetSpec, MissingSplit, Sample
+from sam_gym.utils.registry import Registry
 
-__all__ = ["DATASETS", "PROCEDURAL", "Dataset", "MissingSplit", "Sample", "make_dataset"]
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "DatasetSpec",
+    "MissingSplit",
+    "Sample",
+    "make_dataset",
+    "register_dataset",
+]
 
-#: Dataset name -> "module:factory". A factory takes `split` and its own keyword arguments.
-DATASETS: dict[str, str] = {
-    "scenes": "sam_gym.data.synthetic.scenes:Scenes",
-    "rooms": "sam_gym.data.synthetic.rooms.dataset:Rooms",
-    "rooms-panoramas": "sam_gym.data.synthetic.rooms.panoramas:RoomsPanoramas",
-    "domain": "sam_gym.data.synthetic.domains.dataset:ProceduralDomain",
-    "coco": "sam_gym.data.coco:Coco",
-    "folder": "sam_gym.data.folder:Folder",
-    "entities": "sam_gym.data.entities:Entities",
-}
-
-
-#: Datasets that are drawn: endless, unless they are given a `length`.
-PROCEDURAL = ("scenes", "rooms", "rooms-panoramas")
+#: Dataset name -> its specification.
+DATASETS: Registry[DatasetSpec] = Registry("dataset")
 
 
-def make_dataset(name: str, split: str = "train", **kwargs: Any) -> Dataset:
+def register_dataset(spec: DatasetSpec) -> DatasetSpec:
+    """Add a dataset, so that `make_dataset`, environments, streams and commands know its name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    return DATASETS.add(spec.name, spec)
+
+
+def make_dataset(name: str, split: str = "train", **options: Any) -> Dataset:
     """Make a registered dataset.
 
     Args:
-        name: a key of `DATASETS`.
+        name: one of `DATASETS`.
         split: "train", "val" or "test".
-        **kwargs: what the dataset takes, for example `root=` for those that read files.
+        **options: options of the dataset, for example `root=` of one that reads files.
 
     Raises:
         ValueError: the name, the split or an option is unknown, or the data does not validate.
         FileNotFoundError: a file or folder is missing.
     """
-    if name not in DATASETS:
-        raise unknown_name("dataset", name, DATASETS)
-    module, _, factory = DATASETS[name].partition(":")
-    make = getattr(importlib.import_module(module), factory)
-    takes = inspect.signature(make).parameters
-    for option in kwargs:
-        if option not in takes:
-            raise unknown_name(f"option of dataset {name!r}", option, takes)
-    if "root" in takes and "root" not in kwargs:
-        raise ValueError(f"Dataset {name!r} reads files: pass its folder (data='PATH').")
-    return make(split=split, **kwargs)
+    return DATASETS.get(name).make(split, **options)
+
+
+for _spec in (
+    DatasetSpec(
+        name="scenes",
+        entry_point="sam_gym.data.synthetic.scenes:Scenes",
+        description="Objects of ten categories on textured ground, with clutter.",
+        procedural=True,
+    ),
+    DatasetSpec(
+        name="rooms",
+        entry_point="sam_gym.data.synthetic.rooms.dataset:Rooms",
+        description="Rooms with furniture whose parts have colours of their own.",
+        procedural=True,
+    ),
+    DatasetSpec(
+        name="rooms-panoramas",
+        entry_point="sam_gym.data.synthetic.rooms.panoramas:RoomsPanoramas",
+        description="Wide rooms, and the overlapping camera images that show them.",
+        procedural=True,
+    ),
+    DatasetSpec(
+        name="domain",
+        entry_point="sam_gym.data.synthetic.domains.dataset:ProceduralDomain",
+        description="One of the domains of the stream `scenes-domains`, chosen by `kind`.",
+        procedural=True,
+    ),
+    DatasetSpec(
+        name="coco",
+        entry_point="sam_gym.data.coco:Coco",
+        description="COCO instance annotations: polygons and RLE. Its test split has none.",
+        reads_files=True,
+        held_out_split="val",
+    ),
+    DatasetSpec(
+        name="folder",
+        entry_point="sam_gym.data.folder:Folder",
+        description="A folder of images with one mask or instance map each.",
+        reads_files=True,
+    ),
+    DatasetSpec(
+        name="entities",
+        entry_point="sam_gym.data.entities:Entities",
+        description="Whole objects with one mask file each (SAOM, EntitySeg).",
+        reads_files=True,
+    ),
+):
+    register_dataset(_spec)

@@ -1,15 +1,16 @@
-"""What a dataset yields, and what a dataset is."""
+"""Samples, the dataset protocol, and the specification of a registered dataset."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.registry import load_entry_point, unknown_name
 
 
 def select_categories(wanted: str | Sequence[str] | None, names: Sequence[str]) -> tuple[str, ...]:
@@ -91,3 +92,46 @@ class Dataset(Protocol):
     def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
         """Draw an image: its index, and the category to segment (None: any in the image)."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """Everything that commands and environments need to know of a dataset.
+
+    Attributes:
+        name: the name in `sam_gym.data.DATASETS`.
+        entry_point: "module:attribute" of the dataset's class or factory. It takes `split` and
+            keyword arguments; these are the dataset's options.
+        description: one line for the documentation.
+        procedural: whether images are generated: endless, unless the option `length` is given.
+        reads_files: whether it reads a folder, given as the option `root`.
+        held_out_split: split on which results are reported by default.
+    """
+
+    name: str
+    entry_point: str
+    description: str
+    procedural: bool = False
+    reads_files: bool = False
+    held_out_split: str = "test"
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """Options of the dataset, by name: the parameters of its factory, without `split`."""
+        takes = dict(inspect.signature(load_entry_point(self.entry_point)).parameters)
+        takes.pop("split", None)
+        return takes
+
+    def make(self, split: str = "train", **options: Any) -> Dataset:
+        """Make the dataset; see `sam_gym.data.make_dataset`."""
+        takes = self.parameters
+        for option in options:
+            if option not in takes:
+                raise unknown_name(f"option of dataset {self.name!r}", option, takes)
+        if self.reads_files and "root" not in options:
+            raise ValueError(f"Dataset {self.name!r} reads files: pass its folder (data='PATH').")
+        for name, parameter in takes.items():
+            if parameter.default is parameter.empty and name not in options:
+                raise ValueError(f"Dataset {self.name!r} needs the option {name!r}.")
+        dataset: Dataset = load_entry_point(self.entry_point)(split=split, **options)
+        return dataset

@@ -16,7 +16,7 @@ from sam_gym.backbones import load_backbone
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.embeddings.store import MAX_HANDLES, shared_store
 from sam_gym.backbones.service import DTYPES
-from sam_gym.data import Dataset, make_dataset
+from sam_gym.data import DATASETS, Dataset, make_dataset
 from sam_gym.data.cache import SampleCache
 from sam_gym.envs.prefetch import Prefetcher
 from sam_gym.utils.registry import unknown_name
@@ -76,26 +76,26 @@ class EnvConfig:
         raise NotImplementedError
 
     @property
+    def held_out_split(self) -> str:
+        """Split that results are reported on by default."""
+        return "test"
+
+    @property
     def longest(self) -> int:
         """Steps after which an episode is over, whatever was done in it."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class _DatasetFields:
-    """Which images a task is about; a class apart, so that its fields come first."""
+class DatasetConfig(EnvConfig):
+    """Settings of a task over the images of one dataset."""
 
     dataset: str = "scenes"
-    """Dataset name: scenes, coco, folder."""
+    """Dataset name: scenes, rooms, rooms-panoramas, coco, folder, entities, domain."""
     data: str | None = None
     """Root folder of a dataset that reads files."""
     dataset_kwargs: dict[str, Any] = field(default_factory=dict)
     """More options of the dataset, for example {"categories": "person"} or {"length": 2048}."""
-
-
-@dataclass(frozen=True)
-class DatasetConfig(EnvConfig, _DatasetFields):
-    """Settings of a task over the images of one dataset."""
 
     def validate(self) -> None:
         super().validate()
@@ -107,6 +107,10 @@ class DatasetConfig(EnvConfig, _DatasetFields):
         """The dataset, validated; raises as `make_dataset` does."""
         root = {} if self.data is None else {"root": self.data}
         return make_dataset(self.dataset, self.split, **root, **self.dataset_kwargs)
+
+    @property
+    def held_out_split(self) -> str:
+        return DATASETS.get(self.dataset).held_out_split
 
 
 def check_choice(name: str, value: Any, valid: Any) -> None:

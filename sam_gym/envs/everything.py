@@ -41,7 +41,7 @@ class EverythingConfig(DatasetConfig):
     """Settings of `SamEverything-v0`, all JSON-plain."""
 
     dataset: str = "rooms"
-    """Dataset name: rooms, rooms-panoramas, scenes, coco, folder, entities."""
+    """Dataset name: rooms, rooms-panoramas, scenes, coco, folder, entities, domain."""
     grid: int = 32
     """Points lie on the centres of grid x grid cells of SAM's square input frame."""
     actions: Literal["points", "set"] = "points"

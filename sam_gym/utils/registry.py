@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -15,6 +16,12 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ValueError(f"Unknown {kind} {name!r}.{hint} Valid names: {', '.join(names)}.")
+
+
+def load_entry_point(entry_point: str) -> Any:
+    """Import and return the object that "module:attribute" names."""
+    module, _, attribute = entry_point.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 class Registry(Generic[T]):
@@ -39,6 +46,12 @@ class Registry(Generic[T]):
         if name not in self._items:
             raise unknown_name(self.kind, name, self._items)
         return self._items[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._items))

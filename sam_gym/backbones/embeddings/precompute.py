@@ -12,7 +12,7 @@ import numpy as np
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.loading import load_backbone, resolve_device
 from sam_gym.backbones.service import DTYPES
-from sam_gym.data import PROCEDURAL, make_dataset
+from sam_gym.data import DATASETS, make_dataset
 from sam_gym.data.base import image_digest
 
 
@@ -27,7 +27,7 @@ class Config:
     """
 
     dataset: str = "coco"
-    """Dataset name: scenes, coco, folder."""
+    """Dataset name: scenes, rooms, rooms-panoramas, coco, folder, entities, domain."""
     data: str | None = None
     """Root folder of a dataset that reads files."""
     split: str = "train"
@@ -90,7 +90,7 @@ def precompute(config: Config) -> dict[str, int]:
         raise ValueError(f"--limit must be at least 1, got {config.limit}.")
     rank, shares = share(config.shard)
     kwargs: dict[str, Any] = {} if config.data is None else {"root": config.data}
-    if config.dataset in PROCEDURAL:
+    if DATASETS.get(config.dataset).procedural:
         kwargs["length"] = config.limit or 2048
     dataset = make_dataset(config.dataset, config.split, **kwargs)
     device = config.device

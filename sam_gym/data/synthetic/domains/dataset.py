@@ -27,7 +27,7 @@ class ProceduralDomain(Procedural):
     convention is that the whole of a hidden object counts.
 
     Args:
-        kind: one of `DOMAINS`.
+        kind: one of `DOMAINS`; required.
         split: "train", "val" or "test"; disjoint by seed.
         length: how many different images there are (None: 2^31 - 1, in effect endless).
         size: height and width of the images, in pixels.
@@ -41,13 +41,18 @@ class ProceduralDomain(Procedural):
 
     def __init__(
         self,
-        kind: str,
+        kind: str | None = None,
         split: str = "train",
         *,
         length: int | None = None,
         size: int = 256,
         seed: int = 0,
     ) -> None:
+        if kind is None:
+            raise ValueError(
+                f"Dataset 'domain' needs a kind: one of {', '.join(DOMAINS)}. "
+                "Environments take dataset_kwargs={'kind': 'cells'}."
+            )
         self._kind = DOMAINS.get(kind)
         super().__init__(split, length, size, seed=seed)
         self.name = kind
