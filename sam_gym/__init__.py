@@ -1,6 +1,6 @@
-"""Gymnasium environments in which an agent, or a trainer, works a Segment Anything Model.
+"""Gymnasium environments over one batched Segment Anything Model.
 
-Importing registers the environment ids and loads nothing heavy.
+Importing registers the environment ids. Public names, and with them torch, load on first use.
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ from sam_gym.version import __version__
 if TYPE_CHECKING:
     from sam_gym.backbones import Backbone, Prompts, load_backbone
     from sam_gym.data import Dataset, Sample, make_dataset
+    from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
+    from sam_gym.predictor import Predictions, Predictor
 
 __all__ = [
+    "ENVIRONMENTS",
     "Backbone",
     "Dataset",
+    "GeneratorOptions",
+    "MaskGenerator",
+    "Predictions",
+    "Predictor",
     "Prompts",
     "Sample",
     "__version__",
@@ -43,17 +50,21 @@ for _id, (_scalar, _vector) in ENVIRONMENTS.items():
     if _id not in gym.registry:
         gym.register(_id, entry_point=_scalar, vector_entry_point=_vector)
 
-_HOMES = {
-    "Backbone": "sam_gym.backbones",
-    "Prompts": "sam_gym.backbones",
-    "load_backbone": "sam_gym.backbones",
-    "Dataset": "sam_gym.data",
-    "Sample": "sam_gym.data",
-    "make_dataset": "sam_gym.data",
+#: Module -> the public names that are imported from it when they are first used.
+_LAZY = {
+    "sam_gym.backbones": ("Backbone", "Prompts", "load_backbone"),
+    "sam_gym.data": ("Dataset", "Sample", "make_dataset"),
+    "sam_gym.mask_generation.generator": ("GeneratorOptions", "MaskGenerator"),
+    "sam_gym.predictor": ("Predictions", "Predictor"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    for module, names in _LAZY.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -43,9 +43,18 @@ def test_public_names_can_be_imported(name: str) -> None:
 def test_public_names_are_those_of_their_modules() -> None:
     from sam_gym.backbones import load_backbone
     from sam_gym.data import make_dataset
+    from sam_gym.mask_generation.generator import MaskGenerator
 
     assert sam_gym.load_backbone is load_backbone
     assert sam_gym.make_dataset is make_dataset
+    assert sam_gym.MaskGenerator is MaskGenerator
+
+
+def test_public_names_are_listed_before_they_are_imported() -> None:
+    probe = "import sam_gym, sys; print('torch' in sys.modules, *dir(sam_gym))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    loaded, *listed = done.stdout.split()
+    assert loaded == "False" and set(sam_gym.__all__) <= set(listed)
 
 
 def test_unknown_attribute_is_an_attribute_error() -> None:

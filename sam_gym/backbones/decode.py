@@ -21,8 +21,10 @@ from sam_gym.backbones.hq import HqMaskDecoder
 
 #: Keys that are so few, and queries that are not, are attended to in another way on a CPU.
 _FEW = 32
-#: Label of an entry of `Prompts.labels` that holds no point.
+#: Label of an entry of `Prompts.labels` that holds no point: it is left out of every attention.
 NO_POINT = -2
+#: SAM's own label for padding: a token without a position, which does take part in attention.
+PADDING_POINT = -1
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Prompts:
 
     Attributes:
         points: float32 (P, N, 2), (x, y).
-        labels: int64 (P, N): 1 positive, 0 negative, `NO_POINT` where a row has fewer points.
+        labels: int64 (P, N): 1 positive, 0 negative, `PADDING_POINT` for SAM's padding token,
+            `NO_POINT` where a row has fewer points.
         boxes: float32 (P, 4), (x0, y0, x1, y1), or None.
         has_box: bool (P,), which rows have a box (None: all, if `boxes` is given).
         masks: float32 (P, hm, wm), previous low-res mask logits, or None.
@@ -75,12 +78,15 @@ def encode_points_and_boxes(encoder: PromptEncoder, prompts: Prompts) -> tuple[T
         )
         kinds = torch.stack([encoder.point_embeddings[k].weight[0] for k in (0, 1)])
         kind = kinds[prompts.labels.clamp(0, 1)]
-        tokens.append(position + kind)
-        exists = prompts.labels >= 0
+        padding = encoder.not_a_point_embed.weight
+        tokens.append(
+            torch.where((prompts.labels == PADDING_POINT)[..., None], padding, position + kind)
+        )
+        exists = prompts.labels != NO_POINT
         present.append(exists)
         if prompts.boxes is None or prompts.has_box is not None:
             # SAM closes a list of points that has no box with one "not a point" token.
-            tokens.append(encoder.not_a_point_embed.weight.expand(count, 1, -1))
+            tokens.append(padding.expand(count, 1, -1))
             present.append((exists.any(dim=1) & ~has_box)[:, None])
     if prompts.boxes is not None:
         corners = prompts.boxes.reshape(-1, 2, 2).float() + 0.5
