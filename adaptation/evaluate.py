@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from adaptation.evaluation import check_prompt, score
@@ -24,6 +23,7 @@ from sam_gym.backbones import load_backbone
 from sam_gym.backbones.adapters.adapter import Adapter, Model
 from sam_gym.utils import cli
 from sam_gym.utils.files import write_json
+from sam_gym.utils.progress import track
 
 
 @dataclass
@@ -74,8 +74,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     )
     domains = [*stream, *([] if extra is None else [extra])]
     results: dict[str, Any] = {}
-    console = Console(stderr=True)
-    for domain in track(domains, "measuring", console=console, transient=True):
+    for domain in track(domains, "measuring", transient=True):
         own = results.setdefault(domain.name, {})
         for prompt in options.prompts:
             numbers = {}

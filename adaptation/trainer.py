@@ -16,7 +16,6 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import adaptation.strategies  # noqa: F401  (registers the methods)
 from adaptation.evaluation import check_prompt, narrow_share, score
@@ -31,6 +30,7 @@ from sam_gym.backbones.adapters.tuning import TUNINGS
 from sam_gym.data import DATASETS
 from sam_gym.data.streams import STREAMS, Domain, Stream, dataset_stream, make_stream
 from sam_gym.utils.files import wait_for_a_later_name, write_json
+from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.training import save_state
 
@@ -276,14 +276,8 @@ class _Fit:
     @contextmanager
     def _bar(self) -> Iterator[Callable[[int], None]]:
         """A progress bar over all steps; what it yields moves it on."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-        )
         shown = self.trainer.progress and self.fabric.is_global_zero
-        with Progress(*columns, disable=not shown, transient=True) as progress:
+        with ProgressBar(disable=not shown, transient=True) as progress:
             task = progress.add_task(self.result.method, total=self.stages * self.steps)
 
             def advance(count: int) -> None:

@@ -19,6 +19,7 @@ from sam_gym.data import Sample
 from sam_gym.envs.click import ClickCore, ClickTarget, SamSegConfig
 from sam_gym.utils import cli
 from sam_gym.utils.files import write_json
+from sam_gym.utils.progress import track
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import draw_episode, save_image
 
@@ -198,8 +199,6 @@ def annotate(config: Config) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: an option, the policy or the folder is wrong.
     """
-    from rich.progress import track
-
     if config.num_envs < 1:
         raise ValueError(f"--num-envs must be at least 1, got {config.num_envs}.")
     names = [name.strip() for name in config.categories.split(",") if name.strip()]

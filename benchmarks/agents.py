@@ -21,6 +21,7 @@ from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95, with_interval
 from sam_gym.utils.files import write_csv, write_json
 from sam_gym.utils.plots import save_figure
+from sam_gym.utils.progress import ProgressBar
 from sam_gym.version import __version__
 
 #: What stands beside the agents, and its colour.
@@ -109,7 +110,7 @@ def run(config: Config) -> dict[str, Any]:
     groups: dict[str, str | None] = {name: ",".join(words) for name, words in words_of.items()}
     groups = groups or {"all": None}
     rows: list[Row] = []
-    with report.progress_bar() as progress:
+    with ProgressBar() as progress:
         total = len(groups) * (sum(map(len, runs.values())) + len(_REFERENCES))
         task = progress.add_task("playing", total=total)
         for group, words in groups.items():

@@ -24,6 +24,7 @@ from sam_gym.backbones import Backbone
 from sam_gym.data import make_dataset
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator, relative_grid
 from sam_gym.utils.files import plain
+from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.transfer import synchronise
 
 #: Two masks of this IoU are one.
@@ -99,7 +100,7 @@ def run(config: Config) -> dict[str, Any]:
     images = _images(config)
     steps = config.images * config.repeats + len(_SIDES) * config.memory
     rows = []
-    with report.progress_bar() as bar:
+    with ProgressBar() as bar:
         task = bar.add_task("generating", total=steps * len(config.grids))
         for grid in config.grids:
             sides = {side: _generator(backbone, config, grid, side) for side in _SIDES}

@@ -16,6 +16,7 @@ from benchmarks import report
 from benchmarks.options import device_name, require_at_least
 from sam_gym.data import DATASETS, Sample
 from sam_gym.utils.files import write_csv, write_json
+from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.render import draw_heat, save_image, tile
 from sam_gym.version import __version__
 
@@ -75,7 +76,7 @@ def run(config: Config) -> dict[str, Any]:
         "plain CLIP": (plain, "none"),
     }
     results: dict[str, PointingResult] = {}
-    with report.progress_bar() as progress:
+    with ProgressBar() as progress:
         task = progress.add_task("pointing", total=len(ways))
         for name, (how, redundant) in ways.items():
             results[name] = pointing_game(how, samples, dataset.categories, redundant)  # type: ignore[arg-type]

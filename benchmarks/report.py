@@ -17,7 +17,6 @@ from sam_gym.utils.files import plain, write_atomic, write_csv, write_json
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from rich.progress import Progress
 
 INK, MUTED, BLUE, ORANGE = "#1d2733", "#68727e", "#1e78c8", "#e08a1e"
 
@@ -50,26 +49,6 @@ def refuse_unfinished(out: Path, checkpoints: str, resume: bool) -> None:
         raise ValueError(
             f"{out} holds an unfinished run. Pass --resume to continue it, or another --out."
         )
-
-
-def progress_bar() -> Progress:
-    """Return a progress bar with count and remaining time, on stderr."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -16,6 +16,7 @@ from sam_gym.backbones import load_backbone
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 from sam_gym.mask_generation.masks import Masks
 from sam_gym.utils.files import write_json
+from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.render import draw_masks, save_image
 
 #: The one category of a model that tells no classes.
@@ -69,8 +70,6 @@ def annotate_everything(config: Config) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: an option, the weights or the folder is wrong.
     """
-    from rich.progress import Progress as Bar
-
     config.generator.validate()
     files = image_files(config.images)
     backbone = load_backbone(
@@ -92,7 +91,7 @@ def annotate_everything(config: Config) -> dict[str, Any]:
         print(f"Going on: {len(progress.done)} of {len(files)} images are done.")
     reader = Reader(config.images, backbone)
     waiting: list[tuple[str, np.ndarray]] = []
-    with Bar() as bar:
+    with ProgressBar() as bar:
         task = bar.add_task("annotating", total=len(files), completed=len(progress.done))
 
         def readable() -> Iterator[np.ndarray]:

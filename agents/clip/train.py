@@ -38,6 +38,7 @@ from sam_gym.backbones.loading import resolve_device
 from sam_gym.backbones.micro.muon import Muon
 from sam_gym.data.synthetic.scenes import Scenes
 from sam_gym.utils.files import write_json
+from sam_gym.utils.progress import track
 from sam_gym.utils.training import run_steps, save_half, save_state
 
 MEAN, STD = 0.45, 0.25
@@ -121,8 +122,6 @@ class TrainingSet:
 
 def make_training_set(config: Config, device: torch.device) -> TrainingSet:
     """Draw the scenes, and let `micro` look at them."""
-    from rich.progress import track
-
     images, present = draw_scenes(config)
     micro, side = load_backbone("micro", device=str(device)), config.image_size // config.patch_size
     teacher = []
@@ -137,8 +136,6 @@ def make_training_set(config: Config, device: torch.device) -> TrainingSet:
 
 def draw_scenes(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Training images uint8 (K, S, S, 3) and what is in them, bool (K, categories)."""
-    from rich.progress import track
-
     jobs = [(index, config.image_size) for index in range(config.scenes)]
     if config.workers < 2:
         pairs = [_draw(job) for job in track(jobs, "drawing scenes")]

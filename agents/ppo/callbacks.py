@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.ppo.distributed import ALONE, ProcessGroup
 from agents.ppo.tracking import PictureFile
 from sam_gym.backbones.embeddings.store import EmbeddingStore
+from sam_gym.utils.progress import ProgressBar
 
 
 class PinRolloutsCallback(BaseCallback):
@@ -73,13 +73,7 @@ class MonitorCallback(BaseCallback):
         self._due = evaluate_every
         #: When the run would have begun, had it never stopped, on the clock of `time.monotonic`.
         self.started = time.monotonic()
-        self.bar = Progress(
-            TextColumn("{task.completed}/{task.total} steps"),
-            BarColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            disable=not ranks.is_first,
-        )
+        self.bar = ProgressBar(disable=not ranks.is_first)
 
     def get_state(self) -> dict[str, Any]:
         """The course of the run so far, for `set_state`."""
@@ -101,7 +95,7 @@ class MonitorCallback(BaseCallback):
         self.started = time.monotonic() - state["seconds"]
 
     def _on_training_start(self) -> None:
-        self._task = self.bar.add_task("", total=self.total_timesteps, numbers="")
+        self._task = self.bar.add_task("training", total=self.total_timesteps)
 
     def _on_step(self) -> bool:
         dones, infos = self.locals["dones"], self.locals["infos"]

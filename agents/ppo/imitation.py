@@ -11,13 +11,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from rich.progress import track
 from stable_baselines3.common.utils import obs_as_tensor
 from torch.nn import functional as F
 
 from agents.baselines import Agent
 from agents.ppo.distributed import DistributedPPO
 from sam_gym.envs.base_core import BaseCore
+from sam_gym.utils.progress import track
 
 
 def imitate(model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, steps: int) -> None:

@@ -21,13 +21,14 @@ from benchmarks.everything.scores import (
     Split,
 )
 from benchmarks.options import require_at_least
-from benchmarks.report import output_folder, progress_bar, refuse_unfinished
+from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.data import DATASETS, Dataset, MissingSplit, make_dataset
 from sam_gym.data.base import image_digest
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.mask_generation.generator import GeneratorOptions
 from sam_gym.mask_generation.merging import MergeOptions
+from sam_gym.utils.progress import ProgressBar
 from sam_gym.version import __version__
 
 #: Trained methods, and the grid of each.
@@ -118,7 +119,7 @@ def run(config: Config) -> dict[str, Any]:
             backbone, spent = _trained(config, stream, method, config.train.seed + number, out)
             backbones.setdefault(method, []).append(backbone)
             seconds.setdefault(method, []).append(spent)
-    with progress_bar() as bar:
+    with ProgressBar() as bar:
         total = sum(len(own.samples) for own in splits.values())
         task = bar.add_task("measuring", total=total * sum(map(len, backbones.values())))
         measuring = Measuring(splits, grid, config.merging, lambda: bar.advance(task))

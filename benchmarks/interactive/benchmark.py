@@ -20,6 +20,7 @@ from sam_gym.metrics.masks import iou, number_of_clicks, number_of_failures
 from sam_gym.simulation.clicks import Click
 from sam_gym.simulation.interactive import Target, click_out
 from sam_gym.utils.plots import save_figure
+from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.render import draw_episode, save_image
 
 #: How many scenes are clicked unless said otherwise; there is no end to them.
@@ -126,7 +127,7 @@ def run(config: Config) -> dict[str, Any]:
     items = find_objects(config, dataset, samples)
 
     results: list[Result] = []
-    with report.progress_bar() as progress:
+    with ProgressBar() as progress:
         task = progress.add_task("clicking", total=len(items))
         for first in range(0, len(items), config.batch_size):
             batch = items[first : first + config.batch_size]

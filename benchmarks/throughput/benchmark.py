@@ -31,6 +31,7 @@ from sam_gym.backbones import BACKBONES, Backbone
 from sam_gym.backbones.embeddings.store import EmbeddingStore
 from sam_gym.data.cache import SampleCache
 from sam_gym.envs.click import ClickCore, make_config
+from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.transfer import synchronise
 
 _SIDES = ("vector", "reference", "scalar")
@@ -141,7 +142,7 @@ def run(config: Config) -> dict[str, Any]:
     plain = plain_sam(backbone)
     rows: list[dict[str, Any]] = []
     by_num_envs: dict[str, dict[str, Any]] = {}
-    with report.progress_bar() as progress:
+    with ProgressBar() as progress:
         # Warm-up, repeats and profile, for cached and for fresh images.
         total = len(config.num_envs) * len(_KINDS) * (2 * config.repeats + 1)
         task = progress.add_task("stepping", total=total)

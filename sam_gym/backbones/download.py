@@ -7,8 +7,7 @@ import http.client
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import tyro
 from filelock import FileLock
 
 from sam_gym.utils.home import home
+from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.registry import unknown_name
 
 _CHUNK = 2**20
@@ -109,8 +109,11 @@ def _fetch(published: Published, path: Path) -> None:
     partial = path.with_name(f"{path.name}.partial")
     resumed = partial.is_file()
     try:
-        with _progress_bar(path.name) as report:
-            _receive(published.url, partial, report)
+        with ProgressBar(in_bytes=True) as bar:
+            task = bar.add_task(path.name, total=None)
+            _receive(
+                published.url, partial, lambda n, total: bar.update(task, completed=n, total=total)
+            )
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ConnectionError(
@@ -161,24 +164,6 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A progress bar in bytes, to be told (received, total)."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn(name), *columns) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda have, total: bar.update(task, completed=have, total=total)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from torchvision.ops import nms
 from sam_gym.backbones.decode import MaskTokens, Prompts
 from sam_gym.backbones.service import Backbone
 from sam_gym.mask_generation.masks import OUTPUTS, Collected, Masks, run_lengths, to_counts
+from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.transfer import to_device, to_host
 
@@ -190,9 +191,7 @@ class MaskGenerator:
         """
         if not progress:
             return list(self.stream(images))
-        from rich.progress import Progress
-
-        with Progress() as bar:
+        with ProgressBar() as bar:
             total = sum(len(view.points) for view in self._views(images))
             task = bar.add_task("clicking", total=total)
             return list(self.stream(images, lambda count: bar.advance(task, count)))

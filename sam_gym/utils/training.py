@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from sam_gym.utils.files import write_atomic
+from sam_gym.utils.progress import ProgressBar
 
 #: Steps whose numbers are averaged to a row of the log.
 LOG_EVERY = 20
@@ -51,18 +54,10 @@ def run_steps(
         save_every: steps between checkpoints.
         headline: a row of the log -> what stands beside the progress bar.
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("step {task.completed}/{task.total}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
     window: list[dict[str, float]] = []
     started = time.monotonic()
-    with (out / "log.jsonl").open("a") as log, Progress(*columns) as progress:
-        task = progress.add_task("", total=steps, completed=learner.step, numbers="")
+    with (out / "log.jsonl").open("a") as log, ProgressBar() as progress:
+        task = progress.add_task("training", total=steps, completed=learner.step)
         for batch in batches:
             if learner.step >= steps:
                 break
@@ -79,20 +74,18 @@ def run_steps(
 
 
 def save_state(state: Mapping[str, Any], path: Path) -> None:
-    """Write what `torch.load` reads, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    torch.save(dict(state), partial)
-    os.replace(partial, path)
+    """Write a file for `torch.load` atomically."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    write_atomic(path, buffer.getvalue())
 
 
 def save_half(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write weights as float16 safetensors, whole or not at all; integers stay as they are."""
-    from safetensors.torch import save_file
+    """Write weights as float16 safetensors atomically; integers keep their type."""
+    from safetensors.torch import save
 
     half = {
         key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
         for key, value in state.items()
     }
-    partial = path.with_suffix(".partial")
-    save_file(half, partial, metadata=metadata)
-    os.replace(partial, path)
+    write_atomic(path, save(half, metadata=metadata))

@@ -14,6 +14,7 @@ from sam_gym.backbones.loading import load_backbone, resolve_device
 from sam_gym.backbones.service import DTYPES
 from sam_gym.data import DATASETS, make_dataset
 from sam_gym.data.base import image_digest
+from sam_gym.utils.progress import track
 
 
 @dataclass
@@ -76,14 +77,6 @@ def precompute(config: Config) -> dict[str, int]:
     Raises:
         ValueError, FileNotFoundError: an option, the dataset or the checkpoint is wrong.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     if config.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {config.batch_size}.")
     if config.limit is not None and config.limit < 1:
@@ -119,24 +112,17 @@ def precompute(config: Config) -> dict[str, int]:
         counts["encoded"] += len(waiting)
         waiting.clear()
 
-    columns = (
-        TextColumn("encoding"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        for number in progress.track(numbers):
-            image = dataset[number].image
-            key = image_digest(image)
-            if disk.get(key) is not None:
-                counts["found"] += 1
-                continue
-            waiting.append((key, image))
-            if len(waiting) == config.batch_size:
-                encode()
-        if waiting:
+    for number in track(numbers, "encoding"):
+        image = dataset[number].image
+        key = image_digest(image)
+        if disk.get(key) is not None:
+            counts["found"] += 1
+            continue
+        waiting.append((key, image))
+        if len(waiting) == config.batch_size:
             encode()
+    if waiting:
+        encode()
     print(
         f"{counts['encoded']} images encoded, {counts['found']} found, {disk.damaged} of the files "
         f"were damaged and replaced: {disk.folder}"
