@@ -13,9 +13,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from stable_baselines3 import PPO
 
-from agents import annotate as module
-from agents.annotate import Annotator, Config, Job, annotate, main
+from agents.annotate import AnnotateConfig, annotate, main
+from agents.annotation import clicks as module
 from agents.annotation import everything as annotate_everything
+from agents.annotation.clicks import ClickAnnotator
 from agents.evaluate import PolicyAgent
 from agents.policies.base import ImplicitPolicy
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
@@ -58,7 +59,7 @@ def photos(tmp_path: Path) -> Path:
     return root
 
 
-def config(policy: str, photos: Path, **more: Any) -> Config:
+def config(policy: str, photos: Path, **more: Any) -> AnnotateConfig:
     out = str(photos.parent / "out" / "annotations.json")
     settings: dict[str, Any] = {
         "categories": "star, ring",
@@ -67,7 +68,7 @@ def config(policy: str, photos: Path, **more: Any) -> Config:
         "device": "cpu",
     }
     settings |= {"min_score": -99.0} | more
-    return Config(policy=policy, images=str(photos), **settings)
+    return AnnotateConfig(policy=policy, images=str(photos), **settings)
 
 
 def test_the_file_is_coco_and_can_be_scored(
@@ -102,9 +103,13 @@ def test_the_file_is_coco_and_can_be_scored(
 def test_masks_are_those_of_the_agent_alone(policy: str, photos: Path) -> None:
     content = annotate(config(policy, photos, overlays="none"))
     assert not (photos.parent / "out" / "annotations_overlays").exists()
-    alone = Annotator(PolicyAgent.load(policy, "cpu"), ["star", "ring"], 1)
+    agent = PolicyAgent.load(policy, "cpu")
+    alone = ClickAnnotator(agent, ["star", "ring"], 1, min_score=-99.0)
     image = cv2.imread(str(photos / "b.jpg"))[..., ::-1]
-    ((expected, picture),) = alone.annotate([image], [Job("b.jpg", 1)])
+    (item,) = alone.stream(iter([(("b.jpg", 1), image)]))
+    (expected,) = item.annotations
+    assert item.draw is not None
+    picture = item.draw()
     ids = {image["file_name"]: image["id"] for image in content["images"]}
     ring = next(c["id"] for c in content["categories"] if c["name"] == "ring")
     found = [
@@ -142,7 +147,7 @@ def test_a_run_cut_off_goes_on(
     with pytest.raises(ValueError, match="other settings"):
         annotate(config(policy, photos, num_envs=2, categories="star"))
     capsys.readouterr()
-    assert annotate(again) == whole and "Going on: 2 of" in capsys.readouterr().out
+    assert annotate(again) == whole and "Resuming: 2 of" in capsys.readouterr().out
 
 
 def test_ids_of_a_coco_file(policy: str, photos: Path) -> None:
@@ -176,12 +181,12 @@ def test_actions_mean_what_they_meant_in_training(tiny_env: dict, tmp_path: Path
         model.save(tmp_path / "policy.zip")
         agent = PolicyAgent.load(tmp_path / "policy.zip", "cpu")
         if others:
-            made = Annotator(agent, ["star"], 1).core
+            made = ClickAnnotator(agent, ["star"], 1).core
             assert (made.undo_action, made.stop_action) == (512, -1)
             assert made.device.type == "cpu"
         else:
             with pytest.raises(ValueError, match="1 actions beyond clicks"):
-                Annotator(agent, ["star"], 1)
+                ClickAnnotator(agent, ["star"], 1)
     vector.close()
 
 
@@ -307,7 +312,7 @@ def test_everything_goes_on_where_it_was_cut_off(
     monkeypatch.setattr(MaskGenerator, "stream", counting)
     again = main(everything)
     assert len(clicked) == 1 and not partial.exists()
-    assert "Going on: 2 of" in capsys.readouterr().out
+    assert "Resuming: 2 of" in capsys.readouterr().out
     assert again["images"] == whole["images"]
     for own, other in zip(again["annotations"], whole["annotations"], strict=True):
         # What shares a decoder call moves the last bit of a score.

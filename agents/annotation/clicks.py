@@ -1,0 +1,143 @@
+"""Annotate images with a click agent, which segments one category at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+
+from agents.annotation.folder import AnnotatedItem, Key
+from agents.evaluate import PolicyAgent
+from agents.policies.base import ImplicitPolicy
+from sam_gym.data import Sample
+from sam_gym.data.coco_writer import mask_annotation
+from sam_gym.envs.click import ClickCore, ClickTarget, SamSegConfig
+from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.render import draw_episode
+
+
+class _NoDataset:
+    """Dataset of an environment whose targets are placed from outside."""
+
+    name = "images"
+
+    def __init__(self, categories: Sequence[str]) -> None:
+        self.categories = tuple(categories)
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> Sample:
+        raise IndexError(f"{index}: there are no annotated images.")
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
+        raise RuntimeError("Targets have to be placed: nothing can be drawn.")
+
+
+class ClickAnnotator:
+    """Plays a click agent on images without annotations; keys are (file, category index).
+
+    Args:
+        agent: the agent.
+        categories: categories to segment.
+        num_envs: masks that are segmented side by side.
+        max_steps: actions per mask (None: as in training).
+        keep_best: see `SamSegConfig`.
+        min_score: drop masks of a lower score.
+        description: `info` of the annotation file.
+
+    Raises:
+        ValueError: the policy needs a cue click, does not tell what its actions mean, or does not
+            know a category; or a category is given twice.
+    """
+
+    new_categories = False
+
+    def __init__(
+        self,
+        agent: PolicyAgent,
+        categories: Sequence[str],
+        num_envs: int,
+        max_steps: int | None = None,
+        keep_best: bool = False,
+        min_score: float = 0.0,
+        description: str = "",
+    ) -> None:
+        self.agent, policy = agent, agent.policy
+        self.categories, self.min_score = list(categories), min_score
+        self.description, self.settings = description, {"categories": self.categories}
+        if "cue_click" in policy.observation_space.spaces:
+            raise ValueError("This policy was trained on instances, which a cue click shows to it.")
+        others = int(policy.action_space.n) - 2 * policy.grid**2
+        if others != len(policy.others):
+            raise ValueError(
+                f"This policy has {others} actions beyond clicks, but names {len(policy.others)} "
+                "of them. Train it with this version of train_ppo."
+            )
+        check_categories(policy, categories)
+        backbone = dict(policy.features["backbone"])
+        config = SamSegConfig(
+            obs="handle",
+            backbone=backbone.pop("name"),
+            **backbone,
+            grid=policy.grid,
+            max_steps=max_steps or policy.features["max_steps"],
+            keep_best=keep_best,
+            stop="stop" in policy.others,
+            undo="undo" in policy.others,
+        )
+        self.core = ClickCore(config, num_envs, _NoDataset(categories))
+        self.backbone = self.core.backbone
+
+    def keys(self, file: str) -> list[Key]:
+        return [(file, category) for category in range(len(self.categories))]
+
+    def stream(self, items: Iterator[tuple[Key, np.ndarray]]) -> Iterator[AnnotatedItem]:
+        while batch := list(islice(items, self.core.num_envs)):
+            self._play(batch)
+            for env_index, (key, image) in enumerate(batch):
+                yield self._annotated(env_index, key, image.shape[:2])
+
+    def _play(self, batch: Sequence[tuple[Key, np.ndarray]]) -> None:
+        """Play one episode per item; sub-environments that are left over repeat the last item."""
+        core = self.core
+        targets = [
+            ClickTarget(image, np.ones(image.shape[:2], bool), None, category, file, None)
+            for (file, category), image in batch
+        ]
+        missing = core.num_envs - len(targets)
+        core.place(range(core.num_envs), targets + targets[-1:] * missing)
+        playing = np.ones(core.num_envs, bool)
+        while playing.any():
+            actions = self.agent.act(core, core.observe(np.arange(core.num_envs)))
+            indices = np.flatnonzero(playing)
+            _, terminated, truncated = core.step(indices, actions[indices])
+            playing[indices] = ~(terminated | truncated)
+
+    def _annotated(self, env_index: int, key: Key, size: tuple[int, int]) -> AnnotatedItem:
+        """Annotation of a sub-environment's mask, if it has pixels and a sufficient score."""
+        core, (file, category) = self.core, key
+        name, clicks = self.categories[category], int(core.num_clicks[env_index])
+        mask, score = core.mask(env_index), float(core.predicted_ious[env_index, clicks])
+        annotation = mask_annotation(mask, score=score, clicks=clicks, category=name)
+        keep = annotation["area"] > 0 and score >= self.min_score
+
+        def draw() -> np.ndarray:
+            caption = f"{name}  score {score:.2f}  {clicks} clicks"
+            image = core.ground_truth(env_index).image
+            return draw_episode(image, mask, core.clicks(env_index), caption=caption)
+
+        annotations = [annotation] if keep else []
+        return AnnotatedItem(key, size, annotations, f"{file}__{name}", draw if keep else None)
+
+
+def check_categories(policy: ImplicitPolicy, categories: Sequence[str]) -> None:
+    """Raise `ValueError` for a category that a policy does not know, or that is given twice."""
+    known = policy.features.get("vocabulary")
+    for name in categories:
+        if known and name not in known:
+            raise unknown_name("category of this policy", name, known)
+        if list(categories).count(name) > 1:
+            raise ValueError(f"Category {name!r} is named twice.")
+    policy.set_categories(categories)
