@@ -65,8 +65,8 @@ class ClickAnnotator:
         description: str = "",
     ) -> None:
         self.agent, policy = agent, agent.policy
-        self.categories, self.min_score = list(categories), min_score
-        self.description, self.settings = description, {"categories": self.categories}
+        self.categories, self.min_score = categories, min_score
+        self.description, self.settings = description, {"categories": list(categories)}
         if "cue_click" in policy.observation_space.spaces:
             raise ValueError("This policy was trained on instances, which a cue click shows to it.")
         others = int(policy.action_space.n) - 2 * policy.grid**2

@@ -65,7 +65,7 @@ class EverythingAnnotator:
     def __init__(self, generator: MaskGenerator, description: str) -> None:
         self.generator, self.description = generator, description
         self.backbone = generator.backbone
-        self.categories = list(generator.names) or [OBJECT]
+        self.categories: Sequence[str] = generator.names or (OBJECT,)
         self.settings = {
             "thresholds": generator.thresholds,
             "weights": generator.backbone.identity,
