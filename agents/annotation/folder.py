@@ -15,7 +15,7 @@ from agents.annotation.progress import PartialResults
 from sam_gym.backbones import Backbone
 from sam_gym.data.coco_writer import CocoWriter
 from sam_gym.utils.files import write_json
-from sam_gym.utils.progress import progress_bar
+from sam_gym.utils.progress import ProgressBar
 
 #: What is annotated in one go: an image file, followed by whatever tells items of it apart.
 Key = tuple[Any, ...]
@@ -103,7 +103,7 @@ def annotate_folder(
     if results.done:
         print(f"Resuming: {len(results.done)} of {len(keys)} are done.")
     reader = ImageReader(config.images, annotator.backbone)
-    with progress_bar() as bar:
+    with ProgressBar() as bar:
         task = bar.add_task("annotating", total=len(keys), completed=len(results.done))
 
         def readable() -> Iterator[tuple[Key, np.ndarray]]:
