@@ -1,4 +1,4 @@
-"""Which CLIPs there are: any of open_clip's, and `clip_micro`, which comes with the package."""
+"""Load CLIP models: any of open_clip's, and the bundled `clip_micro`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sam_gym.backbones.loading import resolve_device
 from sam_gym.utils.registry import unknown_name
 
 CLIP_MICRO = Path(__file__).parents[1] / "weights" / "clip_micro"
-#: Sentences that a name is put into before it is embedded, for a model with a small vocabulary.
+#: Prompt templates of `clip_micro`, which knows few words.
 MICRO_TEMPLATES = (
     "a {}.",
     "the {}.",
@@ -29,7 +29,7 @@ MICRO_TEMPLATES = (
     "there is the {} in the scene.",
     "this is a {} in the scene.",
 )
-#: What CLIP Surgery adds to open_clip's templates for ImageNet.
+#: Prompt templates that CLIP Surgery adds to open_clip's templates for ImageNet.
 _SCENE_TEMPLATES = (
     "there is a {} in the scene.",
     "there is the {} in the scene.",
@@ -42,11 +42,11 @@ Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
 class WordTokenizer:
-    """One token per word, for a text tower that knows few.
+    """One token per word, for a text tower with a small vocabulary.
 
     Args:
         words: the vocabulary, lower case.
-        context_length: tokens of every text, with its beginning, end and padding.
+        context_length: tokens per text, including start, end and padding.
     """
 
     PAD, UNKNOWN = 0, 1
@@ -54,7 +54,7 @@ class WordTokenizer:
     def __init__(self, words: Sequence[str], context_length: int) -> None:
         self.words, self.context_length = tuple(words), context_length
         self._index = {word: 2 + k for k, word in enumerate(words)}
-        # open_clip pools where the id is largest: the end of the text.
+        # open_clip pools the token of the largest id, which must be the end of the text.
         self.start, self.end = 2 + len(words), 3 + len(words)
 
     @property
@@ -62,11 +62,11 @@ class WordTokenizer:
         return self.end + 1
 
     def unknown(self, text: str) -> list[str]:
-        """The words of a text that are not in the vocabulary."""
+        """Return the words of a text that are not in the vocabulary."""
         return [word for word in words_of(text) if word not in self._index]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Token ids, int64 (N, context_length); longer texts are cut."""
+        """Return token ids, int64 (N, context_length); longer texts are truncated."""
         ids = torch.full((len(texts), self.context_length), self.PAD)
         for row, text in zip(ids, texts, strict=True):
             found = [self._index.get(word, self.UNKNOWN) for word in words_of(text)]
@@ -76,26 +76,26 @@ class WordTokenizer:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, lower case."""
+    """Return the words of a text, in lower case."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A frozen CLIP with all that belongs to it.
+    """A frozen CLIP model with its tokenizer and preprocessing.
 
     Attributes:
-        name: as it was asked for.
-        model: of open_clip, in evaluation mode, without gradients.
-        tokenizer: texts -> int64 (N, context length).
-        templates: sentences that a name is put into before it is embedded.
-        image_size: height and width of its input, in pixels.
-        mean, std: of its input, float32 (3, 1, 1).
-        surgical_blocks: how many of its last blocks CLIP Surgery works on by default.
-        surgical_size: height and width of the input of CLIP Surgery, in pixels: a finer grid of
-            patches than the model was trained with can find things better.
-        redundant_weight: how much of the redundant feature CLIP Surgery takes off the texts.
-        device: where it is.
+        name: the name that it was loaded by.
+        model: open_clip's model, in evaluation mode, without gradients.
+        tokenizer: texts -> token ids, int64 (N, context length).
+        templates: prompt templates that a name is embedded with.
+        image_size: height and width of the input, in pixels.
+        mean, std: normalisation of the input, float32 (3, 1, 1).
+        surgical_blocks: default number of last blocks that CLIP Surgery works on.
+        surgical_size: height and width of the input of CLIP Surgery, in pixels; a finer grid of
+            patches than that of the training can localise better.
+        device: device of the model.
+        redundant_weight: factor of the redundant feature that CLIP Surgery subtracts from texts.
     """
 
     name: str
@@ -120,23 +120,26 @@ class Clip:
         return digest.hexdigest()[:32]
 
     def check_known(self, names: Sequence[str]) -> None:
-        """Raise `ValueError` for a name of which the model's vocabulary has no word."""
+        """Raise `ValueError` for a name with words outside the model's vocabulary."""
         if isinstance(self.tokenizer, WordTokenizer):
             for name in names:
                 if self.tokenizer.unknown(name) or (name and not words_of(name)):
                     raise ValueError(
                         f"{self.name} has no word for {name!r}. It knows: "
-                        f"{', '.join(self.tokenizer.words)}. Take a CLIP with a full vocabulary, "
-                        "for example clip='ViT-B-16' with clip_pretrained='openai'; or, to try out "
-                        "a training with maps that mean nothing, pass --allow-unknown-words."
+                        f"{', '.join(self.tokenizer.words)}. Use a CLIP with a full vocabulary, "
+                        "for example clip='ViT-B-16' with clip_pretrained='openai'; or, to test a "
+                        "training with meaningless maps, pass --allow-unknown-words."
                     )
 
     def to_input(self, images: Tensor, side: int | None = None) -> Tensor:
-        """Pixels (B, 3, H, W) in 0..255 as the model takes them, squashed: (B, 3, S, S).
+        """Resize images to a square, ignoring the aspect ratio, and normalise them.
 
         Args:
-            images: the pixels.
-            side: S, if it is not the model's own.
+            images: float32 (B, 3, H, W), in 0..255.
+            side: height and width S of the result (default: `image_size`).
+
+        Returns:
+            float32 (B, 3, S, S).
         """
         side = side or self.image_size
         size = (side, side)
@@ -154,18 +157,18 @@ _loaded: dict[tuple[str, str | None, str], Clip] = {}
 def load_clip(
     name: str = "clip_micro", pretrained: str | None = None, device: str = "auto"
 ) -> Clip:
-    """The shared CLIP of a name; the same arguments give the same object in a process.
+    """Load a CLIP model; the same arguments return the same object in a process.
 
     Args:
         name: "clip_micro", or a model of open_clip, for example "ViT-B-16".
-        pretrained: a tag that open_clip knows, for example "openai" (downloaded when first asked
-            for), or a local file. `clip_micro` brings its own weights.
+        pretrained: a tag of open_clip, for example "openai" (downloaded on first use), or a local
+            file. Optional for `clip_micro`, whose weights are bundled.
         device: "auto" (CUDA, then MPS, then CPU), or a torch device.
 
     Raises:
-        ValueError: an unknown name, or no weights for it.
+        ValueError: the name is unknown, or needs `pretrained`.
         FileNotFoundError: the package was installed without the weights of `clip_micro`.
-        OSError: the weights could not be downloaded or do not fit.
+        OSError: the weights could not be downloaded, or do not fit the model.
     """
     target = resolve_device(device)
     key = (name, pretrained, str(target))
@@ -181,7 +184,7 @@ def _load_micro(name: str, pretrained: str | None, device: torch.device) -> Clip
 
 
 def read_clip_micro(folder: Path, device: torch.device) -> Clip:
-    """A CLIP as `train_clip_micro` writes it: open_clip's configuration and weights, and words."""
+    """Load a folder that `agents.clip.train` wrote: configuration, weights and vocabulary."""
     import open_clip
 
     if not (folder / "open_clip_model.safetensors").is_file():
@@ -207,7 +210,7 @@ def _load_open_clip(name: str, pretrained: str | None, device: torch.device) -> 
     try:
         model = open_clip.create_model(name, pretrained, device=device, require_pretrained=True)
     except RuntimeError as error:
-        raise OSError(f"{name}: the weights {pretrained!r} could not be had. {error}") from error
+        raise OSError(f"{name}: the weights {pretrained!r} could not be loaded. {error}") from error
     templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     tokenizer = open_clip.get_tokenizer(name)
     return _clip(name, model, tokenizer, (*templates, *_SCENE_TEMPLATES), 6, device)

@@ -1,4 +1,4 @@
-"""The pointing game: is the place that is most like a word on a thing of that name?
+"""The pointing game: does the maximum of a word's map lie on an object of that category?
 
 Zhang et al. 2018, "Top-down Neural Attention by Excitation Backprop".
 """
@@ -23,12 +23,12 @@ Redundant = Literal["empty", "texts", "none"]
 
 @dataclass(frozen=True)
 class PointingResult:
-    """What came out of a pointing game, one entry per image and category that is in it.
+    """Outcome of a pointing game, one entry per image and category in it.
 
     Attributes:
         hits: bool (K,), whether the maximum of the map lies on an object of the category.
-        chances: float64 (K,), the share of the image that the category covers: what a random place
-            would hit.
+        chances: float64 (K,), share of the image that the category covers: the accuracy of a
+            random point.
         categories: int64 (K,).
     """
 
@@ -42,7 +42,7 @@ class PointingResult:
 
     @property
     def half_width(self) -> float:
-        """Half of the 95% interval of the accuracy (normal approximation)."""
+        """Half-width of the 95% interval of the accuracy (normal approximation)."""
         return float(1.96 * np.sqrt(self.accuracy * (1 - self.accuracy) / len(self.hits)))
 
     @property
@@ -50,7 +50,7 @@ class PointingResult:
         return float(self.chances.mean())
 
     def by_category(self, names: Sequence[str]) -> dict[str, float]:
-        """Accuracy of each category that occurs."""
+        """Return the accuracy of each category that occurs."""
         return {
             names[k]: float(self.hits[self.categories == k].mean())
             for k in np.unique(self.categories)
@@ -66,11 +66,11 @@ def pointing_game(
     """Play the pointing game with every category of every image.
 
     Args:
-        surgery: makes the maps; with 0 blocks they are of CLIP's own patches.
+        surgery: computes the maps; with 0 blocks, from CLIP's own patch tokens.
         samples: images with masks.
-        names: of the categories, by number.
-        redundant: take the empty prompt's feature off ("empty"), what the names have in common
-            ("texts"), or nothing ("none").
+        names: category names, by index.
+        redundant: feature to subtract: that of the empty prompt ("empty"), the weighted mean of
+            all names ("texts"), or nothing ("none").
     """
     texts = surgery.embed_texts(names)
     off = redundant_feature(surgery, redundant)
@@ -87,7 +87,7 @@ def pointing_game(
 
 
 def redundant_feature(surgery: ClipSurgery, redundant: Redundant) -> Tensor | None:
-    """What `feature_surgery` takes off the texts, (E,), or None for what they have in common."""
+    """Return the `redundant` argument of `feature_surgery`: (E,), or None for "texts"."""
     if redundant not in get_args(Redundant):
         raise unknown_name("redundant feature", redundant, get_args(Redundant))
     if redundant == "texts":
@@ -99,12 +99,12 @@ def redundant_feature(surgery: ClipSurgery, redundant: Redundant) -> Tensor | No
 def word_maps(
     surgery: ClipSurgery, image: np.ndarray, texts: Tensor, redundant: Tensor | None
 ) -> Tensor:
-    """Maps (N, h, w) of an image uint8 (H, W, 3), not scaled."""
+    """Return the maps (N, h, w) of an image uint8 (H, W, 3), not scaled."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     return surgery.similarity(pixels, texts, redundant)[0][0]
 
 
 def _peak(similarity: Tensor, size: tuple[int, int]) -> tuple[int, int]:
-    """Row and column of the maximum of a map (h, w) brought to an image's size."""
+    """Return row and column of the maximum of a map (h, w) resized to an image."""
     full = F.interpolate(similarity[None, None], size, mode="bilinear", align_corners=False)
     return divmod(int(full.argmax()), size[1])

@@ -1,13 +1,12 @@
-"""CLIP Surgery: where in an image is what a word names?
+"""CLIP Surgery: localise words in an image without training.
 
 Li et al. 2023, "CLIP Surgery for Better Explainability with Enhancement in Open-Vocabulary Tasks"
-(arXiv 2304.05653). CLIP's patches are not comparable with texts as they come out: its last blocks
-attend to what is unlike, and features that every text shares drown what tells texts apart. Two
-operations mend that without training. *Architecture surgery*: beside the original path, the patches
-take a second one through the last blocks, with attention of values to values and without MLPs.
-*Feature surgery*: what a text has in common with the redundant feature is taken off.
+(arXiv 2304.05653). CLIP's patch tokens do not compare with texts: the last blocks attend to
+dissimilar regions, and features common to all texts dominate. *Architecture surgery* adds a second
+path through the last blocks for the patches, with value-value attention and without MLPs. *Feature
+surgery* subtracts a redundant feature from the texts.
 
-The model of open_clip is read, never modified.
+The modules of open_clip are read in place and never modified.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from agents.clip.models import Clip
 
-#: Added to a range before dividing by it: a map without contrast stays flat.
+#: Added to the range of a map before dividing by it, so that a constant map becomes zero.
 _FLAT = 1e-6
 
 
@@ -29,14 +28,14 @@ def check_operable(visual: nn.Module, blocks: int) -> None:
     """Raise `ValueError` for an image tower that the surgery is not defined for.
 
     Args:
-        visual: the image tower of an open_clip model.
-        blocks: how many of its last blocks get the second path.
+        visual: image tower of an open_clip model.
+        blocks: number of last blocks with a second path.
     """
     from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
     def refuse(reason: str) -> ValueError:
         return ValueError(
-            f"CLIP Surgery cannot work on this image tower: {reason}. Take a CLIP with open_clip's "
+            f"CLIP Surgery cannot work on this image tower: {reason}. Use a CLIP with open_clip's "
             "VisionTransformer, for example ViT-B-16, ViT-B-32 or ViT-L-14."
         )
 
@@ -58,16 +57,16 @@ def surgical_tokens(visual: Any, pixels: Tensor, blocks: int) -> tuple[Tensor, T
     """Run the image tower with a second path through its last blocks; differentiable.
 
     Args:
-        visual: open_clip's `VisionTransformer`, as `check_operable` has it.
-        pixels: float32 (B, 3, H, W), normalised; sides are multiples of the patch.
-        blocks: how many of the last blocks have the second path; with 0 the tokens are CLIP's own.
+        visual: open_clip's `VisionTransformer`, accepted by `check_operable`.
+        pixels: float32 (B, 3, H, W), normalised; sides are multiples of the patch size.
+        blocks: number of last blocks with a second path; 0 gives CLIP's own tokens.
 
     Returns:
-        The class token (B, E) of the original path, and the patch tokens (B, h * w, E) of the
-        second, both projected to the space of texts, not normalised.
+        The class token (B, E) of the original path and the patch tokens (B, h * w, E) of the
+        second path, both projected to the text space, not normalised.
 
     Raises:
-        ValueError: a side is no multiple of the patch.
+        ValueError: a side is no multiple of the patch size.
     """
     patch = visual.patch_size[0]
     if pixels.shape[-2] % patch or pixels.shape[-1] % patch:
@@ -89,12 +88,12 @@ def surgical_tokens(visual: Any, pixels: Tensor, blocks: int) -> tuple[Tensor, T
         else:
             x = layer(x.transpose(0, 1)).transpose(0, 1)
     patches = x if second is None else second
-    # Projected apart, as open_clip does it: so no block of surgery means no difference at all.
+    # open_clip projects them separately too: without surgical blocks, results are bit-identical.
     return visual.ln_post(x)[:, 0] @ visual.proj, visual.ln_post(patches)[:, 1:] @ visual.proj
 
 
 def _positions(visual: Any, grid: tuple[int, int]) -> Tensor:
-    """Positional embedding (1 + h * w, D), interpolated where the grid is not the model's own."""
+    """Return positional embeddings (1 + h * w, D), interpolated to the grid."""
     own = tuple(visual.grid_size)
     if grid == own:
         return visual.positional_embedding
@@ -105,7 +104,7 @@ def _positions(visual: Any, grid: tuple[int, int]) -> Tensor:
 
 
 def _values_to_values(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
-    """Self-attention (B, L, D) in which values are queries and keys too."""
+    """Return value-value self-attention of x (B, L, D): values serve as queries and keys."""
     width = x.shape[-1]
     bias = None if attention.in_proj_bias is None else attention.in_proj_bias[2 * width :]
     values = F.linear(x, attention.in_proj_weight[2 * width :], bias)
@@ -117,22 +116,21 @@ def _values_to_values(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
 def feature_surgery(
     cls: Tensor, patches: Tensor, texts: Tensor, redundant: Tensor | None = None
 ) -> Tensor:
-    """Similarity of patches with texts, less what is redundant.
+    """Return the similarity of patches and texts without the redundant feature.
 
     Args:
-        cls: (B, E), unit length.
-        patches: (B, L, E), unit length.
-        texts: (N, E), unit length.
-        redundant: (E,), what is taken off each text: the feature of the empty prompt, of unit
-            length in the paper. None: what the texts have in common, each weighted by how much the
-            image is like it (the paper's form for several texts; the maps of a text then depend on
-            the others).
+        cls: class tokens (B, E), unit length.
+        patches: patch tokens (B, L, E), unit length.
+        texts: text features (N, E), unit length.
+        redundant: feature (E,) to subtract from each text: that of the empty prompt, of unit length
+            in the paper. None: the mean over texts, each weighted by its similarity to the image
+            (the paper's form for several texts; the map of a text then depends on the others).
 
     Returns:
         (B, L, N).
 
     Raises:
-        ValueError: there is one text only, which has everything in common with itself.
+        ValueError: `redundant` is None and there is only one text.
     """
     if redundant is not None:
         return patches @ (texts - redundant).T
@@ -144,17 +142,17 @@ def feature_surgery(
 
 
 def min_max(maps: Tensor) -> Tensor:
-    """Maps (..., h, w) scaled to [0, 1], each by itself; a flat one is all zero."""
+    """Scale each map (..., h, w) to [0, 1]; a constant map becomes zero."""
     low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
     return (maps - low) / (high - low + _FLAT)
 
 
 class ClipSurgery:
-    """A CLIP whose patches can be compared with words.
+    """A CLIP model whose patches can be compared with texts.
 
     Args:
         clip: the model.
-        blocks: how many of its last blocks get the second path (None: what suits the model).
+        blocks: number of last blocks with a second path (default: `clip.surgical_blocks`).
 
     Raises:
         ValueError: the surgery is not defined for the model.
@@ -168,14 +166,14 @@ class ClipSurgery:
 
     @torch.no_grad()
     def embed_texts(self, names: Sequence[str], *, allow_unknown: bool = False) -> Tensor:
-        """Unit features float32 (N, E) of names, each the mean over the model's prompt templates.
+        """Return unit features float32 (N, E) of names, averaged over the prompt templates.
 
         Args:
-            names: what to embed.
-            allow_unknown: take words that the model's vocabulary lacks, all as the same one.
+            names: texts to embed.
+            allow_unknown: accept words outside the model's vocabulary; all share one token.
 
         Raises:
-            ValueError: the model's vocabulary has no word for a name.
+            ValueError: a name has a word outside the model's vocabulary.
         """
         if not allow_unknown:
             self.clip.check_known(names)
@@ -187,23 +185,23 @@ class ClipSurgery:
         return torch.stack(features).float()
 
     def redundant(self) -> Tensor:
-        """The feature (E,) of the empty prompt, which all texts share, as much as is taken off."""
+        """Return the feature (E,) of the empty prompt, scaled by `redundant_weight`."""
         return self.clip.redundant_weight * self.embed_texts([""])[0]
 
     @torch.no_grad()
     def similarity(
         self, images: Tensor, texts: Tensor, redundant: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """How like each text every place of an image is, and the image as a whole.
+        """Return the similarity of each text to every patch and to the whole image.
 
         Args:
-            images: (B, 3, H, W) in 0..255, square or to be squashed.
-            texts: (N, E) of `embed_texts`.
-            redundant: as for `feature_surgery`.
+            images: (B, 3, H, W) in 0..255, resized to a square.
+            texts: (N, E), as `embed_texts` returns them.
+            redundant: as of `feature_surgery`.
 
         Returns:
-            Maps float32 (B, N, h, w) at the patches' resolution, not scaled (see `min_max`), and
-            the class token's similarity float32 (B, N).
+            Maps float32 (B, N, h, w) at the resolution of the patches, not scaled (see `min_max`),
+            and the similarity of the class token, float32 (B, N).
         """
         side = self.clip.surgical_size
         pixels = self.clip.to_input(images.to(self.clip.device).float(), side)

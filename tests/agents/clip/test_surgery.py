@@ -215,10 +215,11 @@ def test_word_tokenizer() -> None:
     assert tokenizer.unknown("a unicorn") == ["unicorn"]
 
 
-def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise RuntimeError("Failed to download file")
 
     monkeypatch.setattr(open_clip, "create_model", offline)
-    with pytest.raises(OSError, match=r"ViT-B-16: the weights 'openai' could not be had.*download"):
+    message = r"ViT-B-16: the weights 'openai' could not be loaded.*download"
+    with pytest.raises(OSError, match=message):
         load_clip("ViT-B-16", "openai", "cpu")

@@ -9,10 +9,11 @@ import open_clip
 import pytest
 import torch
 
+from agents.clip.micro_data import make_captions, vocabulary
 from agents.clip.models import MICRO_TEMPLATES, WordTokenizer, load_clip
 from agents.clip.pointing import pointing_game, redundant_feature
 from agents.clip.surgery import ClipSurgery
-from agents.clip.train import ClipTrainer, Config, make_captions, train, vocabulary
+from agents.clip.train import ClipTrainer, TrainClipConfig, train
 from sam_gym.data.base import Sample
 from sam_gym.data.synthetic.scenes import Scenes
 
@@ -25,8 +26,8 @@ def restore_torch() -> Iterator[None]:
         yield
 
 
-def config(out: Path) -> Config:
-    return Config(
+def config(out: Path) -> TrainClipConfig:
+    return TrainClipConfig(
         out=str(out),
         scenes=6,
         steps=3,
@@ -73,7 +74,7 @@ def test_a_run_cut_off_goes_on_to_the_same_model(
     monkeypatch.setattr(ClipTrainer, "train_step", step)
     capsys.readouterr()
     assert train(config(tmp_path / "parts")) == result
-    assert "Going on from step 2" in capsys.readouterr().out
+    assert "Resuming from step 2" in capsys.readouterr().out
     whole, parts = (
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
         for name in ("whole", "parts")
