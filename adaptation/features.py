@@ -17,6 +17,7 @@ from sam_gym.backbones.adapters.adapter import raw_features
 from sam_gym.data.base import Dataset, Sample
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.metrics.masks import iou
+from sam_gym.utils.lowres import low_res
 from sam_gym.utils.transfer import to_device
 
 #: The colour that normalises to about zero, with which views are padded.
@@ -203,9 +204,9 @@ class FeatureBank:
                 targets += [low_res_target(masks[k], shape) for k in kept]
                 boxes += [box_of(masks[k]) for k in kept]
                 categories += [int(sample.categories[k]) for k in kept]
-                valid.append(_low(scored, shape) >= 128)
+                valid.append(low_res(scored, shape) >= 0.5)
                 anything = np.asarray(masks.any(axis=0))
-                empty.append(valid[-1] & (_low(anything, shape) == 0))
+                empty.append(valid[-1] & (low_res(anything, shape) == 0))
                 frames.append(frame)
                 image.append(number)
             asked, small = asked + len(ever), small + int((~ever).sum())
@@ -256,11 +257,6 @@ def box_of(mask: np.ndarray) -> np.ndarray:
     return np.array([x, y, x + w - 1, y + h - 1], np.float32)
 
 
-def _low(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A mask of the frame as shares of low-res pixels, uint8."""
-    return cv2.resize(mask.astype(np.uint8) * 255, shape[::-1], interpolation=cv2.INTER_AREA)
-
-
 def low_res_target(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """What a decoder should answer, so that its mask at full size is like the object.
 
@@ -276,7 +272,7 @@ def low_res_target(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     Returns:
         uint8 (hm, wm), 255 for all of a pixel.
     """
-    share = _low(mask, shape).astype(np.float32) / 255.0
+    share = np.round(255 * low_res(mask, shape)) / 255
     side = mask.shape[::-1]
     large = cv2.resize(share, side, interpolation=cv2.INTER_LINEAR)
     overlaps = [iou(large > threshold, mask) for threshold in _THRESHOLDS]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sam_gym.backbones.decode import MaskTokens
+from sam_gym.metrics.masks import batch_iou
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,4 @@ def whole_object_loss(
 
 def low_res_iou(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     """IoU over the last two axes of masks and of targets that are at least half covered."""
-    predicted, truth, counts = logits > 0, targets >= 0.5, valid > 0
-    overlap = (predicted & truth & counts).sum(dim=(-2, -1))
-    return overlap / ((predicted | truth) & counts).sum(dim=(-2, -1)).clamp(min=1)
+    return batch_iou(logits > 0, targets >= 0.5, valid > 0)

@@ -22,7 +22,8 @@ from benchmarks.throughput.machine import peak_memory_mib
 from benchmarks.throughput.reference import check_comparable, plain_sam
 from sam_gym.backbones import Backbone
 from sam_gym.data import make_dataset
-from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator, relative_grid
+from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
+from sam_gym.simulation.clicks import relative_grid
 from sam_gym.utils.files import plain
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.transfer import synchronise

@@ -21,6 +21,7 @@ from sam_gym.data.base import image_digest
 from sam_gym.mask_generation.generator import GeneratorOptions, without_duplicates
 from sam_gym.mask_generation.masks import Masks
 from sam_gym.mask_generation.merging import MergeOptions, merge_masks
+from sam_gym.metrics.masks import iou
 from sam_gym.metrics.panoptic import (
     Overlaps,
     average_recall,
@@ -29,6 +30,7 @@ from sam_gym.metrics.panoptic import (
     mean_over_classes,
     panoptic_quality,
 )
+from sam_gym.utils.lowres import low_res
 from sam_gym.utils.transfer import to_device
 
 #: Least predicted IoU and least stability, of which the operating point of a model is chosen.
@@ -291,9 +293,8 @@ def released(backbone: Backbone, split: Split, grid: tuple[int, int]) -> dict[st
             mask = (backbone.masks_at(own[None], truth.shape)[0] > 0).cpu().numpy()
             if sample.ignore is not None:
                 mask &= ~sample.ignore
-            shared = np.count_nonzero(mask & truth)
-            ious.append(shared / np.count_nonzero(mask | truth))
-            accuracies.append(shared / np.count_nonzero(truth))
+            ious.append(iou(mask, truth))
+            accuracies.append(np.count_nonzero(mask & truth) / np.count_nonzero(truth))
     return {
         "released_miou": 100 * mean_over_classes(np.array(ious), split.classes),
         "released_macc": 100 * mean_over_classes(np.array(accuracies), split.classes),
@@ -312,7 +313,7 @@ def _points_from_truth(
         small = cv2.resize(mask.astype(np.uint8), side[::-1], interpolation=cv2.INTER_NEAREST)
         frame[: side[0], : side[1]] = small > 0
     targets = np.stack([low_res_target(mask, shape) for mask in framed[:-1]])
-    shown = cv2.resize(framed[-1].astype(np.uint8), shape[::-1], interpolation=cv2.INTER_AREA)
+    shown = low_res(framed[-1], shape) > 0.5
     count, device = len(targets), backbone.device
     return nearest_points(
         embedding[:, : backbone.sam.prompt_encoder.embed_dim],

@@ -31,6 +31,7 @@ from sam_gym.backbones import BACKBONES, Backbone
 from sam_gym.backbones.embeddings.store import EmbeddingStore
 from sam_gym.data.cache import SampleCache
 from sam_gym.envs.click import ClickCore, make_config
+from sam_gym.metrics.masks import iou
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.transfer import synchronise
 
@@ -300,9 +301,12 @@ class Match:
         vector, reference, scalar = (self.played[side] for side in _SIDES)
         rewards = np.abs(np.array(vector.rewards) - np.array(scalar.rewards))
         ious = np.abs(np.array(vector.final_ious) - np.array(scalar.final_ious))
-        one, other = np.array(vector.masks), np.array(reference.masks)
-        union = (one | other).sum(axis=(2, 3))
-        mask_iou = np.where(union, (one & other).sum(axis=(2, 3)) / np.maximum(union, 1), 1.0)
+        mask_iou = np.array(
+            [
+                [iou(*pair) for pair in zip(*step, strict=True)]
+                for step in zip(vector.masks, reference.masks, strict=True)
+            ]
+        )
         outliers = float((rewards > tolerance).mean())
         differing = float((mask_iou < 1 - tolerance).mean())
         return {

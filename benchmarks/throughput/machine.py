@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sam_gym.backbones import Backbone, Prompts
 from sam_gym.data import make_dataset
+from sam_gym.metrics.masks import batch_iou
 from sam_gym.simulation.clicks import interior_distance
 from sam_gym.utils.transfer import synchronise
 
@@ -145,9 +146,9 @@ def precision_effect(backbone: Backbone, count: int = 32) -> dict[str, dict[str,
     truth = exact.decode_best(embeddings, prompts, first)[0] > 0
 
     def iou(logits: torch.Tensor) -> float:
-        mask = logits > 0
-        overlap, union = (mask & truth).sum(dim=(1, 2)), (mask | truth).sum(dim=(1, 2))
-        return float(torch.where(union > 0, overlap / union.clamp(min=1), 1.0).mean())
+        masks = logits > 0
+        both_empty = ~(masks | truth).any(dim=-1).any(dim=-1)
+        return float(batch_iou(masks, truth).masked_fill(both_empty, 1.0).mean())
 
     effect = {}
     for dtype in (torch.bfloat16, torch.float16):

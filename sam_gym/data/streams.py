@@ -28,6 +28,8 @@ from sam_gym.data.base import Dataset, MissingSplit, Sample
 from sam_gym.data.folder import BACKGROUND, IGNORE, OBJECT, Folder
 from sam_gym.data.io import read_labels
 from sam_gym.data.synthetic.domains.dataset import DOMAINS, ProceduralDomain
+from sam_gym.metrics.masks import iou
+from sam_gym.utils.lowres import frame_mask, low_res
 from sam_gym.utils.registry import Registry, unknown_name
 
 SPLITS = ("train", "val", "test")
@@ -303,18 +305,16 @@ def _low_res_iou(mask: np.ndarray, image_size: int, mask_size: int) -> float:
     height, width = mask.shape
     scale = image_size / max(height, width)
     h, w = int(height * scale + 0.5), int(width * scale + 0.5)
-    frame = np.zeros((image_size, image_size), np.float32)
-    frame[:h, :w] = cv2.resize(mask.astype(np.float32), (w, h), interpolation=cv2.INTER_AREA)
-    low = F.adaptive_avg_pool2d(torch.from_numpy(frame)[None, None], mask_size)
-    full = F.interpolate(low, (image_size,) * 2, mode="bilinear", align_corners=False)
+    low = low_res(frame_mask(mask, (h, w), image_size), (mask_size, mask_size))
+    full = torch.from_numpy(low)[None, None]
+    full = F.interpolate(full, (image_size,) * 2, mode="bilinear", align_corners=False)
     if mask.shape != (image_size, image_size):
         full = F.interpolate(full[..., :h, :w], mask.shape, mode="bilinear", align_corners=False)
     cover = full[0, 0].numpy()
-    touched = cover > _THRESHOLDS[0]
-    cover, inside = cover[touched], mask[touched]
-    area = np.count_nonzero(mask)
-    drawn = [cover > threshold for threshold in _THRESHOLDS]
-    return max(np.count_nonzero(d & inside) / (area + np.count_nonzero(d & ~inside)) for d in drawn)
+    # Most pixels are outside of the object at every threshold.
+    seen = mask | (cover > _THRESHOLDS[0])
+    cover, inside = cover[seen], mask[seen]
+    return max(iou(cover > threshold, inside) for threshold in _THRESHOLDS)
 
 
 class _Subset:

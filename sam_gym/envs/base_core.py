@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-import cv2
 import numpy as np
 from gymnasium import spaces
 
@@ -19,6 +18,8 @@ from sam_gym.backbones.service import DTYPES
 from sam_gym.data import DATASETS, Dataset, make_dataset
 from sam_gym.data.cache import SampleCache
 from sam_gym.envs.prefetch import Prefetcher
+from sam_gym.simulation.clicks import cell_centres
+from sam_gym.utils.lowres import frame_mask, low_res
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.transfer import to_device, to_host
 
@@ -337,13 +338,9 @@ class BaseCore(Generic[C, T]):
 
     def _low_res(self, mask: np.ndarray) -> np.ndarray:
         """A mask bool (H, W) of an image on SAM's low-res mask: bool (hm, wm)."""
-        size, shape = self.backbone.image_size, self.backbone.mask_shape
-        height, width = self.backbone.input_size(mask.shape)
-        frame: np.ndarray = mask.astype(np.float32)
-        if mask.shape != (height, width):
-            frame = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
-        frame = np.pad(frame, ((0, size - height), (0, size - width)))
-        return cv2.resize(frame, shape[::-1], interpolation=cv2.INTER_AREA) >= 0.5
+        content = self.backbone.input_size(mask.shape)
+        frame = frame_mask(mask, content, self.backbone.image_size)
+        return low_res(frame, self.backbone.mask_shape) >= 0.5
 
     def _scored(self, shape: tuple[int, int], ignore: np.ndarray | None) -> np.ndarray:
         """What is scored of an image of (height, width) on the low-res mask: bool (hm, wm)."""
@@ -356,9 +353,9 @@ class BaseCore(Generic[C, T]):
 
     def centre_of(self, cell: int) -> tuple[float, float]:
         """The centre (x, y) of a cell of the grid, in pixels of the input frame."""
-        row, column = divmod(int(cell), self.config.grid)
         side = self.backbone.image_size / self.config.grid
-        return (column + 0.5) * side - 0.5, (row + 0.5) * side - 0.5
+        x, y = cell_centres(np.array(cell), self.config.grid, (side, side)).tolist()
+        return x, y
 
     def cell_at(self, x: float, y: float) -> int:
         """The cell that holds (x, y), in pixels of the input frame."""

@@ -360,10 +360,7 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
 
     def _low_iou(self, index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """IoU (S,) of low-res masks with the targets of the slots in `index`."""
-        valid = self._low_valid[index]
-        predicted, truth = (logits > 0) & valid, self._low_target[index] & valid
-        overlap = (predicted & truth).sum(dim=(1, 2))
-        return overlap / (predicted | truth).sum(dim=(1, 2)).clamp(min=1)
+        return metrics.batch_iou(logits > 0, self._low_target[index], self._low_valid[index])
 
     def _full_iou(self, slots: np.ndarray, logits: torch.Tensor) -> np.ndarray:
         """IoU (S,) of masks at the size of their images."""

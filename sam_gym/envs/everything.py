@@ -17,6 +17,7 @@ from sam_gym.data import Dataset, Sample
 from sam_gym.envs.base_core import BaseCore, DatasetConfig, check_choice
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.metrics.panoptic import PART_COVERS, PART_INSIDE, matched_ious
+from sam_gym.simulation.clicks import cell_centres
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Arrays of an `EverythingCore` with a row per slot that say how far its episode is. `get_state`
@@ -333,8 +334,7 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
         """
         rows, places = np.nonzero(cells >= 0)
         grid, size = self.config.grid, self.backbone.image_size
-        row, column = np.divmod(cells[rows, places], grid)
-        points = (np.stack([column, row], axis=1) + 0.5) * (size / grid) - 0.5
+        points = cell_centres(cells[rows, places], grid, (size / grid, size / grid))
         limits = np.array([self._inside(slot, size, size) for slot in slots])
         points = np.minimum(points, limits[rows]).astype(np.float32)[:, None]
         handles = self.handles[slots] if cells.shape[1] > 1 else self.handles[slots[rows]]

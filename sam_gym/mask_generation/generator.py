@@ -25,6 +25,7 @@ from torchvision.ops import nms
 from sam_gym.backbones.decode import MaskTokens, Prompts
 from sam_gym.backbones.service import Backbone
 from sam_gym.mask_generation.masks import OUTPUTS, Collected, Masks, run_lengths, to_counts
+from sam_gym.simulation.clicks import relative_grid
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.transfer import to_device, to_host
@@ -122,12 +123,6 @@ def _require(options: GeneratorOptions, name: str, least: float, most: float | N
         raise ValueError(f"{name} must be at least {least}, got {value}.")
     if most is not None and value > most:
         raise ValueError(f"{name} must be at most {most}, got {value}.")
-
-
-def relative_grid(columns: int, rows: int) -> np.ndarray:
-    """The centres of a grid of cells over the unit square: float64 (rows * columns, 2), (x, y)."""
-    x, y = (np.linspace(0.5 / n, 1 - 0.5 / n, n) for n in (columns, rows))
-    return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
 
 
 class _View(NamedTuple):

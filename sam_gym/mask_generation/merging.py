@@ -9,6 +9,7 @@ import numpy as np
 
 from sam_gym.mask_generation.masks import Masks, to_counts
 from sam_gym.metrics.panoptic import Overlaps, encoded
+from sam_gym.utils.lowres import low_res
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,7 @@ def merge_masks(masks: Masks, embedding: np.ndarray, options: MergeOptions | Non
 
 def _mean_features(masks: Masks, embedding: np.ndarray) -> np.ndarray:
     """Normalised mean features of N masks: float32 (N, C)."""
-    size, area = embedding.shape[:0:-1], cv2.INTER_AREA
-    low = [
-        cv2.resize(masks.mask(index).astype(np.float32), size, interpolation=area).ravel()
-        for index in range(len(masks))
-    ]
+    low = [low_res(masks.mask(i), embedding.shape[1:]).ravel() for i in range(len(masks))]
     means = np.stack(low) @ embedding.reshape(len(embedding), -1).T
     return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-6)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
+import torch
 
 
 def iou(prediction: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = None) -> float:
@@ -18,6 +19,25 @@ def iou(prediction: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = 
         prediction, target = prediction & ~ignore, target & ~ignore
     union = np.count_nonzero(prediction | target)
     return np.count_nonzero(prediction & target) / union if union else 1.0
+
+
+def batch_iou(
+    prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the IoU of batches of masks, as a tensor on their device; 0 where both are empty.
+
+    Args:
+        prediction: bool (..., H, W).
+        target: bool (..., H, W), broadcast against `prediction`.
+        valid: bool (..., H, W), pixels that count; None: all.
+
+    Returns:
+        float32 (...).
+    """
+    if valid is not None:
+        prediction, target = prediction & valid, target & valid
+    overlap = (prediction & target).sum(dim=(-2, -1))
+    return overlap / (prediction | target).sum(dim=(-2, -1)).clamp(min=1)
 
 
 def dice(prediction: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = None) -> float:

@@ -67,8 +67,35 @@ def error_click(
     return Click(x, y, positive)
 
 
+def cell_centres(
+    cells: np.ndarray, columns: int, sides: tuple[float, float], dtype: type = np.float64
+) -> np.ndarray:
+    """Return the centres of cells of a grid that are numbered row by row.
+
+    Args:
+        cells: int64 (...), numbers of cells.
+        columns: cells in a row of the grid.
+        sides: (width, height) of a cell in pixels.
+        dtype: of the arithmetic and the result.
+
+    Returns:
+        (..., 2), (x, y) in pixels.
+    """
+    row, column = np.divmod(cells, columns)
+    places = np.stack([column, row], axis=-1).astype(dtype) + dtype(0.5)
+    return places * np.array(sides, dtype) - dtype(0.5)
+
+
 def point_grid(rows: int, columns: int, height: int, width: int) -> np.ndarray:
-    """The centres of a grid of cells: float32 (rows * columns, 2), (x, y) in pixels, row by row."""
-    ys = (np.arange(rows, dtype=np.float32) + 0.5) * (height / rows) - 0.5
-    xs = (np.arange(columns, dtype=np.float32) + 0.5) * (width / columns) - 0.5
-    return np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
+    """Return the cell centres of a grid: float32 (rows * columns, 2), (x, y) in pixels."""
+    cells = np.arange(rows * columns)
+    return cell_centres(cells, columns, (width / columns, height / rows), np.float32)
+
+
+def relative_grid(columns: int, rows: int) -> np.ndarray:
+    """Return the cell centres of a grid over the unit square: float64 (rows * columns, 2), (x, y).
+
+    Rounded as segment_anything's `build_point_grid`, whose points everything mode repeats exactly.
+    """
+    x, y = (np.linspace(0.5 / n, 1 - 0.5 / n, n) for n in (columns, rows))
+    return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)

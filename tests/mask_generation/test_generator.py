@@ -21,10 +21,10 @@ from sam_gym.data import make_dataset
 from sam_gym.mask_generation.generator import (
     GeneratorOptions,
     MaskGenerator,
-    relative_grid,
     without_duplicates,
 )
 from sam_gym.mask_generation.masks import Masks, from_counts, run_lengths, to_counts
+from sam_gym.simulation.clicks import relative_grid
 
 #: Thresholds that let enough masks through.
 LOOSE = {"pred_iou_thresh": 0.45, "stability_score_thresh": 0.4}
@@ -149,7 +149,7 @@ def test_clicks_are_counted(tiny: Backbone, capsys: pytest.CaptureFixture[str]) 
     assert len(every) == 3 and sum(counted) == 3 * GRID**2 and max(counted) == 40
     shown = generator.generate_masks(images, progress=True)
     assert [len(masks) for masks in shown] == [len(masks) for masks in every]
-    assert "clicking" in capsys.readouterr().out
+    assert "clicking" in capsys.readouterr().err
 
 
 def test_outputs_hold_the_same_masks(tiny: Backbone) -> None:

@@ -5,8 +5,10 @@ import math
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from sam_gym.metrics.masks import (
+    batch_iou,
     boundary,
     boundary_iou,
     dice,
@@ -158,3 +160,18 @@ def test_boundary_of_what_is_narrow_or_empty() -> None:
     assert not boundary(empty).any()
     ignore = blob(rng, 100, 100, 0.5)
     assert boundary_iou(thin, other, ignore) == iou(thin, other, ignore)
+
+
+def test_batch_iou_is_iou_of_each_pair() -> None:
+    rng = np.random.default_rng(0)
+    predictions, targets, valid = (rng.random((2, 3, 8, 9)) < share for share in (0.5, 0.4, 0.9))
+    expected = [
+        [iou(*pair) for pair in zip(*row, ~counts, strict=True)]
+        for *row, counts in zip(predictions, targets, valid, strict=True)
+    ]
+    tensors = (torch.from_numpy(masks) for masks in (predictions, targets, valid))
+    got = batch_iou(*tensors)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6)
+    empty = torch.zeros(1, 4, 4, dtype=torch.bool)
+    assert batch_iou(empty, empty).tolist() == [0.0]

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
-from sam_gym.simulation.clicks import Click, error_click, interior_distance, point_grid
+from sam_gym.simulation.clicks import (
+    Click,
+    cell_centres,
+    error_click,
+    interior_distance,
+    point_grid,
+    relative_grid,
+)
 
 
 def blobs(rng: np.random.Generator, shape: tuple[int, int], share: float = 0.5) -> np.ndarray:
@@ -106,3 +113,11 @@ def test_point_grid_of_every_pixel(size: int) -> None:
     points = point_grid(size, size, size, size).reshape(size, size, 2)
     ys, xs = np.mgrid[:size, :size]
     np.testing.assert_allclose(points, np.stack([xs, ys], axis=-1), atol=1e-6)
+
+
+def test_cell_centres_count_row_by_row() -> None:
+    centres = cell_centres(np.arange(6), 3, (20.0, 10.0))
+    assert centres[:4].tolist() == [[9.5, 4.5], [29.5, 4.5], [49.5, 4.5], [9.5, 14.5]]
+    np.testing.assert_array_equal(point_grid(2, 3, height=20, width=60), centres)
+    relative = relative_grid(3, 2) * [60, 20] - 0.5
+    np.testing.assert_allclose(relative, centres)

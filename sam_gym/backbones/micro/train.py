@@ -31,9 +31,11 @@ from sam_gym.backbones.micro.muon import Muon
 from sam_gym.backbones.service import Backbone
 from sam_gym.data.base import Sample
 from sam_gym.data.synthetic.scenes import Scenes
+from sam_gym.metrics.masks import batch_iou
 from sam_gym.simulation.clicks import interior_distance
 from sam_gym.simulation.interactive import Target, click_out
 from sam_gym.utils.files import write_json
+from sam_gym.utils.lowres import low_res
 from sam_gym.utils.training import run_steps, save_half, save_state
 
 MASK = SIZE // 4
@@ -109,7 +111,7 @@ class PromptBatch:
         self.rng = rng
         self.rows = np.repeat(np.arange(len(items)), [len(item.targets) for item in items])
         self.full = np.stack([target.mask for target in targets])
-        area = self.full.reshape(-1, MASK, CELL, MASK, CELL).mean(axis=(2, 4), dtype=np.float32)
+        area = np.stack([low_res(mask, (MASK, MASK)) for mask in self.full])
         self.target = torch.from_numpy(area)
         self.hard = area > 0.5
         count = len(targets)
@@ -215,9 +217,7 @@ def mask_losses(logits: Tensor, target: Tensor) -> Tensor:
 
 def true_iou(logits: Tensor, target: Tensor) -> Tensor:
     """IoU of thresholded masks: logits (P, M, h, w), target (P, h, w) -> (P, M)."""
-    predicted, truth = logits > 0, (target > 0.5)[:, None]
-    overlap = (predicted & truth).sum(dim=(2, 3))
-    return overlap / (predicted | truth).sum(dim=(2, 3)).clamp(min=1)
+    return batch_iou(logits > 0, (target > 0.5)[:, None])
 
 
 def round_loss(sam: Sam, embeddings: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
