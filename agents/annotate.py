@@ -17,7 +17,7 @@ from agents.annotation.clicks import ClickAnnotator
 from agents.annotation.files import image_files
 from agents.annotation.folder import FolderConfig, annotate_folder
 from agents.evaluate import PolicyAgent
-from agents.policies.base import ImplicitPolicy
+from agents.policies.implicit import ImplicitPolicy
 from sam_gym.utils import cli
 
 #: The option that selects everything mode instead of an agent.

@@ -8,58 +8,33 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
 import tyro
 
-from agents import baselines, everything
 from agents.baselines import Agent
 from agents.curves import plot_iou_after_steps
 from agents.hub import PREFIX, local_policy
 from agents.policies.base import SamPolicy, StoredFeatures
 from agents.policies.saved import SHIPPED, load_policy
-from agents.ppo.config import env_of, settings_class
-from agents.ppo.vec_env import make_vector_env, over_domains
-from sam_gym.envs.base_core import BaseCore, DatasetConfig, EnvConfig
-from sam_gym.envs.click import ClickConfig, SamSegConfig
-from sam_gym.envs.continual import ContinualConfig
-from sam_gym.envs.everything import EverythingConfig
+from agents.ppo.config import env_of
+from agents.ppo.vec_env import make_vector_env
+from agents.tasks import task_of
+from sam_gym.envs.base_core import BaseCore, EnvConfig
+from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95
 from sam_gym.utils import cli
 from sam_gym.utils.files import write_csv, write_json
-from sam_gym.utils.registry import Registry, unknown_name
+from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import save_gif, tile
 
-S = TypeVar("S", bound=EnvConfig)
 #: Steps of a film, about; an episode may have more.
 MAX_FRAMES = 32
-
-
-def baselines_of(settings: EnvConfig) -> Registry[Callable[[int], Agent]]:
-    """The baselines of environments with such settings; "random" and "oracle" are always there."""
-    if isinstance(settings, EverythingConfig):
-        return everything.BASELINES
-    return baselines.BASELINES
-
-
-def rules_of(agent: Agent, settings: S) -> S:
-    """The settings under which an agent plays: those given, but for agents with own rules."""
-    rules = getattr(agent, "rules", None)
-    return settings if rules is None else rules(settings)
-
-
-def scored_at(settings: S, score: str) -> S:
-    """Settings with the IoU computed on the low-res mask or at full size, if there is a choice."""
-    return (
-        cast(S, replace(settings, score=cast(Any, score)))
-        if isinstance(settings, ClickConfig)
-        else settings
-    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +116,7 @@ def check_fits(policy: SamPolicy, core: BaseCore[Any, Any]) -> None:
     """
     config = core.config
     extractor = cast(StoredFeatures, policy.features_extractor)
-    own = policy.played_with(cast(Any, core.action_space).n) | {"backbone": extractor.backbone}
+    own = policy.action_config(cast(Any, core.action_space).n) | {"backbone": extractor.backbone}
     missing = [name for name in own if name != "backbone" and not hasattr(config, name)]
     if missing:
         raise ValueError(
@@ -157,7 +132,7 @@ def check_fits(policy: SamPolicy, core: BaseCore[Any, Any]) -> None:
     ]
     if different:
         raise ValueError(
-            f"The policy was trained with {'; '.join(different)}. Pass the settings that it had."
+            f"The policy was trained with {'; '.join(different)}. Pass the options that it had."
         )
 
 
@@ -212,7 +187,7 @@ class PolicyAgent:
 
 def evaluate(
     agent: Agent,
-    settings: EnvConfig,
+    env_config: EnvConfig,
     *,
     env_id: str = "SamSeg-v0",
     episodes: int = 256,
@@ -223,43 +198,39 @@ def evaluate(
     """Play episodes and record how they end.
 
     Every slot plays equally many episodes, so that short ones do not count more often; agents
-    that are evaluated with the same settings and seed play the same episodes. Of an environment
+    that are evaluated with the same env config and seed play the same episodes. Of an environment
     with a stream, every slot plays equally many of each domain, one domain after the other.
 
     Args:
         agent: who plays.
-        settings: of the environment; observations are handles whatever they say.
+        env_config: of the environment; its `obs` is ignored.
         env_id: a registered environment.
         episodes: at least how many, over all domains, rounded up to a multiple of the slots.
         num_envs: slots.
         seed: of the episodes.
         score: "full" (IoU at the size of the image) or "low", where there is a choice.
     """
-    settings = rules_of(agent, scored_at(settings, score))
-    # Held on to, since then the environment does not have to open it once more.
-    stream = settings.open_stream() if isinstance(settings, ContinualConfig) else None
-    if stream is not None:
-        episodes = -(-episodes // len(stream))
-    num_envs = min(num_envs, episodes)
-    per_slot = -(-episodes // num_envs)
-    if stream is not None:
-        settings = replace(cast(Any, settings), episodes_per_domain=per_slot, cycle=False)
-        per_slot *= len(stream)
-    env, core = make_vector_env(env_id, num_envs, settings)
+    task = task_of(env_id)
+    env_config = task.env_config_for(agent, task.scored_at(env_config, score))
+    # Held, so that the environment does not open it again.
+    stream = task.stream(env_config)
+    env_config, num_envs, per_env = task.share_episodes(env_config, episodes, num_envs)
+    env, core = make_vector_env(env_id, num_envs, env_config)
+    del stream
     observations, _ = env.reset(seed=seed)
     totals = np.zeros(num_envs)
     rows: list[list[dict[str, Any]]] = [[] for _ in range(num_envs)]
     steps: list[list[float]] = [[] for _ in range(num_envs)]
-    while any(len(row) < per_slot for row in rows):
+    while any(len(row) < per_env for row in rows):
         actions = agent.act(core, observations)
         observations, reward, terminated, truncated, infos = env.step(actions)
         totals += reward
         ended = terminated | truncated
-        for slot, (so_far, over) in enumerate(zip(steps, ended, strict=True)):
-            so_far.append(float((infos["final_info"] if over else infos)["iou"][slot]))
+        for index, (so_far, over) in enumerate(zip(steps, ended, strict=True)):
+            so_far.append(float((infos["final_info"] if over else infos)["iou"][index]))
         for i in np.flatnonzero(ended):
             final = infos["final_info"]
-            if len(rows[i]) < per_slot:
+            if len(rows[i]) < per_env:
                 names = ("iou", *core.reported, "source", "target_name", "domain")
                 own = {name: final[name][i] for name in names if name in final}
                 rows[i].append(own | {"reward": totals[i], "steps": steps[i]})
@@ -279,27 +250,28 @@ def evaluate(
 
 
 def film_episodes(
-    agent: Agent, settings: EnvConfig, *, env_id: str = "SamSeg-v0", count: int = 6, seed: int = 0
+    agent: Agent, env_config: EnvConfig, *, env_id: str = "SamSeg-v0", count: int = 6, seed: int = 0
 ) -> list[np.ndarray]:
     """Frames of episodes played side by side: uint8 (H, W, 3) each, the last one held.
 
     Of long episodes, not every step has a frame.
     """
-    settings = rules_of(agent, scored_at(settings, "full"))
+    task = task_of(env_id)
+    env_config = task.env_config_for(agent, task.scored_at(env_config, "full"))
     env, core = make_vector_env(
         env_id,
         count,
-        settings,
+        env_config,
         autoreset_mode="NextStep",
         render_mode="rgb_array",
     )
-    observations, _ = env.reset(seed=seed, options=over_domains(core))
+    observations, _ = env.reset(seed=seed, options=task.reset_options(core))
     current = list(cast(Any, env.render()))
     columns = min(count, 3)
     frames = [tile(current, columns)]
     ended = np.zeros(count, bool)
-    stride = -(-settings.longest // MAX_FRAMES)
-    for step in range(1, settings.longest + 1):
+    stride = -(-env_config.longest // MAX_FRAMES)
+    for step in range(1, env_config.longest + 1):
         observations, _, terminated, truncated, _ = env.step(agent.act(core, observations))
         ends = (terminated | truncated) & ~ended
         if step % stride == 0 or ends.any():
@@ -315,7 +287,7 @@ def film_episodes(
 
 
 @dataclass
-class Config:
+class EvaluateConfig:
     """Evaluate a trained policy or a baseline on held-out data."""
 
     policy: str
@@ -328,28 +300,28 @@ class Config:
     episodes: int = 256
     """Episodes to play."""
     num_envs: int = 64
-    """Episodes side by side."""
+    """Number of sub-environments."""
     seed: int = 1000
     """Seed of the episodes."""
     categories: str | None = None
-    """Comma-separated categories: the only things in scenes, the things to segment of coco."""
-    settings: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(
+    """Comma-separated categories: the only objects in scenes, the targets in coco."""
+    env_config: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: SamSegConfig(split="test")
     )
 
 
 def load_agent(
-    policy: str, seed: int = 0, device: str = "auto", settings: EnvConfig | None = None
+    policy: str, seed: int = 0, device: str = "auto", env_id: str = "SamSeg-v0"
 ) -> Agent:
-    """A baseline by name, or a trained policy by path or by its name on the hub.
+    """Return a baseline by name, or load a trained policy by path or by its name on the hub.
 
     Args:
         policy: the name or path.
         seed: of a baseline.
         device: of a trained policy.
-        settings: of the environment that it is to play (default: of `SamSeg-v0`).
+        env_id: environment of the baseline.
     """
-    known = baselines_of(settings or SamSegConfig())
+    known = task_of(env_id).baselines
     if policy in known.names():
         return known.get(policy)(seed)
     if policy not in SHIPPED and not policy.startswith(PREFIX):
@@ -359,36 +331,23 @@ def load_agent(
     return PolicyAgent.load(policy, device)
 
 
-def with_categories(settings: S, categories: str | None) -> S:
-    """Settings in which the dataset is limited to some categories.
-
-    Raises:
-        ValueError: the data has no categories to choose from.
-    """
-    if categories is None:
-        return settings
-    if not isinstance(settings, DatasetConfig):
-        raise ValueError(
-            f"categories={categories!r}: the domains of a stream have one category only. "
-            "Leave it out."
-        )
-    return replace(settings, dataset_kwargs=settings.dataset_kwargs | {"categories": categories})
-
-
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command line."""
+    """Run the command line."""
     given = sys.argv[1:] if args is None else list(args)
-    settings_of_env = settings_class(env_of(given) or Config.env)(split="test")
-    default = Config(policy=tyro.MISSING, settings=settings_of_env)
-    config = tyro.cli(Config, args=given, default=default)
-    settings = with_categories(config.settings, config.categories)
-    agent = load_agent(config.policy, config.seed, settings.device, settings)
+    env_id = env_of(given) or EvaluateConfig.env
+    task = task_of(env_id)
+    default = EvaluateConfig(
+        policy=tyro.MISSING, env=env_id, env_config=task.config_class(split="test")
+    )
+    config = tyro.cli(EvaluateConfig, args=given, default=default)
+    env_config = task.with_categories(config.env_config, config.categories)
+    agent = load_agent(config.policy, config.seed, env_config.device, env_id)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     result = evaluate(
         agent,
-        settings,
-        env_id=config.env,
+        env_config,
+        env_id=env_id,
         episodes=config.episodes,
         num_envs=config.num_envs,
         seed=config.seed,
@@ -397,9 +356,9 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     written = {config.policy: summary, "iou_after_steps": curve, "config": asdict(config)}
     write_json(out / "results.json", written)
     write_csv(out / "episodes.csv", result.rows())
-    name = config.policy if config.policy in baselines_of(settings).names() else "agent"
+    name = config.policy if config.policy in task.baselines.names() else "agent"
     plot_iou_after_steps(out / "iou_after_steps.png", {name: curve})
-    frames = film_episodes(agent, settings, env_id=config.env, seed=config.seed)
+    frames = film_episodes(agent, env_config, env_id=env_id, seed=config.seed)
     save_gif(out / "episodes.gif", frames)
     print(json.dumps(summary, indent=2))
     print(f"Wrote results.json, episodes.csv, iou_after_steps.png and episodes.gif to {out}.")

@@ -17,8 +17,8 @@ import tyro
 from torch import Tensor, nn
 
 from agents.evaluate import PolicyAgent
-from agents.policies.base import ClickFeatures, ImplicitPolicy
 from agents.policies.explicit import TextFeatures
+from agents.policies.implicit import ClickFeatures, ImplicitPolicy
 from sam_gym.utils import cli
 from sam_gym.utils.files import write_json
 

@@ -23,7 +23,8 @@ import tyro
 import yaml
 
 from agents.policies.saved import SHIPPED, read_data
-from sam_gym.data import DATASETS
+from agents.ppo.config import with_present_names
+from agents.tasks import task_of
 from sam_gym.metrics.masks import with_interval
 from sam_gym.utils import cli
 from sam_gym.utils.files import write_atomic
@@ -299,19 +300,17 @@ def model_card(run: Run, repo: str, license: str) -> str:
 
 
 def _model_card(run: Run, repo: str, license: str) -> str:
-    results, config = run.results, run.results["config"]
-    settings, name = config["settings"], repo.partition("/")[2]
-    if "stream" in settings:
-        raise ValueError(
-            f"{run.folder}: an agent of {config['env']}. A card says how one does on one dataset; "
-            "train on SamSeg-v0 to share it."
-        )
+    results, name = run.results, repo.partition("/")[2]
+    config = with_present_names(results["config"], str(run.folder / RESULTS))
+    task, split = task_of(config["env"]), results["held_out_split"]
+    task.require("hub")
+    facts = task.card_facts(_shareable(config), run.features, results, f"{PREFIX}{repo}")
     measured = {
-        "task": {"type": "reinforcement-learning", "name": "interactive segmentation"},
+        "task": {"type": "reinforcement-learning", "name": facts.task_name},
         "dataset": {
-            "name": f"{config['env']} on {settings['dataset']}",
-            "type": settings["dataset"],
-            "split": results["held_out_split"],
+            "name": f"{config['env']} on {facts.dataset}",
+            "type": facts.dataset,
+            "split": split,
         },
         "metrics": [
             {"type": "mean_iou", "name": "mean IoU", "value": results["agent"]["mean_iou"]}
@@ -328,19 +327,20 @@ def _model_card(run: Run, repo: str, license: str) -> str:
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=name,
         env=config["env"],
-        facts=_as_list(_facts(run)),
+        summary=facts.summary,
+        facts=_as_list(facts.facts),
         episodes=results["agent"]["episodes"],
-        split=results["held_out_split"],
-        dataset=settings["dataset"],
-        unseen=""
-        if results["held_out_split"] == settings["split"]
-        else ", which training never saw",
-        rows="\n".join(_rows(results)),
+        split=split,
+        dataset=facts.dataset,
+        unseen="" if split == config["env_config"]["split"] else ", which training never saw",
+        counts="".join(f" {count} |" for count in facts.counts),
+        rule="---|" * len(facts.counts),
+        rows="\n".join(_rows(results, facts.counts)),
         gap=_gap(results["gap_closed"]),
-        command=_command(run, repo),
+        command=facts.command,
         policy=f"{PREFIX}{repo}",
         config=yaml.safe_dump(_shareable(config), sort_keys=False).rstrip(),
-        limits=_as_list(_limits(run)),
+        limits=_as_list(facts.limits),
         license=license,
     )
 
@@ -350,9 +350,7 @@ _CARD = """---
 
 # {name}
 
-An agent that segments by clicking: at each step it looks at the features of a Segment Anything
-Model (SAM) and at the mask so far, and places a positive or a negative click. It was trained with
-PPO (stable-baselines3) on `{env}` of sam-gym.
+{summary} It was trained with PPO (stable-baselines3) on `{env}` of sam-gym.
 
 ![Episodes on held-out images](episodes.gif)
 
@@ -363,8 +361,8 @@ PPO (stable-baselines3) on `{env}` of sam-gym.
 Mean IoU at the size of the image, with its 95% interval, over {episodes} episodes on the `{split}`
 split of `{dataset}`{unseen}. All play the same episodes under the same rules.
 
-| | mean IoU | clicks |
-|---|---|---|
+| | mean IoU |{counts}
+|---|---|{rule}
 {rows}
 
 {gap}
@@ -410,90 +408,24 @@ def _as_list(items: Sequence[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
 
 
-def _facts(run: Run) -> list[str]:
-    config = run.results["config"]
-    settings = config["settings"]
-    told = {
-        "implicit": "knows a category by its number",
-        "explicit": f"is told in words, through the CLIP `{config.get('clip')}`",
-    }
-    policy = config["policy"]
-    what = f", which {told[policy]}" if policy in told else ""
-    actions = f"clicks on {settings['grid']} x {settings['grid']} cells"
-    others = [name for name in ("stop", "undo") if settings[name]]
-    facts = [
-        f"**Policy**: `{policy}`{what}.",
-        f"**Backbone**: `{settings['backbone']}`, frozen; its weights are not in this repo.",
-        f"**Actions**: {', '.join([actions, *others])}; at most {settings['max_steps']} a mask.",
-    ]
-    if settings["target"] == "instance":
-        facts.append("**Target**: one instance, shown by a cue click.")
-    elif names := run.features.get("categories"):
-        facts.append(f"**Categories in training**: {', '.join(names)}.")
-    return facts
-
-
-def _rows(results: Mapping[str, Any]) -> list[str]:
+def _rows(results: Mapping[str, Any], counts: Sequence[str]) -> list[str]:
     """A line of the table for the agent and each baseline, the best first."""
     players = {
         name: row for name, row in results.items() if isinstance(row, dict) and "mean_iou" in row
     }
     shown = {"agent": "**this agent**", "oracle": "oracle (sees the truth)"}
-    return [
-        f"| {shown.get(name, name)} | {with_interval(row['mean_iou'], row['ci95'])} "
-        f"| {row['mean_clicks']:.1f} |"
-        for name, row in sorted(players.items(), key=lambda item: -item[1]["mean_iou"])
-    ]
+    lines = []
+    for name, row in sorted(players.items(), key=lambda item: -item[1]["mean_iou"]):
+        means = "".join(f" {row[f'mean_{count}']:.1f} |" for count in counts)
+        iou = with_interval(row["mean_iou"], row["ci95"])
+        lines.append(f"| {shown.get(name, name)} | {iou} |{means}")
+    return lines
 
 
 def _gap(closed: float | None) -> str:
     if closed is None:
-        return "The oracle is no better than random clicks here: there is no gap to close."
+        return "The oracle is no better than random here: there is no gap to close."
     return f"Gap closed, (agent - random) / (oracle - random): **{closed:.2f}**, from one seed."
-
-
-#: Settings that an agent cannot do without where it plays.
-_TASK = ("target", "dataset", "backbone", "grid", "max_steps")
-
-
-def _command(run: Run, repo: str) -> str:
-    """What somebody who has sam-gym types to use the agent."""
-    settings = run.results["config"]["settings"]
-    if settings["target"] == "instance":
-        data = " --data PATH" if DATASETS.get(settings["dataset"]).reads_files else ""
-        task = [f"--{name.replace('_', '-')} {settings[name]}" for name in _TASK]
-        task += [f"--{name}" for name in ("stop", "undo") if settings[name]]
-        return (
-            f"python -m agents.evaluate --policy {PREFIX}{repo} {' '.join(task)}{data} "
-            f"--split {run.results['held_out_split']}"
-        )
-    words = ",".join(run.features.get("categories", [])[:2]) or "NAME,NAME"
-    return (
-        f"python -m agents.annotate --policy {PREFIX}{repo} --images PATH/photos "
-        f'--categories "{words}" --out annotations.json'
-    )
-
-
-def _limits(run: Run) -> list[str]:
-    config = run.results["config"]
-    settings = config["settings"]
-    limits = ["It clicks as well as SAM answers: what SAM cannot segment, it cannot either."]
-    if DATASETS.get(settings["dataset"]).procedural:
-        limits.append("It was trained on procedural drawings and knows no photographs.")
-    if settings["backbone"].endswith("micro"):
-        limits.append(
-            f"`{settings['backbone']}` is a demonstration model, far from SAM on photographs."
-        )
-    if settings["checkpoint"] is not None:
-        limits.append(
-            f"Its SAM had the weights of a file, `{_last_part(settings['checkpoint'])}`: the agent "
-            "loads only where that file lies at the same path."
-        )
-    if settings["target"] == "instance":
-        limits.append("It needs a cue click for each target, so `annotate` cannot use it.")
-    elif config["policy"] == "implicit":
-        limits.append("A category that it was not trained on tells it nothing.")
-    return limits
 
 
 def _last_part(value: str) -> str:

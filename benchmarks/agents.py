@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import tyro
 
-from agents.baselines import BASELINES, Agent
+from agents.baselines.base import Agent
+from agents.baselines.click import BASELINES
 from agents.evaluate import PolicyAgent, evaluate
 from benchmarks import report
 from benchmarks.options import require_at_least

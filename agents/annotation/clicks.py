@@ -9,7 +9,7 @@ import numpy as np
 
 from agents.annotation.folder import AnnotatedItem, Key
 from agents.evaluate import PolicyAgent
-from agents.policies.base import ImplicitPolicy
+from agents.policies.implicit import ImplicitPolicy
 from sam_gym.data import Sample
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.envs.click import ClickCore, ClickTarget, SamSegConfig

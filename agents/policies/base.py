@@ -1,5 +1,4 @@
-"""Policies: what all have in common, and the implicit one, which sees SAM's embedding through the
-current mask of the click task."""
+"""The base of all policies: features of SAM's embedding, an actor and a critic."""
 
 from __future__ import annotations
 
@@ -24,7 +23,6 @@ from sam_gym.utils.registry import Registry, unknown_name
 
 #: Policy name -> class, as `--policy` takes it.
 POLICIES: Registry[type[SamPolicy]] = Registry("policy")
-HEADS = ("spatial", "flat")
 PRECISIONS = ("32-true", "bf16-mixed")
 #: Logit of an action of probability 0; finite, so that exported policies can be compared.
 NEVER = -1e9
@@ -67,93 +65,6 @@ class StoredFeatures(BaseFeaturesExtractor):
         return F.adaptive_avg_pool2d(values, self.cells)
 
 
-class ClickFeatures(StoredFeatures):
-    """What the implicit agent sees: float32 (B, width, h, w), aligned with SAM's embedding.
-
-    The image embedding, modulated by the target category, enters three times: as it is, times the
-    current mask probability, and with the mask and the step beside it (AlignSAM's implicit branch,
-    made convolutional).
-
-    Args:
-        observation_space: of `SamSeg-v0`, with `obs="full"` or `obs="handle"`.
-        backbone: name, checkpoint, device and dtype of the SAM, as `load_backbone` takes them.
-        vocabulary: category names that the policy knows; others share one "unknown".
-        categories: category names of the environment, in the order of `target_category`.
-        max_steps: actions per episode, to scale the step.
-        width: feature channels.
-    """
-
-    def __init__(
-        self,
-        observation_space: gym.spaces.Dict,
-        backbone: dict[str, Any],
-        vocabulary: Sequence[str],
-        categories: Sequence[str],
-        max_steps: int,
-        width: int = 48,
-    ) -> None:
-        super().__init__(observation_space, backbone, width)
-        channels = self.backbone.embedding_shape[0]
-        self.max_steps, self.vocabulary = max_steps, tuple(vocabulary)
-        self.has_cue = "cue_click" in observation_space.spaces
-        # Word 0 is "unknown": it modulates nothing and is never trained.
-        self.modulation = nn.Embedding(1 + len(self.vocabulary), 2 * width, padding_idx=0)
-        nn.init.normal_(self.modulation.weight, std=0.3)
-        with torch.no_grad():
-            self.modulation.weight[0] = 0.0
-        self.reduce = nn.Conv2d(channels, width, 1)
-        self.mix = nn.Sequential(
-            nn.Conv2d(2 * width + 2 + int(self.has_cue), width, 1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-        )
-        self.words: Tensor
-        self.register_buffer("words", torch.zeros(len(categories), dtype=torch.long), False)
-        self.set_categories(categories)
-
-    def set_categories(self, categories: Sequence[str]) -> None:
-        """Say which names the numbers in `target_category` stand for from now on."""
-        index = {name: 1 + k for k, name in enumerate(self.vocabulary)}
-        words = [index.get(name, 0) for name in categories]
-        self.words = torch.tensor(words, dtype=torch.long, device=self.modulation.weight.device)
-
-    def forward(self, observations: PyTorchObs) -> Tensor:
-        assert isinstance(observations, dict)
-        embedding, mask = self._image(observations)
-        target = self.words[observations["target_category"].flatten().long()]
-        image = self._modulated(embedding, target)
-        return self.mix(torch.cat(self._planes(image, mask, observations), dim=1))
-
-    def _modulated(self, embedding: Tensor, target: Tensor) -> Tensor:
-        """Image features (B, C, h, w) of an embedding, as they matter for words (B,)."""
-        gain, bias = self.modulation(target)[:, :, None, None].chunk(2, dim=1)
-        return F.relu(self.reduce(embedding) * (1 + gain) + bias)
-
-    def _planes(self, image: Tensor, mask: Tensor, observations: dict[str, Tensor]) -> list[Tensor]:
-        """Image features (B, C, h, w) with all that is known of the episode so far."""
-        step = observations["num_steps"].reshape(-1, 1, 1, 1).float() / self.max_steps
-        planes = [image, image * mask, mask, step.expand_as(mask)]
-        if self.has_cue:
-            planes.append(self._cue_plane(observations["cue_click"]))
-        return planes
-
-    def _image(self, observations: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Embedding (B, C, h, w) and mask probability (B, 1, h, w) of either observation form."""
-        return self.embedding(observations), self.plane(observations, "sam_pred_mask_prob")
-
-    def _cue_plane(self, cue: Tensor) -> Tensor:
-        """A soft spot at the cue click: (B, 1, h, w)."""
-        height, width = self.cells
-        ys = (torch.arange(height, device=cue.device) + 0.5) / height
-        xs = (torch.arange(width, device=cue.device) + 0.5) / width
-        dx, dy = xs - cue[:, 0, None], ys - cue[:, 1, None]
-        distance = dy.square()[:, :, None] + dx.square()[:, None, :]
-        return torch.exp(-distance * height * width)[:, None]
-
-
 class SplitFeatures(nn.Module):
     """Hands the feature map to the action head, and its pooled form to the value head."""
 
@@ -175,57 +86,6 @@ class SplitFeatures(nn.Module):
 def pooled(features: Tensor) -> Tensor:
     """Mean and maximum over all places: (B, width, h, w) -> (B, 2 * width)."""
     return torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
-
-
-class SpatialHead(nn.Module):
-    """Click logits read off the feature map, place by place; stop and undo from the pooled map."""
-
-    def __init__(self, width: int, grid: int, polarities: int, num_others: int) -> None:
-        super().__init__()
-        self.grid = grid
-        self.clicks = nn.Conv2d(width, polarities, 1)
-        self.others = nn.Linear(2 * width, num_others) if num_others else None
-
-    def last_layers(self) -> list[nn.Module]:
-        """The layers that give the logits."""
-        return [self.clicks] if self.others is None else [self.clicks, self.others]
-
-    def forward(self, features: Tensor) -> Tensor:
-        clicks = F.adaptive_avg_pool2d(self.clicks(features), self.grid).flatten(1)
-        if self.others is None:
-            return clicks
-        return torch.cat([clicks, self.others(pooled(features))], dim=1)
-
-
-class FlatHead(nn.Module):
-    """One linear layer from the whole feature map to all choices, as in the reference design."""
-
-    def __init__(self, width: int, cells: tuple[int, int], num_choices: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width * cells[0] * cells[1], num_choices)
-
-    def last_layers(self) -> list[nn.Module]:
-        """The layers that give the logits."""
-        return [self.linear]
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.linear(features.flatten(1))
-
-
-class Recalibration(nn.Module):
-    """Tells for every cell whether it belongs to the target: logits (B, h, w).
-
-    AlignSAM's module sees the embedding times the mask so far (and, told in words, times the map of
-    the word); so do the features of its policy, hence it is a second trunk of their form.
-    """
-
-    def __init__(self, features: ClickFeatures) -> None:
-        super().__init__()
-        self.features = features
-        self.head = nn.Conv2d(features.features_dim, 1, 1)
-
-    def forward(self, observations: PyTorchObs) -> Tensor:
-        return self.head(self.features(observations))[:, 0]
 
 
 class SamPolicy(ActorCriticPolicy):
@@ -290,8 +150,8 @@ class SamPolicy(ActorCriticPolicy):
             self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs
         )
 
-    def played_with(self, num_actions: int) -> dict[str, Any]:
-        """Settings by name that an environment must have for this policy to know its actions.
+    def action_config(self, num_actions: int) -> dict[str, Any]:
+        """Return the fields of the env config that decide what an action means to this policy.
 
         Args:
             num_actions: of that environment.
@@ -413,112 +273,3 @@ class SamPolicy(ActorCriticPolicy):
             for key, value in obs.items()
             if key != "image" or self.needs_image
         }
-
-
-@POLICIES.register("implicit")
-class ImplicitPolicy(SamPolicy):
-    """The implicit agent: SAM's own features tell where to click, no language model.
-
-    After AlignSAM (Huang et al., CVPR 2024), with a spatial action head.
-
-    Args:
-        observation_space, action_space, lr_schedule: as SB3 passes them.
-        features: arguments of `ClickFeatures` (names and numbers only, since SB3 pickles them).
-        grid: clicks fall on grid x grid cells.
-        head: "spatial" or "flat".
-        others: actions beyond clicks, in their order: "stop", "undo".
-        recalibrate: choose among places only; a module that learns from targets (see
-            `agents.policies.recalibration`) says whether a click there is positive.
-        **kwargs: as `SamPolicy` takes them.
-    """
-
-    extractor_class: type[StoredFeatures] = ClickFeatures
-    arguments = ("features", "grid", "head", "others", "recalibrate", *_COMPUTATION)
-
-    def __init__(
-        self,
-        observation_space: gym.spaces.Dict,
-        action_space: gym.spaces.Discrete,
-        lr_schedule: Schedule,
-        *,
-        features: dict[str, Any],
-        grid: int,
-        head: str = "spatial",
-        others: Sequence[str] = (),
-        recalibrate: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        if head not in HEADS:
-            raise unknown_name("head", head, HEADS)
-        self.grid, self.head = grid, head
-        self.others, self.recalibrate = list(others), recalibrate
-        self.recalibration: Recalibration | None = None
-        super().__init__(observation_space, action_space, lr_schedule, features=features, **kwargs)
-
-    def _build(self, lr_schedule: Schedule) -> None:
-        extractor = self.features_extractor
-        assert isinstance(extractor, ClickFeatures)
-        width, num_actions = self.features_dim, int(self.action_space.n)  # type: ignore[attr-defined]
-        polarities = 1 if self.recalibrate else 2
-        num_others = num_actions - 2 * self.grid**2
-        num_choices = polarities * self.grid**2 + num_others
-        self.mlp_extractor = SplitFeatures(width)  # type: ignore[assignment]
-        head = (
-            FlatHead(width, extractor.cells, num_choices)
-            if self.head == "flat"
-            else SpatialHead(width, self.grid, polarities, num_others)
-        )
-        self._build_heads(head, num_choices, lr_schedule)
-        # After the optimizer: rewards do not teach it.
-        if self.recalibrate:
-            features = cast(ClickFeatures, self.make_features_extractor())
-            self.recalibration = Recalibration(features)
-
-    def played_with(self, num_actions: int) -> dict[str, Any]:
-        extractor = cast(ClickFeatures, self.features_extractor)
-        own = {"grid": self.grid, "target": "instance" if extractor.has_cue else "category"}
-        # Whoever makes a policy by hand may leave its other actions without names.
-        if self.others or cast(Any, self.action_space).n != num_actions:
-            own |= {name: name in self.others for name in ("stop", "undo")}
-        return own
-
-    def _to_actions(self, choices: Tensor, obs: PyTorchObs) -> Tensor:
-        """Actions (B,) of the environment; the recalibration labels places."""
-        if self.recalibration is None:
-            return choices
-        places = self.grid**2
-        negative = self._is_negative(obs).gather(1, choices.clamp(max=places - 1)[:, None])[:, 0]
-        return choices + places * (negative | (choices >= places))
-
-    def _to_choices(self, actions: Tensor) -> Tensor:
-        """What the distribution is over (B,): with a recalibration, places without their label."""
-        if self.recalibration is None:
-            return actions
-        places = self.grid**2
-        return torch.where(actions < 2 * places, actions % places, actions - places)
-
-    @torch.no_grad()
-    def _is_negative(self, obs: PyTorchObs) -> Tensor:
-        """Whether the recalibration calls each place background: bool (B, grid * grid)."""
-        assert self.recalibration is not None
-        return F.adaptive_avg_pool2d(self.recalibration(obs), self.grid).flatten(1) < 0.0
-
-    def logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
-        """Logits float32 (B, A) of all actions of the environment, and state values (B, 1).
-
-        With a recalibration, a click of the polarity that it does not give has `NEVER`.
-        """
-        logits, value = self._choice_logits_and_value(obs)
-        if self.recalibration is None:
-            return logits, value
-        places = self.grid**2
-        clicks, negative = logits[:, :places], self._is_negative(obs)
-        never = torch.full_like(clicks, NEVER)
-        signed = [torch.where(negative, never, clicks), torch.where(negative, clicks, never)]
-        return torch.cat([*signed, logits[:, places:]], dim=1), value
-
-    def set_categories(self, categories: Sequence[str]) -> None:
-        """Say which names the numbers in `target_category` stand for from now on."""
-        cast(ClickFeatures, self.features_extractor).set_categories(categories)
-        if self.recalibration is not None:
-            self.recalibration.features.set_categories(categories)

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from agents.clip.models import load_clip
 from agents.clip.surgery import ClipSurgery, min_max
-from agents.policies.base import POLICIES, ClickFeatures, ImplicitPolicy
+from agents.policies.base import POLICIES
+from agents.policies.implicit import ClickFeatures, ImplicitPolicy
 from sam_gym.backbones import Backbone
 
 #: Planes of `TextFeatures.map_planes`, and of `relations` to two of them and to the mask.
@@ -271,3 +272,4 @@ class ExplicitPolicy(ImplicitPolicy):
 
     extractor_class = TextFeatures
     needs_image = True
+    recalibration_updates = 5

@@ -15,7 +15,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agents.policies.base import ImplicitPolicy
+from agents.policies.implicit import ImplicitPolicy
 from agents.ppo.distributed import ALONE, ProcessGroup, share_gradients
 from sam_gym.envs.click import ClickCore
 

@@ -12,9 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 
-import agents.everything
-import agents.policies.explicit  # noqa: F401  (both register their policies)
-from agents.policies.base import POLICIES, SamPolicy
+from agents.policies import POLICIES, SamPolicy
 from sam_gym.backbones.loading import resolve_device
 
 #: Agents in the package, by name; docs/results.md has the commands that trained them.

@@ -136,7 +136,7 @@ class MonitorCallback(BaseCallback):
         self.logger.record("eval/iou", value)
         if self.draw is not None:
             path = self.draw(self.num_timesteps)
-            self.logger.record("eval/views", PictureFile(path))
+            self.logger.record("eval/policy_plots", PictureFile(path))
 
     def _show(self) -> None:
         parts = []

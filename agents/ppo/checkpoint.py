@@ -18,7 +18,9 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecMonitor
 
+from agents.ppo.config import flat
 from agents.ppo.distributed import DistributedPPO
+from agents.ppo.sb3 import progress, rollout_start, set_progress, set_rollout_start
 from agents.ppo.vec_env import VectorEnvAdaptor
 from sam_gym.utils.files import write_atomic
 
@@ -26,15 +28,11 @@ from sam_gym.utils.files import write_atomic
 KEPT = 2
 #: Settings that may differ between a run and its resumption: where its own files and the data lie,
 #: how much memory is used, pictures, tracking, checkpoints, and the device.
-FREE_SETTINGS = (
-    *("out", "resume", "checkpoint_every", "views", "video_every"),
+FREE_OPTIONS = (
+    *("out", "resume", "checkpoint_every", "policy_plots", "video_every"),
     *("mlflow", "mlflow_uri", "mlflow_experiment", "register_model"),
-    *("settings.data", "settings.device"),
-    *("settings.cache_mib", "settings.store_gib", "settings.disk_gib"),
-)
-_PROGRESS = (
-    *("num_timesteps", "_n_updates", "_current_progress_remaining", "_episode_num"),
-    *("ep_info_buffer", "ep_success_buffer"),
+    *("env_config.data", "env_config.device"),
+    *("env_config.cache_mib", "env_config.store_gib", "env_config.disk_gib"),
 )
 #: What was recorded but not yet written: SB3 writes what an update logs after the next rollout.
 _PENDING = ("name_to_value", "name_to_count", "name_to_excluded")
@@ -77,39 +75,28 @@ def newest_checkpoint(folder: Path) -> dict[str, Any]:
             return torch.load(io.BytesIO(body), map_location="cpu", weights_only=False)
         print(f"{path} is damaged: going back to the checkpoint before it.")
     raise FileNotFoundError(
-        f"{folder}: no checkpoint to resume from. A run writes the first one after "
-        "--checkpoint-every steps and deletes them when it is done; start it without --resume."
+        f"{folder}: no checkpoint to resume from. Delete the folder and start the run without "
+        "--resume."
     )
 
 
-def check_same_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise `ValueError` if a run cannot go on because its settings have changed.
+def check_same_config(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if a run cannot be resumed because its options have changed.
 
     Args:
-        then, now: settings as nested dicts, of the checkpoint and of this run.
+        then, now: configs as nested dicts, of the checkpoint and of this run.
     """
     before, after = flat(then), flat(now)
     changed = [
         f"{name} ({before.get(name)!r} then, {after.get(name)!r} now)"
         for name in sorted(before.keys() | after.keys())
-        if name not in FREE_SETTINGS and before.get(name) != after.get(name)
+        if name not in FREE_OPTIONS and before.get(name) != after.get(name)
     ]
     if changed:
         raise ValueError(
-            f"The run cannot go on with other settings: {'; '.join(changed)}. Pass the ones that "
-            "it was started with, or begin another run with another --out."
+            f"The run cannot be resumed with other options: {'; '.join(changed)}. Pass the ones "
+            "that it was started with, or start another run with another --out."
         )
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by names with dots."""
-    flattened: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flattened |= flat(value, f"{prefix}{name}.")
-        else:
-            flattened[prefix + name] = value
-    return flattened
 
 
 class HasState(Protocol):
@@ -148,7 +135,8 @@ class Checkpoint(BaseCallback):
         self.folder, self.settings, self.every = folder, settings, every
         self.env, self.parts = env, parts
         self.envs = cast(VectorEnvAdaptor, env.venv)
-        self._due = every
+        # The first one follows the first rollout.
+        self._due = 1
 
     def _on_step(self) -> bool:
         return True
@@ -169,7 +157,7 @@ class Checkpoint(BaseCallback):
             "settings": dict(self.settings),
             "threads": torch.get_num_threads(),
             "parameters": model.get_parameters(),
-            "progress": {name: getattr(model, name) for name in _PROGRESS},
+            "progress": progress(model),
             "pending": {name: dict(getattr(model.logger, name)) for name in _PENDING},
             "slots": [slot for own in model.ranks.gather(self._slots()) for slot in own],
             "parts": {name: part.get_state() for name, part in self.parts.items()},
@@ -179,8 +167,7 @@ class Checkpoint(BaseCallback):
 
     def _slots(self) -> list[dict[str, Any]]:
         """The state of each slot of this rank."""
-        starts = self.model._last_episode_starts
-        assert starts is not None
+        _, starts = rollout_start(self.model)
         return [
             {
                 "env": env,
@@ -207,8 +194,7 @@ class Checkpoint(BaseCallback):
         # Sums are split by threads, so their number shows in the last bits.
         torch.set_num_threads(state["threads"])
         model.set_parameters(state["parameters"], device=model.device)
-        for name, value in state["progress"].items():
-            setattr(model, name, value)
+        set_progress(model, state["progress"])
         first = model.first_slot
         self._restore_slots(model, state["slots"][first : first + self.env.num_envs])
         for name, values in state["pending"].items():
@@ -221,8 +207,8 @@ class Checkpoint(BaseCallback):
         _set_rng_state(state["rng"], model.device)
 
     def _restore_slots(self, model: DistributedPPO, slots: list[dict[str, Any]]) -> None:
-        model._last_obs = cast(Any, self.envs.set_state([slot["env"] for slot in slots]))
-        model._last_episode_starts = np.array([slot["starts"] for slot in slots])
+        observations = self.envs.set_state([slot["env"] for slot in slots])
+        set_rollout_start(model, observations, np.array([slot["starts"] for slot in slots]))
         self.env.episode_returns = np.array([slot["return"] for slot in slots])
         self.env.episode_lengths = np.array([slot["length"] for slot in slots])
         for slot, generator in zip(slots, model.generators, strict=True):

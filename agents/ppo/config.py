@@ -1,184 +1,238 @@
-"""Settings of a training run: flags, and YAML files for what belongs together."""
+"""Configuration of a training run: flags, and YAML files that set their defaults."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
-from gymnasium.envs.registration import load_env_creator
 
-from sam_gym import ENVIRONMENTS
+from agents.policies.implicit import SPATIAL, check_head
+from agents.tasks import task_of
 from sam_gym.envs.base_core import EnvConfig
-from sam_gym.envs.click import ClickConfig, SamSegConfig
-from sam_gym.envs.everything import EverythingConfig
+from sam_gym.envs.click import SamSegConfig
 from sam_gym.utils.registry import unknown_name
 
 #: Configs in the package, by name, as `--config` takes them.
 CONFIGS = {
     path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 }
+#: Former field name -> present one; YAML files, results and checkpoints may hold either.
+FORMER_NAMES = {"settings": "env_config", "views": "policy_plots"}
+EXAMPLES = """\
+examples:
+  python -m agents.train_ppo
+  python -m agents.train_ppo --policy explicit --out runs/explicit
+  python -m agents.train_ppo --dataset coco --data PATH/coco --categories person
+  python -m agents.train_ppo --config alignsam --config few_clicks --seed 1
+  python -m agents.train_ppo --env SamEverything-v0 --config everything
+  python -m agents.train_ppo --out runs/ppo --resume
+  torchrun --nproc_per_node=2 -m agents.train_ppo --num-envs 128
+"""
 
-#: Class of settings -> the policies that play such environments; the first one is the default.
-PLAYERS: dict[type[EnvConfig], tuple[str, ...]] = {
-    ClickConfig: ("implicit", "explicit"),
-    EverythingConfig: ("everything",),
-}
 
-
-@dataclass
-class Config:
-    """Train an agent with PPO and compare it with baselines on held-out data.
-
-    Writes to `out`: policy.zip, results.json, learning_curve.png, iou_after_steps.png,
-    episodes.gif, videos, TensorBoard logs, and checkpoints until it is done.
-
-    --config NAME or FILE.yaml sets defaults, and may be repeated. Names: explicit, alignsam,
-    alignsam_explicit, everything (agents); few_clicks, instance (environments).
-    """
+@dataclass(kw_only=True)
+class RunOptions:
+    """What is trained, on what, and where the results go."""
 
     env: str = "SamSeg-v0"
-    """Environment id."""
+    """Environment id; it decides which environment options there are."""
     policy: str = "implicit"
-    """Policy name: implicit (knows a category by its number) or explicit (told in words); of
-    SamEverything: everything. The default is the first that plays --env."""
-    know_category: bool = True
-    """Let the policy know the categories of its training by number (implicit), or its words by
-    themselves, beside their maps (explicit)."""
-    clip: str = "clip_micro"
-    """CLIP of the explicit policy: clip_micro, or a model of open_clip (ViT-B-16, ...)."""
-    clip_pretrained: str | None = None
-    """Its weights: a tag of open_clip or a file (clip_micro brings its own)."""
-    allow_unknown_words: bool = False
-    """Take words that clip_micro does not know, to try out a training; their maps mean nothing."""
-    temperature: float = 0.33
-    """The lower, the less the explicit policy sees of words that are not asked for."""
-    head: str = "spatial"
-    """Action head: spatial (logits read off the feature map) or flat (one linear layer)."""
-    recalibrate: bool = False
-    """The policy chooses places only; a module that learns from the targets labels the clicks
-    (AlignSAM's semantic recalibration)."""
-    recalibration_updates: int | None = None
-    """Its updates per environment step (default: 1, for the explicit policy 5)."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Precision of the policy's features; that of the backbone is --dtype."""
-    gradient_checkpointing: bool = False
-    """Less memory in an update, for features that are computed twice."""
-    warm_start: int = 0
-    """First steps, of total_timesteps, that go to imitating the oracle, who sees the truth."""
+    """Policy name: implicit (knows a category by its number) or explicit (told in words);
+    everything for SamEverything-v0. Default: the first that plays --env."""
     out: str = "runs/ppo"
     """Folder for everything that the run writes."""
     resume: bool = False
-    """Go on from the newest checkpoint in `out`, with the same settings, as if the run had never
-    stopped. Without it, an `out` that holds an unfinished run is an error."""
+    """Resume from the newest checkpoint in `out`, bit-exact on a CPU, or start if there is none.
+    The other options must be the same. Without --resume, an `out` with checkpoints is an error."""
     seed: int = 0
     """Seed of the environment, the policy and PPO."""
     total_timesteps: int = 50_000
-    """Environment steps to train for, shared evenly by the domains of a stream."""
+    """Environment steps to train for; the domains of a stream share them evenly."""
     num_envs: int = 64
-    """Environments side by side, over all processes."""
-    train_images: int = 2048
-    """How many different scenes or rooms are trained on; each is encoded once."""
+    """Number of sub-environments, over all processes."""
     categories: str | None = None
-    """Comma-separated categories: the only things in scenes, the things to segment of coco."""
-    held_out: str | None = None
-    """Split to report on (default: val for coco, test for all others)."""
+    """Comma-separated categories: the only objects in scenes, the targets in coco."""
+    train_images: int = 2048
+    """Number of different procedural images to train on; each is encoded once."""
+
+
+@dataclass(kw_only=True)
+class PPOOptions:
+    """Hyperparameters of PPO and of imitation."""
+
+    learning_rate: float = 1e-3
+    """Adam's learning rate; falls linearly to a tenth, once per domain of a stream."""
     n_steps: int = 16
-    """Steps per environment and rollout."""
+    """Steps per sub-environment and rollout."""
     batch_size: int = 256
     """Minibatch size, over all processes; a multiple of num_envs."""
     n_epochs: int = 4
     """Passes over each rollout."""
-    learning_rate: float = 1e-3
-    """Adam's learning rate; falls linearly to a tenth, in each domain of a stream anew."""
     gamma: float = 0.8
-    """Discount; an episode is short and a click should pay at once."""
+    """Discount; low, since episodes are short and every click should pay at once."""
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation."""
     clip_range: float = 0.2
     """PPO's clip range."""
     ent_coef: float = 0.004
     """Weight of the entropy bonus."""
+    warm_start: int = 0
+    """Number of steps, of total_timesteps, that imitate the oracle, which sees the ground truth."""
+
+
+@dataclass(kw_only=True)
+class PolicyOptions:
+    """Options of the policy."""
+
+    know_category: bool = True
+    """Learn the categories of the training by number (implicit), or their words in addition to
+    their maps (explicit)."""
+    clip: str = "clip_micro"
+    """CLIP of the explicit policy: clip_micro, or a model of open_clip (ViT-B-16, ...)."""
+    clip_pretrained: str | None = None
+    """Weights of the CLIP: a tag of open_clip or a file (clip_micro brings its own)."""
+    allow_unknown_words: bool = False
+    """Accept words that clip_micro does not know; their maps mean nothing."""
+    temperature: float = 0.33
+    """Weight of the maps of other words in the explicit policy: the lower, the less."""
+    recalibrate: bool = False
+    """Let the policy choose places only; a module trained on the targets labels the clicks
+    (AlignSAM's semantic recalibration)."""
+    recalibration_updates: int | None = None
+    """Updates of that module per environment step (default: 1; for the explicit policy 5)."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Precision of the policy's features; --dtype sets that of the backbone."""
+    gradient_checkpointing: bool = False
+    """Compute features twice in an update to save memory."""
+
+
+@dataclass(kw_only=True)
+class EvaluationOptions:
+    """Evaluations, pictures and films."""
+
+    held_out: str | None = None
+    """Split of the final evaluation (default: val for coco, test for all others)."""
+    final_episodes: int = 256
+    """Episodes of the final evaluation of the agent and of each baseline, and of the evaluation
+    after each domain of a stream; the domains share them evenly."""
     eval_every: int = 10_000
-    """Environment steps between evaluations on validation data."""
+    """Environment steps between evaluations on the validation split."""
     eval_episodes: int = 128
     """Episodes of each of those evaluations."""
-    views: bool = False
-    """Draw what the policy sees at each of those evaluations, into `out`/views."""
+    policy_plots: Annotated[bool, tyro.conf.arg(aliases=("--views",))] = False
+    """Draw what the policy sees at each of those evaluations, into `out`/policy_plots."""
     video_every: int = 2_000
-    """Finished training episodes between films of the policy in a held-out episode, into
-    `out`/videos; 0 for none."""
-    final_episodes: int = 256
-    """Episodes of the final evaluation of the agent and of every baseline, and of that after each
-    domain of a stream; the domains share them evenly."""
+    """Finished training episodes between films of a held-out episode, into `out`/videos; 0: no
+    films."""
+
+
+@dataclass(kw_only=True)
+class TrackingOptions:
+    """Checkpoints and experiment tracking."""
+
     checkpoint_every: int = 5_000
-    """Environment steps between checkpoints, rounded up to whole rollouts."""
+    """Environment steps between checkpoints, rounded up to whole rollouts. The first one follows
+    the first rollout."""
     mlflow: bool = False
     """Record the run in MLflow too (pip install 'sam-gym[mlflow]')."""
     mlflow_uri: str | None = None
-    """Of a server or a database (default: a local store in the folder mlflow beside `out`)."""
+    """URI of a server or a database (default: a local store in the folder mlflow beside `out`)."""
     mlflow_experiment: str = "sam-gym"
-    """Experiment that the run belongs to; made if there is none."""
+    """MLflow experiment of the run, created if it does not exist."""
     register_model: str | None = None
-    """Name under which MLflow's model registry gets the finished policy."""
-    settings: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: SamSegConfig(obs="handle")
-    )
+    """Register the finished policy under this name in MLflow's model registry."""
 
 
-def settings_class(env_id: str) -> type[EnvConfig]:
-    """Class of the settings that a registered environment takes.
+#: Group of options in `--help` -> its fields, the most used first; the environment's come second.
+_GROUPS: dict[str, type] = {
+    "run": RunOptions,
+    "PPO": PPOOptions,
+    "policy": PolicyOptions,
+    "evaluation": EvaluationOptions,
+    "tracking": TrackingOptions,
+}
 
-    Raises:
-        ValueError: there is no such environment.
+
+@dataclass(kw_only=True)
+class TrainPPOConfig(RunOptions, PPOOptions, PolicyOptions, EvaluationOptions, TrackingOptions):
+    """Train an agent with PPO and compare it with baselines on held-out data.
+
+    Writes to `out`: policy.zip, results.json, learning_curve.png, iou_after_steps.png,
+    episodes.gif, videos, TensorBoard logs, and checkpoints until the run is complete.
+
+    --config NAME or --config FILE.yaml sets defaults and may be repeated. Names: explicit,
+    alignsam, alignsam_explicit, everything (agents); few_clicks, instance (environments).
     """
-    if env_id not in ENVIRONMENTS:
-        raise unknown_name("environment", env_id, ENVIRONMENTS)
-    scalar, _ = ENVIRONMENTS[env_id]
-    return cast(Any, load_env_creator(scalar)).config_class
+
+    env_config: EnvConfig = field(default_factory=lambda: SamSegConfig(obs="handle"))
+
+    def validate(self) -> None:
+        """Raise `ValueError` for values that cannot work, whatever the environment."""
+        name, updates = self.register_model, self.recalibration_updates
+        if not self.mlflow and (name or self.mlflow_uri):
+            raise ValueError("--register-model and --mlflow-uri take effect with --mlflow only.")
+        if name is not None and (not name.strip() or set(name) & set("/:")):
+            raise ValueError(f"register_model must be a name without '/' and ':', got {name!r}.")
+        if updates is not None and not self.recalibrate:
+            raise ValueError("--recalibration-updates takes effect with --recalibrate only.")
+        if updates is not None and updates < 1:
+            raise ValueError(f"recalibration_updates must be at least 1, got {updates}.")
+        if not 0 <= self.warm_start <= self.total_timesteps:
+            raise ValueError(
+                f"warm_start must be from 0 to total_timesteps ({self.total_timesteps}), "
+                f"got {self.warm_start}."
+            )
 
 
-def players_of(kind: type[EnvConfig]) -> tuple[str, ...]:
-    """Names of the policies that play environments with such settings, the default first."""
-    return next(names for base, names in PLAYERS.items() if issubclass(kind, base))
-
-
-def check_plays(policy: str, env_id: str) -> None:
-    """Raise `ValueError` for a policy that is made for other environments.
+def with_present_names(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a stored config with its former field names replaced by the present ones.
 
     Args:
-        policy: its name.
-        env_id: the environment that it is to play.
+        content: a `TrainPPOConfig` as a dict, or some of its fields.
+        where: the content's file, for the error message.
+
+    Raises:
+        ValueError: the config needs something that was removed.
     """
-    own = players_of(settings_class(env_id))
-    if policy not in own and any(policy in names for names in PLAYERS.values()):
-        raise ValueError(
-            f"The policy {policy!r} does not play {env_id}; what does: {', '.join(own)}. Leave "
-            "--policy out, or pass another --env."
-        )
+    renamed = {FORMER_NAMES.get(name, name): value for name, value in content.items()}
+    check_head(renamed.pop("head", SPATIAL), where)
+    return renamed
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested dicts by names with dots."""
+    flattened: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flattened |= flat(value, f"{prefix}{name}.")
+        else:
+            flattened[prefix + name] = value
+    return flattened
 
 
 def env_of(args: Sequence[str]) -> str | None:
-    """Environment id that `--env` gives, which says what other options there are."""
+    """Return the environment id that `--env` gives; it decides which other options there are."""
     parts = [part for arg in args for part in _split_option(arg, "--env")]
     given = [value for option, value in pairwise(parts) if option == "--env"]
     return given[-1] if given else None
 
 
-def read_config(args: Sequence[str] | None = None) -> Config:
-    """The config of the command line.
+def read_config(args: Sequence[str] | None = None) -> TrainPPOConfig:
+    """Return the config of the command line.
 
     `--config NAME` (of `CONFIGS`) or `--config FILE.yaml` sets defaults, which flags override. It
     may be repeated, for example for the agent and for the environment; later ones win.
 
     Raises:
-        ValueError, FileNotFoundError: a config is not there, or says what there is no setting for.
+        ValueError, FileNotFoundError: a config does not exist, or holds an unknown option.
     """
     given = sys.argv[1:] if args is None else args
     rest = [part for arg in given for part in _split_option(arg, "--config")]
@@ -192,15 +246,46 @@ def read_config(args: Sequence[str] | None = None) -> Config:
         content = yaml.safe_load(path.read_text()) or {}
         if not isinstance(content, dict):
             raise ValueError(f"{path}: expected 'name: value' lines, got {type(content).__name__}.")
-        contents.append((str(path), content))
-    default = Config()
+        contents.append((str(path), with_present_names(content, str(path))))
+    default = TrainPPOConfig()
     envs = [str(content["env"]) for _, content in contents if "env" in content]
     env = env_of(rest) or (envs[-1] if envs else default.env)
-    kind = settings_class(env)
-    default = replace(default, settings=kind(obs="handle"), policy=players_of(kind)[0])
+    task = task_of(env)
+    env_config = task.config_class(obs="handle")
+    default = replace(default, env=env, env_config=env_config, policy=task.policies[0])
     for name, content in contents:
         default = _updated(default, content, name)
-    return tyro.cli(Config, args=rest, default=default)
+    return _parsed(rest, default)
+
+
+def _parsed(args: Sequence[str], default: TrainPPOConfig) -> TrainPPOConfig:
+    """Return the default with the flags applied; `--help` shows options in groups."""
+
+    def group(kind: type) -> Any:
+        return kind(**{own.name: getattr(default, own.name) for own in fields(kind)})
+
+    parts = {name: group(kind) for name, kind in _GROUPS.items()}
+    # The environment's options come second.
+    parts = {"run": parts["run"], "environment": default.env_config} | parts
+    shown: list[Any] = [
+        (
+            name,
+            Annotated[type(part), tyro.conf.OmitArgPrefixes],
+            field(default_factory=partial(replace, part)),
+        )
+        for name, part in parts.items()
+    ]
+    kind: Any = make_dataclass("TrainPPO", shown)
+    try:
+        parsed = tyro.cli(kind, args=args, description=TrainPPOConfig.__doc__)
+    except SystemExit as end:
+        if not end.code:  # --help
+            print(EXAMPLES)
+        raise
+    values = {
+        f.name: getattr(getattr(parsed, n), f.name) for n in _GROUPS for f in fields(_GROUPS[n])
+    }
+    return TrainPPOConfig(**values, env_config=parsed.environment)
 
 
 def _split_option(argument: str, option: str) -> list[str]:
@@ -234,7 +319,7 @@ def _updated(config: Any, content: dict[str, Any], path: str) -> Any:
             home = [n for n in nested if name in {f.name for f in fields(getattr(config, n))}]
             if not home:
                 inner = {f.name for n in nested for f in fields(getattr(config, n))}
-                raise ValueError(f"{path}: {unknown_name('setting', name, valid | inner)}")
+                raise ValueError(f"{path}: {unknown_name('option', name, valid | inner)}")
             base = changes.get(home[0], getattr(config, home[0]))
             changes[home[0]] = _updated(base, {name: value}, path)
     return replace(config, **changes)

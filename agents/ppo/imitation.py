@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from agents.baselines import Agent
 from agents.ppo.distributed import DistributedPPO
+from agents.ppo.sb3 import rollout_start, set_rollout_start
 from sam_gym.envs.base_core import BaseCore
 from sam_gym.utils.progress import track
 
@@ -34,8 +35,7 @@ def imitate(model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, step
     env, buffer, slots = model.get_env(), model.rollout_buffer, model.n_envs * model.ranks.world
     assert env is not None
     rounds = -(-steps // (model.n_steps * slots))
-    model._last_obs = cast(Any, env.reset())
-    model._last_episode_starts = np.ones(model.n_envs, bool)
+    set_rollout_start(model, env.reset(), np.ones(model.n_envs, bool))
     hide = not model.ranks.is_first
     for number in track(range(rounds), "imitating the expert", disable=hide):
         core.store.pin_new_epoch()
@@ -43,11 +43,10 @@ def imitate(model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, step
         buffer.reset()
         for _ in range(model.n_steps):
             _play(model, core, expert, share_of_own=number / rounds)
+        observations, starts = rollout_start(model)
         with torch.no_grad():
-            last = model.policy.predict_values(
-                obs_as_tensor(cast(Any, model._last_obs), model.device)
-            )
-        buffer.compute_returns_and_advantage(last, model._last_episode_starts)
+            last = model.policy.predict_values(obs_as_tensor(observations, model.device))
+        buffer.compute_returns_and_advantage(last, starts)
         loss = model.ranks.sum(torch.tensor(_learn(model), dtype=torch.float64))
         model.logger.record("imitation/loss", float(loss) / model.ranks.world)
         model.logger.dump(model.num_timesteps)
@@ -58,7 +57,7 @@ def _play(
     model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, share_of_own: float
 ) -> None:
     """One step of all slots; what is remembered is the action of the expert."""
-    observations = cast(dict[str, np.ndarray], model._last_obs)
+    observations, starts = rollout_start(model)
     tensors = obs_as_tensor(observations, model.device)
     own, values, _ = model.policy(tensors)
     advice = expert.act(core, observations)
@@ -73,11 +72,8 @@ def _play(
             rewards[slot] += model.gamma * float(model.policy.predict_values(last))
     model.num_timesteps += model.n_envs * model.ranks.world
     unused = torch.zeros(model.n_envs, device=model.device)
-    starts = cast(np.ndarray, model._last_episode_starts)
-    model.rollout_buffer.add(
-        cast(Any, observations), advice[:, None], rewards, starts, values, unused
-    )
-    model._last_obs, model._last_episode_starts = cast(Any, following), dones
+    model.rollout_buffer.add(observations, advice[:, None], rewards, starts, values, unused)
+    set_rollout_start(model, following, dones)
 
 
 def _learn(model: DistributedPPO) -> float:

@@ -1,4 +1,4 @@
-"""Gymnasium's vector environments as stable-baselines3 wants them."""
+"""An adaptor from Gymnasium's vector environments to stable-baselines3's `VecEnv`."""
 
 from __future__ import annotations
 
@@ -12,31 +12,23 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs
 
 from sam_gym.envs.base_core import BaseCore, EnvConfig
-from sam_gym.envs.continual import ContinualCore
 
 
 def make_vector_env(
-    env_id: str, num_envs: int, settings: EnvConfig, **options: Any
+    env_id: str, num_envs: int, env_config: EnvConfig, **options: Any
 ) -> tuple[VectorEnv, BaseCore[Any, Any]]:
-    """A vector environment with handle observations, and its core.
+    """Make a vector environment with handle observations; return it and its core.
 
     Args:
         env_id: a registered environment.
-        num_envs: how many.
-        settings: of the environment; observations are handles whatever they say.
-        **options: more arguments of the vector environment; it resets in the same step unless
-            `autoreset_mode` says otherwise.
+        num_envs: number of sub-environments.
+        env_config: of the environment; its `obs` is ignored.
+        **options: more arguments of the vector environment; the default autoreset mode is
+            "SameStep".
     """
-    arguments = asdict(replace(settings, obs="handle")) | {"autoreset_mode": "SameStep"} | options
+    arguments = asdict(replace(env_config, obs="handle")) | {"autoreset_mode": "SameStep"} | options
     env = gym.make_vec(env_id, num_envs, vectorization_mode="vector_entry_point", **arguments)
     return env, cast(Any, env.unwrapped).core
-
-
-def over_domains(core: BaseCore[Any, Any]) -> dict[str, Any]:
-    """Options of a reset that share the slots out over the domains of a stream, if there is one."""
-    if not isinstance(core, ContinualCore):
-        return {}
-    return {"task": np.arange(core.num_envs) % len(core.stream)}
 
 
 class VectorEnvAdaptor(VecEnv):

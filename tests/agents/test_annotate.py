@@ -18,7 +18,7 @@ from agents.annotation import clicks as module
 from agents.annotation import everything as annotate_everything
 from agents.annotation.clicks import ClickAnnotator
 from agents.evaluate import PolicyAgent
-from agents.policies.base import ImplicitPolicy
+from agents.policies.implicit import ImplicitPolicy
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.adapters.adapter import ClassHead, Model

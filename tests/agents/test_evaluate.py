@@ -17,9 +17,9 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
-from agents.baselines import BASELINES
+from agents.baselines.click import BASELINES
 from agents.evaluate import Evaluation, PolicyAgent, evaluate, load_agent, main
-from agents.policies.base import ImplicitPolicy
+from agents.policies.implicit import ImplicitPolicy
 from agents.policies.saved import SHIPPED
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.envs.click import SamSegConfig

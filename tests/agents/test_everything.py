@@ -12,13 +12,16 @@ import torch
 from torch.nn import functional as F
 
 from agents import evaluate as evaluate_command
-from agents.evaluate import PolicyAgent, baselines_of, evaluate, load_agent
-from agents.everything import BASELINES, EverythingPolicy, PixelShuffleHead
+from agents.baselines.everything import BASELINES
+from agents.evaluate import PolicyAgent, evaluate, load_agent
 from agents.policies.base import NEVER
+from agents.policies.everything import EverythingPolicy, PixelShuffleHead
 from agents.ppo.callbacks import PinRolloutsCallback
-from agents.ppo.config import Config, read_config
+from agents.ppo.config import TrainPPOConfig, read_config
+from agents.ppo.run import train
 from agents.ppo.vec_env import make_vector_env
-from agents.train_ppo import main, train
+from agents.tasks import task_of
+from agents.train_ppo import main
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.envs.everything import EverythingConfig, EverythingCore
 
@@ -114,14 +117,12 @@ def test_the_head_reads_logits_where_they_belong(cells: tuple[int, int], grid: i
 
 def test_every_baseline_keeps_to_its_rules(settings: EverythingConfig) -> None:
     assert BASELINES.names() == ("greedy", "grid", "oracle", "random")
-    assert baselines_of(settings) is BASELINES
-    assert baselines_of(SamSegConfig()).names() == ("center", "confident", "oracle", "random")
+    assert task_of(ENV).baselines is BASELINES
+    assert task_of("SamSeg-v0").baselines.names() == ("center", "confident", "oracle", "random")
     outcomes = {}
     for name in BASELINES.names():
         runs = [
-            evaluate(
-                load_agent(name, settings=settings), settings, env_id=ENV, episodes=4, num_envs=2
-            )
+            evaluate(load_agent(name, env_id=ENV), settings, env_id=ENV, episodes=4, num_envs=2)
             for _ in range(2)
         ]
         np.testing.assert_array_equal(runs[0].ious, runs[1].ious)
@@ -248,20 +249,20 @@ def test_training_from_end_to_end_and_a_stopped_one_comes_to_the_same(
 
 def test_the_environment_says_which_policy_plays_it() -> None:
     assert read_config(["--env", ENV]).policy == "everything"
-    assert isinstance(read_config(["--env", ENV]).settings, EverythingConfig)
+    assert isinstance(read_config(["--env", ENV]).env_config, EverythingConfig)
     assert read_config([]).policy == read_config(["--env", "SamContinual-v0"]).policy == "implicit"
     config = read_config(["--config", "everything", "--budget", "50"])
     assert (config.env, config.policy) == (ENV, "everything")
-    assert isinstance(config.settings, EverythingConfig) and config.settings.budget == 50
+    assert isinstance(config.env_config, EverythingConfig) and config.env_config.budget == 50
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--policy", "implicit"), "'implicit' does not play SamEverything-v0; .*: everything"),
+        (("--policy", "implicit"), r"'implicit' does not play SamEverything-v0\. .*: everything"),
         (("--env", "SamSeg-v0", "--policy", "everything"), "'everything' does not play SamSeg-v0"),
-        (("--recalibrate",), "--recalibrate labels clicks, of which SamEverything-v0 has none"),
-        (("--views",), "views show click agents only"),
+        (("--recalibrate",), "--recalibrate does not work with SamEverything-v0"),
+        (("--views",), "--policy-plots does not work with SamEverything-v0"),
         (("--actions", "set"), "PPO chooses one point in a step"),
         (("--budget", "5000"), "budget must be from 1 to the 1024 points"),
     ],
@@ -271,6 +272,6 @@ def test_wrong_input_is_an_error_before_work_starts(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         main(["--env", ENV, "--out", str(tmp_path / "out"), *options])
-    with pytest.raises(ValueError, match="settings of class EverythingConfig, got SamSegConfig"):
-        train(replace(Config(), env=ENV, policy="everything"))
+    with pytest.raises(ValueError, match="env_config of class EverythingConfig, got SamSegConfig"):
+        train(replace(TrainPPOConfig(), env=ENV, policy="everything"))
     assert not (tmp_path / "out").exists()

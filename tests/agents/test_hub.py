@@ -302,7 +302,7 @@ def test_the_card_says_what_results_say(run: Path, hub: type[Hub]) -> None:
 def test_the_card_of_other_kinds_of_agents(run: Path) -> None:
     made = Run.read(run)
     config = made.results["config"]
-    config["settings"] |= {"target": "instance", "dataset": "coco", "checkpoint": None}
+    config["env_config"] |= {"target": "instance", "dataset": "coco", "checkpoint": None}
     config |= {"policy": "explicit", "clip": "ViT-B-16"}
     made.results.update(gap_closed=None, held_out_split="train")
     text = model_card(made, "me/clicker", "mit")
@@ -327,7 +327,7 @@ def test_what_is_no_run_is_not_pushed(hub: type[Hub], run: Path) -> None:
     with pytest.raises(ValueError, match="'clicker' cannot be a repo.*USER/NAME"):
         pushed(run, "clicker")
     (run / "results.json").write_text('{"agent": {}, "config": {}}')
-    with pytest.raises(ValueError, match=r"results.json: not what train_ppo .* 'settings'"):
+    with pytest.raises(ValueError, match=r"results.json: not what train_ppo .* 'env'"):
         pushed(run)
     (run / "results.json").write_text("{")
     with pytest.raises(ValueError, match=r"results.json: not readable"):

@@ -42,7 +42,7 @@ def test_a_run_leaves_everything_it_promises(tiny_env: dict[str, Any], tmp_path:
     assert again["train_curve"] == results["train_curve"]
     assert again["agent"] == results["agent"]
     events = EventAccumulator(str(tmp_path / "b" / "tensorboard")).Reload()
-    assert len(events.Images("eval/views")) == len(results["eval_curve"]) > 0
+    assert len(events.Images("eval/policy_plots")) == len(results["eval_curve"]) > 0
 
 
 def test_wrong_input_is_an_error_before_work_starts(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from stable_baselines3 import PPO
 
 import sam_gym  # noqa: F401
-from agents.policies.base import ClickFeatures, ImplicitPolicy
+from agents.policies.implicit import ClickFeatures, ImplicitPolicy
 from agents.ppo.callbacks import PinRolloutsCallback
 from agents.ppo.vec_env import VectorEnvAdaptor
 
@@ -28,7 +28,6 @@ def make_env(settings: dict[str, Any], obs: str = "handle", count: int = 4, **mo
 def make_model(
     settings: dict[str, Any],
     env: Any,
-    head: str = "spatial",
     options: dict[str, Any] | None = None,
     **features: Any,
 ) -> PPO:
@@ -52,8 +51,7 @@ def make_model(
         n_steps=4,
         batch_size=8,
         n_epochs=1,
-        policy_kwargs={"features": details | features, "grid": core.config.grid, "head": head}
-        | (options or {}),
+        policy_kwargs={"features": details | features, "grid": core.config.grid} | (options or {}),
         seed=0,
         device="cpu",
     )
@@ -74,13 +72,12 @@ def test_both_observation_forms_give_the_same_features(tiny_env: dict[str, Any])
         a, b = full.step(action)[0], handle.step(action)[0]
 
 
-@pytest.mark.parametrize("head", ["spatial", "flat"])
 @pytest.mark.parametrize("obs", ["full", "handle"])
 def test_log_probabilities_agree_between_rollout_and_update(
-    tiny_env: dict[str, Any], head: str, obs: str
+    tiny_env: dict[str, Any], obs: str
 ) -> None:
     env = make_env(tiny_env, obs, stop=True, undo=True, target="instance")
-    model = make_model(tiny_env, env, head)
+    model = make_model(tiny_env, env)
     observations, _ = env.reset(seed=0)
     action, log_prob, entropy, value = model.policy.get_action_and_value(observations)
     judged = model.policy.get_action_and_value(observations, action)
@@ -146,9 +143,11 @@ def test_saved_policies_come_back_without_the_backbone(tiny_env: dict[str, Any],
         assert torch.equal(left, right)
 
 
-def test_unknown_head_names_the_nearest(tiny_env: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="Did you mean 'spatial'"):
-        make_model(tiny_env, make_env(tiny_env), head="spacial")
+def test_the_removed_head_is_a_clear_error(tiny_env: dict[str, Any]) -> None:
+    env = make_env(tiny_env)
+    make_model(tiny_env, env, options={"head": "spatial"})  # as policies of earlier versions say
+    with pytest.raises(ValueError, match="the action head 'flat' was removed"):
+        make_model(tiny_env, env, options={"head": "flat"})
 
 
 def test_rollouts_keep_their_embeddings(tiny_env: dict[str, Any]) -> None:
@@ -231,5 +230,3 @@ def test_misspelt_options_of_the_policy(tiny_env: dict[str, Any]) -> None:
     env = make_env(tiny_env)
     with pytest.raises(ValueError, match="Did you mean 'bf16-mixed'"):
         make_model(tiny_env, env, options={"precision": "bf16"})
-    with pytest.raises(ValueError, match="Did you mean 'flat'"):
-        make_model(tiny_env, env, head="flatt")

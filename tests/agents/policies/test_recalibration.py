@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from agents.evaluate import PolicyAgent
-from agents.policies.base import ImplicitPolicy
+from agents.policies.implicit import ImplicitPolicy
 from agents.policies.recalibration import TrainRecalibration, recalibration_loss
-from agents.ppo.config import Config
+from agents.ppo.config import TrainPPOConfig
+from agents.ppo.run import make_model
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
-from agents.train_ppo import main, make_model, training_settings
+from agents.tasks import task_of
+from agents.train_ppo import main
 from sam_gym.envs.click import ClickCore, SamSegConfig
 
 
@@ -21,11 +23,11 @@ from sam_gym.envs.click import ClickCore, SamSegConfig
 def made(tiny_env: dict[str, Any]) -> Callable[..., tuple[Any, ImplicitPolicy, ClickCore, Any]]:
     def made(grid: int = 8, **options: Any) -> tuple[Any, ImplicitPolicy, ClickCore, Any]:
         click = SamSegConfig(obs="handle", grid=grid, stop=True, **tiny_env)
-        config = Config(
+        config = TrainPPOConfig(
             num_envs=4, n_steps=8, batch_size=16, train_images=8, recalibrate=True,
-            settings=click, **options,
+            env_config=click, **options,
         )  # fmt: skip
-        settings = training_settings(config)
+        settings = task_of(config.env).training_config(config)
         env, core = make_vector_env("SamSeg-v0", 4, settings)
         model = make_model(config, settings, VectorEnvAdaptor(env), core)  # type: ignore[arg-type]
         return model, model.policy, core, env  # type: ignore[return-value]

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from agents.ppo.checkpoint import (
-    check_same_settings,
+    check_same_config,
     checkpoints,
     newest_checkpoint,
     write_checkpoint,
 )
-from agents.ppo.config import Config
+from agents.ppo.config import TrainPPOConfig
 from agents.train_ppo import main
 
 Arguments = Callable[..., list[str]]
@@ -65,7 +65,7 @@ def test_a_stopped_run_comes_to_the_same(
     writing = tmp_path / "writing"
     killed(start_training, "--die-in-write", "2", *arguments(writing))
     files = sorted(path.name for path in (writing / "checkpoints").iterdir())
-    assert len(files) == 2 and files[0].startswith(".000000000128.ckpt.")
+    assert len(files) == 2 and files[0].startswith(".000000000064.ckpt.")
     main(arguments(writing, "--resume"))
     assert_same(writing, through)
 
@@ -90,11 +90,11 @@ def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
 
 
 def test_only_settings_that_change_nothing_may_differ() -> None:
-    config = Config()
+    config = TrainPPOConfig()
     moved = replace(
-        config, out="elsewhere", resume=True, settings=replace(config.settings, cache_mib=7)
+        config, out="elsewhere", resume=True, env_config=replace(config.env_config, cache_mib=7)
     )
-    check_same_settings(asdict(config), asdict(moved))
-    harder = replace(config, seed=4, settings=replace(config.settings, max_steps=3))
-    with pytest.raises(ValueError, match=r"seed \(0 then, 4 now\); settings.max_steps \(5 then"):
-        check_same_settings(asdict(config), asdict(harder))
+    check_same_config(asdict(config), asdict(moved))
+    harder = replace(config, seed=4, env_config=replace(config.env_config, max_steps=3))
+    with pytest.raises(ValueError, match=r"seed \(0 then, 4 now\); env_config.max_steps \(5 then"):
+        check_same_config(asdict(config), asdict(harder))

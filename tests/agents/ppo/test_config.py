@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.ppo.config import CONFIGS, Config, read_config
+from agents.ppo.config import CONFIGS, TrainPPOConfig, read_config
 
 
 def test_yaml_sets_defaults_that_flags_override(tmp_path: Path) -> None:
@@ -12,23 +12,23 @@ def test_yaml_sets_defaults_that_flags_override(tmp_path: Path) -> None:
     path.write_text("seed: 7\nmax_steps: 3\nlearning_rate: 0.002\nsettings: {reward: dice_gain}\n")
     config = read_config(["--config", str(path), "--seed", "9"])
     assert (config.seed, config.learning_rate) == (9, 0.002)
-    assert (config.settings.max_steps, config.settings.reward) == (3, "dice_gain")
-    assert read_config([]) == Config()
+    assert (config.env_config.max_steps, config.env_config.reward) == (3, "dice_gain")
+    assert read_config([]) == TrainPPOConfig()
 
 
 def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("learning_rate: 1e-4\ngamma: 1\nclick_cost: 2e-2\n")
     config = read_config([f"--config={path}"])
-    assert (config.learning_rate, config.gamma, config.settings.click_cost) == (1e-4, 1.0, 0.02)
+    assert (config.learning_rate, config.gamma, config.env_config.click_cost) == (1e-4, 1.0, 0.02)
 
 
 def test_an_agent_and_an_environment_by_name() -> None:
     config = read_config(["--config", "alignsam", "--config", "few_clicks", "--seed", "3"])
     assert (config.recalibrate, config.gamma, config.seed) == (True, 0.99, 3)
     # Of both, and what neither says stays as it is.
-    assert (config.settings.grid, config.settings.stop) == (10, True)
-    assert (config.settings.obs, config.n_steps) == ("handle", Config().n_steps)
+    assert (config.env_config.grid, config.env_config.stop) == (10, True)
+    assert (config.env_config.obs, config.n_steps) == ("handle", TrainPPOConfig().n_steps)
     later = read_config(["--config", "alignsam", "--config", "alignsam_explicit"])
     assert (later.policy, later.recalibration_updates) == ("explicit", 5)
 
@@ -36,9 +36,9 @@ def test_an_agent_and_an_environment_by_name() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_in_the_package_is_valid(name: str) -> None:
     config = read_config(["--config", name])
-    assert config != Config()
-    assert name in (Config.__doc__ or "")
-    config.settings.validate()
+    assert config != TrainPPOConfig()
+    assert name in (TrainPPOConfig.__doc__ or "")
+    config.env_config.validate()
 
 
 def test_wrong_configs_are_errors(tmp_path: Path) -> None:

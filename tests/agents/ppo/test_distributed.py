@@ -12,10 +12,11 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
-from agents.ppo.config import Config
+from agents.ppo.config import TrainPPOConfig
 from agents.ppo.distributed import ProcessGroup, share_gradients
+from agents.ppo.run import make_model
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
-from agents.train_ppo import main, make_model
+from agents.train_ppo import main
 from sam_gym.envs.click import SamSegConfig
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -96,7 +97,7 @@ def test_what_is_saved_loads_as_plain_ppo_and_learns_on(
     tiny_env: dict[str, Any], tmp_path: Path
 ) -> None:
     settings = SamSegConfig(**tiny_env, obs="handle")
-    config = Config(num_envs=4, n_steps=8, batch_size=16)
+    config = TrainPPOConfig(num_envs=4, n_steps=8, batch_size=16)
     vector, core = make_vector_env("SamSeg-v0", 4, settings)
     env = VecMonitor(VectorEnvAdaptor(vector))
     make_model(config, settings, env, core).save(tmp_path / "policy.zip")

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from agents.ppo.config import Config
+from agents.ppo.config import TrainPPOConfig
 from agents.ppo.imitation import imitate
+from agents.ppo.run import make_model
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
-from agents.train_ppo import main, make_model, training_settings
+from agents.tasks import task_of
+from agents.train_ppo import main
 from sam_gym.envs.click import ClickCore, SamSegConfig
 
 
@@ -29,8 +31,10 @@ class AlwaysThere:
 
 def test_the_policy_learns_what_the_expert_does(tiny_env: dict[str, Any]) -> None:
     click = SamSegConfig(obs="handle", grid=8, **tiny_env)
-    config = Config(num_envs=4, n_steps=8, batch_size=16, learning_rate=0.01, settings=click)
-    settings = training_settings(config)
+    config = TrainPPOConfig(
+        num_envs=4, n_steps=8, batch_size=16, learning_rate=0.01, env_config=click
+    )
+    settings = task_of(config.env).training_config(config)
     env, core = make_vector_env("SamSeg-v0", 4, settings)
     model = make_model(config, settings, VectorEnvAdaptor(env), core)  # type: ignore[arg-type]
     model._setup_learn(1)

@@ -13,9 +13,10 @@ import pytest
 from stable_baselines3.common.utils import LinearSchedule
 
 from agents import evaluate
-from agents.ppo.config import Config, read_config
+from agents.ppo.config import TrainPPOConfig, read_config
+from agents.ppo.run import train
 from agents.ppo.stages import PerStageSchedule, Stages, StreamCallback
-from agents.train_ppo import main, train
+from agents.train_ppo import main
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.envs.continual import ContinualConfig
 from sam_gym.metrics import continual as continual_metrics
@@ -118,7 +119,7 @@ def test_a_run_reports_what_is_kept_and_a_stopped_one_comes_to_the_same(
 
 def test_an_environment_with_a_stream_has_its_own_options(tmp_path: Path) -> None:
     config = read_config([*STREAM, "--order", "random:3", "--data", "a,b"])
-    assert config.settings == ContinualConfig(
+    assert config.env_config == ContinualConfig(
         obs="handle",
         order="random:3",
         data="a,b",
@@ -130,12 +131,12 @@ def test_an_environment_with_a_stream_has_its_own_options(tmp_path: Path) -> Non
     path = tmp_path / "run.yaml"
     path.write_text("env: SamContinual-v0\norder: random:1\nstream_kwargs: {domains: cells}\n")
     config = read_config(["--config", str(path), "--order", "random:2"])
-    assert config.env == "SamContinual-v0" and isinstance(config.settings, ContinualConfig)
-    assert config.settings.order == "random:2"
-    assert config.settings.stream_kwargs == {"domains": "cells"}
+    assert config.env == "SamContinual-v0" and isinstance(config.env_config, ContinualConfig)
+    assert config.env_config.order == "random:2"
+    assert config.env_config.stream_kwargs == {"domains": "cells"}
     # The command line has the last word, on the environment too.
-    assert isinstance(read_config([f"--env={Config.env}"]).settings, SamSegConfig)
-    with pytest.raises(ValueError, match="Unknown setting 'order'"):
+    assert isinstance(read_config([f"--env={TrainPPOConfig.env}"]).env_config, SamSegConfig)
+    with pytest.raises(ValueError, match="Unknown option 'order'"):
         read_config(["--config", str(path), "--env", "SamSeg-v0"])
     with pytest.raises(ValueError, match="Did you mean 'SamContinual-v0'"):
         read_config(["--env", "SamContinual"])
@@ -147,12 +148,12 @@ def test_wrong_input_is_an_error_before_work_starts(tmp_path: Path) -> None:
         main([*out, "--total-timesteps", "95"])
     with pytest.raises(ValueError, match=r"warm_start .* the first of 3 domains \(40\), got 41"):
         main([*out, "--total-timesteps", "120", "--warm-start", "41"])
-    with pytest.raises(ValueError, match="domains of a stream have one category only"):
+    with pytest.raises(ValueError, match="--categories does not work with SamContinual-v0"):
         main([*out, "--categories", "star"])
     with pytest.raises(ValueError, match=r"order lacks night"):
         main([*out, "--order", "cells,sonar"])
-    with pytest.raises(ValueError, match="settings of class ContinualConfig, got SamSegConfig"):
-        train(replace(Config(), env="SamContinual-v0"))
+    with pytest.raises(ValueError, match="env_config of class ContinualConfig, got SamSegConfig"):
+        train(replace(TrainPPOConfig(), env="SamContinual-v0"))
     assert not (tmp_path / "out").exists()
 
 

@@ -15,10 +15,11 @@ from segment_anything.modeling import Sam
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.evaluate import PolicyAgent
-from agents.ppo.config import Config
+from agents.ppo.config import TrainPPOConfig
 from agents.ppo.distributed import ProcessGroup
+from agents.ppo.run import mlflow_run
 from agents.ppo.tracking import MlflowRun, TensorBoard
-from agents.train_ppo import _in_mlflow, main
+from agents.train_ppo import main
 from sam_gym.backbones.loading import BACKBONES
 from sam_gym.version import __version__
 
@@ -103,7 +104,7 @@ def test_pictures_change_nothing(
 ) -> None:
     main(arguments(tmp_path, *WATCHED))
     assert_same(tmp_path, plain)
-    assert not (plain / "videos").exists() and not (plain / "views").exists()
+    assert not (plain / "videos").exists() and not (plain / "policy_plots").exists()
     # 4, 12, 16 and 24 episodes have ended when a rollout has.
     videos = sorted((tmp_path / "videos").iterdir())
     assert [path.name for path in videos] == ["step-00000064.gif"]
@@ -113,9 +114,9 @@ def test_pictures_change_nothing(
     assert [event.step for event in shown] == [96]
     assert [event.encoded_image_string for event in shown] == [p.read_bytes() for p in videos]
     assert shown[0].encoded_image_string[:3] == b"GIF" and shown[0].width > shown[0].height / 2
-    views = sorted((tmp_path / "views").iterdir())
+    views = sorted((tmp_path / "policy_plots").iterdir())
     assert [path.name for path in views] == ["step-00000064.png", "step-00000128.png"]
-    assert [event.encoded_image_string for event in events.Images("eval/views")] == [
+    assert [event.encoded_image_string for event in events.Images("eval/policy_plots")] == [
         path.read_bytes() for path in views
     ]
 
@@ -153,11 +154,15 @@ def test_mlflow_has_what_tensorboard_has_though_the_run_was_killed(
     assert status(run) == "FINISHED" and data.tags["mlflow.runName"] == "killed"
     tags = {"sam_gym.version": __version__, "policy": "implicit", "backbone": "tiny"}
     assert tags.items() <= data.tags.items()
-    assert data.params["learning_rate"] == "0.001" and data.params["settings.max_steps"] == "5"
+    assert data.params["learning_rate"] == "0.001" and data.params["env_config.max_steps"] == "5"
     assert files_in_mlflow(run) == {
         *("results.json", "learning_curve.png", "iou_after_steps.png", "episodes.gif"),
         "policy/policy.zip",
-        *("videos/step-00000064.gif", "views/step-00000064.png", "views/step-00000128.png"),
+        *(
+            "videos/step-00000064.gif",
+            "policy_plots/step-00000064.png",
+            "policy_plots/step-00000128.png",
+        ),
     }
 
     [version] = run.client.search_model_versions("name='clicker'")
@@ -243,8 +248,8 @@ def test_mlflow_is_told_how_a_run_ended(begin: Callable[..., MlflowRun]) -> None
 
 
 def test_only_the_first_rank_writes(tmp_path: Path) -> None:
-    config = Config(out=str(tmp_path / "out"), mlflow=True)
-    with _in_mlflow(config, None, ProcessGroup(1, 2)) as run:
+    config = TrainPPOConfig(out=str(tmp_path / "out"), mlflow=True)
+    with mlflow_run(config, None, ProcessGroup(1, 2)) as run:
         assert run is None
     assert list(tmp_path.iterdir()) == []
 

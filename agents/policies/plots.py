@@ -1,4 +1,4 @@
-"""What a policy sees and what it is about to do, as pictures."""
+"""Policy plots: what a click policy sees, and where it is about to click."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import torch
 from agents.clip.surgery import min_max
 from agents.evaluate import PolicyAgent
 from agents.policies.explicit import TextFeatures
-from agents.ppo.vec_env import make_vector_env, over_domains
+from agents.ppo.vec_env import make_vector_env
+from agents.tasks import task_of
 from sam_gym.envs.base_core import EnvConfig
-from sam_gym.envs.click import ClickConfig, ClickCore
+from sam_gym.envs.click import ClickCore
 from sam_gym.utils.render import draw_heat, tile
 
 _HEIGHT = 224
 
 
 @torch.no_grad()
-def draw_views(
+def draw_policy_plots(
     agent: PolicyAgent,
-    settings: EnvConfig,
+    env_config: EnvConfig,
     *,
     env_id: str = "SamSeg-v0",
     count: int = 4,
@@ -36,7 +37,7 @@ def draw_views(
 
     Args:
         agent: the policy.
-        settings: of the environment.
+        env_config: of the environment.
         env_id: a registered environment.
         count: episodes.
         clicks: how many the agent makes first.
@@ -45,11 +46,12 @@ def draw_views(
     Returns:
         uint8 (H, W, 3), RGB.
     """
-    check_has_views(settings)
-    env, made = make_vector_env(env_id, count, settings)
+    task = task_of(env_id)
+    task.require("policy_plots")
+    env, made = make_vector_env(env_id, count, env_config)
     core = cast(ClickCore, made)
-    observations, _ = env.reset(seed=seed, options=over_domains(core))
-    for _ in range(min(clicks, settings.longest - 1)):
+    observations, _ = env.reset(seed=seed, options=task.reset_options(core))
+    for _ in range(min(clicks, env_config.longest - 1)):
         observations, *_ = env.step(agent.act(core, observations))
     tensors = agent.policy._to_tensors(observations)
     with agent.policy.playing():
@@ -60,12 +62,6 @@ def draw_views(
         frames += _row(core, slot, chances[slot].cpu().numpy(), words[slot])
     env.close()
     return tile(frames, len(frames) // count)
-
-
-def check_has_views(settings: EnvConfig) -> None:
-    """Raise `ValueError` for an environment whose agents are not drawn: one without clicks."""
-    if not isinstance(settings, ClickConfig):
-        raise ValueError("views show click agents only. Leave them out; episodes.gif shows all.")
 
 
 def _word_planes(extractor: Any, tensors: dict[str, torch.Tensor]) -> list[list[np.ndarray]]:

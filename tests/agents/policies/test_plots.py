@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from agents.evaluate import PolicyAgent
-from agents.policies.base import ImplicitPolicy
 from agents.policies.explicit import ExplicitPolicy
+from agents.policies.implicit import ImplicitPolicy
+from agents.policies.plots import draw_policy_plots
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
-from agents.views import draw_views
 from sam_gym.envs.click import make_config
 
 
@@ -18,15 +18,15 @@ def test_a_row_per_episode(
     tiny_env: dict, clip_folder: Path, kind: str, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions: list[str] = []
-    from agents import views
+    from agents.policies import plots
 
-    draw = views.draw_heat
+    draw = plots.draw_heat
 
     def noted(*args: object, **kwargs: object) -> np.ndarray:
         captions.append(str(kwargs["caption"]))
         return draw(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(views, "draw_heat", noted)
+    monkeypatch.setattr(plots, "draw_heat", noted)
     settings = make_config(tiny_env | {"stop": True})
     vector, core = make_vector_env("SamSeg-v0", 1, settings)
     env = VectorEnvAdaptor(vector)
@@ -41,7 +41,7 @@ def test_a_row_per_episode(
     policy = policy_class(
         env.observation_space, env.action_space, lambda _: 1e-3, features=features, grid=16
     )
-    picture = draw_views(PolicyAgent(policy), settings, count=3, clicks=2)
+    picture = draw_policy_plots(PolicyAgent(policy), settings, count=3, clicks=2)
     assert picture.dtype == np.uint8 and picture.shape == (3 * 254, columns * 224, 3)
     assert len(captions) == 3 * (columns - 1)
     # Chances of both kinds of click, and of stopping, make up one.

@@ -1,33 +1,20 @@
-"""Agents that learn nothing, under the same rules as those that do."""
+"""Baselines of the click task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from agents.baselines.base import Agent
 from sam_gym.backbones import NO_POINT, Prompts
 from sam_gym.envs.click import ClickCore
 from sam_gym.simulation.clicks import error_click, point_grid
 from sam_gym.utils.registry import Registry
 
-
-class Agent(Protocol):
-    """Anything that chooses actions for all slots of an environment at once.
-
-    One that plays by other rules than those it is given has a method `rules`, which makes its
-    settings of the environment's.
-    """
-
-    def act(self, core: Any, observations: dict[str, np.ndarray]) -> np.ndarray:
-        """Actions int64 (num_envs, ...). Only those that say "oracle" may look up ground truth."""
-        ...
-
-
-#: Baseline name -> class; each is made with a seed.
-BASELINES: Registry[Callable[[int], Agent]] = Registry("baseline")
+#: Baseline name -> class, which takes a seed.
+BASELINES: Registry[Callable[[int], Agent]] = Registry("baseline of the click task")
 
 
 @BASELINES.register("random")

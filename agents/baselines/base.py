@@ -1,0 +1,22 @@
+"""The interface of everything that plays: baselines and trained policies."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Agent(Protocol):
+    """Chooses actions for all sub-environments of a core at once.
+
+    An agent that needs another env config than the given one, for example a larger budget, has a
+    method `env_config_for(env_config)` that returns it (see `Task.env_config_for`).
+    """
+
+    def act(self, core: Any, observations: dict[str, np.ndarray]) -> np.ndarray:
+        """Return actions int64 (num_envs, ...).
+
+        Only agents named "oracle" may read the ground truth.
+        """
+        ...

@@ -1,0 +1,148 @@
+"""The policy of `SamEverything-v0`."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import gymnasium as gym
+import torch
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agents.policies.base import (
+    NEVER,
+    POLICIES,
+    SamPolicy,
+    SplitFeatures,
+    StoredFeatures,
+    pooled,
+)
+from sam_gym.envs.everything import MAPS
+
+
+class EverythingFeatures(StoredFeatures):
+    """What the policy sees: float32 (B, width, h, w), aligned with SAM's embedding.
+
+    The image embedding, alone and where nothing is covered yet; the maps of what was kept; how
+    much of each cell was tried; and the share of the budget that is used up.
+
+    Args:
+        observation_space: of `SamEverything-v0`, with `obs="full"` or `obs="handle"`.
+        backbone: name, checkpoint, device and dtype of the SAM, as `load_backbone` takes them.
+        budget: points per episode, to scale their number.
+        width: feature channels.
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.spaces.Dict,
+        backbone: dict[str, Any],
+        budget: int,
+        width: int = 48,
+    ) -> None:
+        super().__init__(observation_space, backbone, width)
+        self.budget = budget
+        self.reduce = nn.Conv2d(self.backbone.embedding_shape[0], width, 1)
+        self.mix = nn.Sequential(
+            nn.Conv2d(2 * width + len(MAPS) + 2, width, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+        )
+
+    def forward(self, observations: PyTorchObs) -> Tensor:
+        assert isinstance(observations, dict)
+        image = F.relu(self.reduce(self.embedding(observations)))
+        maps = torch.cat([self.plane(observations, name) for name in MAPS], dim=1)
+        tried = was_tried(observations).float()[:, None]
+        used = observations["num_points"].reshape(-1, 1, 1, 1).float() / self.budget
+        planes = [
+            *(image, image * (1 - maps[:, :1]), maps),
+            F.adaptive_avg_pool2d(tried, self.cells),
+            used.expand(-1, 1, *self.cells),
+        ]
+        return self.mix(torch.cat(planes, dim=1))
+
+
+def was_tried(observations: dict[str, Tensor]) -> Tensor:
+    """Which cells of the grid were tried, of either observation form: bool (B, grid, grid)."""
+    return observations["tried"] > 0
+
+
+class PixelShuffleHead(nn.Module):
+    """A logit for every cell of a grid that may be finer than the features; stop from all of them.
+
+    Args:
+        width: channels of the features.
+        cells: rows and columns of the features.
+        grid: rows and columns of the points.
+        num_others: choices beyond points: stop, or none.
+    """
+
+    def __init__(self, width: int, cells: tuple[int, int], grid: int, num_others: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.finer = max(1, -(-grid // min(cells)))
+        self.points = nn.Conv2d(width, self.finer**2, 1)
+        self.others = nn.Linear(2 * width, num_others) if num_others else None
+
+    def last_layers(self) -> list[nn.Module]:
+        """The layers that give the logits."""
+        return [self.points] if self.others is None else [self.points, self.others]
+
+    def forward(self, features: Tensor) -> Tensor:
+        fine = F.pixel_shuffle(self.points(features), self.finer)
+        points = F.adaptive_avg_pool2d(fine, self.grid).flatten(1)
+        if self.others is None:
+            return points
+        return torch.cat([points, self.others(pooled(features))], dim=1)
+
+
+@POLICIES.register("everything")
+class EverythingPolicy(SamPolicy):
+    """Chooses the next point, or to stop, by SAM's embedding and what was found so far.
+
+    A point that was tried is never chosen again.
+
+    Args:
+        observation_space, action_space, lr_schedule: as SB3 passes them.
+        features: arguments of `EverythingFeatures`.
+        grid: points lie on grid x grid cells.
+        stop: whether the last action ends the episode.
+        **kwargs: as `SamPolicy` takes them.
+    """
+
+    extractor_class = EverythingFeatures
+    arguments = (*SamPolicy.arguments, "grid", "stop")
+
+    def __init__(
+        self,
+        observation_space: gym.spaces.Dict,
+        action_space: gym.spaces.Discrete,
+        lr_schedule: Schedule,
+        *,
+        features: dict[str, Any],
+        grid: int,
+        stop: bool,
+        **kwargs: Any,
+    ) -> None:
+        self.grid, self.stop = grid, stop
+        super().__init__(observation_space, action_space, lr_schedule, features=features, **kwargs)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        width = self.features_dim
+        self.mlp_extractor = SplitFeatures(width)  # type: ignore[assignment]
+        cells = cast(EverythingFeatures, self.features_extractor).cells
+        head = PixelShuffleHead(width, cells, self.grid, int(self.stop))
+        self._build_heads(head, self.grid**2 + int(self.stop), lr_schedule)
+
+    def _allowed(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
+        tried = was_tried(cast(dict[str, Tensor], obs)).flatten(1)
+        return torch.where(F.pad(tried, (0, int(self.stop))), NEVER, logits)
+
+    def action_config(self, num_actions: int) -> dict[str, Any]:
+        del num_actions
+        return {"grid": self.grid, "stop": self.stop, "actions": "points"}

@@ -1,0 +1,107 @@
+"""The results of a training run: the final evaluation, results.json and its pictures."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from agents.curves import plot_iou_after_steps, plot_learning_curve
+from agents.evaluate import Evaluation, PolicyAgent, evaluate, film_episodes
+from agents.ppo.callbacks import MonitorCallback
+from agents.ppo.config import TrainPPOConfig
+from agents.ppo.stages import StreamCallback
+from agents.tasks import Task
+from sam_gym.envs.base_core import EnvConfig
+from sam_gym.metrics.masks import with_interval
+from sam_gym.utils.files import write_json
+from sam_gym.utils.plots import plot_matrix
+from sam_gym.utils.render import save_gif
+
+
+def write_results(
+    config: TrainPPOConfig,
+    task: Task,
+    held_out: EnvConfig,
+    agent: PolicyAgent,
+    outcome: Evaluation | None,
+    monitor: MonitorCallback,
+    walk: StreamCallback | None,
+    title: str,
+) -> tuple[dict[str, Any], list[Path]]:
+    """Compare a trained policy with the baselines and write results.json and pictures.
+
+    Args:
+        config: of the run.
+        task: of its environment.
+        held_out: env config of the final evaluation.
+        agent: the policy.
+        outcome: of its final evaluation, if that was made already.
+        monitor: has the curves of the training.
+        walk: has the results after each domain, of a run over a stream.
+        title: name of the training data, for a heading.
+
+    Returns:
+        The content of results.json, and the files written.
+    """
+    out, trained = Path(config.out), time.monotonic()
+    outcomes = _final_evaluation(config, task, held_out, agent, outcome)
+    results: dict[str, Any] = {name: own.summary() for name, own in outcomes.items()}
+    curves = {name: own.curve.round(4).tolist() for name, own in outcomes.items()}
+    results["gap_closed"] = _gap_closed(results)
+    print(f"  gap closed (agent - random) / (oracle - random): {results['gap_closed']}")
+    for line in task.compare(results, tuple(outcomes)):
+        print(f"  {line}")
+
+    pictures = ("learning_curve.png", "iou_after_steps.png", "episodes.gif")
+    files = [out / name for name in ("results.json", *pictures)]
+    if walk is not None:
+        results["continual"] = own = walk.results()
+        print("  " + ", ".join(f"{n} {own[n]:.3f}" for n in ("last_iou", "avg_iou", "ff_iou")))
+        title = f"{config.policy} on {title}: held-out episodes after each domain"
+        files.append(plot_matrix(out / "forgetting.png", walk.matrix, walk.names, title))
+    results |= {
+        "held_out_split": held_out.split,
+        "training_seconds": round(trained - monitor.started, 1),
+        "total_seconds": round(time.monotonic() - monitor.started, 1),
+        "config": asdict(config),
+        "train_curve": monitor.train_curve,
+        "eval_curve": monitor.eval_curve,
+        "iou_after_steps": curves,
+    }
+    write_json(out / "results.json", results)
+    references = {name: results[name]["mean_iou"] for name in task.baselines.names()}
+    plot_learning_curve(
+        out / "learning_curve.png", monitor.train_curve, monitor.eval_curve, references
+    )
+    plot_iou_after_steps(out / "iou_after_steps.png", curves)
+    save_gif(out / "episodes.gif", film_episodes(agent, held_out, env_id=config.env, seed=3))
+    return results, files
+
+
+def _final_evaluation(
+    config: TrainPPOConfig,
+    task: Task,
+    held_out: EnvConfig,
+    agent: PolicyAgent,
+    outcome: Evaluation | None,
+) -> dict[str, Evaluation]:
+    """Evaluate the policy ("agent") and all baselines on the same episodes."""
+    print(f"Evaluating on {held_out.split}, {config.final_episodes} episodes each.")
+    baselines = {name: task.baselines.get(name)(config.seed) for name in task.baselines.names()}
+    outcomes = {} if outcome is None else {"agent": outcome}
+    for name, player in {"agent": agent, **baselines}.items():
+        if name not in outcomes:
+            outcomes[name] = evaluate(
+                player, held_out, env_id=config.env, episodes=config.final_episodes, seed=2
+            )
+        row = outcomes[name].summary()
+        print(f"  {name:10s} mean IoU {with_interval(row['mean_iou'], row['ci95'])}")
+    return outcomes
+
+
+def _gap_closed(results: dict[str, Any]) -> float | None:
+    """Return (agent - random) / (oracle - random); None if the oracle is no better."""
+    random, oracle, agent = (results[k]["mean_iou"] for k in ("random", "oracle", "agent"))
+    return round((agent - random) / (oracle - random), 4) if oracle - random else None

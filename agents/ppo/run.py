@@ -1,0 +1,393 @@
+"""A training run from its config to its results."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import VecMonitor
+
+from agents.evaluate import Evaluation, PolicyAgent, evaluate, film_episodes
+from agents.policies import POLICIES, ImplicitPolicy, SamPolicy
+from agents.policies.plots import draw_policy_plots
+from agents.policies.recalibration import TrainRecalibration
+from agents.ppo.callbacks import MonitorCallback, PinRolloutsCallback
+from agents.ppo.checkpoint import Checkpoint, check_same_config, checkpoints, newest_checkpoint
+from agents.ppo.config import TrainPPOConfig, flat, with_present_names
+from agents.ppo.distributed import ALONE, CountAllProcesses, DistributedPPO, ProcessGroup
+from agents.ppo.imitation import imitate
+from agents.ppo.results import write_results
+from agents.ppo.stages import PerStageSchedule, Stages, StreamCallback
+from agents.ppo.tracking import MlflowRun, make_logger, require_mlflow
+from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
+from agents.tasks import Task, task_of
+from sam_gym.data.streams import Stream
+from sam_gym.envs.base_core import BaseCore, EnvConfig
+from sam_gym.utils.files import write_atomic
+from sam_gym.utils.render import save_gif, save_image
+from sam_gym.version import __version__
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated run: what it trains on, and what it is evaluated on.
+
+    Attributes:
+        config: of the run.
+        task: of the environment.
+        training: env config of the training episodes.
+        validation: env config of the evaluations during training.
+        held_out: env config of the final evaluation.
+        stream: the domains, held so that no environment opens them again; None without.
+    """
+
+    config: TrainPPOConfig
+    task: Task
+    training: EnvConfig
+    validation: EnvConfig
+    held_out: EnvConfig
+    stream: Stream | None
+
+    @classmethod
+    def of(cls, config: TrainPPOConfig) -> Plan:
+        """Validate a config, and the data that it names.
+
+        Raises:
+            ValueError, FileNotFoundError: a name, a value or the data is wrong.
+        """
+        config.validate()
+        POLICIES.get(config.policy)
+        task = task_of(config.env)
+        task.check_run(config)
+        training = task.training_config(config)
+        training.validate()
+        plan = cls(
+            config,
+            task,
+            training,
+            task.held_out_config(config, "val"),
+            task.held_out_config(config),
+            task.stream(training),
+        )
+        plan.held_out.open_dataset()
+        plan.validation.open_dataset()
+        if plan.stages is not None:
+            plan.stages.validate()
+            first = config.total_timesteps // plan.stages.count
+            if config.warm_start > first:
+                raise ValueError(
+                    f"warm_start must be from 0 to the steps of the first of {plan.stages.count} "
+                    f"domains ({first}), got {config.warm_start}."
+                )
+        return plan
+
+    @property
+    def stages(self) -> Stages | None:
+        """When each domain of the stream is learned."""
+        if self.stream is None:
+            return None
+        rollout = self.config.n_steps * self.config.num_envs
+        return Stages(self.config.total_timesteps, rollout, len(self.stream))
+
+
+def train(config: TrainPPOConfig) -> dict[str, Any]:
+    """Train, evaluate and write everything; return the content of results.json.
+
+    Raises:
+        ValueError, FileNotFoundError: a name, a value or the data is wrong (before work starts).
+        ImportError: MLflow is asked for and not installed (before work starts).
+        FileExistsError: `out` holds an unfinished run and --resume is not given, or a complete run
+            and --resume is given.
+        ConnectionError: another process of the job has stopped, or MLflow does not answer.
+    """
+    if config.mlflow:
+        require_mlflow(_mlflow_place(config))
+    plan = Plan.of(config)
+    state = _state_to_resume(config)
+    ranks = ProcessGroup.join(plan.training.device)
+    with mlflow_run(config, state, ranks) as mlflow:
+        return _train(plan, state, ranks, mlflow)
+
+
+def make_model(
+    config: TrainPPOConfig,
+    env_config: EnvConfig,
+    env: VecMonitor,
+    core: BaseCore[Any, Any],
+    ranks: ProcessGroup = ALONE,
+    stages: Stages | None = None,
+) -> DistributedPPO:
+    """Make PPO with the policy of the config, on the environments of this rank."""
+    schedule: Any = LinearSchedule(config.learning_rate, 0.1 * config.learning_rate, 0.9)
+    model = DistributedPPO(
+        POLICIES.get(config.policy),
+        env,
+        learning_rate=schedule if stages is None else PerStageSchedule(schedule, stages),
+        n_steps=config.n_steps,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip_range,
+        ent_coef=config.ent_coef,
+        policy_kwargs={
+            **task_of(config.env).policy_arguments(config, env_config, core),
+            "precision": config.precision,
+            "gradient_checkpointing": config.gradient_checkpointing,
+        },
+        seed=config.seed,
+        device=core.device,
+        ranks=ranks,
+    )
+    cast(SamPolicy, model.policy).set_learning(True)
+    return model
+
+
+class HeldOutEpisodes:
+    """Plays the policy on held-out data while it is trained.
+
+    Every method leaves the policy with the categories of the training.
+
+    Args:
+        plan: of the run.
+        agent: the policy.
+        categories: of the training.
+    """
+
+    def __init__(self, plan: Plan, agent: PolicyAgent, categories: tuple[str, ...]) -> None:
+        self.plan, self.agent, self.categories = plan, agent, categories
+        self.config, self.env_id = plan.config, plan.config.env
+
+    @contextmanager
+    def _elsewhere(self) -> Iterator[None]:
+        yield
+        self.agent.policy.set_categories(self.categories)
+
+    def validate(self) -> float:
+        """Return the mean IoU on the validation split."""
+        with self._elsewhere():
+            result = evaluate(
+                self.agent,
+                self.plan.validation,
+                env_id=self.env_id,
+                episodes=self.config.eval_episodes,
+                seed=1,
+            )
+        return float(result.ious.mean())
+
+    def final(self) -> Evaluation:
+        """Evaluate as the final evaluation does, after a domain of a stream too."""
+        with self._elsewhere():
+            return evaluate(
+                self.agent,
+                self.plan.held_out,
+                env_id=self.env_id,
+                episodes=self.config.final_episodes,
+                seed=2,
+            )
+
+    def draw(self, step: int) -> Path:
+        """Draw policy plots of validation episodes; return the path of the PNG."""
+        with self._elsewhere():
+            picture = draw_policy_plots(
+                self.agent, self.plan.validation, env_id=self.env_id, seed=4
+            )
+        path = self._file("policy_plots", f"step-{step:08d}.png")
+        save_image(path, picture)
+        return path
+
+    def film(self, step: int) -> Path:
+        """Film a validation episode; return the path of the GIF."""
+        with self._elsewhere():
+            frames = film_episodes(
+                self.agent, self.plan.validation, env_id=self.env_id, count=1, seed=4
+            )
+        path = self._file("videos", f"step-{step:08d}.gif")
+        save_gif(path, frames)
+        return path
+
+    def _file(self, folder: str, name: str) -> Path:
+        path = Path(self.config.out) / folder / name
+        path.parent.mkdir(exist_ok=True)
+        return path
+
+
+def _train(
+    plan: Plan, state: dict[str, Any] | None, ranks: ProcessGroup, mlflow: MlflowRun | None
+) -> dict[str, Any]:
+    config, out, stages = plan.config, Path(plan.config.out), plan.stages
+    vector, core = make_vector_env(config.env, ranks.share(config.num_envs), plan.training)
+    env = VecMonitor(VectorEnvAdaptor(vector))
+    model = make_model(config, plan.training, env, core, ranks, stages)
+    agent = PolicyAgent(cast(SamPolicy, model.policy))
+    held_out = HeldOutEpisodes(plan, agent, tuple(core.dataset.categories))
+    out.mkdir(parents=True, exist_ok=True)
+
+    monitor = MonitorCallback(
+        config.total_timesteps,
+        config.eval_every,
+        held_out.validate,
+        ranks,
+        held_out.draw if config.policy_plots else None,
+        config.video_every,
+        held_out.film,
+    )
+    walk: StreamCallback | None = None
+    if plan.stream is not None and stages is not None:
+        walk = StreamCallback(
+            cast(Any, vector.unwrapped), plan.stream.names, stages, held_out.final, ranks
+        )
+    parts = {
+        # The names under which checkpoints keep them.
+        "watch": monitor,
+        "walk": walk,
+        "mlflow": mlflow,
+        "recalibration": _recalibration(config, agent, core, ranks),
+    }
+    callbacks: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
+    checkpoint = Checkpoint(
+        out / "checkpoints", asdict(config), config.checkpoint_every, env, callbacks
+    )
+    if ranks.is_first:
+        what = f"{config.policy} on {config.env} ({core.dataset.name}) with {core.backbone}"
+        print(f"Resuming at step {state['step']}: {what}." if state else f"Training {what}.")
+    with _encoded_alone(core):
+        done = state["step"] if state else -1
+        model.set_logger(make_logger(out / "tensorboard", done, ranks, mlflow=mlflow))
+        if state:
+            checkpoint.restore(model, state)
+        elif config.warm_start:
+            expert = plan.task.baselines.get("oracle")(config.seed)
+            imitate(model, core, expert, config.warm_start)
+        with monitor.bar:
+            model.learn(
+                config.total_timesteps - model.num_timesteps,
+                callback=[
+                    checkpoint,
+                    CountAllProcesses(ranks),
+                    PinRolloutsCallback(core.store),
+                    *callbacks.values(),
+                ],
+                reset_num_timesteps=model.num_timesteps == 0,
+            )
+        ranks.leave()
+        if not ranks.is_first:
+            return {}
+        monitor.evaluate_now()
+        outcome = None if walk is None else walk.evaluate_now()
+    # SB3 has written the last step itself, before the last update.
+    model.logger.dump(model.num_timesteps + 1)
+    model.logger.close()
+    policy = out / "policy.zip"
+    _save(model, policy)
+    env.close()
+
+    results, files = write_results(
+        config, plan.task, plan.held_out, agent, outcome, monitor, walk, title=core.dataset.name
+    )
+    if mlflow is not None:
+        mlflow.finish(files, policy, config.register_model)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    *others, last = [policy.name, *(file.name for file in files)]
+    print(f"Wrote {', '.join(others)} and {last} to {out}.")
+    return results
+
+
+def _recalibration(
+    config: TrainPPOConfig, agent: PolicyAgent, core: BaseCore[Any, Any], ranks: ProcessGroup
+) -> TrainRecalibration | None:
+    if not config.recalibrate:
+        return None
+    policy: ImplicitPolicy = agent.policy
+    updates = config.recalibration_updates or policy.recalibration_updates
+    return TrainRecalibration(policy, cast(Any, core), updates, config.learning_rate, ranks=ranks)
+
+
+def _state_to_resume(config: TrainPPOConfig) -> dict[str, Any] | None:
+    """Return the checkpoint to resume from, or None to start."""
+    folder = Path(config.out) / "checkpoints"
+    if not checkpoints(folder):
+        if config.resume and (folder.parent / "results.json").is_file():
+            raise FileExistsError(
+                f"{folder.parent} holds a complete run: there is nothing to resume. Leave out "
+                "--resume to train again, or pass another --out."
+            )
+        if config.resume:
+            print(f"{folder}: no checkpoint yet. Starting the run.")
+        return None
+    if not config.resume:
+        raise FileExistsError(
+            f"{folder} holds the checkpoints of a run that is not finished. Pass --resume to "
+            "resume it, delete the folder to start over, or pass another --out."
+        )
+    state = newest_checkpoint(folder)
+    check_same_config(with_present_names(state["settings"], str(folder)), asdict(config))
+    return state
+
+
+@contextmanager
+def _encoded_alone(core: BaseCore[Any, Any]) -> Iterator[None]:
+    """Encode images one by one on a CPU.
+
+    On a CPU, an embedding differs in its last bits with the batch that it is computed in. Which
+    images share a batch depends on where a run was resumed and on the number of processes.
+    """
+    store, before = core.store, core.store.batch_size
+    if core.device.type == "cpu":
+        store.batch_size = 1
+    try:
+        yield
+    except BaseException:
+        # An interrupted run may be resumed in the same process: nothing may stay pinned.
+        store.end_epoch()
+        core.close()
+        raise
+    finally:
+        store.batch_size = before
+
+
+def _save(model: DistributedPPO, path: Path) -> None:
+    buffer = io.BytesIO()
+    model.save(buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def _mlflow_place(config: TrainPPOConfig) -> str | Path:
+    return config.mlflow_uri or Path(config.out).absolute().parent / "mlflow"
+
+
+@contextmanager
+def mlflow_run(
+    config: TrainPPOConfig, state: dict[str, Any] | None, ranks: ProcessGroup
+) -> Iterator[MlflowRun | None]:
+    """Open the run in MLflow, if the config asks for it and this is the rank that writes.
+
+    Args:
+        config: of the run.
+        state: the checkpoint to resume from, which knows the id of the run in MLflow.
+        ranks: the processes of the run.
+    """
+    if not (config.mlflow and ranks.is_first):
+        yield None
+        return
+    known = state["parts"].get("mlflow", {}) if state else {}
+    with MlflowRun(
+        _mlflow_place(config),
+        config.mlflow_experiment,
+        name=Path(config.out).absolute().name,
+        settings={k: v for k, v in flat(asdict(config)).items() if k != "mlflow_uri"},
+        tags={
+            "sam_gym.version": __version__,
+            "env": config.env,
+            "policy": config.policy,
+            "backbone": config.env_config.backbone,
+        },
+        run_id=known.get("run_id"),
+    ) as run:
+        yield run

@@ -1,0 +1,21 @@
+"""Tasks: what the commands must know of each environment.
+
+`TASKS` maps environment ids to tasks. To make the commands work with another environment,
+register it with gymnasium, then a subclass of `Task` with `register`.
+"""
+
+from agents.tasks import click, continual, everything
+from agents.tasks.base import FEATURES, TASKS, CardFacts, Task, register, task_of, task_of_policy
+
+__all__ = [
+    "FEATURES",
+    "TASKS",
+    "CardFacts",
+    "Task",
+    "click",
+    "continual",
+    "everything",
+    "register",
+    "task_of",
+    "task_of_policy",
+]

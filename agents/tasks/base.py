@@ -1,0 +1,304 @@
+"""The interface between commands and environments: a `Task` per environment id."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from agents.baselines.base import Agent
+from sam_gym.data import DATASETS
+from sam_gym.data.streams import Stream
+from sam_gym.envs.base_core import BaseCore, DatasetConfig, EnvConfig
+from sam_gym.utils.registry import Registry, unknown_name
+
+if TYPE_CHECKING:
+    from agents.ppo.config import TrainPPOConfig
+
+C = TypeVar("C", bound=EnvConfig)
+
+#: Optional feature -> the command or option that needs it.
+FEATURES = {
+    "annotate": "agents.annotate",
+    "categories": "--categories",
+    "export": "agents.export",
+    "hub": "agents.hub push",
+    "policy_plots": "--policy-plots",
+    "recalibration": "--recalibrate",
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """The parts of a model card that depend on the environment.
+
+    Attributes:
+        summary: the first paragraph: what the agent does.
+        dataset: name of the training data.
+        facts: bullet points: policy, backbone, actions.
+        command: a shell command that uses the agent.
+        limits: bullet points.
+        counts: names in `BaseCore.reported` that the results table shows beside the IoU.
+        task_name: name of the task in the model index.
+    """
+
+    summary: str
+    dataset: str
+    facts: Sequence[str]
+    command: str
+    limits: Sequence[str]
+    counts: Sequence[str] = ()
+    task_name: str = "interactive segmentation"
+
+
+class Task:
+    """All that training, evaluation, export and sharing must know of an environment.
+
+    Subclass it, set the class attributes and register an instance in `TASKS` under its
+    environment id. The defaults suit an environment over one dataset.
+    """
+
+    #: Id of the environment, registered with gymnasium.
+    env_id: ClassVar[str]
+    #: Dataclass of the environment's arguments.
+    config_class: ClassVar[type[EnvConfig]]
+    #: Names of the policies that play it, the default first.
+    policies: ClassVar[tuple[str, ...]]
+    #: Baseline name -> class, which takes a seed; "random" and "oracle" must be among them.
+    baselines: ClassVar[Registry[Callable[[int], Agent]]]
+    #: The optional features that it supports, of `FEATURES`.
+    supports: ClassVar[frozenset[str]] = frozenset()
+
+    # Checks ------------------------------------------------------------------------------------
+
+    def require(self, feature: str) -> None:
+        """Raise `ValueError` unless the task supports a feature of `FEATURES`."""
+        if feature not in FEATURES:
+            raise unknown_name("feature of a task", feature, FEATURES)
+        if feature not in self.supports:
+            having = [name for name, task in TASKS.items() if feature in task.supports]
+            raise ValueError(
+                f"{FEATURES[feature]} does not work with {self.env_id}. Leave it out, or take "
+                f"another environment: {', '.join(having)}."
+            )
+
+    def check_run(self, run: TrainPPOConfig) -> None:
+        """Raise `ValueError` for options of a training run that do not fit the environment."""
+        if type(run.env_config) is not self.config_class:
+            name = self.config_class.__name__
+            raise ValueError(
+                f"{self.env_id} needs an env_config of class {name}, got "
+                f"{type(run.env_config).__name__}. Pass env_config={name}()."
+            )
+        elsewhere = {name for _, task in TASKS.items() for name in task.policies}
+        if run.policy in elsewhere.difference(self.policies):
+            raise ValueError(
+                f"The policy {run.policy!r} does not play {self.env_id}. Policies that do: "
+                f"{', '.join(self.policies)}. Leave --policy out, or pass another --env."
+            )
+        if run.recalibrate:
+            self.require("recalibration")
+        if run.policy_plots:
+            self.require("policy_plots")
+
+    # Env configs -------------------------------------------------------------------------------
+
+    def with_categories(self, env_config: C, categories: str | None) -> C:
+        """Return the config with the dataset limited to comma-separated categories.
+
+        Raises:
+            ValueError: the data has no categories to choose from.
+        """
+        if categories is None:
+            return env_config
+        self.require("categories")
+        return _with_dataset_kwargs(env_config, categories=categories)
+
+    def training_config(self, run: TrainPPOConfig) -> EnvConfig:
+        """Return the env config of the training episodes of a run."""
+        env_config = self._handles(run)
+        if isinstance(env_config, DatasetConfig) and DATASETS.get(env_config.dataset).procedural:
+            if "length" not in env_config.dataset_kwargs:
+                return _with_dataset_kwargs(env_config, length=run.train_images)
+        return env_config
+
+    def held_out_config(self, run: TrainPPOConfig, split: str | None = None) -> EnvConfig:
+        """Return the env config of evaluations on data that training never sees.
+
+        Args:
+            run: the training run.
+            split: of the data (default: that of `run.held_out`, or of the dataset).
+        """
+        split = split or run.held_out or run.env_config.held_out_split
+        return replace(self._handles(run), split=split)
+
+    def _handles(self, run: TrainPPOConfig) -> EnvConfig:
+        return self.with_categories(replace(run.env_config, obs="handle"), run.categories)
+
+    def scored_at(self, env_config: C, score: str) -> C:
+        """Return the config with the IoU scored at "low" or "full" size, if there is a choice."""
+        del score
+        return env_config
+
+    def env_config_for(self, agent: Agent, env_config: C) -> C:
+        """Return the config under which an agent plays: the given one, or the one it needs."""
+        own = getattr(agent, "env_config_for", None)
+        return env_config if own is None else own(env_config)
+
+    # Episodes ----------------------------------------------------------------------------------
+
+    def stream(self, env_config: EnvConfig) -> Stream | None:
+        """Return the stream of domains that the config names, validated; None without one.
+
+        Hold the stream to keep environments from opening it again.
+        """
+        del env_config
+        return None
+
+    def share_episodes(self, env_config: C, episodes: int, num_envs: int) -> tuple[C, int, int]:
+        """Share out the episodes of an evaluation evenly.
+
+        Args:
+            env_config: of the evaluation.
+            episodes: minimum number of episodes.
+            num_envs: maximum number of sub-environments.
+
+        Returns:
+            The config to play with, the sub-environments, and the episodes of each of them.
+        """
+        num_envs = min(num_envs, episodes)
+        return env_config, num_envs, -(-episodes // num_envs)
+
+    def reset_options(self, core: BaseCore[Any, Any]) -> dict[str, Any]:
+        """Return reset options that make a few episodes show as much of the data as possible."""
+        del core
+        return {}
+
+    # Policies and results ----------------------------------------------------------------------
+
+    def policy_arguments(
+        self, run: TrainPPOConfig, env_config: EnvConfig, core: BaseCore[Any, Any]
+    ) -> dict[str, Any]:
+        """Return the keyword arguments of the run's policy, JSON-plain.
+
+        Args:
+            run: the training run.
+            env_config: of the training episodes.
+            core: made from it.
+        """
+        raise NotImplementedError
+
+    def compare(self, results: dict[str, Any], names: Sequence[str]) -> list[str]:
+        """Add comparisons between agents to their results.
+
+        Args:
+            results: summaries by name of agent or baseline, changed in place.
+            names: the agents and baselines among them.
+
+        Returns:
+            Lines to print.
+        """
+        del results, names
+        return []
+
+    def card_facts(
+        self,
+        config: Mapping[str, Any],
+        features: Mapping[str, Any],
+        results: Mapping[str, Any],
+        policy: str,
+    ) -> CardFacts:
+        """Return the parts of a model card that depend on the environment.
+
+        Args:
+            config: of the run, as nested dicts (`TrainPPOConfig`).
+            features: arguments of the policy's features, as far as they are plain.
+            results: of the run.
+            policy: name of the published policy: hf://USER/NAME.
+        """
+        own = config["env_config"]
+        return CardFacts(
+            summary=f"An agent that plays `{self.env_id}` with a Segment Anything Model (SAM).",
+            dataset=own.get("dataset", self.env_id),
+            facts=self._card_basics(config),
+            command=f"python -m agents.evaluate --policy {policy} --env {self.env_id}",
+            limits=self._card_limits(own),
+            task_name="segmentation",
+        )
+
+    def _card_basics(self, config: Mapping[str, Any]) -> list[str]:
+        return [
+            f"**Policy**: `{config['policy']}`{self._card_policy(config)}.",
+            f"**Backbone**: `{config['env_config']['backbone']}`, frozen; its weights are not in "
+            "this repo.",
+        ]
+
+    def _card_policy(self, config: Mapping[str, Any]) -> str:
+        """Return a clause on the policy, with a leading comma, or nothing."""
+        del config
+        return ""
+
+    def _card_limits(self, own: Mapping[str, Any]) -> list[str]:
+        limits = ["It depends on SAM: it cannot segment what SAM does not segment for any prompt."]
+        if "dataset" in own and DATASETS.get(own["dataset"]).procedural:
+            limits.append("It was trained on procedural drawings, never on photographs.")
+        if own["backbone"].endswith("micro"):
+            limits.append(
+                f"`{own['backbone']}` is a demonstration model, far from SAM on photographs."
+            )
+        if own["checkpoint"] is not None:
+            limits.append(
+                f"Its SAM had the weights of a file, `{PurePath(own['checkpoint']).name}`: the "
+                "agent loads only where that file lies at the same path."
+            )
+        return limits
+
+
+#: Environment id -> task.
+TASKS: Registry[Task] = Registry("environment")
+
+
+def task_of(env_id: str) -> Task:
+    """Return the task of an environment.
+
+    Raises:
+        ValueError: no task is registered under this id; lists the valid ids.
+    """
+    return TASKS.get(env_id)
+
+
+def task_of_policy(policy: str) -> Task:
+    """Return the first task that a policy, by its registry name, is made for.
+
+    Raises:
+        ValueError: no task lists this policy.
+    """
+    for env_id in TASKS.names():
+        if policy in TASKS.get(env_id).policies:
+            return TASKS.get(env_id)
+    known = {name for _, task in TASKS.items() for name in task.policies}
+    raise unknown_name("policy of an environment", policy, known)
+
+
+def register(task: type[Task]) -> type[Task]:
+    """Register a task under its environment id (class decorator)."""
+    TASKS.add(task.env_id, task())
+    return task
+
+
+def backbone_arguments(env_config: EnvConfig) -> dict[str, Any]:
+    """Return the arguments of `load_backbone` that make the backbone of an environment."""
+    return {
+        "name": env_config.backbone,
+        "checkpoint": env_config.checkpoint,
+        "device": env_config.device,
+        "dtype": env_config.dtype,
+        "compile": env_config.compile,
+        "adapter": env_config.adapter,
+    }
+
+
+def _with_dataset_kwargs(env_config: C, **kwargs: Any) -> C:
+    own: Any = env_config
+    return replace(own, dataset_kwargs=own.dataset_kwargs | kwargs)

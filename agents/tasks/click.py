@@ -1,0 +1,113 @@
+"""The task of `SamSeg-v0`: segment a target by clicks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from agents.baselines.click import BASELINES
+from agents.tasks.base import C, CardFacts, Task, backbone_arguments, register
+from sam_gym.data import DATASETS
+from sam_gym.envs.base_core import BaseCore, EnvConfig
+from sam_gym.envs.click import SamSegConfig
+
+#: Fields of the env config that an agent cannot do without where it plays.
+_ENVIRONMENT = ("target", "dataset", "backbone", "grid", "max_steps")
+_OTHER_ACTIONS = ("stop", "undo")
+
+
+@register
+class ClickTask(Task):
+    """Clicks on the images of one dataset."""
+
+    env_id = "SamSeg-v0"
+    config_class: ClassVar[type[EnvConfig]] = SamSegConfig
+    policies = ("implicit", "explicit")
+    baselines = BASELINES
+    supports = frozenset(
+        {"annotate", "categories", "export", "hub", "policy_plots", "recalibration"}
+    )
+
+    def scored_at(self, env_config: C, score: str) -> C:
+        own: Any = env_config
+        return replace(own, score=score)
+
+    def policy_arguments(
+        self, run: Any, env_config: EnvConfig, core: BaseCore[Any, Any]
+    ) -> dict[str, Any]:
+        own: Any = env_config
+        features: dict[str, Any] = {
+            "backbone": backbone_arguments(env_config),
+            "categories": list(core.dataset.categories),
+            "max_steps": own.max_steps,
+        }
+        if run.policy == "explicit":
+            clip = {"name": run.clip, "pretrained": run.clip_pretrained}
+            features["clip"] = clip | {"device": own.device}
+            features["allow_unknown"] = run.allow_unknown_words
+            features["temperature"] = run.temperature
+        features["vocabulary"] = features["categories"] if run.know_category else []
+        return {
+            "features": features,
+            "grid": own.grid,
+            "others": ["stop"] * own.stop + ["undo"] * own.undo,
+            "recalibrate": run.recalibrate,
+        }
+
+    # The model card ----------------------------------------------------------------------------
+
+    def card_facts(
+        self,
+        config: Mapping[str, Any],
+        features: Mapping[str, Any],
+        results: Mapping[str, Any],
+        policy: str,
+    ) -> CardFacts:
+        own = config["env_config"]
+        words = features.get("categories", [])
+        facts, limits = self._card_basics(config), self._card_limits(own)
+        actions = [f"clicks on {own['grid']} x {own['grid']} cells"]
+        actions += [name for name in _OTHER_ACTIONS if own[name]]
+        facts.append(f"**Actions**: {', '.join(actions)}; at most {own['max_steps']} per mask.")
+        if own["target"] == "instance":
+            facts.append("**Target**: one instance, shown by a cue click.")
+            limits.append("It needs a cue click for each target, so `annotate` cannot use it.")
+        else:
+            if words:
+                facts.append(f"**Categories in training**: {', '.join(words)}.")
+            if config["policy"] == "implicit":
+                limits.append("Categories that it was not trained on tell it nothing.")
+        return CardFacts(
+            summary=(
+                "An agent that segments by clicking: at each step it looks at the features of a "
+                "Segment Anything Model (SAM) and at the current mask, and places a positive or a "
+                "negative click."
+            ),
+            dataset=own["dataset"],
+            facts=facts,
+            command=_command(own, words, results["held_out_split"], policy),
+            limits=limits,
+            counts=("clicks",),
+        )
+
+    def _card_policy(self, config: Mapping[str, Any]) -> str:
+        return {
+            "implicit": ", which knows a category by its number",
+            "explicit": f", which is told in words, through the CLIP `{config.get('clip')}`",
+        }.get(config["policy"], "")
+
+
+def _command(own: Mapping[str, Any], words: list[str], split: str, policy: str) -> str:
+    if own["target"] == "instance":
+        options = [f"--{name.replace('_', '-')} {own[name]}" for name in _ENVIRONMENT]
+        options += [f"--{name}" for name in _OTHER_ACTIONS if own[name]]
+        data = " --data PATH" if DATASETS.get(own["dataset"]).reads_files else ""
+        return (
+            f"python -m agents.evaluate --policy {policy} {' '.join(options)}{data} --split {split}"
+        )
+    named = ",".join(words[:2]) or "NAME,NAME"
+    return (
+        f"python -m agents.annotate --policy {policy} --images PATH/photos "
+        f'--categories "{named}" --out annotations.json'
+    )
