@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import partial
+from inspect import getdoc
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -277,7 +278,7 @@ def _parsed(args: Sequence[str], default: TrainPPOConfig) -> TrainPPOConfig:
     ]
     kind: Any = make_dataclass("TrainPPO", shown)
     try:
-        parsed = tyro.cli(kind, args=args, description=TrainPPOConfig.__doc__)
+        parsed = tyro.cli(kind, args=args, description=getdoc(TrainPPOConfig))
     except SystemExit as end:
         if not end.code:  # --help
             print(EXAMPLES)
