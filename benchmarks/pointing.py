@@ -1,4 +1,4 @@
-"""`pointing`: does CLIP Surgery find what a word names?"""
+"""`pointing`: measure how well CLIP Surgery localises words."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 from agents.clip.models import load_clip
-from agents.clip.pointing import PointingResult, pointing_game, redundant_feature, word_maps
+from agents.clip.pointing import Redundant, pointing_game, redundant_feature, word_maps
 from agents.clip.surgery import ClipSurgery, min_max
 from benchmarks import report
 from benchmarks.options import device_name, require_at_least
 from sam_gym.data import DATASETS, Sample
-from sam_gym.utils.files import write_csv, write_json
-from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.progress import track
 from sam_gym.utils.render import draw_heat, save_image, tile
 from sam_gym.version import __version__
 
@@ -25,10 +24,11 @@ _SHOWN = 12
 
 @dataclass
 class Config:
-    """Play the pointing game: is the maximum of a word's map on a thing of that name?
+    """Play the pointing game: does the maximum of a word's map lie on an object of that category?
 
-    Every category of every image counts once. Beside CLIP Surgery stand its two halves alone, plain
-    CLIP's patch similarity, and chance: the share of the image that the category covers.
+    Every category of every image counts once. CLIP Surgery is compared with each of its two halves
+    alone, the patch similarity of plain CLIP, and chance: the share of the image that the category
+    covers.
     """
 
     out: str = "runs/pointing"
@@ -36,9 +36,9 @@ class Config:
     clip: str = "clip_micro"
     """CLIP to measure: clip_micro, or a model of open_clip (ViT-B-16, ...)."""
     clip_pretrained: str | None = None
-    """Its weights: a tag of open_clip or a file (clip_micro brings its own)."""
+    """Weights of the CLIP: a tag of open_clip or a file (bundled for clip_micro)."""
     blocks: int | None = None
-    """How many of its last blocks are surgical (left out: what suits the model)."""
+    """Number of last blocks with a surgical path (default: that of the model)."""
     dataset: str = "scenes"
     """Dataset name: scenes, rooms, rooms-panoramas, coco, folder, entities, domain."""
     data: str | None = None
@@ -46,9 +46,9 @@ class Config:
     split: str | None = None
     """Split to measure on (default: the held-out split: test, or val for coco)."""
     images: int = 512
-    """How many images, the first of the split."""
+    """Maximum number of images, from the beginning of the split."""
     device: str = "auto"
-    """Where CLIP runs: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
+    """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -68,19 +68,17 @@ def run(config: Config) -> dict[str, Any]:
     surgery.clip.check_known(dataset.categories)
     samples = [dataset[index] for index in range(min(config.images, len(dataset)))]
 
-    ways = {
+    ways: dict[str, tuple[ClipSurgery, Redundant]] = {
         "surgery": (surgery, "empty"),
         "surgery, all texts": (surgery, "texts"),
         "architecture surgery only": (surgery, "none"),
         "feature surgery only": (plain, "empty"),
         "plain CLIP": (plain, "none"),
     }
-    results: dict[str, PointingResult] = {}
-    with ProgressBar() as progress:
-        task = progress.add_task("pointing", total=len(ways))
-        for name, (how, redundant) in ways.items():
-            results[name] = pointing_game(how, samples, dataset.categories, redundant)  # type: ignore[arg-type]
-            progress.advance(task)
+    results = {
+        name: pointing_game(how, samples, dataset.categories, redundant)
+        for name, (how, redundant) in track(ways.items(), "pointing")
+    }
     played = results["surgery"]
     summary = {
         "benchmark": "pointing",
@@ -113,17 +111,12 @@ def _write(
     names: tuple[str, ...],
     out: Path,
 ) -> None:
-    json_file = write_json(out / "results.json", summary)
     words = summary["by_category"]
-    csv_file = write_csv(
-        out / "words.csv",
-        [
-            {"word": word, **{name: by[word] for name, by in words.items()}}
-            for word in words["surgery"]
-        ],
-    )
-    pictures = draw_maps(surgery, samples[:_SHOWN], names)
-    save_image(out / "maps.png", pictures)
+    by_word = [
+        {"word": word} | {way: words[way][word] for way in words} for word in words["surgery"]
+    ]
+    files = report.write_results(out, summary, "words.csv", by_word)
+    save_image(out / "maps.png", draw_maps(surgery, samples[:_SHOWN], names))
 
     rows = [
         [name, f"{value:.3f}", f"{summary['ci95'][name]:.3f}"]
@@ -131,48 +124,35 @@ def _write(
     ]
     rows.append(["chance", f"{summary['chance']:.3f}", ""])
     columns = ["map", "pointing accuracy", "± (95%)"]
+    title = f"{summary['clip']} on {config.dataset}"
     page = report.Page(
-        f"Pointing game of {summary['clip']} on {config.dataset}",
-        "Is the maximum of a word's map on a thing of that name? "
+        f"Pointing game of {title}",
+        "Does the maximum of a word's map lie on an object of that category? "
         f"{summary['words']} words in {summary['images']} images.",
     )
-    page.cards(
-        {
-            "CLIP Surgery": f"{summary['accuracy']['surgery']:.3f}",
-            "plain CLIP": f"{summary['accuracy']['plain CLIP']:.3f}",
-            "chance": f"{summary['chance']:.3f}",
-        }
-    )
+    accuracy = summary["accuracy"] | {"chance": summary["chance"]}
+    shown = {"CLIP Surgery": "surgery", "plain CLIP": "plain CLIP", "chance": "chance"}
+    page.cards({name: f"{accuracy[way]:.3f}" for name, way in shown.items()})
     page.table(columns, rows)
     page.heading("By word")
     page.table(
-        ["word", *words],
-        [[word, *(f"{by[word]:.3f}" for by in words.values())] for word in words["surgery"]],
+        ["word", *words], [[row["word"], *(f"{row[way]:.3f}" for way in words)] for row in by_word]
     )
     page.heading("Maps")
-    page.plot(out / "maps.png", "maps of words in the image; a cross where they are greatest")
-    page.settings(summary["settings"], [json_file, csv_file])
-    page_file = page.write(out / "report.html")
-    report.print_table(f"pointing: {summary['clip']} on {config.dataset}", columns, rows)
-    print(f"Report: {page_file}")
+    page.plot(out / "maps.png", "Maps of words over the images; a cross marks each maximum.")
+    page.finish(files, summary["settings"], f"pointing: {title}", columns, rows)
 
 
 def draw_maps(
     surgery: ClipSurgery, samples: list[Sample], names: tuple[str, ...], columns: int = 4
 ) -> np.ndarray:
-    """The map of one word per image, uint8 (H, W, 3); the things of that name are outlined."""
+    """Draw the map of one word per image, uint8 (H, W, 3), with the word's objects outlined."""
     texts, off = surgery.embed_texts(names), redundant_feature(surgery, "empty")
     frames = []
     for number, sample in enumerate(samples):
         present = np.unique(sample.categories)
         category = int(present[number % len(present)])
         heat = min_max(word_maps(surgery, sample.image, texts, off))[category].cpu().numpy()
-        frames.append(
-            draw_heat(
-                sample.image,
-                heat,
-                target=sample.category_mask(category),
-                caption=names[category],
-            )
-        )
+        mask = sample.category_mask(category)
+        frames.append(draw_heat(sample.image, heat, target=mask, caption=names[category]))
     return tile(frames, columns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sam_gym.backbones.adapters.adapter import digest_of
 from sam_gym.backbones.loading import resolve_device
 from sam_gym.utils.registry import unknown_name
 
@@ -113,11 +113,7 @@ class Clip:
     @cached_property
     def identity(self) -> str:
         """Hex digest of all weights."""
-        digest = hashlib.sha256(self.name.encode())
-        for key, value in sorted(self.model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:32]
+        return digest_of(self.model.state_dict(), self.name)
 
     def check_known(self, names: Sequence[str]) -> None:
         """Raise `ValueError` for a name with words outside the model's vocabulary."""
