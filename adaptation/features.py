@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -32,8 +33,8 @@ _ENDLESS = 2**30
 
 
 @dataclass(frozen=True)
-class Views:
-    """Views of the training images of a domain, and their objects.
+class AugmentedImages:
+    """AugmentedImages of the training images of a domain, and their objects.
 
     Attributes:
         frames: uint8 (V, S, S, 3), in the frame of the model.
@@ -63,6 +64,20 @@ class Views:
         return np.unique(self.image, return_index=True)[1]
 
 
+class Pool(NamedTuple):
+    """Augmented images of a domain from which objects are drawn.
+
+    Attributes:
+        task: index of the domain.
+        images: its augmented images.
+        allowed: int64 (A,), indices of the augmented images that may be drawn.
+    """
+
+    task: int
+    images: AugmentedImages
+    allowed: np.ndarray
+
+
 @dataclass(frozen=True)
 class Objects:
     """Objects of held-out images, at the size of the images.
@@ -83,7 +98,7 @@ class Objects:
 
 
 class FeatureBank:
-    """Views, held-out objects and their features for all domains of a stream, each made once.
+    """Training images, held-out objects and their features, for all domains of a stream.
 
     All methods that are compared share one bank, so they see the same views, and no image is
     encoded again in another epoch or for another method.
@@ -101,13 +116,14 @@ class FeatureBank:
         self,
         backbone: Backbone,
         stream: Stream,
-        views: int = 4,
+        augmentations: int = 4,
         objects_per_image: int = 8,
         max_images: int | None = None,
         seed: int = 0,
     ) -> None:
         self.backbone, self.stream = backbone, stream
-        self.views, self.objects_per_image, self.seed = views, objects_per_image, seed
+        self.augmentations, self.objects_per_image = augmentations, objects_per_image
+        self.seed = seed
         self.max_images = max_images
         #: By kind and by the identity of the domain, whose name another domain may have.
         self._made: dict[tuple[object, ...], object] = {}
@@ -117,11 +133,16 @@ class FeatureBank:
             self._made[key] = make()
         return self._made[key]
 
-    def train(self, domain: Domain) -> Views:
+    def train(self, domain: Domain) -> AugmentedImages:
         """The views of a domain's training images."""
         views = self._once(lambda: self._train(domain), "train", id(domain))
-        assert isinstance(views, Views)
+        assert isinstance(views, AugmentedImages)
         return views
+
+    def pool(self, task: int) -> Pool:
+        """All augmented images of a domain, by its index."""
+        images = self.train(self.stream[task])
+        return Pool(task, images, np.arange(len(images.frames)))
 
     def digest(self, domain: Domain) -> str:
         """Tells the training views of a domain from others."""
@@ -182,7 +203,7 @@ class FeatureBank:
         text = "/".join(map(str, words)).encode()
         return np.random.default_rng([self.seed, *text])
 
-    def _train(self, domain: Domain) -> Views:
+    def _train(self, domain: Domain) -> AugmentedImages:
         size, shape = self.backbone.image_size, self.backbone.mask_shape
         frames: list[np.ndarray] = []
         image, targets, valid, empty = [], [], [], []
@@ -191,7 +212,7 @@ class FeatureBank:
         asked = small = 0
         for number, sample in enumerate(self._samples(domain.split("train"))):
             ever = np.zeros(len(sample.masks), bool)
-            for view in range(self.views):
+            for view in range(self.augmentations):
                 rng = self._rng("view", domain.name, number, view)
                 frame, masks, scored = _view(rng, sample, self.backbone, plain=view == 0)
                 large = _large(masks)
@@ -222,7 +243,7 @@ class FeatureBank:
                 stacklevel=2,
             )
         assert frames[0].shape == (size, size, 3)
-        return Views(
+        return AugmentedImages(
             np.stack(frames),
             np.array(image),
             np.array(rows),
@@ -291,7 +312,7 @@ def _view(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A view of a sample in the model's frame: image, masks bool (N, S, S), what counts (S, S).
 
-    Views are flipped and scaled about a random place, as in CoSAM's release (random flip and
+    Augmentations flip and scale about a random place, as in CoSAM's release (random flip and
     large-scale jitter), in a narrower range of scales.
     """
     size = backbone.image_size
@@ -328,40 +349,36 @@ class ObjectIndices:
 
     Attributes:
         domains: int64 (P,), number of the domain of each.
-        objects: int64 (P,), its number in the `Views` of that domain.
+        objects: int64 (P,), its number in the `AugmentedImages` of that domain.
     """
 
     domains: np.ndarray
     objects: np.ndarray
 
     @classmethod
-    def from_views(
-        cls,
-        rng: np.random.Generator,
-        count: int,
-        views: Sequence[tuple[int, Views, np.ndarray]],
-        per_view: int = 1,
+    def draw(
+        cls, rng: np.random.Generator, count: int, pools: Sequence[Pool], per_image: int = 1
     ) -> ObjectIndices:
-        """ObjectIndices objects: a domain evenly, then a view, then some of its objects.
+        """Draw objects: first a domain, all alike, then an image, then some of its objects.
 
         Args:
             rng: the generator.
-            count: how many.
-            views: number and views of each domain, and which views may be drawn.
-            per_view: objects of a view, one after the other; a view that has fewer shows each of
-                them as often as another, give or take one.
+            count: number of objects.
+            pools: what to draw from.
+            per_image: objects of an image, one after the other. An image with fewer objects shows
+                each of them equally often, give or take one.
         """
-        choices = rng.integers(len(views), size=-(-count // per_view))
+        choices = rng.integers(len(pools), size=-(-count // per_image))
         objects: list[int] = []
         for choice in choices:
-            _, bank, allowed = views[choice]
-            pool = bank.objects[int(rng.choice(allowed))]
-            left = per_view
+            _, images, allowed = pools[choice]
+            own = images.objects[int(rng.choice(allowed))]
+            left = per_image
             while left > 0:
-                some = rng.choice(pool, min(left, len(pool)), replace=False)
+                some = rng.choice(own, min(left, len(own)), replace=False)
                 objects.extend(some)
                 left -= len(some)
-        domains = np.repeat([views[k][0] for k in choices], per_view)
+        domains = np.repeat([pools[k][0] for k in choices], per_image)
         return cls(domains[:count], np.array(objects[:count]))
 
     def part(self, rank: int, world: int) -> ObjectIndices:
@@ -400,16 +417,16 @@ class BatchTargets:
     categories: Tensor
 
 
-def gathered(bank: FeatureBank, draw: ObjectIndices, kind: str) -> BatchTargets:
+def gather_targets(bank: FeatureBank, indices: ObjectIndices, kind: str) -> BatchTargets:
     """The objects of a draw, with `raw_features` of a kind."""
     raw, rows, targets, valid, empty = [], [], [], [], []
     boxes, categories, order = [], [], []
     first = 0
-    for number in np.unique(draw.domains):
+    for number in np.unique(indices.domains):
         domain = bank.stream[int(number)]
         views = bank.train(domain)
-        where = np.flatnonzero(draw.domains == number)
-        objects = draw.objects[where]
+        where = np.flatnonzero(indices.domains == number)
+        objects = indices.objects[where]
         seen, own = np.unique(views.rows[objects], return_inverse=True)
         raw.append(bank.of_views(domain, seen, kind))
         rows.append(first + own)

@@ -18,7 +18,7 @@ def folder_name(method: str, tune: str, seed: int) -> str:
 
 
 @dataclass
-class Run:
+class RunResult:
     """What came of a method on a stream.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""A step of training: which objects, with which prompts."""
+"""One training step: a batch of prompted objects, and its loss."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor, nn
 
-from adaptation.features import BatchTargets, FeatureBank, ObjectIndices, gathered
+from adaptation.features import BatchTargets, FeatureBank, ObjectIndices, gather_targets
 from adaptation.prompting import training_prompts
 from adaptation.strategy import Batch, Strategy
 
 
 def make_batch(
     bank: FeatureBank,
-    draw: ObjectIndices,
+    indices: ObjectIndices,
     kind: str,
     seeds: np.ndarray,
     make: Callable[[BatchTargets, np.ndarray], Batch | None] | None = None,
 ) -> Batch:
-    """The objects of a draw, each with a prompt that is drawn with a seed of its own.
+    """Gather objects and choose a prompt for each.
 
-    An object's prompt depends on its own seed alone, so that processes can share a batch.
+    The prompt of an object depends on its own seed only, so that processes can share a batch.
 
     Args:
         bank: of the stream.
-        draw: which objects.
+        indices: the objects.
         kind: of `raw_features`.
-        seeds: int64 (P,), of each prompt.
+        seeds: int64 (P,), the seed of each prompt.
         make: `Strategy.batch`, or None: box, points or noisy mask.
     """
-    own = gathered(bank, draw, kind)
+    own = gather_targets(bank, indices, kind)
     batch = None if make is None else make(own, seeds)
     if batch is not None:
         return batch
@@ -40,24 +40,24 @@ def make_batch(
 
 
 class Learner(nn.Module):
-    """What a process trains: one forward pass from a batch to its loss.
+    """One forward pass from a batch to its loss, as data-parallel training wraps it.
 
     Args:
-        strategy: whose trained module it is.
+        strategy: the method.
     """
 
     def __init__(self, strategy: Strategy) -> None:
         super().__init__()
         self.module = strategy.module
-        # Not a submodule: only what is trained is handed to the optimizer and to other processes.
+        # Not a submodule: optimizer and other processes get the trained module only.
         self._strategy = [strategy]
 
     def forward(self, made: Callable[[], Batch]) -> tuple[Tensor, Tensor]:
-        """The loss, and the mean IoU of the masks with their targets.
+        """Compute the loss, and the mean IoU of the masks with their targets.
 
         Args:
-            made: gives the batch. In mixed precision Fabric goes through what it is passed, and
-                refuses frozen dataclasses.
+            made: returns the batch. In mixed precision Fabric converts the arguments of a module,
+                which fails for frozen dataclasses.
         """
         batch, strategy = made(), self._strategy[0]
         tokens = strategy.decode(batch)

@@ -1,11 +1,11 @@
-"""What a continual-learning method is: a few hooks around one training loop."""
+"""The interface of continual-learning methods: hooks around one training loop."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,28 +13,53 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from adaptation.features import BatchTargets, FeatureBank, Views
+from adaptation.features import BatchTargets, FeatureBank, Pool
 from adaptation.losses import MaskLoss, mask_loss
 from sam_gym.backbones.adapters.adapter import Adapter, Model, embed
 from sam_gym.backbones.adapters.tuning import TUNINGS, bytes_of, trainable, tuned_weights
 from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
 from sam_gym.utils.registry import Registry, unknown_name
 
-#: Method name -> class.
-STRATEGIES: Registry[type[Strategy]] = Registry("method")
+
+class StrategyRegistry(Registry[type["Strategy"]]):
+    """Method name -> strategy class. `get("ewc+er")` combines methods, see `Combined`."""
+
+    def add(self, name: str, item: type[Strategy]) -> type[Strategy]:
+        """Register a strategy.
+
+        Raises:
+            TypeError: the class defines a public name that is no hook, for example a misspelt one.
+            ValueError: the name is taken or contains a "+".
+        """
+        if "+" in name:
+            raise ValueError(f"Method {name!r}: '+' combines methods, so no name may contain it.")
+        check_hooks(item)
+        super().add(name, item)
+        item.name = name
+        return item
+
+    def get(self, name: str) -> type[Strategy]:
+        if "+" not in name:
+            return super().get(name)
+        from adaptation.combined import combined
+
+        return combined(name)
+
+
+STRATEGIES = StrategyRegistry("method")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """P objects of a step, with their prompts.
+    """P objects with their prompts.
 
     Attributes:
-        raw: what the tuned part starts from, (B, ...), of the views that occur.
+        raw: `raw_features` of the B images that occur, (B, ...).
         prompts: P prompt sets, with rows.
         ambiguous: bool (P,), prompts that allow several answers.
         targets: float32 (P, hm, wm), in [0, 1].
         valid: float32 (P, hm, wm), 1 where a pixel counts.
-        categories: int64 (P,).
+        categories: int64 (P,), the category of each object.
     """
 
     raw: Tensor
@@ -46,32 +71,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Options:
-    """Weights and sizes of the methods; defaults are those of CoSAM's release where it has one."""
-
-    lwf_weight: float = 3.0
-    """Weight of the distillation loss (lwf)."""
-    ewc_weight: float = 1000.0
-    """Weight of the penalty (ewc), chosen on val; the release's 10 holds nothing with a Fisher
-    information of single objects."""
-    fisher_samples: int = 64
-    """Objects of a domain whose squared gradients make its Fisher information (ewc)."""
-    buffer_images: int = 10
-    """Images of each past domain that are kept (er, moda)."""
-    key_weight: float = 1.0
-    """Weight of the loss of a prompt pool (l2p, dualprompt, coda)."""
-    selector_steps: int = 150
-    """Optimizer steps of a selector after each domain (moda, samcl)."""
-    buffer_embeddings: int = 32
-    """Pooled embeddings of each domain that are kept (samcl)."""
-    class_weight: float = 0.5
-    """Weight of the class loss (saom_v1, saom_v2, panosam)."""
-    inside: float = 1.0
-    """Share of the prompts that are any point of the grid inside their object; 0: all by nearest
-    neighbour, as in the paper (saom_v1, saom_v2, panosam)."""
-    background: float = 0.4
-    """Share of the prompts that lie on no object, where no mask is to be trusted; 0 if images have
-    objects that are not annotated (saom_v1, saom_v2, panosam)."""
+class NoOptions:
+    """Options of a method without any."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,15 @@ class StrategyContext:
     """What a strategy works with.
 
     Attributes:
-        bank: views and features of the stream.
-        tune: key of `TUNINGS`.
-        options: weights and sizes.
-        seed: of everything that is drawn.
+        bank: augmented images and features of the stream.
+        tune: key of `TUNINGS`, or "prompts".
+        options: an instance of the strategy's `Options`; None: its defaults.
+        seed: seed of all random choices.
     """
 
     bank: FeatureBank
     tune: str
-    options: Options = field(default_factory=Options)
+    options: Any = None
     seed: int = 0
 
     @property
@@ -97,199 +98,186 @@ class StrategyContext:
 
     @property
     def num_tasks(self) -> int:
+        """Number of domains in the stream."""
         return len(self.bank.stream)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Random weights from a seed; torch's generator is then where it was."""
+    """Seed torch's global generator inside the block and restore it afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
 
 class Strategy:
-    """A continual-learning method over one trainer.
+    """A continual-learning method.
 
-    A subclass overrides hooks and nothing else that is public; any other public method or
-    attribute that it defines is an error when the class is made, so a misspelt hook is never
-    skipped in silence.
+    A subclass overrides the hooks and class attributes below. Other names that it defines start
+    with an underscore: `STRATEGIES.register` refuses a public name that is no hook.
 
     Args:
-        setting: what it works with.
+        context: bank, tune target, options and seed.
 
     Raises:
-        ValueError: the method does not go with the tune target.
+        ValueError: the method does not support the tune target.
+        TypeError: the options are those of another method.
     """
 
-    #: What the method may tune; "prompts" stands for no part of the SAM.
+    #: The method's options: a frozen dataclass with a docstring below each field.
+    Options: ClassVar[type[Any]] = NoOptions
+    #: Tune targets that the method supports; "prompts" stands for no part of the SAM.
     tunes: ClassVar[tuple[str, ...]] = TUNINGS.names()
-    #: What it tunes unless told otherwise.
+    #: Default tune target.
     default_tune: ClassVar[str] = "decoder"
-    #: Whether it learns all domains at once.
+    #: Whether the method learns all domains at once.
     joint: ClassVar[bool] = False
-    #: Whether it learns at all.
+    #: Whether the method learns at all.
     learns: ClassVar[bool] = True
+    #: Name in `STRATEGIES`, set by the registration.
+    name: ClassVar[str] = ""
 
-    hooks: ClassVar[tuple[str, ...]] = (
-        "raw",
-        "learning_rate",
-        "module",
-        "before_task",
-        "replayed",
-        "batch",
-        "decode",
-        "masks",
-        "loss",
-        "after_step",
-        "after_task",
-        "model",
-        "adapter",
-        "state",
-        "set_state",
-        "kept_bytes",
-    )
-
-    def __init__(self, setting: StrategyContext) -> None:
-        if setting.tune not in self.tunes:
-            raise unknown_name(f"tune target of {type(self).__name__}", setting.tune, self.tunes)
-        self.setting = setting
+    def __init__(self, context: StrategyContext) -> None:
+        if context.tune not in self.tunes:
+            raise unknown_name(f"tune target of {type(self).__name__}", context.tune, self.tunes)
+        options = self.Options() if context.options is None else context.options
+        if not isinstance(options, self.Options):
+            raise TypeError(
+                f"{type(self).__name__} takes {self.Options.__qualname__} as method_options, "
+                f"got {type(options).__qualname__}."
+            )
+        self.context, self.options = context, options
+        #: Index of the domain that is learned; -1 before the first.
         self.task = -1
-        #: What is being trained.
-        self.sam = self._fresh()
+        #: The SAM that is trained; it shares its frozen parts with `context.sam`.
+        self.sam = self._pretrained()
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        known = {*Strategy.hooks, "tunes", "default_tune", "joint", "learns", "hooks"}
-        for name in vars(cls):
-            if not name.startswith("_") and name not in known:
-                near = difflib.get_close_matches(name, Strategy.hooks, n=1, cutoff=0.4)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise TypeError(
-                    f"{cls.__name__}.{name} is no hook of a strategy.{hint} "
-                    f"Hooks: {', '.join(Strategy.hooks)}. Begin other names with an underscore."
-                )
-
-    def _fresh(self) -> Sam:
-        """The SAM as it was, with what is tuned ready to be trained."""
-        with seeded(self.setting.seed):
-            return TUNINGS.get(self.setting.tune).prepare(self.setting.sam)
-
-    @property
-    def raw(self) -> str:
-        """What of an image training starts from (see `Tuning.raw`)."""
-        return TUNINGS.get(self.setting.tune).raw
-
-    @property
-    def learning_rate(self) -> float:
-        """What Adam begins with unless told otherwise."""
-        return TUNINGS.get(self.setting.tune).learning_rate
-
-    @property
-    def module(self) -> nn.Module:
-        """What is trained now."""
-        return self.sam
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained now, by name."""
-        return trainable(self.module)
+    def _pretrained(self) -> Sam:
+        """A SAM with pretrained weights whose tuned part requires gradients."""
+        with seeded(self.context.seed):
+            return TUNINGS.get(self.context.tune).prepare(self.context.sam)
 
     # Hooks -------------------------------------------------------------------------------------
 
+    @property
+    def raw(self) -> str:
+        """The features that training starts from (see `Tuning.raw`)."""
+        return TUNINGS.get(self.context.tune).raw
+
+    @property
+    def learning_rate(self) -> float:
+        """Initial learning rate, unless `TrainConfig.learning_rate` is given."""
+        return TUNINGS.get(self.context.tune).learning_rate
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is trained now."""
+        return self.sam
+
     def before_task(self, task: int) -> None:
-        """A domain begins. Call the parent's."""
+        """Prepare to learn a domain. Call the parent's method."""
         self.task = task
 
-    def replayed(self) -> list[tuple[int, Views, np.ndarray]]:
-        """Views of which a step takes as many objects again as of the domain (replay).
+    def make_optimizer(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """Make the optimizer of a domain. The trainer scales the lr of each group over time."""
+        return torch.optim.Adam(parameters, lr)
 
-        Number and views of each past domain, and the views that may be drawn (`ObjectIndices`).
-        """
+    def replayed(self) -> list[Pool]:
+        """Images of past domains; each step draws as many objects from them as from the domain."""
         return []
 
     def batch(self, objects: BatchTargets, seeds: np.ndarray) -> Batch | None:
-        """P objects with prompts, each drawn with a seed of its own, int64 (P,).
+        """Choose the prompts of P objects, each by its own seed, int64 (P,).
 
-        None: box, points or noisy mask, as `adaptation.prompting.training_prompts` draws them.
+        None: box, points or noisy mask, see `adaptation.prompting.training_prompts`.
         """
         return None
 
     def decode(self, batch: Batch) -> MaskTokens:
-        """The tokens of a batch, by what is trained."""
+        """Decode the prompts of a batch with the module that is trained."""
         return decode_tokens(self.sam, embed(self.sam, batch.raw, self.raw), batch.prompts)
 
     def masks(self, batch: Batch, tokens: MaskTokens) -> MaskLoss:
-        """What the decoded masks cost."""
+        """Compute the loss of the decoded masks."""
         return mask_loss(tokens, batch.targets, batch.valid, batch.ambiguous)
 
     def loss(self, batch: Batch, masks: MaskLoss) -> Tensor | float:
-        """What is added to the loss of the masks."""
+        """Compute a further loss, which is added to that of the masks."""
         return 0.0
 
+    def after_backward(self, step: int) -> None:
+        """Inspect or change the gradients of `trained()` before the optimizer step.
+
+        Gradients are unscaled (mixed precision) and averaged over all processes (torchrun).
+        """
+
     def after_step(self, step: int) -> None:
-        """A step was taken."""
+        """React to an optimizer step."""
 
     def after_task(self, task: int) -> None:
-        """A domain was learned; its training data may be used for the last time."""
+        """Finish a domain. Afterwards its training data may only be used through `replayed`."""
 
     def model(self) -> Model:
-        """What was learned so far, ready to be used."""
+        """Build the model for inference."""
         return Model(self.sam, self.raw)
 
     def adapter(self) -> Adapter:
-        """What was learned so far, as a file holds it."""
+        """Build the content of the adapter file."""
         return self._adapter(experts=[tuned_weights(self.sam)])
 
-    def _adapter(self, **parts: Any) -> Adapter:
-        bank = self.setting.bank
-        names = [name for name, cls in STRATEGIES.items() if cls is type(self)]
-        learned = bank.stream.names if self.joint else bank.stream.names[: self.task + 1]
-        return Adapter(
-            backbone=bank.backbone.name,
-            identity=bank.backbone.weights_digest,
-            method=names[0],
-            tune=self.setting.tune,
-            domains=list(learned),
-            **parts,
-        )
-
     def state(self) -> dict[str, Any]:
-        """What to go on from, in tensors and plain values; call the parent's."""
+        """Collect what a checkpoint needs, in tensors and plain values. Extend the parent's."""
         own = {name: weight.detach().clone() for name, weight in self.trained().items()}
         return {"task": self.task, "weights": own}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; call the parent's."""
+        """Restore what `state` returned. Call the parent's method."""
         self.task = state["task"]
         with torch.no_grad():
             for name, weight in self.trained().items():
                 weight.copy_(state["weights"][name])
 
     def kept_bytes(self) -> int:
-        """Bytes that are kept for all domains so far: weights, and whatever is replayed."""
+        """Count the bytes kept for all domains so far: weights and replay buffers."""
         return bytes_of(tuned_weights(self.sam).values())
 
+    # For hooks to call -------------------------------------------------------------------------
 
-def images_kept(setting: StrategyContext, tasks: Sequence[int]) -> list[np.ndarray]:
-    """Which views of each domain show the images that a buffer keeps: int64 each.
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained now, by name."""
+        return trainable(self.module)
 
-    The buffer of a domain is `buffer_images` of its training images, drawn with the seed.
-    """
-    kept = []
-    for task in tasks:
-        views = setting.bank.train(setting.bank.stream[task])
-        images = np.unique(views.image)
-        rng = np.random.default_rng([setting.seed, 11, task])
-        chosen = rng.permutation(images)[: setting.options.buffer_images]
-        kept.append(np.flatnonzero(np.isin(views.image, chosen)))
-    return kept
+    def _adapter(self, **parts: Any) -> Adapter:
+        bank = self.context.bank
+        learned = bank.stream.names if self.joint else bank.stream.names[: self.task + 1]
+        return Adapter(
+            backbone=bank.backbone.name,
+            identity=bank.backbone.weights_digest,
+            method=self.name,
+            tune=self.context.tune,
+            domains=list(learned),
+            **parts,
+        )
 
 
-def image_bytes(setting: StrategyContext, tasks: Sequence[int]) -> int:
-    """Bytes of a buffer's images, as frames of the model."""
-    size = setting.bank.backbone.image_size
-    count = 0
-    for task in tasks:
-        views = setting.bank.train(setting.bank.stream[task])
-        count += min(setting.options.buffer_images, len(np.unique(views.image)))
-    return count * 3 * size * size
+#: Hooks of a strategy, in the order of `Strategy`.
+HOOKS = tuple(
+    name
+    for name, value in vars(Strategy).items()
+    if not name.startswith("_") and (callable(value) or isinstance(value, property))
+    if name not in ("Options", "trained")
+)
+_ATTRIBUTES = ("Options", "tunes", "default_tune", "joint", "learns", "name")
+
+
+def check_hooks(cls: type[Strategy]) -> None:
+    """Raise `TypeError` for a public name of a strategy that is no hook."""
+    for base in cls.__mro__[: cls.__mro__.index(Strategy)]:
+        for name in vars(base):
+            if not name.startswith("_") and name not in (*HOOKS, *_ATTRIBUTES):
+                near = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.4)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise TypeError(
+                    f"{base.__name__}.{name} is no hook of a strategy.{hint} "
+                    f"Hooks: {', '.join(HOOKS)}. Start other names with an underscore."
+                )

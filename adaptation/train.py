@@ -1,7 +1,8 @@
-"""Adapt a SAM to a stream of domains with one method, and measure all domains after each.
+"""Adapt a SAM to a stream of domains with one method, and evaluate all domains after each.
 
     python -m adaptation.train --method moda --tune decoder --out runs/moda
-    python -m adaptation.train --method er --data FOLDER1 FOLDER2 --out runs/er
+    python -m adaptation.train --method ewc+er --ewc-weight 300 --data FOLDER1 FOLDER2
+    python -m adaptation.train --method ewc --help
 
 Writes a folder METHOD-TUNE-SEED into --out: adapter.safetensors (for `load_backbone(...,
 adapter=PATH)`, and so for `gym.make("SamSeg-v0", adapter=PATH)`), run.json, a heat map for each
@@ -10,95 +11,109 @@ prompt, TensorBoard logs and a checkpoint.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from adaptation.config import TrainConfig
+from adaptation.method_flags import method_flags, options_from_flags
 from adaptation.options import ModelOptions, StreamOptions
-from adaptation.results import Run, folder_name
-from adaptation.strategy import STRATEGIES, Options
-from adaptation.trainer import TrainConfig, Trainer, check_tune
+from adaptation.results import RunResult, folder_name
+from adaptation.strategy import STRATEGIES
+from adaptation.trainer import Trainer, check_tune
 from sam_gym.utils import cli
 from sam_gym.utils.plots import plot_matrix
 
 
 @dataclass
-class TrainOptions:
+class AdaptConfig:
     """Adapt a SAM to a stream of domains."""
 
     method: str = "naive"
     """Method: naive, joint, lwf, ewc, er, l2p, dualprompt, coda, moda, samcl, regcl (domains);
-    saom_v1, saom_v2, panosam (whole objects, with --stream rooms or another dataset)."""
+    saom_v1, saom_v2, panosam (whole objects, with --stream rooms or another dataset). A plus sign
+    combines methods: ewc+er. `--method NAME --help` lists the method's own options."""
     tune: str | None = None
-    """What is tuned: decoder, hq, hq_small, sam_adapter, lora, lora_decoder (default: the
-    method's own)."""
+    """Tune target: decoder, hq, hq_small, sam_adapter, lora, lora_decoder (default: the method's
+    own)."""
     out: str = "runs/adaptation"
     """Folder for everything that the run writes."""
     resume: bool = False
-    """Go on from the checkpoint in --out, as if the run had never stopped."""
+    """Resume an interrupted run from the checkpoint in --out. Bit-exact on a CPU."""
     order: str | None = None
     """Order of the domains: their names with commas, or random:SEED."""
-    stream: tyro.conf.OmitArgPrefixes[StreamOptions] = field(default_factory=StreamOptions)
-    model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
-    train: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
-    weights: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
+    stream: StreamOptions = field(default_factory=StreamOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def main(args: Sequence[str] | None = None) -> Run:
+def main(args: Sequence[str] | None = None) -> RunResult:
     """Run the command line.
 
     Raises:
         ValueError, FileNotFoundError: a name, a value, the data or the checkpoint is wrong.
     """
-    options = tyro.cli(
-        TrainOptions,
-        args=sys.argv[1:] if args is None else args,
+    config, method_options = _parse(sys.argv[1:] if args is None else args)
+    method = STRATEGIES.get(config.method)
+    tune = method.default_tune if config.tune is None else config.tune
+    check_tune(config.method, tune)
+    stream = config.stream.open(config.order)
+    out = Path(config.out).expanduser()
+    retention = config.stream.open_retention()
+    trainer = Trainer(config.train, config.model.arguments, out, retention)
+    result = trainer.fit(
+        stream, config.method, tune, method_options=method_options, resume=config.resume
+    )
+    if trainer.fabric.is_global_zero:
+        folder = out / folder_name(result.method, result.tune, result.seed)
+        for prompt in result.scores:
+            matrix = np.array(result.scores[prompt]["iou"]) / 100
+            title = f"{result.method}, {prompt}"
+            plot_matrix(folder / f"{prompt}.png", matrix, result.domains, title)
+        print_result(result)
+        print(f"Everything is in {folder}.")
+    return result
+
+
+def _parse(args: Sequence[str]) -> tuple[AdaptConfig, Any]:
+    """Parse the command line, with the flags of the method that it names."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--method", default=AdaptConfig.method)
+    method = finder.parse_known_args(args)[0].method
+    options = [("method_options", method_flags([method]))]
+    parsed: Any = make_dataclass("Config", options, bases=(AdaptConfig,), kw_only=True)
+    config: Any = tyro.cli(
+        parsed,
+        args=args,
         prog="python -m adaptation.train",
         description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
     )
-    method = STRATEGIES.get(options.method)
-    tune = method.default_tune if options.tune is None else options.tune
-    check_tune(options.method, tune)
-    stream = options.stream.open(options.order)
-    out = Path(options.out).expanduser()
-    trainer = Trainer(
-        options.train,
-        options.weights,
-        options.model.arguments,
-        out,
-        options.stream.open_retention(),
-    )
-    run = trainer.fit(stream, options.method, tune, options.resume)
-    if trainer.fabric.is_global_zero:
-        folder = out / folder_name(run.method, run.tune, run.seed)
-        for prompt in run.scores:
-            matrix = np.array(run.scores[prompt]["iou"]) / 100
-            plot_matrix(folder / f"{prompt}.png", matrix, run.domains, f"{run.method}, {prompt}")
-        print_run(run)
-        print(f"Everything is in {folder}.")
-    return run
+    return config, options_from_flags(config.method_options, method)
 
 
-def print_run(run: Run) -> None:
-    """Print the numbers of a run: each domain at the end, and the summary."""
+def print_result(result: RunResult) -> None:
+    """Print the scores of each domain, and the summary."""
     console = Console()
-    for prompt in run.scores:
-        table = Table(title=f"{run.method} ({run.tune}), IoU by {prompt}, in points of 100")
+    for prompt in result.scores:
+        table = Table(title=f"{result.method} ({result.tune}), IoU by {prompt}, in %")
         for name in ("domain", "zero-shot", "just learned", "in the end"):
             table.add_column(name, justify="left" if name == "domain" else "right")
-        matrix = np.array(run.scores[prompt]["iou"])
-        for number, name in enumerate(run.domains):
-            learned = f"{matrix[number, number]:.1f}" if len(matrix) == len(run.domains) else ""
-            before = run.zero_shot[prompt]["iou"][number]
+        matrix = np.array(result.scores[prompt]["iou"])
+        for number, name in enumerate(result.domains):
+            learned = f"{matrix[number, number]:.1f}" if len(matrix) == len(result.domains) else ""
+            before = result.zero_shot[prompt]["iou"][number]
             table.add_row(name, f"{before:.1f}", learned, f"{matrix[-1, number]:.1f}")
         console.print(table)
-        numbers = run.summary(prompt)
+        numbers = result.summary(prompt)
         shown = [f"{key} {value:.1f}" for key, value in numbers.items() if value is not None]
         console.print(", ".join(shown))
 

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 import tyro
 
+from adaptation.config import TrainConfig
 from adaptation.evaluation import score
 from adaptation.features import FeatureBank
+from adaptation.method_flags import method_flags, options_from_flags
 from adaptation.options import ModelOptions, StreamOptions
-from adaptation.results import Run, folder_name
-from adaptation.strategy import STRATEGIES, Options
-from adaptation.trainer import TrainConfig, Trainer, check_tune
+from adaptation.results import RunResult, folder_name
+from adaptation.strategy import STRATEGIES
+from adaptation.trainer import Trainer, check_tune
 from benchmarks import report
 from benchmarks.options import require_at_least
 from sam_gym.backbones.adapters.adapter import Adapter, Model
@@ -31,6 +33,8 @@ from sam_gym.version import __version__
 #: The methods of the paper's table, in its order, and those that came after it.
 PAPER = ("zero_shot", "joint", "naive", "lwf", "ewc", "er", "l2p", "dualprompt", "coda", "moda")
 BEYOND = ("samcl", "regcl")
+#: Options of all registered methods.
+MethodFlags: Any = method_flags(STRATEGIES.names())
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Config:
     stream: tyro.conf.OmitArgPrefixes[StreamOptions] = field(default_factory=StreamOptions)
     model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
-    weights: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
+    method_options: tyro.conf.OmitArgPrefixes[MethodFlags] = field(default_factory=MethodFlags)
 
 
 @dataclass(frozen=True)
@@ -85,19 +89,25 @@ def run(config: Config) -> dict[str, Any]:
     out = report.output_folder(config.out)
     report.refuse_unfinished(out, "runs/*/*/checkpoint.pt", config.resume)
 
-    runs: dict[str, list[Run]] = {}
+    runs: dict[str, list[RunResult]] = {}
     first = next(iter(streams.values()))
     for number, ((seed, order), group) in enumerate(_grouped(jobs)):
         # Methods that share seed and order share a trainer, and so the bank of views.
         trainer = Trainer(
             replace(config.train, seed=seed),
-            config.weights,
             config.model.arguments,
             out / "runs" / _slug(order),
             retention,
         )
         for job in group:
-            done = trainer.fit(streams[order], job.method, job.tune, config.resume)
+            options = options_from_flags(config.method_options, job.method)
+            done = trainer.fit(
+                streams[order],
+                job.method,
+                job.tune,
+                method_options=options,
+                resume=config.resume,
+            )
             runs.setdefault(job.label, []).append(done)
             numbers = done.summary(config.train.prompts[0])
             last, forgotten = numbers["last_iou"], numbers["ff_iou"]
@@ -180,7 +190,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
 
 
 def _summary(
-    config: Config, stream: Stream, runs: Mapping[str, list[Run]], bank: FeatureBank
+    config: Config, stream: Stream, runs: Mapping[str, list[RunResult]], bank: FeatureBank
 ) -> dict[str, Any]:
     methods: dict[str, Any] = {}
     for label, own in runs.items():
@@ -241,7 +251,7 @@ def _groups(stream: Stream) -> dict[str, list[str]]:
     return groups if all(groups.values()) else {}
 
 
-def _of_group(run: Run, prompt: str, names: Sequence[str]) -> float:
+def _of_group(run: RunResult, prompt: str, names: Sequence[str]) -> float:
     last = run.scores[prompt]["iou"][-1]
     return float(np.mean([last[run.domains.index(name)] for name in names]))
 
@@ -299,7 +309,7 @@ _BRIEF = ("method", "Last-IoU", "Avg-IoU", "FF-IoU", "Last-BIoU", "retention", "
 def _write(
     config: Config,
     summary: dict[str, Any],
-    runs: Mapping[str, list[Run]],
+    runs: Mapping[str, list[RunResult]],
     stream: Stream,
     sheet: Sequence[tuple[str, np.ndarray]],
     out: Path,
@@ -370,7 +380,7 @@ def _write(
     print(f"Report: {page_file}")
 
 
-def _same(run: Run, other: Run) -> bool:
+def _same(run: RunResult, other: RunResult) -> bool:
     """Whether two runs had one order of the domains, so that their matrices may be averaged."""
     return run.domains == other.domains
 

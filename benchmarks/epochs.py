@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import tyro
 
 from adaptation.features import FeatureBank, ObjectIndices
 from adaptation.steps import Learner, make_batch
@@ -35,8 +36,8 @@ class Config(TimedOptions):
     """What is tuned, by a frozen encoder: decoder, hq, hq_small, lora_decoder."""
     images: int = 16
     """How many training images there are."""
-    views: int = 4
-    """Augmented views of each of them."""
+    augmentations: Annotated[int, tyro.conf.arg(aliases=("--views",))] = 4
+    """Augmentations per training image: the image itself, then flipped and scaled copies."""
     objects_per_image: int = 1
     """Objects of a view that are trained on; the released code has one mask for an image."""
     batch_size: int = 4
@@ -66,7 +67,7 @@ def run(config: Config) -> dict[str, Any]:
     require_at_least(
         1,
         images=config.images,
-        views=config.views,
+        augmentations=config.augmentations,
         batch_size=config.batch_size,
         objects_per_image=config.objects_per_image,
         max_steps=config.max_steps,
@@ -101,8 +102,9 @@ def run(config: Config) -> dict[str, Any]:
     ]
     page = report.Page(
         "Training on embeddings that are computed once",
-        f"{backbone.name}: an epoch over {config.images * config.views} views, with features from "
-        "the bank and with an encoder that runs in every step. Same views, objects and prompts.",
+        f"{backbone.name}: an epoch over {config.images * config.augmentations} augmented images, "
+        "with features from the bank and with an encoder that runs in every step. Same images, "
+        "objects and prompts.",
     )
     page.cards({f"less time an epoch, {row['tune']}": f"{row['ratio']:.1f}x" for row in rows})
     page.table(columns, cells)
@@ -115,7 +117,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _compare(config: Config, backbone: Backbone, stream: Stream, tune: str) -> dict[str, Any]:
-    sizes: tuple[Any, ...] = (config.views, config.objects_per_image, None, config.seed)
+    sizes: tuple[Any, ...] = (config.augmentations, config.objects_per_image, None, config.seed)
     bank, anew = FeatureBank(backbone, stream, *sizes), EncodingBank(backbone, stream, *sizes)
     kind = TUNINGS.get(tune).raw
     for own in (bank, anew):
@@ -152,16 +154,14 @@ class _Side:
         self.strategy = Naive(StrategyContext(bank, tune, seed=config.seed))
         self.learner = Learner(self.strategy)
         self.optimizer = torch.optim.Adam(list(self.strategy.trained().values()), 1e-3)
-        self.views = bank.train(bank.stream[0])
-        whole = -(-len(self.views.rows) // config.batch_size)
+        whole = -(-len(bank.train(bank.stream[0]).rows) // config.batch_size)
         self.steps = whole if config.max_steps is None else min(whole, config.max_steps)
         self.seconds, self.loss = 0.0, 0.0
 
     def take(self, step: int) -> None:
         started = time.perf_counter()
         rng = np.random.default_rng([self.config.seed, step])
-        everything = [(0, self.views, np.arange(len(self.views.frames)))]
-        draw = ObjectIndices.from_views(rng, self.config.batch_size, everything)
+        draw = ObjectIndices.draw(rng, self.config.batch_size, [self.bank.pool(0)])
         seeds = rng.integers(2**63, size=self.config.batch_size)
         batch = make_batch(self.bank, draw, self.strategy.raw, seeds)
         for group in self.optimizer.param_groups:

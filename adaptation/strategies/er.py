@@ -1,28 +1,28 @@
-"""Experience replay: images of past domains are trained on again."""
+"""Experience replay: train on images of past domains again."""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any, ClassVar
 
-from adaptation.features import Views
-from adaptation.strategy import STRATEGIES, Strategy, image_bytes, images_kept
+from adaptation.features import Pool
+from adaptation.replay import BufferOptions, buffer_bytes, buffered
+from adaptation.strategy import STRATEGIES, Strategy
 
 
 @STRATEGIES.register("er")
 class ER(Strategy):
     """Rolnick et al. 2019; Chaudhry et al. 2019: a buffer of a few images of each past domain.
 
-    Each step takes as many objects from the buffer, all past domains alike, as from the present
+    Each step draws as many objects from the buffer, all past domains alike, as from the current
     domain.
     """
 
-    def replayed(self) -> list[tuple[int, Views, np.ndarray]]:
-        bank, past = self.setting.bank, range(self.task)
-        buffers = images_kept(self.setting, past)
-        return [
-            (task, bank.train(bank.stream[task]), kept)
-            for task, kept in zip(past, buffers, strict=True)
-        ]
+    Options: ClassVar[type[Any]] = BufferOptions
+
+    def replayed(self) -> list[Pool]:
+        count = self.options.buffer_images
+        return buffered(self.context.bank, self.context.seed, range(self.task), count)
 
     def kept_bytes(self) -> int:
-        return super().kept_bytes() + image_bytes(self.setting, range(self.task + 1))
+        count = self.options.buffer_images
+        return super().kept_bytes() + buffer_bytes(self.context.bank, range(self.task + 1), count)

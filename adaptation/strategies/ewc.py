@@ -1,7 +1,8 @@
-"""Elastic weight consolidation: weights that mattered before are held where they were."""
+"""Elastic weight consolidation: a quadratic penalty on weights that past domains depend on."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from adaptation.features import ObjectIndices
 from adaptation.losses import MaskLoss, mask_loss
 from adaptation.steps import make_batch
-from adaptation.strategy import STRATEGIES, Batch, Strategy
+from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext
 from sam_gym.backbones.adapters.tuning import bytes_of
 
 
@@ -19,16 +20,24 @@ from sam_gym.backbones.adapters.tuning import bytes_of
 class EWC(Strategy):
     """Kirkpatrick et al. 2017.
 
-    The Fisher information of a domain is estimated by the mean, over `fisher_samples` objects of
+    The Fisher information of a domain is estimated as the mean, over `fisher_samples` objects of
     its training images, of the squared gradient of the loss of one object. The penalty is the sum
-    over all past domains of Fisher times squared distance from the weights after that domain; since
-    it is quadratic, two numbers per weight keep it exactly, however many domains there were.
+    over all past domains of Fisher times squared distance from the weights after that domain. It is
+    quadratic, so two numbers per weight represent it exactly for any number of domains.
     """
 
-    def __init__(self, setting: Any) -> None:
-        super().__init__(setting)
+    @dataclass(frozen=True)
+    class Options:
+        weight: float = 1000.0
+        """Weight of the penalty, chosen on val. CoSAM's release has 10, which has no effect with a
+        Fisher information of single objects."""
+        fisher_samples: int = 64
+        """Objects of a domain from which its Fisher information is estimated."""
+
+    def __init__(self, context: StrategyContext) -> None:
+        super().__init__(context)
         self._fisher = {name: torch.zeros_like(w) for name, w in self.trained().items()}
-        # Sum over domains of Fisher times the weights after each.
+        # Sum over domains of the Fisher information times the weights after that domain.
         self._pull = {name: torch.zeros_like(w) for name, w in self.trained().items()}
 
     def loss(self, batch: Batch, masks: MaskLoss) -> Tensor | float:
@@ -39,18 +48,17 @@ class EWC(Strategy):
             (self._fisher[name] * weight.square() - 2 * self._pull[name] * weight).sum()
             for name, weight in self.trained().items()
         ]
-        return self.setting.options.ewc_weight * torch.stack(parts).sum()
+        return self.options.weight * torch.stack(parts).sum()
 
     def after_task(self, task: int) -> None:
-        bank = self.setting.bank
-        views = bank.train(bank.stream[task])
-        rng = np.random.default_rng([self.setting.seed, 13, task])
-        count = self.setting.options.fisher_samples
-        draw = ObjectIndices.from_views(rng, count, [(task, views, np.arange(len(views.frames)))])
+        bank = self.context.bank
+        rng = np.random.default_rng([self.context.seed, 13, task])
+        count = self.options.fisher_samples
+        drawn = ObjectIndices.draw(rng, count, [bank.pool(task)])
         weights = self.trained()
         seeds = rng.integers(2**63, size=count)
         for k in range(count):
-            batch = make_batch(bank, draw.part(k, count), self.raw, seeds[k : k + 1])
+            batch = make_batch(bank, drawn.part(k, count), self.raw, seeds[k : k + 1])
             cost = mask_loss(self.decode(batch), batch.targets, batch.valid, batch.ambiguous).total
             gradients = torch.autograd.grad(cost, list(weights.values()), allow_unused=True)
             for name, gradient in zip(weights, gradients, strict=True):

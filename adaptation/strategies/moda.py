@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from adaptation.strategies.routed import Routed
-from adaptation.strategy import STRATEGIES, image_bytes, images_kept, seeded
+from adaptation.replay import BufferOptions, buffer_bytes, buffered
+from adaptation.strategies.experts import Experts, SelectorOptions
+from adaptation.strategy import STRATEGIES, seeded
 from sam_gym.backbones.adapters.selectors import TokenSelector, block_inputs, keys_of
 from sam_gym.backbones.adapters.tuning import encoder_blocks
 
@@ -17,39 +19,43 @@ _LEARNING_RATE, _BATCH = 3e-3, 32
 
 
 @STRATEGIES.register("moda")
-class MoDA(Routed):
+class MoDA(Experts):
     """Yang et al. 2024 (arXiv 2412.06418), section "Mixture of Domain Adapters".
 
     An adapter for each domain, and a selector made of a trained global feature token and assistant
-    tokens that go through the frozen encoder. After each domain the selector is trained anew on a
-    buffer of a few images of every domain so far, as they are: views that are scaled make the
-    selector worse. The tokens are trained too; in the released code
-    they stand under `no_grad`, so only the classifier behind them learns.
+    tokens that pass through the frozen encoder. After each domain a new selector is trained on a
+    buffer of a few images of every domain so far, without augmentation: scaled images make the
+    selector worse. The tokens are trained too. In the released code they are under `no_grad`, so
+    only the classifier on top of them learns.
     """
 
-    _chooser: ClassVar[str] = "tokens"
+    @dataclass(frozen=True)
+    class Options(BufferOptions, SelectorOptions):
+        """A buffer of images, on which the selector is trained."""
+
+    _router: ClassVar[str] = "tokens"
 
     def _new_selector(self, num_domains: int) -> TokenSelector:
-        block: Any = encoder_blocks(self.setting.sam.image_encoder)[0]
-        with seeded(self.setting.seed):
+        block: Any = encoder_blocks(self.context.sam.image_encoder)[0]
+        with seeded(self.context.seed):
             return TokenSelector(block.norm1.weight.shape[0], num_domains)
 
     def _train_selector(self, selector: Any, num_domains: int) -> None:
-        bank, encoder = self.setting.bank, self.setting.sam.image_encoder
+        bank, encoder = self.context.bank, self.context.sam.image_encoder
         frames, labels = [], []
-        for task, kept in enumerate(images_kept(self.setting, range(num_domains))):
-            domain = bank.stream[task]
-            first = np.intersect1d(kept, bank.train(domain).firsts)
-            frames.append(bank.pixels(domain, "train", first))
-            labels += [task] * len(first)
+        count = self.options.buffer_images
+        for pool in buffered(bank, self.context.seed, range(num_domains), count):
+            first = np.intersect1d(pool.allowed, pool.images.firsts)
+            frames.append(bank.pixels(bank.stream[pool.task], "train", first))
+            labels += [pool.task] * len(first)
         pixels = torch.cat(frames)
         truth = torch.tensor(labels, device=pixels.device)
-        # What the tokens see of an image does not depend on them: once for all steps.
+        # Keys and values of an image do not depend on the tokens: compute them once.
         seen = [keys_of(encoder, block_inputs(encoder, chunk)) for chunk in pixels.split(_BATCH)]
         keys = [torch.cat(parts) for parts in zip(*seen, strict=True)]
         optimizer = torch.optim.Adam(selector.parameters(), _LEARNING_RATE)
-        rng = np.random.default_rng([self.setting.seed, 17, num_domains])
-        for _ in range(self.setting.options.selector_steps if num_domains > 1 else 0):
+        rng = np.random.default_rng([self.context.seed, 17, num_domains])
+        for _ in range(self.options.selector_steps if num_domains > 1 else 0):
             chosen = torch.from_numpy(rng.permutation(len(truth))[:_BATCH]).to(truth.device)
             logits = selector(encoder, [part[chosen] for part in keys])
             optimizer.zero_grad()
@@ -57,4 +63,5 @@ class MoDA(Routed):
             optimizer.step()
 
     def _buffer_bytes(self) -> int:
-        return image_bytes(self.setting, range(len(self._experts)))
+        count = self.options.buffer_images
+        return buffer_bytes(self.context.bank, range(len(self._experts)), count)

@@ -1,15 +1,16 @@
-"""Methods that train prompts of the decoder and leave the SAM alone."""
+"""Methods that train a prompt pool of the decoder and no weight of the SAM."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from adaptation.losses import MaskLoss
-from adaptation.strategy import Batch, Strategy, seeded
+from adaptation.strategy import Batch, Strategy, StrategyContext, seeded
 from sam_gym.backbones.adapters.adapter import Adapter, Model, PromptedModel
 from sam_gym.backbones.adapters.prompt_pools import PROMPT_POOLS
 from sam_gym.backbones.adapters.tuning import bytes_of
@@ -17,22 +18,27 @@ from sam_gym.backbones.decode import MaskTokens
 
 
 class Prompted(Strategy):
-    """A method with a pool of prompts, which enter as tokens of the decoder."""
+    """Base class of methods whose prompt pool adds tokens to the decoder's."""
+
+    @dataclass(frozen=True)
+    class Options:
+        key_weight: float = 1.0
+        """Weight of the loss of the prompt pool."""
 
     tunes: ClassVar[tuple[str, ...]] = ("prompts",)
     default_tune: ClassVar[str] = "prompts"
     #: Key of `PROMPT_POOLS`.
     _pool: ClassVar[str]
 
-    def __init__(self, setting: Any) -> None:
-        super().__init__(setting)
+    def __init__(self, context: StrategyContext) -> None:
+        super().__init__(context)
         make = PROMPT_POOLS.get(self._pool)
-        with seeded(setting.seed):
-            pool = make(self.sam.prompt_encoder.embed_dim, setting.num_tasks)
-        self._model = PromptedModel(self.sam, pool.to(setting.bank.backbone.device))
+        with seeded(context.seed):
+            pool = make(self.sam.prompt_encoder.embed_dim, context.num_tasks)
+        self._model = PromptedModel(self.sam, pool.to(context.bank.backbone.device))
 
-    def _fresh(self) -> Sam:
-        return self.setting.sam
+    def _pretrained(self) -> Sam:
+        return self.context.sam
 
     @property
     def raw(self) -> str:
@@ -56,7 +62,7 @@ class Prompted(Strategy):
 
     def loss(self, batch: Batch, masks: MaskLoss) -> Tensor | float:
         assert self._model.pool_loss is not None
-        return self.setting.options.key_weight * self._model.pool_loss
+        return self.options.key_weight * self._model.pool_loss
 
     def model(self) -> Model:
         return PromptedModel(self.sam, copy.deepcopy(self._model.pool).requires_grad_(False)).eval()

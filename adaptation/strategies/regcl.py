@@ -1,4 +1,4 @@
-"""Merging the LoRAs of all domains into one, without replay."""
+"""Merge the LoRAs of all domains into one, without replay."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adaptation.features import ObjectIndices
 from adaptation.steps import make_batch
-from adaptation.strategy import STRATEGIES, Strategy
+from adaptation.strategy import STRATEGIES, Strategy, StrategyContext
 from sam_gym.backbones.adapters.adapter import Adapter, Model
 from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
 
@@ -32,14 +32,14 @@ class RegCL(Strategy):
     tunes: ClassVar[tuple[str, ...]] = ("lora", "lora_decoder")
     default_tune: ClassVar[str] = "lora_decoder"
 
-    def __init__(self, setting: Any) -> None:
-        super().__init__(setting)
+    def __init__(self, context: StrategyContext) -> None:
+        super().__init__(context)
         self._grams: dict[str, Tensor] = {}
         self._products: dict[str, Tensor] = {}
 
     def before_task(self, task: int) -> None:
         super().before_task(task)
-        self.sam = self._fresh()
+        self.sam = self._pretrained()
 
     def after_task(self, task: int) -> None:
         grams = self._input_grams(task)
@@ -72,14 +72,12 @@ class RegCL(Strategy):
         layers = {n: m for n, m in self.sam.named_modules() if hasattr(m, "lora_A")}
         hooks = [m.register_forward_pre_hook(watch(n)) for n, m in layers.items()]
         try:
-            bank = self.setting.bank
-            views = bank.train(bank.stream[task])
-            rng = np.random.default_rng([self.setting.seed, 23, task])
-            everything = [(task, views, np.arange(len(views.frames)))]
+            bank = self.context.bank
+            rng = np.random.default_rng([self.context.seed, 23, task])
             for _ in range(_BATCHES):
-                draw = ObjectIndices.from_views(rng, _OBJECTS, everything)
+                drawn = ObjectIndices.draw(rng, _OBJECTS, [bank.pool(task)])
                 seeds = rng.integers(2**63, size=_OBJECTS)
-                self.decode(make_batch(bank, draw, self.raw, seeds))
+                self.decode(make_batch(bank, drawn, self.raw, seeds))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -94,7 +92,7 @@ class RegCL(Strategy):
         return merged
 
     def model(self) -> Model:
-        return self.adapter().model(self.setting.sam)
+        return self.adapter().model(self.context.sam)
 
     def adapter(self) -> Adapter:
         weights = {}

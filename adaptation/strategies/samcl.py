@@ -1,7 +1,8 @@
-"""Tiny modules, and a selector that is trained on stored embeddings."""
+"""A tiny expert for each domain, and a selector trained on stored embeddings."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptation.strategies.routed import Routed
-from adaptation.strategy import STRATEGIES, seeded
+from adaptation.strategies.experts import Experts, SelectorOptions
+from adaptation.strategy import STRATEGIES, StrategyContext, seeded
 from sam_gym.backbones.adapters.selectors import EmbeddingSelector, pooled_embedding
 from sam_gym.backbones.adapters.tuning import bytes_of
 
@@ -18,37 +19,41 @@ _LEARNING_RATE = 3e-3
 
 
 @STRATEGIES.register("samcl")
-class SAMCL(Routed):
+class SAMCL(Experts):
     """The idea of SAMCL (Wang et al. 2024, arXiv 2412.05012).
 
-    A tiny module for each domain, and a selector trained on pooled embeddings of training images,
-    which are all that is kept of a past domain. The paper's module sits in the encoder and shares
-    a matrix over the layers; here it is a small HQ head or a LoRA of the decoder, in half
-    precision, so that the frozen encoder runs once and serves selector and experts in one pass.
+    A tiny module for each domain, and a selector trained on pooled embeddings of training images;
+    nothing else is kept of a past domain. The paper's module sits in the encoder and shares a
+    matrix over the layers. Here it is a small HQ head or a LoRA of the decoder, in half precision,
+    so that one pass of the frozen encoder serves selector and experts.
     """
+
+    @dataclass(frozen=True)
+    class Options(SelectorOptions):
+        buffer_embeddings: int = 32
+        """Pooled embeddings of each domain that are kept."""
 
     tunes: ClassVar[tuple[str, ...]] = ("hq_small", "hq", "lora", "lora_decoder")
     default_tune: ClassVar[str] = "hq_small"
-    _chooser: ClassVar[str] = "embeddings"
+    _router: ClassVar[str] = "embeddings"
     _kept_dtype: ClassVar[torch.dtype] = torch.float16
 
-    def __init__(self, setting: Any) -> None:
-        super().__init__(setting)
+    def __init__(self, context: StrategyContext) -> None:
+        super().__init__(context)
         self._kept: list[Tensor] = []
 
     def _new_selector(self, num_domains: int) -> EmbeddingSelector:
-        with seeded(self.setting.seed):
-            return EmbeddingSelector(self.setting.sam.prompt_encoder.embed_dim, num_domains)
+        with seeded(self.context.seed):
+            return EmbeddingSelector(self.context.sam.prompt_encoder.embed_dim, num_domains)
 
     def after_task(self, task: int) -> None:
-        bank = self.setting.bank
+        bank = self.context.bank
         domain = bank.stream[task]
-        views = bank.train(domain)
-        rng = np.random.default_rng([self.setting.seed, 19, task])
-        count = self.setting.options.buffer_embeddings
-        chosen = torch.from_numpy(rng.permutation(views.firsts)[:count])
+        rng = np.random.default_rng([self.context.seed, 19, task])
+        count = self.options.buffer_embeddings
+        chosen = torch.from_numpy(rng.permutation(bank.train(domain).firsts)[:count])
         embeddings = bank.raw(domain, "train", "embedding")
-        width = self.setting.sam.prompt_encoder.embed_dim
+        width = self.context.sam.prompt_encoder.embed_dim
         own = embeddings[chosen.to(embeddings.device), :width]
         self._kept.append(pooled_embedding(own))
         super().after_task(task)
@@ -59,7 +64,7 @@ class SAMCL(Routed):
         truth = torch.tensor(labels, device=features.device)
         selector.standardise(features)
         optimizer = torch.optim.Adam(selector.parameters(), _LEARNING_RATE, weight_decay=1e-4)
-        for _ in range(self.setting.options.selector_steps if num_domains > 1 else 0):
+        for _ in range(self.options.selector_steps if num_domains > 1 else 0):
             optimizer.zero_grad()
             F.cross_entropy(selector(features), truth).backward()
             optimizer.step()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from adaptation.features import BatchTargets
 from adaptation.losses import MaskLoss, whole_object_loss
 from adaptation.strategies.nearest import extents, inner_grid_points, nearest_points, vanished
-from adaptation.strategy import STRATEGIES, Batch, Strategy, seeded
+from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext, seeded
 from sam_gym.backbones.adapters.adapter import Adapter, ClassHead, Model, embed
 from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
 from sam_gym.backbones.decode import MaskTokens, Prompts
@@ -23,31 +24,42 @@ from sam_gym.utils.transfer import to_device
 
 @STRATEGIES.register("saom_v1")
 class Saom(Strategy):
-    """SAOM (arXiv 2403.10780): fine-tunes SAM's everything mode to answer with whole objects.
+    """SAOM (arXiv 2403.10780): fine-tune everything mode to segment whole objects.
 
-    The mask that is trusted most learns the object by focal and Dice loss, its token the class, and
-    the predicted IoU of all masks is trained, for it chooses. In the paper, the prompt of an object
-    is the grid point that its nearest neighbour in the embedding says; that is `Options.inside=0`
-    and `Options.background=0`. Since everything mode asks every point, the defaults differ: prompts
-    are any points of the grid inside of their object (`inside=1`; the nearest where it is thinner
+    The mask of the highest predicted IoU is trained by focal and Dice loss, its token by a class
+    loss, and the predicted IoU of all masks is trained, since it selects among them. In the paper,
+    the prompt of an object is the grid point of its nearest neighbour in the embedding: `inside=0`
+    and `background=0`. Everything mode prompts every grid point, so the defaults differ: prompts
+    are random grid points inside their object (`inside=1`; the nearest one if the object is thinner
     than the grid), and a share of them lie on no object (`background=0.4`), where the predicted IoU
     learns 0.
     """
 
+    @dataclass(frozen=True)
+    class Options:
+        class_weight: float = 0.5
+        """Weight of the class loss."""
+        inside: float = 1.0
+        """Share of prompts at a random grid point inside their object; 0: all by nearest neighbour,
+        as in the paper."""
+        background: float = 0.4
+        """Share of prompts on no object, where the predicted IoU learns 0. Use 0 if images contain
+        objects that are not annotated."""
+
     #: Columns and rows of the grid.
     _grid: ClassVar[tuple[int, int]] = (32, 32)
 
-    def __init__(self, setting: Any) -> None:
-        super().__init__(setting)
-        names = {domain.split("train").categories for domain in setting.bank.stream}
+    def __init__(self, context: StrategyContext) -> None:
+        super().__init__(context)
+        names = {domain.split("train").categories for domain in context.bank.stream}
         if len(names) > 1:
             raise ValueError(
                 f"The domains have categories of their own, and {type(self).__name__} has one head "
                 "for all: train on domains with the same categories."
             )
-        with seeded(setting.seed):
+        with seeded(context.seed):
             head = ClassHead(self.sam.prompt_encoder.embed_dim, *names)
-        self._head = head.to(setting.bank.backbone.device)
+        self._head = head.to(context.bank.backbone.device)
 
     @property
     def module(self) -> nn.Module:
@@ -55,24 +67,24 @@ class Saom(Strategy):
 
     def before_task(self, task: int) -> None:
         super().before_task(task)
-        bank = self.setting.bank
-        views = bank.train(bank.stream[task])
+        bank = self.context.bank
+        targets = bank.train(bank.stream[task]).targets
         _, height, width = bank.backbone.embedding_shape
         count = sum(
             int(vanished(own.float() / 255.0, (height, width)).sum())
-            for own in torch.from_numpy(views.targets).split(1024)
+            for own in torch.from_numpy(targets).split(1024)
         )
         if count:
             stands = "; the cell that they fill most stands for them"
             warnings.warn(
-                f"{bank.stream[task].name}: {count} of {len(views.targets)} objects fill half of "
-                f"no cell of the embedding{stands * (self.setting.options.inside < 1)}.",
+                f"{bank.stream[task].name}: {count} of {len(targets)} objects fill half of "
+                f"no cell of the embedding{stands * (self.options.inside < 1)}.",
                 stacklevel=2,
             )
 
     @torch.no_grad()
     def batch(self, objects: BatchTargets, seeds: np.ndarray) -> Batch:
-        options, size = self.setting.options, self.setting.bank.backbone.image_size
+        options, size = self.options, self.context.bank.backbone.image_size
         device = objects.targets.device
         draws = np.array([np.random.default_rng([int(seed), 1]).random(2) for seed in seeds])
         anywhere, outside = (
@@ -114,7 +126,7 @@ class Saom(Strategy):
             objects.targets,
             objects.valid,
             self._grid,
-            self.setting.bank.backbone.image_size,
+            self.context.bank.backbone.image_size,
         )
 
     def masks(self, batch: Batch, tokens: MaskTokens) -> MaskLoss:
@@ -125,7 +137,7 @@ class Saom(Strategy):
         there = batch.targets.amax(dim=(1, 2)) > 0
         costs = F.cross_entropy(logits.float(), batch.categories, reduction="none") * there
         cost = costs.sum() / there.sum().clamp(min=1)
-        total = masks.total + self.setting.options.class_weight * cost
+        total = masks.total + self.options.class_weight * cost
         return MaskLoss(total, masks.logits, masks.chosen, masks.ious)
 
     def model(self) -> Model:

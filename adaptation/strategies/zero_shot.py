@@ -15,7 +15,7 @@ class ZeroShot(Strategy):
     learns: ClassVar[bool] = False
 
     def model(self) -> Model:
-        return Model(self.setting.sam, "embedding")
+        return Model(self.context.sam, "embedding")
 
     def adapter(self) -> Adapter:
         raise ValueError(

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import tyro
 
+from adaptation.config import TrainConfig
+from adaptation.method_flags import method_flags, options_from_flags
 from adaptation.options import ModelOptions
 from adaptation.results import folder_name
-from adaptation.strategy import STRATEGIES, Options
-from adaptation.trainer import TrainConfig, Trainer, check_tune
+from adaptation.strategy import STRATEGIES
+from adaptation.trainer import Trainer, check_tune
 from benchmarks.everything.measuring import SHOWN, UNTOUCHED, Measuring
 from benchmarks.everything.report import write_report
 from benchmarks.everything.scores import (
@@ -33,6 +35,7 @@ from sam_gym.version import __version__
 
 #: Trained methods, and the grid of each.
 GRIDS = {"saom_v1": (32, 32), "saom_v2": (64, 64), "panosam": (320, 64)}
+MethodFlags: Any = method_flags(GRIDS)
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class FineTuning(TrainConfig):
     """Optimizer steps of a fine-tuning."""
     batch_size: int = 48
     """Objects of a step, over all processes."""
-    views: int = 1
-    """Views of each training image, the first as it is, the others flipped and scaled."""
+    augmentations: Annotated[int, tyro.conf.arg(aliases=("--views",))] = 1
+    """Augmentations per training image: the image itself, then flipped and scaled copies."""
     max_images: tyro.conf.Suppress[int | None] = None
     split: tyro.conf.Suppress[Literal["val", "test"]] = "val"
     prompts: tyro.conf.Suppress[tuple[str, ...]] = ("click",)
@@ -95,7 +98,7 @@ class Config:
     """Folder for results.json, tables, pictures, adapters and report.html."""
     model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
     train: tyro.conf.OmitArgPrefixes[FineTuning] = field(default_factory=FineTuning)
-    weights: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
+    method_options: tyro.conf.OmitArgPrefixes[MethodFlags] = field(default_factory=MethodFlags)
     merging: tyro.conf.OmitArgPrefixes[MergeOptions] = field(default_factory=MergeOptions)
 
 
@@ -209,8 +212,9 @@ def _trained(
 ) -> tuple[Backbone, float]:
     """A fine-tuned backbone, and the seconds that its training took."""
     settings = replace(config.train, seed=seed, max_images=config.train_images)
-    trainer = Trainer(settings, config.weights, config.model.arguments, out / "runs")
-    result = trainer.fit(stream, method, config.tune, config.resume)
+    trainer = Trainer(settings, config.model.arguments, out / "runs")
+    options = options_from_flags(config.method_options, method)
+    result = trainer.fit(stream, method, config.tune, method_options=options, resume=config.resume)
     folder = out / "runs" / folder_name(method, config.tune, seed)
     adapter = str(folder / "adapter.safetensors")
     return load_backbone(**config.model.arguments, adapter=adapter), result.seconds

@@ -1,6 +1,7 @@
 """The tiny SAM by name, streams of a few small images, and trainers over them."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from segment_anything.modeling import Sam
 
+from adaptation.combined import CombinedOptions
+from adaptation.config import TrainConfig
 from adaptation.features import FeatureBank
-from adaptation.strategy import Options, Strategy
-from adaptation.trainer import STRATEGIES, TrainConfig, Trainer
+from adaptation.results import RunResult
+from adaptation.strategy import STRATEGIES, Strategy
+from adaptation.trainer import Trainer
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.adapter import Model
 from sam_gym.backbones.decode import Prompts
@@ -19,7 +23,25 @@ from sam_gym.backbones.loading import BACKBONES
 from sam_gym.data.streams import Stream, make_stream
 
 #: Few steps of everything.
-OPTIONS = Options(selector_steps=4, fisher_samples=3, buffer_images=2, buffer_embeddings=3)
+FEW = {"selector_steps": 4, "fisher_samples": 3, "buffer_images": 2, "buffer_embeddings": 3}
+
+
+def few_options(method: str, **more: Any) -> Any:
+    """A method's options, with few steps and the values given."""
+    if "+" in method:
+        return CombinedOptions({name: few_options(name) for name in method.split("+")})
+    cls = STRATEGIES.get(method).Options
+    names = {field.name for field in fields(cls)}
+    return cls(**({name: value for name, value in FEW.items() if name in names} | more))
+
+
+class QuickTrainer(Trainer):
+    """A trainer that gives methods `few_options` by default."""
+
+    def fit(self, stream: Any, strategy: str = "naive", *args: Any, **more: Any) -> RunResult:
+        if strategy in STRATEGIES.names() or "+" in strategy:
+            more.setdefault("method_options", few_options(strategy))
+        return super().fit(stream, strategy, *args, **more)
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +80,9 @@ def make_trainer(tiny_name: dict[str, Any]) -> Callable[..., Trainer]:
     """Trainers of a few steps; settings of `TrainConfig` as keywords."""
 
     def make(out: Path | None = None, retention: Any = None, **settings: Any) -> Trainer:
-        few = {"steps": 3, "batch_size": 4, "views": 2, "objects_per_image": 3}
+        few = {"steps": 3, "batch_size": 4, "augmentations": 2, "objects_per_image": 3}
         config = TrainConfig(**(few | settings))
-        return Trainer(config, OPTIONS, tiny_name, out, retention, progress=False)
+        return QuickTrainer(config, tiny_name, out, retention, progress=False)
 
     return make
 
@@ -69,15 +91,15 @@ def make_trainer(tiny_name: dict[str, Any]) -> Callable[..., Trainer]:
 def fitted(
     make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Any, Strategy]]:
-    """Runs a method; what came of it, and the strategy at its end."""
+    """Runs a method; returns its result and the strategy at its end."""
 
     def fit(stream: Stream, method: str, tune: str | None = None, **settings: Any) -> Any:
         made: list[Strategy] = []
         cls = STRATEGIES.get(method)
         init = cls.__init__
 
-        def noted(self: Strategy, setting: Any) -> None:
-            init(self, setting)
+        def noted(self: Strategy, context: Any) -> None:
+            init(self, context)
             made.append(self)
 
         with monkeypatch.context() as patch:
@@ -90,7 +112,7 @@ def fitted(
 
 @pytest.fixture
 def bank(loaded: Backbone, pair: Stream) -> FeatureBank:
-    return FeatureBank(loaded, pair, views=2, objects_per_image=3)
+    return FeatureBank(loaded, pair, augmentations=2, objects_per_image=3)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptation.features import FeatureBank, ObjectIndices, box_of, gathered
+from adaptation.features import FeatureBank, ObjectIndices, box_of, gather_targets
 from adaptation.prompting import SHARES, training_prompts
 from adaptation.steps import make_batch
 from sam_gym.backbones import Backbone
@@ -54,7 +54,7 @@ def bank_of(backbone: Backbone, *shape: int, **more: Any) -> FeatureBank:
 
 
 def test_the_first_view_is_the_image(loaded: Backbone) -> None:
-    bank = bank_of(loaded, 64, 64, views=3)
+    bank = bank_of(loaded, 64, 64, augmentations=3)
     views = bank.train(bank.stream[0])
     for number, first in enumerate(views.firsts):
         sample = bank.stream[0].split("train")[number]
@@ -71,7 +71,7 @@ def test_the_first_view_is_the_image(loaded: Backbone) -> None:
 def test_a_first_view_of_another_size_is_as_the_service_frames_it(
     loaded: Backbone, shape: tuple[int, int]
 ) -> None:
-    bank = bank_of(loaded, *shape, views=1)
+    bank = bank_of(loaded, *shape, augmentations=1)
     views, domain = bank.train(bank.stream[0]), bank.stream[0]
     height, width = loaded.input_size(shape)
     for number, frame in enumerate(views.frames):
@@ -89,7 +89,7 @@ def test_a_first_view_of_another_size_is_as_the_service_frames_it(
 
 
 def test_masks_move_with_their_objects(loaded: Backbone) -> None:
-    bank = bank_of(loaded, 96, 128, views=12, seed=1)
+    bank = bank_of(loaded, 96, 128, augmentations=12, seed=1)
     views = bank.train(bank.stream[0])
     assert len(np.unique(views.image)) == 3 and len(views.frames) > 30
     scales = []
@@ -119,13 +119,13 @@ def test_masks_move_with_their_objects(loaded: Backbone) -> None:
 
 
 def test_ignored_pixels_do_not_count(loaded: Backbone) -> None:
-    bank = bank_of(loaded, 64, 64, views=1, ignore=True)
+    bank = bank_of(loaded, 64, 64, augmentations=1, ignore=True)
     valid = bank.train(bank.stream[0]).valid
     assert not valid[:, :4].any() and valid[:, 4:].all()
 
 
 def test_a_bank_is_seeded_and_made_once(loaded: Backbone) -> None:
-    one, same, other = (bank_of(loaded, 64, 64, views=3, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (bank_of(loaded, 64, 64, augmentations=3, seed=seed) for seed in (0, 0, 1))
     frames = [bank.train(bank.stream[0]).frames for bank in (one, same, other)]
     np.testing.assert_array_equal(frames[0], frames[1])
     assert frames[2].shape != frames[0].shape or (frames[2] != frames[0]).any()
@@ -136,13 +136,13 @@ def test_a_bank_is_seeded_and_made_once(loaded: Backbone) -> None:
 
 @pytest.mark.parametrize("kind", ["embedding", "pixels"])
 def test_features_are_those_of_the_frames(loaded: Backbone, kind: str) -> None:
-    bank = bank_of(loaded, 64, 64, views=2)
+    bank = bank_of(loaded, 64, 64, augmentations=2)
     domain = bank.stream[0]
     frames = list(bank.train(domain).frames)
     expected = loaded.encode(frames) if kind == "embedding" else loaded.prepare(frames)
     torch.testing.assert_close(bank.raw(domain, "train", kind), expected, rtol=1e-4, atol=1e-4)
-    assert one_object_at_most(bank_of(loaded, 64, 64, views=2, objects_per_image=1))
-    assert len(bank_of(loaded, 64, 64, views=2, max_images=2).train(domain).firsts) == 2
+    assert one_object_at_most(bank_of(loaded, 64, 64, augmentations=2, objects_per_image=1))
+    assert len(bank_of(loaded, 64, 64, augmentations=2, max_images=2).train(domain).firsts) == 2
 
 
 def one_object_at_most(bank: FeatureBank) -> bool:
@@ -172,10 +172,10 @@ def test_objects_too_small_to_train_on_are_counted(loaded: Backbone) -> None:
     train: Any = [sample, sample]
     stream = Stream("s", (Domain("specks", False, {"train": train}),))
     with pytest.warns(UserWarning, match=r"specks: 4 of 6 objects are smaller than 0\.1% of the"):
-        views = FeatureBank(loaded, stream, views=1).train(stream[0])
+        views = FeatureBank(loaded, stream, augmentations=1).train(stream[0])
     assert all(len(own) == 1 for own in views.objects)
     with pytest.warns(UserWarning, match=r"specks: 2 of 6 objects are smaller"):
-        views = FeatureBank(loaded, stream, views=12).train(stream[0])
+        views = FeatureBank(loaded, stream, augmentations=12).train(stream[0])
     assert {len(own) for own in views.objects} == {1, 2}
 
 
@@ -186,7 +186,7 @@ def test_domains_are_drawn_evenly_and_only_allowed_views(bank: FeatureBank) -> N
     rng = np.random.default_rng(0)
     views = [bank.train(domain) for domain in bank.stream]
     allowed = [np.array([1, 2]), np.array([0])]
-    draw = ObjectIndices.from_views(rng, 400, list(zip(range(2), views, allowed, strict=True)))
+    draw = ObjectIndices.draw(rng, 400, list(zip(range(2), views, allowed, strict=True)))
     assert 150 < (draw.domains == 0).sum() < 250
     for task in range(2):
         seen = views[task].rows[draw.objects[draw.domains == task]]
@@ -201,7 +201,7 @@ def test_objects_of_one_view_are_drawn_together(bank: FeatureBank) -> None:
     places = [(task, own, np.arange(len(own.frames))) for task, own in enumerate(views[:2])]
     repeated = 0
     for per_view in (2, 3, 5):
-        draw = ObjectIndices.from_views(np.random.default_rng(0), 24, places, per_view)
+        draw = ObjectIndices.draw(np.random.default_rng(0), 24, places, per_view)
         assert len(draw.objects) == len(draw.domains) == 24
         for first in range(0, 24, per_view):
             group = slice(first, first + per_view)
@@ -212,14 +212,14 @@ def test_objects_of_one_view_are_drawn_together(bank: FeatureBank) -> None:
             assert len(counts) == min(there, len(draw.objects[group]))
             assert counts.max() - counts.min() <= 1
             repeated += counts.max() > 1
-        assert len(gathered(bank, draw, "pixels").raw) <= -(-24 // per_view)
+        assert len(gather_targets(bank, draw, "pixels").raw) <= -(-24 // per_view)
     assert repeated
 
 
 def test_what_is_gathered_belongs_to_the_objects(bank: FeatureBank) -> None:
     draw = ObjectIndices(np.array([1, 0, 1, 0, 1]), np.array([3, 0, 0, 2, 3]))
     for kind in ("embedding", "pixels"):
-        got = gathered(bank, draw, kind)
+        got = gather_targets(bank, draw, kind)
         assert len(got.raw) <= 5
         for k, (task, number) in enumerate(zip(draw.domains, draw.objects, strict=True)):
             domain = bank.stream[int(task)]
@@ -303,8 +303,7 @@ def test_a_prompt_depends_on_its_own_seed_alone() -> None:
 
 def test_processes_share_a_batch(bank: FeatureBank) -> None:
     rng = np.random.default_rng(0)
-    views = bank.train(bank.stream[0])
-    draw = ObjectIndices.from_views(rng, 6, [(0, views, np.arange(len(views.frames)))])
+    draw = ObjectIndices.draw(rng, 6, [bank.pool(0)])
     seeds = rng.integers(2**63, size=6)
     whole = make_batch(bank, draw, "embedding", seeds)
     for rank in range(2):

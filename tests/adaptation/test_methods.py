@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,17 @@ from torch.nn import functional as F
 import adaptation.strategies  # noqa: F401  (registers the methods)
 from adaptation.features import FeatureBank, ObjectIndices
 from adaptation.losses import mask_costs, mask_loss
+from adaptation.replay import buffered
 from adaptation.steps import Learner, make_batch
-from adaptation.strategy import STRATEGIES, Batch, Options, Strategy, StrategyContext, images_kept
+from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext, check_hooks
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.adapter import Model, RoutedModel, digest_of, embed
 from sam_gym.backbones.adapters.tuning import TUNINGS, trainable, tuned_weights
 from sam_gym.backbones.decode import MaskTokens, decode_tokens
 from sam_gym.data.streams import Stream
 
-OPTIONS = Options(selector_steps=4, fisher_samples=5, buffer_images=2, buffer_embeddings=3)
+#: Few steps of everything.
+FEW = {"selector_steps": 4, "fisher_samples": 5, "buffer_images": 2, "buffer_embeddings": 3}
 Fitted = Callable[..., tuple[Any, Strategy]]
 #: Every method, every tune target, and mixtures of what is kept with what is shared.
 PAIRS = [
@@ -39,16 +41,16 @@ def needed(tune: str) -> None:
 
 def make(bank: FeatureBank, method: str, tune: str | None = None, **options: Any) -> Strategy:
     cls = STRATEGIES.get(method)
-    setting = StrategyContext(bank, tune or cls.default_tune, replace(OPTIONS, **options))
-    return cls(setting)
+    names = {field.name for field in fields(cls.Options)}
+    few = {name: value for name, value in FEW.items() if name in names} | options
+    return cls(StrategyContext(bank, tune or cls.default_tune, cls.Options(**few)))
 
 
 def batch_of(
     bank: FeatureBank, task: int, seed: int = 0, count: int = 6, raw: str = "embedding"
 ) -> Batch:
     rng = np.random.default_rng(seed)
-    views = bank.train(bank.stream[task])
-    draw = ObjectIndices.from_views(rng, count, [(task, views, np.arange(len(views.frames)))])
+    draw = ObjectIndices.draw(rng, count, [bank.pool(task)])
     return make_batch(bank, draw, raw, rng.integers(2**63, size=count))
 
 
@@ -119,9 +121,8 @@ def test_fisher_is_the_mean_of_squared_gradients_of_single_objects(bank: Feature
     train(strategy, bank, 0)
     before = {name: weight.detach().clone() for name, weight in strategy.trained().items()}
     strategy.after_task(0)
-    views = bank.train(bank.stream[0])
     rng = np.random.default_rng([0, 13, 0])
-    draw = ObjectIndices.from_views(rng, 5, [(0, views, np.arange(len(views.frames)))])
+    draw = ObjectIndices.draw(rng, 5, [bank.pool(0)])
     seeds = rng.integers(2**63, size=5)
     expected = {name: torch.zeros_like(weight) for name, weight in before.items()}
     for k in range(5):
@@ -141,7 +142,7 @@ def test_fisher_is_the_mean_of_squared_gradients_of_single_objects(bank: Feature
 
 
 def test_the_penalty_pulls_to_the_weights_after_each_domain(bank: FeatureBank) -> None:
-    strategy: Any = make(bank, "ewc", ewc_weight=7.0)
+    strategy: Any = make(bank, "ewc", weight=7.0)
     anchors, fishers, total = [], [], None
     for task in range(2):
         train(strategy, bank, task)
@@ -181,7 +182,7 @@ def test_nothing_is_held_in_the_first_domain(bank: FeatureBank) -> None:
 
 
 def test_lwf_distils_the_masks_of_before(bank: FeatureBank) -> None:
-    strategy: Any = make(bank, "lwf", lwf_weight=2.0)
+    strategy: Any = make(bank, "lwf", weight=2.0)
     train(strategy, bank, 0)
     before = copy.deepcopy(strategy.sam)
     train(strategy, bank, 1)
@@ -228,25 +229,22 @@ def test_a_student_who_says_the_same_is_not_moved(bank: FeatureBank) -> None:
 def test_replay_is_of_images_in_the_buffers_of_past_domains(
     loaded: Backbone, stream: Stream
 ) -> None:
-    bank = FeatureBank(loaded, stream, views=3, objects_per_image=3)
+    bank = FeatureBank(loaded, stream, augmentations=3, objects_per_image=3)
     strategy = make(bank, "er")
     strategy.before_task(2)
-    draw = ObjectIndices.from_views(np.random.default_rng(0), 300, strategy.replayed())
+    draw = ObjectIndices.draw(np.random.default_rng(0), 300, strategy.replayed())
     assert set(draw.domains) == {0, 1}
     for task in (0, 1):
         views = bank.train(stream[task])
         shown = views.image[views.rows[draw.objects[draw.domains == task]]]
-        kept = images_kept(strategy.setting, [task])[0]
+        kept = buffered(bank, 0, [task], 2)[0].allowed
         assert set(shown) == set(views.image[kept])
-        assert len(set(shown)) == OPTIONS.buffer_images
+        assert len(set(shown)) == 2
         # All views of an image that is kept, and of no other.
         assert set(kept) == set(np.flatnonzero(np.isin(views.image, views.image[kept])))
     assert 120 < (draw.domains == 0).sum() < 180
-    other = images_kept(replace(strategy.setting, seed=5), range(3))
-    assert any(
-        set(a) != set(b)
-        for a, b in zip(other, images_kept(strategy.setting, range(3)), strict=True)
-    )
+    pairs = zip(buffered(bank, 5, range(3), 2), buffered(bank, 0, range(3), 2), strict=True)
+    assert any(set(a.allowed) != set(b.allowed) for a, b in pairs)
 
 
 # Merging ---------------------------------------------------------------------------------------
@@ -380,7 +378,7 @@ def test_every_expert_starts_from_the_sam_as_it_was(
     train(strategy, bank, 0, steps=2)
     strategy.after_task(0)
     strategy.before_task(1)
-    untrained = TUNINGS.get(strategy.setting.tune).prepare(bank.backbone.sam)
+    untrained = TUNINGS.get(strategy.context.tune).prepare(bank.backbone.sam)
     base = logits_of(bank.backbone, Model(untrained))
     fresh = logits_of(bank.backbone, Model(strategy.sam))
     torch.testing.assert_close(fresh, base, rtol=0, atol=1e-4 * float(base.std()))
@@ -401,7 +399,12 @@ def test_every_expert_starts_from_the_sam_as_it_was(
 @pytest.mark.parametrize("method", ["moda", "samcl"])
 def test_selectors_learn_to_tell_domains_apart(bank: FeatureBank, method: str) -> None:
     needed(STRATEGIES.get(method).default_tune)
-    strategy: Any = make(bank, method, selector_steps=120, buffer_images=4, buffer_embeddings=4)
+    strategy: Any = make(
+        bank,
+        method,
+        selector_steps=120,
+        **{"moda": {"buffer_images": 4}, "samcl": {"buffer_embeddings": 4}}[method],
+    )
     for task in range(2):
         train(strategy, bank, task, steps=1)
         strategy.after_task(task)
@@ -462,20 +465,22 @@ def test_bytes_that_are_kept(bank: FeatureBank) -> None:
         strategy.before_task(1)
         kept[method] = strategy.kept_bytes()
     assert kept["naive"] == weights and kept["ewc"] == 3 * weights
-    assert kept["er"] == weights + 2 * OPTIONS.buffer_images * image
+    assert kept["er"] == weights + 2 * 2 * image
 
 
 # Hooks and names -------------------------------------------------------------------------------
 
 
 def test_a_misspelt_hook_is_an_error() -> None:
+    register = STRATEGIES.register("slip")
     with pytest.raises(
         TypeError, match=r"Slip.before_tsk is no hook .* Did you mean 'before_task'"
     ):
-        type("Slip", (Strategy,), {"before_tsk": lambda self, task: None})
+        register(type("Slip", (Strategy,), {"before_tsk": lambda self, task: None}))
     with pytest.raises(TypeError, match="Hooks: raw, learning_rate, module, before_task"):
-        type("Slip", (Strategy,), {"something": 1})
-    type("Fine", (Strategy,), {"_own": 1, "after_step": lambda self, step: None})
+        register(type("Slip", (Strategy,), {"something": 1}))
+    assert "slip" not in STRATEGIES.names()
+    check_hooks(type("Fine", (Strategy,), {"_own": 1, "after_step": lambda self, step: None}))
 
 
 def test_methods_and_targets_that_do_not_go_together(bank: FeatureBank) -> None:

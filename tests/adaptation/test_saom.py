@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adaptation.features import FeatureBank, ObjectIndices, gathered
+from adaptation.features import FeatureBank, ObjectIndices, gather_targets
 from adaptation.losses import whole_object_loss
 from adaptation.prompting import points_inside
 from adaptation.steps import Learner, make_batch
@@ -22,7 +22,8 @@ from adaptation.strategies.nearest import (
     snapped,
     vanished,
 )
-from adaptation.strategy import STRATEGIES, Options, StrategyContext
+from adaptation.strategies.saom import Saom
+from adaptation.strategy import STRATEGIES, StrategyContext
 from adaptation.trainer import Trainer, find_stream
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.adapter import Adapter, ClassHead, Model
@@ -45,7 +46,7 @@ def few_scenes() -> Stream:
 
 @pytest.fixture(scope="module")
 def bank(loaded: Backbone, scenes: Stream) -> FeatureBank:
-    return FeatureBank(loaded, scenes, views=2, objects_per_image=3)
+    return FeatureBank(loaded, scenes, augmentations=2, objects_per_image=3)
 
 
 def test_the_nearest_cell_by_hand() -> None:
@@ -131,13 +132,10 @@ def test_what_is_thinner_than_the_grid_has_the_nearest_point() -> None:
 def test_no_prompt_on_an_object_is_taught_to_be_on_nothing(bank: FeatureBank) -> None:
     """Between objects that fill the image, a seam has no point of the grid."""
     strategy: Any = STRATEGIES.get("saom_v1")(
-        StrategyContext(bank, "decoder", Options(background=1.0))
+        StrategyContext(bank, "decoder", Saom.Options(background=1.0))
     )
-    views = bank.train(bank.stream[0])
-    draw = ObjectIndices.from_views(
-        np.random.default_rng(0), 8, [(0, views, np.arange(len(views.frames)))]
-    )
-    objects = gathered(bank, draw, strategy.raw)
+    draw = ObjectIndices.draw(np.random.default_rng(0), 8, [bank.pool(0)])
+    objects = gather_targets(bank, draw, strategy.raw)
     objects = replace(objects, valid=torch.ones_like(objects.valid))
     seam = torch.zeros_like(objects.empty)
     seam[:4, :, 1] = True
@@ -186,11 +184,10 @@ def test_the_mask_that_is_trusted_most_is_taught() -> None:
 
 @pytest.mark.parametrize("tune", ["decoder", "hq", "sam_adapter"])
 def test_prompts_are_points_of_the_grid(bank: FeatureBank, tune: str) -> None:
-    strategy: Any = STRATEGIES.get("saom_v1")(StrategyContext(bank, tune, Options()))
-    views = bank.train(bank.stream[0])
+    strategy: Any = STRATEGIES.get("saom_v1")(StrategyContext(bank, tune))
     rng = np.random.default_rng(0)
-    draw = ObjectIndices.from_views(rng, 12, [(0, views, np.arange(len(views.frames)))])
-    objects = gathered(bank, draw, strategy.raw)
+    draw = ObjectIndices.draw(rng, 12, [bank.pool(0)])
+    objects = gather_targets(bank, draw, strategy.raw)
     seeds = np.arange(12)
     batch = strategy.batch(objects, seeds)
     prompts = batch.prompts
@@ -200,7 +197,9 @@ def test_prompts_are_points_of_the_grid(bank: FeatureBank, tune: str) -> None:
     places = (prompts.points[:, 0] - boxes[:, 0]) / (boxes[:, 1] - boxes[:, 0]) * 32
     torch.testing.assert_close(places, places.floor() + 0.5, atol=1e-3, rtol=0)
     for part in (slice(0, 5), slice(5, 12)):
-        some = gathered(bank, ObjectIndices(draw.domains[part], draw.objects[part]), strategy.raw)
+        some = gather_targets(
+            bank, ObjectIndices(draw.domains[part], draw.objects[part]), strategy.raw
+        )
         own = strategy.batch(some, seeds[part])
         assert torch.equal(own.prompts.points, prompts.points[part])
         assert torch.equal(own.targets, batch.targets[part])
@@ -256,11 +255,13 @@ def test_a_run_learns_and_its_adapter_knows_classes(
 @pytest.mark.filterwarnings("ignore:.*fill half of no cell")
 def test_classes_are_learned(bank: FeatureBank) -> None:
     """Of the few objects of a few scenes, the head soon tells all classes."""
-    options = Options(class_weight=5.0, inside=0.0, background=0.0)
+    options = Saom.Options(class_weight=5.0, inside=0.0, background=0.0)
     strategy: Any = STRATEGIES.get("saom_v1")(StrategyContext(bank, "decoder", options))
     views = bank.train(bank.stream[0])
     everything = np.arange(len(views.rows))
-    objects = gathered(bank, ObjectIndices(np.zeros_like(everything), everything), "embedding")
+    objects = gather_targets(
+        bank, ObjectIndices(np.zeros_like(everything), everything), "embedding"
+    )
     draw = ObjectIndices(np.zeros_like(everything), everything)
     learner = Learner(strategy)
     optimizer = torch.optim.Adam(list(strategy.trained().values()), 3e-3)

@@ -15,10 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 from adaptation import trainer as loop
+from adaptation.config import TrainConfig
 from adaptation.evaluation import narrow_share, score
 from adaptation.features import FeatureBank
+from adaptation.results import RunResult
+from adaptation.strategies.lwf import LwF
+from adaptation.strategy import Strategy
+from adaptation.streams import find_stream
 from adaptation.train import main
-from adaptation.trainer import Run, TrainConfig, Trainer, check_tune, falling, find_stream
+from adaptation.trainer import Trainer, check_tune, falling
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.adapter import Adapter, Model
 from sam_gym.backbones.adapters.tuning import TUNINGS, tuned_weights
@@ -30,7 +35,7 @@ HERE = Path(__file__).parent
 MakeTrainer = Callable[..., Trainer]
 
 
-def folder_of(out: Path, run: Run) -> Path:
+def folder_of(out: Path, run: RunResult) -> Path:
     return out / f"{run.method}-{run.tune}-{run.seed}"
 
 
@@ -82,20 +87,18 @@ class Stopped(Exception):
 
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """Makes training fail before an optimizer step, counted over all domains."""
-    take = loop._Fit._step
+    """Makes training fail in an optimizer step, counted over all domains."""
 
     def stop_at(step: int | None) -> None:
         taken = 0
 
-        def step_or_stop(self: Any, *args: Any) -> Any:
+        def count(self: Strategy, _: int) -> None:
             nonlocal taken
             if taken == step:
                 raise Stopped
             taken += 1
-            return take(self, *args)
 
-        monkeypatch.setattr(loop._Fit, "_step", step_or_stop)
+        monkeypatch.setattr(Strategy, "after_step", count)
 
     return stop_at
 
@@ -149,10 +152,9 @@ def test_a_checkpoint_of_other_settings_is_refused(
             make_trainer(tmp_path, **settings).fit(pair, "naive", resume=True)
     with pytest.raises(ValueError, match="a run with another domains"):
         make_trainer(tmp_path).fit(stream, "naive", resume=True)
-    other = make_trainer(tmp_path)
-    other.options = loop.Options(lwf_weight=9.0)
-    with pytest.raises(ValueError, match="a run with another options"):
-        other.fit(pair, "naive", resume=True)
+    make_trainer(tmp_path).fit(pair, "lwf")
+    with pytest.raises(ValueError, match="a run with another method_options"):
+        make_trainer(tmp_path).fit(pair, "lwf", method_options=LwF.Options(9.0), resume=True)
     # How often checkpoints are written changes nothing.
     make_trainer(tmp_path, checkpoint_every=1).fit(pair, "naive", resume=True)
 
@@ -169,14 +171,14 @@ def test_joint_training_has_one_stage(
     make_trainer: MakeTrainer, stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     domains: list[int] = []
-    drawn = loop.ObjectIndices.from_views
+    drawn = loop.ObjectIndices.draw
 
     def noted(*args: Any) -> Any:
         draw = drawn(*args)
         domains.extend(draw.domains)
         return draw
 
-    monkeypatch.setattr(loop.ObjectIndices, "from_views", noted)
+    monkeypatch.setattr(loop.ObjectIndices, "draw", noted)
     run = make_trainer(tmp_path).fit(stream, "joint")
     assert np.array(run.scores["box"]["iou"]).shape == (1, 3)
     assert len(domains) == 3 * 3 * 4 and set(domains) == {0, 1, 2}
@@ -220,7 +222,7 @@ def test_a_step_may_take_several_objects_of_a_view(
         return make(bank, draw, *args)
 
     monkeypatch.setattr(loop, "make_batch", noted)
-    make_trainer(steps=2, objects_per_view=4).fit(stream, method)
+    make_trainer(steps=2, objects_per_augmentation=4).fit(stream, method)
     # Four objects of the domain, and as many of the buffer once there is one.
     assert views == ([1, 1, 2, 2, 2, 2] if method == "er" else [1] * 6)
 
@@ -233,7 +235,7 @@ def test_the_learning_rate_falls_over_a_domain() -> None:
 
 def test_summary_is_of_the_matrices() -> None:
     matrix = [[50.0, 20, 30], [40, 60, 35], [45, 50, 70]]
-    run = Run("er", "decoder", ("a", "b", "c"))
+    run = RunResult("er", "decoder", ("a", "b", "c"))
     run.scores = {"box": {"iou": matrix, "biou": (np.array(matrix) / 2).tolist()}}
     run.zero_shot = {"box": {"iou": [10.0, 15, 20], "biou": [5.0, 5, 5]}}
     run.retention, run.routed = {"box": 33.0}, 0.75
@@ -315,9 +317,9 @@ def test_an_hq_sam_is_adapted_too(method: str, tune: str | None, tmp_path: Path)
         pytest.importorskip("peft")
     sizes = {"train_images": 1, "val_images": 1, "test_images": 1}
     stream = make_stream("scenes-domains", domains="cells", **sizes)
-    config = TrainConfig(steps=1, batch_size=2, views=1)
+    config = TrainConfig(steps=1, batch_size=2, augmentations=1)
     backbone = {"name": "hq_micro", "device": "cpu"}
-    run = Trainer(config, None, backbone, tmp_path, progress=False).fit(stream, method, tune)
+    run = Trainer(config, backbone, tmp_path, progress=False).fit(stream, method, tune)
     path = folder_of(tmp_path, run) / "adapter.safetensors"
     adapted = load_backbone("hq_micro", device="cpu", adapter=str(path))
     bank = FeatureBank(load_backbone("hq_micro", device="cpu"), stream, 1)
@@ -350,7 +352,7 @@ def test_streams_are_found(stream: Stream, tiny_name: dict[str, Any]) -> None:
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1"),
-        ({"objects_per_view": 0}, "objects_per_view must be at least 1"),
+        ({"objects_per_augmentation": 0}, "objects_per_augmentation must be at least 1"),
         ({"max_images": 0}, "max_images must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"precision": "bf16"}, "Did you mean 'bf16-mixed'"),
@@ -393,7 +395,7 @@ def test_a_bank_serves_all_methods(make_trainer: MakeTrainer, pair: Stream, stre
     trainer = make_trainer()
     bank = trainer.bank(pair)
     assert trainer.bank(pair) is bank and trainer.bank(stream) is not bank
-    assert asdict(trainer.config)["views"] == bank.views == 2
+    assert asdict(trainer.config)["augmentations"] == bank.augmentations == 2
 
 
 # Processes -------------------------------------------------------------------------------------

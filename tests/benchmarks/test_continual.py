@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from segment_anything.modeling import Sam
 
-from adaptation import trainer
+from adaptation.strategy import Strategy
 from benchmarks.continual import BEYOND, PAPER, Config, _jobs, _settled, _spread
 from benchmarks.run import main
 from sam_gym.backbones.loading import BACKBONES
@@ -88,18 +88,17 @@ def test_an_interrupted_benchmark_goes_on(
 ) -> None:
     methods = ["--methods", "naive", "er"]
     whole = main([*arguments, *methods, "--out", str(tmp_path / "whole")])
-    take, taken = trainer._Fit._step, 0
+    taken = 0
 
-    def step_or_stop(self: Any, *args: Any) -> Any:
+    def count(self: Strategy, step: int) -> None:
         nonlocal taken
         taken += 1
         if taken == 7:  # in the second domain of the second method
             raise KeyboardInterrupt
-        return take(self, *args)
 
     out = tmp_path / "parts"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Fit, "_step", step_or_stop)
+        patch.setattr(Strategy, "after_step", count)
         with pytest.raises(KeyboardInterrupt):
             main([*arguments, *methods, "--out", str(out)])
     assert not (out / "results.json").exists()

@@ -1,0 +1,85 @@
+"""Checkpoints of a training: which run they belong to, writing and reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptation.config import TrainConfig
+from adaptation.strategy import Strategy
+from sam_gym.utils.training import save_state
+
+#: Settings that change no result, so a run may be resumed with other ones.
+_FREE = ("checkpoint_every",)
+#: Settings under their former names.
+_RENAMED = {"views": "augmentations", "objects_per_view": "objects_per_augmentation"}
+
+
+def run_key(strategy: Strategy, config: TrainConfig) -> dict[str, Any]:
+    """Everything that decides the results of a run, in plain values."""
+    bank = strategy.context.bank
+    settings = {name: value for name, value in asdict(config).items() if name not in _FREE}
+    return {
+        "method": strategy.name,
+        "tune": strategy.context.tune,
+        "domains": {domain.name: bank.digest(domain) for domain in bank.stream},
+        "backbone": bank.backbone.identity,
+        "config": settings | {"prompts": list(config.prompts)},
+        "method_options": asdict(strategy.options),
+    }
+
+
+def save_checkpoint(path: Path, key: Mapping[str, Any], **state: Any) -> None:
+    """Write a checkpoint, whole or not at all."""
+    save_state({"key": dict(key)} | state, path)
+
+
+def load_checkpoint(
+    path: Path, key: Mapping[str, Any], strategy: Strategy, device: torch.device
+) -> dict[str, Any]:
+    """Read a checkpoint of the same run.
+
+    Args:
+        path: of the file.
+        key: `run_key` of the run that resumes.
+        strategy: its method.
+        device: where tensors go.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to another run.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged file raises errors of every kind
+        raise ValueError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}). Remove the file to "
+            "start this method again."
+        ) from error
+    saved = _with_new_names(state["key"], strategy)
+    differs = [name for name, value in key.items() if saved.get(name) != value]
+    if differs:
+        raise ValueError(
+            f"{path}: a checkpoint of a run with another {', '.join(differs)}. Resume with the "
+            "same settings, or choose another --out."
+        )
+    return state
+
+
+def _with_new_names(key: Mapping[str, Any], strategy: Strategy) -> dict[str, Any]:
+    """A key whose settings have their present names.
+
+    Formerly, `options` held those of all methods, with names such as `ewc_weight`.
+    """
+    config = {_RENAMED.get(name, name): value for name, value in key["config"].items()}
+    key = dict(key) | {"config": config}
+    if "options" in key:
+        old = key.pop("options")
+        key["method_options"] = {
+            field.name: old.get(f"{strategy.name}_{field.name}", old.get(field.name))
+            for field in fields(strategy.options)
+        }
+    return key

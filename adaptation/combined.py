@@ -1,0 +1,173 @@
+"""Combine methods: `STRATEGIES.get("ewc+er")`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adaptation.features import BatchTargets, Pool
+from adaptation.losses import MaskLoss
+from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext
+from sam_gym.backbones.adapters.adapter import Adapter, Model
+from sam_gym.backbones.decode import MaskTokens
+
+#: Hooks whose results cannot be added up: at most one of the combined methods may override them.
+_EXCLUSIVE = (
+    "raw",
+    "learning_rate",
+    "module",
+    "make_optimizer",
+    "batch",
+    "decode",
+    "masks",
+    "model",
+    "adapter",
+)
+
+
+@dataclass(frozen=True)
+class CombinedOptions:
+    """Options of combined methods.
+
+    Attributes:
+        parts: method name -> an instance of its `Options`; methods left out have their defaults.
+    """
+
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Combined(Strategy):
+    """Several methods that train one SAM.
+
+    Losses and kept bytes are added, replay buffers joined, states nested; `after_backward` and the
+    other events reach every method in order. One method, the lead, may also define how prompts are
+    chosen, decoded and scored and what is saved.
+    """
+
+    Options: ClassVar[type[Any]] = CombinedOptions
+    _methods: ClassVar[tuple[type[Strategy], ...]]
+    _lead: ClassVar[type[Strategy]]
+
+    def __init__(self, context: StrategyContext) -> None:
+        options: CombinedOptions = context.options or CombinedOptions()
+        self._parts = {
+            cls.name: cls(replace(context, options=options.parts.get(cls.name)))
+            for cls in self._methods
+        }
+        self._leader = self._parts[self._lead.name]
+        super().__init__(context)
+        self.options = CombinedOptions({name: p.options for name, p in self._parts.items()})
+        self._share()
+
+    def _share(self) -> None:
+        """Let all methods see the SAM that the lead trains."""
+        self.sam, self.task = self._leader.sam, self._leader.task
+        for part in self._parts.values():
+            part.sam = self.sam
+
+    def _pretrained(self) -> Any:
+        return self._leader.sam
+
+    @property
+    def raw(self) -> str:
+        return self._leader.raw
+
+    @property
+    def learning_rate(self) -> float:
+        return self._leader.learning_rate
+
+    @property
+    def module(self) -> nn.Module:
+        return self._leader.module
+
+    def make_optimizer(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        return self._leader.make_optimizer(parameters, lr)
+
+    def before_task(self, task: int) -> None:
+        # The lead may start from another SAM, which the others must see.
+        self._leader.before_task(task)
+        self._share()
+        for part in self._parts.values():
+            if part is not self._leader:
+                part.before_task(task)
+
+    def replayed(self) -> list[Pool]:
+        return [pool for part in self._parts.values() for pool in part.replayed()]
+
+    def batch(self, objects: BatchTargets, seeds: np.ndarray) -> Batch | None:
+        return self._leader.batch(objects, seeds)
+
+    def decode(self, batch: Batch) -> MaskTokens:
+        return self._leader.decode(batch)
+
+    def masks(self, batch: Batch, tokens: MaskTokens) -> MaskLoss:
+        return self._leader.masks(batch, tokens)
+
+    def loss(self, batch: Batch, masks: MaskLoss) -> Tensor | float:
+        return sum(part.loss(batch, masks) for part in self._parts.values())
+
+    def after_backward(self, step: int) -> None:
+        for part in self._parts.values():
+            part.after_backward(step)
+
+    def after_step(self, step: int) -> None:
+        for part in self._parts.values():
+            part.after_step(step)
+
+    def after_task(self, task: int) -> None:
+        for part in self._parts.values():
+            part.after_task(task)
+
+    def model(self) -> Model:
+        return self._leader.model()
+
+    def adapter(self) -> Adapter:
+        return replace(self._leader.adapter(), method=self.name)
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"parts": {name: p.state() for name, p in self._parts.items()}}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts.items():
+            part.set_state(state["parts"][name])
+        super().set_state(state)
+        self._share()
+
+    def kept_bytes(self) -> int:
+        weights = super().kept_bytes()
+        more = (p.kept_bytes() - weights for p in self._parts.values() if p is not self._leader)
+        return self._leader.kept_bytes() + sum(more)
+
+
+@functools.cache
+def combined(name: str) -> type[Combined]:
+    """The strategy of "METHOD+METHOD".
+
+    Raises:
+        ValueError: a name is unknown or occurs twice, or the methods cannot be combined.
+    """
+    methods = tuple(STRATEGIES.get(part) for part in name.split("+"))
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"Method {name!r}: name every method once.")
+    leads = [cls for cls in methods if any(_overrides(cls, hook) for hook in _EXCLUSIVE)]
+    tunes = tuple(tune for tune in methods[0].tunes if all(tune in cls.tunes for cls in methods))
+    if len(leads) > 1 or not tunes or any(cls.joint or not cls.learns for cls in methods):
+        raise ValueError(
+            f"Method {name!r}: these methods cannot be combined. At most one of them may define "
+            "what is trained, decoded and saved, all must share a tune target, and joint and "
+            "zero_shot stand alone. Combine, for example, ewc+er or lwf+er."
+        )
+    lead = (leads or methods)[0]
+    default = lead.default_tune if lead.default_tune in tunes else tunes[0]
+    attributes = {"name": name, "tunes": tunes, "default_tune": default}
+    return type(name, (Combined,), attributes | {"_methods": methods, "_lead": lead})
+
+
+def _overrides(cls: type[Strategy], hook: str) -> bool:
+    return getattr(cls, hook) is not getattr(Strategy, hook)

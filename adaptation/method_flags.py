@@ -1,0 +1,71 @@
+"""Command-line flags for the options of methods, generated from their dataclasses.
+
+An option FIELD of METHOD has the flags `--METHOD-FIELD` and, where no other method has a field of
+that name, `--FIELD`. Methods that inherit an option from one dataclass share the flag `--FIELD`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterable
+from dataclasses import fields, make_dataclass
+from itertools import pairwise
+from typing import Annotated, Any, get_type_hints
+
+import tyro
+
+import adaptation.strategies  # noqa: F401  (registers the methods)
+from adaptation.combined import CombinedOptions
+from adaptation.strategy import STRATEGIES
+
+
+def method_flags(methods: Iterable[str]) -> type[Any]:
+    """Make a dataclass, for tyro, of all options of some methods."""
+    declared: dict[tuple[type[Any], str], list[str]] = {}
+    for method in dict.fromkeys(part for name in methods for part in name.split("+")):
+        options = STRATEGIES.get(method).Options
+        for name in (field.name for field in fields(options)):
+            owner = next(c for c in options.__mro__ if name in inspect.get_annotations(c))
+            declared.setdefault((owner, name), []).append(method)
+    names = [name for _, name in declared]
+    flags = []
+    for (owner, name), own in declared.items():
+        shared = len(own) > 1
+        short = [f"--{name.replace('_', '-')}"] if names.count(name) == 1 and not shared else []
+        text = _field_docs(owner)[name] + (f" ({', '.join(own)})" if shared else "")
+        kind: Any = get_type_hints(owner)[name]
+        flag = Annotated[kind, tyro.conf.arg(help=text, aliases=short)]
+        flags.append((name if shared else _prefixed(own[0], name), flag, getattr(owner, name)))
+    return make_dataclass("MethodFlags", flags, frozen=True)
+
+
+def options_from_flags(flags: Any, method: str) -> Any:
+    """The `Options` of a method from an instance of `method_flags`."""
+    if "+" in method:
+        return CombinedOptions({n: options_from_flags(flags, n) for n in method.split("+")})
+    options = STRATEGIES.get(method).Options
+    given = vars(flags)
+    return options(
+        **{
+            field.name: given.get(_prefixed(method, field.name), given.get(field.name))
+            for field in fields(options)
+        }
+    )
+
+
+def _prefixed(method: str, name: str) -> str:
+    return f"{method}_{name}".replace("-", "_")
+
+
+def _field_docs(cls: type[Any]) -> dict[str, str]:
+    """The docstrings below the fields of a dataclass."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(below.value.value).split())
+        for field, below in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+    }
