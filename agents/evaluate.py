@@ -19,11 +19,12 @@ import tyro
 
 from agents.baselines import Agent
 from agents.curves import plot_iou_after_steps
-from agents.hub import PREFIX, local_policy
 from agents.policies.base import SamPolicy, StoredFeatures
 from agents.policies.saved import SHIPPED, load_policy
 from agents.ppo.config import env_of
 from agents.ppo.vec_env import make_vector_env
+from agents.sharing.pull import local_policy
+from agents.sharing.repository import PREFIX
 from agents.tasks import task_of
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.click import SamSegConfig

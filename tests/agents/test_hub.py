@@ -1,209 +1,31 @@
-"""Agents to and from a hub: one that runs here and speaks what huggingface_hub asks for."""
+"""Agents to and from a local hub that answers the requests of huggingface_hub."""
 
-import base64
-import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-import yaml
-from huggingface_hub import ModelCard, constants, file_download
+from huggingface_hub import ModelCard, constants
 
 from agents import train_ppo
 from agents.evaluate import PolicyAgent, evaluate
-from agents.hub import RUN_FILES, Pull, Push, Run, main, model_card, pull, push
+from agents.hub import main
+from agents.sharing.card import model_card
+from agents.sharing.pull import HubPullConfig, pull
+from agents.sharing.push import HubPushConfig, push
+from agents.sharing.repository import RUN_FILES
+from agents.sharing.run import TrainingRun
 from sam_gym.backbones.loading import BACKBONES
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.utils import cli
 
-TOKEN = "hf_secret"
-
-
-@dataclass
-class Repo:
-    """A model repo: its commits, the oldest first, each with all of its files."""
-
-    private: bool = False
-    commits: list[dict[str, bytes]] = field(default_factory=lambda: [{".gitattributes": b""}])
-
-    def sha(self, number: int) -> str:
-        content = json.dumps([number, *sorted(self.commits[number])])
-        return hashlib.sha1(content.encode()).hexdigest()
-
-    def at(self, revision: str) -> int | None:
-        """Number of the commit of a branch or hash."""
-        shas = [self.sha(number) for number in range(len(self.commits))]
-        if revision == "main":
-            return len(shas) - 1
-        return shas.index(revision) if revision in shas else None
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The requests that a push and a pull consist of."""
-
-    protocol_version = "HTTP/1.1"
-    repos: dict[str, Repo]
-    asked: list[str]
-
-    def log_message(self, *args: Any) -> None: ...
-
-    def answer(self, content: Any, status: int = 200, **headers: str) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def fail(self, status: int, message: str, **headers: str) -> None:
-        self.answer({"error": message}, status, X_Error_Message=message, **headers)
-
-    @property
-    def may_write(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
-
-    def find(self, name: str, revision: str) -> tuple[Repo, int] | None:
-        """The repo and the number of the commit, or an error has been answered."""
-        repo = self.repos.get(name)
-        if repo is None or (repo.private and not self.may_write):
-            self.fail(404, "Repository not found", X_Error_Code="RepoNotFound")
-            return None
-        number = repo.at(revision)
-        if number is None:
-            self.fail(404, "Invalid rev id", X_Error_Code="RevisionNotFound")
-            return None
-        return repo, number
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.asked.append(f"{self.command} {path}")
-        if self.headers.get("Authorization") not in (None, f"Bearer {TOKEN}"):
-            return self.fail(401, "Invalid credentials in Authorization header")
-        parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"] and len(parts) >= 4:
-            name, rest = "/".join(parts[2:4]), parts[4:]
-            found = self.find(name, rest[1] if len(rest) > 1 else "main")
-            if found is not None:
-                tree = rest[:1] == ["tree"]
-                self.answer(self.tree(*found) if tree else self.info(name, *found))
-        elif parts[2:3] == ["resolve"]:
-            found = self.find("/".join(parts[:2]), parts[3])
-            if found is not None:
-                repo, number = found
-                content = repo.commits[number]["/".join(parts[4:])]
-                etag = f'"{hashlib.sha1(content).hexdigest()}"'
-                self.answer(content, ETag=etag, X_Repo_Commit=repo.sha(number))
-        else:
-            self.fail(404, "Nothing here")
-
-    do_HEAD = do_GET
-
-    def info(self, name: str, repo: Repo, number: int) -> dict[str, Any]:
-        files = repo.commits[number]
-        _, _, card = files.get("README.md", b"").decode().partition("---\n")
-        metadata = yaml.safe_load(card.partition("---\n")[0]) or {}
-        return {
-            "id": name,
-            "sha": repo.sha(number),
-            "private": repo.private,
-            "tags": metadata.get("tags", []),
-            "siblings": [{"rfilename": file} for file in files],
-        }
-
-    def tree(self, repo: Repo, number: int) -> list[dict[str, Any]]:
-        return [
-            {
-                "type": "file",
-                "path": path,
-                "size": len(content),
-                "oid": hashlib.sha1(content).hexdigest(),
-            }
-            for path, content in repo.commits[number].items()
-        ]
-
-    def do_POST(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.asked.append(f"POST {path}")
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if not self.may_write:
-            return self.fail(401, "Invalid credentials in Authorization header")
-        parts = path.strip("/").split("/")
-        if path == "/api/validate-yaml":
-            valid = json.loads(body)["content"].startswith("---\n")
-            errors = [] if valid else [{"message": "no metadata"}]
-            self.answer({"errors": errors, "warnings": []}, 200 if valid else 400)
-        elif path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}"
-            private = asked.get("visibility") == "private" or asked.get("private", False)
-            status = 409 if name in self.repos else 200
-            self.repos.setdefault(name, Repo(private))
-            self.answer({"url": f"{constants.ENDPOINT}/{name}"}, status)
-        elif parts[4:5] == ["preupload"]:
-            files = [file["path"] for file in json.loads(body)["files"]]
-            modes = {"uploadMode": "regular", "shouldIgnore": False}
-            self.answer({"files": [{"path": file} | modes for file in files]})
-        else:
-            assert parts[4:] == ["commit", "main"]
-            name = "/".join(parts[2:4])
-            lines = [json.loads(line) for line in body.splitlines()]
-            added = {
-                line["value"]["path"]: base64.b64decode(line["value"]["content"])
-                for line in lines
-                if line["key"] == "file"
-            }
-            repo = self.repos[name]
-            repo.commits.append(repo.commits[-1] | added)
-            sha = repo.sha(len(repo.commits) - 1)
-            url = f"{constants.ENDPOINT}/{name}/commit/{sha}"
-            self.answer({"commitUrl": url, "commitOid": sha})
-
-
-def use_endpoint(patch: pytest.MonkeyPatch, url: str) -> None:
-    patch.setattr(constants, "ENDPOINT", url)
-    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    # Before 1.0, huggingface_hub copied it when it was imported.
-    patch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    """A hub that runs, with an empty cache and a token that may write."""
-    handler: type[Hub] = type("Handler", (Hub,), {"repos": {}, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    use_endpoint(monkeypatch, f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield handler
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def no_hub(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> str:
-    """The hub's address, where nobody answers any more."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    use_endpoint(monkeypatch, url)
-    return url
+Hub = Any
 
 
 @pytest.fixture(scope="module")
@@ -228,11 +50,11 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 def pushed(run: Path, repo: str = "me/clicker", **more: Any) -> str:
-    return push(Push(str(run), repo, **more))
+    return push(HubPushConfig(str(run), repo, **more))
 
 
 def test_what_is_pulled_is_what_was_pushed(
-    hub: type[Hub], run: Path, tiny_env: dict[str, Any], tmp_path: Path
+    hub: Hub, run: Path, tiny_env: dict[str, Any], tmp_path: Path
 ) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     url = pushed(run)
@@ -241,9 +63,9 @@ def test_what_is_pulled_is_what_was_pushed(
     assert set(repo.commits[1]) == {".gitattributes", "README.md", *RUN_FILES}
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
-    path = pull(Pull("me/clicker"))
+    path = pull(HubPullConfig("me/clicker"))
     assert str(path).startswith(str(tmp_path / "cache"))
-    copied = pull(Pull("me/clicker", out=str(tmp_path / "out")))
+    copied = pull(HubPullConfig("me/clicker", out=str(tmp_path / "out")))
     assert copied == tmp_path / "out" / "policy.zip"
     for name in RUN_FILES:
         assert (path.parent / name).read_bytes() == (copied.parent / name).read_bytes()
@@ -259,22 +81,23 @@ def test_what_is_pulled_is_what_was_pushed(
     assert np.array_equal(first.ious, second.ious) and first.targets == second.targets
 
 
-def test_a_revision_is_an_agent_of_its_own(
-    hub: type[Hub], run: Path, tiny_env: dict[str, Any]
-) -> None:
+def test_a_revision_is_an_agent_of_its_own(hub: Hub, run: Path, tiny_env: dict[str, Any]) -> None:
     pushed(run)
     (run / "policy.zip").write_bytes((run / "policy.zip").read_bytes() + b"newer")
     pushed(run)
     repo = hub.repos["me/clicker"]
     assert [len(commit) for commit in repo.commits] == [1, 6, 6]
-    newest, oldest = pull(Pull("me/clicker")), pull(Pull("me/clicker", repo.sha(1)))
+    newest, oldest = (
+        pull(HubPullConfig("me/clicker")),
+        pull(HubPullConfig("me/clicker", repo.sha(1))),
+    )
     assert newest.read_bytes() == oldest.read_bytes() + b"newer"
     assert PolicyAgent.load(f"hf://me/clicker@{repo.sha(1)}", "cpu")
     with pytest.raises(FileNotFoundError, match=r"me/clicker: .* no such revision"):
-        pull(Pull("me/clicker", "next"))
+        pull(HubPullConfig("me/clicker", "next"))
 
 
-def test_the_card_says_what_results_say(run: Path, hub: type[Hub]) -> None:
+def test_the_card_says_what_results_say(run: Path, hub: Hub) -> None:
     path = pushed(run, card_only=True)
     assert path == str(run / "README.md") and hub.asked == []
     card, results = ModelCard.load(path), json.loads((run / "results.json").read_text())
@@ -300,7 +123,7 @@ def test_the_card_says_what_results_say(run: Path, hub: type[Hub]) -> None:
 
 
 def test_the_card_of_other_kinds_of_agents(run: Path) -> None:
-    made = Run.read(run)
+    made = TrainingRun.read(run)
     config = made.results["config"]
     config["env_config"] |= {"target": "instance", "dataset": "coco", "checkpoint": None}
     config |= {"policy": "explicit", "clip": "ViT-B-16"}
@@ -313,15 +136,58 @@ def test_the_card_of_other_kinds_of_agents(run: Path) -> None:
     assert "license: mit" in text
 
 
+def test_an_agent_of_everything_is_pushed(
+    hub: Hub,
+    tmp_path: Path,
+    arguments: Callable[..., list[str]],
+    tiny_env: dict[str, Any],
+) -> None:
+    short = ("--total-timesteps", "32", "--eval-every", "32", "--checkpoint-every", "32")
+    options = ("--env", "SamEverything-v0", "--dataset", "rooms", "--grid", "4", "--budget", "2")
+    train_ppo.main(arguments(tmp_path / "run", *options, *short))
+    pushed(tmp_path / "run", "me/finder")
+    path = pull(HubPullConfig("me/finder"))
+    card, results = (
+        ModelCard.load(path.with_name("README.md")),
+        json.loads(path.with_name("results.json").read_text()),
+    )
+    (measured,) = card.data.eval_results or []
+    assert measured.metric_value == results["agent"]["mean_iou"]
+    assert measured.dataset_type == "rooms" and "SamEverything-v0" in measured.dataset_name
+    assert "| | mean IoU | points |" in card.text and "4 x 4 cells" in card.text
+    assert "evaluate --policy hf://me/finder --env SamEverything-v0" in card.text
+    assert PolicyAgent.load("hf://me/finder", "cpu").policy.grid == 4
+
+
+def test_strings_of_a_run_stay_text(run: Path) -> None:
+    made = TrainingRun.read(run)
+    made.features["categories"] = ["{{ 6 * 7 }}", "{% raw %}"]
+    card = model_card(made, "me/clicker", "mit\ntags: [x]")
+    assert "{{ 6 * 7 }}, {% raw %}" in card and "42" not in ModelCard(card).data.to_yaml()
+    assert ModelCard(card).data.license == "mit\ntags: [x]"
+    assert "sam-gym" in (ModelCard(card).data.tags or [])
+
+
+def test_a_run_with_former_option_names_is_pushed(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    config = results["config"]
+    config["settings"], config["head"] = config.pop("env_config"), "spatial"
+    config["views"] = config.pop("policy_plots")
+    card = model_card(TrainingRun.read(run), "me/clicker", "mit")
+    (run / "results.json").write_text(json.dumps(results))
+    again = model_card(TrainingRun.read(run), "me/clicker", "mit")
+    assert sorted(again.splitlines()) == sorted(card.splitlines())
+
+
 @pytest.mark.parametrize("name", RUN_FILES)
-def test_a_run_that_lacks_a_file_is_not_pushed(hub: type[Hub], run: Path, name: str) -> None:
+def test_a_run_that_lacks_a_file_is_not_pushed(hub: Hub, run: Path, name: str) -> None:
     (run / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"no {name} in this folder"):
         pushed(run)
     assert hub.asked == []
 
 
-def test_what_is_no_run_is_not_pushed(hub: type[Hub], run: Path) -> None:
+def test_what_is_no_run_is_not_pushed(hub: Hub, run: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         pushed(run / "nowhere")
     with pytest.raises(ValueError, match="'clicker' cannot be a repo.*USER/NAME"):
@@ -335,20 +201,20 @@ def test_what_is_no_run_is_not_pushed(hub: type[Hub], run: Path) -> None:
     assert hub.asked == []
 
 
-def test_a_damaged_policy_is_not_pushed(hub: type[Hub], run: Path) -> None:
+def test_a_damaged_policy_is_not_pushed(hub: Hub, run: Path) -> None:
     (run / "policy.zip").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"policy.zip: not a readable policy"):
         pushed(run)
     assert hub.asked == []
 
 
-def test_repos_that_are_not_pushed_to(hub: type[Hub], run: Path) -> None:
+def test_repos_that_are_not_pushed_to(hub: Hub, run: Path) -> None:
     other = {"config.json": b"{}", "model.safetensors": b"", ".gitattributes": b""}
-    hub.repos["me/bert"] = Repo(commits=[other])
+    hub.repos["me/bert"] = hub.Repo(commits=[other])
     with pytest.raises(FileExistsError, match=r"me/bert holds .*config.json.*Choose another"):
         pushed(run, "me/bert")
     assert hub.repos["me/bert"].commits == [other]
-    hub.repos["me/blank"] = Repo(commits=[{".gitattributes": b"", "README.md": b"soon"}])
+    hub.repos["me/blank"] = hub.Repo(commits=[{".gitattributes": b"", "README.md": b"soon"}])
     with pytest.raises(FileExistsError, match="me/blank exists and is public"):
         pushed(run, "me/blank", private=True)
     assert len(hub.repos["me/blank"].commits) == 1
@@ -356,10 +222,10 @@ def test_repos_that_are_not_pushed_to(hub: type[Hub], run: Path) -> None:
     assert len(hub.repos["me/blank"].commits) == 2
 
 
-def test_tokens(hub: type[Hub], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pushed(run, private=True)
     assert hub.repos["me/clicker"].private
-    assert pull(Pull("me/clicker")).is_file()
+    assert pull(HubPullConfig("me/clicker")).is_file()
     hub.asked.clear()
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(PermissionError, match="No token of the hub: run `hf auth login`"):
@@ -369,41 +235,41 @@ def test_tokens(hub: type[Hub], run: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(FileNotFoundError, match="no such repo, or it is private"):
         PolicyAgent.load("hf://me/clicker")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    for refused in (lambda: pushed(run), lambda: pull(Pull("me/clicker"))):
+    for refused in (lambda: pushed(run), lambda: pull(HubPullConfig("me/clicker"))):
         with pytest.raises(PermissionError, match=r"refuses \(401: .*HF_TOKEN") as caught:
             refused()
         assert "\n" not in str(caught.value)
 
 
-def test_no_agent_there(hub: type[Hub], tmp_path: Path) -> None:
+def test_no_agent_there(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="me/none: .* no such repo") as caught:
-        pull(Pull("me/none"))
+        pull(HubPullConfig("me/none"))
     assert "\n" not in str(caught.value)
-    hub.repos["me/bert"] = Repo(commits=[{"config.json": b"{}"}])
+    hub.repos["me/bert"] = hub.Repo(commits=[{"config.json": b"{}"}])
     with pytest.raises(FileNotFoundError, match=r"me/bert holds no policy.zip"):
-        pull(Pull("me/bert", out=str(tmp_path / "out")))
+        pull(HubPullConfig("me/bert", out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="expected USER/NAME"):
         PolicyAgent.load("hf://bert")
 
 
 def test_nobody_answers(no_hub: str, run: Path) -> None:
-    for call in (lambda: pushed(run), lambda: pull(Pull("me/clicker"))):
+    for call in (lambda: pushed(run), lambda: pull(HubPullConfig("me/clicker"))):
         with pytest.raises(ConnectionError, match=f"{no_hub} could not be reached") as caught:
             call()
         assert "\n" not in str(caught.value)
 
 
 def test_the_cache_serves_while_nobody_answers(
-    hub: type[Hub], run: Path, request: pytest.FixtureRequest
+    hub: Hub, run: Path, request: pytest.FixtureRequest
 ) -> None:
     pushed(run)
-    path = pull(Pull("me/clicker"))
+    path = pull(HubPullConfig("me/clicker"))
     request.getfixturevalue("no_hub")
-    assert pull(Pull("me/clicker")) == path
+    assert pull(HubPullConfig("me/clicker")) == path
 
 
-def test_the_command_in_another_process(hub: type[Hub], run: Path, tmp_path: Path) -> None:
+def test_the_command_in_another_process(hub: Hub, run: Path, tmp_path: Path) -> None:
     home = str(tmp_path / "home")
     settings = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": home, "HF_HUB_CACHE": home}
 
@@ -426,7 +292,7 @@ def test_the_command_in_another_process(hub: type[Hub], run: Path, tmp_path: Pat
     assert "Traceback" not in failed.stderr
 
 
-def test_the_command_line(hub: type[Hub], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["push", "--run", str(run), "--repo", "me/clicker", "--card-only"])
     assert "nothing was uploaded" in capsys.readouterr().out and hub.repos == {}
     with pytest.raises(SystemExit, match="error: me/clicker: .* no such repo"):

@@ -20,7 +20,7 @@ from adaptation import train as adaptation_train
 from agents import evaluate as agents_evaluate
 from agents import train_ppo
 from agents.evaluate import PolicyAgent
-from agents.hub import Push, push
+from agents.sharing.push import HubPushConfig, push
 from sam_gym import Prompts, load_backbone
 from sam_gym.backbones.loading import BACKBONES
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
@@ -150,7 +150,7 @@ def test_a_hub_repository(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     again = shutil.copytree(folder / "hub", tmp_path / "again")
     card = (again / "README.md").read_text()
-    push(Push(str(again), "me/clicker", card_only=True))
+    push(HubPushConfig(str(again), "me/clicker", card_only=True))
     assert "mean_iou" in (again / "README.md").read_text(), HOLDS["hub"]
     config = tmp_path / "config.yaml"
     config.write_text(card.partition("```yaml\n")[2].partition("```")[0])

@@ -1,0 +1,1 @@
+"""Push trained agents to the Hugging Face hub, and pull them."""
