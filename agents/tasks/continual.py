@@ -36,8 +36,11 @@ class ContinualTask(ClickTask):
         """Share out the episodes evenly over domains, which follow one another everywhere."""
         count = len(self.stream(env_config))
         _, num_envs, each = super().share_episodes(env_config, -(-episodes // count), num_envs)
-        own: Any = env_config
-        return replace(own, episodes_per_domain=each, cycle=False), num_envs, each * count
+        # Results are reported by domain, which hidden boundaries keep out of `info`.
+        own: Any = replace(
+            env_config, episodes_per_domain=each, cycle=False, boundaries="announced"
+        )
+        return own, num_envs, each * count
 
     def reset_options(self, core: BaseCore[Any, Any]) -> dict[str, Any]:
         own: Any = core

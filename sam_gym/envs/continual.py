@@ -40,7 +40,7 @@ class _StreamFields:
     cycle: bool = False
     """After the last domain, begin again with the first instead of staying."""
     boundaries: Literal["announced", "hidden"] = "announced"
-    """Say in `info` that an episode is the first of another domain, or do not."""
+    """Report the domain and its first episode in `info`, or nothing that tells the domain."""
     observe_task: bool = False
     """Add the number of the domain to observations, as `task_id`."""
 
@@ -236,13 +236,15 @@ class ContinualCore(ClickCore):
     def info(self, slots: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         slots = np.asarray(slots)
         tasks, names = self.tasks[slots], self.stream.names
-        info = super().info(slots) | {
+        info = super().info(slots)
+        if self.config.boundaries == "hidden":
+            del info["source"]  # begins with the name of the domain
+            return info
+        return info | {
             "task_id": tasks,
             "domain": np.array([names[task] for task in tasks], object),
+            "boundary": self.boundaries[slots],
         }
-        if self.config.boundaries == "announced":
-            info["boundary"] = self.boundaries[slots]
-        return info
 
     def _caption(self, slot: int) -> str:
         return f"{self.stream.names[self.tasks[slot]]}: {super()._caption(slot)}"
@@ -327,11 +329,10 @@ class SamContinualEnv(_OverStream, SamSegEnv):
 
     ## Information
 
-    That of `SamSeg-v0`, with `domain` (the name) and `task_id` (its number in `stream`) of the
-    episode, and with `boundaries="announced"` also `boundary`: whether the episode is the
-    environment's first since the domain changed, or its first at all, in each of its steps. With
-    `boundaries="hidden"` there is no such key, and an agent that is to find the boundaries by
-    itself must not look at the other two, which are for reports.
+    That of `SamSeg-v0`. With `boundaries="announced"` also `domain` (its name), `task_id` (its
+    index in `stream`) and `boundary`: whether the episode is the first of the environment, or the
+    first since the domain changed. With `boundaries="hidden"`, `info` holds nothing that tells the
+    domain: these keys and `source` are missing. Evaluation always announces boundaries.
 
     ## Arguments
 

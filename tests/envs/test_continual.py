@@ -81,12 +81,18 @@ def test_info_says_where_an_episode_is_from(make: Make) -> None:
     assert seen == [True, False, True, False, True]
 
 
-def test_boundaries_may_be_hidden_and_the_task_observed(make: Make) -> None:
-    hidden = make(boundaries="hidden")
-    observation, info = hidden.reset(seed=0)
-    assert "boundary" not in info and "task_id" in info
-    assert "task_id" not in observation and observation["target_category"] == 0
+def test_hidden_boundaries_leave_no_trace_of_the_domain(make: Make) -> None:
+    hidden = make(boundaries="hidden", episodes_per_domain=1)
+    for _ in range(3):
+        observation, info = hidden.reset()
+        for seen in (info, hidden.step(0)[-1]):
+            assert not {"boundary", "task_id", "domain", "source"} & seen.keys()
+            assert not any(name in str(value) for name in DOMAINS for value in seen.values())
+        assert "task_id" not in observation and observation["target_category"] == 0
+    assert hidden.unwrapped.task == 2
 
+
+def test_the_task_may_be_observed(make: Make) -> None:
     told = make(observe_task=True)
     assert told.observation_space["task_id"] == gym.spaces.Discrete(3)
     assert told.reset(options={"task": 2})[0]["task_id"] == 2

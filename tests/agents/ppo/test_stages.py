@@ -70,8 +70,8 @@ def test_a_run_reports_what_is_kept_and_a_stopped_one_comes_to_the_same(
 
     def on_step(self: StreamCallback) -> bool:
         infos = self.locals["infos"]
-        assert not any("boundary" in info for info in infos)
-        seen.append((self.num_timesteps, {info["domain"] for info in infos}))
+        assert not any({"boundary", "domain", "task_id", "source"} & info.keys() for info in infos)
+        seen.append((self.num_timesteps, {self.names[task] for task in self.env.task}))
         return True
 
     monkeypatch.setattr(StreamCallback, "_on_step", on_step)
