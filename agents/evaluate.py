@@ -271,8 +271,8 @@ def film_episodes(
     columns = min(count, 3)
     frames = [tile(current, columns)]
     ended = np.zeros(count, bool)
-    stride = -(-env_config.longest // MAX_FRAMES)
-    for step in range(1, env_config.longest + 1):
+    stride = -(-env_config.max_episode_steps // MAX_FRAMES)
+    for step in range(1, env_config.max_episode_steps + 1):
         observations, _, terminated, truncated, _ = env.step(agent.act(core, observations))
         ends = (terminated | truncated) & ~ended
         if step % stride == 0 or ends.any():

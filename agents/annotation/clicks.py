@@ -107,7 +107,7 @@ class ClickAnnotator:
             for (file, category), image in batch
         ]
         missing = core.num_envs - len(targets)
-        core.place(range(core.num_envs), targets + targets[-1:] * missing)
+        core.set_targets(range(core.num_envs), targets + targets[-1:] * missing)
         playing = np.ones(core.num_envs, bool)
         while playing.any():
             actions = self.agent.act(core, core.observe(np.arange(core.num_envs)))

@@ -51,7 +51,7 @@ def draw_policy_plots(
     env, made = make_vector_env(env_id, count, env_config)
     core = cast(ClickCore, made)
     observations, _ = env.reset(seed=seed, options=task.reset_options(core))
-    for _ in range(min(clicks, env_config.longest - 1)):
+    for _ in range(min(clicks, env_config.max_episode_steps - 1)):
         observations, *_ = env.step(agent.act(core, observations))
     tensors = agent.policy._to_tensors(observations)
     with agent.policy.playing():

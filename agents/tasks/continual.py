@@ -37,9 +37,8 @@ class ContinualTask(ClickTask):
         count = len(self.stream(env_config))
         _, num_envs, each = super().share_episodes(env_config, -(-episodes // count), num_envs)
         # Results are reported by domain, which hidden boundaries keep out of `info`.
-        own: Any = replace(
-            env_config, episodes_per_domain=each, cycle=False, boundaries="announced"
-        )
+        own: Any = env_config
+        own = replace(own, episodes_per_domain=each, cycle=False, boundaries="announced")
         return own, num_envs, each * count
 
     def reset_options(self, core: BaseCore[Any, Any]) -> dict[str, Any]:

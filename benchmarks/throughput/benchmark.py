@@ -30,7 +30,7 @@ from benchmarks.throughput.reference import PredictorEnv, check_comparable, plai
 from sam_gym.backbones import BACKBONES, Backbone
 from sam_gym.backbones.embeddings.store import EmbeddingStore
 from sam_gym.data.cache import SampleCache
-from sam_gym.envs.click import ClickCore, make_config
+from sam_gym.envs.click import ClickCore, SamSegConfig
 from sam_gym.metrics.masks import iou
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.transfer import synchronise
@@ -250,7 +250,7 @@ class Match:
         self.scalars = [
             gym.make("SamSeg-v0", disable_env_checker=True, **settings) for _ in range(num_envs)
         ]
-        rules = ClickCore(make_config(settings), 1)
+        rules = ClickCore(SamSegConfig(**settings), 1)
         self.reference = SyncVectorEnv(
             [lambda: PredictorEnv(plain, rules) for _ in range(num_envs)],
             autoreset_mode=AutoresetMode.SAME_STEP,
@@ -363,7 +363,7 @@ def play_vector(env: gym.vector.VectorEnv, actions: np.ndarray, played: Played) 
         _, reward, _, _, info = env.step(row)
         # What is drawn ahead or still running on the device is work of this side, also where
         # nothing hides it.
-        core.ahead.wait()
+        core.prefetcher.wait()
         synchronise(core.device)
         seconds += time.perf_counter() - started
         played.rewards.append(reward)
@@ -571,7 +571,7 @@ def rollout_bytes(config: Config, backbone: Backbone, steps: int = 128) -> dict[
     """Bytes of the observations that a rollout of one environment stores, in either form."""
 
     def stored(obs: str) -> int:
-        core = ClickCore(make_config(config.env_settings(False, obs)), 1)
+        core = ClickCore(SamSegConfig(**config.env_settings(False, obs)), 1)
         core.backbone = backbone
         sample = core._make_observation_space().sample()
         core.close()

@@ -1,4 +1,4 @@
-"""What every task on SAM has in common, as a batch of slots that share one decode per step."""
+"""The part of an environment that all tasks share: images, embeddings and episodes, batched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from gymnasium import spaces
@@ -23,44 +23,48 @@ from sam_gym.utils.lowres import frame_mask, low_res
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.transfer import to_device, to_host
 
+#: Draws after which data is taken to hold no target that is large enough.
+MAX_DRAWS = 200
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class EnvConfig:
-    """Settings of any task; a subclass says what the task is."""
+    """Arguments of any environment, JSON-plain; a subclass adds those of its task."""
 
     split: str = "train"
     """Split of the data: train, val, test."""
     backbone: str = "micro"
     """SAM that is prompted: [hq_]micro, [hq_]vit_b/l/h, mobile_sam, repvit_sam, hf:OWNER/NAME."""
     checkpoint: str | None = None
-    """Weights of the backbone (micro brings its own)."""
+    """Weights of the backbone (micro is bundled)."""
     device: str = "auto"
     """Device of the backbone: auto, cpu, cuda, mps."""
     dtype: str = "auto"
     """Precision of the backbone: auto, float32, bfloat16, float16."""
     adapter: str | None = None
-    """Adapter file that the SAM is adapted by (adaptation.train writes them)."""
+    """Adapter file for the SAM, as written by adaptation.train."""
     compile: bool = False
-    """Compile the backbone: faster steps, after a first minute or two."""
+    """Compile the backbone: faster steps after a warm-up of a minute or two."""
     obs: Literal["full", "handle"] = "full"
     """Observations with image and embedding, or with a small handle of the embedding."""
     grid: int = 16
-    """Prompts fall on the centres of grid x grid cells of SAM's square input frame."""
+    """Prompts lie on the centres of grid x grid cells of SAM's square input frame."""
     min_target: float = 0.002
-    """Things that cover less than this share of the frame are not asked for."""
+    """Minimum target area, as a fraction of the frame."""
     cache_mib: int = 1024
-    """Memory for samples that are kept instead of read again, in MiB."""
+    """Memory for cached samples, in MiB."""
     store_gib: float = 1.0
-    """Memory for embeddings that are kept instead of encoded again, in GiB."""
+    """Memory for cached embeddings, in GiB."""
     disk: str | None = None
-    """Folder that keeps embeddings between runs too, or "home" for SAM_GYM_HOME/embeddings."""
+    """Folder for embeddings on disk, kept between runs; "home" for SAM_GYM_HOME/embeddings."""
     disk_dtype: str = "float32"
     """Precision of embeddings on disk: float32, float16, bfloat16."""
     disk_gib: float = DEFAULT_BYTES / 2**30
-    """Bound on the files of this backbone and precision, in GiB; the least recently used go."""
+    """Maximum size of the files of this backbone and precision, in GiB; evicts the least recently
+    used."""
 
     def validate(self) -> None:
-        """Raise `ValueError` for a value that cannot work."""
+        """Raise `ValueError` for an impossible value."""
         check_choice("obs", self.obs, ("full", "handle"))
         check_choice("disk_dtype", self.disk_dtype, DTYPES)
         if not 2 <= self.grid <= 64:
@@ -73,23 +77,23 @@ class EnvConfig:
             )
 
     def open_dataset(self) -> Dataset:
-        """The images, validated."""
+        """Open and validate the images."""
         raise NotImplementedError
 
     @property
     def held_out_split(self) -> str:
-        """Split that results are reported on by default."""
+        """Split on which results are reported by default."""
         return "test"
 
     @property
-    def longest(self) -> int:
-        """Steps after which an episode is over, whatever was done in it."""
+    def max_episode_steps(self) -> int:
+        """Number of steps after which an episode is truncated."""
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetConfig(EnvConfig):
-    """Settings of a task over the images of one dataset."""
+    """Arguments of an environment over one dataset."""
 
     dataset: str = "scenes"
     """Dataset name: scenes, rooms, rooms-panoramas, coco, folder, entities, domain."""
@@ -105,7 +109,7 @@ class DatasetConfig(EnvConfig):
                 raise ValueError(f"dataset_kwargs may not hold {name!r}: use {own}= instead.")
 
     def open_dataset(self) -> Dataset:
-        """The dataset, validated; raises as `make_dataset` does."""
+        """Open the dataset; raises as `make_dataset` does."""
         root = {} if self.data is None else {"root": self.data}
         return make_dataset(self.dataset, self.split, **root, **self.dataset_kwargs)
 
@@ -115,13 +119,13 @@ class DatasetConfig(EnvConfig):
 
 
 def check_choice(name: str, value: Any, valid: Any) -> None:
-    """Raise `ValueError` for a value that is none of the valid ones."""
+    """Raise `ValueError` unless `value` is one of the valid values."""
     if value not in valid:
         raise unknown_name(name, value, [str(v) for v in valid])
 
 
-class Pictured(Protocol):
-    """What an episode is about, whatever the task."""
+class Target(Protocol):
+    """What an episode is about: an image, and whatever a task adds."""
 
     @property
     def image(self) -> np.ndarray: ...
@@ -134,27 +138,52 @@ class Pictured(Protocol):
 
 
 C = TypeVar("C", bound=EnvConfig)
-T = TypeVar("T", bound=Pictured)
+T = TypeVar("T", bound=Target)
+
+
+class Draw(NamedTuple, Generic[T]):
+    """A drawn episode.
+
+    Attributes:
+        target: what the episode is about.
+        masks: bool (hm, wm) or (N, hm, wm), its masks at SAM's low resolution.
+        valid: bool (hm, wm), the area that is scored.
+    """
+
+    target: T
+    masks: np.ndarray
+    valid: np.ndarray
 
 
 class BaseCore(Generic[C, T]):
-    """Slots with an image each, drawn from a dataset, and its embedding in the store.
+    """The rules of an environment, batched over sub-environments.
 
-    A task adds what is drawn (`_draw`), what an episode begins with (`_begin`), what a step does,
-    what is seen of it, and its two spaces.
+    Each sub-environment has an image, drawn from the dataset, and its embedding in the store. The
+    scalar environment is a core with one sub-environment, so nothing is written twice.
+
+    A task implements
+
+    - `action_space` and `observation_space`, of one sub-environment, set in `__init__`;
+    - `_draw`, which draws a target from the dataset with a random generator;
+    - `_begin`, if an episode has more state than `steps`; `episode_arrays` lists the arrays of it;
+    - `check_actions` and `step`;
+    - `_entries`, if observations hold more than the image, and `info`;
+    - `render`.
+
+    `sam_gym.envs.base_env` makes environments of it.
 
     Args:
-        config: the settings.
-        num_envs: how many episodes run side by side.
-        dataset: instead of the one that the settings name.
+        config: arguments of the environment.
+        num_envs: number of sub-environments.
+        dataset: replaces the dataset of the config.
 
     Raises:
-        ValueError, FileNotFoundError: a setting, the dataset or the checkpoint is wrong.
+        ValueError, FileNotFoundError: an argument, the dataset or the checkpoint is wrong.
     """
 
-    #: Arrays with a row per slot that say how far its episode is (see `get_state`).
+    #: Names of the arrays with a row per sub-environment that `get_state` saves.
     episode_arrays: tuple[str, ...] = ("steps",)
-    #: Numbers in `info` that tell, at the end of an episode, what it took; beside `iou`.
+    #: Keys of `info`, besides `iou`, that evaluations report at the end of an episode.
     reported: tuple[str, ...] = ()
     action_space: spaces.Space
     observation_space: spaces.Dict
@@ -165,19 +194,19 @@ class BaseCore(Generic[C, T]):
             raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
         self.config, self.num_envs = config, num_envs
         self.dataset = config.open_dataset() if dataset is None else dataset
-        self._share()
+        self._open_services()
         self.device = self.backbone.device
         self.handles = np.full(num_envs, -1, np.int64)
         self.targets: list[T | None] = [None] * num_envs
-        #: The state of each slot's generator before its target was drawn.
+        #: State of each random generator before the target was drawn.
         self._starts: list[dict[str, Any] | None] = [None] * num_envs
         self.steps = np.zeros(num_envs, np.int64)
 
-    def _share(self) -> None:
-        """Take what all cores of this process have in common, and an empty cache."""
+    def _open_services(self) -> None:
+        """Look up the backbone and the store of this process; start with an empty sample cache."""
         config = self.config
         self.samples = SampleCache(self.dataset, config.cache_mib * 2**20)
-        self.ahead = Prefetcher(self._draw)
+        self.prefetcher = Prefetcher(self._draw)
         self._misses = 0
         self.backbone = load_backbone(
             config.backbone,
@@ -194,19 +223,19 @@ class BaseCore(Generic[C, T]):
         self.store = shared_store(self.backbone, int(config.store_gib * 2**30), disk)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or pickle holds the episodes; the model and the embeddings stay in the process."""
-        left_out = ("samples", "ahead", "backbone", "store")
+        """Leave the model and the embeddings out of copies and pickles: the process shares them."""
+        left_out = ("samples", "prefetcher", "backbone", "store")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.config.validate()
-        self._share()
+        self._open_services()
         held = np.flatnonzero(self.handles >= 0)
-        self.handles[held] = self.store.acquire([self._target(int(slot)).image for slot in held])
+        self.handles[held] = self.store.acquire([self._target(i).image for i in held.tolist()])
 
     def _image_spaces(self) -> dict[str, spaces.Space]:
-        """Spaces of what observations say of the image, whatever the task."""
+        """Return the spaces of the image's observation entries, which all tasks share."""
         size, shape = self.backbone.image_size, self.backbone.embedding_shape
         if self.config.obs == "handle":
             return {"handle": spaces.Box(0, MAX_HANDLES - 1, (1,), np.int32)}
@@ -217,161 +246,175 @@ class BaseCore(Generic[C, T]):
 
     # Episodes ----------------------------------------------------------------------------------
 
-    def plan(self, slots: Sequence[int], seeded: Sequence[int], options: Mapping[str, Any]) -> None:
-        """Take note of a reset that somebody asks for, before it comes; not of an autoreset.
+    def prepare_reset(
+        self, indices: Sequence[int], seeded: Sequence[int], options: Mapping[str, Any]
+    ) -> None:
+        """Take the options of a reset by the caller; autoresets do not call this.
 
         Args:
-            slots: that will be reset.
-            seeded: those of them that get a seed.
+            indices: sub-environments that will be reset.
+            seeded: those among them that get a seed.
             options: of the reset.
         """
 
-    def reset(self, slots: Sequence[int], rngs: Sequence[np.random.Generator]) -> None:
-        """Begin new episodes in some slots, each with a target drawn from its own generator."""
-        starts: list[Any] = [rng.bit_generator.state for rng in rngs]
-        self._begin(slots, self._draw_all(slots, rngs))
-        for slot, start in zip(slots, starts, strict=True):
-            self._starts[slot] = start
+    def reset(self, indices: Sequence[int], rngs: Sequence[np.random.Generator]) -> None:
+        """Begin new episodes in some sub-environments.
 
-    def _begin(
-        self, slots: Sequence[int], drawn: Sequence[tuple[T, np.ndarray, np.ndarray]]
-    ) -> None:
-        """Begin new episodes about targets, each with its low-res masks and scored area."""
+        Args:
+            indices: sub-environments.
+            rngs: the generator of each, which draws its target.
+        """
+        starts: list[Any] = [rng.bit_generator.state for rng in rngs]
+        self._begin(indices, self._draw_all(indices, rngs))
+        for i, start in zip(indices, starts, strict=True):
+            self._starts[i] = start
+
+    def _begin(self, indices: Sequence[int], draws: Sequence[Draw[T]]) -> None:
+        """Begin new episodes about drawn targets."""
         handles = self.store.acquire(
-            [target.image for target, _, _ in drawn], [target.digest for target, _, _ in drawn]
+            [draw.target.image for draw in draws], [draw.target.digest for draw in draws]
         )
-        for slot, handle, (target, _, _) in zip(slots, handles, drawn, strict=True):
-            self.release([slot])
-            self.handles[slot] = handle
-            self.targets[slot] = target
-            self._starts[slot] = None
-        self.steps[slots] = 0
+        for i, handle, draw in zip(indices, handles, draws, strict=True):
+            self.release([i])
+            self.handles[i] = handle
+            self.targets[i] = draw.target
+            self._starts[i] = None
+        self.steps[indices] = 0
 
     def describe(self) -> None:
-        """Let the store say what was attached to it since the slots were reset."""
+        """Compute missing attached features of the current images."""
         held = np.flatnonzero(self.handles >= 0).tolist()
-        self.store.describe({int(self.handles[slot]): self._target(slot).image for slot in held})
+        self.store.describe({int(self.handles[i]): self._target(i).image for i in held})
 
     def get_state(self) -> list[dict[str, Any]]:
-        """The episode of each slot, copied: numpy arrays and plain values, small enough to keep.
+        """Return a copy of each episode's state: small numpy arrays and plain values.
 
-        Images, targets and embeddings are not in it: `set_state` draws them again.
+        Images, targets and embeddings are left out: `set_state` draws them again.
         """
         return [
-            {name: getattr(self, name)[slot].copy() for name in self.episode_arrays}
-            | {"start": self._starts[slot]}
-            for slot in range(self.num_envs)
+            {name: getattr(self, name)[i].copy() for name in self.episode_arrays}
+            | {"start": self._starts[i]}
+            for i in range(self.num_envs)
         ]
 
     def set_state(
         self, state: Sequence[dict[str, Any]], rngs: Sequence[np.random.Generator]
     ) -> None:
-        """Go on with the episodes of `get_state`, of a core with the same settings.
+        """Continue the episodes of `get_state` of a core with the same config.
 
         Args:
-            state: of each slot.
-            rngs: the generators of the slots; they end as they were right after the draw.
+            state: of each sub-environment.
+            rngs: the generator of each; left as it was right after the draw.
         """
-        for slot, (row, rng) in enumerate(zip(state, rngs, strict=True)):
+        for i, (row, rng) in enumerate(zip(state, rngs, strict=True)):
             if row["start"] is None:
-                raise ValueError(f"Slot {slot} of this state had not been reset: nothing to go on.")
+                raise ValueError(
+                    f"Sub-environment {i} had not been reset when its state was taken. "
+                    "Call reset() before get_state()."
+                )
             rng.bit_generator.state = row["start"]
         self.reset(range(self.num_envs), rngs)
         for name in self.episode_arrays:
             getattr(self, name)[:] = np.stack([row[name] for row in state])
 
     def close(self) -> None:
-        """Let go of all targets and embeddings; slots must be reset before use."""
+        """Release all targets and embeddings; reset before use."""
         self.release(range(self.num_envs))
-        self.ahead.close()
+        self.prefetcher.close()
 
-    def release(self, slots: Sequence[int]) -> None:
-        """Let go of the targets and embeddings of some slots, which must be reset before use."""
-        for slot in slots:
-            if self.handles[slot] >= 0:
-                self.store.unpin(int(self.handles[slot]))
-                self.handles[slot] = -1
-            self.targets[slot] = None
+    def release(self, indices: Sequence[int]) -> None:
+        """Release the targets and embeddings of some sub-environments; reset them before use."""
+        for i in indices:
+            if self.handles[i] >= 0:
+                self.store.unpin(int(self.handles[i]))
+                self.handles[i] = -1
+            self.targets[i] = None
 
-    def _draw_all(
-        self, slots: Sequence[int], rngs: Sequence[np.random.Generator]
-    ) -> list[tuple[T, np.ndarray, np.ndarray]]:
-        """The next target of each slot; the ones after are begun in a thread if that pays."""
-        drawn = self.ahead.take(slots, rngs, self._upcoming(slots))
-        self._enter(slots)
-        # A sample from the cache is there sooner than two threads have agreed on whose turn it is.
-        missed, self._misses = self.samples.misses > self._misses, self.samples.misses
-        if missed and self.num_envs > 1:
-            self.ahead.begin(slots, rngs, self._upcoming(slots))
-        return drawn
+    # Draws -------------------------------------------------------------------------------------
 
-    def _upcoming(self, slots: Sequence[int]) -> list[int]:
-        """Which part of the dataset the next episode of each slot is drawn from."""
-        return [0] * len(slots)
+    def _draw(self, rng: np.random.Generator, domain: int) -> Draw[T]:
+        """Draw a target from a domain of the dataset; raise `_no_target_error` if there is none.
 
-    def _enter(self, slots: Sequence[int]) -> None:
-        """Note that the next episode of some slots has been drawn from where it was upcoming."""
-
-    def _choose(self, rng: np.random.Generator, part: int) -> tuple[int, int | None]:
-        """Draw an image from a part of the dataset, as `Dataset.draw` does from all of it."""
-        del part
-        return self.dataset.draw(rng)
-
-    def _name_of(self, part: int) -> str:
-        del part
-        return self.dataset.name
-
-    def _draw(self, rng: np.random.Generator, part: int) -> tuple[T, np.ndarray, np.ndarray]:
-        """What an episode is about, with its low-res masks and the scored area, bool (hm, wm)."""
+        Prefetching calls it in a thread, so it may use `samples` and nothing that changes.
+        """
         raise NotImplementedError
 
-    def _nothing_drawn(self, part: int) -> ValueError:
-        """The error for data in which 200 draws found nothing to ask for."""
+    def _draw_all(
+        self, indices: Sequence[int], rngs: Sequence[np.random.Generator]
+    ) -> list[Draw[T]]:
+        """Draw a target for each sub-environment, and start on the draws after if that pays."""
+        draws = self.prefetcher.take(indices, rngs, self._next_domains(indices))
+        self._enter_domains(indices)
+        # A cached sample takes less time than handing the draw to a thread.
+        missed, self._misses = self.samples.misses > self._misses, self.samples.misses
+        if missed and self.num_envs > 1:
+            self.prefetcher.begin(indices, rngs, self._next_domains(indices))
+        return draws
+
+    def _next_domains(self, indices: Sequence[int]) -> list[int]:
+        """Return the domain of each sub-environment's next episode; 0 without a stream."""
+        return [0] * len(indices)
+
+    def _enter_domains(self, indices: Sequence[int]) -> None:
+        """Advance some sub-environments to the domains of their next episodes."""
+
+    def _draw_image(self, rng: np.random.Generator, domain: int) -> tuple[int, int | None]:
+        """Draw an image of a domain, as `Dataset.draw` does."""
+        del domain
+        return self.dataset.draw(rng)
+
+    def _domain_name(self, domain: int) -> str:
+        """Return how messages call a domain."""
+        del domain
+        return self.dataset.name
+
+    def _no_target_error(self, domain: int) -> ValueError:
+        """Return the error for data in which `MAX_DRAWS` draws found no target."""
         return ValueError(
-            f"{self._name_of(part)}: 200 draws found no target that covers at least "
+            f"{self._domain_name(domain)}: {MAX_DRAWS} draws found no target that covers at least "
             f"{self.config.min_target:.2%} of the frame. Lower min_target or take other categories."
         )
 
-    def _covers_enough(self, low: np.ndarray) -> bool:
-        """Whether a low-res mask is large enough to be asked for."""
-        return bool(np.count_nonzero(low) >= max(1.0, self.config.min_target * low.size))
+    def _is_large_enough(self, low_res: np.ndarray) -> bool:
+        """Return whether a low-res mask has the minimum area of a target."""
+        return bool(np.count_nonzero(low_res) >= max(1.0, self.config.min_target * low_res.size))
 
     def _low_res(self, mask: np.ndarray) -> np.ndarray:
-        """A mask bool (H, W) of an image on SAM's low-res mask: bool (hm, wm)."""
+        """Resample a mask bool (H, W) of an image to SAM's low-res mask: bool (hm, wm)."""
         content = self.backbone.input_size(mask.shape)
         frame = frame_mask(mask, content, self.backbone.image_size)
         return low_res(frame, self.backbone.mask_shape) >= 0.5
 
-    def _scored(self, shape: tuple[int, int], ignore: np.ndarray | None) -> np.ndarray:
-        """What is scored of an image of (height, width) on the low-res mask: bool (hm, wm)."""
+    def _low_res_valid(self, shape: tuple[int, int], ignore: np.ndarray | None) -> np.ndarray:
+        """Return the scored area of a (height, width) image as a low-res mask: bool (hm, wm)."""
         height, width = self.backbone.input_size(shape)
         if ignore is None and height == width:
             return np.ones(self.backbone.mask_shape, bool)
         return self._low_res(np.ones(shape, bool) if ignore is None else ~ignore)
 
-    # Places ------------------------------------------------------------------------------------
+    # Coordinates -------------------------------------------------------------------------------
 
     def centre_of(self, cell: int) -> tuple[float, float]:
-        """The centre (x, y) of a cell of the grid, in pixels of the input frame."""
+        """Return the centre (x, y) of a cell of the grid, in pixels of the input frame."""
         side = self.backbone.image_size / self.config.grid
         x, y = cell_centres(np.array(cell), self.config.grid, (side, side)).tolist()
         return x, y
 
     def cell_at(self, x: float, y: float) -> int:
-        """The cell that holds (x, y), in pixels of the input frame."""
+        """Return the cell that holds (x, y), in pixels of the input frame."""
         grid = self.config.grid
         side = self.backbone.image_size / grid
         row, column = (int(np.clip((v + 0.5) // side, 0, grid - 1)) for v in (y, x))
         return row * grid + column
 
-    def _inside(self, slot: int, x: float, y: float) -> tuple[float, float]:
-        """The point of the input frame nearest to (x, y) that is no padding."""
-        height, width = self.backbone.input_size(self._target(slot).image.shape[:2])
+    def _clip_to_image(self, env_index: int, x: float, y: float) -> tuple[float, float]:
+        """Move a point of the input frame out of the padding, to the nearest image pixel."""
+        height, width = self.backbone.input_size(self._target(env_index).image.shape[:2])
         return min(x, width - 1.0), min(y, height - 1.0)
 
-    def to_image(self, slot: int, x: float, y: float) -> tuple[int, int]:
-        """The pixel (x, y) of a slot's image that lies at (x, y) of the input frame."""
-        image_height, image_width = self._target(slot).image.shape[:2]
+    def to_image(self, env_index: int, x: float, y: float) -> tuple[int, int]:
+        """Return the image pixel (x, y) that lies at (x, y) of the input frame."""
+        image_height, image_width = self._target(env_index).image.shape[:2]
         height, width = self.backbone.input_size((image_height, image_width))
         column = int((x + 0.5) * image_width / width)
         row = int((y + 0.5) * image_height / height)
@@ -380,16 +423,20 @@ class BaseCore(Generic[C, T]):
     # Steps -------------------------------------------------------------------------------------
 
     def check_actions(self, actions: np.ndarray) -> np.ndarray:
-        """Actions of all slots, in an array; raises `ValueError` if one is impossible."""
+        """Return the actions of all sub-environments as an array, validated.
+
+        Raises:
+            ValueError: an action is impossible.
+        """
         raise NotImplementedError
 
     def step(
-        self, slots: np.ndarray, actions: np.ndarray
+        self, indices: np.ndarray, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Play one action in each of some slots.
+        """Step some sub-environments.
 
         Args:
-            slots: int (S,), without repetition.
+            indices: int (S,), without repetition.
             actions: (S, ...), checked.
 
         Returns:
@@ -397,51 +444,53 @@ class BaseCore(Generic[C, T]):
         """
         raise NotImplementedError
 
-    def _is_over(self, slots: np.ndarray) -> np.ndarray:
-        """Whether the episodes of some slots have had all of their steps: bool (S,)."""
-        return self.steps[slots] >= self.config.longest
+    def _is_over(self, indices: np.ndarray) -> np.ndarray:
+        """Return whether episodes have reached their maximum number of steps: bool (S,)."""
+        return self.steps[indices] >= self.config.max_episode_steps
 
-    def _check_going_on(self, slots: np.ndarray) -> None:
-        """Raise `RuntimeError` if the episode of a slot has had all of its steps."""
-        if self._is_over(slots).any():
+    def _check_not_over(self, indices: np.ndarray) -> None:
+        """Raise `RuntimeError` if an episode has reached its maximum number of steps."""
+        if self._is_over(indices).any():
             raise RuntimeError(
-                f"An episode of {self.config.longest} steps is over: call reset() before going on."
+                f"An episode of {self.config.max_episode_steps} steps is over: call reset() before "
+                "step()."
             )
 
-    # What is seen ------------------------------------------------------------------------------
+    # Observations ------------------------------------------------------------------------------
 
-    def _target(self, slot: int) -> T:
-        target = self.targets[slot]
+    def _target(self, env_index: int) -> T:
+        target = self.targets[env_index]
         if target is None:
             raise RuntimeError("Call reset() before anything else.")
         return target
 
-    def observe(self, slots: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Observations of some slots, stacked, in fresh arrays."""
-        entries = self._entries(np.asarray(slots))
+    def observe(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Return the observations of some sub-environments, stacked, in fresh arrays."""
+        entries = self._entries(np.asarray(indices))
         return {key: entries[key] for key in self.observation_space.spaces}
 
-    def _entries(self, slots: np.ndarray) -> dict[str, np.ndarray]:
-        """The entries of observations of some slots, in any order."""
+    def _entries(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the entries of observations, in any order; may hold more than the space has."""
         if self.config.obs == "handle":
-            return {"handle": self.handles[slots].astype(np.int32)[:, None]}
-        handles = to_device(self.handles[slots], self.device)
-        images = [self._target(slot).image for slot in slots]
+            return {"handle": self.handles[indices].astype(np.int32)[:, None]}
+        handles = to_device(self.handles[indices], self.device)
+        images = [self._target(i).image for i in indices]
         return {
             "image": np.stack([self.backbone.framed(image) for image in images]),
             "sam_image_embeddings": to_host(self.store.gather(handles))[0],
         }
 
-    def info(self, slots: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Numbers and names of some slots, stacked: float64, int64 or object (S,)."""
+    def info(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Return the infos of some sub-environments, stacked: float64, int64, bool or object (S,).
+
+        The keys `iou` and `source` are needed for evaluation.
+        """
         raise NotImplementedError
 
-    def render(self, slot: int, height: int = 384) -> np.ndarray:
-        """A picture of a slot, `height` pixels high and a caption: uint8 (H, W, 3), RGB."""
+    def render(self, env_index: int, height: int = 384) -> np.ndarray:
+        """Draw a sub-environment, `height` pixels high and a caption: uint8 (H, W, 3), RGB."""
         raise NotImplementedError
 
-    # Oracle view -------------------------------------------------------------------------------
-
-    def ground_truth(self, slot: int) -> T:
-        """The target of a slot, for rewards, metrics and agents that cheat on purpose."""
-        return self._target(slot)
+    def ground_truth(self, env_index: int) -> T:
+        """Return the target, for rewards, metrics and agents that cheat on purpose."""
+        return self._target(env_index)

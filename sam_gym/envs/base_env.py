@@ -1,4 +1,4 @@
-"""The scalar and the vector environment of any task over slots: thin faces of its core."""
+"""The scalar and the vector environment of any core."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ C = TypeVar("C", bound=EnvConfig)
 
 
 class BaseEnv(gym.Env[Any, Any]):
-    """A core with one slot; a task says which.
+    """The scalar environment of a core.
+
+    A subclass sets `env_id`, `config_class` and `core_class`; its docstring is the page of the
+    environment. Register it with gymnasium together with a `BaseVectorEnv` of the same core.
 
     Args:
         render_mode: None, "rgb_array" or "human".
-        **settings: fields of `config_class`.
+        **kwargs: fields of `config_class`.
 
     Raises:
         ValueError: unknown name or impossible value, or data that does not validate.
@@ -32,16 +35,18 @@ class BaseEnv(gym.Env[Any, Any]):
     """
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 2}
-    #: The id, the settings and the rules: what a task brings.
+    #: Id under which gymnasium knows the environment.
     env_id: str
+    #: Dataclass of the arguments.
     config_class: type[Any]
+    #: Core with the rules; takes a config and the number of sub-environments.
     core_class: type[Any]
     core: BaseCore[Any, Any]
 
-    def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
+    def __init__(self, render_mode: str | None = None, **kwargs: Any) -> None:
         check_render_mode(render_mode)
         self.render_mode = render_mode
-        config = make_settings(self.config_class, self.env_id, settings)
+        config = make_config(self.config_class, self.env_id, kwargs)
         self.core = self.core_class(config, num_envs=1)
         self.action_space = self.core.action_space
         self.observation_space = self.core.observation_space
@@ -50,7 +55,7 @@ class BaseEnv(gym.Env[Any, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         super().reset(seed=seed)
-        self.core.plan([0], [] if seed is None else [0], options or {})
+        self.core.prepare_reset([0], [] if seed is None else [0], options or {})
         self.core.reset([0], [self.np_random])
         if self.render_mode == "human":
             self.render()
@@ -97,13 +102,14 @@ class BaseEnv(gym.Env[Any, Any]):
 
 
 class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
-    """A core with many slots; a task says which.
+    """The vector environment of a core; subclass it as `BaseEnv`.
 
     Args:
-        num_envs: how many environments.
-        render_mode: None, "rgb_array" (one frame per environment) or "human" (all in one window).
+        num_envs: number of sub-environments.
+        render_mode: None, "rgb_array" (one frame per sub-environment) or "human" (all in one
+            window).
         autoreset_mode: "NextStep" (default), "SameStep" or "Disabled", or the enum.
-        **settings: fields of `config_class`.
+        **kwargs: fields of `config_class`.
     """
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 2}
@@ -117,14 +123,14 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         num_envs: int = 1,
         render_mode: str | None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
-        **settings: Any,
+        **kwargs: Any,
     ) -> None:
         check_render_mode(render_mode)
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = render_mode
         self.num_envs = num_envs
-        config = make_settings(self.config_class, self.env_id, settings)
+        config = make_config(self.config_class, self.env_id, kwargs)
         self.core = self.core_class(config, num_envs)
         self.single_action_space = self.core.action_space
         self.single_observation_space = self.core.observation_space
@@ -140,7 +146,7 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Begin new episodes; `options={"reset_mask": bool (num_envs,)}` limits them to some."""
+        """Begin new episodes; `options={"reset_mask": bool (num_envs,)}` selects some."""
         mask = np.ones(self.num_envs, bool)
         if options and "reset_mask" in options:
             mask = np.asarray(options["reset_mask"], bool)
@@ -150,7 +156,7 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
                 )
         seeds = self._seeds(seed)
         seeded = [i for i, own in enumerate(seeds) if own is not None and mask[i]]
-        self.core.plan(np.flatnonzero(mask).tolist(), seeded, options or {})
+        self.core.prepare_reset(np.flatnonzero(mask).tolist(), seeded, options or {})
         for i in seeded:
             self._rngs[i] = seeding.np_random(seeds[i])[0]
         self._begin(np.flatnonzero(mask))
@@ -200,10 +206,10 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         return self.core.observe(self._all), reward, terminated, truncated, infos
 
     def get_state(self) -> list[dict[str, Any]]:
-        """The state of each environment: its episode and its random numbers, for `set_state`.
+        """Return the state of each sub-environment: its episode and its random generator.
 
-        Numpy arrays and plain values, copied, so that it can be kept in a file. An environment
-        plays the same from it in another process and in another place of the batch.
+        Numpy arrays and plain values, copied, so that it can be saved. `set_state` continues from
+        it in another process or at another index, with the same results.
         """
         return [
             {"episode": episode, "ended": bool(ended), "rng": rng.bit_generator.state}
@@ -213,44 +219,45 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         ]
 
     def set_state(self, state: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-        """Go on from `get_state` of environments with the same settings and data.
+        """Continue from `get_state` of an environment with the same arguments and data.
 
         Returns:
-            What the last `reset` or `step` had returned as observations. Embeddings are computed
+            The observations that the last `reset` or `step` returned. Embeddings are computed
             again, so handles differ.
 
         Raises:
-            ValueError: another number of environments, one that was never reset, or other data.
+            ValueError: the number of sub-environments differs, one was never reset, or the data
+                has changed.
         """
         if len(state) != self.num_envs:
             raise ValueError(
-                f"Expected the state of {self.num_envs} environments, got {len(state)}."
+                f"Expected the state of {self.num_envs} sub-environments, got {len(state)}."
             )
         self.core.set_state([own["episode"] for own in state], self._rngs)
         for i, (own, rng) in enumerate(zip(state, self._rngs, strict=True)):
             if rng.bit_generator.state != own["rng"]:
                 raise ValueError(
-                    f"Environment {i} draws another episode than when its state was taken: the "
-                    f"dataset {self.core.dataset.name} has changed. Bring the old data back, or "
-                    "begin anew."
+                    f"Sub-environment {i} draws another episode than when its state was taken: "
+                    f"the dataset {self.core.dataset.name} has changed. Restore the old data, or "
+                    "start again."
                 )
         self._ended[:] = [own["ended"] for own in state]
         return self.core.observe(self._all)
 
-    def _begin(self, slots: np.ndarray) -> None:
-        if len(slots):
-            self.core.reset(slots.tolist(), [self._rngs[slot] for slot in slots])
+    def _begin(self, indices: np.ndarray) -> None:
+        if len(indices):
+            self.core.reset(indices.tolist(), [self._rngs[i] for i in indices])
 
-    def _final(self, slots: np.ndarray) -> dict[str, Any]:
-        """`final_obs` and `final_info` of episodes that are about to be replaced."""
-        if not len(slots):
+    def _final(self, indices: np.ndarray) -> dict[str, Any]:
+        """Return `final_obs` and `final_info` of episodes that are about to be replaced."""
+        if not len(indices):
             return {}
         mask = np.zeros(self.num_envs, bool)
-        mask[slots] = True
-        observations = self.core.observe(slots)
+        mask[indices] = True
+        observations = self.core.observe(indices)
         final_obs = np.full(self.num_envs, None, object)
-        for i, slot in enumerate(slots):
-            final_obs[slot] = {key: value[i] for key, value in observations.items()}
+        for row, i in enumerate(indices):
+            final_obs[i] = {key: value[row] for key, value in observations.items()}
         return {
             "final_obs": final_obs,
             "_final_obs": mask,
@@ -259,12 +266,12 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         }
 
     def _infos(self, mask: np.ndarray) -> dict[str, Any]:
-        """Gymnasium's form of vector infos: an array per key, and which entries count."""
+        """Return gymnasium's vector infos: per key an array, and a mask of its valid entries."""
         infos: dict[str, Any] = {}
-        slots = np.flatnonzero(mask)
-        for key, values in self.core.info(slots).items():
+        indices = np.flatnonzero(mask)
+        for key, values in self.core.info(indices).items():
             full = np.full(self.num_envs, None if values.dtype == object else 0, values.dtype)
-            full[slots] = values
+            full[indices] = values
             infos[key], infos[f"_{key}"] = full, mask.copy()
         return infos
 
@@ -276,7 +283,7 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         if self.render_mode is None:
             gym.logger.warn('Call gym.make_vec(..., render_mode="rgb_array") to render.')
             return None
-        frames = tuple(self.core.render(slot) for slot in range(self.num_envs))
+        frames = tuple(self.core.render(i) for i in range(self.num_envs))
         if self.render_mode == "human":
             from sam_gym.utils.render import tile
 
@@ -298,20 +305,18 @@ def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
 
 
 def check_render_mode(render_mode: str | None) -> None:
-    """Raise `ValueError` for a render mode that no environment has."""
+    """Raise `ValueError` for an unknown render mode."""
     check_choice("render_mode", render_mode, (None, "rgb_array", "human"))
 
 
-def make_settings(kind: type[C], env_id: str, settings: dict[str, Any]) -> C:
-    """The config of keyword arguments; an unknown one raises `ValueError` with the nearest name.
+def make_config(config_class: type[C], env_id: str, kwargs: dict[str, Any]) -> C:
+    """Make the config of an environment from keyword arguments.
 
-    Args:
-        kind: class of the config.
-        env_id: environment that they are the arguments of, for the message.
-        settings: the arguments.
+    Raises:
+        ValueError: an argument is unknown; the message names `env_id` and the nearest match.
     """
-    valid = [f.name for f in fields(kind)]
-    for name in settings:
+    valid = [f.name for f in fields(config_class)]
+    for name in kwargs:
         if name not in valid:
             raise unknown_name(f"argument of {env_id}", name, valid)
-    return kind(**settings)
+    return config_class(**kwargs)

@@ -1,4 +1,4 @@
-"""Drawing the next episodes while SAM is busy with the current ones."""
+"""Draw the next episodes in a thread while SAM processes the current ones."""
 
 from __future__ import annotations
 
@@ -14,104 +14,114 @@ import numpy as np
 T = TypeVar("T")
 
 
-class _Pending(NamedTuple, Generic[T]):
-    """A draw under way: of what, from which state, with which generator, what will come of it."""
+class PendingDraw(NamedTuple, Generic[T]):
+    """A draw in progress.
 
-    about: tuple[Hashable, ...]
+    Attributes:
+        arguments: of `draw`, after the generator.
+        start: state of the generator before the draw.
+        rng: copy of the generator, used by the draw.
+        future: its result.
+    """
+
+    arguments: tuple[Hashable, ...]
     start: bytes
     rng: np.random.Generator
     future: Future[T]
 
-    def counts(self, rng: np.random.Generator, about: tuple[Hashable, ...]) -> bool:
-        """Whether this is the draw that is asked for now."""
-        return self.about == about and self.start == _state(rng)
+    def matches(self, rng: np.random.Generator, arguments: tuple[Hashable, ...]) -> bool:
+        """Return whether `draw(rng, *arguments)` would be this draw."""
+        return self.arguments == arguments and self.start == _state(rng)
 
 
 def _state(rng: np.random.Generator) -> bytes:
-    """The state of a generator, in a form that can be compared whatever its bit generator is."""
+    """Return the state of a generator, comparable for any bit generator."""
     return pickle.dumps(rng.bit_generator.state)
 
 
 class Prefetcher(Generic[T]):
-    """Makes the next draw of each slot in a thread, before it is asked for.
+    """Makes the next draw of each sub-environment in a thread, ahead of time.
 
-    What it returns, and what it does to the slots' generators, is what `draw(rng, *about)` would
-    return and do: a draw ahead works on a copy of the generator, and counts only if the generator
-    has not been used or replaced since and the draw is about the same. No two draws happen at once,
-    so `draw` needs no locks.
+    Results and generator states are those of calling `draw(rng, *arguments)` directly: a prefetch
+    works on a copy of the generator, and is used only if the generator has not changed since and
+    the arguments are equal. Draws never run concurrently, so `draw` needs no locks.
 
     Args:
-        draw: makes something out of a generator, and of what else it is told, and nothing else.
+        draw: makes a value of a random generator and further arguments; has no side effects.
     """
 
     def __init__(self, draw: Callable[..., T]) -> None:
         self._draw = draw
-        self._pending: dict[int, _Pending[T]] = {}
+        #: Draws in progress, by sub-environment.
+        self.pending: dict[int, PendingDraw[T]] = {}
         self._executor: ThreadPoolExecutor | None = None
         self._process = os.getpid()
 
     def take(
         self,
-        slots: Sequence[int],
+        indices: Sequence[int],
         rngs: Sequence[np.random.Generator],
-        *abouts: Sequence[Hashable],
+        *arguments: Sequence[Hashable],
     ) -> list[T]:
-        """The next draw of each slot; raises what `draw` raises.
+        """Return the next draw of each sub-environment; raise what `draw` raises.
 
         Args:
-            slots: which.
+            indices: sub-environments.
             rngs: the generator of each.
-            *abouts: more arguments of `draw`: each a sequence with a value for every slot.
+            *arguments: further arguments of `draw`, each with a value per sub-environment.
         """
         if self._process != os.getpid():
-            # A fork has copied what is pending, but not the thread that was to do it.
-            self._pending, self._executor, self._process = {}, None, os.getpid()
+            # A fork copies the pending draws, but not the thread that makes them.
+            self.pending, self._executor, self._process = {}, None, os.getpid()
         begun = [
-            (self._pending.pop(slot, None), rng, tuple(about))
-            for slot, rng, *about in zip(slots, rngs, *abouts, strict=True)
+            (self.pending.pop(i, None), rng, tuple(own))
+            for i, rng, *own in zip(indices, rngs, *arguments, strict=True)
         ]
-        for pending, rng, about in begun:
-            if pending is not None and not pending.counts(rng, about):
+        for pending, rng, own in begun:
+            if pending is not None and not pending.matches(rng, own):
                 pending.future.cancel()
-        return [self._one(pending, rng, about) for pending, rng, about in begun]
+        return [self._one(pending, rng, own) for pending, rng, own in begun]
 
     def _one(
-        self, pending: _Pending[T] | None, rng: np.random.Generator, about: tuple[Hashable, ...]
+        self,
+        pending: PendingDraw[T] | None,
+        rng: np.random.Generator,
+        arguments: tuple[Hashable, ...],
     ) -> T:
-        if pending is None or not pending.counts(rng, about):
-            return self._now(rng, about)
+        if pending is None or not pending.matches(rng, arguments):
+            return self._now(rng, arguments)
         try:
             return pending.future.result()
         finally:
             rng.bit_generator.state = pending.rng.bit_generator.state
 
-    def _now(self, rng: np.random.Generator, about: tuple[Hashable, ...]) -> T:
-        """A draw that was not begun: in the thread, if there is one, so that draws never meet."""
+    def _now(self, rng: np.random.Generator, arguments: tuple[Hashable, ...]) -> T:
+        """Draw without a prefetch; in the thread, if there is one, so that draws never overlap."""
         if self._executor is None:
-            return self._draw(rng, *about)
-        return self._executor.submit(self._draw, rng, *about).result()
+            return self._draw(rng, *arguments)
+        return self._executor.submit(self._draw, rng, *arguments).result()
 
     def begin(
         self,
-        slots: Sequence[int],
+        indices: Sequence[int],
         rngs: Sequence[np.random.Generator],
-        *abouts: Sequence[Hashable],
+        *arguments: Sequence[Hashable],
     ) -> None:
-        """Start on the draw after this one, for each slot; arguments as for `take`."""
-        for slot, rng, *about in zip(slots, rngs, *abouts, strict=True):
+        """Start the next draw of each sub-environment; arguments as for `take`."""
+        for i, rng, *own in zip(indices, rngs, *arguments, strict=True):
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, thread_name_prefix="draw-ahead")
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
             copy = deepcopy(rng)
-            future = self._executor.submit(self._draw, copy, *about)
-            self._pending[slot] = _Pending(tuple(about), _state(rng), copy, future)
+            future = self._executor.submit(self._draw, copy, *own)
+            self.pending[i] = PendingDraw(tuple(own), _state(rng), copy, future)
 
     def wait(self) -> None:
-        """Wait for all that is under way."""
-        wait([pending.future for pending in self._pending.values()])
+        """Wait for all draws in progress."""
+        wait([pending.future for pending in self.pending.values()])
 
     def close(self) -> None:
-        """Forget what is under way and end the thread; the next draw starts another."""
-        self._pending.clear()
+        """Drop all draws in progress and end the thread; the next draw starts another."""
+        self.pending.clear()
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None

@@ -23,7 +23,7 @@ from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.adapters.adapter import ClassHead, Model
 from sam_gym.data import make_dataset
-from sam_gym.envs.click import make_config
+from sam_gym.envs.click import SamSegConfig
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 
 SCENES = 3
@@ -32,7 +32,7 @@ SCENES = 3
 @pytest.fixture
 def policy(tiny_env: dict, tmp_path: Path) -> str:
     """An untrained policy that may stop."""
-    settings = make_config(tiny_env | {"stop": True, "max_steps": 3})
+    settings = SamSegConfig(**(tiny_env | {"stop": True, "max_steps": 3}))
     vector, core = make_vector_env("SamSeg-v0", 2, settings)
     backbone = {"name": "tiny", "checkpoint": tiny_env["checkpoint"], "device": "cpu"}
     names = list(core.dataset.categories)
@@ -129,15 +129,15 @@ def test_a_run_cut_off_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole = annotate(config(policy, photos, num_envs=2))
-    place, calls = module.ClickCore.place, []
+    set_targets, calls = module.ClickCore.set_targets, []
 
     def dying(self: Any, *args: Any) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        place(self, *args)
+        set_targets(self, *args)
 
-    monkeypatch.setattr(module.ClickCore, "place", dying)
+    monkeypatch.setattr(module.ClickCore, "set_targets", dying)
     again = config(policy, photos, num_envs=2)
     with pytest.raises(KeyboardInterrupt):
         annotate(again)
@@ -168,7 +168,7 @@ def test_ids_of_a_coco_file(policy: str, photos: Path) -> None:
 
 
 def test_actions_mean_what_they_meant_in_training(tiny_env: dict, tmp_path: Path) -> None:
-    settings = make_config(tiny_env | {"undo": True})
+    settings = SamSegConfig(**(tiny_env | {"undo": True}))
     vector, core = make_vector_env("SamSeg-v0", 2, settings)
     names = list(core.dataset.categories)
     backbone = {"name": "tiny", "checkpoint": tiny_env["checkpoint"], "device": "cuda:7"}

@@ -13,7 +13,7 @@ from agents.evaluate import PolicyAgent
 from agents.export import Config, ExportablePolicy, export
 from agents.policies.base import POLICIES
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
-from sam_gym.envs.click import make_config
+from sam_gym.envs.click import SamSegConfig
 
 pytest.importorskip("onnxruntime", reason="the export extra is not installed")
 pytest.importorskip("onnxscript", reason="the export extra is not installed")
@@ -29,7 +29,7 @@ def test_both_forms_agree_for_any_number_of_images(
 
     import agents.policies.explicit  # noqa: F401
 
-    settings = make_config(tiny_env | {"stop": True})
+    settings = SamSegConfig(**(tiny_env | {"stop": True}))
     vector, core = make_vector_env("SamSeg-v0", 3, settings)
     env = VectorEnvAdaptor(vector)
     names = list(core.dataset.categories)

@@ -767,10 +767,10 @@ def test_oracle_clicks_earn_more_than_random_ones(shipped: Backbone) -> None:
         envs.reset(seed=0)
         for _ in range(2):
             actions = rng.integers(envs.single_action_space.n, size=8)
-            for slot in range(8 if oracle else 0):
-                wrong = core.ground_truth(slot).mask & ~core.mask(slot)
+            for i in range(8 if oracle else 0):
+                wrong = core.ground_truth(i).mask & ~core.mask(i)
                 y, x = np.argwhere(wrong)[len(np.argwhere(wrong)) // 2]
-                actions[slot] = core.action_at(x, y, True)
+                actions[i] = core.action_at(x, y, True)
             *_, infos = envs.step(actions)
         return float(infos["iou"].mean())
 
@@ -785,10 +785,10 @@ def test_new_images_are_drawn_ahead_and_cached_ones_are_not(
 ) -> None:
     env = make_vec(dataset_kwargs={"length": 1, "size": SCENE})
     env.reset(seed=0)
-    assert sorted(env.core.ahead._pending) == [0, 1, 2]
+    assert sorted(env.core.prefetcher.pending) == [0, 1, 2]
     env.reset()
     env.reset()
-    assert not env.core.ahead._pending
+    assert not env.core.prefetcher.pending
     env.close()
 
 
@@ -798,7 +798,7 @@ def test_a_draw_ahead_shows_in_nothing(make_vec: Callable[..., SamSegVectorEnv])
     env = make_vec(dataset_kwargs=endless)
     first = env.reset(seed=5)[1]["source"].tolist()
     second = env.reset()[1]["source"].tolist()
-    assert env.core.ahead._pending
+    assert env.core.prefetcher.pending
     copied = copy.deepcopy(env)
     third = env.reset()[1]["source"].tolist()
     assert copied.reset()[1]["source"].tolist() == third

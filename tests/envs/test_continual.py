@@ -171,7 +171,7 @@ def test_draws_ahead_are_of_the_right_domain(make: Make, make_vec: Make) -> None
             vector.unwrapped.set_task(2 - step // 4)
         if step == 5:
             vector.unwrapped.advance()
-        used += len(vector.unwrapped.core.ahead._pending)
+        used += len(vector.unwrapped.core.prefetcher.pending)
         sources.append(vector.step(np.zeros(3, int))[-1]["source"].tolist())
         for env in scalars:
             if step in (2, 7):
@@ -187,9 +187,13 @@ def test_draws_ahead_are_of_the_right_domain(make: Make, make_vec: Make) -> None
 def test_the_first_episode_of_the_next_domain_is_drawn_ahead(make_vec: Make) -> None:
     env = make_vec(cache_mib=0)
     env.reset(seed=0)
-    assert [pending.about for pending in env.unwrapped.core.ahead._pending.values()] == [(0,)] * 3
+    assert [pending.arguments for pending in env.unwrapped.core.prefetcher.pending.values()] == [
+        (0,)
+    ] * 3
     env.step(np.zeros(3, int))
-    assert [pending.about for pending in env.unwrapped.core.ahead._pending.values()] == [(1,)] * 3
+    assert [pending.arguments for pending in env.unwrapped.core.prefetcher.pending.values()] == [
+        (1,)
+    ] * 3
     env.close()
 
 
@@ -216,13 +220,13 @@ def test_nothing_of_an_episode_is_left_out(make_vec: Make) -> None:
     core = make_vec(7).unwrapped.core
     of_the_schedule = {"tasks", "played", "requested", "boundaries"}
     made_anew = {"handles", "_low_target", "_low_valid", "logits"}
-    with_a_row_per_slot = {
+    with_a_row_per_env = {
         name
         for name, value in vars(core).items()
         if isinstance(value, np.ndarray | torch.Tensor) and len(value) == core.num_envs
     }
     assert set(core.episode_arrays) == {*EPISODE_ARRAYS, *of_the_schedule}
-    assert with_a_row_per_slot == {*core.episode_arrays, *made_anew}
+    assert with_a_row_per_env == {*core.episode_arrays, *made_anew}
 
 
 # The data --------------------------------------------------------------------------------------
@@ -291,7 +295,7 @@ def test_impossible_settings(make: Make, wrong: dict[str, Any], message: str) ->
 @pytest.mark.parametrize("task", [3, -1, 0.0, "cells", np.zeros(2, int)])
 def test_impossible_tasks(make_vec: Make, task: Any) -> None:
     env = make_vec()
-    with pytest.raises(ValueError, match="out of range: expected 0 to 2|as a whole number, or 3"):
+    with pytest.raises(ValueError, match="expected 0 to 2|as an integer, or 3 integers"):
         env.unwrapped.set_task(task)
-    with pytest.raises(ValueError, match="out of range: expected 0 to 2|as a whole number, or 3"):
+    with pytest.raises(ValueError, match="expected 0 to 2|as an integer, or 3 integers"):
         env.reset(options={"task": task})

@@ -20,10 +20,10 @@ from sam_gym.envs.everything import (
 )
 from sam_gym.metrics.panoptic import matched_ious
 
-#: Arrays of a core with a row per slot that `set_state` makes anew out of the drawn objects, and
-#: the kept masks, of which only those that there are are kept.
-MADE_ANEW = {"handles", "_objects", "_valid", "_masks"}
-SLOT = np.array([0])
+#: Arrays with a row per sub-environment that `set_state` recomputes from the drawn objects, and
+#: the buffer of kept masks, which `get_state` trims.
+RECOMPUTED = {"handles", "_objects", "_valid", "_masks"}
+FIRST = np.array([0])
 
 
 class Drawn:
@@ -77,11 +77,11 @@ def play(config: EverythingConfig) -> Callable[..., EverythingCore]:
         dataset = more.pop("dataset", Drawn(LEFT, RIGHT))
         core = EverythingCore(replace(config, **more), 1, dataset)
 
-        def decode(slots: np.ndarray, cells: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        def decode(indices: np.ndarray, cells: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
             asked = [[answers[cell] for cell in row] for row in cells]
             masks = np.array([[mask for mask, _ in row] for row in asked])
-            trust = np.array([[own for _, own in row] for row in asked], np.float32)
-            return torch.from_numpy(masks), torch.from_numpy(trust)
+            predicted = np.array([[own for _, own in row] for row in asked], np.float32)
+            return torch.from_numpy(masks), torch.from_numpy(predicted)
 
         core._decode = decode  # type: ignore[method-assign]
         core.reset([0], [np.random.default_rng(0)])
@@ -91,8 +91,8 @@ def play(config: EverythingConfig) -> Callable[..., EverythingCore]:
 
 
 def step(core: EverythingCore, action: Any) -> tuple[float, bool, bool, dict[str, Any]]:
-    reward, terminated, truncated = core.step(SLOT, core.check_actions(np.array([action])))
-    info = {key: value[0] for key, value in core.info(SLOT).items()}
+    reward, terminated, truncated = core.step(FIRST, core.check_actions(np.array([action])))
+    info = {key: value[0] for key, value in core.info(FIRST).items()}
     return float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
 
@@ -188,14 +188,14 @@ def test_maps_show_what_was_kept(play: Callable[..., EverythingCore]) -> None:
     for core in (full, small):
         for cell in range(3):
             step(core, cell)
-    seen = {key: value[0] for key, value in full.observe(SLOT).items()}
+    seen = {key: value[0] for key, value in full.observe(FIRST).items()}
     np.testing.assert_array_equal(seen["coverage"], LEFT.astype(np.float32))
     np.testing.assert_array_equal(seen["overlap"][[0, 4, 8], 0], np.float32([0.5, 0.25, 0]))
     np.testing.assert_array_equal(seen["predicted_iou"][[0, 4, 8], 0], np.float32([0.8, 0.6, 0]))
     assert seen["tried"].shape == (8, 8) and seen["num_points"] == 3
     np.testing.assert_array_equal(seen["tried"].ravel(), np.float32([1, 1, 1] + [0] * 61))
 
-    seen = {key: value[0] for key, value in small.observe(SLOT).items()}
+    seen = {key: value[0] for key, value in small.observe(FIRST).items()}
     assert {seen[name].dtype for name in (*everything.MAPS, "tried")} == {np.dtype(np.uint8)}
     np.testing.assert_array_equal(seen["coverage"][:, 0], [255, 255, 0, 0])
     np.testing.assert_array_equal(seen["predicted_iou"][:, 0], [204, 153, 0, 0])
@@ -206,10 +206,10 @@ def test_maps_show_what_was_kept(play: Callable[..., EverythingCore]) -> None:
 def test_observations_are_fresh(play: Callable[..., EverythingCore]) -> None:
     core = play([(LEFT, 0.9), (RIGHT, 0.9)])
     step(core, 0)
-    first = core.observe(SLOT)
+    first = core.observe(FIRST)
     kept = {key: value.copy() for key, value in first.items()}
     step(core, 1)
-    core.observe(SLOT)
+    core.observe(FIRST)
     np.testing.assert_equal(first, kept)
 
 
@@ -268,19 +268,19 @@ def test_a_set_is_its_points_one_by_one(
     for core in (single, whole):
         core.reset(range(3), [np.random.default_rng(seed) for seed in range(3)])
     rewards = whole.step(np.arange(3), whole.check_actions(sets))[0]
-    for slot, chosen in enumerate(sets):
+    for i, chosen in enumerate(sets):
         total = sum(
-            single.step(np.array([slot]), np.array([cell]))[0][0] for cell in np.flatnonzero(chosen)
+            single.step(np.array([i]), np.array([cell]))[0][0] for cell in np.flatnonzero(chosen)
         )
-        assert total == pytest.approx(rewards[slot], abs=1e-6)
+        assert total == pytest.approx(rewards[i], abs=1e-6)
     expected = single.info(range(3))
     assert expected["masks"].max() > 2 and expected["duplicates"].max() > 2
     for name, values in whole.info(range(3)).items():
         np.testing.assert_array_equal(values, expected[name], err_msg=name)
     np.testing.assert_array_equal(whole.cells, single.cells)
     np.testing.assert_allclose(whole.shown, single.shown, atol=1e-4)
-    for slot in range(3):
-        np.testing.assert_array_equal(whole.masks(slot), single.masks(slot))
+    for i in range(3):
+        np.testing.assert_array_equal(whole.masks(i), single.masks(i))
 
 
 def test_the_mask_of_a_point_is_that_of_sam(config: EverythingConfig) -> None:
@@ -291,13 +291,13 @@ def test_the_mask_of_a_point_is_that_of_sam(config: EverythingConfig) -> None:
     )
     core = EverythingCore(settings, 1)
     core.reset([0], [np.random.default_rng(0)])
-    masks, trust = core._decode(SLOT, np.array([[11]]))
+    masks, predicted = core._decode(FIRST, np.array([[11]]))
     point = torch.tensor([[[(3 + 0.5) * 8 - 0.5, (1 + 0.5) * 8 - 0.5]]])
     prompts = Prompts(points=point, labels=torch.ones((1, 1), dtype=torch.int64))
     embedding = core.backbone.encode([core.ground_truth(0).image])
     logits, iou = core.backbone.decode(embedding, prompts, multimask=True)
     best = int(iou[0].argmax())
-    assert trust[0, 0] == pytest.approx(float(iou[0, best]), abs=1e-5)
+    assert predicted[0, 0] == pytest.approx(float(iou[0, best]), abs=1e-5)
     assert torch.equal(masks[0, 0], logits[0, best] > 0)
 
 
@@ -307,12 +307,12 @@ def test_points_in_the_padding_fall_on_the_image(config: EverythingConfig) -> No
     dataset.sample = replace(dataset.sample, image=wide[0], masks=wide[1])
     core = EverythingCore(config, 1, dataset)
     core.reset([0], [np.random.default_rng(0)])
-    last = core._decode(SLOT, np.array([[63]]))
+    last = core._decode(FIRST, np.array([[63]]))
     step(core, 63)
     assert core.points(0) == [(60, 31)]
     assert core.render(0).shape[1] == 768
-    core._inside = lambda slot, x, y: (x, y)  # type: ignore[method-assign]
-    assert not torch.equal(core._decode(SLOT, np.array([[63]]))[1], last[1])
+    core._clip_to_image = lambda env_index, x, y: (x, y)  # type: ignore[method-assign]
+    assert not torch.equal(core._decode(FIRST, np.array([[63]]))[1], last[1])
 
 
 # Settings and states ---------------------------------------------------------------------------
@@ -392,9 +392,9 @@ def test_episodes_go_on_in_another_environment(
 
 def test_nothing_of_an_episode_is_left_out(make_vec: Callable[..., Any]) -> None:
     core = make_vec(7).core
-    with_a_row_per_slot = {
+    with_a_row_per_env = {
         name
         for name, value in vars(core).items()
         if isinstance(value, np.ndarray | torch.Tensor) and len(value) == core.num_envs
     }
-    assert with_a_row_per_slot == {*EPISODE_ARRAYS, *MADE_ANEW}
+    assert with_a_row_per_env == {*EPISODE_ARRAYS, *RECOMPUTED}

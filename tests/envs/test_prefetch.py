@@ -1,4 +1,4 @@
-"""Draws ahead of time are the draws that would have come anyway."""
+"""Draws prefetcher of time are the draws that would have come anyway."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ import pytest
 
 from sam_gym.envs.prefetch import Prefetcher
 
-SLOTS = [0, 1, 2]
+INDICES = [0, 1, 2]
 
 
 class Drawer:
@@ -41,79 +41,81 @@ def drawer() -> Drawer:
 
 
 @pytest.fixture
-def ahead(drawer: Drawer) -> Iterator[Prefetcher[list[int]]]:
-    ahead = Prefetcher(drawer)
-    yield ahead
-    ahead.close()
+def prefetcher(drawer: Drawer) -> Iterator[Prefetcher[list[int]]]:
+    prefetcher = Prefetcher(drawer)
+    yield prefetcher
+    prefetcher.close()
 
 
-def test_same_values_and_same_generators_as_without(ahead: Prefetcher[list[int]]) -> None:
-    rngs = [lucky(seed, 4) for seed in SLOTS]
-    plain = [lucky(seed, 4) for seed in SLOTS]
+def test_same_values_and_same_generators_as_without(prefetcher: Prefetcher[list[int]]) -> None:
+    rngs = [lucky(seed, 4) for seed in INDICES]
+    plain = [lucky(seed, 4) for seed in INDICES]
     for _ in range(4):
-        drawn = ahead.take(SLOTS, rngs)
+        drawn = prefetcher.take(INDICES, rngs)
         assert drawn == [rng.integers(0, 1000, 3).tolist() for rng in plain]
         assert [r.bit_generator.state for r in rngs] == [r.bit_generator.state for r in plain]
-        ahead.begin(SLOTS, rngs)
+        prefetcher.begin(INDICES, rngs)
     assert [r.bit_generator.state for r in rngs] == [r.bit_generator.state for r in plain]
 
 
 def test_a_draw_ahead_is_made_once_and_in_another_thread(
-    ahead: Prefetcher[list[int]], drawer: Drawer
+    prefetcher: Prefetcher[list[int]], drawer: Drawer
 ) -> None:
-    rngs = [lucky(seed, 2) for seed in SLOTS]
-    ahead.begin(SLOTS, rngs)
-    ahead.take(SLOTS, rngs)
+    rngs = [lucky(seed, 2) for seed in INDICES]
+    prefetcher.begin(INDICES, rngs)
+    prefetcher.take(INDICES, rngs)
     assert len(drawer.threads) == 3
     assert threading.current_thread().name not in drawer.threads
 
 
-def test_a_replaced_or_used_generator_is_drawn_from_afresh(ahead: Prefetcher[list[int]]) -> None:
+def test_a_replaced_or_used_generator_is_drawn_from_afresh(
+    prefetcher: Prefetcher[list[int]],
+) -> None:
     replaced, used = lucky(5, 2), lucky(6, 3)
-    ahead.begin([0, 1], [replaced, used])
+    prefetcher.begin([0, 1], [replaced, used])
     replaced = lucky(7, 2)
     used.integers(0, 1000, 3)
     expected = [lucky(7, 2).integers(0, 1000, 3).tolist()]
     expected.append(lucky(6, 3).integers(0, 1000, (2, 3))[1].tolist())
-    assert ahead.take([0, 1], [replaced, used]) == expected
+    assert prefetcher.take([0, 1], [replaced, used]) == expected
 
 
 def test_a_draw_about_something_else_does_not_count() -> None:
     def draw(rng: np.random.Generator, kind: str, size: int) -> list[int]:
         return [len(kind), *rng.integers(0, 1000, size).tolist()]
 
-    ahead = Prefetcher(draw)
-    rngs, plain = ([np.random.default_rng(seed) for seed in SLOTS] for _ in range(2))
+    prefetcher = Prefetcher(draw)
+    rngs, plain = ([np.random.default_rng(seed) for seed in INDICES] for _ in range(2))
     for begun, asked in ((["a"] * 3, ["a", "bb", "a"]), (["a", "a", "bb"], ["ccc"] * 3)):
-        ahead.begin(SLOTS, rngs, begun, [4, 4, 4])
-        drawn = ahead.take(SLOTS, rngs, asked, [4, 4, 5])
+        prefetcher.begin(INDICES, rngs, begun, [4, 4, 4])
+        drawn = prefetcher.take(INDICES, rngs, asked, [4, 4, 5])
         sizes = zip(plain, asked, [4, 4, 5], strict=True)
         assert drawn == [draw(rng, kind, size) for rng, kind, size in sizes]
         assert [r.bit_generator.state for r in rngs] == [r.bit_generator.state for r in plain]
-    ahead.close()
+    prefetcher.close()
 
 
-def test_an_error_is_raised_where_the_draw_is_asked_for(ahead: Prefetcher[list[int]]) -> None:
+def test_an_error_is_raised_where_the_draw_is_asked_for(prefetcher: Prefetcher[list[int]]) -> None:
     seed = next(s for s in range(99) if np.random.default_rng(s).integers(0, 1000) < 200)
     rng = np.random.default_rng(seed)
-    ahead.begin([0], [rng])
+    prefetcher.begin([0], [rng])
     with pytest.raises(ValueError, match="unlucky"):
-        ahead.take([0], [rng])
+        prefetcher.take([0], [rng])
 
 
-def test_goes_on_after_close(ahead: Prefetcher[list[int]]) -> None:
+def test_goes_on_after_close(prefetcher: Prefetcher[list[int]]) -> None:
     rng, plain = lucky(3, 2), lucky(3, 2)
-    ahead.begin([0], [rng])
-    ahead.close()
-    assert ahead.take([0], [rng]) == [plain.integers(0, 1000, 3).tolist()]
+    prefetcher.begin([0], [rng])
+    prefetcher.close()
+    assert prefetcher.take([0], [rng]) == [plain.integers(0, 1000, 3).tolist()]
 
 
-def test_an_error_uses_up_the_draw(ahead: Prefetcher[list[int]]) -> None:
+def test_an_error_uses_up_the_draw(prefetcher: Prefetcher[list[int]]) -> None:
     seed = next(s for s in range(99) if np.random.default_rng(s).integers(0, 1000) < 200)
     rng, plain = np.random.default_rng(seed), np.random.default_rng(seed)
-    ahead.begin([0], [rng])
+    prefetcher.begin([0], [rng])
     with pytest.raises(ValueError, match="unlucky"):
-        ahead.take([0], [rng])
+        prefetcher.take([0], [rng])
     plain.integers(0, 1000, 3)
     assert rng.bit_generator.state == plain.bit_generator.state
 
@@ -127,30 +129,30 @@ def test_draws_that_nobody_wants_any_more_are_not_made() -> None:
         assert go_on.wait(60)
         return made[-1]
 
-    ahead = Prefetcher(draw)
-    ahead.begin(range(20), [np.random.default_rng(k) for k in range(20)])
+    prefetcher = Prefetcher(draw)
+    prefetcher.begin(range(20), [np.random.default_rng(k) for k in range(20)])
     assert started.wait(60)
     threading.Timer(0.2, go_on.set).start()
-    ahead.take(range(20), [np.random.default_rng(100 + k) for k in range(20)])
+    prefetcher.take(range(20), [np.random.default_rng(100 + k) for k in range(20)])
     assert len(made) == 21  # the one that had started, and those that were asked for
-    ahead.close()
+    prefetcher.close()
 
 
 @pytest.mark.parametrize("kind", [np.random.MT19937, np.random.Philox, np.random.SFC64])
 def test_any_bit_generator(kind: type[np.random.BitGenerator]) -> None:
-    ahead = Prefetcher(lambda rng: rng.integers(0, 1000, 3).tolist())
+    prefetcher = Prefetcher(lambda rng: rng.integers(0, 1000, 3).tolist())
     rng, plain = np.random.Generator(kind(1)), np.random.Generator(kind(1))
-    ahead.begin([0], [rng])
+    prefetcher.begin([0], [rng])
     for _ in range(2):
-        assert ahead.take([0], [rng]) == [plain.integers(0, 1000, 3).tolist()]
-    ahead.close()
+        assert prefetcher.take([0], [rng]) == [plain.integers(0, 1000, 3).tolist()]
+    prefetcher.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_fork_draws_for_itself(ahead: Prefetcher[list[int]]) -> None:
+def test_a_fork_draws_for_itself(prefetcher: Prefetcher[list[int]]) -> None:
     rng = lucky(3, 2)
-    ahead.begin([0], [rng])
-    child = multiprocessing.get_context("fork").Process(target=ahead.take, args=([0], [rng]))
+    prefetcher.begin([0], [rng])
+    child = multiprocessing.get_context("fork").Process(target=prefetcher.take, args=([0], [rng]))
     child.start()
     child.join(60)
     assert child.exitcode == 0

@@ -391,19 +391,19 @@ class Comparison:
                 area = int(alone._low_target[0].sum())
             self.slack[i] = max(self.slack[i], unclear / area)
 
-    def differing_pixels(self, core: EverythingCore, alone: EverythingCore, slot: int) -> int:
-        together, expected = core.kept[slot], alone.kept[0]
+    def differing_pixels(self, core: EverythingCore, alone: EverythingCore, i: int) -> int:
+        together, expected = core.kept[i], alone.kept[0]
         assert [own.is_part for own in together] == [own.is_part for own in expected]
-        trust = [[own.predicted_iou for own in kept] for kept in (together, expected)]
-        np.testing.assert_allclose(*trust, atol=1e-4)
+        predicted = [[own.predicted_iou for own in kept] for kept in (together, expected)]
+        np.testing.assert_allclose(*predicted, atol=1e-4)
         count = len(expected)
-        differing = int((core._masks[slot, :count] != alone._masks[0, :count]).sum())
+        differing = int((core._masks[i, :count] != alone._masks[0, :count]).sum())
         assert differing <= count
         return differing
 
-    def unclear_pixels(self, core: ClickCore, alone: ClickCore, slot: int) -> int:
-        assert core.num_clicks[slot] == alone.num_clicks[0]
-        together = core.logits[slot, core.num_clicks[slot]]
+    def unclear_pixels(self, core: ClickCore, alone: ClickCore, i: int) -> int:
+        assert core.num_clicks[i] == alone.num_clicks[0]
+        together = core.logits[i, core.num_clicks[i]]
         expected = alone.logits[0, alone.num_clicks[0]]
         limit = 1e-4 * float(expected.std())
         assert float((together - expected).abs().max()) <= limit

@@ -12,9 +12,9 @@ import torch
 import sam_gym  # noqa: F401 (registers the environments)
 from sam_gym.envs.click import EPISODE_ARRAYS, SamSegVectorEnv
 
-#: Arrays of a core with a row per slot that `set_state` makes anew out of the drawn targets, and
-#: the mask logits, of which only those of the clicks so far are kept.
-MADE_ANEW = {"handles", "_low_target", "_low_valid", "logits"}
+#: Arrays with a row per sub-environment that `set_state` recomputes from the drawn targets, and
+#: the mask logits, which `get_state` trims to the clicks of the episode.
+RECOMPUTED = {"handles", "_low_target", "_low_valid", "logits"}
 
 MakeVec = Callable[..., SamSegVectorEnv]
 
@@ -79,7 +79,7 @@ def test_a_state_is_a_copy_that_can_be_used_again(make_vec: MakeVec) -> None:
         assert_play_alike(env, other, steps=3)
 
 
-def test_slots_can_be_shared_out_anew(make_vec: MakeVec) -> None:
+def test_state_moves_between_batches(make_vec: MakeVec) -> None:
     together = make_vec(4)
     together.reset(seed=0)
     together.step(np.arange(4))
@@ -95,12 +95,12 @@ def test_slots_can_be_shared_out_anew(make_vec: MakeVec) -> None:
 
 def test_nothing_of_an_episode_is_left_out(make_vec: MakeVec) -> None:
     core = make_vec(7).core
-    with_a_row_per_slot = {
+    with_a_row_per_env = {
         name
         for name, value in vars(core).items()
         if isinstance(value, np.ndarray | torch.Tensor) and len(value) == core.num_envs
     }
-    assert with_a_row_per_slot == {*EPISODE_ARRAYS, *MADE_ANEW}
+    assert with_a_row_per_env == {*EPISODE_ARRAYS, *RECOMPUTED}
 
 
 def test_what_cannot_go_on_is_an_error(make_vec: MakeVec) -> None:
@@ -108,7 +108,7 @@ def test_what_cannot_go_on_is_an_error(make_vec: MakeVec) -> None:
     with pytest.raises(ValueError, match="Slot 0 .* had not been reset"):
         make_vec().set_state(env.get_state())
     env.reset(seed=0)
-    with pytest.raises(ValueError, match="Expected the state of 3 environments, got 5"):
+    with pytest.raises(ValueError, match="Expected the state of 3 sub-environments, got 5"):
         make_vec(3).set_state(env.get_state())
     state = env.get_state()
     # Of another dataset, a draw takes another number of random numbers.

@@ -22,7 +22,7 @@ from agents.policies.explicit import (
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.embeddings.store import EmbeddingStore
-from sam_gym.envs.click import make_config
+from sam_gym.envs.click import SamSegConfig
 
 WORDS = ["fish", "mug", "star"]
 
@@ -126,7 +126,7 @@ def standard(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_planes_of_the_target_among_other_words(tiny_env: dict, clip: dict[str, Any]) -> None:
-    settings = make_config(tiny_env)
+    settings = SamSegConfig(**tiny_env)
     vector, core = make_vector_env("SamSeg-v0", 3, settings)
     env = VectorEnvAdaptor(vector)
     policy = policy_of(env, core, clip)
@@ -158,7 +158,7 @@ def test_both_forms_of_observation_show_the_same(
     if photos:
         where = {"dataset": "folder", "data": str(two_photos), "split": "test"}
         tiny_env |= where | {"dataset_kwargs": {"category": "mug"}}
-    settings = make_config(tiny_env)
+    settings = SamSegConfig(**tiny_env)
     vector, core = make_vector_env("SamSeg-v0", 4, settings)
     env = VectorEnvAdaptor(vector)
     policy = policy_of(env, core, clip)
@@ -181,7 +181,7 @@ def test_both_forms_of_observation_show_the_same(
 def test_it_learns_is_saved_and_plays_with_other_words(
     tiny_env: dict, clip: dict[str, Any], tmp_path: Path
 ) -> None:
-    settings = make_config(tiny_env | {"target_categories": "star,ring,fish"})
+    settings = SamSegConfig(**(tiny_env | {"target_categories": "star,ring,fish"}))
     vector, core = make_vector_env("SamSeg-v0", 4, settings)
     env = VectorEnvAdaptor(vector)
     policy = policy_of(env, core, clip)
@@ -205,7 +205,7 @@ def test_it_learns_is_saved_and_plays_with_other_words(
     model.save(tmp_path / "policy.zip")
     assert (tmp_path / "policy.zip").stat().st_size < 4e6
     agent = PolicyAgent.load(tmp_path / "policy.zip", "cpu")
-    others = make_config(tiny_env | {"target_categories": "mug,tree"})
+    others = SamSegConfig(**(tiny_env | {"target_categories": "mug,tree"}))
     played = evaluate(agent, others, episodes=4, num_envs=2, seed=0)
     assert set(played.targets) <= {"mug", "tree"} and len(played.ious) == 4
     again = evaluate(PolicyAgent(model.policy), others, episodes=4, num_envs=2, seed=0)
@@ -228,7 +228,7 @@ def test_unknown_words_are_taken_on_request(tiny: Backbone, surgery: Any) -> Non
 def test_known_words_are_hidden_from_a_policy_that_learns(
     tiny_env: dict, clip: dict[str, Any]
 ) -> None:
-    settings = make_config(tiny_env | {"obs": "handle", "target_categories": "star,ring"})
+    settings = SamSegConfig(**(tiny_env | {"obs": "handle", "target_categories": "star,ring"}))
     vector, core = make_vector_env("SamSeg-v0", 4, settings)
     env = VectorEnvAdaptor(vector)
     policy = policy_of(env, core, clip, vocabulary=["star", "ring", "tree"], hidden=0.5)
@@ -287,7 +287,7 @@ def test_relations_are_cosines_with_what_lies_under_peaks_and_mask() -> None:
 def test_of_words_without_experience_only_maps_and_relations_count(
     known: bool, tiny_env: dict, clip: dict[str, Any]
 ) -> None:
-    settings = make_config(tiny_env | {"obs": "handle", "target_categories": "star"})
+    settings = SamSegConfig(**(tiny_env | {"obs": "handle", "target_categories": "star"}))
     vector, core = make_vector_env("SamSeg-v0", 2, settings)
     env = VectorEnvAdaptor(vector)
     policy = policy_of(env, core, clip, vocabulary=["star" if known else "ring"])

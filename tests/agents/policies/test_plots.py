@@ -10,7 +10,7 @@ from agents.policies.explicit import ExplicitPolicy
 from agents.policies.implicit import ImplicitPolicy
 from agents.policies.plots import draw_policy_plots
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
-from sam_gym.envs.click import make_config
+from sam_gym.envs.click import SamSegConfig
 
 
 @pytest.mark.parametrize(("kind", "columns"), [("implicit", 4), ("explicit", 6)])
@@ -27,7 +27,7 @@ def test_a_row_per_episode(
         return draw(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(plots, "draw_heat", noted)
-    settings = make_config(tiny_env | {"stop": True})
+    settings = SamSegConfig(**(tiny_env | {"stop": True}))
     vector, core = make_vector_env("SamSeg-v0", 1, settings)
     env = VectorEnvAdaptor(vector)
     names = list(core.dataset.categories)
