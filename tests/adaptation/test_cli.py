@@ -14,6 +14,7 @@ from sam_gym.backbones import load_backbone
 from sam_gym.backbones.adapters.tuning import TUNINGS
 from sam_gym.utils import cli
 
+METHODS = STRATEGIES.names()
 MEASURES = ("last_iou", "avg_iou", "ff_iou", "forward_iou", "last_biou", "avg_biou", "ff_biou")
 
 
@@ -100,7 +101,7 @@ def test_names_in_the_help_are_those_that_there_are(capsys: pytest.CaptureFixtur
             module.main(["--help"])
         assert caught.value.code == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for name in (*STRATEGIES.names(), *TUNINGS.names()):
+    for name in (*METHODS, *TUNINGS.names()):
         assert name in shown or name == "zero_shot"
 
 

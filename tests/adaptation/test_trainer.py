@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from adaptation import trainer as loop
+from adaptation.combined import Combined
 from adaptation.config import TrainConfig
 from adaptation.evaluation import narrow_share, score
 from adaptation.features import FeatureBank
@@ -98,7 +99,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
                 raise Stopped
             taken += 1
 
-        monkeypatch.setattr(Strategy, "after_step", count)
+        for cls in (Strategy, Combined):
+            monkeypatch.setattr(cls, "after_step", count)
 
     return stop_at
 
@@ -107,7 +109,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     ("method", "tune"),
     [
         *((name, "decoder") for name in ("naive", "er", "ewc", "moda", "lwf")),
-        *(("coda", "prompts"), ("regcl", "lora_decoder")),
+        *(("coda", "prompts"), ("regcl", "lora_decoder"), ("ewc+er", "decoder")),
     ],
 )
 def test_a_run_goes_on_as_if_it_had_never_stopped(
