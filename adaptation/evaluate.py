@@ -20,7 +20,7 @@ from adaptation.evaluation import check_prompt, score
 from adaptation.features import FeatureBank
 from adaptation.options import ModelOptions, StreamOptions
 from sam_gym.backbones import load_backbone
-from sam_gym.backbones.adapters.adapter import Adapter, Model
+from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.utils import cli
 from sam_gym.utils.files import write_json
 from sam_gym.utils.progress import track
@@ -64,9 +64,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         check_prompt(prompt)
     adapter = Adapter.load(Path(options.adapter).expanduser())
     backbone = load_backbone(**options.model.arguments)
-    adapter.check_fits(backbone.name, backbone.weights_digest)
-    model = adapter.model(backbone.sam, options.adapter)
-    plain = Model(backbone.sam, "embedding")
+    model, plain = backbone.adapted_model(adapter, options.adapter), backbone.pretrained
     stream = options.stream.open()
     extra = options.stream.open_retention()
     bank = FeatureBank(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from adaptation.features import FeatureBank, Objects
 from sam_gym.backbones import Backbone, Prompts
-from sam_gym.backbones.adapters.adapter import Model, PromptedModel, RoutedModel, embed
+from sam_gym.backbones.adapters.model import Model
+from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.streams import Domain
 from sam_gym.metrics.masks import boundary, boundary_iou, iou
 from sam_gym.simulation.interactive import Target, click_out
@@ -48,29 +49,21 @@ def check_prompt(name: str) -> str:
 
 
 @torch.no_grad()
-def features(
-    model: Model, bank: FeatureBank, domain: Domain, split: str
-) -> tuple[Tensor, Tensor | None]:
-    """A model's embeddings of all held-out images of a domain, and to which expert each went.
+def features(model: Model, bank: FeatureBank, domain: Domain, split: str) -> ImageFeatures:
+    """A model's features of all held-out images of a domain.
 
     Args:
-        model: what `Strategy.model` gave.
+        model: as of `Strategy.model`.
         bank: of the stream.
         domain: one of the stream's, or another that the bank can read.
         split: "val" or "test".
     """
     raw = bank.raw(domain, split, model.raw)
-    if isinstance(model, RoutedModel):
-        chunks, routes = [], []
-        for rows in torch.arange(len(raw)).split(_CHUNK):
-            pixels = bank.pixels(domain, split, rows.numpy())
-            route = model.route(pixels, raw[rows], [])
-            routes.append(route)
-            chunks.append(model.embed(raw[rows], route))
-        return torch.cat(chunks), torch.cat(routes)
-    if isinstance(model, PromptedModel):
-        return raw, None
-    return torch.cat([embed(model.sam, part, model.raw) for part in raw.split(_CHUNK)]), None
+    chunks = []
+    for rows in torch.arange(len(raw)).split(_CHUNK):
+        pixels = partial(bank.pixels, domain, split, rows.numpy())
+        chunks.append(model.embed(raw[rows.to(raw.device)], pixels))
+    return ImageFeatures.cat(chunks)
 
 
 @torch.no_grad()
@@ -95,19 +88,19 @@ def score(
     """
     objects, backbone = bank.held_out(domain, split), bank.backbone.with_model(model)
     with bank.backbone.autocast():
-        embeddings, routes = features(model, bank, domain, split)
+        images = features(model, bank, domain, split)
     own = None
-    if routes is not None and domain.name in bank.stream.names:
+    if "route" in images and domain.name in bank.stream.names:
         number = bank.stream.names.index(domain.name)
-        if number < len(model.experts):  # type: ignore[arg-type]
-            own = float((routes == number).float().mean())
+        if number < model.num_experts:
+            own = float((images["route"] == number).float().mean())
     clicks = PROMPTS[check_prompt(prompt)]
     ious, boundaries, masks = [], [], []
     for rows in np.array_split(np.arange(len(objects.rows)), -(-len(objects.rows) // _CHUNK)):
         if clicks:
-            found = _clicked(backbone, embeddings, objects, rows, clicks)
+            found = _clicked(backbone, images, objects, rows, clicks)
         else:
-            found = _boxed(backbone, embeddings, objects, rows)
+            found = _boxed(backbone, images, objects, rows)
         for row, mask in zip(rows, found, strict=True):
             truth, ignore = objects.masks[row], objects.ignore[objects.rows[row]]
             ignore = None if ignore is None else ignore & ~truth
@@ -119,12 +112,12 @@ def score(
 
 
 def _boxed(
-    backbone: Backbone, embeddings: Tensor, objects: Objects, rows: np.ndarray
+    backbone: Backbone, features: ImageFeatures, objects: Objects, rows: np.ndarray
 ) -> list[np.ndarray]:
     boxes, images = (
         to_device(array[rows], backbone.device) for array in (objects.boxes, objects.rows)
     )
-    logits, _ = backbone.decode(embeddings, Prompts(boxes=boxes, rows=images))
+    logits, _ = backbone.decode(features, Prompts(boxes=boxes, rows=images))
     return [
         (backbone.masks_at(own[0], objects.masks[row].shape) > 0).cpu().numpy()
         for own, row in zip(logits, rows, strict=True)
@@ -132,14 +125,14 @@ def _boxed(
 
 
 def _clicked(
-    backbone: Backbone, embeddings: Tensor, objects: Objects, rows: np.ndarray, clicks: int
+    backbone: Backbone, features: ImageFeatures, objects: Objects, rows: np.ndarray, clicks: int
 ) -> list[np.ndarray]:
     images = objects.rows[rows]
     targets = [
         Target(objects.images[image], objects.masks[row], objects.ignore[image])
         for row, image in zip(rows, images, strict=True)
     ]
-    own = embeddings[to_device(images, embeddings.device)]
+    own = features[to_device(images, features.device)]
     return [session.mask for session in click_out(backbone, targets, clicks, own)]
 
 

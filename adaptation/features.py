@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from torch import Tensor
 
 from sam_gym.backbones import Backbone
-from sam_gym.backbones.adapters.adapter import raw_features
+from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.base import Dataset, Sample
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.metrics.masks import iou
@@ -164,16 +163,16 @@ class FeatureBank:
             return self.train(domain).frames
         return self.held_out(domain, split).images
 
-    def raw(self, domain: Domain, split: str, kind: str) -> Tensor:
+    def raw(self, domain: Domain, split: str, kind: str) -> ImageFeatures:
         """`raw_features` of all views of a domain, or of the images of another split."""
         features = self._once(lambda: self._raw(domain, split, kind), split, id(domain), kind)
-        assert isinstance(features, Tensor)
+        assert isinstance(features, ImageFeatures)
         return features
 
-    def of_views(self, domain: Domain, index: np.ndarray, kind: str) -> Tensor:
-        """`raw_features` of some views of a domain, (B, ...)."""
+    def of_views(self, domain: Domain, index: np.ndarray, kind: str) -> ImageFeatures:
+        """`raw_features` of some views of a domain."""
         if kind == "pixels":
-            return self.pixels(domain, "train", index)
+            return ImageFeatures({"pixels": self.pixels(domain, "train", index)})
         features = self.raw(domain, "train", kind)
         return features[to_device(index, features.device)]
 
@@ -183,15 +182,13 @@ class FeatureBank:
         chosen = range(len(frames)) if index is None else index
         return self.backbone.prepare([frames[i] for i in chosen])
 
-    @torch.no_grad()
-    def _raw(self, domain: Domain, split: str, kind: str) -> Tensor:
-        count = len(self.images(domain, split))
+    def _raw(self, domain: Domain, split: str, kind: str) -> ImageFeatures:
+        count, source = len(self.images(domain, split)), self.backbone.raw_source(kind)
         chunks = []
         for first in range(0, count, _ENCODE):
             pixels = self.pixels(domain, split, np.arange(first, min(first + _ENCODE, count)))
-            with self.backbone.autocast():
-                chunks.append(raw_features(self.backbone.sam, pixels, kind).float())
-        return torch.cat(chunks)
+            chunks.append(source.encode_pixels(pixels))
+        return ImageFeatures.cat(chunks)
 
     def _samples(self, dataset: Dataset) -> Iterator[Sample]:
         count = len(dataset) if self.max_images is None else min(len(dataset), self.max_images)
@@ -399,7 +396,7 @@ class BatchTargets:
     """What a batch needs of a bank.
 
     Attributes:
-        raw: raw features of the views that occur, (B, ...).
+        raw: `raw_features` of the B views that occur.
         rows: int64 (P,), the view of each object.
         targets: float32 (P, hm, wm), in [0, 1].
         valid: float32 (P, hm, wm), 1 where a pixel counts.
@@ -408,7 +405,7 @@ class BatchTargets:
         categories: int64 (P,).
     """
 
-    raw: Tensor
+    raw: ImageFeatures
     rows: Tensor
     targets: Tensor
     valid: Tensor
@@ -444,7 +441,7 @@ def gather_targets(bank: FeatureBank, indices: ObjectIndices, kind: str) -> Batc
         return to_device(np.concatenate(parts)[back], device)
 
     return BatchTargets(
-        torch.cat(raw),
+        ImageFeatures.cat(raw),
         whole(rows),
         whole(targets).float() / 255.0,
         whole(valid).float(),

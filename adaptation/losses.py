@@ -63,7 +63,7 @@ def mask_loss(tokens: MaskTokens, targets: Tensor, valid: Tensor, ambiguous: Ten
         valid: float32 (P, hm, wm), 1 where a pixel counts.
         ambiguous: bool (P,).
     """
-    logits = tokens.draw(tokens.vectors).float()
+    logits = tokens.decode_masks().float()
     costs = mask_costs(logits, targets, valid)
     allowed = torch.arange(logits.shape[1], device=logits.device)[None] > 0
     allowed = allowed == ambiguous[:, None]
@@ -93,7 +93,7 @@ def whole_object_loss(
     """
     from torchvision.ops import sigmoid_focal_loss
 
-    logits = tokens.draw(tokens.vectors[:, 1:]).float()
+    logits = tokens.decode_masks(tokens.mask_embeddings[:, 1:]).float()
     best = tokens.iou[:, 1:].argmax(dim=1)
     rows = torch.arange(len(best), device=best.device)
     chosen = logits[rows, best]

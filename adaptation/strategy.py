@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from adaptation.features import BatchTargets, FeatureBank, Pool
 from adaptation.losses import MaskLoss, mask_loss
-from sam_gym.backbones.adapters.adapter import Adapter, Model, embed
+from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.backbones.adapters.model import Model, embed
 from sam_gym.backbones.adapters.tuning import TUNINGS, bytes_of, trainable, tuned_weights
 from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
+from sam_gym.backbones.features import ImageFeatures
 from sam_gym.utils.registry import Registry, unknown_name
 
 
@@ -54,7 +56,7 @@ class Batch:
     """P objects with their prompts.
 
     Attributes:
-        raw: `raw_features` of the B images that occur, (B, ...).
+        raw: `raw_features` of the B images that occur.
         prompts: P prompt sets, with rows.
         ambiguous: bool (P,), prompts that allow several answers.
         targets: float32 (P, hm, wm), in [0, 1].
@@ -62,7 +64,7 @@ class Batch:
         categories: int64 (P,), the category of each object.
     """
 
-    raw: Tensor
+    raw: ImageFeatures
     prompts: Prompts
     ambiguous: Tensor
     targets: Tensor
@@ -94,7 +96,7 @@ class StrategyContext:
     @property
     def sam(self) -> Sam:
         """The frozen SAM."""
-        return self.bank.backbone.sam
+        return self.bank.backbone.pretrained.sam
 
     @property
     def num_tasks(self) -> int:
@@ -155,7 +157,7 @@ class Strategy:
     def _pretrained(self) -> Sam:
         """A SAM with pretrained weights whose tuned part requires gradients."""
         with seeded(self.context.seed):
-            return TUNINGS.get(self.context.tune).prepare(self.context.sam)
+            return self.context.bank.backbone.tuned_copy(self.context.tune)
 
     # Hooks -------------------------------------------------------------------------------------
 
@@ -195,7 +197,7 @@ class Strategy:
 
     def decode(self, batch: Batch) -> MaskTokens:
         """Decode the prompts of a batch with the module that is trained."""
-        return decode_tokens(self.sam, embed(self.sam, batch.raw, self.raw), batch.prompts)
+        return decode_tokens(self.sam, embed(self.sam, batch.raw), batch.prompts)
 
     def masks(self, batch: Batch, tokens: MaskTokens) -> MaskLoss:
         """Compute the loss of the decoded masks."""

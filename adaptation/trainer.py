@@ -26,7 +26,7 @@ from adaptation.steps import Learner, make_batch
 from adaptation.strategy import STRATEGIES, Strategy, StrategyContext
 from adaptation.streams import find_stream
 from sam_gym.backbones import load_backbone
-from sam_gym.backbones.adapters.adapter import Model
+from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.adapters.tuning import TUNINGS
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.utils.files import wait_for_a_later_name, write_json
@@ -277,7 +277,7 @@ class _Fit:
 
     def _evaluate_zero_shot(self) -> None:
         if not self.result.zero_shot:
-            pretrained = Model(self.strategy.context.sam, "embedding")
+            pretrained = self.trainer.backbone.pretrained
             for prompt in self.config.prompts:
                 row, _ = self._scores(pretrained, prompt)
                 self.result.zero_shot[prompt] = row

@@ -178,7 +178,7 @@ class PolicyAgent:
         check_fits(self.policy, core)
         self.policy.set_training_mode(False)
         self.policy.set_categories(core.dataset.categories)
-        core.describe()
+        core.compute_features()
         with self.policy.playing():
             action, *_ = self.policy.get_action_and_value(
                 observations, deterministic=self.deterministic

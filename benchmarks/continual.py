@@ -21,7 +21,7 @@ from adaptation.strategy import STRATEGIES
 from adaptation.trainer import Trainer, check_tune
 from benchmarks import report
 from benchmarks.options import require_at_least
-from sam_gym.backbones.adapters.adapter import Adapter, Model
+from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.tuning import TUNINGS
 from sam_gym.data.streams import Stream, low_res_ceiling
 from sam_gym.utils.files import write_csv, write_json
@@ -265,12 +265,12 @@ def _pictures(
     """For each domain an object as some methods segment it in the end, beside the truth."""
     bank, split = trainer.bank(stream), trainer.config.split
     shown = [job for job in jobs if job.method in ("naive", "er", "moda")][:3]
-    models = {"SAM as it was": Model(trainer.backbone.sam, "embedding")}
+    models = {"SAM as it was": trainer.backbone.pretrained}
     assert trainer.out is not None
     for job in shown:
         folder = trainer.out / folder_name(job.method, job.tune, job.seed)
         file = folder / "adapter.safetensors"
-        models[job.label] = Adapter.load(file).model(trainer.backbone.sam, str(file))
+        models[job.label] = trainer.backbone.adapted_model(Adapter.load(file), str(file))
     rows: dict[str, list[np.ndarray]] = {}
     for domain in stream:
         objects = bank.held_out(domain, split)

@@ -18,8 +18,8 @@ from adaptation.trainer import falling
 from benchmarks import report
 from benchmarks.options import TimedOptions, provenance, require_at_least
 from sam_gym.backbones import Backbone
-from sam_gym.backbones.adapters.adapter import raw_features
 from sam_gym.backbones.adapters.tuning import TUNINGS, tuned_weights
+from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.streams import Domain, Stream, make_stream
 from sam_gym.utils.files import write_csv, write_json
 
@@ -53,9 +53,9 @@ class Config(TimedOptions):
 class EncodingBank(FeatureBank):
     """A bank that remembers views but no features: every step encodes its views again."""
 
-    def of_views(self, domain: Domain, index: np.ndarray, kind: str) -> torch.Tensor:
-        with torch.no_grad():
-            return raw_features(self.backbone.sam, self.pixels(domain, "train", index), kind)
+    def of_views(self, domain: Domain, index: np.ndarray, kind: str) -> ImageFeatures:
+        source = self.backbone.raw_source(kind)
+        return source.encode_pixels(self.pixels(domain, "train", index))
 
 
 def run(config: Config) -> dict[str, Any]:

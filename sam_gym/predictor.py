@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 
 from sam_gym.backbones import NO_POINT, Backbone, Prompts, load_backbone
+from sam_gym.backbones.features import ImageFeatures
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Images per encoder call and prompts per decoder call; they bound the memory of a call.
@@ -125,7 +125,7 @@ class Predictor:
         if not len(images):
             raise ValueError("set_images needs at least one image, got an empty list.")
         batches = [images[start : start + _IMAGES] for start in range(0, len(images), _IMAGES)]
-        self.features = torch.cat([self.backbone.encode(batch) for batch in batches])
+        self.features = ImageFeatures.cat([self.backbone.encode(batch) for batch in batches])
         self.image_sizes = [(image.shape[0], image.shape[1]) for image in images]
 
     def predict(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from adaptation.strategy import Strategy, StrategyContext
-from sam_gym.backbones.adapters.adapter import Adapter, Model, RoutedModel
-from sam_gym.backbones.adapters.selectors import EmbeddingSelector, TokenSelector
-from sam_gym.backbones.adapters.tuning import apply_tuned, bytes_of, tuned_weights
+from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.backbones.adapters.model import Model
+from sam_gym.backbones.adapters.routers import RoutedModel, Router
+from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SelectorOptions:
 class Experts(Strategy):
     """Base class: every expert starts from the pretrained SAM and learns one domain."""
 
-    #: Name of the selector in adapter files.
+    #: Key of `ADAPTER_MODULES`.
     _router: ClassVar[str]
     #: Precision in which experts are stored.
     _kept_dtype: ClassVar[torch.dtype] = torch.float32
@@ -34,10 +35,10 @@ class Experts(Strategy):
     def __init__(self, context: StrategyContext) -> None:
         super().__init__(context)
         self._experts: list[dict[str, Tensor]] = []
-        self._selector: TokenSelector | EmbeddingSelector | None = None
+        self._selector: Router | None = None
 
     @abstractmethod
-    def _new_selector(self, num_domains: int) -> TokenSelector | EmbeddingSelector:
+    def _new_selector(self, num_domains: int) -> Router:
         """Make an untrained selector."""
 
     @abstractmethod
@@ -61,13 +62,14 @@ class Experts(Strategy):
 
     def model(self) -> Model:
         assert self._selector is not None
-        sams = [apply_tuned(self.context.sam, self.context.tune, w) for w in self._experts]
+        backbone, tune = self.context.bank.backbone, self.context.tune
+        sams = [backbone.apply_tuned(tune, weights) for weights in self._experts]
         return RoutedModel(self.context.sam, sams, self._selector, self.raw).eval()
 
     def adapter(self) -> Adapter:
         assert self._selector is not None
         weights = {name: w.detach().cpu() for name, w in self._selector.state_dict().items()}
-        return self._adapter(experts=self._experts, chooser=self._router, weights=weights)
+        return self._adapter(experts=self._experts, router=self._router, weights=weights)
 
     def state(self) -> dict[str, Any]:
         selector = None if self._selector is None else self._selector.state_dict()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from adaptation.losses import MaskLoss, mask_costs
 from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext
-from sam_gym.backbones.adapters.adapter import embed
-from sam_gym.backbones.adapters.tuning import apply_tuned, tuned_weights
+from sam_gym.backbones.adapters.model import embed
+from sam_gym.backbones.adapters.tuning import tuned_weights
 from sam_gym.backbones.decode import decode_tokens
 
 
@@ -42,16 +42,17 @@ class LwF(Strategy):
         """Make the SAM with these tuned weights the teacher; None: no teacher."""
         self._teacher_weights, self._teacher = weights, None
         if weights is not None:
-            self._teacher = apply_tuned(self.context.sam, self.context.tune, weights)
+            backbone = self.context.bank.backbone
+            self._teacher = backbone.apply_tuned(self.context.tune, weights)
 
     def loss(self, batch: Batch, masks: MaskLoss) -> Tensor | float:
         if self._teacher is None:
             return 0.0
         with torch.no_grad():
-            raw = embed(self._teacher, batch.raw, self.raw)
-            tokens = decode_tokens(self._teacher, raw, batch.prompts)
-            index = masks.chosen[:, None, None]
-            soft = tokens.draw(tokens.vectors.take_along_dim(index, dim=1))[:, 0].sigmoid()
+            features = embed(self._teacher, batch.raw)
+            tokens = decode_tokens(self._teacher, features, batch.prompts)
+            chosen = tokens.mask_embeddings.take_along_dim(masks.chosen[:, None, None], dim=1)
+            soft = tokens.decode_masks(chosen)[:, 0].sigmoid()
         costs = mask_costs(masks.logits[:, None], soft, batch.valid)
         return self.options.weight * costs.mean()
 

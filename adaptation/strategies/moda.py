@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from adaptation.replay import BufferOptions, buffer_bytes, buffered
 from adaptation.strategies.experts import Experts, SelectorOptions
 from adaptation.strategy import STRATEGIES, seeded
-from sam_gym.backbones.adapters.selectors import TokenSelector, block_inputs, keys_of
+from sam_gym.backbones.adapters.routers import TokenRouter, block_inputs, keys_of
 from sam_gym.backbones.adapters.tuning import encoder_blocks
 
 _LEARNING_RATE, _BATCH = 3e-3, 32
@@ -35,10 +35,10 @@ class MoDA(Experts):
 
     _router: ClassVar[str] = "tokens"
 
-    def _new_selector(self, num_domains: int) -> TokenSelector:
+    def _new_selector(self, num_domains: int) -> TokenRouter:
         block: Any = encoder_blocks(self.context.sam.image_encoder)[0]
         with seeded(self.context.seed):
-            return TokenSelector(block.norm1.weight.shape[0], num_domains)
+            return TokenRouter(block.norm1.weight.shape[0], num_domains)
 
     def _train_selector(self, selector: Any, num_domains: int) -> None:
         bank, encoder = self.context.bank, self.context.sam.image_encoder

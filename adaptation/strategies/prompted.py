@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from adaptation.losses import MaskLoss
 from adaptation.strategy import Batch, Strategy, StrategyContext, seeded
-from sam_gym.backbones.adapters.adapter import Adapter, Model, PromptedModel
-from sam_gym.backbones.adapters.prompt_pools import PROMPT_POOLS
+from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.backbones.adapters.model import ADAPTER_MODULES, Model
+from sam_gym.backbones.adapters.prompt_pools import PromptedModel
 from sam_gym.backbones.adapters.tuning import bytes_of
 from sam_gym.backbones.decode import MaskTokens
 
@@ -27,14 +28,14 @@ class Prompted(Strategy):
 
     tunes: ClassVar[tuple[str, ...]] = ("prompts",)
     default_tune: ClassVar[str] = "prompts"
-    #: Key of `PROMPT_POOLS`.
+    #: Key of `ADAPTER_MODULES`.
     _pool: ClassVar[str]
 
     def __init__(self, context: StrategyContext) -> None:
         super().__init__(context)
-        make = PROMPT_POOLS.get(self._pool)
+        make: Any = ADAPTER_MODULES.get(self._pool)
         with seeded(context.seed):
-            pool = make(self.sam.prompt_encoder.embed_dim, context.num_tasks)
+            pool = make(context.bank.backbone.embedding_shape[0], context.num_tasks)
         self._model = PromptedModel(self.sam, pool.to(context.bank.backbone.device))
 
     def _pretrained(self) -> Sam:
@@ -69,7 +70,7 @@ class Prompted(Strategy):
 
     def adapter(self) -> Adapter:
         weights = {k: v.detach().cpu() for k, v in self._model.pool.state_dict().items()}
-        return self._adapter(chooser=self._pool, weights=weights)
+        return self._adapter(router=self._pool, weights=weights)
 
     def set_state(self, state: dict[str, Any]) -> None:
         super().set_state(state)

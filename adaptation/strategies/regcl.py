@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from adaptation.features import ObjectIndices
 from adaptation.steps import make_batch
 from adaptation.strategy import STRATEGIES, Strategy, StrategyContext
-from sam_gym.backbones.adapters.adapter import Adapter, Model
+from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
 
 #: Off the diagonal, Gram matrices count by this much (RegMean's shrinkage).
@@ -92,7 +93,7 @@ class RegCL(Strategy):
         return merged
 
     def model(self) -> Model:
-        return self.adapter().model(self.context.sam)
+        return self.context.bank.backbone.adapted_model(self.adapter())
 
     def adapter(self) -> Adapter:
         weights = {}

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from adaptation.strategies.experts import Experts, SelectorOptions
 from adaptation.strategy import STRATEGIES, StrategyContext, seeded
-from sam_gym.backbones.adapters.selectors import EmbeddingSelector, pooled_embedding
+from sam_gym.backbones.adapters.routers import EmbeddingRouter, pooled_embedding
 from sam_gym.backbones.adapters.tuning import bytes_of
 
 _LEARNING_RATE = 3e-3
@@ -42,9 +42,9 @@ class SAMCL(Experts):
         super().__init__(context)
         self._kept: list[Tensor] = []
 
-    def _new_selector(self, num_domains: int) -> EmbeddingSelector:
+    def _new_selector(self, num_domains: int) -> EmbeddingRouter:
         with seeded(self.context.seed):
-            return EmbeddingSelector(self.context.sam.prompt_encoder.embed_dim, num_domains)
+            return EmbeddingRouter(self.context.bank.backbone.embedding_shape[0], num_domains)
 
     def after_task(self, task: int) -> None:
         bank = self.context.bank
@@ -52,10 +52,8 @@ class SAMCL(Experts):
         rng = np.random.default_rng([self.context.seed, 19, task])
         count = self.options.buffer_embeddings
         chosen = torch.from_numpy(rng.permutation(bank.train(domain).firsts)[:count])
-        embeddings = bank.raw(domain, "train", "embedding")
-        width = self.context.sam.prompt_encoder.embed_dim
-        own = embeddings[chosen.to(embeddings.device), :width]
-        self._kept.append(pooled_embedding(own))
+        embeddings = bank.raw(domain, "train", "embedding").embedding
+        self._kept.append(pooled_embedding(embeddings[chosen.to(embeddings.device)]))
         super().after_task(task)
 
     def _train_selector(self, selector: Any, num_domains: int) -> None:

@@ -16,7 +16,9 @@ from adaptation.features import BatchTargets
 from adaptation.losses import MaskLoss, whole_object_loss
 from adaptation.strategies.nearest import extents, inner_grid_points, nearest_points, vanished
 from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext, seeded
-from sam_gym.backbones.adapters.adapter import Adapter, ClassHead, Model, embed
+from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.backbones.adapters.class_head import ClassHead
+from sam_gym.backbones.adapters.model import Model, embed
 from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
 from sam_gym.backbones.decode import MaskTokens, Prompts
 from sam_gym.utils.transfer import to_device
@@ -58,7 +60,7 @@ class Saom(Strategy):
                 "for all: train on domains with the same categories."
             )
         with seeded(context.seed):
-            head = ClassHead(self.sam.prompt_encoder.embed_dim, *names)
+            head = ClassHead(context.bank.backbone.embedding_shape[0], *names)
         self._head = head.to(context.bank.backbone.device)
 
     @property
@@ -117,11 +119,8 @@ class Saom(Strategy):
 
     def _nearest(self, objects: BatchTargets) -> Tensor:
         """The points that stand for the objects by nearest neighbour: float32 (P, 2)."""
-        embeddings = objects.raw
-        if self.raw == "pixels":
-            embeddings = embed(self.sam, objects.raw, self.raw)
         return nearest_points(
-            embeddings[:, : self.sam.prompt_encoder.embed_dim],
+            embed(self.sam, objects.raw).embedding,
             objects.rows,
             objects.targets,
             objects.valid,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from adaptation.strategy import STRATEGIES, Strategy
-from sam_gym.backbones.adapters.adapter import Adapter, Model
+from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.backbones.adapters.model import Model
 
 
 @STRATEGIES.register("zero_shot")
@@ -15,7 +16,7 @@ class ZeroShot(Strategy):
     learns: ClassVar[bool] = False
 
     def model(self) -> Model:
-        return Model(self.context.sam, "embedding")
+        return self.context.bank.backbone.pretrained
 
     def adapter(self) -> Adapter:
         raise ValueError(

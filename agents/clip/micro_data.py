@@ -56,7 +56,7 @@ def make_training_set(
             cv2.resize(image, (micro.image_size,) * 2, interpolation=cv2.INTER_CUBIC)
             for image in images[first : first + 32]
         ]
-        teacher.append(F.adaptive_avg_pool2d(micro.encode(big), side).half().cpu())
+        teacher.append(F.adaptive_avg_pool2d(micro.encode(big).embedding, side).half().cpu())
     return TrainingSet(images, present, torch.cat(teacher))
 
 

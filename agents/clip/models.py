@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam_gym.backbones.adapters.adapter import digest_of
 from sam_gym.backbones.loading import resolve_device
+from sam_gym.utils.digest import digest_of
 from sam_gym.utils.registry import unknown_name
 
 CLIP_MICRO = Path(__file__).parents[1] / "weights" / "clip_micro"

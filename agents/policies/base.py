@@ -54,7 +54,7 @@ class StoredFeatures(BaseFeaturesExtractor):
     def embedding(self, observations: dict[str, Tensor]) -> Tensor:
         """Embedding (B, C, h, w) of either observation form."""
         if "handle" in observations:
-            return self.store.gather(observations["handle"][:, 0])
+            return self.store.gather(observations["handle"][:, 0], "embedding")
         return observations["sam_image_embeddings"]
 
     def plane(self, observations: dict[str, Tensor], name: str) -> Tensor:

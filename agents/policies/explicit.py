@@ -66,7 +66,7 @@ class WordMaps:
         clip = surgery.clip
         how = (surgery.blocks, clip.surgical_size, clip.redundant_weight, *words)
         digest = hashlib.sha256("\0".join(map(str, how)).encode()).hexdigest()[:16]
-        #: What the maps are attached to a store as.
+        #: Name of the maps in an `EmbeddingStore`.
         self.name = f"words/{clip.identity}/{digest}"
 
     @torch.no_grad()
@@ -168,7 +168,7 @@ class TextFeatures(ClickFeatures):
         self._words = words
         surgery = shared_surgery(**self._clip)
         self._maps = WordMaps(surgery, self.backbone, words, allow_unknown=self._allow_unknown)
-        self.store.attach(self._maps.name, self._maps)
+        self.store.register_feature(self._maps.name, self._maps)
 
     def forward(self, observations: Any) -> Tensor:
         embedding, mask = self._image(observations)

@@ -262,8 +262,7 @@ def merged(
 
 def without_padding(backbone: Backbone, image: np.ndarray) -> np.ndarray:
     """The embedding of an image, float32 (C, h, w), where there is image."""
-    # Behind the embedding may be further channels.
-    embedding = backbone.encode([image])[0, : backbone.sam.prompt_encoder.embed_dim].cpu().numpy()
+    embedding = backbone.encode([image]).embedding[0].cpu().numpy()
     corner = backbone.to_input_frame(np.array([[image.shape[1], image.shape[0]]]), image.shape[:2])
     side = backbone.image_size / embedding.shape[-1]
     columns, rows = np.maximum(np.ceil(corner[0] / side - 0.01), 1).astype(int)
@@ -280,15 +279,15 @@ def released(backbone: Backbone, split: Split, grid: tuple[int, int]) -> dict[st
     """
     ious, accuracies = [], []
     for sample in split.samples:
-        embedding = backbone.encode([sample.image])
-        points = _points_from_truth(backbone, embedding, sample, grid)
+        features = backbone.encode([sample.image])
+        points = _points_from_truth(backbone, features.embedding, sample, grid)
         prompts = Prompts(
             points=points[:, None],
             labels=torch.ones((len(points), 1), dtype=torch.int64, device=points.device),
             rows=torch.zeros(len(points), dtype=torch.int64, device=points.device),
         )
         ambiguous = torch.ones(len(points), dtype=torch.bool, device=points.device)
-        logits, _ = backbone.decode_best(embedding, prompts, ambiguous)
+        logits, _ = backbone.decode_best(features, prompts, ambiguous)
         for own, truth in zip(logits, sample.masks, strict=True):
             mask = (backbone.masks_at(own[None], truth.shape)[0] > 0).cpu().numpy()
             if sample.ignore is not None:
@@ -316,7 +315,7 @@ def _points_from_truth(
     shown = low_res(framed[-1], shape) > 0.5
     count, device = len(targets), backbone.device
     return nearest_points(
-        embedding[:, : backbone.sam.prompt_encoder.embed_dim],
+        embedding,
         torch.zeros(count, dtype=torch.int64, device=device),
         to_device(targets, device).float() / 255.0,
         to_device(shown, device).float()[None].expand(count, -1, -1),

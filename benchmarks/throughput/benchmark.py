@@ -432,7 +432,7 @@ def play_chunks(config: Config) -> Iterator[Chunk]:
         core: ClickCore = env.unwrapped.core  # type: ignore[attr-defined]
         # An episode's image is let go once the next one's is there.
         kept = max(total // 4, 2 * num_envs)
-        embedding_bytes = 4 * int(np.prod(core.backbone.embedding_shape))
+        embedding_bytes = core.backbone.feature_spec.nbytes
         core.samples = SampleCache(core.dataset, kept * core.dataset[0].image.nbytes)
         core.store = EmbeddingStore(core.backbone, kept * embedding_bytes)
         env.reset(seed=config.seed)

@@ -45,7 +45,7 @@ def encoder_speed(backbone: Backbone, plain: Sam, batch: int = 16) -> dict[str, 
     ours = batch / _median_seconds(lambda: backbone.encode(images), backbone.device)
     theirs = batch / _median_seconds(one_by_one, backbone.device)
     embedding = torch.cat([_embedding(predictor, image) for image in images])
-    difference = (backbone.encode(images)[:, : embedding.shape[1]] - embedding).abs().max()
+    difference = (backbone.encode(images).embedding - embedding).abs().max()
     return {
         "images_per_second": ours,
         "plain_images_per_second": theirs,
@@ -67,7 +67,7 @@ def decoder_speed(backbone: Backbone, prompts: int) -> dict[str, float]:
     large copy. Latency is that of one click on one image.
     """
     device = backbone.device
-    embeddings = torch.randn(prompts, *backbone.embedding_shape, device=device)
+    features = backbone.feature_spec.empty(prompts, device).map(torch.Tensor.normal_)
     batch = Prompts(
         points=torch.full((prompts, 3, 2), 50.0, device=device),
         labels=torch.ones((prompts, 3), dtype=torch.long, device=device),
@@ -76,13 +76,13 @@ def decoder_speed(backbone: Backbone, prompts: int) -> dict[str, float]:
     first = torch.zeros(prompts, dtype=torch.bool, device=device)
     one = Prompts(batch.points[:1], batch.labels[:1], masks=batch.masks[:1])  # type: ignore[index]
 
-    decode = _median_seconds(lambda: backbone.decode_best(embeddings, batch, first), device)
-    click = _median_seconds(lambda: backbone.decode_best(embeddings[:1], one, first[:1]), device)
+    decode = _median_seconds(lambda: backbone.decode_best(features, batch, first), device)
+    click = _median_seconds(lambda: backbone.decode_best(features[:1], one, first[:1]), device)
     # Compiled code does not say what it multiplies.
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        backbone.decode_best(embeddings, batch, first)
+        backbone.decode_best(features, batch, first)
     flops = counter.get_total_flops()
-    moved = 4 * (embeddings.numel() + 2 * prompts * int(np.prod(backbone.mask_shape)))
+    moved = prompts * (backbone.feature_spec.nbytes + 8 * int(np.prod(backbone.mask_shape)))
 
     side = 8192 if device.type == "cuda" else 2048
     left = torch.randn(side, side, device=device, dtype=backbone.dtype)
@@ -142,8 +142,8 @@ def precision_effect(backbone: Backbone, count: int = 32) -> dict[str, dict[str,
         return Backbone(backbone.name, backbone.private_copy(), device, dtype)
 
     exact = at(torch.float32)
-    embeddings = exact.encode(images)
-    truth = exact.decode_best(embeddings, prompts, first)[0] > 0
+    features = exact.encode(images)
+    truth = exact.decode_best(features, prompts, first)[0] > 0
 
     def iou(logits: torch.Tensor) -> float:
         masks = logits > 0
@@ -153,7 +153,7 @@ def precision_effect(backbone: Backbone, count: int = 32) -> dict[str, dict[str,
     effect = {}
     for dtype in (torch.bfloat16, torch.float16):
         lower = at(dtype)
-        kept = embeddings.to(dtype).float()
+        kept = features.floating_to(dtype).floating_to(torch.float32)
         effect[str(dtype).removeprefix("torch.")] = {
             "model": iou(lower.decode_best(lower.encode(images), prompts, first)[0]),
             "disk": iou(exact.decode_best(kept, prompts, first)[0]),

@@ -1,18 +1,19 @@
-"""Compiled model calls that see few shapes, so that nothing compiles once work is under way."""
+"""Compiled model calls with few distinct shapes, so that nothing recompiles during work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-#: Shapes that one function may be compiled for; torch's own limits are for shapes by accident.
+#: Number of shapes per function; torch's lower limits guard against accidental recompilation.
 _LIMITS = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
 
 
 def padded_size(count: int) -> int:
-    """The power of two that a batch of `count` rows is padded to."""
+    """The power of two to which a batch of `count` rows is padded."""
     return 1 << max(0, count - 1).bit_length()
 
 
@@ -23,8 +24,8 @@ class FixedShapes:
     compiles, which takes up to minutes; later ones never do.
 
     Args:
-        function: tensors of B rows (or None) -> tensors of B rows, row by row.
-        backend: what compiles, a name that `torch.compile` knows or a function.
+        function: maps tensors of B rows, and other constants, to tensors of B rows, row by row.
+        backend: of `torch.compile`, a name or a function.
     """
 
     def __init__(
@@ -37,12 +38,12 @@ class FixedShapes:
             function, fullgraph=True, dynamic=False, backend=backend, mode=mode
         )
 
-    def __call__(self, *inputs: Tensor | None) -> list[Tensor]:
-        count = next(len(tensor) for tensor in inputs if tensor is not None)
+    def __call__(self, *inputs: Any) -> list[Tensor]:
+        count = next(len(value) for value in inputs if isinstance(value, Tensor))
         missing = padded_size(count) - count
         if missing:
             inputs = tuple(
-                None if x is None else torch.cat([x, x[-1:].expand(missing, *x.shape[1:])])
+                torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if isinstance(x, Tensor) else x
                 for x in inputs
             )
         with torch._dynamo.config.patch(_LIMITS):

@@ -17,6 +17,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
 from torch import Tensor
 from torch.nn import functional as F
 
+from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.hq import HqMaskDecoder
 
 #: Keys that are so few, and queries that are not, are attended to in another way on a CPU.
@@ -39,7 +40,7 @@ class Prompts:
         has_box: bool (P,), which rows have a box (None: all, if `boxes` is given).
         masks: float32 (P, hm, wm), previous low-res mask logits, or None.
         has_mask: bool (P,), which rows have a mask (None: all, if `masks` is given).
-        rows: int64 (P,), which embedding each prompt set is for (None: row i is for embedding i).
+        rows: int64 (P,), the image of each prompt set (None: prompt set i is for image i).
     """
 
     points: Tensor | None = None
@@ -214,94 +215,91 @@ def _unfold(masks: Tensor, grid: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskTokens:
-    """A decoded prompt before masks are drawn: the mask tokens' vectors and predicted IoU.
+    """Decoded prompts before their masks are computed.
 
     Attributes:
-        vectors: (P, K, C / 8), one per mask token; token 0 is the single mask, 1.. the multimask.
+        mask_embeddings: (P, K, C / 8), one per mask token; token 0 is the single mask, 1.. the
+            multimask.
         features: (P, h * w, 16, C / 8), upscaled image features.
-        iou: (P, K), predicted IoU of each.
+        iou: (P, K), predicted IoU of each mask.
         grid: (h, w) of the embedding.
         refinement: (P, 4h, 4w), what an HQ decoder adds to every mask, or None.
-        tokens: (P, K, C), the mask tokens as the transformer leaves them, for those who ask what
-            a mask is of.
+        tokens: (P, K, C), output of the transformer for the mask tokens, as class heads take it.
     """
 
-    vectors: Tensor
+    mask_embeddings: Tensor
     features: Tensor
     iou: Tensor
     grid: tuple[int, int]
     refinement: Tensor | None = None
     tokens: Tensor | None = None
 
-    def draw(self, vectors: Tensor) -> Tensor:
-        """Mask logits (P, M, 4h, 4w) of the chosen vectors (P, M, C / 8)."""
-        masks = torch.einsum("pmc,pnkc->pmnk", vectors, self.features)
+    def decode_masks(self, mask_embeddings: Tensor | None = None) -> Tensor:
+        """Mask logits (P, M, 4h, 4w) of mask embeddings (P, M, C / 8), by default of all."""
+        chosen = self.mask_embeddings if mask_embeddings is None else mask_embeddings
+        masks = torch.einsum("pmc,pnkc->pmnk", chosen, self.features)
         logits = _unfold(masks, self.grid)
         return logits if self.refinement is None else logits + self.refinement[:, None]
 
-    def draw_pairs(self, rows: Tensor, which: Tensor) -> Tensor:
+    def decode_mask_pairs(self, rows: Tensor, which: Tensor) -> Tensor:
         """Mask logits (N, 4h, 4w) of single masks.
 
         Args:
             rows: int64 (N,), the prompt of each.
             which: int64 (N,), its mask token.
         """
-        masks = torch.einsum("nc,nikc->nik", self.vectors[rows, which], self.features[rows])
+        chosen = self.mask_embeddings[rows, which]
+        masks = torch.einsum("nc,nikc->nik", chosen, self.features[rows])
         logits = _unfold(masks[:, None], self.grid)[:, 0]
         return logits if self.refinement is None else logits + self.refinement[rows]
 
-    @classmethod
-    def merged(cls, parts: Sequence[tuple[Tensor, MaskTokens]]) -> MaskTokens:
-        """Prompts that were decoded apart, together again.
-
-        Args:
-            parts: which rows, int64 (P_i,), and what was decoded for them; of one grid.
-        """
-
-        def together(name: str) -> Tensor:
-            return scattered([(rows, getattr(part, name)) for rows, part in parts])
-
-        first = parts[0][1]
-        refinement, tokens = (
-            None if getattr(first, name) is None else together(name)
-            for name in ("refinement", "tokens")
-        )
-        vectors, features, iou = map(together, ("vectors", "features", "iou"))
-        return cls(vectors, features, iou, first.grid, refinement, tokens)
-
-    def draw_best(self, multimask: Tensor) -> tuple[Tensor, Tensor]:
+    def decode_best_masks(self, multimask: Tensor) -> tuple[Tensor, Tensor]:
         """Mask logits (P, 4h, 4w) and predicted IoU (P,) of each row's `best_token`."""
         best = best_token(self.iou, multimask)[:, None]
-        vectors = self.vectors.take_along_dim(best[..., None], dim=1)
-        return self.draw(vectors)[:, 0], self.iou.gather(1, best)[:, 0]
+        chosen = self.mask_embeddings.take_along_dim(best[..., None], dim=1)
+        return self.decode_masks(chosen)[:, 0], self.iou.gather(1, best)[:, 0]
 
+    @classmethod
+    def merged(cls, parts: Sequence[tuple[Tensor, MaskTokens]]) -> MaskTokens:
+        """Put prompts that were decoded in several calls back in order.
 
-def scattered(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Rows that were computed apart in one tensor: pairs of rows, int64 (B_i,), and (B_i, ...)."""
-    rows = torch.cat([rows for rows, _ in parts])
-    return torch.cat([values for _, values in parts])[rows.argsort()]
+        Args:
+            parts: rows, int64 (P_i,), and their decoded prompts; all of one grid.
+        """
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        own = [vars(part) for _, part in parts]
+
+        def merge(name: str, value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return torch.cat([part[name] for part in own])[order]
+
+        return cls(**{name: merge(name, value) for name, value in own[0].items()})
 
 
 def decode_tokens(
-    sam: Sam, embeddings: Tensor, prompts: Prompts, further: Tensor | None = None
+    sam: Sam, features: ImageFeatures, prompts: Prompts, further: Tensor | None = None
 ) -> MaskTokens:
     """Run the prompt encoder and the two-way transformer; differentiable.
 
     Args:
         sam: the model whose weights are used.
-        embeddings: (B, C, h, w) from the image encoder (of an HQ decoder: from `encode_pixels`).
+        features: of B images, from `encode_pixels`.
         prompts: P prompt sets; without `rows`, P equals B.
-        further: (P, K, C), tokens that stand behind those of the prompts, or None.
+        further: (P, K, C), tokens that are appended to those of the prompts, or None.
+
+    Raises:
+        ValueError: P differs from B and the prompts have no rows.
     """
     decoder = sam.mask_decoder
     hq = decoder if isinstance(decoder, HqMaskDecoder) else None
     count = len(prompts)
     rows = prompts.rows
-    if rows is None and len(embeddings) != count:
-        raise ValueError(f"{count} prompt sets for {len(embeddings)} embeddings: pass rows=.")
-    if rows is not None and (prompts.masks is not None or len(embeddings) > count):
+    if rows is None and len(features) != count:
+        raise ValueError(f"{count} prompt sets for {len(features)} images: pass rows=.")
+    if rows is not None and (prompts.masks is not None or len(features) > count):
         # With masks, no two prompts see the same; and few prompts do not pay for many images.
-        embeddings, rows = embeddings[rows], None
+        features, rows = features[rows], None
     sparse, present = encode_points_and_boxes(sam.prompt_encoder, prompts)
     output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     if hq is not None:
@@ -312,25 +310,23 @@ def decode_tokens(
         tokens = torch.cat([tokens, further.to(tokens.dtype)], dim=1)
         present = torch.cat([present, present.new_ones(further.shape[:2])], dim=1)
 
-    grid = (embeddings.shape[-2], embeddings.shape[-1])
-    width = decoder.transformer_dim
-    embeddings, behind = embeddings[:, :width], embeddings[:, width:]
-    image = (embeddings + encode_masks(sam.prompt_encoder, prompts)).flatten(2).transpose(1, 2)
+    embedding = features.embedding
+    grid = (embedding.shape[-2], embedding.shape[-1])
+    image = (embedding + encode_masks(sam.prompt_encoder, prompts)).flatten(2).transpose(1, 2)
     image_pe = sam.prompt_encoder.get_dense_pe().to(image.dtype).flatten(2).transpose(1, 2)
     tokens, keys = _two_way(decoder.transformer, image, image_pe, tokens, present, rows)
 
     own = tokens[:, 1 : 1 + decoder.num_mask_tokens]
     mlps = enumerate(decoder.output_hypernetworks_mlps)
-    vectors = torch.stack([mlp(own[:, k]) for k, mlp in mlps], dim=1)
+    mask_embeddings = torch.stack([mlp(own[:, k]) for k, mlp in mlps], dim=1)
     iou = decoder.iou_prediction_head(tokens[:, 0])
-    features = _upscale(decoder, keys)
+    upscaled = _upscale(decoder, keys)
     refinement = None
     if hq is not None:
-        upscaled = _unfold(features.permute(0, 3, 1, 2), grid)
-        token = tokens[:, len(output) - 1]
-        behind = F.pixel_shuffle(behind, 4)
-        refinement = hq.refinement(token, upscaled, behind if rows is None else behind[rows])
-    return MaskTokens(vectors, features, iou, grid, refinement, own)
+        own_features = features["hq"] if rows is None else features["hq"][rows]
+        folded = _unfold(upscaled.permute(0, 3, 1, 2), grid)
+        refinement = hq.refinement(tokens[:, len(output) - 1], folded, own_features)
+    return MaskTokens(mask_embeddings, upscaled, iou, grid, refinement, own)
 
 
 def best_token(iou: Tensor, multimask: Tensor) -> Tensor:

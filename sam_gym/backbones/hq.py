@@ -1,9 +1,8 @@
-"""HQ-SAM: early features of the encoder, and one more mask token, sharpen SAM's masks.
+"""HQ-SAM: early encoder features and one more mask token sharpen SAM's masks.
 
-Ke et al. 2023, "Segment Anything in High Quality". The modules carry the names of the published
-checkpoints. What the decoder needs of the early features depends on the image alone, so it is
-computed while encoding and travels behind the embedding as more channels of one tensor: stores,
-handles and batches need not know of it.
+Ke et al. 2023, "Segment Anything in High Quality". Module names are those of the published
+checkpoints. The part of the HQ features that does not depend on the prompt is computed once per
+image, as the feature `hq` of `ImageFeatures`.
 """
 
 from __future__ import annotations
@@ -16,29 +15,11 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, Sam
 from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sam_gym.backbones.encoders import assemble
+from sam_gym.backbones.features import FeatureSpec, ImageFeatures, TensorSpec
 
-
-class HqImageEncoder(ImageEncoderViT):
-    """SAM's ViT, which also tells what its first block of global attention saw."""
-
-    def forward_with_early(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels (B, 3, S, S) -> embedding (B, C, h, w), early features (B, D, h, w)."""
-        x = self.patch_embed(x)
-        if self.pos_embed is not None:
-            x = x + self.pos_embed
-        early = None
-        for block in self.blocks:
-            x = block(x)
-            if early is None and block.window_size == 0:
-                early = x
-        assert early is not None, "an HQ encoder needs a block of global attention"
-        return self.neck(x.permute(0, 3, 1, 2)), early.permute(0, 3, 1, 2)
-
-
-#: What an HQ decoder has beyond SAM's, by the names of the published checkpoints.
+#: Modules of an HQ decoder beyond SAM's, as the published checkpoints name them.
 _HEAD = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
 
 
@@ -52,7 +33,7 @@ class HqMaskDecoder(MaskDecoder):
 
     Args:
         vit_dim: channels of the early features.
-        vit_rank: channels that they are reduced to first (None: they are not), for a small head.
+        vit_rank: channels that a small head reduces them to first (None: no reduction).
         **kwargs: as of `MaskDecoder`.
     """
 
@@ -84,11 +65,11 @@ class HqMaskDecoder(MaskDecoder):
         )
 
     def image_features(self, embedding: Tensor, early: Tensor) -> Tensor:
-        """What the HQ token sees of an image, whatever the prompt: (B, C / 8, 4h, 4w)."""
+        """The prompt-independent HQ features of images: (B, C / 8, 4h, 4w)."""
         return self.embedding_encoder(embedding) + self.compress_vit_feat(early)
 
     def refinement(self, token: Tensor, upscaled: Tensor, image_features: Tensor) -> Tensor:
-        """What is added to the logits of every mask: (P, 4h, 4w).
+        """The residual that is added to the logits of every mask: (P, 4h, 4w).
 
         Args:
             token: (P, C), the HQ token after the transformer.
@@ -99,38 +80,81 @@ class HqMaskDecoder(MaskDecoder):
         return torch.einsum("pc,pchw->phw", self.hf_mlp(token), features)
 
 
-def encode_pixels(sam: Sam, pixels: Tensor) -> Tensor:
-    """Prepared pixels (B, 3, S, S) -> embeddings (B, `embedding_channels(sam)`, h, w)."""
-    decoder = sam.mask_decoder
-    if not isinstance(decoder, HqMaskDecoder):
-        return sam.image_encoder(pixels)
-    return with_hq_features(sam, encode_features(sam.image_encoder, pixels))
+def encode_with_early(encoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode prepared pixels (B, 3, S, S): embedding (B, C, h, w), early features (B, D, h, w).
+
+    A ViT's early features are those after its first block of global attention. Other encoders
+    define `forward_with_early` and `early_channels`.
+
+    Raises:
+        ValueError: the encoder has no early features.
+    """
+    early_channels(encoder)
+    if not isinstance(encoder, ImageEncoderViT):
+        return encoder.forward_with_early(pixels)
+    x: Tensor = encoder.patch_embed(pixels)
+    if encoder.pos_embed is not None:
+        x = x + encoder.pos_embed
+    early = None
+    for block in encoder.blocks:
+        x = block(x)
+        if early is None and block.window_size == 0:
+            early = x
+    assert early is not None, "an HQ encoder needs a block of global attention"
+    return encoder.neck(x.permute(0, 3, 1, 2)), early.permute(0, 3, 1, 2)
 
 
-def encode_features(encoder: Any, pixels: Tensor) -> Tensor:
-    """Prepared pixels -> the embedding, and behind it the early features: (B, C + D, h, w)."""
-    return torch.cat(encoder.forward_with_early(pixels), dim=1)
+def early_channels(encoder: Any) -> int:
+    """Channels of an encoder's early features.
+
+    Raises:
+        ValueError: the encoder has none.
+    """
+    if isinstance(encoder, ImageEncoderViT):
+        return encoder.patch_embed.proj.out_channels
+    if not hasattr(encoder, "early_channels"):
+        raise ValueError(
+            "tune='hq' and 'hq_small' need early features of the encoder; "
+            f"{type(encoder).__name__} has none. Take micro or a ViT SAM, or another tune target."
+        )
+    return int(encoder.early_channels)
 
 
-def with_hq_features(sam: Sam, features: Tensor) -> Tensor:
-    """What an HQ decoder takes, (B, 3 * C, h, w), from `encode_features`."""
+def encode_pixels(sam: Sam, pixels: Tensor) -> ImageFeatures:
+    """Encode prepared pixels (B, 3, S, S): `embedding`, and `hq` for an HQ decoder."""
+    if not isinstance(sam.mask_decoder, HqMaskDecoder):
+        return ImageFeatures({"embedding": sam.image_encoder(pixels)})
+    return with_hq_features(sam, early_features(sam.image_encoder, pixels))
+
+
+def early_features(encoder: Any, pixels: Tensor) -> ImageFeatures:
+    """Encode prepared pixels: `embedding` and `early`, from which `with_hq_features` starts."""
+    embedding, early = encode_with_early(encoder, pixels)
+    return ImageFeatures({"embedding": embedding, "early": early})
+
+
+def with_hq_features(sam: Sam, features: ImageFeatures) -> ImageFeatures:
+    """Replace `early` by the `hq` features that an HQ decoder takes; differentiable."""
     decoder = sam.mask_decoder
     assert isinstance(decoder, HqMaskDecoder)
-    width = decoder.transformer_dim
-    embedding, early = features[:, :width], features[:, width:]
-    image_features = decoder.image_features(embedding, early)
-    return torch.cat([embedding, F.pixel_unshuffle(image_features, 4)], dim=1)
+    embedding = features.embedding
+    return ImageFeatures(
+        {"embedding": embedding, "hq": decoder.image_features(embedding, features["early"])}
+    )
 
 
-def embedding_channels(sam: Sam) -> int:
-    """Channels of `encode_pixels`: SAM's own, and behind them 16 x C / 8 with an HQ decoder."""
-    width = sam.prompt_encoder.embed_dim
-    return 3 * width if isinstance(sam.mask_decoder, HqMaskDecoder) else width
+def feature_spec(sam: Sam) -> FeatureSpec:
+    """Shapes and dtypes of `encode_pixels`, in float32."""
+    width, grid = sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size
+    tensors = {"embedding": TensorSpec((width, *grid))}
+    if isinstance(sam.mask_decoder, HqMaskDecoder):
+        tensors["hq"] = TensorSpec((width // 8, 4 * grid[0], 4 * grid[1]))
+    return FeatureSpec(tensors)
 
 
 def build_hq(embed_dim: int, depth: int, num_heads: int, global_blocks: tuple[int, ...]) -> Sam:
     """An HQ-SAM over a ViT with random weights."""
-    encoder = HqImageEncoder(
+    encoder = ImageEncoderViT(
         depth=depth,
         embed_dim=embed_dim,
         num_heads=num_heads,

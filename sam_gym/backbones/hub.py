@@ -16,7 +16,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, Sam
 from torch import nn
 
 from sam_gym.backbones.encoders import State, assemble
-from sam_gym.backbones.hq import HqImageEncoder, HqMaskDecoder
+from sam_gym.backbones.hq import HqMaskDecoder
 
 #: Names that begin with this are loaded from the hub: "hf:facebook/sam-vit-base".
 PREFIX = "hf:"
@@ -124,7 +124,7 @@ def build(config: Any) -> Sam:
     if vision.patch_size != 16:
         raise ValueError(f"Expected patches of 16 pixels, got {vision.patch_size}.")
     is_hq = config.model_type == "sam_hq"
-    encoder = (HqImageEncoder if is_hq else ImageEncoderViT)(
+    encoder = ImageEncoderViT(
         img_size=vision.image_size,
         embed_dim=vision.hidden_size,
         depth=vision.num_hidden_layers,

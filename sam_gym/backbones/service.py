@@ -1,11 +1,12 @@
-"""One SAM as a batched service, shared by everybody and changed by nobody."""
+"""A SAM as a batched service: shared by a whole process, changed by nobody."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,22 +15,132 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_gym.backbones.adapters.adapter import Adapter, Model, digest_of
+from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.backbones.adapters.model import Model, raw_features, raw_spec
+from sam_gym.backbones.adapters.tuning import TUNINGS, apply_tuned
 from sam_gym.backbones.attention import fuse_attention
 from sam_gym.backbones.compiled import FixedShapes, padded_size
-from sam_gym.backbones.decode import NO_POINT, Prompts
+from sam_gym.backbones.decode import NO_POINT, MaskTokens, Prompts
+from sam_gym.backbones.features import FeatureSpec, ImageFeatures
 from sam_gym.backbones.memory import keep_freed_memory
+from sam_gym.utils.digest import digest_of
 from sam_gym.utils.transfer import to_device
 
-#: Precisions by name, of models and of embeddings on disk.
+#: Precisions by name, of models and of features on disk.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: Points of a compiled call: this many, or twice, four times, ... as many.
+#: Smallest number of points of a compiled call; larger numbers are powers of two.
 _POINTS = 8
 
 
+class FeatureSource(Protocol):
+    """Computes image features; all that an `EmbeddingStore` or `DiskStore` needs."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features are."""
+        ...
+
+    @property
+    def feature_spec(self) -> FeatureSpec:
+        """Shapes and dtypes of the features."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Hex digest of everything that the features depend on, beside the image."""
+        ...
+
+    def encode(self, images: Sequence[np.ndarray]) -> ImageFeatures:
+        """Encode B images uint8 (H, W, 3), RGB; sizes may differ."""
+        ...
+
+
+class BackboneService(FeatureSource, Protocol):
+    """What environments, agents and generators need of a promptable segmentation model.
+
+    `Backbone` implements it for the SAM family. A model with another encoder or decoder implements
+    it too; nothing outside `sam_gym.backbones` may depend on more.
+    """
+
+    @property
+    def name(self) -> str:
+        """The registered name."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the model."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input frame, in pixels."""
+        ...
+
+    @property
+    def embedding_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the feature `embedding`."""
+        ...
+
+    @property
+    def mask_shape(self) -> tuple[int, int]:
+        """(hm, wm) of a low-res mask."""
+        ...
+
+    @property
+    def mask_threshold(self) -> float:
+        """Logit above which a pixel belongs to a mask."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of `class_logits`; empty if the model does not classify masks."""
+        ...
+
+    def decode(
+        self, features: ImageFeatures, prompts: Prompts, *, multimask: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Decode P prompt sets: mask logits (P, M, hm, wm), predicted IoU (P, M)."""
+        ...
+
+    def decode_best(
+        self, features: ImageFeatures, prompts: Prompts, multimask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Decode one mask per prompt set: logits (P, hm, wm), predicted IoU (P,)."""
+        ...
+
+    def decode_tokens(self, features: ImageFeatures, prompts: Prompts) -> MaskTokens:
+        """Decode P prompt sets up to their mask tokens, from which masks can be chosen."""
+        ...
+
+    def class_logits(self, tokens: MaskTokens) -> Tensor:
+        """Classify the masks of decoded prompts: logits (P, K, number of classes)."""
+        ...
+
+    def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in the input frame of an image of (height, width)."""
+        ...
+
+    def to_input_frame(self, points: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+        """Scale (x, y) pixels of an image of (height, width) to the input frame."""
+        ...
+
+    def masks_at(self, logits: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Resize low-res logits (..., hm, wm) to an image's size, (..., height, width)."""
+        ...
+
+    def framed(self, image: np.ndarray) -> np.ndarray:
+        """Resize and pad an image to the input frame, uint8 (S, S, 3)."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the model runs in the precision of the backbone."""
+        ...
+
+
 class Backbone:
-    """A frozen SAM on one device.
+    """A frozen SAM on one device; implements `BackboneService`.
 
     Args:
         name: the registered name.
@@ -38,7 +149,7 @@ class Backbone:
         dtype: float32, or a lower precision for autocast.
         compile: run `encode` and `decode_best` compiled, with CUDA graphs on CUDA; batches are
             padded to a few fixed shapes, each of which compiles at its first call.
-        adapter: what was learned on top of it.
+        adapter: learned weights on top of the model, or None.
 
     Raises:
         ValueError: the adapter was made for another model, or cannot be compiled.
@@ -58,25 +169,29 @@ class Backbone:
             keep_freed_memory()
         self.sam = sam.to(device).eval().requires_grad_(False)
         fuse_attention(self.sam.image_encoder)
-        #: The model at work: that SAM, or what an adapter has made of it.
-        self.model = Model(self.sam)
-        self.adapter = adapter
+        #: The SAM without the adapter. Its `raw_features` are the features.
+        self.pretrained = Model(self.sam, "embedding")
+        self.model, self.adapter = self.pretrained, adapter
         if adapter is not None:
             adapter.check_fits(name, self.weights_digest)
-            self.model = adapter.model(self.sam).to(device)
+            self.model = adapter.model(self.sam)
         self.image_size: int = sam.image_encoder.img_size
-        grid = sam.prompt_encoder.image_embedding_size
-        #: (C, h, w) of one embedding.
-        self.embedding_shape = (self.model.channels, *grid)
+        #: Logit above which a pixel belongs to a mask.
+        self.mask_threshold: float = sam.mask_threshold
+        #: (C, h, w) of the feature `embedding`.
+        self.embedding_shape = (
+            sam.prompt_encoder.embed_dim,
+            *sam.prompt_encoder.image_embedding_size,
+        )
         #: (hm, wm) of a low-res mask.
-        self.mask_shape = (4 * grid[0], 4 * grid[1])
+        self.mask_shape = (4 * self.embedding_shape[1], 4 * self.embedding_shape[2])
         self._resizer = ResizeLongestSide(self.image_size)
         self._encode: Callable[..., Sequence[Tensor]] = partial(_encode, self.model)
         self._decode_best: Callable[..., Sequence[Tensor]] = partial(_decode_best, self.model)
         self.compiled = compile
         if compile and not self.model.fixed_shapes:
             raise ValueError(
-                "An adapter that chooses among experts does not compile: compile=False."
+                "An adapter that routes among experts does not compile: compile=False."
             )
         if compile:
             self._encode = FixedShapes(self._encode)
@@ -88,24 +203,33 @@ class Backbone:
         device = str(self.device)
         return f"Backbone({self.name!r}, device={device!r}, dtype={self.dtype}{compiled}{adapted})"
 
+    @property
+    def feature_spec(self) -> FeatureSpec:
+        """Shapes and dtypes of `encode`."""
+        return self.model.feature_spec
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of `class_logits`; empty without a class head."""
+        return self.model.classes
+
     @cached_property
     def weights_digest(self) -> str:
-        """Hex digest of the weights of the SAM, whatever its precision: tells adapters apart."""
+        """Hex digest of the weights of the SAM in any precision, without the adapter."""
         return digest_of(self.sam.state_dict())
 
     @cached_property
     def identity(self) -> str:
-        """Hex digest of the name and all weights: tells whose embedding an embedding is."""
+        """Hex digest of the name, the precision and all weights."""
         state = self.sam.state_dict()
         if self.adapter is not None:
             state |= self.adapter.state
         return digest_of(state, f"{self.name}/{self.dtype}")
 
     def with_model(self, model: Model) -> Backbone:
-        """The same SAM with another model at work on it, as a trainer has it; not compiled."""
+        """The same service with another model of this SAM, as a trainer has it; not compiled."""
         own = copy.copy(self)
         own.model, own.compiled = model, False
-        own.embedding_shape = (model.channels, *self.embedding_shape[1:])
         own._encode, own._decode_best = partial(_encode, model), partial(_decode_best, model)
         return own
 
@@ -113,10 +237,31 @@ class Backbone:
         """A copy of the model that a trainer may change; all its parameters require gradients."""
         return copy.deepcopy(self.sam).requires_grad_(True)
 
+    def tuned_copy(self, tune: str) -> Sam:
+        """A SAM to be trained that shares the frozen weights; `tune` is a key of `TUNINGS`."""
+        return TUNINGS.get(tune).prepare(self.sam)
+
+    def apply_tuned(self, tune: str, weights: Mapping[str, Tensor]) -> Sam:
+        """A frozen SAM with tuned weights that shares all others; see `apply_tuned`."""
+        return apply_tuned(self.sam, tune, weights)
+
+    def adapted_model(self, adapter: Adapter, source: str = "adapter") -> Model:
+        """The model of an adapter on this SAM; `source` names its file in messages.
+
+        Raises:
+            ValueError: the adapter was made for another SAM.
+        """
+        adapter.check_fits(self.name, self.weights_digest)
+        return adapter.model(self.sam, source)
+
+    def raw_source(self, kind: str) -> RawFeatureSource:
+        """The pretrained SAM's `raw_features` of a kind, for stores and trainers."""
+        return RawFeatureSource(self, kind)
+
     # Frames ------------------------------------------------------------------------------------
 
     def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) that an image of (height, width) has once its longest side fits."""
+        """(height, width) in the input frame of an image of (height, width)."""
         return self._resizer.get_preprocess_shape(*image_size, self.image_size)
 
     def to_input_frame(self, points: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
@@ -134,7 +279,7 @@ class Backbone:
         return (np.asarray(points, np.float64) * scale).astype(np.float32)
 
     def masks_at(self, logits: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Low-res logits (..., hm, wm) as logits at an image's size (..., height, width)."""
+        """Resize low-res logits (..., hm, wm) to an image's size, (..., height, width)."""
         height, width = self.input_size(image_size)
         flat = logits.reshape(-1, 1, *logits.shape[-2:]).float()
         full = F.interpolate(flat, (self.image_size,) * 2, mode="bilinear", align_corners=False)
@@ -144,13 +289,13 @@ class Backbone:
         return full.reshape(*logits.shape[:-2], *image_size)
 
     def resize(self, image: np.ndarray) -> np.ndarray:
-        """Scale uint8 (H, W, 3) so that its longest side is the model's, as SAM does."""
+        """Resize uint8 (H, W, 3) so that its longest side is the model's, as SAM does."""
         if max(image.shape[:2]) == self.image_size:
             return image
         return self._resizer.apply_image(image)
 
     def framed(self, image: np.ndarray) -> np.ndarray:
-        """An image as SAM sees it, uint8 (S, S, 3): longest side resized, padded with black."""
+        """Resize the longest side and pad with black: the input frame, uint8 (S, S, 3)."""
         size = self.image_size
         if image.shape[:2] == (size, size):
             return image
@@ -159,72 +304,73 @@ class Backbone:
         frame[: resized.shape[0], : resized.shape[1]] = resized
         return frame
 
-    # Work --------------------------------------------------------------------------------------
+    # Inference -----------------------------------------------------------------------------------
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
         """Resize the longest side, normalise and pad: float32 (B, 3, S, S) on the device."""
         batch = np.zeros((len(images), self.image_size, self.image_size, 3), np.uint8)
         sizes = []
-        for slot, image in zip(batch, images, strict=True):
+        for frame, image in zip(batch, images, strict=True):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(
                     f"An image must be uint8 (H, W, 3), got {image.dtype} {image.shape}."
                 )
             resized = self.resize(image)
             height, width = resized.shape[:2]
-            slot[:height, :width] = resized
+            frame[:height, :width] = resized
             sizes.append((height, width))
         pixels = to_device(batch, self.device).permute(0, 3, 1, 2)
         pixels = (pixels - self.sam.pixel_mean) / self.sam.pixel_std
-        for slot, (height, width) in zip(pixels, sizes, strict=True):
-            slot[:, height:] = 0.0
-            slot[:, :, width:] = 0.0
+        for frame, (height, width) in zip(pixels, sizes, strict=True):
+            frame[:, height:] = 0.0
+            frame[:, :, width:] = 0.0
         return pixels
 
     @torch.no_grad()
-    def encode(self, images: Sequence[np.ndarray]) -> Tensor:
+    def encode(self, images: Sequence[np.ndarray]) -> ImageFeatures:
         """Encode images of any size.
 
         Args:
             images: B arrays uint8 (H, W, 3), RGB; sizes may differ.
 
         Returns:
-            Embeddings, float32 (B, C, h, w), on the device.
+            Features of B images as `feature_spec` describes them, on the device.
 
         Raises:
             ValueError: an image has another dtype or shape.
         """
         with self.autocast():
-            return self._encode(self.prepare(images))[0].float().contiguous()
+            tensors = self._encode(self.prepare(images))
+        return _float32(ImageFeatures(dict(zip(self.feature_spec.tensors, tensors, strict=True))))
 
     @torch.no_grad()
     def decode(
-        self, embeddings: Tensor, prompts: Prompts, *, multimask: bool = False
+        self, features: ImageFeatures, prompts: Prompts, *, multimask: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Decode P prompt sets in one call; every row gives what it would give alone.
+        """Decode P prompt sets in one call; batching does not change a row's result.
 
         Args:
-            embeddings: (B, C, h, w) from `encode`.
+            features: of B images, from `encode`.
             prompts: P prompt sets (see `Prompts`).
-            multimask: the three masks for ambiguous prompts, instead of the single one.
+            multimask: return the three masks for ambiguous prompts instead of the single one.
 
         Returns:
             Mask logits float32 (P, M, hm, wm) and predicted IoU float32 (P, M); M is 3 or 1.
         """
         with self.autocast():
-            tokens = self.model.decode(embeddings, prompts)
+            tokens = self.model.decode(features, prompts)
             chosen = slice(1, None) if multimask else slice(0, 1)
-            logits = tokens.draw(tokens.vectors[:, chosen])
+            logits = tokens.decode_masks(tokens.mask_embeddings[:, chosen])
         return logits.float(), tokens.iou[:, chosen].float()
 
     @torch.no_grad()
     def decode_best(
-        self, embeddings: Tensor, prompts: Prompts, multimask: Tensor
+        self, features: ImageFeatures, prompts: Prompts, multimask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Decode one mask per prompt set: of three by predicted IoU, or the single one.
+        """Decode one mask per prompt set: the best of three by predicted IoU, or the single one.
 
         Args:
-            embeddings: (B, C, h, w) from `encode`.
+            features: of B images, from `encode`.
             prompts: P prompt sets.
             multimask: bool (P,), which rows are ambiguous (a first click).
 
@@ -232,11 +378,12 @@ class Backbone:
             Mask logits float32 (P, hm, wm) and predicted IoU float32 (P,).
         """
         if self.compiled and len(prompts):
-            embeddings, prompts = _whole(embeddings, prompts)
+            features, prompts = _with_fixed_shapes(features, prompts)
         work = self._decode_best if len(prompts) else partial(_decode_best, self.model)
         with self.autocast():
             logits, iou = work(
-                embeddings,
+                features.names,
+                *features.tensors.values(),
                 prompts.points,
                 prompts.labels,
                 prompts.boxes,
@@ -248,6 +395,22 @@ class Backbone:
             )
         return logits.float(), iou.float()
 
+    @torch.no_grad()
+    def decode_tokens(self, features: ImageFeatures, prompts: Prompts) -> MaskTokens:
+        """Decode P prompt sets up to their mask tokens, to choose before masks are computed."""
+        with self.autocast():
+            return self.model.decode(features, prompts)
+
+    @torch.no_grad()
+    def class_logits(self, tokens: MaskTokens) -> Tensor:
+        """Classify the masks of decoded prompts: logits (P, K, number of classes).
+
+        Raises:
+            ValueError: the model has no class head.
+        """
+        with self.autocast():
+            return self.model.class_logits(tokens)
+
     def autocast(self) -> torch.autocast:
         """The context in which the model runs in the precision of the backbone."""
         return torch.autocast(
@@ -255,24 +418,59 @@ class Backbone:
         )
 
 
-def _encode(model: Model, pixels: Tensor) -> tuple[Tensor]:
-    return (model.encode(pixels),)
+class RawFeatureSource:
+    """`raw_features` of a backbone's pretrained SAM, in float32; implements `FeatureSource`.
 
-
-def _decode_best(
-    model: Model, embeddings: Tensor, *prompts_and_multimask: Any
-) -> tuple[Tensor, Tensor]:
-    *prompts, multimask = prompts_and_multimask
-    return model.decode(embeddings, Prompts(*prompts)).draw_best(multimask)
-
-
-def _whole(embeddings: Tensor, prompts: Prompts) -> tuple[Tensor, Prompts]:
-    """The same prompts in a form of few shapes.
-
-    Every prompt set has its own embedding, `_POINTS` points or a larger power of two, a box and,
-    if any of them has one, a mask; what it does not have is marked as absent.
+    Args:
+        backbone: the backbone; its adapter plays no part.
+        kind: "pixels", "embedding" or "early".
     """
-    count, device = len(prompts), embeddings.device
+
+    def __init__(self, backbone: Backbone, kind: str) -> None:
+        self._backbone, self.kind = backbone, kind
+        self.device, self.feature_spec = backbone.device, raw_spec(backbone.sam, kind)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hex digest; for the kind "embedding", that of the backbone without its adapter."""
+        own = self._backbone
+        suffix = "" if self.kind == "embedding" else f"/{self.kind}"
+        return digest_of(own.sam.state_dict(), f"{own.name}/{own.dtype}{suffix}")
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[np.ndarray]) -> ImageFeatures:
+        """Compute the raw features of B images uint8 (H, W, 3), RGB; sizes may differ."""
+        return self.encode_pixels(self._backbone.prepare(images))
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> ImageFeatures:
+        """Compute the raw features of prepared pixels (B, 3, S, S)."""
+        with self._backbone.autocast():
+            return _float32(raw_features(self._backbone.sam, pixels, self.kind))
+
+
+def _float32(features: ImageFeatures) -> ImageFeatures:
+    return features.floating_to(torch.float32).map(Tensor.contiguous)
+
+
+def _encode(model: Model, pixels: Tensor) -> tuple[Tensor, ...]:
+    return tuple(model.encode(pixels).tensors.values())
+
+
+def _decode_best(model: Model, names: tuple[str, ...], *inputs: Any) -> tuple[Tensor, Tensor]:
+    """Decode from a flat list: features of these names, fields of `Prompts`, multimask."""
+    features = ImageFeatures(dict(zip(names, inputs, strict=False)))
+    *prompts, multimask = inputs[len(names) :]
+    return model.decode(features, Prompts(*prompts)).decode_best_masks(multimask)
+
+
+def _with_fixed_shapes(features: ImageFeatures, prompts: Prompts) -> tuple[ImageFeatures, Prompts]:
+    """Bring prompts into a form with few distinct shapes.
+
+    Every prompt set has its own image, `_POINTS` points or a larger power of two, a box and, if any
+    of them has one, a mask; what a prompt set lacks is marked as absent.
+    """
+    count, device = len(prompts), features.device
     points, labels = prompts.points, prompts.labels
     if points is None or labels is None:
         points = torch.zeros((count, 0, 2), device=device)
@@ -284,7 +482,7 @@ def _whole(embeddings: Tensor, prompts: Prompts) -> tuple[Tensor, Prompts]:
         has_box = torch.full((count,), boxes is not None, device=device)
     if has_mask is None and masks is not None:
         has_mask = torch.ones(count, dtype=torch.bool, device=device)
-    return embeddings if prompts.rows is None else embeddings[prompts.rows], Prompts(
+    return features if prompts.rows is None else features[prompts.rows], Prompts(
         points=F.pad(points, (0, 0, 0, missing)),
         labels=F.pad(labels, (0, missing), value=NO_POINT),
         boxes=torch.zeros((count, 4), device=device) if boxes is None else boxes,

@@ -281,10 +281,11 @@ class BaseCore(Generic[C, T]):
             self._starts[i] = None
         self.steps[indices] = 0
 
-    def describe(self) -> None:
-        """Compute missing attached features of the current images."""
+    def compute_features(self) -> None:
+        """Compute features that were registered with the store since the last reset."""
         held = np.flatnonzero(self.handles >= 0).tolist()
-        self.store.describe({int(self.handles[i]): self._target(i).image for i in held})
+        images = {int(self.handles[i]): self._target(i).image for i in held}
+        self.store.compute_features(images)
 
     def get_state(self) -> list[dict[str, Any]]:
         """Return a copy of each episode's state: small numpy arrays and plain values.
@@ -477,7 +478,7 @@ class BaseCore(Generic[C, T]):
         images = [self._target(i).image for i in indices]
         return {
             "image": np.stack([self.backbone.framed(image) for image in images]),
-            "sam_image_embeddings": to_host(self.store.gather(handles))[0],
+            "sam_image_embeddings": to_host(self.store.gather(handles, "embedding"))[0],
         }
 
     def info(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:

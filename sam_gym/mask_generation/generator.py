@@ -23,6 +23,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from sam_gym.backbones.decode import MaskTokens, Prompts
+from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.service import Backbone
 from sam_gym.mask_generation.masks import OUTPUTS, Collected, Masks, run_lengths, to_counts
 from sam_gym.simulation.clicks import relative_grid
@@ -159,7 +160,7 @@ class MaskGenerator:
         self.options.validate()
         #: Above which predicted IoU, and from which stability on, masks are kept.
         self.thresholds = self.options.thresholds(backbone.name)
-        self.names: tuple[str, ...] = backbone.model.classes
+        self.names: tuple[str, ...] = backbone.classes
         kind = backbone.device.type
         cells = backbone.embedding_shape[1] * backbone.embedding_shape[2]
         usual = max(1, _CELLS.get(kind, _MANY_CELLS) // cells)
@@ -227,7 +228,7 @@ class MaskGenerator:
     ) -> list[Masks]:
         """The masks of each view, in pixels of its image, without duplicates."""
         backbone = self.backbone
-        embeddings = self._encode(views)
+        features = self._encode(views)
         rows = np.repeat(np.arange(len(views)), [len(view.points) for view in views])
         frame = np.concatenate(
             [backbone.to_input_frame(view.points, view.pixels.shape[:2]) for view in views]
@@ -242,8 +243,7 @@ class MaskGenerator:
                 labels=torch.ones((len(own), 1), dtype=torch.int64, device=backbone.device),
                 rows=to_device(own - first, backbone.device),
             )
-            with backbone.autocast():
-                tokens = backbone.model.decode(embeddings[first : own[-1] + 1], prompts)
+            tokens = backbone.decode_tokens(features[first : own[-1] + 1], prompts)
             for number in range(first, own[-1] + 1):
                 part = slice(*np.searchsorted(own, [number, number + 1]).tolist())
                 for masks in self._drawn(tokens, part, views[number], points[chunk]):
@@ -255,11 +255,11 @@ class MaskGenerator:
             for view, collected in zip(views, found, strict=True)
         ]
 
-    def _encode(self, views: Sequence[_View]) -> Tensor:
+    def _encode(self, views: Sequence[_View]) -> ImageFeatures:
         pixels = [view.pixels for view in views]
         if self.backbone.device.type == "cpu":
             # A batch gains nothing there, and takes more memory.
-            return torch.cat([self.backbone.encode([one]) for one in pixels])
+            return ImageFeatures.cat([self.backbone.encode([one]) for one in pixels])
         return self.backbone.encode(pixels)
 
     def _drawn(
@@ -281,15 +281,14 @@ class MaskGenerator:
         prompts, which = prompts + part.start, which + 1
         probabilities = iou.new_zeros((len(prompts), 0))
         if self.names:
-            with backbone.autocast():
-                logits = backbone.model.class_logits(tokens)
+            logits = backbone.class_logits(tokens)
             probabilities = logits[prompts, which].float().softmax(dim=-1)
         height, width = view.pixels.shape[:2]
         at_once = max(1, self._pixels // max(height * width, backbone.image_size**2))
         for start in range(0, len(prompts), at_once):
             few = slice(start, start + at_once)
             with backbone.autocast():
-                low = tokens.draw_pairs(prompts[few], which[few]).float()
+                low = tokens.decode_mask_pairs(prompts[few], which[few]).float()
             keep, stability, boxes, counts = self._measured(low, view)
             predicted, prompt, probability, stable, box = to_host(
                 quality[few][keep], prompts[few][keep], probabilities[few][keep], stability, boxes
@@ -315,7 +314,7 @@ class MaskGenerator:
             low: mask logits (N, hm, wm).
             view: what the masks are of.
         """
-        level, offset = self.backbone.sam.mask_threshold, self.options.stability_score_offset
+        level, offset = self.backbone.mask_threshold, self.options.stability_score_offset
         height, width = view.pixels.shape[:2]
         # Columns are laid out one after the other, as run lengths go.
         logits = self.backbone.masks_at(low.transpose(1, 2), (width, height))

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from sam_gym.backbones.decode import NO_POINT, Prompts
-from sam_gym.backbones.service import Backbone
+from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.service import BackboneService
 from sam_gym.metrics.masks import iou
 from sam_gym.simulation.clicks import Click, error_click
 
@@ -48,10 +49,10 @@ class Session:
 
 
 def click_out(
-    backbone: Backbone,
+    backbone: BackboneService,
     targets: Sequence[Target],
     num_clicks: int = 20,
-    embeddings: torch.Tensor | None = None,
+    features: ImageFeatures | None = None,
 ) -> list[Session]:
     """Simulate a user who clicks objects out of images with a SAM, in one batch.
 
@@ -63,16 +64,16 @@ def click_out(
         backbone: the SAM.
         targets: the objects.
         num_clicks: how many clicks at most.
-        embeddings: (P, C, h, w), one for each target, if they are known already.
+        features: of each target's image, if they are known already.
     """
     count = len(targets)
     device = backbone.device
     started = time.perf_counter()
-    if embeddings is None:
+    if features is None:
         images = {id(target.image): target.image for target in targets}
         order = {key: row for row, key in enumerate(images)}
         encoded = backbone.encode(list(images.values()))
-        embeddings = encoded[[order[id(target.image)] for target in targets]]
+        features = encoded[[order[id(target.image)] for target in targets]]
     model_seconds = time.perf_counter() - started
     points = np.zeros((count, num_clicks, 2), np.float32)
     labels = np.full((count, num_clicks), NO_POINT, np.int64)
@@ -100,7 +101,7 @@ def click_out(
             masks=logits,
         )
         first = torch.full((count,), step == 0, device=device)
-        logits, _ = backbone.decode_best(embeddings, prompts, first)
+        logits, _ = backbone.decode_best(features, prompts, first)
         full = [
             (backbone.masks_at(row, target.mask.shape) > 0).cpu().numpy()
             for row, target in zip(logits, targets, strict=True)

@@ -17,7 +17,7 @@ from adaptation.results import RunResult
 from adaptation.strategy import STRATEGIES, Strategy
 from adaptation.trainer import Trainer
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.backbones.adapters.adapter import Model
+from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.decode import Prompts
 from sam_gym.backbones.loading import BACKBONES
 from sam_gym.data.streams import Stream, make_stream

@@ -139,8 +139,12 @@ def test_features_are_those_of_the_frames(loaded: Backbone, kind: str) -> None:
     bank = bank_of(loaded, 64, 64, augmentations=2)
     domain = bank.stream[0]
     frames = list(bank.train(domain).frames)
-    expected = loaded.encode(frames) if kind == "embedding" else loaded.prepare(frames)
-    torch.testing.assert_close(bank.raw(domain, "train", kind), expected, rtol=1e-4, atol=1e-4)
+    expected = loaded.prepare(frames)
+    if kind == "embedding":
+        expected = loaded.encode(frames).embedding
+    got = bank.raw(domain, "train", kind)
+    assert got.names == (kind,)
+    torch.testing.assert_close(got[kind], expected, rtol=1e-4, atol=1e-4)
     assert one_object_at_most(bank_of(loaded, 64, 64, augmentations=2, objects_per_image=1))
     assert len(bank_of(loaded, 64, 64, augmentations=2, max_images=2).train(domain).firsts) == 2
 
@@ -225,8 +229,8 @@ def test_what_is_gathered_belongs_to_the_objects(bank: FeatureBank) -> None:
             domain = bank.stream[int(task)]
             views = bank.train(domain)
             view = views.rows[number]
-            features = bank.raw(domain, "train", kind)[view]
-            torch.testing.assert_close(got.raw[got.rows[k]], features)
+            features = bank.raw(domain, "train", kind)[kind][view]
+            torch.testing.assert_close(got.raw[kind][got.rows[k]], features)
             np.testing.assert_allclose(got.targets[k], views.targets[number] / 255, atol=1e-6)
             np.testing.assert_array_equal(got.valid[k], views.valid[view])
             np.testing.assert_array_equal(got.boxes[k], views.boxes[number])
@@ -312,5 +316,5 @@ def test_processes_share_a_batch(bank: FeatureBank) -> None:
         assert torch.equal(part.targets, whole.targets[own])
         assert torch.equal(part.ambiguous, whole.ambiguous[own])
         assert torch.equal(part.prompts.boxes, whole.prompts.boxes[own])  # type: ignore[index, arg-type]
-        shown = whole.raw[whole.prompts.rows[own]]  # type: ignore[index]
-        assert torch.equal(part.raw[part.prompts.rows], shown)  # type: ignore[index]
+        shown = whole.raw.embedding[whole.prompts.rows[own]]  # type: ignore[index]
+        assert torch.equal(part.raw.embedding[part.prompts.rows], shown)  # type: ignore[index]

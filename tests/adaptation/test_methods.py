@@ -18,10 +18,12 @@ from adaptation.replay import buffered
 from adaptation.steps import Learner, make_batch
 from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext, check_hooks
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.backbones.adapters.adapter import Model, RoutedModel, digest_of, embed
+from sam_gym.backbones.adapters.model import Model, embed
+from sam_gym.backbones.adapters.routers import RoutedModel
 from sam_gym.backbones.adapters.tuning import TUNINGS, trainable, tuned_weights
 from sam_gym.backbones.decode import MaskTokens, decode_tokens
 from sam_gym.data.streams import Stream
+from sam_gym.utils.digest import digest_of
 
 #: Few steps of everything.
 FEW = {"selector_steps": 4, "fisher_samples": 5, "buffer_images": 2, "buffer_embeddings": 3}
@@ -93,7 +95,7 @@ def test_an_ambiguous_prompt_teaches_the_best_of_three() -> None:
     targets = (torch.rand(4, 8, 8) > 0.5).float()
     ambiguous = torch.tensor([True, False, True, False])
     result = mask_loss(tokens, targets, torch.ones(4, 8, 8), ambiguous)
-    drawn = tokens.draw(vectors)
+    drawn = tokens.decode_masks(vectors)
     costs = mask_costs(drawn, targets, torch.ones(4, 8, 8)).detach().numpy()
     expected = [1 + costs[k, 1:].argmin() if ambiguous[k] else 0 for k in range(4)]
     assert result.chosen.tolist() == expected
@@ -196,7 +198,7 @@ def test_lwf_distils_the_masks_of_before(bank: FeatureBank) -> None:
     assert masks.chosen.max() > 0
     with torch.no_grad():
         taught = tokens_of(before)
-        probabilities = taught.draw(taught.vectors).sigmoid()
+        probabilities = taught.decode_masks().sigmoid()
     expected = torch.zeros(())
     for k, chosen in enumerate(masks.chosen.tolist()):
         t, w, z = probabilities[k, chosen], batch.valid[k], masks.logits[k]
@@ -412,7 +414,7 @@ def test_selectors_learn_to_tell_domains_apart(bank: FeatureBank, method: str) -
     with torch.no_grad():
         for task, domain in enumerate(bank.stream):
             pixels = bank.pixels(domain, "train", bank.train(domain).firsts)
-            assert (model.encode(pixels)[:, -1, 0, 0] == task).all()
+            assert (model.encode(pixels)["route"] == task).all()
 
 
 @pytest.mark.parametrize("method", ["l2p", "dualprompt", "coda"])
@@ -500,5 +502,5 @@ def test_raw_features_are_enough(bank: FeatureBank) -> None:
         with torch.no_grad():
             tokens = strategy.decode(batch)
             model = strategy.model()
-            other = model.decode(embed(strategy.sam, batch.raw, model.raw), batch.prompts)
-        torch.testing.assert_close(tokens.draw(tokens.vectors), other.draw(other.vectors))
+            other = model.decode(embed(strategy.sam, batch.raw), batch.prompts)
+        torch.testing.assert_close(tokens.decode_masks(), other.decode_masks())

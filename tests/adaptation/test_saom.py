@@ -26,7 +26,9 @@ from adaptation.strategies.saom import Saom
 from adaptation.strategy import STRATEGIES, StrategyContext
 from adaptation.trainer import Trainer, find_stream
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.backbones.adapters.adapter import Adapter, ClassHead, Model
+from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.backbones.adapters.class_head import ClassHead
+from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.decode import MaskTokens, Prompts
 from sam_gym.data.streams import Domain, Stream, dataset_stream
 
@@ -166,7 +168,7 @@ def test_the_mask_that_is_trusted_most_is_taught() -> None:
     dice = 1 - (2 * (p * targets * valid).sum((1, 2)) + 1) / (
         (p * valid).sum((1, 2)) + (targets * valid).sum((1, 2)) + 1
     )
-    hits = tokens.draw(vectors)[:, 1:] > 0
+    hits = tokens.decode_masks(vectors)[:, 1:] > 0
     truth, counts = (targets > 0.5)[:, None], (valid > 0)[:, None]
     ious = (hits & truth & counts).sum((2, 3)) / ((hits | truth) & counts).sum((2, 3))
     trust = (iou[:, 1:] - ious).square().mean(dim=1)
@@ -248,7 +250,7 @@ def test_a_run_learns_and_its_adapter_knows_classes(
     torch.testing.assert_close(logits, kept(tokens.tokens).detach())
     plain = load_backbone(**tiny_name)
     assert plain.model.classes == ()
-    with pytest.raises(ValueError, match="tells no classes"):
+    with pytest.raises(ValueError, match="does not classify masks"):
         plain.model.class_logits(tokens)
 
 

@@ -26,7 +26,8 @@ from adaptation.streams import find_stream
 from adaptation.train import main
 from adaptation.trainer import Trainer, check_tune, falling
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.backbones.adapters.adapter import Adapter, Model
+from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.adapters.tuning import TUNINGS, tuned_weights
 from sam_gym.data.streams import Domain, Stream, make_stream
 from sam_gym.metrics import continual as continual_metrics

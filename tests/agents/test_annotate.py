@@ -21,7 +21,8 @@ from agents.evaluate import PolicyAgent
 from agents.policies.implicit import ImplicitPolicy
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.backbones import Backbone
-from sam_gym.backbones.adapters.adapter import ClassHead, Model
+from sam_gym.backbones.adapters.class_head import ClassHead
+from sam_gym.backbones.adapters.model import Model
 from sam_gym.data import make_dataset
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
@@ -255,7 +256,7 @@ def test_everything_with_classes_and_the_ids_of_a_coco_file(
 ) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        head = ClassHead(shipped.sam.prompt_encoder.embed_dim, ["star", "ring"])
+        head = ClassHead(shipped.embedding_shape[0], ["star", "ring"])
     classified = shipped.with_model(Model(shipped.sam, head=head))
     monkeypatch.setattr(annotate_everything, "load_backbone", lambda *_, **__: classified)
     path = photos.parent / "truth.json"

@@ -69,7 +69,7 @@ def policy_inputs(policy: Any, handles: dict[str, np.ndarray], core: Any) -> dic
     tensors = policy._to_tensors(handles)
     index = tensors["handle"][:, 0]
     inputs = {
-        "sam_image_embeddings": core.store.gather(index),
+        "sam_image_embeddings": core.store.gather(index, "embedding"),
         "sam_pred_mask_prob": core.logits[:, 0].sigmoid(),
         "target_category": tensors["target_category"].long(),
         "num_steps": tensors["num_steps"].long(),

@@ -11,6 +11,7 @@ from segment_anything import SamPredictor
 
 from sam_gym.backbones import NO_POINT, Backbone, Prompts
 from sam_gym.backbones.decode import decode_tokens
+from sam_gym.backbones.hq import encode_pixels
 
 #: How far logits may be from the predictor's, in units of the standard deviation of its logits.
 TOLERANCE = 1e-4
@@ -230,8 +231,9 @@ def test_gradients_are_those_of_the_original_modules(tiny: Backbone) -> None:
         (logits * weight).sum().backward()
         return {k: p.grad for k, p in sam.named_parameters() if p.grad is not None}
 
-    tokens = decode_tokens(sam, sam.image_encoder(tiny.prepare([image])), Prompts(points, labels))
-    ours = gradients(tokens.draw(tokens.vectors[:, :1]))
+    features = encode_pixels(sam, tiny.prepare([image]))
+    tokens = decode_tokens(sam, features, Prompts(points, labels))
+    ours = gradients(tokens.decode_masks(tokens.mask_embeddings[:, :1]))
     sparse, dense = sam.prompt_encoder(points=(points, labels), boxes=None, masks=None)
     low, _ = sam.mask_decoder(
         image_embeddings=sam.image_encoder(tiny.prepare([image])),
@@ -267,7 +269,7 @@ def test_low_precision_is_close_and_returns_float32(tiny: Backbone) -> None:
 def test_prompts_that_do_not_fit_are_refused(tiny: Backbone) -> None:
     embeddings = tiny.encode(make_images(tiny)[:2])
     points, labels = torch.zeros(3, 1, 2), torch.ones(3, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"3 prompt sets for 2 embeddings: pass rows="):
+    with pytest.raises(ValueError, match=r"3 prompt sets for 2 images: pass rows="):
         tiny.decode(embeddings, Prompts(points, labels))
     with pytest.raises(ValueError, match="points were given without labels"):
         tiny.decode(embeddings, Prompts(points[:2]))

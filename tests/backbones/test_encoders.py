@@ -295,9 +295,9 @@ def test_published_checkpoint_gives_the_authors_masks(
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     predictor = SamPredictor(authors)
     predictor.set_image(image)
-    embedding = backbone.encode([image])
+    features = backbone.encode([image])
     expected = predictor.get_image_embedding()
-    assert (embedding - expected).abs().max() <= 1e-4 * expected.std()
+    assert (features.embedding - expected).abs().max() <= 1e-4 * expected.std()
 
     points, labels = np.array([[30.0, 20.0], [60.0, 50.0]]), np.array([1, 0])
     box = np.array([10.0, 5.0, 70.0, 55.0])
@@ -309,7 +309,7 @@ def test_published_checkpoint_gives_the_authors_masks(
         labels=torch.from_numpy(labels)[None],
         boxes=torch.from_numpy(backbone.to_input_frame(box.reshape(2, 2), shape)).reshape(1, 4),
     )
-    logits, iou = backbone.decode(embedding, prompts, multimask=True)
+    logits, iou = backbone.decode(features, prompts, multimask=True)
     scale = expected_masks.std()
     ours = backbone.masks_at(logits, shape)[0].numpy()
     np.testing.assert_allclose(ours, expected_masks, atol=1e-4 * scale)
@@ -321,7 +321,7 @@ def test_published_checkpoint_gives_the_authors_masks(
     again = Prompts(
         points=prompts.points, labels=prompts.labels, masks=torch.from_numpy(previous[:1])
     )
-    low, _ = backbone.decode(embedding, again)
+    low, _ = backbone.decode(features, again)
     np.testing.assert_allclose(low[0].numpy(), expected_low, atol=1e-4 * expected_low.std())
 
 

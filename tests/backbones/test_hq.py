@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from segment_anything.modeling import PromptEncoder, TwoWayTransformer
+from segment_anything.modeling import ImageEncoderViT, PromptEncoder, TwoWayTransformer
 
 from sam_gym.backbones import BACKBONES, Backbone, Prompts, load_backbone
 from sam_gym.backbones.embeddings.store import EmbeddingStore
 from sam_gym.backbones.encoders import assemble
-from sam_gym.backbones.hq import HqImageEncoder, HqMaskDecoder
+from sam_gym.backbones.hq import HqMaskDecoder
 
 with warnings.catch_warnings():
     # The package enters models into timm's registry under names that are taken.
@@ -40,7 +40,7 @@ def build_ours() -> Any:
     def decoder(**kwargs: Any) -> HqMaskDecoder:
         return HqMaskDecoder(vit_dim=DIM, **kwargs)
 
-    return assemble(HqImageEncoder(**ENCODER), WIDTH, 64, 4, decoder)
+    return assemble(ImageEncoderViT(**ENCODER), WIDTH, 64, 4, decoder)
 
 
 @pytest.fixture(scope="module")
@@ -135,19 +135,21 @@ def test_rows_of_a_batch_are_what_they_are_alone(backbone: Backbone) -> None:
 
 def test_early_features_travel_through_the_store(backbone: Backbone) -> None:
     images = [image_of((64, 64)), image_of((40, 90))]
-    assert backbone.embedding_shape == (3 * WIDTH, 4, 4)
+    assert backbone.embedding_shape == (WIDTH, 4, 4)
+    assert backbone.feature_spec.tensors["hq"].shape == (WIDTH // 8, 16, 16)
     store = EmbeddingStore(backbone)
     gathered = store.gather(torch.tensor(store.acquire(images)))
-    assert torch.equal(gathered, backbone.encode(images))
+    assert gathered.names == ("embedding", "hq") and gathered.spec == backbone.feature_spec
+    expected = backbone.encode(images)
+    torch.testing.assert_close(gathered.tensors, expected.tensors, rtol=0, atol=0)
 
 
 def test_the_refinement_matters(backbone: Backbone) -> None:
     """Otherwise the comparison above would not see the early features."""
-    embeddings = backbone.encode([image_of((64, 64))])
+    features = backbone.encode([image_of((64, 64))])
     prompts = Prompts(torch.tensor([[[9.0, 20.0]]]), torch.ones(1, 1).long())
-    without = embeddings.clone()
-    without[:, WIDTH:] = 0.0
-    one, _ = backbone.decode(embeddings, prompts)
+    without = features.merge(hq=torch.zeros_like(features["hq"]))
+    one, _ = backbone.decode(features, prompts)
     other, _ = backbone.decode(without, prompts)
     assert (one - other).abs().mean() > 0.1 * one.std()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sam_gym.backbones import Prompts, load_backbone
+from sam_gym.backbones.hq import encode_with_early
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -97,7 +98,7 @@ def test_hq_part_by_part(saved: tuple[Any, str]) -> None:
     features = torch.randn(1, WIDTH // 8, 16, 16, generator=noise)
     token = torch.randn(1, WIDTH, generator=noise)
     with torch.no_grad():
-        embedding, early = backbone.sam.image_encoder.forward_with_early(pixels)
+        embedding, early = encode_with_early(backbone.sam.image_encoder, pixels)
         expected, expected_early = model.get_image_embeddings(pixels)
         torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(early, expected_early[0].permute(0, 3, 1, 2))

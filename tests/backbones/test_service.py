@@ -18,7 +18,7 @@ def some_images() -> list[np.ndarray]:
 
 def test_encoding_a_batch_equals_the_predictors_features(backbone: Backbone) -> None:
     images = some_images()
-    embeddings = backbone.encode(images)
+    embeddings = backbone.encode(images).embedding
     assert embeddings.shape == (len(images), *backbone.embedding_shape)
     assert embeddings.dtype == torch.float32 and not embeddings.requires_grad
     predictor = SamPredictor(backbone.sam)

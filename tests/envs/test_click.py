@@ -237,7 +237,7 @@ def test_the_image_is_seen_in_the_input_frame(
         assert expected.shape == (height, width, 3)
         np.testing.assert_array_equal(obs["image"][:height, :width], expected)
         assert not obs["image"][height:].any() and not obs["image"][:, width:].any()
-        embedding = env.core.backbone.encode([image])[0]
+        embedding = env.core.backbone.encode([image]).embedding[0]
         np.testing.assert_allclose(obs["sam_image_embeddings"], embedding, atol=1e-4)
 
 
@@ -465,7 +465,7 @@ def test_handle_leads_to_the_embedding(make: Make) -> None:
         obs, _ = small.reset(seed=seed)
         handle = np.float32(obs["handle"])  # as SB3's buffers hold it
         handles.add(int(handle[0]))
-        found = small.core.store.gather(torch.from_numpy(handle))[0]
+        found = small.core.store.gather(torch.from_numpy(handle), "embedding")[0]
         np.testing.assert_array_equal(found, expected["sam_image_embeddings"])
         for action in random_clicks(seed, 3):
             expected, *_ = full.step(action)
@@ -556,8 +556,9 @@ def test_handles_of_final_observations_are_valid(
         *_, infos = envs.step(np.array([5, 6]))
         for obs, source in zip(infos["final_obs"], infos["final_info"]["source"], strict=True):
             image = dataset[int(source.rpartition("/")[2])].image
-            found = envs.core.store.gather(torch.from_numpy(obs["handle"]))
-            np.testing.assert_allclose(found, envs.core.backbone.encode([image]), atol=1e-4)
+            found = envs.core.store.gather(torch.from_numpy(obs["handle"]), "embedding")
+            expected = envs.core.backbone.encode([image]).embedding
+            np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_all_environments_share_the_model(make: Make, make_vec: Callable[..., Any]) -> None:

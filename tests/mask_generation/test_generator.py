@@ -14,8 +14,9 @@ from segment_anything.utils.amg import build_point_grid, mask_to_rle_pytorch, rl
 from torchvision.ops import nms
 
 from sam_gym.backbones import Backbone, Prompts
-from sam_gym.backbones.adapters.adapter import ClassHead, Model, RoutedModel
-from sam_gym.backbones.adapters.selectors import EmbeddingSelector
+from sam_gym.backbones.adapters.class_head import ClassHead
+from sam_gym.backbones.adapters.model import Model
+from sam_gym.backbones.adapters.routers import EmbeddingRouter, RoutedModel
 from sam_gym.backbones.micro.model import build_hq_micro
 from sam_gym.data import make_dataset
 from sam_gym.mask_generation.generator import (
@@ -251,7 +252,7 @@ def test_a_model_with_classes_names_them(shipped: Backbone) -> None:
 def test_a_class_head_reads_the_token_of_its_mask(tiny: Backbone) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        head = ClassHead(tiny.sam.prompt_encoder.embed_dim, ["disc", "square"])
+        head = ClassHead(tiny.embedding_shape[0], ["disc", "square"])
     backbone = tiny.with_model(Model(tiny.sam, head=head))
     records = MaskGenerator(backbone, options(**NOISE)).generate(make_images()[0])
     assert len(records) > 2
@@ -261,7 +262,7 @@ def test_a_class_head_reads_the_token_of_its_mask(tiny: Backbone) -> None:
 def test_a_model_that_routes_works_alike(tiny: Backbone) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        selector = EmbeddingSelector(tiny.sam.prompt_encoder.embed_dim, 2)
+        selector = EmbeddingRouter(tiny.embedding_shape[0], 2)
     routed = tiny.with_model(RoutedModel(tiny.sam, [tiny.sam, tiny.sam], selector, "embedding"))
     ours = MaskGenerator(routed, options(**NOISE)).generate_all(make_images())
     plain = MaskGenerator(tiny, options(**NOISE)).generate_all(make_images())
@@ -279,12 +280,12 @@ def test_single_masks_are_those_of_a_whole_drawing() -> None:
     prompts = Prompts(points, torch.ones((5, 1), dtype=torch.int64), rows=torch.arange(5) // 3)
     with torch.no_grad():
         tokens = backbone.model.decode(backbone.encode(make_images()[:2]), prompts)
-        every = tokens.draw(tokens.vectors)
+        every = tokens.decode_masks()
         assert tokens.refinement is not None and tokens.refinement.any()
         which = torch.tensor([0, 3, 1, 2])
-        torch.testing.assert_close(tokens.draw_pairs(rows, which), every[rows, which])
+        torch.testing.assert_close(tokens.decode_mask_pairs(rows, which), every[rows, which])
         none = torch.zeros(0, dtype=torch.int64)
-        assert tokens.draw_pairs(none, none).shape == (0, *backbone.mask_shape)
+        assert tokens.decode_mask_pairs(none, none).shape == (0, *backbone.mask_shape)
     loose = options(pred_iou_thresh=0.0, stability_score_thresh=0.0)
     assert len(MaskGenerator(backbone, loose).generate(make_images()[0])) > 0
 

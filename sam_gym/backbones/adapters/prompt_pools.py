@@ -1,22 +1,22 @@
 """Trained prompts that depend on the image: further tokens of the mask decoder.
 
-The query of an image is its mean embedding under the frozen encoder, of length one.
+The query of an image is its mean embedding under the frozen encoder, normalised.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
 
 import torch
+from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sam_gym.utils.registry import Registry
-
-#: Kind -> class, as adapter files name them.
-PROMPT_POOLS: Registry[type[PromptPool]] = Registry("prompt pool")
+from sam_gym.backbones.adapters.model import ADAPTER_MODULES, AdapterModule, Model
+from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
+from sam_gym.backbones.features import ImageFeatures
 
 
 def query_of(embeddings: Tensor) -> Tensor:
@@ -24,12 +24,12 @@ def query_of(embeddings: Tensor) -> Tensor:
     return F.normalize(embeddings.mean(dim=(2, 3)), dim=1)
 
 
-class PromptPool(nn.Module, ABC):
+class PromptPool(AdapterModule):
     """Chooses tokens by an image's query.
 
     Args:
         channels: of a token and of a query.
-        num_tasks: domains that the stream has in all.
+        num_tasks: number of domains in the stream.
     """
 
     #: Rows of `keys` that each domain adds.
@@ -50,19 +50,22 @@ class PromptPool(nn.Module, ABC):
         """
 
     @classmethod
-    def of_size(cls, channels: int, weights: Mapping[str, Tensor]) -> PromptPool:
-        """A pool that weights fit: it may be for more domains than were learned so far."""
-        return cls(channels, len(weights["keys"]) // cls.keys_per_task)
+    def from_weights(cls, sam: Sam, weights: Mapping[str, Tensor], num_experts: int) -> Self:
+        # The pool may be for more domains than were learned so far.
+        return cls(sam.prompt_encoder.embed_dim, len(weights["keys"]) // cls.keys_per_task)
+
+    def wrap(self, sam: Sam, experts: Sequence[Sam], raw: str) -> PromptedModel:
+        return PromptedModel(sam, self)
 
     def begin_task(self, task: int) -> None:
-        """Make ready to learn a domain; nothing by default."""
+        """Prepare to learn a domain; nothing by default."""
 
 
 def _uniform(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape).uniform_(-1, 1))
 
 
-@PROMPT_POOLS.register("l2p")
+@ADAPTER_MODULES.register("l2p")
 class L2PPool(PromptPool):
     """Learning to Prompt (Wang et al., CVPR 2022): the prompts whose keys are nearest.
 
@@ -91,7 +94,7 @@ class L2PPool(PromptPool):
         return self.prompts[chosen].flatten(1, 2), -pull
 
 
-@PROMPT_POOLS.register("dualprompt")
+@ADAPTER_MODULES.register("dualprompt")
 class DualPromptPool(PromptPool):
     """DualPrompt (Wang et al., ECCV 2022): general prompts for all, expert prompts for a domain.
 
@@ -124,7 +127,7 @@ class DualPromptPool(PromptPool):
         return torch.cat([general, self.expert[chosen]], dim=1), -pull
 
 
-@PROMPT_POOLS.register("coda")
+@ADAPTER_MODULES.register("coda")
 class CodaPool(PromptPool):
     """CODA-Prompt (Smith et al., CVPR 2023): a sum of components, weighted by attention.
 
@@ -171,3 +174,26 @@ def _not_orthogonal(weight: Tensor) -> Tensor:
     """Mean squared deviation of the rows' Gram matrix from the identity."""
     rows = weight.flatten(1)
     return (rows @ rows.T - torch.eye(len(rows), device=rows.device)).square().mean()
+
+
+class PromptedModel(Model):
+    """A frozen SAM whose decoder takes further tokens, chosen by the image.
+
+    Args:
+        sam: the pretrained SAM.
+        pool: chooses the tokens.
+    """
+
+    def __init__(self, sam: Sam, pool: PromptPool) -> None:
+        super().__init__(sam, "embedding")
+        self.pool = pool
+        #: The domain that is being learned, or None.
+        self.task: int | None = None
+        #: The pool's loss in the last call of `decode`.
+        self.pool_loss: Tensor | None = None
+
+    def decode(self, features: ImageFeatures, prompts: Prompts) -> MaskTokens:
+        tokens, self.pool_loss = self.pool(query_of(features.embedding), self.task)
+        if prompts.rows is not None:
+            tokens = tokens[prompts.rows]
+        return decode_tokens(self.sam, features, prompts, tokens)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from segment_anything.modeling import ImageEncoderViT, Sam
+from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sam_gym.backbones.hq import HqImageEncoder, HqMaskDecoder, in_head
+from sam_gym.backbones.hq import HqMaskDecoder, early_channels, in_head
 from sam_gym.utils.registry import Registry
 
 #: Rank of LoRA, and what its product is multiplied by (alpha / rank).
@@ -72,7 +72,6 @@ def _hq(sam: Sam, rank: int | None = None) -> Sam:
     own = _copy(sam, in_head)
     decoder = own.mask_decoder
     if not isinstance(decoder, HqMaskDecoder):
-        own.image_encoder = with_early_features(own.image_encoder)
         own.mask_decoder = _with_hq_head(decoder, early_channels(own.image_encoder), rank)
     elif rank is not None:
         raise ValueError("tune='hq_small' makes a new head, but this SAM has one: take tune='hq'.")
@@ -99,31 +98,6 @@ def _with_hq_head(decoder: Any, vit_dim: int, rank: int | None) -> HqMaskDecoder
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return hq
-
-
-def with_early_features(encoder: Any) -> Any:
-    """The encoder, or one that shares its weights, that also tells its early features.
-
-    Raises:
-        ValueError: an encoder that has none.
-    """
-    if hasattr(encoder, "forward_with_early"):
-        return encoder
-    if type(encoder) is not ImageEncoderViT:
-        raise ValueError(
-            "tune='hq' and 'hq_small' need early features of the encoder; "
-            f"{type(encoder).__name__} has none. Take micro or a ViT SAM, or another tune target."
-        )
-    own = copy.copy(encoder)
-    own.__class__ = HqImageEncoder
-    return own
-
-
-def early_channels(encoder: Any) -> int:
-    """Channels of an encoder's early features."""
-    from sam_gym.backbones.micro.model import FINE, MicroEncoder
-
-    return FINE if isinstance(encoder, MicroEncoder) else encoder.pos_embed.shape[-1]
 
 
 class AdaptedBlock(nn.Module):

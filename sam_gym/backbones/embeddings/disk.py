@@ -1,4 +1,4 @@
-"""Image embeddings kept in files, so that an image is encoded once and not once per run."""
+"""Image features in files, so that an image is encoded once and not once per run."""
 
 from __future__ import annotations
 
@@ -14,35 +14,38 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from sam_gym.backbones.service import DTYPES, Backbone
+from sam_gym.backbones.features import FeatureSpec, ImageFeatures
+from sam_gym.backbones.service import DTYPES, FeatureSource
 from sam_gym.utils.files import write_atomic
 from sam_gym.utils.home import home
 from sam_gym.utils.registry import unknown_name
 
-#: Bound on the files of one backbone and precision, unless somebody says otherwise: 64 GiB.
+#: Default bound on the files of one backbone and precision: 64 GiB.
 DEFAULT_BYTES = 2**36
 
-#: A file that was being written this many seconds ago belongs to a writer that died.
+#: After this many seconds, an unfinished file belongs to a writer that died.
 _ABANDONED = 3600.0
 
 
 def default_folder() -> Path:
-    """Where embeddings are kept unless somebody says otherwise."""
+    """The default folder of embeddings, `SAM_GYM_HOME/embeddings`."""
     return home() / "embeddings"
 
 
 class DiskStore:
-    """Embeddings of one backbone as files, keyed by image content, bounded in size.
+    """Features of one backbone as files, keyed by image content, bounded in size.
 
-    One file per image, `IDENTITY-DTYPE/ab/abcdef....safetensors`, where the identity covers all
-    weights, so that another checkpoint never meets embeddings that are not its own. Any number of
-    processes may read and write one folder at once: files appear whole, hold their own checksum,
-    and a damaged one counts as missing. When the bound is exceeded, the least recently used go.
+    One file per image, `IDENTITY-DTYPE/ab/abcdef....safetensors`. The identity covers all weights,
+    so features of another checkpoint are never read. Any number of processes may read and write
+    one folder at once: files appear whole and hold their own checksum; a damaged file, or one with
+    other features, counts as missing. When the bound is exceeded, the least recently used files are
+    removed.
 
     Args:
-        backbone: whose embeddings.
+        source: computes the features.
         folder: root of the store; it is made if it does not exist. None: `default_folder()`.
-        dtype: "float32" keeps embeddings exactly; "float16" and "bfloat16" take half the space.
+        dtype: "float32" keeps features exactly; "float16" and "bfloat16" take half the space.
+            Integer features keep their dtype.
         max_bytes: bound on all files of this backbone and precision together.
 
     Raises:
@@ -51,47 +54,54 @@ class DiskStore:
 
     def __init__(
         self,
-        backbone: Backbone,
+        source: FeatureSource,
         folder: Path | None = None,
         dtype: str = "float32",
         max_bytes: int = DEFAULT_BYTES,
     ) -> None:
         if dtype not in DTYPES:
             raise unknown_name("dtype of embeddings on disk", dtype, DTYPES)
-        self.folder = (folder or default_folder()) / f"{backbone.identity}-{dtype}"
+        self.folder = (folder or default_folder()) / f"{source.identity}-{dtype}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.shape, self.dtype, self.max_bytes = backbone.embedding_shape, DTYPES[dtype], max_bytes
-        #: How many files were found damaged, and removed.
+        self.dtype, self.max_bytes = DTYPES[dtype], max_bytes
+        #: Shapes and dtypes in the files.
+        self.spec = FeatureSpec(
+            {
+                name: own._replace(dtype=self.dtype) if own.dtype.is_floating_point else own
+                for name, own in source.feature_spec.tensors.items()
+            }
+        )
+        #: Number of files that were found damaged, and removed.
         self.damaged = 0
         self._bytes = self._since_scan = 0
         self._scanned = False
 
     def path(self, key: bytes) -> Path:
-        """Where the embedding of an image with this digest is or would be."""
+        """Path of the file for an image with this digest, whether it exists or not."""
         name = key.hex()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def __contains__(self, key: bytes) -> bool:
         return self.path(key).is_file()
 
-    def get(self, key: bytes) -> Tensor | None:
-        """The embedding float32 (C, h, w), on the CPU; None if it is not there or damaged."""
+    def get(self, key: bytes) -> ImageFeatures | None:
+        """Read the features of one image, float32 on the CPU; None if missing or damaged."""
         path = self.path(key)
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             return None
-        embedding = self._parse(content)
-        if embedding is None:
+        features = self._parse(content)
+        if features is None:
             self.damaged += 1
             with suppress(OSError):  # it may be somebody else's folder
                 path.unlink()
             return None
         with suppress(OSError):  # it may just have been evicted, or the folder be read-only
             os.utime(path)
-        return embedding.float()
+        return features.floating_to(torch.float32)
 
-    def _parse(self, content: bytes) -> Tensor | None:
+    def _parse(self, content: bytes) -> ImageFeatures | None:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
@@ -100,44 +110,50 @@ class DiskStore:
             checksum = json.loads(content[8 : 8 + length])["__metadata__"]["sha256"]
             if checksum != hashlib.sha256(content[8 + length :]).hexdigest():
                 return None
-            embedding = load(content)["embedding"]
+            tensors = load(content)
         except (SafetensorError, KeyError, TypeError, ValueError):
             return None
-        fits = embedding.shape == self.shape and embedding.dtype == self.dtype
-        return embedding if fits else None
+        if tensors.keys() != self.spec.tensors.keys():
+            return None
+        features = ImageFeatures({name: tensors[name][None] for name in self.spec.tensors})
+        return features if features.spec == self.spec else None
 
-    def put(self, key: bytes, embedding: Tensor) -> Tensor:
-        """Keep the embedding (C, h, w) of an image with this digest; returns what `get` will.
+    def put(self, key: bytes, features: ImageFeatures) -> ImageFeatures:
+        """Keep the features of one image with this digest; returns what `get` will.
 
         Raises:
-            ValueError: it has another shape, or values that the precision cannot hold.
+            ValueError: they have other shapes, or values that the precision cannot hold.
         """
         from safetensors.torch import save
 
-        if embedding.shape != self.shape:
-            raise ValueError(f"Expected an embedding {self.shape}, got {tuple(embedding.shape)}.")
-        kept = embedding.detach().to("cpu", self.dtype).contiguous()
-        if not kept.isfinite().all():
-            raise ValueError(
-                f"An embedding has values that {self.dtype} cannot hold (largest: "
-                f"{float(embedding.abs().max()):.3g}). Keep embeddings as bfloat16 or float32."
-            )
-        values = kept.view(torch.uint8).numpy()
-        checksum = hashlib.sha256(values.data).hexdigest()
-        content = save({"embedding": kept}, metadata={"sha256": checksum})
+        kept = features.to("cpu").floating_to(self.dtype).map(Tensor.contiguous)
+        if len(kept) != 1 or kept.spec != self.spec:
+            raise ValueError(f"Expected one image with {self.spec}, got {len(kept)}, {kept.spec}.")
+        for name, tensor in kept.tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"The feature {name!r} has values that {self.dtype} cannot hold (largest: "
+                    f"{float(features[name].abs().max()):.3g}). Keep it as bfloat16 or float32."
+                )
+        tensors = {name: tensor[0] for name, tensor in kept.tensors.items()}
+        blank = "0" * 64
+        content = save(tensors, metadata={"sha256": blank})
+        length = int.from_bytes(content[:8], "little")
+        checksum = hashlib.sha256(memoryview(content)[8 + length :]).hexdigest()
+        content = content.replace(blank.encode(), checksum.encode(), 1)
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
         self._count(len(content))
-        return kept.float()
+        return kept.floating_to(torch.float32)
 
     # Bound -------------------------------------------------------------------------------------
 
     def _count(self, size: int) -> None:
-        """Note what was written; look at the whole folder when it may have grown too large."""
+        """Count bytes written; scan the folder when it may have grown too large."""
         self._bytes += size
         self._since_scan += size
-        # Other processes write too: what they do shows when the folder is looked at.
+        # Other processes write too; their files are counted when the folder is scanned.
         if (
             not self._scanned
             or self._bytes > self.max_bytes
@@ -160,7 +176,7 @@ class DiskStore:
         self._bytes, self._since_scan, self._scanned = total, 0, True
 
     def _files(self) -> Iterator[tuple[float, int, str]]:
-        """When it was used, its size and path, of every embedding; abandoned pieces are removed."""
+        """Time of use, size and path of every file; abandoned unfinished files are removed."""
         now = time.time()
         for shard in os.scandir(self.folder):
             if not shard.is_dir():

@@ -11,7 +11,6 @@ import numpy as np
 
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.loading import load_backbone, resolve_device
-from sam_gym.backbones.service import DTYPES
 from sam_gym.data import DATASETS, make_dataset
 from sam_gym.data.base import image_digest
 from sam_gym.utils.progress import track
@@ -94,7 +93,7 @@ def precompute(config: Config) -> dict[str, int]:
     max_bytes = int(config.disk_gib * 2**30)
     disk = DiskStore(backbone, folder, config.disk_dtype, max_bytes)
     total = min(len(dataset), config.limit or len(dataset))
-    needed = total * int(np.prod(backbone.embedding_shape)) * DTYPES[config.disk_dtype].itemsize
+    needed = total * disk.spec.nbytes
     if needed > max_bytes:
         raise ValueError(
             f"{total} embeddings take {needed / 2**30:.1f} GiB, and the bound is "
@@ -106,9 +105,9 @@ def precompute(config: Config) -> dict[str, int]:
     waiting: list[tuple[bytes, np.ndarray]] = []
 
     def encode() -> None:
-        embeddings = backbone.encode([image for _, image in waiting])
-        for (key, _), embedding in zip(waiting, embeddings, strict=True):
-            disk.put(key, embedding)
+        features = backbone.encode([image for _, image in waiting]).split(1)
+        for (key, _), own in zip(waiting, features, strict=True):
+            disk.put(key, own)
         counts["encoded"] += len(waiting)
         waiting.clear()
 

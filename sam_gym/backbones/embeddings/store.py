@@ -1,4 +1,4 @@
-"""Image embeddings kept on the device: an image is encoded once and passed around as a number."""
+"""Image features kept on the device: an image is encoded once and passed around as a number."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sam_gym.backbones.embeddings.disk import DiskStore
-from sam_gym.backbones.service import Backbone
+from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.service import FeatureSource
 from sam_gym.data.base import image_digest
 
 #: Handles travel through float32 observations, which hold integers exactly below this.
 MAX_HANDLES = 2**24
 
-
-#: Images uint8 (H, W, 3) -> what is to be known of each, (B, ...).
-Describe = Callable[[Sequence[np.ndarray]], Tensor]
+#: Computes one more feature of images uint8 (H, W, 3): floating (B, ...).
+ComputeFeature = Callable[[Sequence[np.ndarray]], Tensor]
 
 
 @dataclass
 class FeatureTable:
-    """Something else that is computed once per image and kept under the embedding's handle."""
+    """A registered feature, computed once per image and kept under the image's handle."""
 
     users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     table: Tensor | None = None
@@ -34,37 +34,38 @@ class FeatureTable:
 
 
 class EmbeddingStore:
-    """Embeddings of one backbone, keyed by image content, bounded, least recently used out first.
+    """Features of one backbone, keyed by image content, bounded; least recently used out first.
 
-    A *handle* is the index of an embedding in the store; it is recycled once its embedding has been
-    evicted. A pinned embedding is never evicted: environments pin what their slots show, and
-    `pin_new_epoch` pins everything that is handed out until the epoch is over. `attach` keeps more
-    about each image under the same handle, for example how like some words its places are.
+    A *handle* is the index of an image in the store; it is recycled once the image has been
+    evicted. A pinned image is never evicted: environments pin the images of their current episodes,
+    and `pin_new_epoch` pins everything that is handed out until the epoch is over.
+    `register_feature` keeps a further feature under the same handle, for example similarity maps of
+    words.
 
     Args:
-        backbone: encodes what is missing.
-        max_bytes: bound on the memory of all embeddings, at least one embedding.
+        source: computes missing features, a backbone for example.
+        max_bytes: bound on the memory of all features; at least one image is kept.
         batch_size: images per encoder call.
-        disk: where embeddings are looked for before they are computed, and kept afterwards.
+        disk: where features are looked up before they are computed, and kept afterwards.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        source: FeatureSource,
         max_bytes: int = 2**30,
         batch_size: int = 16,
         disk: DiskStore | None = None,
     ) -> None:
-        self.backbone, self.batch_size, self.disk = backbone, batch_size, disk
-        self._table = torch.empty((0, *backbone.embedding_shape), device=backbone.device)
+        self.source, self.batch_size, self.disk = source, batch_size, disk
+        self._table = source.feature_spec.empty(0, source.device)
         self._handles: OrderedDict[bytes, int] = OrderedDict()
         self._keys: dict[int, bytes] = {}
         self._free: list[int] = []
         self._pins: dict[int, int] = {}
         self._epoch: set[int] | None = None
-        self._companions: dict[str, FeatureTable] = {}
+        self._registered: dict[str, FeatureTable] = {}
         self.max_bytes = max_bytes
-        #: How many images were encoded so far.
+        #: Number of images encoded so far.
         self.encoded = 0
 
     def __len__(self) -> int:
@@ -72,21 +73,20 @@ class EmbeddingStore:
 
     @property
     def capacity(self) -> int:
-        """How many embeddings fit."""
-        size = int(np.prod(self.backbone.embedding_shape)) * 4
-        return max(1, min(self.max_bytes // size, MAX_HANDLES))
+        """Number of images whose features fit."""
+        return max(1, min(self.max_bytes // self.source.feature_spec.nbytes, MAX_HANDLES))
 
     def acquire(
         self, images: Sequence[np.ndarray], digests: Sequence[bytes | None] | None = None
     ) -> list[int]:
-        """Handles of images, each pinned once more; images that are not here yet are encoded.
+        """Return handles of images, each pinned once more; missing images are encoded.
 
         Args:
             images: uint8 (H, W, 3), sizes may differ.
             digests: `image_digest` of each, where it is known already.
 
         Raises:
-            MemoryError: everything in the store is pinned and it may not grow; no pin is left.
+            MemoryError: everything is pinned and the store may not grow; pins are as before.
         """
         pins = self._pins.copy()
         try:
@@ -99,17 +99,17 @@ class EmbeddingStore:
             self._pins = pins
             raise
 
-    def attach(self, name: str, describe: Describe) -> None:
-        """From now on, keep what `describe` says of each image that is acquired.
+    def register_feature(self, name: str, compute: ComputeFeature) -> None:
+        """From now on, compute and keep a further feature of each acquired image.
 
-        It is kept beside the bound on embeddings, and let go when nobody else holds any of the
-        functions that were attached under its name.
+        Its memory does not count towards the bound. It is dropped when nobody else holds any of
+        the functions that were registered under its name.
 
         Args:
-            name: for `gather`. What is attached under one name says the same.
-            describe: images -> floating (B, ...) on the device, always of the same shape.
+            name: for `gather`. Functions of the same name must compute the same.
+            compute: images -> floating (B, ...) on the device, always of the same shape.
         """
-        self._companions.setdefault(name, FeatureTable()).users.add(describe)
+        self._registered.setdefault(name, FeatureTable()).users.add(compute)
 
     def _acquire(self, keys: Sequence[bytes], images: Sequence[np.ndarray]) -> list[int]:
         missing: dict[bytes, np.ndarray] = {}
@@ -122,85 +122,98 @@ class EmbeddingStore:
         todo = list(missing.items())
         for first in range(0, len(todo), self.batch_size):
             chunk = todo[first : first + self.batch_size]
-            for (key, _), embedding in zip(chunk, self._embeddings(chunk), strict=True):
+            features = self._features(chunk)
+            new = []
+            for key, _ in chunk:
                 handle = self._new_handle()
-                self._table[handle] = embedding
                 self._handles[key], self._keys[handle] = handle, key
                 self.pin(handle)
+                new.append(handle)
+            self._table[torch.tensor(new, device=self.source.device)] = features
         counted: set[bytes] = set()
         for key in keys:
             if key in missing and key in counted:
                 self.pin(self._handles[key])
             counted.add(key)
         handles = [self._handles[key] for key in keys]
-        self.describe(dict(zip(handles, images, strict=True)))
+        self.compute_features(dict(zip(handles, images, strict=True)))
         return handles
 
-    def describe(self, images: dict[int, np.ndarray]) -> None:
-        """Fill in what was attached since some handles were acquired.
+    def compute_features(self, images: dict[int, np.ndarray]) -> None:
+        """Compute features that were registered after some handles were acquired.
 
         Args:
             images: pinned handle -> its image, uint8 (H, W, 3).
         """
-        for name, companion in list(self._companions.items()):
-            describe = next(iter(companion.users), None)
-            if describe is None:
-                del self._companions[name]
+        for name, feature in list(self._registered.items()):
+            compute = next(iter(feature.users), None)
+            if compute is None:
+                del self._registered[name]
             else:
-                self._describe(companion, describe, images)
+                self._compute(feature, compute, images)
 
-    def _describe(
-        self, companion: FeatureTable, describe: Describe, images: dict[int, np.ndarray]
+    def _compute(
+        self, feature: FeatureTable, compute: ComputeFeature, images: dict[int, np.ndarray]
     ) -> None:
-        """Fill in what one companion does not know yet."""
-        todo = [handle for handle in images if handle not in companion.known]
+        """Fill in the missing rows of a feature."""
+        todo = [handle for handle in images if handle not in feature.known]
         for first in range(0, len(todo), self.batch_size):
             chunk = todo[first : first + self.batch_size]
-            values = describe([images[handle] for handle in chunk])
-            table = companion.table
+            values = compute([images[handle] for handle in chunk])
+            table = feature.table
             if table is None or len(table) < len(self._table):
-                # What is asked for without having been described shows in every number after it.
+                # A row that is read before it was computed turns every later number into NaN.
                 grown = values.new_full((len(self._table), *values.shape[1:]), torch.nan)
                 if table is not None:
                     grown[: len(table)] = table
-                companion.table = table = grown
+                feature.table = table = grown
             table[torch.tensor(chunk, device=table.device)] = values
-            companion.known.update(chunk)
+            feature.known.update(chunk)
 
-    def _embeddings(self, chunk: Sequence[tuple[bytes, np.ndarray]]) -> Sequence[Tensor]:
-        """Embeddings of images: those on disk from there, the others encoded and kept there."""
-        found: list[Tensor | None] = [None] * len(chunk)
-        if self.disk is not None:
-            found = [self.disk.get(key) for key, _ in chunk]
-        new = [i for i, embedding in enumerate(found) if embedding is None]
+    def _features(self, chunk: Sequence[tuple[bytes, np.ndarray]]) -> ImageFeatures:
+        """Features of images: read from disk where they are, else encoded and kept there."""
+        device, disk = self.source.device, self.disk
+        found: list[ImageFeatures | None] = [None] * len(chunk)
+        if disk is not None:
+            found = [disk.get(key) for key, _ in chunk]
+        new = [i for i, features in enumerate(found) if features is None]
         if new:
-            encoded = self.backbone.encode([chunk[i][1] for i in new])
+            encoded = self.source.encode([chunk[i][1] for i in new])
             self.encoded += len(new)
-            for i, embedding in zip(new, encoded, strict=True):
-                disk = self.disk
-                found[i] = embedding if disk is None else disk.put(chunk[i][0], embedding)
-        return [embedding for embedding in found if embedding is not None]
+            if disk is None:
+                return encoded
+            for i, features in zip(new, encoded.split(1), strict=True):
+                found[i] = disk.put(chunk[i][0], features)
+        return ImageFeatures.cat([own for own in found if own is not None]).to(device)
 
-    def gather(self, handles: Tensor, name: str | None = None) -> Tensor:
-        """Embeddings float32 (B, C, h, w) of integer handles (B,), on the device.
+    @overload
+    def gather(self, handles: Tensor) -> ImageFeatures: ...
+
+    @overload
+    def gather(self, handles: Tensor, name: str) -> Tensor: ...
+
+    def gather(self, handles: Tensor, name: str | None = None) -> ImageFeatures | Tensor:
+        """Features of integer handles (B,), on the device.
 
         Args:
             handles: of images that are still in use.
-            name: instead of embeddings, what was attached under this name, (B, ...).
+            name: return only this feature, of the backbone or a registered one: (B, ...).
 
         Raises:
-            KeyError: nothing was attached under this name before these images were acquired.
+            KeyError: no such feature was registered before these images were acquired.
         """
-        index = handles.to(self.backbone.device, torch.long)
+        index = handles.to(self.source.device, torch.long)
         if name is None:
             return self._table[index]
-        companion = self._companions.get(name)
-        if companion is None or companion.table is None:
-            raise KeyError(f"Nothing is attached to the store as {name!r}: attach before reset().")
-        return companion.table[index]
+        if name in self._table:
+            return self._table[name][index]
+        feature = self._registered.get(name)
+        if feature is None or feature.table is None:
+            raise KeyError(f"The store has no feature {name!r}: register_feature before reset().")
+        return feature.table[index]
 
     def pin(self, handle: int) -> None:
-        """Keep an embedding until it is unpinned as often as it was pinned."""
+        """Keep an image until it is unpinned as often as it was pinned."""
         self._pins[handle] = self._pins.get(handle, 0) + 1
         if self._epoch is not None:
             self._epoch.add(handle)
@@ -211,15 +224,14 @@ class EmbeddingStore:
             del self._pins[handle]
 
     def pin_new_epoch(self) -> None:
-        """Keep every embedding that is pinned now or from now on, until the next call.
+        """Keep every image that is pinned now or from now on, until the next call.
 
-        Call it before each rollout: what the rollout's observations refer to then outlives the
-        update that follows.
+        Call it before each rollout: the images of its observations then outlive the update.
         """
         self._epoch = set(self._pins)
 
     def end_epoch(self) -> None:
-        """Stop keeping what only the current epoch keeps."""
+        """Release the images that only the current epoch keeps."""
         self._epoch = None
 
     def _new_handle(self) -> int:
@@ -232,8 +244,8 @@ class EmbeddingStore:
     def _grow(self) -> None:
         old = len(self._table)
         new = min(max(64, 2 * old), self.capacity)
-        table = self._table.new_empty((new, *self.backbone.embedding_shape))
-        table[:old] = self._table
+        table = self.source.feature_spec.empty(new, self.source.device)
+        table[slice(0, old)] = self._table
         self._table = table
         self._free.extend(range(new - 1, old - 1, -1))
 
@@ -242,8 +254,8 @@ class EmbeddingStore:
         for key, handle in self._handles.items():
             if handle not in self._pins and handle not in held:
                 del self._handles[key], self._keys[handle]
-                for companion in self._companions.values():
-                    companion.known.discard(handle)
+                for feature in self._registered.values():
+                    feature.known.discard(handle)
                 self._free.append(handle)
                 return
         raise MemoryError(
@@ -257,18 +269,18 @@ _stores: dict[int, EmbeddingStore] = {}
 
 
 def shared_store(
-    backbone: Backbone, max_bytes: int = 2**30, disk: DiskStore | None = None
+    source: FeatureSource, max_bytes: int = 2**30, disk: DiskStore | None = None
 ) -> EmbeddingStore:
-    """The process-wide store of a backbone; its bound is the largest that was ever asked for.
+    """The process-wide store of a backbone; its bound is the largest of all calls.
 
     Args:
-        backbone: whose embeddings.
-        max_bytes: bound on the memory of all embeddings.
-        disk: keeps embeddings between runs; once given, it stays until another is given.
+        source: computes the features.
+        max_bytes: bound on the memory of all features.
+        disk: keeps features between runs; once given, it stays until another is given.
     """
-    store = _stores.get(id(backbone))
+    store = _stores.get(id(source))
     if store is None:
-        store = _stores[id(backbone)] = EmbeddingStore(backbone, max_bytes)
+        store = _stores[id(source)] = EmbeddingStore(source, max_bytes)
     store.max_bytes = max(store.max_bytes, max_bytes)
     if disk is not None:
         store.disk = disk

@@ -74,6 +74,8 @@ def _doubled(x: Tensor) -> Tensor:
 class MicroEncoder(nn.Module):
     """Image encoder of `micro`: float32 (B, 3, S, S) -> (B, out_chans, S / 16, S / 16)."""
 
+    early_channels = FINE
+
     def __init__(
         self,
         img_size: int = 256,

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from sam_gym.backbones.decode import NO_POINT, Prompts, best_token, decode_tokens
+from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.hq import encode_pixels, in_head
 from sam_gym.backbones.loading import MICRO_WEIGHTS, load_weights, resolve_device
 from sam_gym.backbones.micro.data import LABEL_STRIDE, NO_LABEL, SIZE, MicroStream, TrainItem
@@ -220,11 +221,13 @@ def true_iou(logits: Tensor, target: Tensor) -> Tensor:
     return batch_iou(logits > 0, (target > 0.5)[:, None])
 
 
-def round_loss(sam: Sam, embeddings: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
+def round_loss(
+    sam: Sam, features: ImageFeatures, batch: PromptBatch
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of the prompts as they stand, the logits to go on with (P, h, w), their IoU (P,)."""
-    device = embeddings.device
-    tokens = decode_tokens(sam, embeddings, batch.prompts(device))
-    logits = tokens.draw(tokens.vectors)
+    device = features.device
+    tokens = decode_tokens(sam, features, batch.prompts(device))
+    logits = tokens.decode_masks()
     target = batch.target.to(device)
     ambiguous = batch.ambiguous.to(device)
     learn = (~torch.from_numpy(batch.partial).to(device)).float()
@@ -244,10 +247,10 @@ def round_loss(sam: Sam, embeddings: Tensor, batch: PromptBatch) -> tuple[Tensor
 
 
 @torch.no_grad()
-def play_round(sam: Sam, embeddings: Tensor, batch: PromptBatch) -> Tensor:
+def play_round(sam: Sam, features: ImageFeatures, batch: PromptBatch) -> Tensor:
     """The logits (P, h, w) that the prompts give, without gradients."""
-    tokens = decode_tokens(sam, embeddings, batch.prompts(embeddings.device))
-    return tokens.draw_best(batch.ambiguous.to(embeddings.device))[0]
+    tokens = decode_tokens(sam, features, batch.prompts(features.device))
+    return tokens.decode_best_masks(batch.ambiguous.to(features.device))[0]
 
 
 def _initial(config: Config) -> Sam:
@@ -317,19 +320,19 @@ class MicroTrainer:
         self.sam.train(not config.hq)
         pixels = torch.from_numpy(np.stack([item.image for item in items])).to(self.device)
         pixels = (pixels.permute(0, 3, 1, 2) - self.sam.pixel_mean) / self.sam.pixel_std
-        embeddings = encode_pixels(self.sam, pixels)
-        semantic = embeddings.new_zeros(())
+        features = encode_pixels(self.sam, pixels)
+        semantic = features.embedding.new_zeros(())
         if not config.hq:
-            semantic = self._semantic_loss(embeddings, items)
+            semantic = self._semantic_loss(features.embedding, items)
 
         rounds = int(rng.integers(0, config.max_rounds))
         batch = PromptBatch(items, rounds + 6, rng)
-        first, logits, first_iou = round_loss(self.sam, embeddings, batch)
+        first, logits, first_iou = round_loss(self.sam, features, batch)
         batch.correct(logits)
         batch.partial[:] = False
         for _ in range(rounds):
-            batch.correct(play_round(self.sam, embeddings, batch))
-        last, _, last_iou = round_loss(self.sam, embeddings, batch)
+            batch.correct(play_round(self.sam, features, batch))
+        last, _, last_iou = round_loss(self.sam, features, batch)
 
         loss = first + last + config.semantic_weight * semantic
         for optimizer in self.optimizers:

@@ -92,7 +92,7 @@ def test_padding_is_like_no_word(tiny: Backbone, surgery: Any) -> None:
 def test_maps_are_computed_once_per_image(tiny: Backbone, surgery: Any) -> None:
     maps, calls = WordMaps(surgery, tiny, WORDS), []
 
-    def describe(images: Any) -> torch.Tensor:
+    def compute(images: Any) -> torch.Tensor:
         calls.append(len(images))
         return maps(images)
 
@@ -100,23 +100,23 @@ def test_maps_are_computed_once_per_image(tiny: Backbone, surgery: Any) -> None:
     store = EmbeddingStore(tiny, max_bytes=2 * entry)
     first, second, third = images_of((64, 64), (64, 64), (64, 64))
     (early,) = store.acquire([first])
-    store.attach(maps.name, describe)
+    store.register_feature(maps.name, compute)
     with pytest.raises(KeyError, match="before reset"):
         store.gather(torch.tensor([early]), maps.name)
-    store.describe({early: first})
+    store.compute_features({early: first})
     handles = store.acquire([first, second])
     assert calls == [1, 1] and handles[0] == early
     expected = maps([first, second])
     torch.testing.assert_close(store.gather(torch.tensor(handles), maps.name), expected)
     for handle in (early, *handles):
         store.unpin(handle)
-    # The handle of what was evicted is described anew.
+    # A recycled handle is computed again.
     (recycled,) = store.acquire([third])
     assert recycled == early and calls == [1, 1, 1]
     torch.testing.assert_close(store.gather(torch.tensor([recycled]), maps.name), maps([third]))
-    # What nobody holds any more is let go.
-    del describe
-    store.describe({recycled: third})
+    # A feature that nobody holds is dropped.
+    del compute
+    store.compute_features({recycled: third})
     with pytest.raises(KeyError):
         store.gather(torch.tensor([recycled]), maps.name)
 

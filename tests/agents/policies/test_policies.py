@@ -167,14 +167,16 @@ def test_rollouts_keep_their_embeddings(tiny_env: dict[str, Any]) -> None:
 
         def _on_step(self) -> bool:
             for handle in core.handles:
-                now = core.store.gather(torch.tensor([handle])).clone()
+                now = core.store.gather(torch.tensor([handle]), "embedding").clone()
                 assert torch.equal(seen.setdefault(int(handle), now), now)
             return True
 
         def _on_rollout_end(self) -> None:
             handles = self.model.rollout_buffer.observations["handle"].astype(int).ravel()
             for handle in set(handles.tolist()) & set(seen):
-                assert torch.equal(core.store.gather(torch.tensor([handle])), seen[handle])
+                assert torch.equal(
+                    core.store.gather(torch.tensor([handle]), "embedding"), seen[handle]
+                )
 
     model.learn(64, callback=Check(core.store))
     assert core.store.encoded > 20

@@ -18,26 +18,35 @@ from torch import Tensor
 
 import sam_gym  # noqa: F401  (registers the environments)
 from sam_gym.backbones import Backbone, Prompts, load_backbone, loading
-from sam_gym.backbones.adapters.adapter import Adapter, Model, PromptedModel, RoutedModel, digest_of
+from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.backbones.adapters.model import ADAPTER_MODULES, Model
 from sam_gym.backbones.adapters.prompt_pools import (
-    PROMPT_POOLS,
     CodaPool,
     DualPromptPool,
     L2PPool,
+    PromptedModel,
+    PromptPool,
     query_of,
 )
-from sam_gym.backbones.adapters.selectors import (
-    EmbeddingSelector,
-    TokenSelector,
+from sam_gym.backbones.adapters.routers import (
+    EmbeddingRouter,
+    RoutedModel,
+    Router,
+    TokenRouter,
     block_inputs,
     keys_of,
     pooled_embedding,
 )
 from sam_gym.backbones.adapters.tuning import TUNINGS, apply_tuned, trainable, tuned_weights
 from sam_gym.backbones.decode import decode_tokens
+from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.loading import BACKBONES
+from sam_gym.utils.digest import digest_of
 
 DOMAINS = ["one", "two", "three"]
+POOLS: dict[str, Any] = {
+    n: cls for n, cls in ADAPTER_MODULES.items() if issubclass(cls, PromptPool)
+}
 
 
 def images_of(backbone: Backbone, count: int) -> list[np.ndarray]:
@@ -55,111 +64,113 @@ def expert(sam: Sam, tune: str, seed: int) -> dict[str, Tensor]:
     return tuned_weights(own)
 
 
-def selector_of(sam: Sam, chooser: str) -> TokenSelector | EmbeddingSelector:
+def selector_of(sam: Sam, router: str) -> Router:
     torch.manual_seed(3)
-    if chooser == "tokens":
-        return TokenSelector(sam.image_encoder.patch_embed.proj.out_channels, len(DOMAINS), 4)
-    selector = EmbeddingSelector(sam.prompt_encoder.embed_dim, len(DOMAINS))
+    if router == "tokens":
+        return TokenRouter(sam.image_encoder.patch_embed.proj.out_channels, len(DOMAINS), 4)
+    selector = EmbeddingRouter(sam.prompt_encoder.embed_dim, len(DOMAINS))
     selector.standardise(torch.randn(20, 2 * sam.prompt_encoder.embed_dim))
     return selector
 
 
-def make_adapter(backbone: Backbone, tune: str = "decoder", chooser: str = "") -> Adapter:
+def make_adapter(backbone: Backbone, tune: str = "decoder", router: str = "") -> Adapter:
     torch.manual_seed(2)
     sam, experts = backbone.sam, []
     weights: dict[str, Tensor] = {}
-    if chooser in PROMPT_POOLS.names():
-        pool = PROMPT_POOLS.get(chooser)(sam.prompt_encoder.embed_dim, len(DOMAINS))
+    if router in POOLS:
+        pool = POOLS[router](sam.prompt_encoder.embed_dim, len(DOMAINS))
         for task in range(len(DOMAINS)):
             pool.begin_task(task)
         weights, tune = pool.state_dict(), "prompts"
     else:
-        experts = [expert(sam, tune, seed) for seed in range(len(DOMAINS) if chooser else 1)]
-        if chooser:
-            weights = selector_of(sam, chooser).state_dict()
+        experts = [expert(sam, tune, seed) for seed in range(len(DOMAINS) if router else 1)]
+        if router:
+            weights = selector_of(sam, router).state_dict()
     identity = digest_of(sam.state_dict())
     weights = {name: value.detach() for name, value in weights.items()}
     return Adapter(
-        backbone.name, identity, "by hand", tune, DOMAINS, experts, chooser, weights
+        backbone.name, identity, "by hand", tune, DOMAINS, experts, router, weights
     )  # fmt: skip
 
 
 # What chooses by the image ---------------------------------------------------------------------
 
 
-class FixedRoutes:
-    """The routes that are given, instead of a selector's."""
+class FixedRoutes(EmbeddingRouter):
+    """The routes that are given, instead of a trained router's."""
 
     def __init__(self, *routes: int) -> None:
+        super().__init__(32, len(DOMAINS))
         self.routes = list(routes)
 
-    def __call__(self, pixels: Tensor, *_: Any) -> Tensor:
-        taken, self.routes = self.routes[: len(pixels)], self.routes[len(pixels) :]
-        return torch.tensor(taken)
+    def logits(self, sam: Sam, pixels: Callable[[], Tensor], *_: Any) -> Tensor:
+        count = len(pixels())
+        taken, self.routes = self.routes[:count], self.routes[count:]
+        return torch.eye(len(DOMAINS))[taken]
 
 
 ROUTES = (2, 0, 2, 1, 0)
 
 
-def routed(backbone: Backbone, tune: str, chooser: str = "tokens") -> RoutedModel:
-    model = make_adapter(backbone, tune, chooser).model(backbone.sam)
+def routed(backbone: Backbone, tune: str, router: str = "tokens") -> RoutedModel:
+    model = make_adapter(backbone, tune, router).model(backbone.sam)
     assert isinstance(model, RoutedModel)
     return model
 
 
 @pytest.mark.parametrize("tune", ["decoder", "hq", "sam_adapter"])
-@pytest.mark.parametrize("chooser", ["tokens", "embeddings"])
-def test_mixed_routes_equal_each_image_alone(tiny: Backbone, tune: str, chooser: str) -> None:
-    model = routed(tiny, tune, chooser)
+@pytest.mark.parametrize("router", ["tokens", "embeddings"])
+def test_mixed_routes_equal_each_image_alone(tiny: Backbone, tune: str, router: str) -> None:
+    model = routed(tiny, tune, router)
     pixels = tiny.prepare(images_of(tiny, len(ROUTES)))
     boxes = torch.tensor([[4.0, 4, 30, 30 + 5 * k] for k in range(len(ROUTES))])
-    model.route = FixedRoutes(*ROUTES)  # type: ignore[method-assign, assignment]
+    model.router = FixedRoutes(*ROUTES)
     with torch.no_grad():
-        embeddings = model.encode(pixels)
-        together = model.decode(embeddings, Prompts(boxes=boxes))
-        assert embeddings.shape[1] == model.channels
-        assert embeddings[:, -1, 0, 0].tolist() == list(ROUTES)
-        drawn = together.draw(together.vectors)
+        features = model.encode(pixels)
+        together = model.decode(features, Prompts(boxes=boxes))
+        assert features.spec == model.feature_spec
+        assert features["route"].tolist() == list(ROUTES)
+        drawn = together.decode_masks()
         for k, number in enumerate(ROUTES):
             alone = Model(model.experts[number])  # type: ignore[arg-type]
             tokens = alone.decode(alone.encode(pixels[k : k + 1]), Prompts(boxes=boxes[k : k + 1]))
-            expected = tokens.draw(tokens.vectors)[0]
+            expected = tokens.decode_masks()[0]
             limit = 1e-4 * float(expected.std())
             torch.testing.assert_close(drawn[k], expected, rtol=0, atol=limit)
             torch.testing.assert_close(together.iou[k], tokens.iou[0])
     assert (drawn[0] - drawn[2]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("chooser", ["tokens", *PROMPT_POOLS.names()])
-def test_rows_say_which_image_a_prompt_is_for(tiny: Backbone, chooser: str) -> None:
-    model = make_adapter(tiny, "decoder", chooser).model(tiny.sam)
+@pytest.mark.parametrize("router", ["tokens", *POOLS])
+def test_rows_say_which_image_a_prompt_is_for(tiny: Backbone, router: str) -> None:
+    model = make_adapter(tiny, "decoder", router).model(tiny.sam)
     if isinstance(model, RoutedModel):
-        model.route = FixedRoutes(2, 0, 1)  # type: ignore[method-assign, assignment]
+        model.router = FixedRoutes(2, 0, 1)
     rows = torch.tensor([2, 0, 0, 1, 2])
     boxes = torch.tensor([[4.0, 4, 30, 30 + 5 * k] for k in range(len(rows))])
     with torch.no_grad():
-        embeddings = model.encode(tiny.prepare(images_of(tiny, 3)))
-        one = model.decode(embeddings, Prompts(boxes=boxes, rows=rows))
-        other = model.decode(embeddings[rows], Prompts(boxes=boxes))
-    expected = other.draw(other.vectors)
+        features = model.encode(tiny.prepare(images_of(tiny, 3)))
+        one = model.decode(features, Prompts(boxes=boxes, rows=rows))
+        other = model.decode(features[rows], Prompts(boxes=boxes))
+    expected = other.decode_masks()
     limit = 1e-4 * float(expected.std())
-    torch.testing.assert_close(one.draw(one.vectors), expected, rtol=0, atol=limit)
+    torch.testing.assert_close(one.decode_masks(), expected, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("chooser", ["tokens", "embeddings"])
-def test_the_selector_sees_what_the_frozen_encoder_sees(tiny: Backbone, chooser: str) -> None:
+@pytest.mark.parametrize("router", ["tokens", "embeddings"])
+def test_the_selector_sees_what_the_frozen_encoder_sees(tiny: Backbone, router: str) -> None:
     """Whatever the experts start from, the route is the same, and the one of the selector alone."""
     pixels = tiny.prepare(images_of(tiny, 6))
     encoder = tiny.sam.image_encoder
     with torch.no_grad():
-        if chooser == "tokens":
-            selector = selector_of(tiny.sam, chooser)
+        if router == "tokens":
+            selector = selector_of(tiny.sam, router)
             logits = selector(encoder, keys_of(encoder, block_inputs(encoder, pixels)))  # type: ignore[operator]
         else:
-            logits = selector_of(tiny.sam, chooser)(pooled_embedding(encoder(pixels)))  # type: ignore[operator]
+            logits = selector_of(tiny.sam, router)(pooled_embedding(encoder(pixels)))  # type: ignore[operator]
         for tune in ("decoder", "hq", "sam_adapter"):
-            model = routed(tiny, tune, chooser)
-            got = model.encode(pixels)[:, -1, 0, 0].long()
+            model = routed(tiny, tune, router)
+            got = model.encode(pixels)["route"]
             assert torch.equal(got, logits.argmax(dim=1)), tune
     assert not any(block._forward_pre_hooks for block in encoder.blocks)
 
@@ -168,7 +179,7 @@ def test_tokens_look_at_the_image_as_the_encoder_would(build_tiny: Callable[[], 
     """Against plain softmax attention, written out for one head at a time."""
     sam = build_tiny()
     pixels = torch.randn(2, 3, 64, 64)
-    selector = TokenSelector(32, 3, 4)
+    selector = TokenRouter(32, 3, 4)
     inputs = block_inputs(sam.image_encoder, pixels)
     x = selector.tokens.expand(2, -1, -1)
     for block, image in zip(sam.image_encoder.blocks, inputs, strict=True):
@@ -207,8 +218,9 @@ def test_further_tokens_are_sparse_embeddings(tiny: Backbone, with_mask: bool) -
     masks = torch.randn(3, *tiny.mask_shape) if with_mask else None
     with torch.no_grad():
         embeddings = sam.image_encoder(tiny.prepare(images_of(tiny, 3)))
-        tokens = decode_tokens(sam, embeddings, Prompts(points, labels, masks=masks), further)
-        got = tokens.draw(tokens.vectors)
+        features = ImageFeatures({"embedding": embeddings})
+        tokens = decode_tokens(sam, features, Prompts(points, labels, masks=masks), further)
+        got = tokens.decode_masks()
         for k in range(3):
             sparse, dense = sam.prompt_encoder(
                 points=(points[k : k + 1], labels[k : k + 1]),
@@ -309,17 +321,17 @@ def test_coda_leaves_components_of_earlier_domains_alone() -> None:
 
 
 def test_a_prompted_sam_looks_at_the_frozen_embedding(tiny: Backbone) -> None:
-    model = make_adapter(tiny, chooser="dualprompt").model(tiny.sam)
+    model = make_adapter(tiny, router="dualprompt").model(tiny.sam)
     assert isinstance(model, PromptedModel) and not trainable(model)
     pixels = tiny.prepare(images_of(tiny, 2))
     boxes = torch.tensor([[4.0, 4, 30, 40], [10, 20, 60, 60]])
     with torch.no_grad():
-        embeddings = model.encode(pixels)
-        torch.testing.assert_close(embeddings, tiny.sam.image_encoder(pixels))
-        tokens, _ = model.pool(query_of(embeddings))
-        expected = decode_tokens(tiny.sam, embeddings, Prompts(boxes=boxes), tokens)
-        got = model.decode(embeddings, Prompts(boxes=boxes))
-    torch.testing.assert_close(got.draw(got.vectors), expected.draw(expected.vectors))
+        features = model.encode(pixels)
+        torch.testing.assert_close(features.embedding, tiny.sam.image_encoder(pixels))
+        tokens, _ = model.pool(query_of(features.embedding))
+        expected = decode_tokens(tiny.sam, features, Prompts(boxes=boxes), tokens)
+        got = model.decode(features, Prompts(boxes=boxes))
+    torch.testing.assert_close(got.decode_masks(), expected.decode_masks())
 
 
 # Files -----------------------------------------------------------------------------------------
@@ -328,7 +340,7 @@ KINDS = [
     *((tune, "") for tune in TUNINGS.names()),
     ("decoder", "tokens"),
     ("lora_decoder", "embeddings"),
-    *(("prompts", name) for name in PROMPT_POOLS.names()),
+    *(("prompts", name) for name in POOLS),
 ]
 
 
@@ -342,14 +354,14 @@ def named(
     return {"name": "tiny", "checkpoint": tiny_checkpoint, "device": "cpu"}
 
 
-@pytest.mark.parametrize(("tune", "chooser"), KINDS, ids=["-".join(kind) for kind in KINDS])
+@pytest.mark.parametrize(("tune", "router"), KINDS, ids=["-".join(kind) for kind in KINDS])
 def test_a_file_gives_the_adapter_back(
-    named: dict[str, Any], tune: str, chooser: str, tmp_path: Path
+    named: dict[str, Any], tune: str, router: str, tmp_path: Path
 ) -> None:
     if tune.startswith("lora"):
         pytest.importorskip("peft")
     plain = load_backbone(**named)
-    adapter = make_adapter(plain, tune, chooser)
+    adapter = make_adapter(plain, tune, router)
     path = adapter.save(tmp_path / "a.safetensors")
     again = Adapter.load(path)
     assert replace(again, experts=[], weights={}) == replace(adapter, experts=[], weights={})
@@ -364,11 +376,12 @@ def test_a_file_gives_the_adapter_back(
     assert "adapted by by hand" in repr(loaded) and "adapted" not in repr(plain)
     images, boxes = images_of(plain, 2), torch.tensor([[4.0, 4, 30, 40], [10, 20, 60, 60]])
     expected = plain.with_model(adapter.model(plain.sam))
-    embeddings = loaded.encode(images)
-    assert loaded.embedding_shape == expected.embedding_shape == embeddings.shape[1:]
-    assert torch.equal(embeddings, expected.encode(images))
-    masks = loaded.decode(embeddings, Prompts(boxes=boxes))[0]
-    assert torch.equal(masks, expected.decode(embeddings, Prompts(boxes=boxes))[0])
+    features = loaded.encode(images)
+    assert loaded.feature_spec == expected.feature_spec == features.spec
+    assert loaded.embedding_shape == expected.embedding_shape == features.embedding.shape[1:]
+    torch.testing.assert_close(features.tensors, expected.encode(images).tensors, rtol=0, atol=0)
+    masks = loaded.decode(features, Prompts(boxes=boxes))[0]
+    assert torch.equal(masks, expected.decode(features, Prompts(boxes=boxes))[0])
     before = plain.decode(plain.encode(images), Prompts(boxes=boxes))[0]
     assert (masks - before).abs().max() > 0.01 * before.std()
 
@@ -391,8 +404,8 @@ def test_identity_tells_adapters_apart(named: dict[str, Any], tmp_path: Path) ->
 
 def test_a_half_precision_backbone_takes_an_adapter(named: dict[str, Any], tmp_path: Path) -> None:
     plain = load_backbone(**named)
-    for tune, chooser in (("decoder", "tokens"), ("prompts", "coda"), ("hq", "")):
-        path = make_adapter(plain, tune, chooser).save(tmp_path / f"{tune}.safetensors")
+    for tune, router in (("decoder", "tokens"), ("prompts", "coda"), ("hq", "")):
+        path = make_adapter(plain, tune, router).save(tmp_path / f"{tune}.safetensors")
         exact = load_backbone(**named, adapter=str(path))
         low = load_backbone(**named, dtype="bfloat16", adapter=str(path))
         images, boxes = images_of(plain, 2), torch.tensor([[4.0, 4, 30, 40], [10, 20, 60, 60]])
@@ -447,7 +460,7 @@ def test_what_does_not_fit_is_refused(named: dict[str, Any], tmp_path: Path) -> 
     plain = load_backbone(**named)
     adapter = make_adapter(plain, "decoder", "tokens")
     path = adapter.save(tmp_path / "routed.safetensors")
-    with pytest.raises(ValueError, match="chooses among experts does not compile: compile=False"):
+    with pytest.raises(ValueError, match="routes among experts does not compile: compile=False"):
         load_backbone(**named, compile=True, adapter=str(path))
     misspelt = replace(adapter, tune="decodr").save(tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="Unknown tune target 'decodr'. Did you mean 'decoder'?"):
@@ -457,7 +470,7 @@ def test_what_does_not_fit_is_refused(named: dict[str, Any], tmp_path: Path) -> 
         replace(adapter, weights=lacking).model(plain.sam)
     fewer = dict(list(adapter.experts[0].items())[1:])
     with pytest.raises(ValueError, match="^my file: does not fit"):
-        replace(adapter, experts=[fewer], chooser="").model(plain.sam, "my file")
+        replace(adapter, experts=[fewer], router="").model(plain.sam, "my file")
 
 
 def test_one_expert_compiles_like_any_sam(named: dict[str, Any], tmp_path: Path) -> None:
@@ -470,7 +483,7 @@ def test_experts_share_what_is_frozen(tiny: Backbone) -> None:
     base = {weight.data_ptr() for weight in tiny.sam.parameters()}
     own = sum(w.nbytes for w in model.parameters() if w.data_ptr() not in base)
     assert own == 3 * sum(w.nbytes for w in tiny.sam.mask_decoder.parameters()) + sum(
-        w.nbytes for w in model.selector.parameters()
+        w.nbytes for w in model.router.parameters()
     )
     pytest.importorskip("peft")
     weights = expert(tiny.sam, "lora", 0)
@@ -482,12 +495,12 @@ def test_experts_share_what_is_frozen(tiny: Backbone) -> None:
 # Environments ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tune", "chooser"), [("decoder", "tokens"), ("prompts", "l2p")])
+@pytest.mark.parametrize(("tune", "router"), [("decoder", "tokens"), ("prompts", "l2p")])
 def test_environments_play_on_an_adapted_sam(
-    tiny_env: dict[str, Any], tune: str, chooser: str, tmp_path: Path
+    tiny_env: dict[str, Any], tune: str, router: str, tmp_path: Path
 ) -> None:
     plain = load_backbone("tiny", tiny_env["checkpoint"], device="cpu")
-    path = make_adapter(plain, tune, chooser).save(tmp_path / "a.safetensors")
+    path = make_adapter(plain, tune, router).save(tmp_path / "a.safetensors")
     settings = {**tiny_env, "adapter": str(path), "max_steps": 4}
     vector = gym.make_vec(
         "SamSeg-v0", num_envs=3, vectorization_mode="vector_entry_point", **settings

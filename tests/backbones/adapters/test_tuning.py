@@ -10,7 +10,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from sam_gym.backbones import Backbone, Prompts, load_backbone
-from sam_gym.backbones.adapters.adapter import Model, embed, raw_features
+from sam_gym.backbones.adapters.model import Model, embed, raw_features
 from sam_gym.backbones.adapters.tuning import TUNINGS, apply_tuned, trainable, tuned_weights
 from sam_gym.backbones.decode import decode_tokens
 
@@ -40,7 +40,7 @@ def pixels_of(backbone: Backbone, count: int = 3) -> Tensor:
 def masks_of(sam: Sam, pixels: Tensor) -> Tensor:
     """Logits of all mask tokens, by the way that a service takes."""
     tokens = Model(sam).decode(Model(sam).encode(pixels), PROMPTS)
-    return tokens.draw(tokens.vectors)
+    return tokens.decode_masks()
 
 
 @torch.no_grad()
@@ -122,18 +122,17 @@ def test_training_starts_from_the_raw_features(tiny: Backbone, tune: str) -> Non
     move(own)
     pixels, kind = pixels_of(tiny), TUNINGS.get(tune).raw
     with torch.no_grad():
-        got = embed(own, raw_features(tiny.sam, pixels, kind), kind)
-        torch.testing.assert_close(got, Model(own).encode(pixels))
+        got = embed(own, raw_features(tiny.sam, pixels, kind))
+        torch.testing.assert_close(got.tensors, Model(own).encode(pixels).tensors)
 
 
 def test_gradients_reach_what_is_tuned_and_nothing_else(tiny: Backbone, tune: str) -> None:
     own = TUNINGS.get(tune).prepare(tiny.sam)
     move(own)
     kind = TUNINGS.get(tune).raw
-    tokens = decode_tokens(
-        own, embed(own, raw_features(tiny.sam, pixels_of(tiny), kind), kind), PROMPTS
-    )
-    (tokens.draw(tokens.vectors).square().mean() + tokens.iou.square().mean()).backward()
+    features = embed(own, raw_features(tiny.sam, pixels_of(tiny), kind))
+    tokens = decode_tokens(own, features, PROMPTS)
+    (tokens.decode_masks().square().mean() + tokens.iou.square().mean()).backward()
     for name, weight in own.named_parameters():
         assert (weight.grad is not None) == weight.requires_grad, name
     assert all(weight.grad is None for weight in tiny.sam.parameters())

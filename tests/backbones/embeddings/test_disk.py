@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.embeddings import store
 from sam_gym.backbones.embeddings.disk import DiskStore
 from sam_gym.backbones.embeddings.precompute import Config, precompute, share
 from sam_gym.backbones.embeddings.store import EmbeddingStore
+from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.base import image_digest
 from sam_gym.envs.click import ClickCore, SamSegConfig
 
@@ -25,10 +25,14 @@ def key_of(number: int) -> bytes:
     return image_digest(np.full((1, 1, 3), number, np.uint8))
 
 
-def embedding_of(number: int, backbone: Backbone) -> Tensor:
+def features_of(number: int, backbone: Backbone) -> ImageFeatures:
     """What each writer of a number writes."""
     noise = torch.Generator().manual_seed(number)
-    return torch.randn(backbone.embedding_shape, generator=noise)
+    return ImageFeatures({"embedding": torch.randn(1, *backbone.embedding_shape, generator=noise)})
+
+
+def same(one: ImageFeatures | None, other: ImageFeatures) -> bool:
+    return one is not None and torch.equal(one.embedding, other.embedding)
 
 
 @pytest.fixture
@@ -40,27 +44,28 @@ def disk(tiny: Backbone, tmp_path: Path) -> DiskStore:
     ("dtype", "error"), [("float32", 0.0), ("float16", 2**-11), ("bfloat16", 2**-8)]
 )
 def test_what_is_put_is_got(tiny: Backbone, tmp_path: Path, dtype: str, error: float) -> None:
-    disk, embedding = DiskStore(tiny, tmp_path, dtype), embedding_of(1, tiny)
-    returned = disk.put(key_of(1), embedding)
+    disk, features = DiskStore(tiny, tmp_path, dtype), features_of(1, tiny)
+    returned = disk.put(key_of(1), features)
     got = DiskStore(tiny, tmp_path, dtype).get(key_of(1))
-    assert got is not None and got.dtype == torch.float32
-    assert torch.equal(got, returned)
-    assert ((got - embedding).abs() <= error * embedding.abs() + 1e-7).all()
+    assert got is not None and got.spec == tiny.feature_spec
+    assert same(got, returned)
+    embedding = features.embedding
+    assert ((got.embedding - embedding).abs() <= error * embedding.abs() + 1e-7).all()
     assert disk.get(key_of(2)) is None
 
 
 def test_files_are_safetensors_in_shards(disk: DiskStore, tiny: Backbone) -> None:
-    disk.put(key_of(1), embedding_of(1, tiny))
+    disk.put(key_of(1), features_of(1, tiny))
     path = disk.path(key_of(1))
     assert path.parent.name == key_of(1).hex()[:2]
     with safe_open(path, "pt") as file:
-        assert torch.equal(file.get_tensor("embedding"), embedding_of(1, tiny))
+        assert torch.equal(file.get_tensor("embedding"), features_of(1, tiny).embedding[0])
 
 
 def test_another_checkpoint_or_precision_finds_nothing(
     tiny: Backbone, micro: Backbone, disk: DiskStore, tmp_path: Path
 ) -> None:
-    disk.put(key_of(1), embedding_of(1, tiny))
+    disk.put(key_of(1), features_of(1, tiny))
     other = Backbone("tiny", tiny.private_copy(), torch.device("cpu"), torch.float32)
     with torch.no_grad():
         other.sam.image_encoder.pos_embed[0, 0, 0, 0] += 1e-6
@@ -72,8 +77,8 @@ def test_another_checkpoint_or_precision_finds_nothing(
 def test_damaged_files_count_as_missing_and_are_replaced(
     disk: DiskStore, tiny: Backbone, kind: str
 ) -> None:
-    embedding = embedding_of(1, tiny)
-    disk.put(key_of(1), embedding)
+    features = features_of(1, tiny)
+    disk.put(key_of(1), features)
     path = disk.path(key_of(1))
     content = bytearray(path.read_bytes())
     if kind == "empty":
@@ -90,36 +95,40 @@ def test_damaged_files_count_as_missing_and_are_replaced(
     path.write_bytes(content)
     assert disk.get(key_of(1)) is None
     assert disk.damaged == 1 and not path.exists()
-    disk.put(key_of(1), embedding)
-    assert torch.equal(disk.get(key_of(1)), embedding)
+    disk.put(key_of(1), features)
+    assert same(disk.get(key_of(1)), features)
 
 
 def test_values_that_do_not_fit_are_refused(tiny: Backbone, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot hold"):
-        DiskStore(tiny, tmp_path, "float16").put(key_of(1), 1e5 * embedding_of(1, tiny))
-    with pytest.raises(ValueError, match="Expected an embedding"):
-        DiskStore(tiny, tmp_path).put(key_of(1), torch.zeros(1, 2, 3))
+        DiskStore(tiny, tmp_path, "float16").put(
+            key_of(1), features_of(1, tiny).map(lambda x: 1e5 * x)
+        )
+    with pytest.raises(ValueError, match="Expected one image with embedding"):
+        DiskStore(tiny, tmp_path).put(
+            key_of(1), ImageFeatures({"embedding": torch.zeros(1, 1, 2, 3)})
+        )
     with pytest.raises(ValueError, match="bfloat16"):
         DiskStore(tiny, tmp_path, "bfloat")
 
 
 def test_least_recently_used_go_first(tiny: Backbone, tmp_path: Path) -> None:
     disk = DiskStore(tiny, tmp_path)
-    disk.put(key_of(0), embedding_of(0, tiny))
+    disk.put(key_of(0), features_of(0, tiny))
     size = disk.path(key_of(0)).stat().st_size
     bounded = DiskStore(tiny, tmp_path, max_bytes=10 * size)
     for number in range(1, 10):
-        bounded.put(key_of(number), embedding_of(number, tiny))
+        bounded.put(key_of(number), features_of(number, tiny))
     for number in range(10):  # the order of use, in a clock that is coarser than this loop
         os.utime(disk.path(key_of(number)), (number, number))
     assert bounded.get(key_of(0)) is not None
-    bounded.put(key_of(10), embedding_of(10, tiny))
+    bounded.put(key_of(10), features_of(10, tiny))
     there = [number for number in range(11) if key_of(number) in bounded]
     assert there == [0, *range(3, 11)]
 
 
 def test_abandoned_pieces_are_removed(disk: DiskStore, tiny: Backbone) -> None:
-    disk.put(key_of(1), embedding_of(1, tiny))
+    disk.put(key_of(1), features_of(1, tiny))
     folder = disk.path(key_of(1)).parent
     old, new = folder / ".old.safetensors.1.2", folder / ".new.safetensors.3.4"
     for piece in (old, new):
@@ -136,8 +145,8 @@ def test_memory_store_takes_from_disk_and_keeps_there(tiny: Backbone, tmp_path: 
     second = EmbeddingStore(tiny, disk=DiskStore(tiny, tmp_path))
     got = second.gather(torch.tensor(second.acquire(images)))
     assert (first.encoded, second.encoded) == (2, 1)
-    assert torch.equal(got[:2], expected)
-    assert torch.equal(got[2], tiny.encode(images[2:])[0])
+    assert same(got[:2], expected)
+    assert same(got[2:], tiny.encode(images[2:]))
 
 
 def test_environment_with_a_disk_store(
@@ -162,7 +171,7 @@ def write_forever(folder: Path, backbone: Backbone) -> None:
     disk = DiskStore(backbone, folder)
     while True:
         for number in range(8):
-            disk.put(key_of(number), embedding_of(number, backbone))
+            disk.put(key_of(number), features_of(number, backbone))
 
 
 def test_two_writers_of_which_one_is_killed(tiny: Backbone, tmp_path: Path) -> None:
@@ -177,7 +186,7 @@ def test_two_writers_of_which_one_is_killed(tiny: Backbone, tmp_path: Path) -> N
             for number in range(8):
                 got = reader.get(key_of(number))
                 if got is not None:
-                    assert torch.equal(got, embedding_of(number, tiny))
+                    assert same(got, features_of(number, tiny))
                     read += 1
             if read > 200 and writers[0].is_alive():
                 os.kill(writers[0].pid, signal.SIGKILL)
@@ -195,15 +204,15 @@ def write_beyond_the_bound(folder: Path, backbone: Backbone, bound: int, first: 
     torch.set_num_threads(1)
     disk = DiskStore(backbone, folder, max_bytes=bound)
     for number in range(first, first + 60):
-        disk.put(key_of(number), embedding_of(number, backbone))
+        disk.put(key_of(number), features_of(number, backbone))
         got = disk.get(key_of((number + 30) % 120))
-        assert got is None or torch.equal(got, embedding_of((number + 30) % 120, backbone))
+        assert got is None or same(got, features_of((number + 30) % 120, backbone))
     assert disk.damaged == 0
 
 
 def test_three_processes_evict_at_once(tiny: Backbone, tmp_path: Path) -> None:
     one = DiskStore(tiny, tmp_path / "one")
-    one.put(key_of(0), embedding_of(0, tiny))
+    one.put(key_of(0), features_of(0, tiny))
     size = one.path(key_of(0)).stat().st_size
     bound, folder = 20 * size, tmp_path / "shared"
     context = multiprocessing.get_context("fork")

@@ -29,16 +29,16 @@ def touch(store: EmbeddingStore, *numbers: int) -> list[int]:
 
 
 def assert_holds(store: EmbeddingStore, handle: int, number: int) -> None:
-    expected = store.backbone.encode([picture(number)])[0]
-    found = store.gather(torch.tensor([handle]))[0]
+    expected = store.source.encode([picture(number)]).embedding[0]
+    found = store.gather(torch.tensor([handle]), "embedding")[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_gather_gives_the_embeddings_in_order(tiny: Backbone) -> None:
     store = make_store(tiny, 8, batch_size=2)
     handles = store.acquire([picture(n) for n in range(5)])
-    found = store.gather(torch.tensor(handles[::-1]))
-    expected = tiny.encode([picture(n) for n in range(5)])
+    found = store.gather(torch.tensor(handles[::-1]), "embedding")
+    expected = tiny.encode([picture(n) for n in range(5)]).embedding
     torch.testing.assert_close(found.flip(0), expected, rtol=0, atol=1e-5)
     assert (expected[0] - expected[1]).abs().max() > 1e-2
     found.zero_()
@@ -175,7 +175,7 @@ def test_growing_keeps_embeddings_and_handles(tiny: Backbone) -> None:
 def test_capacity_is_a_bound(tiny: Backbone) -> None:
     store = make_store(tiny, 70)
     handles = touch(store, *range(200))
-    assert len(store) == 70 and store._table.shape[0] == 70
+    assert len(store) == 70 and len(store._table) == 70
     assert 0 <= min(handles) and max(handles) == 69
 
 

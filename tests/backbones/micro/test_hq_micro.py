@@ -15,8 +15,9 @@ def test_it_has_the_weights_of_micro_and_a_head(shipped: Backbone) -> None:
     assert {key for key in state if in_head(key)} == state.keys() - plain.keys()
     assert all(torch.equal(state[key], value) for key, value in plain.items())
     assert backbone.identity != shipped.identity
-    channels, *grid = shipped.embedding_shape
-    assert backbone.embedding_shape == (3 * channels, *grid)
+    channels, height, width = shipped.embedding_shape
+    assert backbone.embedding_shape == shipped.embedding_shape
+    assert backbone.feature_spec.tensors["hq"].shape == (channels // 8, 4 * height, 4 * width)
 
 
 def test_a_new_head_adds_nothing_to_a_mask() -> None:

@@ -1,0 +1,162 @@
+"""A SAM as the service runs it: images to features, features and prompts to masks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
+
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+
+from sam_gym.backbones.adapters.class_head import ClassHead
+from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
+from sam_gym.backbones.features import FeatureSpec, ImageFeatures, TensorSpec
+from sam_gym.backbones.hq import (
+    early_channels,
+    early_features,
+    encode_pixels,
+    feature_spec,
+    with_hq_features,
+)
+from sam_gym.utils.registry import Registry, unknown_name
+
+#: What the tuned part of a SAM may start from; see `raw_features`.
+RAW_KINDS = ("pixels", "embedding", "early")
+
+
+class Model(nn.Module):
+    """A SAM, pretrained or adapted.
+
+    Args:
+        sam: the model. For a model that routes or prompts by image: the pretrained one.
+        raw: a kind of `raw_features`, which the pretrained SAM can compute in advance.
+        head: classifies masks, or None.
+    """
+
+    def __init__(self, sam: Sam, raw: str = "pixels", head: ClassHead | None = None) -> None:
+        super().__init__()
+        self.sam, self.raw, self.head = sam, raw, head
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of `class_logits`; empty without a head."""
+        return () if self.head is None else self.head.classes
+
+    def class_logits(self, tokens: MaskTokens) -> Tensor:
+        """Classify the masks of decoded prompts: logits (P, K, number of classes).
+
+        Raises:
+            ValueError: the model has no head.
+        """
+        if self.head is None:
+            raise ValueError("This model does not classify masks: its adapter has no class head.")
+        return self.head(tokens.tokens)
+
+    @property
+    def feature_spec(self) -> FeatureSpec:
+        """Shapes and dtypes of `encode`, in float32."""
+        return feature_spec(self.sam)
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts that a router chooses from."""
+        return 1
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether the model can be compiled: no shape depends on the values of tensors."""
+        return True
+
+    def encode(self, pixels: Tensor) -> ImageFeatures:
+        """Encode prepared pixels (B, 3, S, S)."""
+        return encode_pixels(self.sam, pixels)
+
+    def embed(
+        self, raw: ImageFeatures, pixels: Callable[[], Tensor] | None = None
+    ) -> ImageFeatures:
+        """Compute features from `raw_features` of the model's kind; differentiable.
+
+        Args:
+            raw: of B images.
+            pixels: returns the prepared pixels of the images; some routers need them.
+        """
+        return embed(self.sam, raw)
+
+    def decode(self, features: ImageFeatures, prompts: Prompts) -> MaskTokens:
+        """Decode prompts; see `decode_tokens`."""
+        return decode_tokens(self.sam, features, prompts)
+
+
+class AdapterModule(nn.Module, ABC):
+    """A module that an adapter needs at inference time, beside its tuned weights.
+
+    Register a subclass in `ADAPTER_MODULES`. Adapter files name it as their `router` and hold its
+    state, so a new adaptation method can bring its own module from outside the package.
+    """
+
+    @classmethod
+    @abstractmethod
+    def from_weights(cls, sam: Sam, weights: Mapping[str, Tensor], num_experts: int) -> Self:
+        """Build a module of the size that fits a saved state; the state is loaded afterwards.
+
+        Args:
+            sam: the pretrained SAM.
+            weights: the saved state.
+            num_experts: number of tuned copies in the adapter.
+        """
+
+    @abstractmethod
+    def wrap(self, sam: Sam, experts: Sequence[Sam], raw: str) -> Model:
+        """Build the adapted model.
+
+        Args:
+            sam: the pretrained SAM.
+            experts: its tuned copies, maybe none.
+            raw: the kind of `raw_features` that the experts start from.
+        """
+
+
+#: Name -> class, as adapter files name it.
+ADAPTER_MODULES: Registry[type[AdapterModule]] = Registry("adapter module")
+
+
+def raw_features(sam: Sam, pixels: Tensor, kind: str) -> ImageFeatures:
+    """Compute the features that the tuned part of a SAM starts from; see `Tuning.raw`.
+
+    Args:
+        sam: the pretrained SAM.
+        pixels: prepared, (B, 3, S, S).
+        kind: "pixels" (feature `pixels`), "embedding" (as `encode_pixels`) or "early" (features
+            `embedding` and `early`).
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind == "pixels":
+        return ImageFeatures({"pixels": pixels})
+    if kind == "early":
+        return early_features(sam.image_encoder, pixels)
+    if kind != "embedding":
+        raise unknown_name("kind of raw features", kind, RAW_KINDS)
+    return encode_pixels(sam, pixels)
+
+
+def raw_spec(sam: Sam, kind: str) -> FeatureSpec:
+    """Shapes and dtypes of `raw_features`, in float32."""
+    if kind == "pixels":
+        side = sam.image_encoder.img_size
+        return FeatureSpec({"pixels": TensorSpec((3, side, side))})
+    own = feature_spec(sam)
+    if kind != "early":
+        return own
+    embedding = own.tensors["embedding"]
+    early = TensorSpec((early_channels(sam.image_encoder), *embedding.shape[1:]))
+    return FeatureSpec({"embedding": embedding, "early": early})
+
+
+def embed(sam: Sam, raw: ImageFeatures) -> ImageFeatures:
+    """Compute the features for `decode_tokens` from `raw_features`; differentiable."""
+    if "pixels" in raw:
+        return encode_pixels(sam, raw["pixels"])
+    return with_hq_features(sam, raw) if "early" in raw else raw

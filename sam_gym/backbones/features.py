@@ -1,0 +1,151 @@
+"""Image features: what a backbone computes once per image, as named tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from sam_gym.utils.registry import unknown_name
+
+
+class TensorSpec(NamedTuple):
+    """Shape of one image's tensor, without the batch axis, and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per image."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """The features that a backbone computes of an image.
+
+    Attributes:
+        tensors: feature name -> shape and dtype per image.
+    """
+
+    tensors: Mapping[str, TensorSpec]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {own.shape}" for name, own in self.tensors.items())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per image."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def empty(self, count: int, device: torch.device) -> ImageFeatures:
+        """Uninitialised features of `count` images."""
+        return ImageFeatures(
+            {
+                name: torch.empty((count, *spec.shape), dtype=spec.dtype, device=device)
+                for name, spec in self.tensors.items()
+            }
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFeatures:
+    """Features of B images. The first axis of every tensor is the image.
+
+    `features["hq"]` is one tensor; `features[rows]` holds all features of some images, where rows
+    are a slice, an integer tensor or list, or a boolean mask. Names in use:
+
+    | name | tensor |
+    |---|---|
+    | `embedding` | float (B, C, h, w), the image embedding |
+    | `hq` | float (B, C / 8, 4h, 4w), the prompt-independent part of an HQ decoder |
+    | `early` | float (B, D, h, w), early encoder features, from which an HQ head is trained |
+    | `route` | int64 (B,), the expert of each image |
+    | `pixels` | float32 (B, 3, S, S), where the encoder itself is trained |
+
+    Attributes:
+        tensors: feature name -> (B, ...), in a fixed order.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    @overload
+    def __getitem__(self, key: str) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, key: slice | Tensor | Sequence[int]) -> ImageFeatures: ...
+
+    def __getitem__(self, key: str | slice | Tensor | Sequence[int]) -> Tensor | ImageFeatures:
+        if isinstance(key, str):
+            if key not in self.tensors:
+                raise unknown_name("image feature", key, self.tensors)
+            return self.tensors[key]
+        if isinstance(key, int):
+            # Also keeps Python from iterating: a row without its batch axis is no `ImageFeatures`.
+            raise TypeError(f"Features are indexed by name or rows: use [{key}:{key + 1}].")
+        return self.map(lambda tensor: tensor[key])
+
+    def __setitem__(self, rows: Tensor | slice, values: ImageFeatures) -> None:
+        """Overwrite all features of some images, in place."""
+        for name, tensor in self.tensors.items():
+            tensor[rows] = values[name]
+
+    @property
+    def embedding(self) -> Tensor:
+        """The image embedding, float (B, C, h, w)."""
+        return self["embedding"]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the features, in order."""
+        return tuple(self.tensors)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features are."""
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """Shapes and dtypes per image."""
+        return FeatureSpec(
+            {name: TensorSpec(tuple(x.shape[1:]), x.dtype) for name, x in self.tensors.items()}
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ImageFeatures:
+        """Apply a function to every tensor."""
+        return ImageFeatures({name: function(tensor) for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device | str) -> ImageFeatures:
+        """The same features on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def floating_to(self, dtype: torch.dtype) -> ImageFeatures:
+        """The same features with floating-point tensors in another precision."""
+        return self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+    def merge(self, **tensors: Tensor) -> ImageFeatures:
+        """These features and further ones; a name that exists is replaced."""
+        return ImageFeatures({**self.tensors, **tensors})
+
+    def split(self, size: int) -> list[ImageFeatures]:
+        """Consecutive chunks of at most `size` images."""
+        return [self[first : first + size] for first in range(0, len(self), size)]
+
+    @staticmethod
+    def cat(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """The images of all parts, one after the other; parts have the same features."""
+        return ImageFeatures(
+            {name: torch.cat([part[name] for part in parts]) for name in parts[0].names}
+        )
