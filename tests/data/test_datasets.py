@@ -10,6 +10,8 @@ import pytest
 
 import sam_gym  # noqa: F401 (registers the environments)
 from adaptation.options import StreamOptions
+from agents.ppo.config import TrainPPOConfig
+from agents.tasks import task_of
 from benchmarks import pointing
 from benchmarks.everything import benchmark as everything
 from benchmarks.interactive import benchmark as interactive
@@ -18,6 +20,7 @@ from sam_gym.data import DATASETS, Dataset, DatasetSpec, Sample, make_dataset, r
 from sam_gym.data.streams import dataset_stream
 from sam_gym.data.synthetic.domains.dataset import DOMAINS
 from sam_gym.envs.base_core import DatasetConfig
+from sam_gym.envs.click import SamSegConfig
 from sam_gym.envs.everything import EverythingConfig
 
 
@@ -94,6 +97,13 @@ def test_specs_say_what_the_factories_take(name: str) -> None:
 def test_a_domain_without_its_kind_lists_the_kinds() -> None:
     with pytest.raises(ValueError, match=f"needs a kind: one of {', '.join(DOMAINS)}"):
         gym.make("SamSeg-v0", dataset="domain")
+
+
+def test_train_images_limit_a_domain() -> None:
+    env_config = SamSegConfig(dataset="domain", dataset_kwargs={"kind": "cells"})
+    run = TrainPPOConfig(env_config=env_config, train_images=7)
+    training = task_of("SamSeg-v0").training_config(run)
+    assert isinstance(training, SamSegConfig) and len(training.open_dataset()) == 7
 
 
 def test_a_required_option_is_named(squares: DatasetSpec) -> None:

@@ -105,7 +105,7 @@ def test_nothing_of_an_episode_is_left_out(make_vec: MakeVec) -> None:
 
 def test_what_cannot_go_on_is_an_error(make_vec: MakeVec) -> None:
     env = make_vec()
-    with pytest.raises(ValueError, match="Slot 0 .* had not been reset"):
+    with pytest.raises(ValueError, match="Sub-environment 0 had not been reset"):
         make_vec().set_state(env.get_state())
     env.reset(seed=0)
     with pytest.raises(ValueError, match="Expected the state of 3 sub-environments, got 5"):
@@ -113,5 +113,7 @@ def test_what_cannot_go_on_is_an_error(make_vec: MakeVec) -> None:
     state = env.get_state()
     # Of another dataset, a draw takes another number of random numbers.
     state[2]["rng"] = np.random.default_rng(99).bit_generator.state
-    with pytest.raises(ValueError, match="Environment 2 draws another episode.*scenes has changed"):
+    with pytest.raises(
+        ValueError, match="Sub-environment 2 draws another episode.*scenes has changed"
+    ):
         make_vec().set_state(state)
