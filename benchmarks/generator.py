@@ -36,7 +36,7 @@ _SIDES = ("ours", "reference")
 
 
 @dataclass
-class Config(TimedOptions):
+class GeneratorBenchmarkConfig(TimedOptions):
     """Time everything mode, and segment_anything's SamAutomaticMaskGenerator with its settings.
 
     Both see the same images with the same weights, one after the other, and their masks are
@@ -88,7 +88,7 @@ class Config(TimedOptions):
         return GeneratorOptions(grid=(columns, rows), output="coco_rle", **own)
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: GeneratorBenchmarkConfig) -> dict[str, Any]:
     """Run the benchmark and write its report.
 
     Raises:
@@ -128,13 +128,13 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _images(config: Config) -> list[np.ndarray]:
+def _images(config: GeneratorBenchmarkConfig) -> list[np.ndarray]:
     dataset = make_dataset(config.dataset, config.split, length=config.images)
     return [dataset[index].image for index in range(config.images)]
 
 
 def _generator(
-    backbone: Backbone, config: Config, grid: str, side: str
+    backbone: Backbone, config: GeneratorBenchmarkConfig, grid: str, side: str
 ) -> Callable[[np.ndarray], list[dict[str, Any]]]:
     """What a side does with an image."""
     options = config.generator_options(grid)
@@ -202,7 +202,7 @@ def _found(theirs: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> 
 # Memory ----------------------------------------------------------------------------------------
 
 
-def _peak_memory(config: Config, grid: str, side: str) -> float | None:
+def _peak_memory(config: GeneratorBenchmarkConfig, grid: str, side: str) -> float | None:
     """MiB that a process holds at most which works on one image (see `measure_memory`)."""
     job = {"config": plain(asdict(replace(config, images=1))), "grid": grid, "side": side}
     code = (
@@ -224,7 +224,7 @@ def measure_memory(job: str) -> None:
     """
     content = json.loads(job)
     settings = content["config"] | {"grids": tuple(content["config"]["grids"])}
-    config = Config(**settings)
+    config = GeneratorBenchmarkConfig(**settings)
     backbone = config.load()
     _generator(backbone, config, content["grid"], content["side"])(_images(config)[0])
     print(json.dumps(_high_water_mib(backbone.device)))

@@ -1,63 +1,68 @@
-"""Measure a Segment Anything Model, the environments that play it, and the agents that learn to.
+"""Benchmark a Segment Anything Model, its environments and the agents trained in them.
 
     python -m benchmarks.run continual
     python -m benchmarks.run interactive --dataset folder --data FOLDER --out DIR
     python -m benchmarks.run throughput --out DIR
     python -m benchmarks.run interactive --help
 
-Each benchmark writes results.json, CSV tables, pictures and one self-contained report.html into
+Each benchmark writes results.json, a CSV table, pictures and a self-contained report.html into
 --out, and prints a short table.
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, get_type_hints
 
 import tyro
 
 from sam_gym.utils import cli
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.registry import load_entry_point, unknown_name
 
-#: Benchmark name -> module with a dataclass `Config` and `run(config) -> results`.
+#: Benchmark name -> "module:function". The function takes a config dataclass as its argument
+#: `config` and returns the content of results.json.
 BENCHMARKS = {
-    "agents": "benchmarks.agents",
-    "continual": "benchmarks.continual",
-    "epochs": "benchmarks.epochs",
-    "everything": "benchmarks.everything.benchmark",
-    "generator": "benchmarks.generator",
-    "interactive": "benchmarks.interactive.benchmark",
-    "pointing": "benchmarks.pointing",
-    "throughput": "benchmarks.throughput.benchmark",
+    "agents": "benchmarks.agents:run",
+    "continual": "benchmarks.continual:run",
+    "epochs": "benchmarks.epochs:run",
+    "everything": "benchmarks.everything.benchmark:run",
+    "generator": "benchmarks.generator:run",
+    "interactive": "benchmarks.interactive.benchmark:run",
+    "pointing": "benchmarks.pointing:run",
+    "throughput": "benchmarks.throughput.benchmark:run",
 }
 
 
+def load(name: str) -> tuple[Callable[[Any], dict[str, Any]], type]:
+    """Import a benchmark; returns its function and the class of its config."""
+    if name not in BENCHMARKS:
+        raise unknown_name("benchmark", name, BENCHMARKS)
+    run = load_entry_point(BENCHMARKS[name])
+    return run, get_type_hints(run)["config"]
+
+
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark that a command line asks for.
+    """Run the benchmark that a command line names.
 
     Args:
         args: the command line without the program; None: that of the process.
 
     Returns:
-        What results.json holds.
+        The content of results.json.
 
     Raises:
         SystemExit: after --help, or when the command line cannot be parsed.
         ValueError, FileNotFoundError: a name, a value, the data or the checkpoint is wrong.
     """
-    args = list(sys.argv[1:] if args is None else args)
-    if args and not args[0].startswith("-") and args[0] not in BENCHMARKS:
-        raise unknown_name("benchmark", args[0], BENCHMARKS)
-    modules = {name: importlib.import_module(path) for name, path in BENCHMARKS.items()}
-    config = tyro.extras.subcommand_cli_from_dict(
-        {name: module.Config for name, module in modules.items()},
-        prog="python -m benchmarks.run",
-        description=__doc__,
-        args=args or ["--help"],
-    )
-    return modules[args[0]].run(config)
+    name, *options = list(sys.argv[1:] if args is None else args) or ["--help"]
+    if name in ("-h", "--help"):
+        summaries = {key: str(load(key)[1].__doc__).splitlines()[0] for key in BENCHMARKS}
+        print(f"{__doc__}\nBenchmarks:\n")
+        print("\n".join(f"  {key:<12} {summary}" for key, summary in summaries.items()))
+        raise SystemExit(0)
+    run, config_class = load(name)
+    return run(tyro.cli(config_class, prog=f"python -m benchmarks.run {name}", args=options))
 
 
 if __name__ == "__main__":

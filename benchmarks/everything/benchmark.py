@@ -56,7 +56,7 @@ class FineTuning(TrainConfig):
 
 
 @dataclass
-class Config:
+class EverythingBenchmarkConfig:
     """Fine-tune a SAM's everything mode to whole objects, and compare it with the SAM as it was.
 
     No truth is in the prompts: a grid of points is asked, masks are filtered and cleared of
@@ -102,7 +102,7 @@ class Config:
     merging: tyro.conf.OmitArgPrefixes[MergeOptions] = field(default_factory=MergeOptions)
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: EverythingBenchmarkConfig) -> dict[str, Any]:
     """Fine-tune, measure and write everything; returns what stands in results.json.
 
     Raises:
@@ -153,7 +153,7 @@ def run(config: Config) -> dict[str, Any]:
     return results
 
 
-def _check(config: Config) -> None:
+def _check(config: EverythingBenchmarkConfig) -> None:
     require_at_least(
         1,
         seeds=config.seeds,
@@ -178,7 +178,7 @@ def _check(config: Config) -> None:
         check_tune(method, config.tune)
 
 
-def _open(config: Config) -> tuple[Stream, dict[str, Split]]:
+def _open(config: EverythingBenchmarkConfig) -> tuple[Stream, dict[str, Split]]:
     """The stream that is trained on, and what is measured on: val, test and others."""
     root = {} if config.data is None else {"root": config.data}
     procedural = DATASETS.get(config.dataset).procedural
@@ -208,7 +208,7 @@ def _open(config: Config) -> tuple[Stream, dict[str, Split]]:
 
 
 def _trained(
-    config: Config, stream: Stream, method: str, seed: int, out: Path
+    config: EverythingBenchmarkConfig, stream: Stream, method: str, seed: int, out: Path
 ) -> tuple[Backbone, float]:
     """A fine-tuned backbone, and the seconds that its training took."""
     settings = replace(config.train, seed=seed, max_images=config.train_images)

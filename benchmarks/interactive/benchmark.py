@@ -30,7 +30,7 @@ _FRAME_HEIGHT = 260
 
 
 @dataclass
-class Config(BackboneOptions):
+class InteractiveBenchmarkConfig(BackboneOptions):
     """Click objects out of images and count the clicks.
 
     The standard protocol: each click is at the middle of the widest error, the IoU is taken at the
@@ -113,7 +113,7 @@ class Result:
     baseline_seconds: float = 0.0
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: InteractiveBenchmarkConfig) -> dict[str, Any]:
     """Run the benchmark and write its report.
 
     Raises:
@@ -154,11 +154,11 @@ def run(config: Config) -> dict[str, Any]:
 # Objects ---------------------------------------------------------------------------------------
 
 
-def _split(config: Config) -> str:
+def _split(config: InteractiveBenchmarkConfig) -> str:
     return config.split or DATASETS.get(config.dataset).held_out_split
 
 
-def open_dataset(config: Config) -> Dataset:
+def open_dataset(config: InteractiveBenchmarkConfig) -> Dataset:
     """The dataset of the config; `ValueError` for options that it does not take."""
     spec = DATASETS.get(config.dataset)
     # Option of the command -> the dataset's option, and its value.
@@ -180,7 +180,9 @@ def open_dataset(config: Config) -> Dataset:
     return spec.make(_split(config), **options)
 
 
-def find_objects(config: Config, dataset: Dataset, samples: SampleCache) -> list[Item]:
+def find_objects(
+    config: InteractiveBenchmarkConfig, dataset: Dataset, samples: SampleCache
+) -> list[Item]:
     """All objects to click out. Reads every image once, so that a broken one stops before work."""
     max_images = config.max_images
     if max_images is None and DATASETS.get(config.dataset).procedural:
@@ -296,7 +298,7 @@ def object_rows(results: Sequence[Result], baseline_clicks: int) -> list[dict[st
 
 def _write(
     out: Path,
-    config: Config,
+    config: InteractiveBenchmarkConfig,
     summary: dict[str, Any],
     results: Sequence[Result],
     backbone: Backbone,

@@ -63,7 +63,7 @@ _GROWTH_IMAGES_PER_ENV = 8
 
 
 @dataclass
-class Config(BackboneOptions):
+class ThroughputBenchmarkConfig(BackboneOptions):
     """Compare the vector environment with the way it is done today, for several numbers of envs.
 
     Three sides play the same actions on the same images with the same weights, and their masks are
@@ -130,7 +130,7 @@ class Config(BackboneOptions):
         }
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: ThroughputBenchmarkConfig) -> dict[str, Any]:
     """Run the benchmark and write its report.
 
     Raises:
@@ -242,7 +242,12 @@ class Match:
     """
 
     def __init__(
-        self, config: Config, backbone: Backbone, plain: Sam, num_envs: int, fresh: bool
+        self,
+        config: ThroughputBenchmarkConfig,
+        backbone: Backbone,
+        plain: Sam,
+        num_envs: int,
+        fresh: bool,
     ) -> None:
         self.config, self.backbone, self.num_envs = config, backbone, num_envs
         settings = config.env_settings(fresh)
@@ -419,7 +424,7 @@ class Chunk(NamedTuple):
     step_ms: float
 
 
-def play_chunks(config: Config) -> Iterator[Chunk]:
+def play_chunks(config: ThroughputBenchmarkConfig) -> Iterator[Chunk]:
     """Play the vector environment alone on fresh images until it has seen `growth_images`.
 
     The embedding store and the sample cache hold a quarter of the images: the first chunks fill
@@ -483,7 +488,11 @@ def phase_timers(core: ClickCore) -> Iterator[dict[str, float]]:
 
 
 def _rows(
-    config: Config, num_envs: int, kind: str, repeat: int, seconds: dict[str, float]
+    config: ThroughputBenchmarkConfig,
+    num_envs: int,
+    kind: str,
+    repeat: int,
+    seconds: dict[str, float],
 ) -> list[dict[str, Any]]:
     steps = config.steps * num_envs
     return [
@@ -500,7 +509,9 @@ def _rows(
     ]
 
 
-def _speed(config: Config, num_envs: int, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _speed(
+    config: ThroughputBenchmarkConfig, num_envs: int, rows: Sequence[dict[str, Any]]
+) -> dict[str, float]:
     """Medians over the repeats; a speed-up is the median of each repeat's own."""
     seconds = {
         side: np.array([row["seconds"] for row in rows if row["side"] == side]) for side in _SIDES
@@ -514,7 +525,9 @@ def _speed(config: Config, num_envs: int, rows: Sequence[dict[str, Any]]) -> dic
     }
 
 
-def _phases(config: Config, profiles: Sequence[dict[str, float]]) -> dict[str, Any]:
+def _phases(
+    config: ThroughputBenchmarkConfig, profiles: Sequence[dict[str, float]]
+) -> dict[str, Any]:
     """Median milliseconds per vector step of each phase, and the share that is not the model."""
     overhead = [1 - (p["encode"] + p["decode"]) / sum(p.values()) for p in profiles]
     return {
@@ -567,7 +580,9 @@ def shapes_of(name: str) -> Backbone:
         return Backbone(name, BACKBONES[name](), device, torch.float32)
 
 
-def rollout_bytes(config: Config, backbone: Backbone, steps: int = 128) -> dict[str, float]:
+def rollout_bytes(
+    config: ThroughputBenchmarkConfig, backbone: Backbone, steps: int = 128
+) -> dict[str, float]:
     """Bytes of the observations that a rollout of one environment stores, in either form."""
 
     def stored(obs: str) -> int:

@@ -32,7 +32,7 @@ def test_both_sides_find_the_same_masks(tmp_path: Path, capsys: pytest.CaptureFi
 def test_memory_is_that_of_a_process_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = generator._peak_memory(generator.Config(device="cpu"), "2x2", "ours")
+    alone = generator._peak_memory(generator.GeneratorBenchmarkConfig(device="cpu"), "2x2", "ours")
     assert alone is not None and alone > 50
     peaks = iter([100.0, 150.0, 90.0, 300.0])
     monkeypatch.setattr(generator, "_peak_memory", lambda *_: next(peaks))

@@ -1,13 +1,12 @@
 """The command line: what it teaches and what it refuses."""
 
 from dataclasses import Field, fields, is_dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.run import BENCHMARKS, main
+from benchmarks.run import BENCHMARKS, load, main
 
 
 def refusal(*args: str) -> str:
@@ -47,7 +46,7 @@ def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     # An option without a docstring would be followed at once by its default.
     entries = " ".join(shown.replace("│", " ").split()).split(" --")
-    for field in options_of(import_module(BENCHMARKS[name]).Config):
+    for field in options_of(load(name)[1]):
         option = field.name.replace("_", "-")
         entry = next(e for e in entries if e.split()[0].strip(",") == option)
         words = entry.split("(default")[0].split()

@@ -18,9 +18,9 @@ from benchmarks.throughput.benchmark import (
     PHASES,
     REST,
     Chunk,
-    Config,
     Match,
     Played,
+    ThroughputBenchmarkConfig,
     growth,
     linear_fit,
     phase_timers,
@@ -51,7 +51,9 @@ def arguments(checkpoint: str, out: Path, growth_images: int = 0) -> list[str]:
 
 @pytest.fixture
 def match(micro_checkpoint: str) -> Iterator[Match]:
-    config = Config(checkpoint=micro_checkpoint, device="cpu", max_steps=2, steps=4, images=2)
+    config = ThroughputBenchmarkConfig(
+        checkpoint=micro_checkpoint, device="cpu", max_steps=2, steps=4, images=2
+    )
     backbone = config.load()
     match = Match(config, backbone, plain_sam(backbone), num_envs=3, fresh=False)
     yield match
@@ -208,7 +210,7 @@ def test_timers_are_exclusive_and_leave_no_trace(
 def test_chunks_count_images_and_time_only_steps(
     micro_checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = Config(
+    config = ThroughputBenchmarkConfig(
         checkpoint=micro_checkpoint,
         device="cpu",
         num_envs=(1, 2, 65),
@@ -239,7 +241,7 @@ def test_chunks_count_images_and_time_only_steps(
 def test_growth_is_followed_with_at_most_64_environments(
     num_envs: tuple[int, ...], expected: int
 ) -> None:
-    assert Config(num_envs=num_envs).growth_num_envs == expected
+    assert ThroughputBenchmarkConfig(num_envs=num_envs).growth_num_envs == expected
 
 
 def test_growth_compares_the_last_quarter_with_the_first() -> None:
@@ -277,7 +279,7 @@ def test_warming_up_compiles_all_there_is(
     monkeypatch.setattr(service, "FixedShapes", partial(FixedShapes, backend=backend))
     monkeypatch.setattr(loading, "_loaded", {})
     model = {key: tiny_env[key] for key in ("backbone", "checkpoint", "device")}
-    config = Config(**model, compile=True, max_steps=2, steps=2, images=2)
+    config = ThroughputBenchmarkConfig(**model, compile=True, max_steps=2, steps=2, images=2)
     backbone = config.load()
     match = Match(config, backbone, plain_sam(backbone), num_envs=3, fresh=fresh)
     match.play()

@@ -121,9 +121,9 @@ def needy(split: str, colour: str) -> Dataset:
     [
         DatasetConfig,
         EverythingConfig,
-        interactive.Config,
+        interactive.InteractiveBenchmarkConfig,
         pointing.Config,
-        everything.Config,
+        everything.EverythingBenchmarkConfig,
         precompute.Config,
     ],
 )
