@@ -404,6 +404,7 @@ def test_a_bank_serves_all_methods(make_trainer: MakeTrainer, pair: Stream, stre
 # Processes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(
     tiny_name: dict[str, Any], stream: Stream, tmp_path: Path
 ) -> None:

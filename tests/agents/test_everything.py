@@ -172,6 +172,7 @@ def test_greedy_takes_what_sam_trusts_most(settings: EverythingConfig) -> None:
 # The commands ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_from_end_to_end_and_a_stopped_one_comes_to_the_same(
     settings: EverythingConfig,
     arguments: Callable[..., list[str]],

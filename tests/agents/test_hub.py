@@ -269,6 +269,7 @@ def test_the_cache_serves_while_nobody_answers(
     assert pull(HubPullConfig("me/clicker")) == path
 
 
+@pytest.mark.slow
 def test_the_command_in_another_process(hub: Hub, run: Path, tmp_path: Path) -> None:
     home = str(tmp_path / "home")
     settings = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": home, "HF_HUB_CACHE": home}

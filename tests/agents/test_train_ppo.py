@@ -21,6 +21,7 @@ def arguments(env: dict[str, Any], out: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_it_promises(tiny_env: dict[str, Any], tmp_path: Path) -> None:
     results = main(arguments(tiny_env, tmp_path / "a"))
     stored = json.loads((tmp_path / "a" / "results.json").read_text())

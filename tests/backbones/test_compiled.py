@@ -72,6 +72,7 @@ def prompts_of(kind: str, count: int, rng: np.random.Generator, tiny: Backbone) 
     }[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["clicks", "clicks and some masks", "clicks and masks", "boxes", "some boxes"]
 )

@@ -20,7 +20,7 @@ from sam_gym.envs.click import SamSegConfig
 def trained(tiny_env: dict[str, Any], tmp_path: Path) -> Path:
     """Folder of a run of two rollouts, on scenes of two things."""
     out = tmp_path / "trained"
-    run = config.Config(
+    run = config.TrainPPOConfig(
         out=str(out), num_envs=4, n_steps=8, batch_size=16, total_timesteps=64, eval_episodes=2,
         final_episodes=2, video_every=0, categories="ring,star",
         settings=SamSegConfig(obs="handle", **tiny_env),

@@ -60,6 +60,7 @@ def match(micro_checkpoint: str) -> Iterator[Match]:
     match.close()
 
 
+@pytest.mark.slow
 def test_writes_numbers_table_and_page(micro_checkpoint: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     returned = main([*arguments(micro_checkpoint, out, growth_images=16)[:-1], "1", "2", "3"])
@@ -145,6 +146,7 @@ def test_sides_share_no_embeddings(match: Match) -> None:
     assert match.core.store.encoded == 2
 
 
+@pytest.mark.slow
 def test_disagreement_is_an_error(
     micro_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +164,7 @@ def test_disagreement_is_an_error(
     assert not results["by_num_envs"]["3"]["cached"]["agreement"]["agree"]
 
 
+@pytest.mark.slow
 def test_another_mask_of_the_reference_is_an_error(
     micro_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

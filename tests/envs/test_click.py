@@ -733,6 +733,7 @@ def test_reset_comes_first(make: Make, make_vec: Callable[..., SamSegVectorEnv])
         make_vec().step(np.zeros(3, int))
 
 
+@pytest.mark.slow
 def test_handles_are_refused_in_worker_processes() -> None:
     """The workers of AsyncVectorEnv and SubprocVecEnv are daemons, as those of a pool are."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:

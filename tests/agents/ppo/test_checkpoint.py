@@ -30,6 +30,7 @@ def killed(start: Callable[..., subprocess.Popen[str]], *arguments: str) -> str:
     return printed
 
 
+@pytest.mark.slow
 def test_a_stopped_run_comes_to_the_same(
     tiny_env: dict[str, Any],
     arguments: Arguments,

@@ -54,6 +54,7 @@ def assert_close(got: dict[str, Any], expected: dict[str, Any]) -> None:
         np.testing.assert_allclose(got["logged"][tag], curve, rtol=1e-3, atol=1e-4, err_msg=tag)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--recalibrate", "--warm-start", "32")])
 def test_two_ranks_learn_what_one_process_learns_and_go_on_after_a_stop(
     more: tuple[str, ...],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from agents.ppo.config import TrainPPOConfig
 from agents.ppo.imitation import imitate
@@ -53,6 +54,7 @@ def test_the_policy_learns_what_the_expert_does(tiny_env: dict[str, Any]) -> Non
     assert (model._last_episode_starts == (core.steps == 0)).all()
 
 
+@pytest.mark.slow
 def test_a_warm_start_counts_as_part_of_the_run(
     tiny_env: dict[str, Any],
     arguments: Callable[..., list[str]],

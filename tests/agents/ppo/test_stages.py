@@ -58,6 +58,7 @@ def test_the_learning_rate_begins_anew_with_each_domain() -> None:
 # The command -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_reports_what_is_kept_and_a_stopped_one_comes_to_the_same(
     tiny_env: dict[str, Any],
     arguments: Callable[..., list[str]],

@@ -95,6 +95,7 @@ def status(run: MlflowRun) -> str:
     return run.client.get_run(run.run_id).info.status
 
 
+@pytest.mark.slow
 def test_pictures_change_nothing(
     tiny_env: dict[str, Any],
     arguments: Arguments,
@@ -121,6 +122,7 @@ def test_pictures_change_nothing(
     ]
 
 
+@pytest.mark.slow
 def test_mlflow_has_what_tensorboard_has_though_the_run_was_killed(
     store: Path,
     tiny_env: dict[str, Any],
