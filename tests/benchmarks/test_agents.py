@@ -23,7 +23,7 @@ def trained(tiny_env: dict[str, Any], tmp_path: Path) -> Path:
     run = config.TrainPPOConfig(
         out=str(out), num_envs=4, n_steps=8, batch_size=16, total_timesteps=64, eval_episodes=2,
         final_episodes=2, video_every=0, categories="ring,star",
-        settings=SamSegConfig(obs="handle", **tiny_env),
+        env_config=SamSegConfig(obs="handle", **tiny_env),
     )  # fmt: skip
     train_ppo.train(run)
     return out
