@@ -13,11 +13,10 @@ from typing import Any
 
 import tyro
 
-from agents.annotation.clicks import ClickAnnotator
 from agents.annotation.files import image_files
 from agents.annotation.folder import FolderConfig, annotate_folder
 from agents.evaluate import PolicyAgent
-from agents.policies.implicit import ImplicitPolicy
+from agents.tasks import task_of_policy
 from sam_gym.utils import cli
 
 #: The option that selects everything mode instead of an agent.
@@ -63,24 +62,13 @@ def annotate(config: AnnotateConfig) -> dict[str, Any]:
         raise ValueError("--categories is empty: name what to look for, for example star,ring.")
     files = image_files(config.images)
     agent = PolicyAgent.load(config.policy, config.device)
-    if not isinstance(agent.policy, ImplicitPolicy):
-        raise ValueError(
-            f"{config.policy}: this policy does not click for a category, so it cannot annotate. "
-            "For the masks of all that is in an image: python -m agents.annotate --everything."
-        )
-    annotator = ClickAnnotator(
-        agent,
-        names,
-        config.num_envs,
-        config.max_steps,
-        config.keep_best,
-        config.min_score,
-        f"annotated by {config.policy}",
-    )
+    task = task_of_policy(agent.policy)
+    task.require("annotate")
+    annotator = task.make_annotator(agent, names, config)
     try:
         return annotate_folder(config, files, annotator)
     finally:
-        annotator.core.close()
+        annotator.close()
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:

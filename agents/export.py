@@ -17,32 +17,31 @@ import tyro
 from torch import Tensor, nn
 
 from agents.evaluate import PolicyAgent
-from agents.policies.explicit import TextFeatures
-from agents.policies.implicit import ClickFeatures, ImplicitPolicy
+from agents.tasks import task_of_policy
 from sam_gym.utils import cli
 from sam_gym.utils.files import write_json
 
-#: How far an exported policy's outputs may be from the original's, absolutely and relatively.
+#: Absolute and relative tolerance between the outputs of an exported policy and the original.
 TOLERANCE = 1e-4
 
 
 @dataclass
-class Config:
-    """Write a policy as ONNX and as a torch.export program, checked to say the same.
+class ExportConfig:
+    """Export a policy as ONNX and as a torch.export program, and check that both agree with it.
 
-    Both take the tensors that `inputs.json` beside them describes, for any number of images, and
-    give the logits of all actions (B, A) and the state value (B, 1).
+    Both take the tensors that inputs.json describes, for any number of images, and return the
+    logits of all actions (B, A) and the state value (B, 1).
     """
 
     policy: str
-    """Path of a policy.zip, as train_ppo writes it, hf://USER/NAME[@REVISION], or one of the
-    package: implicit, explicit."""
+    """Path of a policy.zip that train_ppo wrote, hf://USER/NAME[@REVISION], or a bundled agent:
+    implicit, explicit."""
     out: str = "runs/export"
     """Folder for policy.onnx, policy.pt2 and inputs.json."""
     batch: int = 4
-    """Images in a batch of the latency that is printed."""
+    """Batch size of the latency measurement."""
     repeats: int = 20
-    """Timed runs, of which the median is printed."""
+    """Timed calls; the median is reported."""
 
 
 class ExportablePolicy(nn.Module):
@@ -50,70 +49,45 @@ class ExportablePolicy(nn.Module):
 
     Args:
         policy: the policy.
+
+    Raises:
+        ValueError: policies of its environment cannot be exported.
     """
 
-    def __init__(self, policy: ImplicitPolicy) -> None:
+    def __init__(self, policy: Any) -> None:
         super().__init__()
-        self.policy = policy
-        extractor = policy.features_extractor
-        if not isinstance(extractor, ClickFeatures):
-            raise ValueError(
-                f"{type(policy).__name__} cannot be exported: only click agents (implicit, "
-                "explicit) can."
-            )
-        channels, height, width = extractor.backbone.embedding_shape
-        masks = extractor.backbone.mask_shape
-        #: Input name -> shape of one row, dtype, and what it is.
-        self.inputs: dict[str, tuple[tuple[int, ...], torch.dtype, str]] = {
-            "sam_image_embeddings": (
-                (channels, height, width),
-                torch.float32,
-                "embedding of the image, as the backbone's encode gives it",
-            ),
-            "sam_pred_mask_prob": (masks, torch.float32, "probability of the mask so far, 0 to 1"),
-            "target_category": ((), torch.int64, "number of the category in `categories`"),
-            "num_steps": ((), torch.int64, "actions so far"),
-        }
-        if extractor.has_cue:
-            self.inputs["cue_click"] = ((2,), torch.float32, "cue click, 0 to 1 of the frame")
-        if isinstance(extractor, TextFeatures):
-            shape = (len(policy.features["categories"]), 1 + height * width)
-            self.inputs["word_maps"] = (
-                shape,
-                torch.float32,
-                "of agents.policies.explicit",
-            )
+        self.policy, self.task = policy, task_of_policy(policy)
+        self.task.require("export")
+        #: Input name -> `ExportInput`.
+        self.inputs = self.task.export_inputs(policy)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits float32 (B, A) and value float32 (B, 1) of a batch of inputs."""
+        """Return logits float32 (B, A) and values float32 (B, 1) of a batch of inputs."""
         observations = dict(zip(self.inputs, tensors, strict=True))
         return self.policy.logits_and_value(observations)
 
     def example(self, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
-        """Random inputs of the right kinds."""
+        """Return random inputs within their bounds."""
         noise = torch.Generator().manual_seed(seed)
-        categories = len(self.policy.features["categories"])
-        tensors = []
-        for name, (shape, dtype, _) in self.inputs.items():
-            if dtype is torch.int64:
-                top = categories if name == "target_category" else self.policy.features["max_steps"]
-                tensors.append(torch.randint(0, top, (batch, *shape), generator=noise))
-            else:
-                tensors.append(torch.rand((batch, *shape), generator=noise))
-        return tuple(tensors)
+        return tuple(
+            torch.randint(0, own.high, (batch, *own.shape), generator=noise)
+            if own.dtype is torch.int64
+            else torch.rand((batch, *own.shape), generator=noise)
+            for own in self.inputs.values()
+        )
 
 
-def export(config: Config) -> dict[str, Any]:
-    """Export, check and time; returns what is printed.
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Export, check and time a policy; returns the printed results.
 
     Raises:
-        ValueError, FileNotFoundError: the policy is wrong, or an option.
+        ValueError, FileNotFoundError: the policy or an option is wrong.
         ImportError: the packages for ONNX are not installed.
-        RuntimeError: an exported policy says something else than the original.
+        RuntimeError: an exported policy disagrees with the original.
     """
     try:
         import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401  (what torch.onnx.export translates with)
+        import onnxscript  # noqa: F401  (torch.onnx.export needs it)
     except ImportError as error:
         raise ImportError(
             'Exporting needs more packages: pip install "sam-gym[export]".'
@@ -135,8 +109,8 @@ def export(config: Config) -> dict[str, Any]:
     return results
 
 
-def _export_into(out: Path, module: ExportablePolicy, config: Config) -> dict[str, Any]:
-    """Write all files into a folder and check what they say."""
+def _export_into(out: Path, module: ExportablePolicy, config: ExportConfig) -> dict[str, Any]:
+    """Write all files into a folder, and compare their outputs with the original's."""
     import onnxruntime
 
     example = module.example(2)
@@ -161,7 +135,7 @@ def _export_into(out: Path, module: ExportablePolicy, config: Config) -> dict[st
         feed = {name: x.numpy() for name, x in zip(module.inputs, tensors, strict=True)}
         return tuple(torch.from_numpy(x) for x in session.run(None, feed))
 
-    ways: dict[str, Callable[..., Any]] = {
+    runtimes: dict[str, Callable[..., Any]] = {
         "torch": module,
         "torch.export": loaded,
         "onnx": run_onnx,
@@ -170,44 +144,33 @@ def _export_into(out: Path, module: ExportablePolicy, config: Config) -> dict[st
     inputs = module.example(config.batch, seed=1)
     with torch.no_grad():
         expected = module(*inputs)
-        for name, way in ways.items():
-            got = way(*inputs)
-            for one, other in zip(got, expected, strict=True):
-                if not torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE):
-                    raise RuntimeError(
-                        f"{name} is off by {float((one - other).abs().max()):.2g}: not exported."
-                    )
+        for name, run in runtimes.items():
+            pairs = list(zip(run(*inputs), expected, strict=True))
+            difference = max(float((one - other).abs().max()) for one, other in pairs)
+            if not all(torch.allclose(*pair, rtol=TOLERANCE, atol=TOLERANCE) for pair in pairs):
+                raise RuntimeError(f"{name} is off by {difference:.2g}: not exported.")
             results[name] = {
-                "largest_difference": max(
-                    float((one - other).abs().max())
-                    for one, other in zip(got, expected, strict=True)
-                ),
-                "median_ms": round(1000 * _median_seconds(way, inputs, config.repeats), 3),
+                "largest_difference": difference,
+                "median_ms": round(1000 * _median_seconds(run, inputs, config.repeats), 3),
             }
     return results
 
 
 def _write_inputs(module: ExportablePolicy, path: Path) -> None:
-    policy = module.policy
     inputs = {
-        name: {"shape": ["batch", *shape], "dtype": str(dtype).removeprefix("torch."), "is": what}
-        for name, (shape, dtype, what) in module.inputs.items()
+        name: {
+            "shape": ["batch", *own.shape],
+            "dtype": str(own.dtype).removeprefix("torch."),
+            "is": own.meaning,
+        }
+        for name, own in module.inputs.items()
     }
-    write_json(
-        path,
-        {
-            "inputs": inputs,
-            "categories": policy.features["categories"],
-            "backbone": policy.features["backbone"],
-            "grid": policy.grid,
-            "max_steps": policy.features["max_steps"],
-            "actions": "grid x grid positive clicks row by row, as many negative, then others",
-            "others": policy.others,
-        },
-    )
+    facts = {"backbone": module.policy.features["backbone"]}
+    write_json(path, {"inputs": inputs} | facts | module.task.export_facts(module.policy))
 
 
 def _median_seconds(work: Callable[..., Any], inputs: Sequence[Tensor], repeats: int) -> float:
+    """Return the median time of a call, after one call to warm up."""
     seconds = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -217,8 +180,8 @@ def _median_seconds(work: Callable[..., Any], inputs: Sequence[Tensor], repeats:
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command line."""
-    return export(tyro.cli(Config, args=args))
+    """Run the command line."""
+    return export(tyro.cli(ExportConfig, args=args))
 
 
 if __name__ == "__main__":

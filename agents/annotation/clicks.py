@@ -9,7 +9,7 @@ import numpy as np
 
 from agents.annotation.folder import AnnotatedItem, Key
 from agents.evaluate import PolicyAgent
-from agents.policies.implicit import ImplicitPolicy
+from agents.policies import SamPolicy
 from sam_gym.data import Sample
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.envs.click import ClickCore, ClickTarget, SamSegConfig
@@ -99,6 +99,9 @@ class ClickAnnotator:
             for env_index, (key, image) in enumerate(batch):
                 yield self._annotated(env_index, key, image.shape[:2])
 
+    def close(self) -> None:
+        self.core.close()
+
     def _play(self, batch: Sequence[tuple[Key, np.ndarray]]) -> None:
         """Play one episode per item; sub-environments that are left over repeat the last item."""
         core = self.core
@@ -132,7 +135,7 @@ class ClickAnnotator:
         return AnnotatedItem(key, size, annotations, f"{file}__{name}", draw if keep else None)
 
 
-def check_categories(policy: ImplicitPolicy, categories: Sequence[str]) -> None:
+def check_categories(policy: SamPolicy, categories: Sequence[str]) -> None:
     """Raise `ValueError` for a category that a policy does not know, or that is given twice."""
     known = policy.features.get("vocabulary")
     for name in categories:

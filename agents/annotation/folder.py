@@ -75,6 +75,9 @@ class Annotator(Protocol):
     def stream(self, items: Iterator[tuple[Key, np.ndarray]]) -> Iterator[AnnotatedItem]:
         """Annotate items, given with their images uint8 (H, W, 3), in order."""
 
+    def close(self) -> None:
+        """Release what the annotator holds."""
+
 
 def annotate_folder(
     config: FolderConfig, files: Sequence[str], annotator: Annotator

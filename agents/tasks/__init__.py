@@ -5,12 +5,22 @@ register it with gymnasium, then a subclass of `Task` with `register`.
 """
 
 from agents.tasks import click, continual, everything
-from agents.tasks.base import FEATURES, TASKS, CardFacts, Task, register, task_of, task_of_policy
+from agents.tasks.base import (
+    FEATURES,
+    TASKS,
+    CardFacts,
+    ExportInput,
+    Task,
+    register,
+    task_of,
+    task_of_policy,
+)
 
 __all__ = [
     "FEATURES",
     "TASKS",
     "CardFacts",
+    "ExportInput",
     "Task",
     "click",
     "continual",

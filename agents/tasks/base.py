@@ -7,13 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import torch
+
 from agents.baselines.base import Agent
+from agents.policies import POLICIES, SamPolicy
 from sam_gym.data import DATASETS
 from sam_gym.data.streams import Stream
 from sam_gym.envs.base_core import BaseCore, DatasetConfig, EnvConfig
 from sam_gym.utils.registry import Registry, unknown_name
 
 if TYPE_CHECKING:
+    from agents.annotate import AnnotateConfig
+    from agents.annotation.folder import Annotator
+    from agents.evaluate import PolicyAgent
     from agents.ppo.config import TrainPPOConfig
 
 C = TypeVar("C", bound=EnvConfig)
@@ -50,6 +56,23 @@ class CardFacts:
     limits: Sequence[str]
     counts: Sequence[str] = ()
     task_name: str = "interactive segmentation"
+
+
+@dataclass(frozen=True)
+class ExportInput:
+    """An input tensor of an exported policy.
+
+    Attributes:
+        shape: shape of one row.
+        dtype: data type of the tensor.
+        meaning: description of the values.
+        high: exclusive upper bound of integers.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    meaning: str
+    high: int = 0
 
 
 class Task:
@@ -202,6 +225,29 @@ class Task:
         del results, names
         return []
 
+    def make_annotator(
+        self, agent: PolicyAgent, categories: Sequence[str], config: AnnotateConfig
+    ) -> Annotator:
+        """Return an annotator that plays a trained agent; needed for "annotate".
+
+        Args:
+            agent: the agent.
+            categories: categories to annotate.
+            config: options of the command.
+
+        Raises:
+            ValueError: the agent cannot annotate these categories.
+        """
+        raise NotImplementedError
+
+    def export_inputs(self, policy: SamPolicy) -> dict[str, ExportInput]:
+        """Return the observations that an exported policy takes, by name; needed for "export"."""
+        raise NotImplementedError
+
+    def export_facts(self, policy: SamPolicy) -> dict[str, Any]:
+        """Return what users of an exported policy must know of its actions; JSON-plain."""
+        raise NotImplementedError
+
     def card_facts(
         self,
         config: Mapping[str, Any],
@@ -268,17 +314,17 @@ def task_of(env_id: str) -> Task:
     return TASKS.get(env_id)
 
 
-def task_of_policy(policy: str) -> Task:
-    """Return the first task that a policy, by its registry name, is made for.
+def task_of_policy(policy: SamPolicy) -> Task:
+    """Return the first task that a policy is made for.
 
     Raises:
         ValueError: no task lists this policy.
     """
-    for env_id in TASKS.names():
-        if policy in TASKS.get(env_id).policies:
-            return TASKS.get(env_id)
-    known = {name for _, task in TASKS.items() for name in task.policies}
-    raise unknown_name("policy of an environment", policy, known)
+    kind = type(policy)
+    for _, task in TASKS.items():
+        if any(POLICIES.get(name) is kind for name in task.policies if name in POLICIES):
+            return task
+    raise ValueError(f"{kind.__name__} is a policy of none of: {', '.join(TASKS.names())}.")
 
 
 def register(task: type[Task]) -> type[Task]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
 
 from agents.baselines.click import BASELINES
-from agents.tasks.base import C, CardFacts, Task, backbone_arguments, register
+from agents.tasks.base import C, CardFacts, ExportInput, Task, backbone_arguments, register
 from sam_gym.data import DATASETS
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.click import SamSegConfig
+
+if TYPE_CHECKING:
+    from agents.annotation.clicks import ClickAnnotator
 
 #: Fields of the env config that an agent cannot do without where it plays.
 _ENVIRONMENT = ("target", "dataset", "backbone", "grid", "max_steps")
@@ -53,6 +58,60 @@ class ClickTask(Task):
             "grid": own.grid,
             "others": ["stop"] * own.stop + ["undo"] * own.undo,
             "recalibrate": run.recalibrate,
+        }
+
+    # Annotation and export ---------------------------------------------------------------------
+
+    def make_annotator(self, agent: Any, categories: Sequence[str], config: Any) -> ClickAnnotator:
+        from agents.annotation.clicks import ClickAnnotator
+
+        return ClickAnnotator(
+            agent,
+            categories,
+            config.num_envs,
+            config.max_steps,
+            config.keep_best,
+            config.min_score,
+            f"annotated by {config.policy}",
+        )
+
+    def export_inputs(self, policy: Any) -> dict[str, ExportInput]:
+        features, extractor = policy.features, policy.features_extractor
+        count = len(features["categories"])
+        channels, height, width = extractor.backbone.embedding_shape
+        inputs = {
+            "sam_image_embeddings": ExportInput(
+                (channels, height, width),
+                torch.float32,
+                "embedding of the image, as the backbone's encode returns it",
+            ),
+            "sam_pred_mask_prob": ExportInput(
+                extractor.backbone.mask_shape, torch.float32, "probability of the current mask"
+            ),
+            "target_category": ExportInput(
+                (), torch.int64, "index of the category in `categories`", count
+            ),
+            "num_steps": ExportInput(
+                (), torch.int64, "actions taken so far", features["max_steps"]
+            ),
+        }
+        if extractor.has_cue:
+            inputs["cue_click"] = ExportInput(
+                (2,), torch.float32, "(x, y) of the cue click, 0 to 1 of the frame"
+            )
+        if "clip" in features:
+            inputs["word_maps"] = ExportInput(
+                (count, 1 + height * width), torch.float32, "of agents.policies.explicit"
+            )
+        return inputs
+
+    def export_facts(self, policy: Any) -> dict[str, Any]:
+        return {
+            "categories": policy.features["categories"],
+            "grid": policy.grid,
+            "max_steps": policy.features["max_steps"],
+            "actions": "grid x grid positive clicks row by row, as many negative, then others",
+            "others": policy.others,
         }
 
     # The model card ----------------------------------------------------------------------------

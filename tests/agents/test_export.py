@@ -10,7 +10,7 @@ import torch
 from stable_baselines3 import PPO
 
 from agents.evaluate import PolicyAgent
-from agents.export import Config, ExportablePolicy, export
+from agents.export import ExportablePolicy, ExportConfig, export
 from agents.policies.base import POLICIES
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.envs.click import SamSegConfig
@@ -45,7 +45,7 @@ def test_both_forms_agree_for_any_number_of_images(
     model = PPO(POLICIES.get(kind), env, policy_kwargs=kwargs, seed=0, device="cpu")
     model.save(tmp_path / "policy.zip")
     out = tmp_path / "out"
-    results = export(Config(str(tmp_path / "policy.zip"), str(out), batch=3, repeats=2))
+    results = export(ExportConfig(str(tmp_path / "policy.zip"), str(out), batch=3, repeats=2))
     for way in ("torch.export", "onnx"):
         assert results[way]["largest_difference"] <= 1e-4 and results[way]["median_ms"] > 0
 
@@ -81,7 +81,7 @@ def policy_inputs(policy: Any, handles: dict[str, np.ndarray], core: Any) -> dic
 
 def test_wrong_inputs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such policy"):
-        export(Config(str(tmp_path / "policy.zip"), str(tmp_path)))
+        export(ExportConfig(str(tmp_path / "policy.zip"), str(tmp_path)))
     with pytest.raises(ValueError, match="at least 1"):
-        export(Config("policy.zip", batch=0))
+        export(ExportConfig("policy.zip", batch=0))
     assert torch.is_grad_enabled()
