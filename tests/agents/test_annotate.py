@@ -18,6 +18,8 @@ from agents.annotation import clicks as module
 from agents.annotation import everything as annotate_everything
 from agents.annotation.clicks import ClickAnnotator
 from agents.evaluate import PolicyAgent
+from agents.export import ExportablePolicy
+from agents.policies.everything import EverythingPolicy
 from agents.policies.implicit import ImplicitPolicy
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.backbones import Backbone
@@ -25,6 +27,7 @@ from sam_gym.backbones.adapters.class_head import ClassHead
 from sam_gym.backbones.adapters.model import Model
 from sam_gym.data import make_dataset
 from sam_gym.envs.click import SamSegConfig
+from sam_gym.envs.everything import EverythingConfig
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 
 SCENES = 3
@@ -206,6 +209,19 @@ def test_wrong_inputs(policy: str, photos: Path, tmp_path: Path) -> None:
         annotate(config(policy, photos, categories=" , "))
     with pytest.raises(FileNotFoundError, match="no such policy"):
         annotate(config(str(tmp_path / "none.zip"), photos))
+
+
+def test_agents_of_other_tasks_are_refused(tiny_env: dict, photos: Path, tmp_path: Path) -> None:
+    vector, _ = make_vector_env("SamEverything-v0", 2, EverythingConfig(obs="handle", **tiny_env))
+    backbone = {"name": "tiny", "checkpoint": tiny_env["checkpoint"], "device": "cpu"}
+    kwargs = {"features": {"backbone": backbone, "budget": 4}, "grid": 16, "stop": True}
+    model = PPO(EverythingPolicy, VectorEnvAdaptor(vector), policy_kwargs=kwargs, device="cpu")
+    model.save(tmp_path / "policy.zip")
+    vector.close()
+    with pytest.raises(ValueError, match=r"agents.annotate does not work with SamEverything-v0"):
+        annotate(config(str(tmp_path / "policy.zip"), photos))
+    with pytest.raises(ValueError, match=r"agents.export does not work with SamEverything-v0"):
+        ExportablePolicy(PolicyAgent.load(tmp_path / "policy.zip", "cpu").policy)
 
 
 # Everything mode -------------------------------------------------------------------------------
