@@ -1,4 +1,4 @@
-"""Trained policies as files: what a policy.zip holds, and a policy made from it again."""
+"""Load trained policies from files without running code that the files may hold."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import json
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 
 from agents.policies import POLICIES, SamPolicy
 from sam_gym.backbones.loading import resolve_device
 
-#: Agents in the package, by name; docs/results.md has the commands that trained them.
+#: Name of a bundled agent -> its file; docs/results.md has the commands that trained them.
 SHIPPED = {
     name: Path(__file__).parents[1] / "weights" / name / "policy.zip"
     for name in ("explicit", "implicit")
@@ -23,10 +23,10 @@ SHIPPED = {
 
 
 def read_data(path: Path) -> dict[str, Any]:
-    """What a policy.zip says of its model, by name; what is pickled in it stays pickled.
+    """Return the attributes of the model in a policy.zip; pickled ones stay pickled.
 
     Raises:
-        ValueError: it is no model that stable-baselines3 has saved.
+        ValueError: the file is not a model that stable-baselines3 saved.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -37,7 +37,7 @@ def read_data(path: Path) -> dict[str, Any]:
         ) from error
 
 
-#: What numpy's arrays, numbers and generators are pickled with; spaces consist of them.
+#: Functions of numpy that occur in pickled spaces: of arrays, numbers and generators.
 _OF_NUMPY = {
     "numpy": {"dtype", "ndarray"},
     "numpy._core.multiarray": {"_reconstruct", "scalar"},
@@ -46,19 +46,22 @@ _OF_NUMPY = {
     "numpy.random._pcg64": {"PCG64"},
     "numpy.random.bit_generator": {"SeedSequence", "__pyx_unpickle_SeedSequence"},
 }
-
-
-#: Modules that held the policies before; files that were saved then name them.
-_FORMER_MODULES = ("agents.policies", "agents.explicit", "agents.everything")
+#: Class in files of earlier versions, which had no `policy_name` -> its name in `POLICIES`.
+FORMER_CLASSES = {
+    ("agents.policies", "ImplicitPolicy"): "implicit",
+    ("agents.explicit", "ExplicitPolicy"): "explicit",
+    ("agents.everything", "EverythingPolicy"): "everything",
+}
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles spaces and names of registered policies; all else is an error, and never runs."""
+    """Unpickles spaces and registered policies; anything else is an error and never runs."""
 
     def find_class(self, module: str, name: str) -> Any:
-        for policy in map(POLICIES.get, POLICIES.names()):
-            known = (policy.__module__, *_FORMER_MODULES)
-            if module in known and policy.__qualname__ == name:
+        if (module, name) in FORMER_CLASSES:
+            return POLICIES.get(FORMER_CLASSES[module, name])
+        for _, policy in POLICIES.items():
+            if (module, name) == (policy.__module__, policy.__qualname__):
                 return policy
         space = getattr(gym.spaces, name, None)
         if isinstance(space, type) and issubclass(space, gym.Space) and space.__module__ == module:
@@ -72,26 +75,30 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _plain(value: Any) -> Any:
-    """A value of a policy.zip, which pickles what JSON cannot hold."""
+    """Return a value of a policy.zip, unpickled if JSON cannot hold it."""
     if isinstance(value, dict) and ":serialized:" in value:
         return _PlainUnpickler(io.BytesIO(base64.b64decode(value[":serialized:"]))).load()
     return value
 
 
 def load_policy(path: Path, device: str) -> SamPolicy:
-    """The policy of a zip, for another device of its SAM and CLIP.
+    """Load the policy of a zip onto a device.
 
-    Only what makes the policy is read: nothing of its training (schedules, environments) has to be
-    importable here, and no code that the zip may hold runs.
+    Only the entries that make the policy are read: nothing of its training (schedules,
+    environments) has to be importable, and no code that the zip may hold runs.
+
+    Args:
+        path: of the policy.zip.
+        device: of the policy, its SAM and its CLIP.
 
     Raises:
-        ValueError: it holds no policy that is registered in `POLICIES`.
-        OSError: the weights of its SAM or CLIP cannot be had.
+        ValueError: the file holds no policy that is registered in `POLICIES`.
+        OSError: the weights of its SAM or CLIP could not be loaded.
     """
     data = read_data(path)
     try:
         return _rebuilt(path, data, device)
-    except OSError:  # the zip is there: a file that it names is not
+    except OSError:  # the zip can be read: a file that it names cannot
         raise
     except Exception as error:  # a zip can be damaged in many ways
         raise ValueError(
@@ -103,15 +110,16 @@ def _rebuilt(path: Path, data: dict[str, Any], device: str) -> SamPolicy:
     from stable_baselines3.common.save_util import load_from_zip_file
 
     _, parameters, _ = load_from_zip_file(path, device="cpu", load_data=False)
-    policy_class, observations, actions, arguments = (
-        _plain(data[name])
-        for name in ("policy_class", "observation_space", "action_space", "policy_kwargs")
+    observations, actions, arguments = (
+        _plain(data[name]) for name in ("observation_space", "action_space", "policy_kwargs")
     )
+    name = data.get("policy_name")
+    policy_class = _plain(data["policy_class"]) if name is None else POLICIES.get(name)
     if policy_class not in map(POLICIES.get, POLICIES.names()):
         raise ValueError(f"expected a registered policy, got {policy_class!r}")
     for model in ("backbone", "clip"):
         if model in arguments["features"]:
             arguments["features"][model]["device"] = device
     policy = policy_class(observations, actions, lambda _: 0.0, **arguments)
-    policy.load_state_dict(parameters["policy"])
+    policy.load_state_dict(cast(Any, parameters["policy"]))
     return policy.to(resolve_device(device))

@@ -24,6 +24,7 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from agents.policies.base import POLICIES
 from agents.ppo.rng import SlotCategorical, SlotRolloutBuffer, slot_generators
 from sam_gym.backbones.loading import resolve_device
 
@@ -234,6 +235,10 @@ class DistributedPPO(PPO):
         choices = cast(CategoricalDistribution, self.policy.action_dist).action_dim
         self.policy.action_dist = SlotCategorical(choices, self.generators)
         share_gradients(self.policy.optimizer, ranks, max_grad_norm)
+        #: Name in `POLICIES` under which a saved policy is loaded again; None if it has none.
+        self.policy_name = next(
+            (name for name, known in POLICIES.items() if known is type(self.policy)), None
+        )
 
     def _excluded_save_params(self) -> list[str]:
         own = ["ranks", "first_slot", "generators", "_episodes"]

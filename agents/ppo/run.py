@@ -353,8 +353,11 @@ def _encoded_alone(core: BaseCore[Any, Any]) -> Iterator[None]:
 
 
 def _save(model: DistributedPPO, path: Path) -> None:
+    # Files hold no classes of ours that a later version may move.
+    if isinstance(model.learning_rate, PerStageSchedule):
+        model.learning_rate = model.learning_rate.schedule
     buffer = io.BytesIO()
-    model.save(buffer)
+    model.save(buffer, exclude=["lr_schedule"])
     write_atomic(path, buffer.getvalue())
 
 
