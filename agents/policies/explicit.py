@@ -7,7 +7,6 @@ computed once per image and word, and kept in the embedding store.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -23,6 +22,7 @@ from agents.clip.surgery import ClipSurgery, min_max
 from agents.policies.base import POLICIES
 from agents.policies.implicit import ClickFeatures, ImplicitPolicy
 from sam_gym.backbones import Backbone
+from sam_gym.utils.digest import text_digest
 
 #: Planes of `TextFeatures.map_planes`, and of `relations` to two of them and to the mask.
 _MAP_PLANES, _RELATIONS = 4, 3
@@ -65,7 +65,7 @@ class WordMaps:
         self.cells = backbone.embedding_shape[1:]
         clip = surgery.clip
         how = (surgery.blocks, clip.surgical_size, clip.redundant_weight, *words)
-        digest = hashlib.sha256("\0".join(map(str, how)).encode()).hexdigest()[:16]
+        digest = text_digest(*how)
         #: Name of the maps in an `EmbeddingStore`.
         self.name = f"words/{clip.identity}/{digest}"
 

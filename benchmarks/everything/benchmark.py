@@ -26,10 +26,10 @@ from benchmarks.options import require_at_least
 from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.data import DATASETS, Dataset, MissingSplit, make_dataset
-from sam_gym.data.base import image_digest
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.mask_generation.generator import GeneratorOptions
 from sam_gym.mask_generation.merging import MergeOptions
+from sam_gym.utils.digest import image_digest
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.version import __version__
 

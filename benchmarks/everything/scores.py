@@ -17,7 +17,6 @@ from adaptation.features import low_res_target
 from adaptation.strategies.nearest import nearest_points
 from sam_gym.backbones import Backbone, Prompts
 from sam_gym.data import Dataset, Sample
-from sam_gym.data.base import image_digest
 from sam_gym.mask_generation.generator import GeneratorOptions, without_duplicates
 from sam_gym.mask_generation.masks import Masks
 from sam_gym.mask_generation.merging import MergeOptions, merge_masks
@@ -30,6 +29,7 @@ from sam_gym.metrics.panoptic import (
     mean_over_classes,
     panoptic_quality,
 )
+from sam_gym.utils.digest import image_digest
 from sam_gym.utils.lowres import low_res
 from sam_gym.utils.transfer import to_device
 

@@ -27,7 +27,7 @@ def check_comparable(name: str) -> None:
 def plain_sam(backbone: Backbone) -> Sam:
     """segment_anything's own model with the weights of a backbone, in float32, nothing replaced."""
     sam = BACKBONES[backbone.name]()
-    sam.load_state_dict(backbone.sam.state_dict())
+    sam.load_state_dict(backbone.private_copy().state_dict())
     return sam.to(backbone.device).eval().requires_grad_(False)
 
 

@@ -8,15 +8,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class FusedAttention(Attention):
-    """segment_anything's attention without ever holding the attention matrix.
+class FusedAttention(nn.Module):
+    """segment_anything's attention, without materialising the attention matrix.
 
     Its decomposed relative positions add `rel_h[query, row of key] + rel_w[query, column of key]`
     to every score. That is a dot product too: of (rel_h, rel_w) of the query with the one-hot row
     and column of the key. So they become more channels of queries and keys, which any fused kernel
     takes, where a bias would be a matrix of the size of the attention itself (0.4 GB per image and
     block for ViT-B in bfloat16).
+
+    Args:
+        attention: takes over its modules and parameters, under the same names.
     """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.num_heads, self.use_rel_pos = attention.num_heads, attention.use_rel_pos
+        self.qkv, self.proj = attention.qkv, attention.proj
+        if self.use_rel_pos:
+            self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
@@ -32,11 +42,11 @@ class FusedAttention(Attention):
     def _with_positions(
         self, q: Tensor, k: Tensor, height: int, width: int
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, heads, N, C) with the channels of their relative positions."""
+        """Append relative positions as channels to queries and keys (B, heads, N, C)."""
         grid = q.unflatten(2, (height, width))
         rows = get_rel_pos(height, height, self.rel_pos_h)
         columns = get_rel_pos(width, width, self.rel_pos_w)
-        # The kernel will scale scores by 1 / sqrt(C), which positions are not subject to.
+        # The kernel scales scores by 1 / sqrt(C), which does not apply to positions.
         unscaled = grid * q.shape[-1] ** 0.5
         by_row = torch.einsum("bnhwc,hkc->bnhwk", unscaled, rows)
         by_column = torch.einsum("bnhwc,wkc->bnhwk", unscaled, columns)
@@ -49,13 +59,14 @@ class FusedAttention(Attention):
         )
         q = torch.cat([grid, by_row, by_column], dim=-1).flatten(2, 3)
         k = torch.cat([k, place.expand(*k.shape[:2], -1, -1)], dim=-1)
-        # Fused kernels on GPUs want a multiple of eight channels.
+        # Fused kernels on GPUs need a multiple of eight channels.
         missing = -q.shape[-1] % 8
         return F.pad(q, (0, missing)), F.pad(k, (0, missing))
 
 
-def fuse_attention(module: nn.Module) -> None:
-    """Turn every `Attention` of segment_anything's encoder into `FusedAttention`, in place."""
-    for part in module.modules():
-        if type(part) is Attention:
-            part.__class__ = FusedAttention
+def fuse_attention(encoder: nn.Module) -> None:
+    """Replace every `Attention` within an image encoder by `FusedAttention`, in place."""
+    for part in list(encoder.modules()):
+        for name, child in part.named_children():
+            if type(child) is Attention:
+                setattr(part, name, FusedAttention(child))

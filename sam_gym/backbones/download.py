@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import urllib.error
@@ -14,6 +13,7 @@ from pathlib import Path
 import tyro
 from filelock import FileLock
 
+from sam_gym.utils.digest import file_digest
 from sam_gym.utils.home import home
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.registry import unknown_name
@@ -120,7 +120,7 @@ def _fetch(published: Published, path: Path) -> None:
             f"Could not download {published.url} to {path.parent} ({reason}). Call again to go on "
             f"where it stopped; or put the file at {path}; or pass checkpoint='PATH'."
         ) from error
-    found = sha256_of(partial)
+    found = file_digest(partial)
     if found != published.sha256:
         partial.unlink()
         if resumed:  # its beginning may be that of another file
@@ -158,12 +158,6 @@ def _receive(url: str, partial: Path, report: Callable[[int, int | None], None])
                 report(have, total)
     if total is not None and have < total:
         raise ConnectionError(f"the connection ended after {have} of {total} bytes")
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass

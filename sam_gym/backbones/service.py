@@ -22,7 +22,6 @@ from sam_gym.backbones.attention import fuse_attention
 from sam_gym.backbones.compiled import FixedShapes, padded_size
 from sam_gym.backbones.decode import NO_POINT, MaskTokens, Prompts
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures
-from sam_gym.backbones.memory import keep_freed_memory
 from sam_gym.utils.digest import digest_of
 from sam_gym.utils.transfer import to_device
 
@@ -165,8 +164,6 @@ class Backbone:
         adapter: Adapter | None = None,
     ) -> None:
         self.name, self.device, self.dtype = name, device, dtype
-        if device.type == "cpu":
-            keep_freed_memory()
         self.sam = sam.to(device).eval().requires_grad_(False)
         fuse_attention(self.sam.image_encoder)
         #: The SAM without the adapter. Its `raw_features` are the features.

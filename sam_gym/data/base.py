@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,13 +32,6 @@ def select_categories(wanted: str | Sequence[str] | None, names: Sequence[str]) 
     if not wanted:
         raise ValueError("categories is empty. Name at least one, or pass None for all.")
     return tuple(dict.fromkeys(wanted))
-
-
-def image_digest(image: np.ndarray) -> bytes:
-    """What identifies an image: SHA-256 of its shape and pixels."""
-    digest = hashlib.sha256(repr(image.shape).encode())
-    digest.update(np.ascontiguousarray(image).data)
-    return digest.digest()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from sam_gym.data.base import Dataset, Sample, image_digest
+from sam_gym.data.base import Dataset, Sample
+from sam_gym.utils.digest import image_digest
 
 
 class SampleCache:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,3 +20,21 @@ def digest_of(state: Mapping[str, Tensor], label: str = "") -> str:
         content: Any = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         digest.update(content)
     return digest.hexdigest()[:32]
+
+
+def image_digest(image: np.ndarray) -> bytes:
+    """Digest of an image's shape and pixels."""
+    digest = hashlib.sha256(repr(image.shape).encode())
+    digest.update(np.ascontiguousarray(image).data)
+    return digest.digest()
+
+
+def file_digest(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_digest(*parts: object) -> str:
+    """Hex digest of a sequence of values, each as text; 16 characters."""
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]

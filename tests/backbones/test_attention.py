@@ -22,9 +22,8 @@ def attention(shape: tuple[int, int], positions: bool) -> Attention:
 @pytest.mark.parametrize("shape", [(5, 5), (4, 7)])
 def test_same_values_and_gradients(shape: tuple[int, int], positions: bool) -> None:
     original = attention(shape, positions)
-    fused = copy.deepcopy(original)
-    fuse_attention(fused)
-    assert type(fused) is FusedAttention
+    fused = FusedAttention(copy.deepcopy(original))
+    assert list(fused.state_dict()) == list(original.state_dict())
     x = torch.randn(2, *shape, 24, generator=torch.Generator().manual_seed(1))
     expected, got = original(x), fused(x)
     assert (got - expected).abs().max() <= 1e-5 * expected.std()
@@ -37,8 +36,7 @@ def test_same_values_and_gradients(shape: tuple[int, int], positions: bool) -> N
 
 def test_positions_interpolate_as_the_original_does() -> None:
     original = attention((6, 6), True)
-    fused = copy.deepcopy(original)
-    fuse_attention(fused)
+    fused = FusedAttention(copy.deepcopy(original))
     x = torch.randn(1, 4, 5, 24, generator=torch.Generator().manual_seed(1))
     expected = original(x)
     assert (fused(x) - expected).abs().max() <= 1e-5 * expected.std()
@@ -48,7 +46,7 @@ def test_copies_keep_weights_of_their_own() -> None:
     block = Block(24, 3, use_rel_pos=True, window_size=3, input_size=(6, 6))
     names = list(block.state_dict())
     fuse_attention(block)
-    assert list(block.state_dict()) == names
+    assert list(block.state_dict()) == names and type(block.attn) is FusedAttention
     x = torch.randn(1, 6, 6, 24)
     before = block(x)
     other = copy.deepcopy(block)
@@ -62,8 +60,7 @@ def test_copies_keep_weights_of_their_own() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_no_worse_than_the_originals(dtype: torch.dtype) -> None:
     original = attention((6, 6), True)
-    fused = copy.deepcopy(original)
-    fuse_attention(fused)
+    fused = FusedAttention(copy.deepcopy(original))
     x = torch.randn(2, 6, 6, 24, generator=torch.Generator().manual_seed(1))
     exact = original(x)
     with torch.no_grad(), torch.autocast("cpu", dtype):

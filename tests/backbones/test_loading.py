@@ -15,6 +15,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from sam_gym.backbones import BACKBONES, Backbone, Prompts, download, load_backbone, loading
+from sam_gym.utils.digest import file_digest
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,7 @@ def test_published_weights_are_fetched_on_first_use(
     tiny_checkpoint: str,
 ) -> None:
     published = download.Published(
-        Path(tiny_checkpoint).as_uri(), download.sha256_of(Path(tiny_checkpoint))
+        Path(tiny_checkpoint).as_uri(), file_digest(Path(tiny_checkpoint))
     )
     monkeypatch.setenv("SAM_GYM_HOME", str(tmp_path))
     monkeypatch.setitem(download.PUBLISHED, "vit_b", published)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from sam_gym.data import Sample
-from sam_gym.data.base import image_digest
 from sam_gym.data.cache import SampleCache
+from sam_gym.utils.digest import image_digest
 
 HEIGHT, WIDTH = 20, 27
 IMAGE_BYTES = HEIGHT * WIDTH * 3

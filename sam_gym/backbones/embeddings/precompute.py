@@ -12,7 +12,7 @@ import numpy as np
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.loading import load_backbone, resolve_device
 from sam_gym.data import DATASETS, make_dataset
-from sam_gym.data.base import image_digest
+from sam_gym.utils.digest import image_digest
 from sam_gym.utils.progress import track
 
 

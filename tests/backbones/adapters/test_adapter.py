@@ -525,3 +525,47 @@ def test_environments_play_on_an_adapted_sam(
                 differs |= np.abs(alone["sam_pred_mask_prob"] - base_probability).max() > 0.01
     assert differs
     vector.close()
+
+
+# Modules from outside --------------------------------------------------------------------------
+
+
+class ConstantRouter(Router):
+    """Sends every image to one expert, whose number it has learned."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.number = torch.nn.Parameter(torch.zeros(()))
+
+    @classmethod
+    def from_weights(cls, sam: Sam, weights: Any, num_experts: int) -> "ConstantRouter":
+        return cls(num_experts)
+
+    def logits(self, sam: Sam, pixels: Callable[[], Tensor], *_: Any) -> Tensor:
+        chosen = self.number.round().long().expand(len(pixels()))
+        return torch.eye(self.num_experts)[chosen]
+
+
+def test_a_method_brings_its_own_module(named: dict[str, Any], tmp_path: Path) -> None:
+    """Registered from outside the package; the adapter file names it."""
+    plain = load_backbone(**named)
+    adapter = replace(
+        make_adapter(plain, "decoder", "tokens"),
+        router="constant",
+        weights={"number": torch.tensor(2.0)},
+    )
+    path = str(adapter.save(tmp_path / "a.safetensors"))
+    with pytest.raises(ValueError, match="Unknown adapter module 'constant'"):
+        load_backbone(**named, adapter=path)
+    ADAPTER_MODULES.add("constant", ConstantRouter)
+    try:
+        loaded = load_backbone(**named, adapter=path)
+    finally:
+        del ADAPTER_MODULES._items["constant"]
+    images, boxes = images_of(plain, 2), torch.tensor([[4.0, 4, 30, 40], [10, 20, 60, 60]])
+    features = loaded.encode(images)
+    assert features["route"].tolist() == [2, 2]
+    alone = plain.with_model(Model(apply_tuned(plain.sam, "decoder", adapter.experts[2])))
+    expected = alone.decode(alone.encode(images), Prompts(boxes=boxes))[0]
+    torch.testing.assert_close(loaded.decode(features, Prompts(boxes=boxes))[0], expected)

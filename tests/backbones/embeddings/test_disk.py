@@ -17,8 +17,8 @@ from sam_gym.backbones.embeddings.disk import DiskStore
 from sam_gym.backbones.embeddings.precompute import Config, precompute, share
 from sam_gym.backbones.embeddings.store import EmbeddingStore
 from sam_gym.backbones.features import ImageFeatures
-from sam_gym.data.base import image_digest
 from sam_gym.envs.click import ClickCore, SamSegConfig
+from sam_gym.utils.digest import image_digest
 
 
 def key_of(number: int) -> bytes:

@@ -6,7 +6,7 @@ import torch
 
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.embeddings.store import MAX_HANDLES, EmbeddingStore, shared_store
-from sam_gym.data.base import image_digest
+from sam_gym.utils.digest import image_digest
 
 
 def picture(number: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How the process asks the system for memory."""
+"""The allocator of the process. Opt-in: only our own commands change it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import platform
 from functools import cache
 
-#: What a user sets who tunes the allocator: then it is left alone.
+#: Environment variables that tune the allocator; if any is set, it is left alone.
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 # Of glibc's malloc.h.
@@ -18,16 +18,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory up to 2 GiB for the next tensor; returns whether it does now.
 
-    By default it returns large blocks to the system at once. Then each batched decode on a CPU
-    faults its activations in page by page, a quarter of its time (docs/architecture.md).
-    The process keeps its peak of memory in return. Nothing happens without glibc, or where the
-    environment sets the allocator already.
+    By default, glibc returns large blocks to the system at once. Each batched decode on a CPU then
+    faults its activations in page by page, a quarter of its time (docs/architecture.md). In return,
+    the process keeps its peak memory. Does nothing without glibc, or if the environment already
+    tunes the allocator. Commands call it through `sam_gym.utils.cli.run`; a script may call it
+    before its first decode. Building a backbone never does.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _OWN_SETTINGS):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # Before version 2.35 or so, 32 MiB is the most that it takes.
+    # Versions before about 2.35 accept at most 32 MiB.
     large = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)
     return bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) and large)

@@ -1,18 +1,22 @@
-"""The allocator's settings: given to glibc once, and left alone where somebody tunes them."""
+"""The allocator: changed once, by our commands only, and not where somebody tunes it."""
 
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from sam_gym.backbones.memory import keep_freed_memory
+from sam_gym.backbones import load_backbone, loading
+from sam_gym.utils import cli, memory
+from sam_gym.utils.memory import keep_freed_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 
 FAULTS = """
 import resource, torch
-from sam_gym.backbones.memory import keep_freed_memory
+from sam_gym.utils.memory import keep_freed_memory
 print(keep_freed_memory())
 def work():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -44,3 +48,19 @@ def test_freed_memory_is_used_again() -> None:
 
 def test_asking_twice_is_asking_once() -> None:
     assert keep_freed_memory() is keep_freed_memory()
+
+
+def test_only_commands_change_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator belongs to the host process: loading a backbone must not touch it."""
+    calls: list[object] = []
+    monkeypatch.setattr(memory, "ctypes", SimpleNamespace(CDLL=calls.append))
+    monkeypatch.setattr(memory, "platform", SimpleNamespace(libc_ver=lambda: ("glibc", "2.40")))
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(loading, "_loaded", {})
+    keep_freed_memory.cache_clear()
+    load_backbone("micro", device="cpu").encode([np.zeros((8, 8, 3), np.uint8)])
+    assert not calls
+    cli.run(lambda: None)
+    keep_freed_memory.cache_clear()
+    assert calls == [None]
