@@ -1,11 +1,11 @@
-"""`agents`: how well trained agents do, over seeds, on words seen and unseen."""
+"""`agents`: compare trained agents over seeds, on categories seen and unseen in training."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,74 +16,74 @@ import tyro
 from agents.baselines.base import Agent
 from agents.baselines.click import BASELINES
 from agents.evaluate import PolicyAgent, evaluate
+from agents.ppo.config import with_present_names
 from benchmarks import report
 from benchmarks.options import require_at_least
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95, with_interval
-from sam_gym.utils.files import write_csv, write_json
 from sam_gym.utils.plots import save_figure
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.version import __version__
 
-#: What stands beside the agents, and its colour.
+#: Baselines to compare with, and their colours.
 _REFERENCES = {"random": "#999999", "oracle": "#2e8b57"}
-#: Restrictions of the training images, which held-out images do not have.
+#: Dataset options that restrict the training images, but not held-out images.
 _TRAINING_ONLY = ("categories", "length")
 
 
 @dataclass
 class Config:
-    """Compare trained agents over seeds, beside random clicks and the standard click rule.
+    """Compare trained agents over seeds with random clicks and the standard click rule.
 
-    All play the same held-out episodes. Where a group of words is given, one of them is asked for;
-    the images hold other things too.
+    All play the same held-out episodes. With groups of words, the targets of a group's episodes are
+    objects of its categories; the images hold other objects too.
     """
 
     run: tyro.conf.UseAppendAction[list[str]]
-    """NAME=FOLDER[,FOLDER...]: runs of train_ppo of one kind of agent, a seed each."""
+    """NAME=FOLDER[,FOLDER...]: runs of train_ppo of one kind of agent, one per seed."""
     words: tyro.conf.UseAppendAction[list[str]]
-    """NAME=WORD[,WORD...]: a group of categories that are asked for."""
+    """NAME=WORD[,WORD...]: a group of target categories."""
     out: str = "runs/agents"
     """Folder for results.json, agents.csv, a plot and report.html."""
     split: str = "test"
-    """Split to play on."""
+    """Split to evaluate on."""
     episodes: int = 512
-    """Episodes of each run and group."""
+    """Episodes per run and group."""
     seed: int = 1000
     """Seed of the episodes."""
     iou_target: float | None = None
-    """Play once more until this IoU, and count the clicks: those until it, or all of an episode."""
+    """Play again until this IoU, and count the clicks; an episode that fails counts max_steps."""
     device: str = "auto"
-    """Where the agents run: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
+    """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What agents of one kind came to with one group of words.
+    """Results of agents of one kind on one group of words; each list has one number per run.
 
     Attributes:
-        name: of the agents.
+        name: name of the agents.
         words: name of the group.
-        ious: mean IoU at the end of an episode, of each run.
-        used: mean clicks of an episode that ends when the agent ends it, of each run.
-        needed: mean clicks until the IoU target, of each run, if there is one.
-        reached: share of episodes in which it was reached, of each run, if there is one.
+        ious: mean final IoU.
+        used: mean clicks of an episode that ends when the agent ends it.
+        needed: mean clicks until the IoU target; empty without a target.
+        reached: share of episodes that reach the IoU target; empty without a target.
     """
 
     name: str
     words: str
-    ious: list[float]
-    used: list[float]
-    needed: list[float]
-    reached: list[float]
+    ious: list[float] = field(default_factory=list)
+    used: list[float] = field(default_factory=list)
+    needed: list[float] = field(default_factory=list)
+    reached: list[float] = field(default_factory=list)
 
     @property
     def numbers(self) -> list[str]:
-        """Names of what was measured."""
+        """Names of the measured numbers."""
         return [name for name in ("ious", "used", "needed", "reached") if getattr(self, name)]
 
     def as_dict(self) -> dict[str, Any]:
-        """Mean and half-width of the 95% interval over runs of each number."""
+        """Return the mean and the half-width of the 95% interval over runs of each number."""
         columns: dict[str, Any] = {"agent": self.name, "words": self.words, "runs": len(self.ious)}
         for name in self.numbers:
             mean, half = mean_and_ci95(np.array(getattr(self, name)))
@@ -115,10 +115,10 @@ def run(config: Config) -> dict[str, Any]:
         total = len(groups) * (sum(map(len, runs.values())) + len(_REFERENCES))
         task = progress.add_task("playing", total=total)
         for group, words in groups.items():
-            for name, settings, agents in _players(config, runs):
-                row = Row(name, group, [], [], [], [])
-                for folder, own in zip(agents, settings, strict=True):
-                    _play(row, folder, replace(own, target_categories=words), config)
+            for name, members in _players(config, runs):
+                row = Row(name, group)
+                for agent, env_config in members:
+                    _play(row, agent, replace(env_config, target_categories=words), config)
                     progress.advance(task)
                 rows.append(row)
     summary = {
@@ -134,7 +134,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _named(entries: list[str], option: str) -> dict[str, list[str]]:
-    """NAME=VALUE[,VALUE...] of each entry."""
+    """Parse entries of the form NAME=VALUE[,VALUE...]."""
     named: dict[str, list[str]] = {}
     for entry in entries:
         name, separator, values = entry.partition("=")
@@ -148,11 +148,11 @@ def _named(entries: list[str], option: str) -> dict[str, list[str]]:
 
 
 def read_run(folder: Path, config: Config) -> tuple[SamSegConfig, Path]:
-    """The task that a run of train_ppo was trained on, on held-out images, and its policy.
+    """Return the env config of a run of train_ppo, on held-out images, and its policy.
 
     Raises:
         FileNotFoundError: the folder does not hold a finished run.
-        ValueError: results.json is of another kind.
+        ValueError: results.json is not that of a click agent on one dataset.
     """
     results, policy = folder / "results.json", folder / "policy.zip"
     for path in (results, policy):
@@ -160,44 +160,44 @@ def read_run(folder: Path, config: Config) -> tuple[SamSegConfig, Path]:
             raise FileNotFoundError(
                 f"{path}: not there. Pass the --out of a finished train_ppo run."
             )
-    settings = json.loads(results.read_text()).get("config", {}).get("settings")
-    known = {field.name for field in fields(SamSegConfig)}
-    if not isinstance(settings, Mapping) or not set(settings) <= known:
-        raise ValueError(f"{results}: not the results of train_ppo.")
-    kwargs = {k: v for k, v in settings["dataset_kwargs"].items() if k not in _TRAINING_ONLY}
-    task = SamSegConfig(**settings)
-    held_out = replace(task, split=config.split, dataset_kwargs=kwargs, iou_target=None)
-    return replace(held_out, device=config.device), policy
+    run = with_present_names(json.loads(results.read_text()).get("config", {}), str(results))
+    own = run.get("env_config")
+    if not isinstance(own, dict) or not own.keys() <= {
+        known.name for known in fields(SamSegConfig)
+    }:
+        raise ValueError(f"{results}: not the results of train_ppo on SamSeg-v0.")
+    kwargs = {k: v for k, v in own["dataset_kwargs"].items() if k not in _TRAINING_ONLY}
+    held_out = {"split": config.split, "dataset_kwargs": kwargs, "iou_target": None}
+    return SamSegConfig(**own | held_out | {"device": config.device}), policy
 
 
 def _players(
     config: Config, runs: Mapping[str, list[tuple[SamSegConfig, Path]]]
-) -> Iterator[tuple[str, list[SamSegConfig], list[Agent]]]:
-    """Name, settings and agents of each kind; the references play as the first of the runs."""
+) -> Iterator[tuple[str, list[tuple[Agent, SamSegConfig]]]]:
+    """Yield the agents of each kind; the baselines play under the first run's env config."""
     for name, members in runs.items():
-        agents: list[Agent] = [PolicyAgent.load(policy, config.device) for _, policy in members]
-        yield name, [settings for settings, _ in members], agents
+        yield name, [(PolicyAgent.load(policy, config.device), own) for own, policy in members]
     first = next(iter(runs.values()))[0][0]
     for name in _REFERENCES:
-        yield name, [first], [BASELINES.get(name)(config.seed)]
+        yield name, [(BASELINES.get(name)(config.seed), first)]
 
 
-def _play(row: Row, agent: Agent, settings: SamSegConfig, config: Config) -> None:
-    """Play the episodes twice: to the end, and until the IoU target."""
-    whole = evaluate(agent, settings, episodes=config.episodes, seed=config.seed)
+def _play(row: Row, agent: Agent, env_config: SamSegConfig, config: Config) -> None:
+    """Play the episodes to the end and, with an IoU target, once more until they reach it."""
+    whole = evaluate(agent, env_config, episodes=config.episodes, seed=config.seed)
     row.ious.append(float(whole.ious.mean()))
     row.used.append(float(whole.clicks.mean()))
     if config.iou_target is None:
         return
-    until = replace(settings, iou_target=config.iou_target)
+    until = replace(env_config, iou_target=config.iou_target)
     played = evaluate(agent, until, episodes=config.episodes, seed=config.seed)
     there = played.ious >= config.iou_target
-    row.needed.append(float(np.where(there, played.clicks, settings.max_steps).mean()))
+    row.needed.append(float(np.where(there, played.clicks, env_config.max_steps).mean()))
     row.reached.append(float(there.mean()))
 
 
 def gaps_closed(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """Words -> agent -> (agent - random) / (oracle - random), of mean IoUs over runs."""
+    """Return group -> agent -> (agent - random) / (oracle - random), from mean IoUs over runs."""
     means: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
         means[row.words][row.name] = float(np.mean(row.ious))
@@ -213,8 +213,7 @@ def gaps_closed(rows: list[Row]) -> dict[str, dict[str, float]]:
 
 
 def _write(config: Config, summary: dict[str, Any], rows: list[Row], out: Path) -> None:
-    json_file = write_json(out / "results.json", summary)
-    csv_file = write_csv(out / "agents.csv", summary["rows"])
+    files = report.write_results(out, summary, "agents.csv", summary["rows"])
     plot_agents(out / "agents.png", rows)
 
     titles = {
@@ -232,8 +231,8 @@ def _write(config: Config, summary: dict[str, Any], rows: list[Row], out: Path) 
     ]
     page = report.Page(
         "Agents over seeds",
-        f"{config.episodes} held-out episodes of each run and group of words; "
-        "half-widths of 95% intervals over runs (Student's t).",
+        f"{config.episodes} held-out episodes per run and group of words; half-widths of 95% "
+        "intervals over runs (Student's t).",
     )
     page.cards(
         {
@@ -244,14 +243,11 @@ def _write(config: Config, summary: dict[str, Any], rows: list[Row], out: Path) 
     )
     page.table(columns, cells)
     page.plot(out / "agents.png", "mean IoU of each agent and group of words")
-    page.settings(summary["settings"], [json_file, csv_file])
-    page_file = page.write(out / "report.html")
-    report.print_table("agents", columns, cells)
-    print(f"Report: {page_file}")
+    page.finish(files, summary["settings"], "agents", columns, cells)
 
 
 def plot_agents(path: Path, rows: list[Row]) -> None:
-    """Mean IoU of each kind of agent by group of words: a bar, and a dot for each run."""
+    """Plot the mean IoU by kind of agent and group of words: a bar, and a dot per run."""
     groups = list(dict.fromkeys(row.words for row in rows))
     kinds = list(dict.fromkeys(row.name for row in rows if row.name not in _REFERENCES))
     figure, axes = report.new_plot()
