@@ -14,7 +14,8 @@ from sam_gym.version import __version__
 
 if TYPE_CHECKING:
     from sam_gym.backbones import Backbone, Prompts, load_backbone
-    from sam_gym.data import Dataset, Sample, make_dataset
+    from sam_gym.backbones.features import ImageFeatures
+    from sam_gym.data import Dataset, DatasetSpec, Sample, make_dataset, register_dataset
     from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
     from sam_gym.predictor import Predictions, Predictor
 
@@ -22,7 +23,9 @@ __all__ = [
     "ENVIRONMENTS",
     "Backbone",
     "Dataset",
+    "DatasetSpec",
     "GeneratorOptions",
+    "ImageFeatures",
     "MaskGenerator",
     "Predictions",
     "Predictor",
@@ -31,6 +34,7 @@ __all__ = [
     "__version__",
     "load_backbone",
     "make_dataset",
+    "register_dataset",
 ]
 
 #: Environment id -> (scalar entry point, vector entry point).
@@ -53,7 +57,8 @@ for _id, (_scalar, _vector) in ENVIRONMENTS.items():
 #: Module -> the public names that are imported from it when they are first used.
 _LAZY = {
     "sam_gym.backbones": ("Backbone", "Prompts", "load_backbone"),
-    "sam_gym.data": ("Dataset", "Sample", "make_dataset"),
+    "sam_gym.backbones.features": ("ImageFeatures",),
+    "sam_gym.data": ("Dataset", "DatasetSpec", "Sample", "make_dataset", "register_dataset"),
     "sam_gym.mask_generation.generator": ("GeneratorOptions", "MaskGenerator"),
     "sam_gym.predictor": ("Predictions", "Predictor"),
 }

@@ -13,6 +13,7 @@ __all__ = [
     "DatasetSpec",
     "MissingSplit",
     "Sample",
+    "dataset_table",
     "make_dataset",
     "register_dataset",
 ]
@@ -43,6 +44,14 @@ def make_dataset(name: str, split: str = "train", **options: Any) -> Dataset:
         FileNotFoundError: a file or folder is missing.
     """
     return DATASETS.get(name).make(split, **options)
+
+
+def dataset_table() -> str:
+    """Return the table of datasets as Markdown, for the README."""
+    rows = ["| `dataset=` | images | `data=` |", "|---|---|---|"]
+    for name, spec in DATASETS.items():
+        rows.append(f"| `{name}` | {spec.description} | {'folder' if spec.reads_files else ''} |")
+    return "\n".join(rows)
 
 
 for _spec in (

@@ -1,0 +1,86 @@
+"""The README is true: its Python runs, its tables are generated, its commands and links exist."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import adaptation.strategies  # noqa: F401  (registers the methods)
+from adaptation.strategy import STRATEGIES
+from agents.ppo.config import TrainPPOConfig
+from sam_gym import ENVIRONMENTS
+from sam_gym.backbones.adapters.tuning import TUNINGS
+from sam_gym.data import dataset_table
+from sam_gym.envs.rewards import REWARDS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+#: Settings of the README's snippets -> those of the test.
+SMALLER = {
+    "num_envs=64": "num_envs=2",
+    "grid=(32, 32)": "grid=(4, 4)",
+    "Trainer(out=": "Trainer(TrainConfig(steps=1, max_images=1), out=",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_python_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks("python"))
+    assert code.count("import") > 5
+    for large, small in SMALLER.items():
+        assert large in code
+        code = code.replace(large, small)
+    exec(f"from adaptation.config import TrainConfig\n{code}", {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["(3, 256, 256)", "(2, 3, 256, 256)"]
+
+
+@pytest.mark.parametrize(("marker", "table"), [("datasets", dataset_table())])
+def test_tables_are_those_of_the_specifications(marker: str, table: str) -> None:
+    start, end = f"<!-- {marker} -->\n", f"\n<!-- /{marker} -->"
+    assert start in README and end in README
+    present = README.partition(start)[2].partition(end)[0]
+    assert present == table, f"Replace the table of {marker} in README.md by:\n{table}"
+
+
+def test_all_names_are_mentioned() -> None:
+    names = {*ENVIRONMENTS, *STRATEGIES.names(), *TUNINGS.names(), *REWARDS.names()}
+    # The reference of every method, and the default reward.
+    names -= {"zero_shot", "iou_gain"}
+    missing = {name for name in names if f"`{name}`" not in README and f'"{name}"' not in README}
+    assert not missing
+
+
+def test_modules_and_options_of_commands_exist() -> None:
+    text = README.replace("\\\n", " ")
+    commands = re.findall(r"python -m ([\w.]+)([^`\n]*)", text)
+    assert len(commands) > 25
+    for module, _ in commands:
+        if module != "pytest":
+            assert importlib.util.find_spec(module) is not None, module
+    options = {
+        word.removeprefix("--").replace("-", "_")
+        for module, rest in commands
+        if module == "agents.train_ppo"
+        for word in shlex.split(rest.rstrip("."))
+        if word.startswith("--")
+    }
+    fields = {"config", "help", *TrainPPOConfig.__dataclass_fields__}
+    assert options - fields <= {"dataset", "data"}
+
+
+def test_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
