@@ -64,11 +64,7 @@ def annotate(config: AnnotateConfig) -> dict[str, Any]:
     agent = PolicyAgent.load(config.policy, config.device)
     task = task_of_policy(agent.policy)
     task.require("annotate")
-    annotator = task.make_annotator(agent, names, config)
-    try:
-        return annotate_folder(config, files, annotator)
-    finally:
-        annotator.close()
+    return annotate_folder(config, files, task.make_annotator(agent, names, config))
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:

@@ -94,13 +94,13 @@ class ClickAnnotator:
         return [(file, category) for category in range(len(self.categories))]
 
     def stream(self, items: Iterator[tuple[Key, np.ndarray]]) -> Iterator[AnnotatedItem]:
-        while batch := list(islice(items, self.core.num_envs)):
-            self._play(batch)
-            for env_index, (key, image) in enumerate(batch):
-                yield self._annotated(env_index, key, image.shape[:2])
-
-    def close(self) -> None:
-        self.core.close()
+        try:
+            while batch := list(islice(items, self.core.num_envs)):
+                self._play(batch)
+                for env_index, (key, image) in enumerate(batch):
+                    yield self._annotated(env_index, key, image)
+        finally:
+            self.core.close()
 
     def _play(self, batch: Sequence[tuple[Key, np.ndarray]]) -> None:
         """Play one episode per item; sub-environments that are left over repeat the last item."""
@@ -118,20 +118,20 @@ class ClickAnnotator:
             _, terminated, truncated = core.step(indices, actions[indices])
             playing[indices] = ~(terminated | truncated)
 
-    def _annotated(self, env_index: int, key: Key, size: tuple[int, int]) -> AnnotatedItem:
+    def _annotated(self, env_index: int, key: Key, image: np.ndarray) -> AnnotatedItem:
         """Annotation of a sub-environment's mask, if it has pixels and a sufficient score."""
         core, (file, category) = self.core, key
-        name, clicks = self.categories[category], int(core.num_clicks[env_index])
-        mask, score = core.mask(env_index), float(core.predicted_ious[env_index, clicks])
-        annotation = mask_annotation(mask, score=score, clicks=clicks, category=name)
+        name, count = self.categories[category], int(core.num_clicks[env_index])
+        mask, clicks = core.mask(env_index), core.clicks(env_index)
+        score = float(core.predicted_ious[env_index, count])
+        annotation = mask_annotation(mask, score=score, clicks=count, category=name)
         keep = annotation["area"] > 0 and score >= self.min_score
 
         def draw() -> np.ndarray:
-            caption = f"{name}  score {score:.2f}  {clicks} clicks"
-            image = core.ground_truth(env_index).image
-            return draw_episode(image, mask, core.clicks(env_index), caption=caption)
+            caption = f"{name}  score {score:.2f}  {count} clicks"
+            return draw_episode(image, mask, clicks, caption=caption)
 
-        annotations = [annotation] if keep else []
+        annotations, size = [annotation] if keep else [], image.shape[:2]
         return AnnotatedItem(key, size, annotations, f"{file}__{name}", draw if keep else None)
 
 

@@ -85,9 +85,6 @@ class EverythingAnnotator:
         for masks in self.generator.stream(images()):
             yield _annotated(*waiting.popleft(), masks)
 
-    def close(self) -> None:
-        """Do nothing: the backbone is shared."""
-
 
 def _annotated(key: Key, image: np.ndarray, masks: Masks) -> AnnotatedItem:
     (file,) = key

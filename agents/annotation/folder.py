@@ -75,9 +75,6 @@ class Annotator(Protocol):
     def stream(self, items: Iterator[tuple[Key, np.ndarray]]) -> Iterator[AnnotatedItem]:
         """Annotate items, given with their images uint8 (H, W, 3), in order."""
 
-    def close(self) -> None:
-        """Release what the annotator holds."""
-
 
 def annotate_folder(
     config: FolderConfig, files: Sequence[str], annotator: Annotator
@@ -96,13 +93,12 @@ def annotate_folder(
         ValueError: an option is wrong, or an unfinished run has other settings.
     """
     ids = CocoIds(config.coco, files, annotator.categories, annotator.new_categories)
-    files, left_out = ids.split(files, config.images)
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     overlays = OverlayWriter(config.overlays, out)
     settings = asdict(config) | annotator.settings
     results = PartialResults(out.with_suffix(".partial.jsonl"), settings)
-    keys = [key for file in files for key in annotator.keys(file)]
+    keys = [key for file in ids.images for key in annotator.keys(file)]
     if results.done:
         print(f"Resuming: {len(results.done)} of {len(keys)} are done.")
     reader = ImageReader(config.images, annotator.backbone)
@@ -130,8 +126,9 @@ def annotate_folder(
     content = writer.content
     write_json(out, content)
     results.finish()
-    for file in left_out:
-        print(f"skipped {file}: not in {config.coco}")
+    for file in files:
+        if file not in ids.images:
+            print(f"skipped {file}: not in {config.coco}")
     for file, reason in reader.broken.items():
         print(f"skipped {file}: {reason}")
     counts = f"{len(content['annotations'])} masks in {len(content['images'])} images"

@@ -24,7 +24,7 @@ class CocoIds:
         categories: name -> id.
 
     Raises:
-        ValueError: the file lacks a category, or is not COCO JSON.
+        ValueError: the file is not COCO JSON, or lacks a category or all images.
     """
 
     def __init__(
@@ -34,7 +34,6 @@ class CocoIds:
         categories: Sequence[str],
         new_categories: bool = False,
     ) -> None:
-        self.coco = coco
         self.images = {file: number for number, file in enumerate(files, start=1)}
         self.categories = {name: number for number, name in enumerate(categories, start=1)}
         if coco is None:
@@ -48,6 +47,11 @@ class CocoIds:
                 f"{coco}: no COCO JSON with images and categories ({error!r})."
             ) from None
         self.images = {file: known[file] for file in files if file in known}
+        if not self.images:
+            raise ValueError(
+                f"{coco} has none of the {len(files)} images (the first is {files[0]!r}): its "
+                "file_name must be a path relative to --images."
+            )
         for name in categories:
             if name not in names and not new_categories:
                 raise unknown_name(f"category of {coco}", name, names)
@@ -55,17 +59,3 @@ class CocoIds:
         self.categories = {
             name: names[name] if name in names else next(unused) for name in categories
         }
-
-    def split(self, files: Sequence[str], folder: str) -> tuple[list[str], list[str]]:
-        """Split image files into those that have an id and those that have none.
-
-        Raises:
-            ValueError: no file has an id.
-        """
-        left_out = [file for file in files if file not in self.images]
-        if len(left_out) == len(files):
-            raise ValueError(
-                f"{self.coco} has none of the {len(left_out)} images of {folder} (the first is "
-                f"{left_out[0]!r}): its file_name must be a path relative to --images."
-            )
-        return [file for file in files if file in self.images], left_out
