@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from sam_gym.data.coco_writer import CocoWriter, mask_annotation
+
 #: A mask is a part if this share of it lies inside one object of which it covers less than that.
 PART_INSIDE, PART_COVERS = 0.8, 0.5
 
@@ -197,35 +199,23 @@ def average_recall(
     Returns:
         For each limit, in [0, 1].
     """
-    from pycocotools import mask as coco_mask
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    def records(side: Sequence[Sequence[Rle]]) -> list[dict[str, Any]]:
-        return [
-            {"image_id": 1 + number, "category_id": 1, "segmentation": rle}
-            | {"area": float(coco_mask.area(rle)), "bbox": list(coco_mask.toBbox(rle))}
-            for number, own in enumerate(side)
-            for rle in own
-        ]
-
-    truths = [record | {"id": 1 + i, "iscrowd": 0} for i, record in enumerate(records(objects))]
-    found = records(masks)
+    truths = CocoWriter({"object": 1})
+    for image_id, own in enumerate(objects, start=1):
+        annotations = (mask_annotation(rle, category="object") for rle in own)
+        truths.add(image_id, "", own[0]["size"], annotations)
+    found = [
+        mask_annotation(rle, image_id=image_id, category_id=1, score=float(score))
+        for image_id, (own, scored) in enumerate(zip(masks, scores, strict=True), start=1)
+        for rle, score in zip(own, scored, strict=True)
+    ]
     if not found:
         return [0.0] * len(limits)
-    for record, score in zip(found, np.concatenate(list(scores)), strict=True):
-        record["score"] = float(score)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = {
-            "info": {},
-            "images": [
-                {"id": 1 + number, "height": own[0]["size"][0], "width": own[0]["size"][1]}
-                for number, own in enumerate(objects)
-            ],
-            "annotations": truths,
-            "categories": [{"id": 1, "name": "object"}],
-        }
+        truth.dataset = truths.content
         truth.createIndex()
         judge = COCOeval(truth, truth.loadRes(found), "segm")
         judge.params.useCats = 0
