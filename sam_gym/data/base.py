@@ -13,14 +13,14 @@ from sam_gym.utils.registry import load_entry_point, unknown_name
 
 
 def select_categories(wanted: str | Sequence[str] | None, names: Sequence[str]) -> tuple[str, ...]:
-    """The categories that are asked for, in that order, without repetition.
+    """Return the wanted categories, in the order given, without duplicates.
 
     Args:
-        wanted: names, as a sequence or as one string with commas; None: all.
-        names: those that there are.
+        wanted: names, as a sequence or comma-separated; None: all.
+        names: valid names.
 
     Raises:
-        ValueError: an unknown name, or none at all.
+        ValueError: a name is unknown, or none is given.
     """
     if wanted is None:
         return tuple(names)
@@ -40,12 +40,12 @@ class Sample:
 
     Attributes:
         image: uint8 (H, W, 3), RGB.
-        masks: bool (N, H, W), one visible mask per instance.
+        masks: bool (N, H, W), visible mask of each instance.
         categories: int64 (N,), index of each instance's category in `Dataset.categories`.
-        source: where the sample comes from, for messages and result tables.
-        ignore: bool (H, W) of pixels that metrics leave out, or None.
+        source: name of the sample, for messages and result tables.
+        ignore: bool (H, W) of pixels that metrics ignore, or None.
         parts: bool (P, H, W), visible masks of parts of instances (training targets only), or None.
-        digest: `image_digest` of the image, if it is known already.
+        digest: `image_digest` of the image, if known.
     """
 
     image: np.ndarray
@@ -57,19 +57,19 @@ class Sample:
     digest: bytes | None = None
 
     def category_mask(self, category: int) -> np.ndarray:
-        """The union of all instances of `category`: bool (H, W)."""
+        """Return the union of all instances of `category`: bool (H, W)."""
         return self.masks[self.categories == category].any(axis=0)
 
 
 class MissingSplit(FileNotFoundError):
-    """The data has no such split; some come without a test split."""
+    """The data lacks the split, as COCO lacks an annotated test split."""
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """What environments, trainers and benchmarks need of a dataset.
+    """The interface of datasets for environments, trainers and benchmarks.
 
-    A dataset validates its annotations when it is made, so that bad input stops before work starts.
+    A dataset validates its annotations on construction, so that bad input fails before work starts.
     """
 
     name: str
@@ -78,11 +78,11 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`, always the same; `IndexError` outside `range(len(self))`."""
+        """Return the sample at `index`, always the same; raise `IndexError` outside the range."""
         ...
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
-        """Draw an image: its index, and the category to segment (None: any in the image)."""
+        """Draw the index of an image, and the category to segment (None: any in the image)."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Samples kept in memory, because drawing or decoding one costs more than a step."""
+"""A cache of samples: generating or decoding one costs more than a step."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from sam_gym.utils.digest import image_digest
 
 
 class SampleCache:
-    """The most recently used samples of a dataset, masks packed eight pixels to a byte.
+    """The most recently used samples of a dataset, with masks packed eight pixels to a byte.
 
     Args:
-        dataset: where samples come from.
-        max_bytes: bound on the memory of what is kept; 0 keeps nothing.
+        dataset: source of the samples.
+        max_bytes: maximum size of the cache; 0 caches nothing.
     """
 
     def __init__(self, dataset: Dataset, max_bytes: int) -> None:
         self.dataset, self.max_bytes = dataset, max_bytes
         self._kept: OrderedDict[int, tuple[Sample, np.ndarray]] = OrderedDict()
         self._bytes = 0
-        #: How often the dataset was asked, because a sample was not here.
+        #: Number of samples read from the dataset.
         self.misses = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`, with its digest and without its parts."""
+        """Return the sample at `index`, with its digest and without its parts."""
         if index in self._kept:
             self._kept.move_to_end(index)
             sample, packed = self._kept[index]

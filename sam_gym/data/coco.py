@@ -19,7 +19,7 @@ from sam_gym.utils.registry import unknown_name
 
 @dataclass
 class _Image:
-    """One image of the file; masks are the `counts` of compressed RLE, the smallest form."""
+    """An image record; masks are stored as `counts` of compressed RLE, the smallest form."""
 
     id: int | str
     file_name: str
@@ -30,7 +30,7 @@ class _Image:
     ignored: list[bytes] = field(default_factory=list)
 
     def decode(self, counts: list[bytes]) -> np.ndarray:
-        """bool (N, height, width)."""
+        """Decode masks: bool (N, height, width)."""
         size = [self.height, self.width]
         masks = rle.decode([{"size": size, "counts": c} for c in counts])
         return np.ascontiguousarray(masks.transpose(2, 0, 1)).astype(bool)
@@ -39,33 +39,33 @@ class _Image:
 class Coco:
     """A dataset in COCO format: polygons, uncompressed RLE and compressed RLE.
 
-    Every record of the JSON is validated, and every selected mask is rasterised to RLE (about
-    30 us each), when the dataset is made. Only image files are left to be checked as they are read.
-    Images without a usable instance of the selected categories are left out. Nothing is cached.
+    Construction validates every record of the JSON and rasterises every selected mask to RLE (about
+    30 us each). Image files are checked when they are read. Images without a usable instance of the
+    selected categories are left out. Nothing is cached.
 
     Args:
-        split: which `root/instances_{split}.json` to read; ignored if `annotations` is given.
+        split: selects `root/instances_{split}.json`; ignored if `annotations` is given.
         root: folder of the dataset.
-        annotations: path of the annotation file, if it is another one.
+        annotations: path of another annotation file.
         images: folder of the image files in `root`; names in the JSON cannot leave it.
-        categories: names to select, as a sequence or as one string with commas; None: all.
-        min_area: smallest mask in pixels; smaller instances are not segmented but ignored.
-        balance: "category" draws a category first, then an image that holds it; "image" draws an
-            image and leaves the category open.
-        on_error: what to do with a record that does not validate: "raise", or "skip" to count it
-            in `skipped`, with one warning.
-        include_crowd: take crowd regions as instances rather than as ignored pixels.
+        categories: names to select, as a sequence or comma-separated; None: all.
+        min_area: minimum area of an instance in pixels; smaller instances are ignored pixels.
+        balance: "category" draws a category, then an image that contains it; "image" draws an
+            image and no category.
+        on_error: handling of invalid records: "raise", or "skip" to count them in `skipped`, with
+            one warning.
+        include_crowd: treat crowd regions as instances instead of ignored pixels.
 
     Attributes:
         name: "coco".
-        categories: names that `Sample.categories` indexes: those selected, in the order given, or
-            all of the file by id; of the latter, those without instances are never drawn.
-        skipped: number of records left out, by reason; includes masks that cover no pixel.
+        categories: names that `Sample.categories` indexes: the selected ones in the order given,
+            or all of the file by id; categories without instances are never drawn.
+        skipped: number of skipped records, by reason; includes masks that cover no pixel.
 
     Raises:
         FileNotFoundError: the root, the annotation file or an image file is missing.
-        ValueError: the file is not COCO JSON, a record does not validate, an option or a category
-            is unknown, a selected category has no instance, or nothing is left.
+        ValueError: the file is not COCO JSON, a record is invalid, an option or a category is
+            unknown, a selected category has no instance, or no image is left.
     """
 
     name = "coco"
@@ -128,15 +128,15 @@ class Coco:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Sample:
-        """The image at `index` with its instances.
+        """Return the image at `index` with its instances.
 
         `ignore` marks crowd regions and instances below `min_area` of the selected categories,
-        less the pixels of the instances that are kept: those are known, and some lie in a crowd.
+        except for pixels of kept instances, some of which lie in a crowd.
 
         Raises:
             IndexError: `index` is outside `range(len(self))`.
-            FileNotFoundError: the image file has gone.
-            ValueError: the image file is corrupt or not of the size that the JSON says.
+            FileNotFoundError: the image file is missing.
+            ValueError: the image file is corrupt, or its size differs from the JSON.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self._file}: index {index} is outside 0..{len(self) - 1}")
@@ -167,7 +167,7 @@ class Coco:
         """Draw an image and, with balance="category", the category to segment.
 
         "category" draws uniformly among categories with instances, then uniformly among the
-        images that hold it, so that rare categories come as often as frequent ones.
+        images that contain it, so that rare categories are as frequent as common ones.
         """
         if self._balance == "image":
             return int(rng.integers(len(self))), None
@@ -206,7 +206,7 @@ def _annotation_file(root: str, split: str) -> str:
 
 
 def _load(path: str) -> Any:
-    """The annotation file, checked to have COCO's three tables."""
+    """Load the annotation file; check for COCO's three tables."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: the annotation file does not exist. Check annotations=.")
     try:
@@ -253,7 +253,7 @@ def _annotation_name(record: Any, position: int) -> str:
 
 
 def _categories(table: list[Any], records: Records) -> dict[int | str, str]:
-    """Category names by id, in the order of ids."""
+    """Return category names by id, sorted by id."""
     names: dict[int | str, str] = {}
     for position, record in enumerate(table):
         with records.validate(_record_name("category", record, position)):
@@ -291,7 +291,7 @@ def _annotation(
     names: dict[int | str, str],
     seen: set[int | str],
 ) -> tuple[_Image, int | str, bool]:
-    """Image, category id and crowd flag of an annotation, whose id is added to `seen`."""
+    """Return image, category id and crowd flag of an annotation; add its id to `seen`."""
     seen.add(_new_id(record, seen))
     image_id, category_id = _id(record, "image_id"), _id(record, "category_id")
     crowd = record.get("iscrowd", 0)
@@ -305,9 +305,9 @@ def _annotation(
 
 
 def _encode(segmentation: Any, height: int, width: int) -> bytes:
-    """The `counts` of a segmentation as compressed RLE.
+    """Return the `counts` of a segmentation as compressed RLE.
 
-    All is validated first: pycocotools decodes malformed input to garbage without a word.
+    The input is validated first: pycocotools silently decodes malformed input to garbage.
     """
     if isinstance(segmentation, list):
         if not segmentation:
@@ -332,13 +332,13 @@ def _encode(segmentation: Any, height: int, width: int) -> bytes:
 
 
 def _polygon(values: Any, height: int, width: int) -> np.ndarray:
-    """float64 (2 * N,), x and y by turns, in pixels."""
+    """Validate a polygon: float64 (2 * N,), alternating x and y, in pixels."""
     if not isinstance(values, list) or len(values) < 6 or len(values) % 2:
         got = f"{len(values)} numbers" if isinstance(values, list) else repr(values)
         raise Reject("polygon is not a list of x, y of at least 3 points", f"got {got}")
     polygon = _numbers(values, "polygon")
-    # Points a little outside are common; pycocotools walks along each edge, so that a point far
-    # outside costs memory without bound. Written so that NaN fails too.
+    # Points slightly outside are common. pycocotools walks along each edge, so a point far outside
+    # costs unbounded memory. The comparison also rejects NaN.
     limits = np.tile([width, height], len(polygon) // 2)
     if not ((polygon >= -limits) & (polygon <= 2 * limits)).all():
         raise Reject(
@@ -349,7 +349,7 @@ def _polygon(values: Any, height: int, width: int) -> np.ndarray:
 
 
 def _runs(counts: Any) -> np.ndarray:
-    """Run lengths, int64 (N,), of uncompressed or compressed RLE counts."""
+    """Return the run lengths, int64 (N,), of uncompressed or compressed RLE counts."""
     if isinstance(counts, str):
         runs = _decompress(counts)
     elif isinstance(counts, list):
@@ -363,7 +363,7 @@ def _runs(counts: Any) -> np.ndarray:
 
 
 def _decompress(counts: str) -> np.ndarray:
-    """Run lengths of COCO's compressed RLE: 5 bits a character, each run less the last but one."""
+    """Decode COCO's compressed RLE to run lengths: 5 bits per character, runs as differences."""
     codes = np.frombuffer(counts.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48
     more = (codes & 32) > 0
     if not codes.size or codes.min() < 0 or codes.max() > 63 or more[-1]:
@@ -376,7 +376,7 @@ def _decompress(counts: str) -> np.ndarray:
     shifts = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
     runs = np.add.reduceat((codes & 31) << shifts, starts)
     runs[(codes[ends] & 16) > 0] -= 1 << 5 * lengths[(codes[ends] & 16) > 0]
-    # The first run stands alone; the differences start at the fourth.
+    # Runs are stored as differences to the run two before, from the fourth run on.
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs

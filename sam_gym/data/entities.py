@@ -19,22 +19,21 @@ from sam_gym.utils.registry import unknown_name
 
 METADATA = "metadata.json"
 
-#: Split -> the list of the metadata file that holds it.
+#: Split -> key of its list in the metadata file.
 _LISTS = {"train": "train_data", "val": "val_data", "test": "test_data"}
 
 
 class Entities:
     """Images in `root/images`, one PNG per object in `root/masks`, and `root/metadata.json`.
 
-    That is the layout of the whole-object data of SAOM (arXiv 2403.10780) and EntitySeg. The
-    metadata holds "entity classes", which is a list of names, or an object of name -> index or of
-    index -> name; and the lists "train_data" and "val_data" of entries with "image_name",
-    "entity_masks" (one file name per object; pixels other than 0 are the object) and
-    "entity_indices" (the class of each). Names are looked up in `images` and `masks`, then in the
-    root. **Split "test" is "test_data" where the file has it, else "val_data".**
+    This is the layout of the whole-object data of SAOM (arXiv 2403.10780) and EntitySeg. The
+    metadata holds "entity classes" (a list of names, or an object of name -> index or of index ->
+    name), and the lists "train_data" and "val_data" of entries with "image_name", "entity_masks"
+    (one file name per object; pixels other than 0 are the object) and "entity_indices" (the class
+    of each). Files are looked up in `images` and `masks`, then in the root. **Split "test" is
+    "test_data" if the file has it, else "val_data".**
 
-    Everything is validated when the dataset is made, for which every mask is read once; the pixels
-    of images are read when they are asked for.
+    Construction validates everything and reads every mask once; images are read on access.
 
     Args:
         split: "train", "val" or "test".
@@ -42,18 +41,18 @@ class Entities:
         metadata: name of the metadata file in `root`.
         images: folder of the images in `root`; names in the metadata cannot leave it.
         masks: folder of the masks in `root`; names in the metadata cannot leave it.
-        on_error: what to do with an entry that does not validate: "raise", or "skip" to count it
-            in `skipped`, with one warning. Reading always raises.
+        on_error: handling of invalid entries: "raise", or "skip" to count them in `skipped`, with
+            one warning. Reading always raises.
 
     Attributes:
-        name: the name of the root folder.
-        categories: the classes, in the order of their indices.
-        skipped: number of entries left out, by reason.
+        name: name of the root folder.
+        categories: the classes, sorted by index.
+        skipped: number of skipped entries, by reason.
 
     Raises:
         FileNotFoundError: the root, the metadata file, an image or a mask is missing.
-        ValueError: the metadata is not of this form, an entry does not validate, the split is
-            unknown, or nothing is left.
+        ValueError: the metadata has another form, an entry is invalid, the split is unknown, or no
+            entry is left.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class Entities:
         key, entries = _entries(path, data, split)
         folders = [os.path.join(root, images), root], [os.path.join(root, masks), root]
         records = Records(path, on_error)
-        #: Of each image, its name and path, the paths of its masks, and its categories.
+        #: Per image: name, path, paths of the masks, categories.
         self._entries: list[tuple[str, str, list[str], list[int]]] = []
         seen: set[str] = set()
         for number, entry in enumerate(entries):
@@ -102,12 +101,12 @@ class Entities:
         return len(self._entries)
 
     def __getitem__(self, index: int) -> Sample:
-        """The image at `index` with its objects.
+        """Return the image at `index` with its objects.
 
         Raises:
             IndexError: `index` is outside `range(len(self))`.
-            FileNotFoundError: a file has gone.
-            ValueError: a file is corrupt, or a mask is empty or of another size than the image.
+            FileNotFoundError: a file is missing.
+            ValueError: a file is corrupt, or a mask is empty or differs in size from the image.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: index {index} is outside 0..{len(self) - 1}")
@@ -138,7 +137,7 @@ class Entities:
     def _validate(
         self, entry: Any, images: list[str], masks: list[str]
     ) -> tuple[str, str, list[str], list[int]]:
-        """Name and path of the image, paths of the masks, and categories of an entry."""
+        """Return name and path of the image, paths of the masks, and categories of an entry."""
         if not isinstance(entry, dict):
             raise Reject("entry is not an object", f"got {type(entry).__name__!r}")
         image = _find(images, entry.get("image_name"), "image")
@@ -170,9 +169,9 @@ def write_entities(
     """Write samples as a folder that `Entities` reads; `ignore` and `parts` are not written.
 
     Args:
-        root: the folder, made if it is missing.
+        root: the folder; created if it is missing.
         train, val, test: samples of the splits; without `test` there is no list "test_data".
-        categories: names that `Sample.categories` of all of them index.
+        categories: names that `Sample.categories` indexes.
 
     Raises:
         FileExistsError: the folder has a metadata file already.
@@ -191,12 +190,12 @@ def write_entities(
         ]
         if entries or split != "test":
             data[_LISTS[split]] = entries
-    # Last, so that a folder that is not complete is none.
+    # Written last, so that an incomplete folder is not a dataset.
     write_atomic(Path(path), json.dumps(data, indent=1))
 
 
 def _write(root: str, stem: str, sample: Sample, classes: int) -> dict[str, Any]:
-    """Write the files of a sample; returns its entry."""
+    """Write the files of a sample; return its entry."""
     if not len(sample.masks) or not sample.masks.any(axis=(1, 2)).all():
         raise ValueError(f"{sample.source}: the sample has no mask, or an empty one.")
     if not ((sample.categories >= 0) & (sample.categories < classes)).all():
@@ -238,7 +237,7 @@ def _load(path: str) -> dict[str, Any]:
 
 
 def _classes(path: str, table: Any) -> dict[int, str]:
-    """Names of the classes by index."""
+    """Return the names of the classes by index."""
     pairs: list[tuple[Any, Any]] = []
     if isinstance(table, list):
         pairs = list(enumerate(table))
@@ -267,7 +266,7 @@ def _classes(path: str, table: Any) -> dict[int, str]:
 
 
 def _entries(path: str, data: dict[str, Any], split: str) -> tuple[str, list[Any]]:
-    """The list of a split, and its name in the file."""
+    """Return the key of a split's list in the file, and the list."""
     key = _LISTS[split]
     if split == "test" and key not in data:
         key = _LISTS["val"]
@@ -292,7 +291,7 @@ def _list(entry: dict[str, Any], key: str) -> list[Any]:
 
 
 def _find(folders: Sequence[str], name: object, kind: str) -> str:
-    """The path of a file in the first of the folders that has it."""
+    """Return the path of a file in the first folder that contains it."""
     paths = [resolve(folder, name) for folder in folders]
     for path in paths:
         if os.path.isfile(path):

@@ -31,33 +31,33 @@ _TARGETS = ("mask", "components", "instances")
 class Folder:
     """Images in `root/images`, masks of the same stem as PNG in `root/masks`.
 
-    A mask holds 0 for background, 255 for the object and 128 for pixels to ignore, nothing else.
-    `root/splits.json` lists the stems of each split under "train", "val" and "test"; other keys
-    are not read. **Without that file every split is all images**, in the order of their stems.
+    Mask values are 0 for background, 255 for the object and 128 for ignored pixels; other values
+    are errors. `root/splits.json` lists the stems of each split under "train", "val" and "test";
+    other keys are ignored. **Without this file, every split is all images**, sorted by stem.
 
-    Existence, names and sizes are checked when the dataset is made, contents when they are read.
+    Construction checks existence, names and sizes; contents are checked when files are read.
 
     Args:
         split: "train", "val" or "test".
         root: folder of the dataset.
-        target: what is an instance. "mask": the whole object mask. "components": each of its
-            8-connected components. "instances": each id of `root/instances/STEM.png` (uint8 or
-            uint16, 0 is background; `root/masks` is not read).
-        min_area: smallest component or instance in pixels; smaller ones are not segmented but
-            ignored. Not applied to target="mask".
-        category: name of the one category.
-        on_error: what to do at construction with an image that does not validate: "raise", or
-            "skip" to count it in `skipped`, with one warning. Reading always raises.
+        target: definition of an instance. "mask": the whole object mask. "components": each
+            8-connected component of it. "instances": each id of `root/instances/STEM.png` (uint8
+            or uint16, 0 is background; `root/masks` is not read).
+        min_area: minimum area of a component or instance in pixels; smaller ones are ignored
+            pixels. Has no effect with target="mask".
+        category: name of the only category.
+        on_error: handling of invalid images on construction: "raise", or "skip" to count them in
+            `skipped`, with one warning. Reading always raises.
 
     Attributes:
-        name: the name of the root folder.
-        categories: the one category.
-        skipped: number of images left out, by reason.
+        name: name of the root folder.
+        categories: the only category.
+        skipped: number of skipped images, by reason.
 
     Raises:
-        FileNotFoundError: the root, its folders, an image or a mask is missing.
-        ValueError: an option is unknown, splits.json does not validate, sizes of an image and its
-            mask differ, a file is no image, a name leaves the root, or nothing is left.
+        FileNotFoundError: the root, one of its folders, an image or a mask is missing.
+        ValueError: an option is unknown, splits.json is invalid, the sizes of an image and its mask
+            differ, a file is not an image, a name leaves the root, or no image is left.
     """
 
     def __init__(
@@ -111,15 +111,15 @@ class Folder:
         return len(self._pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        """The image at `index` with its instances, all of category 0.
+        """Return the image at `index` with its instances, all of category 0.
 
         `ignore` marks pixels of value 128, and components or instances below `min_area`.
 
         Raises:
             IndexError: `index` is outside `range(len(self))`.
-            FileNotFoundError: a file has gone.
-            ValueError: a file is corrupt, sizes differ, the mask holds other values than 0, 128
-                and 255, or nothing to segment.
+            FileNotFoundError: a file is missing.
+            ValueError: a file is corrupt, sizes differ, the mask has values other than 0, 128 and
+                255, or it has no object.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: index {index} is outside 0..{len(self) - 1}")
@@ -156,12 +156,12 @@ class Folder:
         )
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
-        """Draw an image uniformly; the category is None, for there is only one."""
+        """Draw an image uniformly; the category is None: there is only one."""
         return int(rng.integers(len(self))), None
 
 
 def _image_files(folder: str) -> dict[str, list[str]]:
-    """Paths of the image files in `folder` by stem."""
+    """Return the paths of the image files in `folder` by stem."""
     files: dict[str, list[str]] = {}
     for name in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(name)
@@ -171,7 +171,7 @@ def _image_files(folder: str) -> dict[str, list[str]]:
 
 
 def _stems(root: str, split: str) -> list[str] | None:
-    """The stems that splits.json lists for `split`; None if there is no such file."""
+    """Return the stems that splits.json lists for `split`; None without the file."""
     path = os.path.join(root, "splits.json")
     if not os.path.isfile(path):
         return None
@@ -207,7 +207,7 @@ def _check_sizes(image: str, mask: str) -> None:
 
 
 def _size(path: str) -> tuple[int, int]:
-    """Width and height from the header, without decoding."""
+    """Read width and height from the header."""
     try:
         with Image.open(path) as image:
             return image.size
@@ -228,7 +228,7 @@ def _check_values(labels: np.ndarray, path: str, record: str) -> None:
 
 
 def _split(labels: np.ndarray, min_area: int) -> tuple[np.ndarray, np.ndarray]:
-    """Masks, bool (N, H, W), of the labels of at least `min_area` pixels, and the rest (H, W)."""
+    """Split labels into masks bool (N, H, W) of at least `min_area` pixels, and the rest (H, W)."""
     areas = np.bincount(labels.ravel())
     areas[BACKGROUND] = 0
     kept = np.flatnonzero(areas >= max(min_area, 1))

@@ -1,4 +1,4 @@
-"""What readers of files share: confined names, images, and records that do not validate."""
+"""File reading for datasets: confined paths, images, and records that fail validation."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from sam_gym.utils.registry import unknown_name
 
 OnError = Literal["raise", "skip"]
 
-#: Endings of files that are read as images.
+#: Suffixes of image files.
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 class Reject(Exception):
-    """A record that cannot be used, raised by a validator and turned into a message by `Records`.
+    """Raised by a validator for an invalid record; `Records` turns it into a message.
 
     Attributes:
-        reason: what is wrong, the same text for all records of that kind: it is what is counted.
-        detail: what arrived instead.
-        error: the exception that the user sees.
+        reason: the problem, with the same text for all such records: skipped records are counted
+            by reason.
+        detail: the value found.
+        error: type of the exception that the user sees.
     """
 
     def __init__(
@@ -37,14 +38,14 @@ class Reject(Exception):
 
 
 class Records:
-    """Stops at the first record that does not validate, or counts and skips such records.
+    """Raises at the first invalid record, or skips and counts invalid records.
 
     Args:
-        file: the annotation file or folder that messages name.
+        file: annotation file or folder, for messages.
         on_error: "raise" or "skip".
 
     Attributes:
-        skipped: number of records left out, by reason.
+        skipped: number of skipped records, by reason.
     """
 
     def __init__(self, file: str, on_error: str) -> None:
@@ -56,7 +57,7 @@ class Records:
 
     @contextmanager
     def validate(self, record: str) -> Iterator[None]:
-        """The body validates `record` and keeps it; a `Reject` from it raises or is counted."""
+        """Run the body, which validates `record`; raise or count a `Reject` from it."""
         try:
             yield
         except Reject as reject:
@@ -69,7 +70,7 @@ class Records:
             self.skipped[reject.reason] += 1
 
     def warn(self) -> None:
-        """Warn once, with totals, if records were left out."""
+        """Warn once, with totals, if records were skipped."""
         if self.skipped:
             reasons = "; ".join(f"{n} x {reason}" for reason, n in self.skipped.most_common())
             total = self.skipped.total()
@@ -77,12 +78,12 @@ class Records:
 
 
 def resolve(folder: str, name: object) -> str:
-    """The path of the file `name` inside `folder`.
+    """Return the path of the file `name` inside `folder`.
 
-    `folder` itself is trusted and may be a symbolic link; `name` comes from a file and is not.
+    `folder` is trusted and may be a symbolic link; `name` comes from a file and is not trusted.
 
     Raises:
-        Reject: `name` is no file name, is absolute, contains `..`, or is a link out of `folder`.
+        Reject: `name` is not a file name, is absolute, contains `..`, or links out of `folder`.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise Reject("file name is not a non-empty string", f"got {name!r}")
@@ -98,16 +99,16 @@ def resolve(folder: str, name: object) -> str:
 def read_image(path: str, record: str) -> np.ndarray:
     """Read a colour or grey image as uint8 (H, W, 3), RGB.
 
-    Pixels are as stored: an EXIF orientation is not applied, because masks and annotated sizes
-    refer to the stored pixels (as in pycocotools).
+    The EXIF orientation is not applied: masks and annotated sizes refer to the stored pixels, as in
+    pycocotools.
 
     Args:
         path: the image file.
-        record: what the file belongs to, for messages.
+        record: name of the record, for messages.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no image, or is truncated.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is not an image, or is truncated.
     """
     bgr = _decode(path, record, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
@@ -117,8 +118,8 @@ def read_labels(path: str, record: str) -> np.ndarray:
     """Read a mask or label image unchanged: uint8 or uint16 (H, W).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no image, is truncated, or is not one channel of 8 or 16 bits.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is not an image, is truncated, or is not one channel of 8 or 16 bits.
     """
     labels = _decode(path, record, cv2.IMREAD_UNCHANGED)
     if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
@@ -148,6 +149,6 @@ def _decode(path: str, record: str, flags: int) -> np.ndarray:
 
 
 def _is_cut_jpeg(data: bytes) -> bool:
-    """OpenCV fills the missing part of a truncated JPEG with grey and reports nothing."""
+    """Detect a truncated JPEG, whose missing part OpenCV silently fills with grey."""
     start_of_scan, end_of_image = b"\xff\xda", b"\xff\xd9"
     return data.startswith(b"\xff\xd8") and data.rfind(end_of_image) < data.rfind(start_of_scan)
