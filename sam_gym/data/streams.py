@@ -1,7 +1,7 @@
-"""Streams of domains that come one after the other, for continual learning.
+"""Streams of domains for continual learning.
 
 `make_stream("scenes-domains")` is procedural and needs no files; `make_stream("folders",
-data=["cells", "roads"])` makes a domain of every folder.
+data=["cells", "roads"])` makes one domain per folder.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from sam_gym.utils.registry import Registry, unknown_name
 
 SPLITS = ("train", "val", "test")
 
-#: A domain of files is thin if a perfect low-res mask of its objects has less mean IoU than this.
+#: A domain of files is thin if the mean IoU of ideal low-res masks of its objects is below this.
 THIN_BELOW = 0.7
 
-#: Images of the validation split that this is measured on.
+#: Number of validation images for this measurement.
 _CEILING_IMAGES = 8
 _THRESHOLDS = np.arange(0.1, 0.95, 0.1)
 
@@ -47,8 +47,8 @@ class Domain:
     """One domain of a stream.
 
     Attributes:
-        name: of the domain, for reports; observations do not tell it.
-        thin: whether its objects are thin or branching, to be reported apart.
+        name: name for reports; not part of observations.
+        thin: whether its objects are thin or branching; such domains are reported separately.
         datasets: the dataset of each split, "train", "val" and "test".
     """
 
@@ -57,7 +57,7 @@ class Domain:
     datasets: Mapping[str, Dataset]
 
     def split(self, name: str) -> Dataset:
-        """The dataset of a split; `ValueError` if there is none of that name."""
+        """Return the dataset of a split; raise `ValueError` if it is missing."""
         if name not in self.datasets:
             raise unknown_name(f"split of domain {self.name!r}", name, self.datasets)
         return self.datasets[name]
@@ -65,11 +65,11 @@ class Domain:
 
 @dataclass(frozen=True)
 class Stream:
-    """Domains in the order in which they come.
+    """An ordered sequence of domains.
 
     Attributes:
-        name: of the stream.
-        domains: the domains; their names differ.
+        name: name of the stream.
+        domains: the domains, with unique names.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Stream:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the domains, in order."""
+        """Return the names of the domains, in order."""
         return tuple(domain.name for domain in self.domains)
 
     def __len__(self) -> int:
@@ -90,14 +90,14 @@ class Stream:
         return self.domains[index]
 
     def ordered(self, order: str | Sequence[str] | None) -> Stream:
-        """The same domains in another order.
+        """Return the stream with its domains in another order.
 
         Args:
-            order: every name once, as a sequence or as one string with commas; or "random:SEED"
-                for a seeded permutation; None: as they are.
+            order: every name once, as a sequence or comma-separated; or "random:SEED" for a seeded
+                permutation; None: unchanged.
 
         Raises:
-            ValueError: a name is unknown, missing or there twice, or the seed is no whole number.
+            ValueError: a name is unknown, missing or repeated, or the seed is not an integer.
         """
         if order is None:
             return self
@@ -114,12 +114,12 @@ class Stream:
         if missing:
             raise ValueError(
                 f"order lacks {', '.join(missing)}. Name every domain of stream {self.name!r} "
-                f"once ({', '.join(self.names)}), or make the stream of fewer domains."
+                f"once ({', '.join(self.names)}), or make the stream with fewer domains."
             )
         return replace(self, domains=tuple(by_name[name] for name in wanted))
 
 
-#: Stream name -> factory. A factory takes keyword arguments, among them `data` if it reads files.
+#: Stream name -> factory with keyword arguments, including `data` if it reads files.
 STREAMS: Registry[Callable[..., Stream]] = Registry("stream")
 
 
@@ -133,9 +133,9 @@ def make_stream(
 
     Args:
         name: one of `STREAMS`.
-        data: folders, for streams of files: a sequence, or one string with commas.
+        data: folders of a stream that reads files, as a sequence or comma-separated.
         order: see `Stream.ordered`.
-        **kwargs: what the stream takes; see its function below.
+        **kwargs: options of the stream; see its function below.
 
     Raises:
         ValueError: a name or an option is unknown, or the data does not validate.
@@ -157,12 +157,12 @@ def make_stream(
 
 
 def dataset_stream(dataset: str, data: str | None = None, **kwargs: Any) -> Stream:
-    """One dataset as a stream of one domain, with whichever of its splits there are.
+    """Make a stream of one domain from a dataset, with the splits that it has.
 
     Args:
-        dataset: a key of `DATASETS`.
-        data: root folder, for datasets that read files.
-        **kwargs: more options of the dataset.
+        dataset: one of `DATASETS`.
+        data: root folder of a dataset that reads files.
+        **kwargs: further options of the dataset.
 
     Raises:
         ValueError: the name or an option is unknown, or the data does not validate.
@@ -171,7 +171,7 @@ def dataset_stream(dataset: str, data: str | None = None, **kwargs: Any) -> Stre
     root = {} if data is None else {"root": data}
     splits = {"train": make_dataset(dataset, "train", **root, **kwargs)}
     for split in ("val", "test"):
-        # Asking for a test split is an error where there is none, not having none.
+        # A missing split is an error only when it is requested.
         with suppress(MissingSplit):
             splits[split] = make_dataset(dataset, split, **root, **kwargs)
     return Stream(dataset, (Domain(dataset, False, splits),))
@@ -187,18 +187,18 @@ def scenes_domains(
     size: int = 256,
     seed: int = 0,
 ) -> Stream:
-    """The procedural domains (see `sam_gym.data.synthetic.domains.dataset`), offline and seeded.
+    """Make a stream of procedural domains (see `sam_gym.data.synthetic.domains.dataset`).
 
     Args:
-        domains: which, in this order, as a sequence or as one string with commas (None: all).
-        train_images: number of training images of each domain.
-        val_images: number of validation images.
-        test_images: number of test images.
+        domains: names, in this order, as a sequence or comma-separated (None: all).
+        train_images: number of training images per domain.
+        val_images: number of validation images per domain.
+        test_images: number of test images per domain.
         size: height and width of the images, in pixels.
-        seed: of the images.
+        seed: seed of the images.
 
     Raises:
-        ValueError: a domain is unknown, named twice, or none is named; or a number is too small.
+        ValueError: a domain is unknown or repeated, no domain is given, or a number is too small.
     """
     kinds = list(DOMAINS.names()) if domains is None else _names(domains)
     if not kinds:
@@ -226,24 +226,24 @@ def folders(
     max_images: int | None = None,
     seed: int = 0,
 ) -> Stream:
-    """Every folder is a domain, in the layout that `sam_gym.data.folder.Folder` reads.
+    """Make a stream of folders, one domain each, in the layout of `sam_gym.data.folder.Folder`.
 
-    A folder holds `images/`, `splits.json` and `masks/` (objects are connected components) or
-    `instances/` (objects are ids; preferred where there are both). All masks that will be used
-    are read once, now. Images without an object are left out, with one warning for each folder.
+    A folder contains `images/`, `splits.json`, and `masks/` (objects are connected components) or
+    `instances/` (objects are ids; preferred if both exist). All masks in use are read once, on
+    construction. Images without an object are left out, with one warning per folder.
 
     Args:
-        data: the folders, as a sequence or as one string with commas.
-        min_area: objects smaller than this share of the area of the folder's median image are
-            specks, and ignored.
-        max_images: at most so many images of each split, drawn with `seed` (None: all).
-        seed: of that draw.
+        data: the folders, as a sequence or comma-separated.
+        min_area: minimum area of an object, as a fraction of the area of the folder's median
+            image; smaller objects are ignored pixels.
+        max_images: maximum number of images per split, sampled with `seed` (None: all).
+        seed: seed of the sampling.
 
     Raises:
-        FileNotFoundError: a folder or file is missing; splits.json, too: without it, images of
-            the test split would be trained on.
-        ValueError: a folder is named twice, is empty, a file does not validate, an image is in
-            two splits, an argument is out of range, or a split has no image with an object.
+        FileNotFoundError: a folder or file is missing, including splits.json: without it, training
+            would use images of the test split.
+        ValueError: a folder is repeated or empty, a file is invalid, an image is in two splits, an
+            argument is out of range, or a split has no image with an object.
     """
     roots = [] if data is None else _names(data)
     if not roots:
@@ -276,18 +276,18 @@ def low_res_ceiling(
     mask_size: int = 64,
     max_images: int | None = None,
 ) -> float:
-    """Mean IoU over objects of the true masks themselves, drawn at SAM's low resolution.
+    """Return the mean IoU that true masks reach at SAM's low resolution, over objects.
 
-    A mask is put into SAM's square frame, averaged down to low-res mask logits, and brought back
-    to the size of the image as `Backbone.masks_at` does; what the logits are compared with is the
-    threshold that suits the object best. That is what to hold results against where objects are
-    thin. It is no strict bound: logits fitted to one object can draw somewhat finer lines.
+    Each mask is placed in SAM's square frame, averaged to the size of low-res masks, and upsampled
+    to the size of the image as in `Backbone.masks_at`, with the best threshold for the object.
+    Compare results on thin objects with this ceiling. It is not a strict bound: logits fitted to
+    one object can represent slightly finer lines.
 
     Args:
-        dataset: whose objects.
+        dataset: source of the objects.
         image_size: side of SAM's input frame, in pixels.
         mask_size: side of its low-res masks.
-        max_images: read only the first so many images (None: all).
+        max_images: number of images, the first of the dataset (None: all).
     """
     count = len(dataset) if max_images is None else min(max_images, len(dataset))
     return float(
@@ -318,7 +318,7 @@ def _low_res_iou(mask: np.ndarray, image_size: int, mask_size: int) -> float:
 
 
 class _Subset:
-    """Some images of a folder."""
+    """A subset of the images of a folder."""
 
     categories: tuple[str, ...]
 
@@ -372,7 +372,7 @@ def _folder_domain(root: str, min_area: float, max_images: int | None, seed: int
 
 
 def _layout(root: str) -> Literal["components", "instances"]:
-    """What is an object in the folder, which must look like a domain."""
+    """Validate the layout of a domain's folder; return how it defines objects."""
     try:
         found = set(os.listdir(root))
     except FileNotFoundError:
@@ -388,14 +388,14 @@ def _layout(root: str) -> Literal["components", "instances"]:
         raise FileNotFoundError(f"{root}: found {shown}. {layout}")
     if "splits.json" not in found:
         raise FileNotFoundError(
-            f"{root}: splits.json is missing, so every split would be all images and the test "
-            'images would be trained on. Write {"train": [stems], "val": [...], "test": [...]}.'
+            f"{root}: splits.json is missing, so every split would be all images, and training "
+            'would use test images. Write {"train": [stems], "val": [...], "test": [...]}.'
         )
     return "instances" if "instances" in within else "components"
 
 
 def _median_area(masks: str) -> float:
-    """Of the masks in a folder, from their headers, in pixels; what is no image is left out."""
+    """Return the median area of the masks in a folder, in pixels, from their headers."""
     areas = []
     for name in os.listdir(masks):
         with suppress(OSError), Image.open(os.path.join(masks, name)) as image:
@@ -404,7 +404,7 @@ def _median_area(masks: str) -> float:
 
 
 def _disjoint_splits(root: str) -> dict[str, list[str]]:
-    """The stems of each split, which `Folder` has validated; no stem may be in two of them."""
+    """Return the stems of each split, validated by `Folder`; check that splits are disjoint."""
     path = os.path.join(root, "splits.json")
     with open(path, encoding="utf-8") as file:
         splits = json.load(file)
@@ -414,17 +414,17 @@ def _disjoint_splits(root: str) -> dict[str, list[str]]:
             if stem in seen:
                 raise ValueError(
                     f"{path}: image {stem!r} is in {seen[stem]!r} and in {split!r}. "
-                    "Leave it in one of them, or what is learned leaks into the test."
+                    "Keep it in one of them, or test data leaks into training."
                 )
             seen[stem] = split
     return {split: splits[split] for split in SPLITS}
 
 
 def _has_object(folder: Folder, index: int, path: str, target: str, least: int) -> bool:
-    """Whether an image has an object of `least` pixels, known from its mask file at `path` alone.
+    """Return whether an image has an object of `least` pixels; reads only the mask at `path`.
 
     Raises:
-        ValueError: the file is corrupt or holds other values than a mask may.
+        ValueError: the file is corrupt or has values that a mask may not have.
     """
     labels = read_labels(path, f"domain {folder.name}")
     if target == "components":
@@ -439,7 +439,7 @@ def _has_object(folder: Folder, index: int, path: str, target: str, least: int) 
 
 
 def _names(text: str | Sequence[str]) -> list[str]:
-    """Names out of a sequence, or out of one string with commas."""
+    """Return names as a list, from a sequence or a comma-separated string."""
     if isinstance(text, str):
         return [name.strip() for name in text.split(",") if name.strip()]
     return list(text)

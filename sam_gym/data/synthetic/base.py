@@ -1,4 +1,4 @@
-"""What datasets share whose images are drawn out of a seed and a number."""
+"""The base class of procedural datasets, which generate images from a seed and an index."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import numpy as np
 
 from sam_gym.utils.registry import unknown_name
 
-#: Split name -> first word of the seed, so that no image of one split occurs in another.
+#: Split name -> first word of the seed, which makes the splits disjoint.
 SPLITS = {"train": 1, "val": 2, "test": 3}
 
 
 class Procedural:
-    """Images by number, each always the same, and as many as are asked for.
+    """A dataset whose images are generated; the same index always gives the same image.
 
     Args:
         split: "train", "val" or "test"; disjoint by seed.
-        length: how many different images there are (None: 2^31 - 1, in effect endless).
-        size: of the images (their height), in pixels.
-        largest: that can be drawn.
-        seed: of all images.
+        length: number of different images (None: 2^31 - 1, practically endless).
+        size: height of the images, in pixels.
+        largest: maximum size.
+        seed: seed of all images.
 
     Raises:
-        ValueError: a split, length, size or seed that they cannot have.
+        ValueError: the split, length, size or seed is impossible.
     """
 
     name: str
-    #: What an image is called in messages.
+    #: Name of an image in messages.
     noun = "image"
 
     def __init__(
@@ -51,15 +51,15 @@ class Procedural:
         return int(rng.integers(len(self))), None
 
     def check_index(self, index: int) -> None:
-        """Raise `IndexError` for the number of an image that there is not."""
+        """Raise `IndexError` for an index out of range."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.noun} {index} is not in range({len(self)}).")
 
     def words(self, index: int) -> list[int]:
-        """What the generator of an image is seeded with; raises as `check_index` does."""
+        """Return the seed of an image's random generator; raise as `check_index` does."""
         self.check_index(index)
         return [SPLITS[self.split], self.seed, zlib.crc32(self.name.encode()), index]
 
     def source(self, index: int) -> str:
-        """Where a sample comes from."""
+        """Return the name of a sample."""
         return f"{self.name}/{self.split}/{index}"

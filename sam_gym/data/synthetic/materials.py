@@ -1,4 +1,4 @@
-"""What the surfaces of procedural scenes look like."""
+"""Surface materials of procedural scenes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 #: Fills an area: `(rng, height, width) -> uint8 (height, width, 3)`.
 Material = Callable[[np.random.Generator, int, int], np.ndarray]
 
-#: Side of a pattern tile: the largest area a material can fill, in pixels.
+#: Side of a pattern tile in pixels: the largest area that a material can fill.
 TILE = 320
 
 _CONTRASTS = (12.0, 35.0, 80.0)
@@ -36,7 +36,7 @@ LOOKS: dict[str, tuple[float, str]] = {
 
 @lru_cache(maxsize=1)
 def _pattern_tiles() -> np.ndarray:
-    """Grey patterns that materials are cut from: uint8 (48, 320, 320), the kinds in turn."""
+    """Return grey patterns, from which materials are cropped: uint8 (48, 320, 320)."""
     rng = np.random.default_rng(20260101)
     ys, xs = np.mgrid[0:TILE, 0:TILE].astype(np.float32)
 
@@ -69,7 +69,7 @@ def _pattern_tiles() -> np.ndarray:
 
 
 def _cut(rng: np.random.Generator, height: int, width: int, kind: str | None) -> np.ndarray:
-    """A piece of a pattern: uint8 (height, width)."""
+    """Crop a pattern: uint8 (height, width)."""
     tiles = _pattern_tiles()
     number = int(rng.integers(len(tiles)))
     if kind is not None:
@@ -84,13 +84,13 @@ def _cut(rng: np.random.Generator, height: int, width: int, kind: str | None) ->
 
 
 def _blend(pattern: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Two colours blended by a pattern: uint8 (height, width, 3)."""
+    """Blend two colours by a pattern: uint8 (height, width, 3)."""
     table = np.clip(first + (second - first) * _RAMP, 0, 255).astype(np.uint8)
     return cv2.applyColorMap(pattern, table[:, None])
 
 
 def patterned(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """The default material: two random colours blended by a random pattern."""
+    """Return the default material: two random colours blended by a random pattern."""
     pattern = _cut(rng, height, width, None)
     vivid = rng.uniform(0.2, 1.0)
     first = vivid * rng.uniform(10, 245, 3) + (1 - vivid) * rng.uniform(20, 235)
@@ -99,7 +99,7 @@ def patterned(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def category_look(category: str, rng: np.random.Generator) -> Material | None:
-    """The look that is typical of a category, or (a third of the time) None: no typical look."""
+    """Return the typical look of a category, or None with probability 1/3."""
     if rng.random() < 1 / 3:
         return None
     hue, kind = LOOKS[category]
@@ -116,7 +116,7 @@ def _typical(
 
 
 def ground(surface: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A surface made paler and calmer, so that it can lie behind things."""
+    """Reduce the contrast of a surface, so that it can serve as background."""
     keep = rng.uniform(0.35, 1.0)
     mean = np.array(cv2.mean(surface)[:3])
     calm = (1 - keep) * (0.6 * mean + 0.4 * mean.mean())

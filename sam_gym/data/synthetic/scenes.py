@@ -1,4 +1,4 @@
-"""`scenes`: procedural images of named objects, endless, seeded, no files needed."""
+"""`scenes`: procedural images of named objects."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SUBPIXEL_BITS = 4
 
 @lru_cache(maxsize=1)
 def _grain_tile() -> np.ndarray:
-    """Unit noise that camera grain is cut from: float32 (512, 512, 3)."""
+    """Return unit noise, from which camera grain is cropped: float32 (512, 512, 3)."""
     return np.random.default_rng(20260102).standard_normal((512, 512, 3), dtype=np.float32)
 
 
 class _Canvas:
-    """A scene in the making: the image so far, and what each drawn thing covers of it."""
+    """A scene being drawn: its image, and the visible mask of each object and part."""
 
     def __init__(self, rng: np.random.Generator, size: int, material: Material) -> None:
         self.rng, self.size, self.material = rng, size, material
@@ -55,12 +55,12 @@ class _Canvas:
         return image
 
     def draw(self, parts: list[Contours], scale: float, category: str | None) -> bool:
-        """Draw an object from its outline at a free place; returns whether there was one.
+        """Draw an object at a free place; return whether there was one.
 
         Args:
-            parts: the outline, back to front, in the unit square.
+            parts: its outline, back to front, in the unit square.
             scale: half the size of the unit square, in pixels.
-            category: what it is an instance of (None: clutter, whose mask counts as a part).
+            category: its category (None: clutter, whose mask counts as a part).
         """
         rng, size = self.rng, self.size
         angle = rng.normal(0, 0.35)
@@ -145,7 +145,7 @@ class _Canvas:
             return
         reach = max(2, whole.shape[0] // 12)
         dx, dy = (round(reach * f) for f in (-np.cos(self.light), -np.sin(self.light)))
-        # The shadow falls beyond the object's own window.
+        # The shadow extends beyond the window of the object.
         rows, columns = (
             slice(max(s.start - 2 * reach, 0), min(s.stop + 2 * reach, self.size)) for s in window
         )
@@ -162,7 +162,7 @@ class _Canvas:
         return mask
 
     def clutter(self) -> None:
-        """Thin strokes that belong to nothing."""
+        """Draw thin strokes that belong to no object."""
         rng = self.rng
         for _ in range(int(rng.integers(0, 5))):
             points = rng.uniform(0, self.size, (3, 2)).round().astype(np.int32)
@@ -170,7 +170,7 @@ class _Canvas:
             cv2.polylines(self.image, [points], False, color, int(rng.integers(1, 3)), cv2.LINE_AA)
 
     def finish(self) -> np.ndarray:
-        """Camera effects: light falling off, colour cast, blur, noise. uint8 (H, W, 3)."""
+        """Add camera effects (vignetting, colour cast, blur, noise); return uint8 (H, W, 3)."""
         rng, size = self.rng, self.size
         ramps = np.linspace(-1, 1, size, dtype=np.float32) * rng.uniform(-0.25, 0.25, (2, 1))
         light = (1.0 + ramps[0][None] + ramps[1][:, None]).astype(np.float32)
@@ -188,24 +188,23 @@ class Scenes(Procedural):
     """Procedural images of named objects made of parts.
 
     Ten categories; three to seven objects of two to four categories per image, with texture,
-    shading, shadow, occlusion, clutter, blur and noise. Two thirds of the objects have a look that
-    is typical of their category, the others any look, as clutter and ground have: colour alone
-    tells neither what a thing is nor where it ends. Sample `i` of a split is always the same image.
+    shading, shadow, occlusion, clutter, blur and noise. Two thirds of the objects look typical of
+    their category; the others have a random look, as clutter and ground have. Colour alone reveals
+    neither the category nor the boundary of an object. The same index always gives the same image.
 
     Args:
         split: "train", "val" or "test"; disjoint by seed.
-        categories: names of things that may stand in the images, as a sequence or as one string
-            with commas (None: all ten). Other things are not drawn at all.
-        length: how many different images there are (None: 2^31 - 1, in effect endless).
+        categories: names of the categories to draw, as a sequence or comma-separated (None: all).
+        length: number of different images (None: 2^31 - 1, practically endless).
         size: height and width of the images, in pixels.
-        material: fills areas instead of the random patterns (for trainers that mix in photographs).
+        material: replaces the random patterns (for trainers that mix in photographs).
 
     Raises:
-        ValueError: unknown split, or a length or size that is too small.
+        ValueError: the split or a category is unknown, or the length or size is out of range.
     """
 
     name, noun = "scenes", "scene"
-    #: All that there are; `Scenes.categories` of an instance are those of its images.
+    #: All categories; an instance has those of its images.
     categories: tuple[str, ...] = SHAPES.names()
 
     def __init__(

@@ -1,7 +1,7 @@
-"""The outlines of the procedural objects: each category is a few named parts in a unit square.
+"""Outlines of procedural objects: each category has a few parts in a unit square.
 
 Coordinates are (x, y) in [-1, 1], y down. A part is a list of closed contours, filled by the
-even-odd rule, so a contour inside another one is a hole. Proportions vary.
+even-odd rule: a contour inside another one is a hole. Proportions vary.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def polygon(*points: tuple[float, float]) -> np.ndarray:
 
 
 def radial(radii: np.ndarray, phase: float = 0.0) -> np.ndarray:
-    """A closed outline with the given radii at equal angles around the origin."""
+    """Return a closed outline with the given radii at equal angles around the origin."""
     angles = phase + np.linspace(0.0, 2 * np.pi, len(radii), endpoint=False)
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
 def blob(rng: np.random.Generator) -> list[Contours]:
-    """A smooth shape of no category, for clutter."""
+    """Return a smooth shape of no category, for clutter."""
     angles = np.linspace(0.0, 2 * np.pi, 32, endpoint=False)
     radii = np.full(32, 0.8)
     for k in range(2, 5):

@@ -11,8 +11,8 @@ from sam_gym.data import Dataset, Sample, make_dataset
 from sam_gym.data.synthetic.base import SPLITS
 from sam_gym.data.synthetic.domains.dataset import (
     DOMAINS,
-    LEAST_AREA,
-    LEAST_AREA_THIN,
+    MIN_AREA,
+    MIN_AREA_THIN,
     ProceduralDomain,
 )
 
@@ -47,7 +47,7 @@ def test_the_category_does_not_tell_the_domain(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fields_have_the_declared_form(kind: str, samples: dict[str, list[Sample]]) -> None:
-    least = LEAST_AREA_THIN if DOMAINS.get(kind).thin else LEAST_AREA
+    least = MIN_AREA_THIN if DOMAINS.get(kind).thin else MIN_AREA
     for sample in samples[kind]:
         count = len(sample.masks)
         assert sample.image.shape == (256, 256, 3) and sample.image.dtype == np.uint8

@@ -1,4 +1,4 @@
-"""Panoramas of rooms, and views put together: exactly, and by OpenCV."""
+"""Panoramas of rooms, their camera images, and stitching: exact, and by OpenCV."""
 
 import re
 from dataclasses import replace
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sam_gym.data import Dataset, make_dataset
-from sam_gym.data.synthetic.rooms.dataset import LEAST_AREA, Rooms
-from sam_gym.data.synthetic.rooms.panoramas import RoomsPanoramas, View, stitch, stitch_exact
+from sam_gym.data.synthetic.rooms.dataset import MIN_AREA, Rooms
+from sam_gym.data.synthetic.rooms.panoramas import CameraImage, RoomsPanoramas, stitch, stitch_exact
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,8 @@ def panoramas() -> RoomsPanoramas:
 
 
 @pytest.fixture(scope="module")
-def views(panoramas: RoomsPanoramas) -> list[View]:
-    return panoramas.views(1)
+def cameras(panoramas: RoomsPanoramas) -> list[CameraImage]:
+    return panoramas.camera_images(1)
 
 
 def test_is_a_registered_dataset() -> None:
@@ -33,12 +33,12 @@ def test_is_a_registered_dataset() -> None:
     assert sample.source == "rooms-panoramas/val/4"
     assert 16 <= len(sample.masks) <= 36
     assert sample.masks.sum(axis=0).max() == 1
-    assert sample.masks.sum(axis=(1, 2)).min() >= LEAST_AREA * 256**2
+    assert sample.masks.sum(axis=(1, 2)).min() >= MIN_AREA * 256**2
     assert sample.parts is not None and (sample.parts <= sample.masks.any(axis=0)).all()
 
 
 def test_same_index_gives_the_same_panorama(panoramas: RoomsPanoramas) -> None:
-    again = RoomsPanoramas(height=128, width=448, view=100, overlap=0.2)
+    again = RoomsPanoramas(height=128, width=448, camera_width=100, overlap=0.2)
     np.testing.assert_array_equal(panoramas[2].image, again[2].image)
     others = [panoramas[3], RoomsPanoramas("test", height=128, width=448)[2]]
     others.append(RoomsPanoramas(height=128, width=448, seed=1)[2])
@@ -53,43 +53,45 @@ def test_draw_stays_inside() -> None:
         panoramas[4]
 
 
-@pytest.mark.parametrize(("view", "overlap"), [(None, 0.5), (100, 0.0), (200, 0.9), (448, 0.5)])
-def test_views_overlap_and_show_all(view: int | None, overlap: float) -> None:
-    panoramas = RoomsPanoramas(height=128, width=448, view=view, overlap=overlap)
-    views, sample, width = panoramas.views(0), panoramas[0], view or 128
-    assert (views[0].x, views[-1].x) == (0, 448 - width)
-    for view_, after in pairwise(views):
-        assert view_.x < after.x <= view_.x + (1 - overlap) * width + 1
-    for view_ in views:
-        columns = slice(view_.x, view_.x + width)
-        np.testing.assert_array_equal(view_.image, sample.image[:, columns])
-        np.testing.assert_array_equal(view_.masks, sample.masks[view_.instances][:, :, columns])
-        np.testing.assert_array_equal(view_.categories, sample.categories[view_.instances])
-        assert view_.masks.any(axis=(1, 2)).all()
+@pytest.mark.parametrize(
+    ("camera_width", "overlap"), [(None, 0.5), (100, 0.0), (200, 0.9), (448, 0.5)]
+)
+def test_camera_images_overlap_and_cover_all(camera_width: int | None, overlap: float) -> None:
+    panoramas = RoomsPanoramas(height=128, width=448, camera_width=camera_width, overlap=overlap)
+    cameras, sample, width = panoramas.camera_images(0), panoramas[0], camera_width or 128
+    assert (cameras[0].x, cameras[-1].x) == (0, 448 - width)
+    for camera, after in pairwise(cameras):
+        assert camera.x < after.x <= camera.x + (1 - overlap) * width + 1
+    for camera in cameras:
+        columns = slice(camera.x, camera.x + width)
+        np.testing.assert_array_equal(camera.image, sample.image[:, columns])
+        np.testing.assert_array_equal(camera.masks, sample.masks[camera.instances][:, :, columns])
+        np.testing.assert_array_equal(camera.categories, sample.categories[camera.instances])
+        assert camera.masks.any(axis=(1, 2)).all()
 
 
 def test_exact_stitching_gives_the_panorama_back(
-    panoramas: RoomsPanoramas, views: list[View]
+    panoramas: RoomsPanoramas, cameras: list[CameraImage]
 ) -> None:
     sample = panoramas[1]
-    for order in (views, views[::-1]):
+    for order in (cameras, cameras[::-1]):
         image, masks = stitch_exact(order)
         np.testing.assert_array_equal(image, sample.image)
         np.testing.assert_array_equal(masks, sample.masks)
 
 
-def test_exact_stitching_refuses_what_does_not_fit(views: list[View]) -> None:
-    with pytest.raises(ValueError, match="no views to stitch"):
+def test_exact_stitching_refuses_what_does_not_fit(cameras: list[CameraImage]) -> None:
+    with pytest.raises(ValueError, match="no images to stitch"):
         stitch_exact([])
-    with pytest.raises(ValueError, match="No view shows column 128 of the panorama"):
-        stitch_exact([views[0], views[-1]])
-    with pytest.raises(ValueError, match="View 1 at x=60 contradicts the views before it"):
-        stitch_exact([views[0], replace(views[1], x=60)])
-    with pytest.raises(ValueError, match="View 1 at x=64 contradicts"):
-        stitch_exact([views[0], replace(views[1], masks=~views[1].masks)])
-    low = replace(views[1], image=views[1].image[:99], masks=views[1].masks[:, :99])
+    with pytest.raises(ValueError, match="No image covers column 128 of the panorama"):
+        stitch_exact([cameras[0], cameras[-1]])
+    with pytest.raises(ValueError, match="Image 1 at x=60 contradicts the images before it"):
+        stitch_exact([cameras[0], replace(cameras[1], x=60)])
+    with pytest.raises(ValueError, match="Image 1 at x=64 contradicts"):
+        stitch_exact([cameras[0], replace(cameras[1], masks=~cameras[1].masks)])
+    low = replace(cameras[1], image=cameras[1].image[:99], masks=cameras[1].masks[:, :99])
     with pytest.raises(ValueError, match="differ in height: 99, 128 pixels"):
-        stitch_exact([views[0], low])
+        stitch_exact([cameras[0], low])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_exact_stitching_refuses_what_does_not_fit(views: list[View]) -> None:
         ({"split": "tran"}, "Unknown split 'tran'"),
         ({"height": 32}, "size must be from 64 to 1024 pixels, got 32"),
         ({"width": 200}, "width must be from 256 to 2048 pixels, got 200"),
-        ({"view": 2000}, "view must be from 64 to 1024 pixels wide, got 2000"),
+        ({"camera_width": 2000}, "camera_width must be from 64 to 1024, got 2000"),
         ({"overlap": 0.95}, "overlap must be from 0 to 0.9, got 0.95"),
         ({"seed": -1}, "seed must not be negative"),
         ({"categories": "sofs"}, "Unknown category 'sofs'. Did you mean 'sofa'"),
@@ -123,7 +125,7 @@ def textured(seed: int = 0) -> np.ndarray:
 
 
 def turned(scene: np.ndarray, angle: float) -> np.ndarray:
-    """What a camera with a field of view of 60 degrees sees of a wall, turned by degrees."""
+    """What a camera with a field of camera of 60 degrees sees of a wall, turned by degrees."""
     focal, (height, width) = 260.0, scene.shape[:2]
     c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
     turn = np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]])
@@ -159,9 +161,9 @@ def test_stitching_what_a_turning_camera_sees() -> None:
 
 def test_stitching_rooms() -> None:
     panoramas = RoomsPanoramas(overlap=0.6)
-    views = panoramas.views(0)[:3]
-    panorama = stitch([view.image for view in views], mode="scans")
-    expected = panoramas[0].image[:, : views[-1].x + 256]
+    cameras = panoramas.camera_images(0)[:3]
+    panorama = stitch([camera.image for camera in cameras], mode="scans")
+    expected = panoramas[0].image[:, : cameras[-1].x + 256]
     np.testing.assert_allclose(panorama.shape, expected.shape, atol=12)
     assert similarity(panorama, expected) > 0.9
 
@@ -170,7 +172,7 @@ def test_stitching_rooms() -> None:
 def test_stitching_says_why_it_failed(mode) -> None:
     scene = textured()
     with pytest.raises(
-        ValueError, match="Stitching 2 images failed: need more images: views do not overlap enough"
+        ValueError, match="Stitching 2 images failed: need more images: they do not overlap enough"
     ):
         stitch([scene[:, :200], textured(1)[:, 400:]], mode=mode)
     with pytest.raises(ValueError, match="need more images.*match none of the others: 2"):

@@ -1,4 +1,4 @@
-"""Rooms: always the same, disjoint by split, whole things of parts that stand out."""
+"""Rooms: always the same, disjoint by split, whole objects of parts that stand out."""
 
 import re
 
@@ -8,8 +8,8 @@ import pytest
 from sam_gym.data import Dataset, Sample, make_dataset
 from sam_gym.data.synthetic.base import SPLITS
 from sam_gym.data.synthetic.rooms.dataset import (
-    LEAST_AREA,
-    LEAST_VISIBLE,
+    MIN_AREA,
+    MIN_VISIBLE,
     PART_AREA,
     PART_SHARE,
     Rooms,
@@ -71,20 +71,20 @@ def test_fields_have_the_declared_form(samples: list[Sample]) -> None:
 
 
 @pytest.mark.parametrize("size", [64, 256])
-def test_things_are_visible_and_do_not_overlap(size: int) -> None:
+def test_objects_are_visible_and_do_not_overlap(size: int) -> None:
     for sample in map(Rooms(size=size).__getitem__, range(24)):
         assert sample.masks.sum(axis=0).max() == 1
-        assert sample.masks.sum(axis=(1, 2)).min() >= LEAST_AREA * size**2
+        assert sample.masks.sum(axis=(1, 2)).min() >= MIN_AREA * size**2
 
 
-def test_things_hide_each_other_but_not_too_much() -> None:
+def test_objects_hide_each_other_but_not_too_much() -> None:
     shares = []
     for seed in range(12):
         room = furnished_room([seed], 256, 256, Rooms.categories)
         masks = room.sample("").masks
-        for thing, mask in zip(room.things, masks, strict=True):
-            shares.append(mask.sum() / np.count_nonzero(thing.silhouette()[1]))
-    assert min(shares) >= LEAST_VISIBLE
+        for item, mask in zip(room.objects, masks, strict=True):
+            shares.append(mask.sum() / np.count_nonzero(item.silhouette()[1]))
+    assert min(shares) >= MIN_VISIBLE
     assert max(shares) == 1
     assert 0.2 < np.mean(np.array(shares) < 0.95) < 0.8
 
@@ -99,7 +99,7 @@ def test_a_part_lies_in_one_thing_and_is_not_all_of_it(samples: list[Sample]) ->
         assert sample.parts.sum(axis=0).max() == 1
 
 
-def test_most_things_have_several_parts_of_unlike_colours(samples: list[Sample]) -> None:
+def test_most_objects_have_several_parts_of_unlike_colours(samples: list[Sample]) -> None:
     several, distances = [], []
     for sample in samples:
         assert sample.parts is not None

@@ -1,7 +1,7 @@
-"""`domain`: procedural images of domains that are unlike each other, for continual learning.
+"""`domain`: procedural images of very different domains, for continual learning.
 
-Every domain has a look, a kind of object and a convention of annotation of its own. The bundled
-`micro` was trained on `scenes` and on none of these.
+Domains differ in appearance, objects and annotation convention. The bundled `micro` was trained on
+`scenes`, and on none of them.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ import numpy as np
 
 from sam_gym.data.base import Sample
 from sam_gym.data.synthetic.base import Procedural
-from sam_gym.data.synthetic.domains import field, lab  # noqa: F401 (they fill the table)
+from sam_gym.data.synthetic.domains import field, lab  # noqa: F401 (fill the table)
 from sam_gym.data.synthetic.domains.kinds import DOMAINS
 
-#: Objects below this share of the image's area are drawn but not annotated: compact, and thin.
-LEAST_AREA, LEAST_AREA_THIN = 0.003, 0.002
+#: Minimum area of an annotated object, as a fraction of the image: compact, and thin objects.
+MIN_AREA, MIN_AREA_THIN = 0.003, 0.002
 
 
 class ProceduralDomain(Procedural):
-    """Procedural images of one domain, with one mask for each object.
+    """Procedural images of one domain, with one mask per object.
 
-    Sample `i` of a kind, split and seed is always the same image. There is one category, "object",
-    in every domain: what is observed does not tell the domain. Masks may overlap in domains whose
-    convention is that the whole of a hidden object counts.
+    The same index of a kind, split and seed always gives the same image. All domains have one
+    category, "object", so that observations do not reveal the domain. Masks overlap in domains
+    whose convention is to annotate occluded objects in full.
 
     Args:
         kind: one of `DOMAINS`; required.
         split: "train", "val" or "test"; disjoint by seed.
-        length: how many different images there are (None: 2^31 - 1, in effect endless).
+        length: number of different images (None: 2^31 - 1, practically endless).
         size: height and width of the images, in pixels.
-        seed: of all images.
+        seed: seed of all images.
 
     Raises:
-        ValueError: unknown kind or split, or a length, size or seed out of range.
+        ValueError: the kind or split is unknown, or the length, size or seed is out of range.
     """
 
     categories: tuple[str, ...] = ("object",)
@@ -59,7 +59,7 @@ class ProceduralDomain(Procedural):
 
     def __getitem__(self, index: int) -> Sample:
         words = self.words(index)
-        least = (LEAST_AREA_THIN if self._kind.thin else LEAST_AREA) * self.size**2
+        least = (MIN_AREA_THIN if self._kind.thin else MIN_AREA) * self.size**2
         for attempt in count():
             image, drawn = self._kind.draw(np.random.default_rng([*words, attempt]), self.size)
             masks = [mask for mask in drawn if np.count_nonzero(mask) >= least]

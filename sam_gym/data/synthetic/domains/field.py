@@ -1,4 +1,4 @@
-"""Procedural domains of cameras and sensors outdoors: how they look, what counts."""
+"""Procedural domains of outdoor cameras and sensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EARTHS = ((58, 48, 30), (120, 104, 66), (176, 160, 116), (92, 98, 52), (46, 58,
 
 @domain("camouflage")
 def camouflage(rng: np.random.Generator, size: int) -> Drawing:
-    """Animals with the pattern of the ground they stand on."""
+    """Draw camouflaged animals; objects are the animals."""
     unit = size / 256
     _, ys = look.coordinates(size)
     coarse, keep = int(rng.integers(10, 18)), rng.uniform(0.6, 0.95)
@@ -32,7 +32,7 @@ def camouflage(rng: np.random.Generator, size: int) -> Drawing:
         outline = shape.beast(rng) if rng.random() < 0.75 else [shape.lump(rng, 0.35)]
         placed = look.pose(outline, center, scale, rng.normal(0, 0.4), rng.random() < 0.5)
         window, alpha = look.patch(placed, size, union=True, margin=8 * unit)
-        # The coat is a little lighter or darker, its pattern finer or coarser; it has volume.
+        # The coat differs slightly from the ground in brightness and scale, and is shaded.
         tone = rng.uniform(16, 40) * (1 if rng.random() < 0.5 else -1)
         bumps = round(coarse * (1.6 if rng.random() < 0.5 else 0.65))
         coat = look.paint(127 + tone + 45 * pattern(bumps)[window], table).astype(np.float32)
@@ -53,12 +53,12 @@ _IRON = look.palette(
 
 @domain("thermal")
 def thermal(rng: np.random.Generator, size: int) -> Drawing:
-    """A heat camera: warmth glows beyond an object and mirrors below it, and cool parts count."""
+    """Draw a thermal image with glow and reflections; objects include their cool parts."""
     unit = size / 256
     _, ys = look.coordinates(size)
     horizon = rng.uniform(0.15, 0.5) * size
     heat = 40 + 26 * (ys > horizon) + 9 * look.clouds(rng, size, 3, 3)
-    for _ in range(int(rng.integers(1, 4))):  # walls and posts that the sun has warmed
+    for _ in range(int(rng.integers(1, 4))):  # walls and posts warmed by the sun
         x, wide = rng.uniform(0, size), rng.uniform(5, 45) * unit
         window, wall = look.patch([shape.box(x, 0, x + wide, horizon + 0.1 * size)], size)
         heat[window] += rng.uniform(-14, 45) * wall
@@ -99,7 +99,7 @@ _ROOFS = ((150, 74, 54), (120, 116, 116), (86, 80, 84), (176, 160, 140), (200, 1
 
 @domain("aerial")
 def aerial(rng: np.random.Generator, size: int) -> Drawing:
-    """Roofs from above: the footprint counts, also under the trees that hang over it."""
+    """Draw roofs from above; objects are full footprints, including parts under trees."""
     unit = size / 256
     lawn = look.clouds(rng, size, 5, 5, 0.7)
     image = look.tint(95 + 16 * lawn + 8 * look.grain(rng, size), (0.92, 1.05, 0.68))
@@ -156,7 +156,7 @@ def aerial(rng: np.random.Generator, size: int) -> Drawing:
 
 
 def _gable(image: np.ndarray, bar: np.ndarray, color: np.ndarray, sun: np.ndarray) -> None:
-    """A roof with a ridge along the rectangle `bar` (4, 2): one slope is in the light."""
+    """Draw a gable roof on the rectangle `bar` (4, 2), with one slope in the light."""
     edges = np.roll(bar, -1, axis=0) - bar
     a, b, c, d = np.roll(bar, -int(np.argmin(np.hypot(*edges.T))), axis=0)
     start, end = (a + b) / 2, (c + d) / 2
@@ -168,7 +168,7 @@ def _gable(image: np.ndarray, bar: np.ndarray, color: np.ndarray, sun: np.ndarra
 
 @domain("night")
 def night(rng: np.random.Generator, size: int) -> Drawing:
-    """A street in the dark: lamps light one side of things, and the side in the dark counts."""
+    """Draw a street at night, lit from one side; objects include their dark sides."""
     unit = size / 256
     xs, ys = look.coordinates(size)
     horizon = rng.uniform(0.3, 0.5) * size
@@ -199,7 +199,7 @@ def night(rng: np.random.Generator, size: int) -> Drawing:
             look.mix(albedo[where], 0.6 * patch, rng.uniform(8, 90))
         shadow = look.blur(look.shift(alpha, 0, 0.12 * scale), 4 * unit)
         scene[window] *= 1 - 0.25 * shadow
-        # The far side of a body fades into what is behind it.
+        # The far side of a body fades into the background.
         slope = (1.3 if lamp_x > x else -1.3) / scale
         facing = np.clip(0.55 + slope * (xs[:, window[1]] - x), 0, 1)
         body = albedo[window] * (0.15 + 1.1 * facing)
@@ -222,7 +222,7 @@ _AMBER = look.palette((6, 3, 0), (92, 48, 8), (196, 122, 30), (255, 226, 150))
 
 @domain("sonar")
 def sonar(rng: np.random.Generator, size: int) -> Drawing:
-    """Side-scan sonar: an object is its echo together with the shadow that it throws."""
+    """Draw a side-scan sonar image; an object is an echo with its acoustic shadow."""
     unit = size / 256
     xs, ys = look.coordinates(size)
     away = 1 if rng.random() < 0.5 else -1
@@ -230,7 +230,7 @@ def sonar(rng: np.random.Generator, size: int) -> Drawing:
     phase = (xs * np.float32(np.cos(ripples)) + ys * np.float32(np.sin(ripples))) / (3.5 * unit)
     bed = 88 + 18 * look.clouds(rng, size, 3)
     bed += height * np.sin(phase + 2.5 * look.noise(rng, size, 4))
-    for _ in range(int(rng.integers(0, 4))):  # mud, which is dark, too
+    for _ in range(int(rng.integers(0, 4))):  # dark mud
         mud = [rng.uniform(0, size, 2) + rng.uniform(15, 50) * unit * shape.lump(rng)]
         window, alpha = look.patch(mud, size, margin=12 * unit)
         bed[window] *= 1 - rng.uniform(0.3, 0.65) * look.blur(alpha, 4 * unit)

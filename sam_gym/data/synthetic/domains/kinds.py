@@ -1,4 +1,4 @@
-"""The table of procedural domains; `domains_lab` and `domains_field` fill it."""
+"""The table of procedural domains, which `lab` and `field` fill."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from sam_gym.utils.registry import Registry
 
-#: An image uint8 (size, size, 3), and a mask bool (size, size) of each object in it.
+#: An image uint8 (size, size, 3), and the mask bool (size, size) of each object.
 Drawing = tuple[np.ndarray, list[np.ndarray]]
 #: Draws an image of a domain: `(rng, size) -> Drawing`.
 Draw = Callable[[np.random.Generator, int], Drawing]
@@ -21,19 +21,19 @@ class Kind:
 
     Attributes:
         draw: draws an image and its masks.
-        thin: whether its objects are thin or branching.
+        thin: whether objects are thin or branching.
     """
 
     draw: Draw
     thin: bool = False
 
 
-#: Domain name -> how it is drawn.
+#: Domain name -> its drawing function.
 DOMAINS: Registry[Kind] = Registry("domain")
 
 
 def domain(name: str, thin: bool = False) -> Callable[[Draw], Draw]:
-    """Decorator: the function draws the domain `name`; its docstring says what is an object."""
+    """Register the decorated function, which draws domain `name`; its docstring defines objects."""
 
     def add(draw: Draw) -> Draw:
         DOMAINS.add(name, Kind(draw, thin))

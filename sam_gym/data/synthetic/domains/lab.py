@@ -1,4 +1,4 @@
-"""Procedural domains of microscopes, clinics and inspection: how they look, what counts."""
+"""Procedural domains of microscopes, clinics and inspection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sam_gym.data.synthetic.domains.kinds import Drawing, domain
 
 @domain("cracks", thin=True)
 def cracks(rng: np.random.Generator, size: int) -> Drawing:
-    """Cracks in asphalt and concrete, among sealed joints and stains that are none."""
+    """Draw asphalt and concrete; objects are cracks, not joints or stains."""
     unit = size / 256
     rough = rng.uniform(8, 26)
     grey = rng.uniform(90, 170) + 14 * look.clouds(rng, size, 3) + rough * look.grain(rng, size)
@@ -43,7 +43,7 @@ def cracks(rng: np.random.Generator, size: int) -> Drawing:
 
 @domain("vessels", thin=True)
 def vessels(rng: np.random.Generator, size: int) -> Drawing:
-    """Blood vessels of the eye: an object is a vessel with its branches, from the disc on."""
+    """Draw a retina; an object is a blood vessel with its branches, from the optic disc on."""
     unit = size / 256
     red = 190 + 18 * look.clouds(rng, size, 2, 3) + 30 * look.ramp(rng, size) * rng.random()
     image = look.tint(red, [1.0, rng.uniform(0.42, 0.55), rng.uniform(0.16, 0.28)])
@@ -90,7 +90,7 @@ def vessels(rng: np.random.Generator, size: int) -> Drawing:
 
 @domain("cells")
 def cells(rng: np.random.Generator, size: int) -> Drawing:
-    """Stained tissue: an object is a whole cell, of which the dark nucleus is what strikes."""
+    """Draw stained tissue; an object is a whole cell, not only its dark nucleus."""
     unit = size / 256
     stroma = look.clouds(rng, size, 6, 4, 0.8)
     fibres = cv2.warpAffine(
@@ -143,14 +143,14 @@ _LUGGAGE = (shape.wrench, shape.knife, shape.bottle, shape.shears, shape.pistol)
 
 @domain("xray")
 def xray(rng: np.random.Generator, size: int) -> Drawing:
-    """Luggage in an X-ray scanner: objects lie through each other, and each counts whole."""
+    """Draw luggage in an X-ray scanner; objects overlap, and each mask is complete."""
     unit = size / 256
     metal, soft = np.array([1.5, 0.85, 0.4]), np.array([0.18, 0.55, 1.2])
     bag = look.fill(
         look.pose([shape.box(-1, -0.8, 1, 0.8)], (size / 2, size / 2), 0.47 * size), size
     )
     organic = 0.12 * bag
-    for _ in range(int(rng.integers(5, 10))):  # clothes and wires are no objects
+    for _ in range(int(rng.integers(5, 10))):  # clothes and wires are not objects
         cloth = look.pose([shape.lump(rng, 0.4)], rng.uniform(0.1, 0.9, 2) * size, 1.0)
         outline = cloth[0] + (cloth[0] - cloth[0].mean(0)) * rng.uniform(20, 60) * unit
         organic += rng.uniform(0.08, 0.3) * look.fill([outline], size)
@@ -175,7 +175,7 @@ def xray(rng: np.random.Generator, size: int) -> Drawing:
         for part in placed:
             window, alpha = look.patch([part], size)
             thick[window] += rng.uniform(0.15, 0.75) * alpha
-        if outline_of is shape.shears:  # loops one can see through
+        if outline_of is shape.shears:  # holes of the grips
             for part in placed[2:]:
                 inner = part.mean(0) + 0.65 * (part - part.mean(0))
                 window, alpha = look.patch([inner], size)
@@ -190,7 +190,7 @@ def xray(rng: np.random.Generator, size: int) -> Drawing:
 
 @domain("defects")
 def defects(rng: np.random.Generator, size: int) -> Drawing:
-    """Flaws of brushed metal and cloth: a flaw is the region that holds its marks and the gaps."""
+    """Draw brushed metal and cloth; an object is a flaw: the region of its marks, with gaps."""
     unit = size / 256
     base = rng.uniform(100, 165)
     if rng.random() < 0.5:

@@ -1,6 +1,6 @@
-"""What the procedural domains are drawn with: textures, palettes, outlines, lines, camera.
+"""Drawing tools of the procedural domains: textures, palettes, outlines, lines.
 
-Arrays of floats are float32. Lengths are in pixels, `size` is the side of the square image.
+Float arrays are float32. Lengths are in pixels; `size` is the side of the square image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SUBPIXEL_BITS = 4
 
 @lru_cache(maxsize=4)
 def coordinates(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """x (1, size) and y (size, 1) of the pixels; not to be written to."""
+    """Return read-only x (1, size) and y (size, 1) of the pixels."""
     line = np.arange(size, dtype=np.float32)
     line.setflags(write=False)
     return line[None], line[:, None]
@@ -30,7 +30,7 @@ def coordinates(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=2)
 def _grain_tiles(size: int) -> np.ndarray:
-    """Unit noise that `grain` is cut from: (3, 2 * size, 2 * size)."""
+    """Return unit noise, from which `grain` crops: (3, 2 * size, 2 * size)."""
     rng = np.random.default_rng(20260103)
     tiles = rng.standard_normal((3, 2 * size, 2 * size), dtype=np.float32)
     tiles.setflags(write=False)
@@ -38,8 +38,8 @@ def _grain_tiles(size: int) -> np.ndarray:
 
 
 def grain(rng: np.random.Generator, size: int, channels: int = 1) -> np.ndarray:
-    """White noise of unit variance: (size, size), not to be written to, or (size, size, 3)."""
-    # Drawing normal numbers would take a good part of the time that an image may take.
+    """Return white noise of unit variance: (size, size), read-only, or (size, size, 3)."""
+    # Crops, since sampling normal numbers would dominate the time of an image.
     tiles = _grain_tiles(size)
     cuts = []
     for channel in rng.permutation(3)[:channels]:
@@ -49,7 +49,7 @@ def grain(rng: np.random.Generator, size: int, channels: int = 1) -> np.ndarray:
 
 
 def noise(rng: np.random.Generator, size: int, rows: int, columns: int | None = None) -> np.ndarray:
-    """Smooth noise around zero, of about unit variance, with so many bumps: (size, size)."""
+    """Return smooth noise of about unit variance from `rows` x `columns` values: (size, size)."""
     grid = rng.standard_normal((rows, columns or rows), dtype=np.float32)
     return 1.3 * cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
 
@@ -57,12 +57,14 @@ def noise(rng: np.random.Generator, size: int, rows: int, columns: int | None = 
 def clouds(
     rng: np.random.Generator, size: int, coarse: int = 4, octaves: int = 4, keep: float = 0.6
 ) -> np.ndarray:
-    """Fractal noise around zero, of about unit variance: (size, size).
+    """Return fractal noise of about unit variance: (size, size).
 
     Args:
-        coarse: bumps of the first octave.
-        octaves: each has twice the bumps of the one before,
-        keep: and this times its strength.
+        rng: random generator.
+        size: side of the image.
+        coarse: rows of the first octave's noise.
+        octaves: number of octaves, each with twice the rows of the one before.
+        keep: amplitude of an octave relative to the one before.
     """
     total = np.zeros((size, size), np.float32)
     for octave in range(octaves):
@@ -71,25 +73,25 @@ def clouds(
 
 
 def ramp(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A linear slope in a random direction, -1 to 1 across the image: (size, size)."""
+    """Return a linear gradient in a random direction, -1 to 1 across the image: (size, size)."""
     angle, line = rng.uniform(0, 2 * np.pi), np.linspace(-1, 1, size, dtype=np.float32)
     return line[None] * np.float32(np.cos(angle)) + line[:, None] * np.float32(np.sin(angle))
 
 
 def palette(*colors: Sequence[float]) -> np.ndarray:
-    """A table uint8 (256, 3) through the given RGB colours at equal steps."""
+    """Return a colour table uint8 (256, 3) that interpolates the given RGB colours."""
     stops = np.linspace(0, 255, len(colors))
     channels = [np.interp(np.arange(256), stops, channel) for channel in np.transpose(colors)]
     return np.stack(channels, axis=1).astype(np.uint8)
 
 
 def paint(values: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Look values of 0 to 255 up in a palette: uint8 (H, W, 3)."""
+    """Map values of 0 to 255 to a palette: uint8 (H, W, 3)."""
     return cv2.applyColorMap(to_uint8(values), table[:, None])
 
 
 def tint(grey: np.ndarray, color: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Grey (H, W) times a colour: (H, W, 3)."""
+    """Multiply grey (H, W) by a colour: (H, W, 3)."""
     # numpy's broadcasting over a last axis of three is ten times slower.
     return cv2.merge([grey * np.float32(channel) for channel in color])
 
@@ -100,7 +102,7 @@ def shade(image: np.ndarray, factor: np.ndarray) -> None:
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Rounded down and cut off to 0..255."""
+    """Clip to 0..255 and truncate."""
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
@@ -115,7 +117,7 @@ def pose(
     angle: float = 0.0,
     flip: bool = False,
 ) -> list[np.ndarray]:
-    """Contours of the unit square, turned, scaled and moved to `center`, (x, y) in pixels."""
+    """Rotate, scale and translate contours of the unit square to `center`, (x, y) in pixels."""
     c, s = np.cos(angle), np.sin(angle)
     turn = np.array([[c, s], [-s, c]]) * scale
     if flip:
@@ -126,13 +128,13 @@ def pose(
 def patch(
     contours: Sequence[np.ndarray], size: int, union: bool = False, margin: float = 0.0
 ) -> tuple[Window, np.ndarray]:
-    """How much of each pixel contours cover, 0 to 1, in the window that holds them.
+    """Return the pixel coverage of contours, 0 to 1, in their bounding window.
 
     Args:
-        contours: (n, 2) each, (x, y) in pixels; what is beyond the image is cut off.
-        size: of the image.
-        union: whether overlapping contours add up; else they are holes in each other.
-        margin: pixels that the window has around the contours.
+        contours: (n, 2) each, (x, y) in pixels; clipped to the image.
+        size: side of the image.
+        union: take the union of overlapping contours; else fill by the even-odd rule.
+        margin: margin of the window around the contours, in pixels.
 
     Returns:
         The window of the image (never empty), and float32 of its shape.
@@ -149,12 +151,12 @@ def patch(
 
 
 def fill(contours: Sequence[np.ndarray], size: int, union: bool = False) -> np.ndarray:
-    """`patch` on a whole image: (size, size)."""
+    """Return the pixel coverage of contours on the whole image: (size, size)."""
     return whole(*patch(contours, size, union), size)
 
 
 def whole(window: Window, part: np.ndarray, size: int) -> np.ndarray:
-    """An image that is `part` in the window and zero elsewhere: (size, size)."""
+    """Return an image that is `part` in the window and zero elsewhere: (size, size)."""
     image = np.zeros((size, size), part.dtype)
     image[window] = part
     return image
@@ -164,12 +166,13 @@ Lines = list[tuple[np.ndarray, float]]
 
 
 def strokes(lines: Lines, size: int) -> np.ndarray:
-    """How much of each pixel lines cover, 0 to 1: (size, size).
+    """Return the pixel coverage of lines, 0 to 1: (size, size).
 
     Args:
         lines: points (n, 2), (x, y) in pixels, and the width of each line.
+        size: side of the image.
     """
-    # Widths of whole pixels would be too coarse for thin lines.
+    # Supersampled: integer widths are too coarse for thin lines.
     alpha = np.zeros((3 * size, 3 * size), np.uint8)
     for points, width in lines:
         fixed = np.round((3 * points + 1) * 2**_SUBPIXEL_BITS).astype(np.int32)
@@ -187,14 +190,17 @@ def walk(
     bend: float = 0.0,
     curl: float = 0.0,
 ) -> np.ndarray:
-    """A line that wanders: points (n, 2).
+    """Return a random walk: points (n, 2).
 
     Args:
-        start: its first point.
-        angle: the direction in which it sets out.
-        wobble: standard deviation of the direction, in radians, new at each step.
-        bend: standard deviation of the change of direction at each step, which adds up.
-        curl: its mean.
+        rng: random generator.
+        start: first point.
+        angle: initial direction, in radians.
+        length: length of the line.
+        wobble: standard deviation of independent noise on the direction, in radians.
+        step: length of a step.
+        bend: standard deviation of the cumulative change of direction per step.
+        curl: mean of that change.
     """
     count = max(2, round(length / step))
     heading = angle + np.cumsum(rng.normal(curl, bend, count)) + rng.normal(0, wobble, count)
@@ -213,13 +219,16 @@ def branches(
     levels: int = 2,
     spread: tuple[float, float] = (0.4, 1.2),
 ) -> Lines:
-    """A line with side branches, which may have branches again; each is thinner and shorter.
+    """Return a line with recursive side branches; each is thinner and shorter than its parent.
 
     Args:
-        trunk: points (n, 2); its end is the thin end.
-        forks: least and most branches of a line.
-        levels: how often branches branch.
-        spread: least and most angle to the parent, in radians.
+        rng: random generator.
+        trunk: points (n, 2) of the line, from its thick to its thin end.
+        width: width at the thick end.
+        forks: minimum and maximum number of branches per line.
+        wobble, bend: of the branches, as in `walk`.
+        levels: depth of the recursion.
+        spread: minimum and maximum angle to the parent, in radians.
     """
     step = float(np.linalg.norm(trunk[1] - trunk[0]))
     cuts = np.linspace(0, len(trunk) - 1, min(2 + levels, len(trunk))).round().astype(int)
@@ -249,12 +258,12 @@ def branches(
 
 
 def mix(image: np.ndarray, alpha: np.ndarray, other: np.ndarray | Sequence[float] | float) -> None:
-    """Lay something over a float image in place.
+    """Alpha-blend a float image with another, in place.
 
     Args:
         image: (H, W) or (H, W, 3).
-        alpha: (H, W), how much of it to replace, 0 to 1.
-        other: what is laid over it: an image, a grey value, or a colour.
+        alpha: (H, W), weight of `other`, 0 to 1.
+        other: an image, a grey value, or a colour.
     """
     if image.ndim == 2:
         image += alpha * (np.asarray(other, np.float32) - image)
@@ -267,7 +276,7 @@ def mix(image: np.ndarray, alpha: np.ndarray, other: np.ndarray | Sequence[float
 
 
 def visible(alphas: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Masks bool (H, W) of things drawn back to front, each hidden by those after it."""
+    """Return the visible masks bool (H, W) of objects drawn back to front."""
     masks: list[np.ndarray] = []
     for alpha in reversed(alphas):
         mask = alpha > 0.5
@@ -278,7 +287,7 @@ def visible(alphas: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def shift(image: np.ndarray, dx: float, dy: float) -> np.ndarray:
-    """Moved right and down; what comes in is zero."""
+    """Translate an image right and down; fill with zeros."""
     matrix = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
     return cv2.warpAffine(image, matrix, image.shape[1::-1])
 
@@ -286,7 +295,7 @@ def shift(image: np.ndarray, dx: float, dy: float) -> np.ndarray:
 def places(
     rng: np.random.Generator, size: int, number: int, apart: float, margin: float = 0.12
 ) -> np.ndarray:
-    """At most `number` points (n, 2) at least `apart` pixels from each other, and off the rim."""
+    """Return up to `number` points (n, 2), at least `apart` pixels apart, off the margin."""
     chosen: list[np.ndarray] = []
     for point in rng.uniform(margin * size, (1 - margin) * size, (8 * number, 2)):
         if all(np.hypot(*(point - other)) >= apart for other in chosen):

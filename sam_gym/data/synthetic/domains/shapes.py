@@ -1,7 +1,7 @@
-"""Outlines of the things in the procedural domains, in a unit square.
+"""Outlines of objects in the procedural domains, in a unit square.
 
-Coordinates are (x, y) in [-1, 1], y down. An outline is a list of contours that overlap and add up
-(holes are named where there are any). Proportions vary.
+Coordinates are (x, y) in [-1, 1], y down. An outline is the union of a list of contours, unless
+its docstring names holes. Proportions vary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _AROUND = np.linspace(0.0, 2 * np.pi, 48, endpoint=False)
 
 
 def limb(x0: float, y0: float, x1: float, y1: float, w0: float, w1: float) -> np.ndarray:
-    """A tapered bar from one point to another, `w0` and `w1` wide at its ends."""
+    """Return a tapered bar between two points, of widths `w0` and `w1` at its ends."""
     along = np.array([x1 - x0, y1 - y0])
     side = np.array([-along[1], along[0]]) / (2 * max(float(np.hypot(*along)), 1e-6))
     start, end = np.array([x0, y0]), np.array([x1, y1])
@@ -22,12 +22,12 @@ def limb(x0: float, y0: float, x1: float, y1: float, w0: float, w1: float) -> np
 
 
 def circle(corners: int) -> np.ndarray:
-    """The unit circle."""
+    """Return the unit circle as a polygon."""
     return radial(np.ones(corners))
 
 
 def lump(rng: np.random.Generator, rough: float = 0.3, waves: int = 6) -> np.ndarray:
-    """An irregular closed outline of about unit radius.
+    """Return an irregular closed outline of about unit radius.
 
     Args:
         rough: how far it is from a circle.
@@ -40,7 +40,7 @@ def lump(rng: np.random.Generator, rough: float = 0.3, waves: int = 6) -> np.nda
 
 
 def beast(rng: np.random.Generator) -> list[np.ndarray]:
-    """Something with four legs, seen from the side, or with none (a fish, a slug)."""
+    """Return an animal from the side, with four legs or none (a fish, a slug)."""
     long, high = rng.uniform(0.5, 0.65), rng.uniform(0.22, 0.34)
     parts = [ellipse(0, 0, long, high)]
     neck = rng.uniform(-0.75, 0.1)
@@ -63,7 +63,7 @@ def beast(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def person(rng: np.random.Generator) -> list[np.ndarray]:
-    """Head, trunk, two arms, two legs: the head and trunk come first."""
+    """Return a person: head and trunk first, then two arms and two legs."""
     stride, swing = rng.uniform(0.05, 0.3), rng.uniform(-0.3, 0.3)
     hip = rng.uniform(0.02, 0.14)
     return [
@@ -77,7 +77,7 @@ def person(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def car(rng: np.random.Generator) -> list[np.ndarray]:
-    """A car from the side: body, cabin, wheels."""
+    """Return a car from the side: body, cabin, wheels."""
     roof, front, back = rng.uniform(-0.55, -0.4), rng.uniform(0.3, 0.5), rng.uniform(-0.9, -0.5)
     return [
         polygon((-1, -0.02), (-0.95, -0.1), (0.9, -0.05), (1, 0.1), (1, 0.32), (-1, 0.32)),
@@ -88,7 +88,7 @@ def car(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def wrench(rng: np.random.Generator) -> list[np.ndarray]:
-    """An open-ended spanner: handle, ring, jaw."""
+    """Return a spanner: handle, ring, jaw."""
     thick = rng.uniform(0.16, 0.24)
     jaw = rng.uniform(0.22, 0.3)
     return [
@@ -102,7 +102,7 @@ def wrench(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def knife(rng: np.random.Generator) -> list[np.ndarray]:
-    """Handle and blade."""
+    """Return a knife: handle and blade."""
     wide = rng.uniform(0.12, 0.2)
     return [
         box(-1, -0.6 * wide, -0.25, 0.6 * wide),
@@ -111,7 +111,7 @@ def knife(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def bottle(rng: np.random.Generator) -> list[np.ndarray]:
-    """Body, shoulder, neck, cap."""
+    """Return a bottle: body, shoulder, neck, cap."""
     wide, neck = rng.uniform(0.28, 0.42), rng.uniform(0.1, 0.15)
     return [
         box(-wide, -0.3, wide, 1.0),
@@ -122,7 +122,7 @@ def bottle(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def shears(rng: np.random.Generator) -> list[np.ndarray]:
-    """Scissors: two blades; the loops of the grips count with what is inside."""
+    """Return scissors: two blades and two filled grips."""
     gape = rng.uniform(0.12, 0.35)
     return [
         limb(-0.35, 0.12, 1.0, -gape, 0.16, 0.03),
@@ -133,7 +133,7 @@ def shears(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def pistol(rng: np.random.Generator) -> list[np.ndarray]:
-    """Barrel, grip, guard."""
+    """Return a pistol: barrel, grip, guard."""
     tall = rng.uniform(0.2, 0.28)
     return [
         box(-0.9, -0.5, 1.0, -0.5 + 1.6 * tall),
@@ -143,7 +143,7 @@ def pistol(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def footprint(rng: np.random.Generator) -> list[np.ndarray]:
-    """The outline of a house from above: a bar, an L, a T or a U of overlapping bars."""
+    """Return the footprint of a house, a bar, an L, a T or a U, as overlapping bars."""
     wide, deep = rng.uniform(0.7, 1.0), rng.uniform(0.32, 0.55)
     bars = [box(-wide, -deep, wide, deep)]
     kind = rng.integers(4)

@@ -1,7 +1,7 @@
-"""What rooms are drawn with: coats of colour, things built of pieces, and the paint.
+"""Drawing of rooms: surface coats, objects made of pieces, and the canvas.
 
-A thing is built in metres: x to the right, y up from where it stands, z away from the viewer. It is
-seen a little from above and from the side, in parallel projection.
+Objects are built in metres: x to the right, y up from the base, z away from the viewer. They are
+projected in parallel, from slightly above and from the side.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 import cv2
 import numpy as np
 
-#: How far a metre of depth leads up and, at `turn=1`, aside, in metres of the picture.
+#: Projection of a metre of depth: up and, at `turn=1`, sideways, in metres of the image.
 RISE, ASIDE = 0.38, 0.45
 
 SUBPIXEL_BITS = 4
@@ -23,7 +23,7 @@ SUBPIXEL_BITS = 4
 #: x to the right, y up, z away from the viewer, in metres.
 Point = tuple[float, float, float]
 
-#: Kind of colour -> least and most hue, saturation and value.
+#: Kind of paint -> ranges of hue, saturation and value.
 PAINTS: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, float]]] = {
     "wood": ((0.04, 0.11), (0.35, 0.75), (0.30, 0.82)),
     "white": ((0.05, 0.18), (0.00, 0.12), (0.84, 0.98)),
@@ -37,12 +37,12 @@ PAINTS: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, f
     "gold": ((0.10, 0.14), (0.45, 0.80), (0.60, 0.90)),
 }
 
-#: Two colours meet in one of these, or in none; "floor" follows the perspective of the floor.
+#: Patterns of two colours; "floor" follows the perspective of the floor.
 PATTERNS = ("none", "stripes", "bands", "checks", "dots", "plaid", "bricks", "blotches", "floor")
-#: What the grain of a surface looks like.
+#: Grain of a surface.
 TEXTURES = ("smooth", "rough", "wood", "weave")
 
-#: Least distance in RGB of the colours of two coats of a thing.
+#: Minimum RGB distance between the coats of an object.
 _CONTRAST = 95.0
 
 _TEXTURE_OF = {"wood": 2, "cloth": 3, "fur": 1, "clay": 1, "green": 1}
@@ -50,14 +50,14 @@ _TEXTURE_OF = {"wood": 2, "cloth": 3, "fur": 1, "clay": 1, "green": 1}
 
 @dataclass(frozen=True)
 class Coat:
-    """What a piece is covered with.
+    """The surface of a piece.
 
     Attributes:
         color: float (3,), RGB.
-        second: the other colour of its pattern.
+        second: second colour of the pattern.
         pattern: index in `PATTERNS`.
         texture: index in `TEXTURES`.
-        strength: of the texture.
+        strength: strength of the texture.
     """
 
     color: np.ndarray
@@ -68,26 +68,26 @@ class Coat:
 
 
 def mix_color(rng: np.random.Generator, kind: str) -> np.ndarray:
-    """A random colour of a kind of paint: float (3,)."""
+    """Draw a random colour of a kind of paint: float (3,)."""
     limits = zip(PAINTS[kind], rng.random(3).tolist(), strict=True)
     hsv = [low + (high - low) * share for (low, high), share in limits]
     return 255 * np.array(colorsys.hsv_to_rgb(*hsv))
 
 
 class Build:
-    """A thing in the making: its pieces, and the faces they are drawn with, back to front.
+    """An object being built: its pieces, and their faces from back to front.
 
     Args:
-        rng: draws colours and forms.
-        turn: from which side it is seen: -1 (its left side shows) to 1 (its right side).
-        light: from where light falls: -1 (left) or 1 (right).
-        place: where it is: on the "floor", on the "wall", on "top" of something else.
+        rng: random generator.
+        turn: visible side, from -1 (left) to 1 (right).
+        light: direction of the light: -1 (left) or 1 (right).
+        place: location: "floor", "wall", or on "top" of another object.
 
     Attributes:
-        faces: of each face, back to front, its piece and its brightness.
-        coats: of each piece.
-        foot: least and most x and z of what touches the floor.
-        surface: least and most x, and height and depth, of where small things may stand, or None.
+        faces: piece and brightness of each face, back to front.
+        coats: coat of each piece.
+        foot: (x0, x1, z0, z1) of the area that touches the floor.
+        surface: (x0, x1, height, depth) of a surface for small objects, or None.
     """
 
     def __init__(self, rng: np.random.Generator, turn: float, light: float, place: str) -> None:
@@ -101,10 +101,10 @@ class Build:
         self._ends: list[int] = []
 
     def coat(self, *kinds: str, patterned: float = 0.0) -> Coat:
-        """A new coat that stands out from the others of this thing.
+        """Make a coat that contrasts with the others of this object.
 
         Args:
-            kinds: of paint; one of them is chosen.
+            kinds: kinds of paint; one of them is chosen.
             patterned: probability of a pattern in a second colour.
         """
         rng = self.rng
@@ -112,7 +112,7 @@ class Build:
         for _ in range(12):
             kind = kinds[rng.integers(len(kinds))]
             color = mix_color(rng, kind)
-            # A book may look like another one five books away.
+            # Compare with the last five coats only: a shelf has more books than colours.
             rgb = color.tolist()
             distance = min((math.dist(rgb, other) for other in self._mixed[-5:]), default=1e3)
             if distance > best_distance:
@@ -125,27 +125,27 @@ class Build:
         return Coat(best, second, pattern, texture, rng.uniform(0.03, 0.12))
 
     def piece(self, coat: Coat) -> int:
-        """A new piece, without faces yet."""
+        """Add a piece without faces; return its index."""
         self.coats.append(coat)
         return len(self.coats) - 1
 
     def project(self, points: Sequence[Point]) -> np.ndarray:
-        """Points (n, 3) of the thing as points (n, 2) of the picture, in metres, y down."""
+        """Project points (n, 3) to points (n, 2) of the image, in metres, y down."""
         return np.array(points) @ np.array([[1, 0], [0, -1], [ASIDE * self.turn, -RISE]])
 
     @cached_property
     def outlines(self) -> tuple[np.ndarray, list[int]]:
-        """The points (n, 2) of the polygons of all faces as `project` has them, and their ends."""
+        """Return the projected points (n, 2) of all faces, and the end of each face in them."""
         return self.project(self._points), self._ends
 
     def face(self, piece: int, points: Sequence[Point], bright: float = 1.0) -> None:
-        """A polygon of a piece, in front of all that was added before."""
+        """Add a polygon to a piece, in front of all earlier ones."""
         self.faces.append((piece, bright))
         self._points += points
         self._ends.append(len(self._points))
 
     def flat(self, piece: int, outline: np.ndarray, bright: float = 1.0, z: float = 0.0) -> None:
-        """A face that looks at the viewer: (x, y) of its corners (n, 2), y up."""
+        """Add a face parallel to the image: corners (x, y) (n, 2), y up."""
         self.face(piece, [(x, y, z) for x, y in outline.tolist()], bright)
 
     def box(
@@ -155,7 +155,7 @@ class Build:
         y: tuple[float, float],
         z: tuple[float, float] = (0.0, 0.0),
     ) -> int:
-        """A box: a new piece of a coat, or more of a piece. Returns the piece."""
+        """Add a box as a new piece with a coat, or to a piece; return the piece."""
         piece = of if isinstance(of, int) else self.piece(of)
         (x0, x1), (y0, y1), (z0, z1) = x, y, z
         if z1 > z0:
@@ -174,7 +174,7 @@ class Build:
         profile: Sequence[tuple[float, float]],
         top: float = 1.12,
     ) -> int:
-        """A turned piece: heights and radii from its foot to its top, whose brightness is `top`."""
+        """Add a turned piece: heights and radii from foot to top, and the top's brightness."""
         piece = self.piece(coat)
         ys, radii = np.array(profile, float).T
         arc = np.linspace(0, np.pi, 9)
@@ -188,7 +188,7 @@ class Build:
         return piece
 
     def _strips(self) -> list[tuple[float, float, float]]:
-        """Shades of a turned piece from its dark to its light side; each hides the one before."""
+        """Return the shading strips of a turned piece, from dark to light, back to front."""
         edges = (-1.0, -0.55, -0.1, 0.35, 0.72)
         shades = (0.66, 0.8, 0.94, 1.06, 1.0)
         if self.light > 0:
@@ -203,7 +203,7 @@ class Build:
         square: float = 2.0,
         angle: float = 0.0,
     ) -> int:
-        """A soft piece: an oval (square=2), towards a cushion (square=4). Returns the piece."""
+        """Add a soft piece, an oval (square=2) to a cushion (square=4); return the piece."""
         piece = of if isinstance(of, int) else self.piece(of)
         c, s = np.cos(angle), np.sin(angle)
         form = oval(*half, square) @ np.array([[c, s], [-s, c]])
@@ -218,12 +218,12 @@ class Build:
 
 
 def rectangle(x0: float, x1: float, y0: float, y1: float) -> np.ndarray:
-    """An outline (4, 2)."""
+    """Return the outline (4, 2) of a rectangle."""
     return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
 
 
 def oval(half_width: float, half_height: float, square: float = 2.0) -> np.ndarray:
-    """An outline (28, 2) around the origin: an oval (square=2), towards a rectangle (beyond)."""
+    """Return the outline (28, 2) of an oval (square=2) or rounded rectangle (square>2)."""
     around = np.linspace(0, 2 * np.pi, 28, endpoint=False)
     form = np.stack([np.cos(around), np.sin(around)], axis=1)
     if square != 2.0:
@@ -232,15 +232,15 @@ def oval(half_width: float, half_height: float, square: float = 2.0) -> np.ndarr
 
 
 def fixed_point(points: np.ndarray) -> np.ndarray:
-    """Points in pixels as the fixed-point numbers that OpenCV draws."""
+    """Convert points in pixels to OpenCV's fixed-point numbers."""
     return np.round(points * 2**SUBPIXEL_BITS).astype(np.int32)
 
 
 @lru_cache(maxsize=3)
 def _tiles(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Patterns and textures to cut from, uint8 (K, height + 256, width + 256) each.
+    """Return patterns and textures to crop, uint8 (K, height + 256, width + 256) each.
 
-    Patterns go from 0 (first colour) to 255 (second); textures are grey around 128.
+    Patterns range from 0 (first colour) to 255 (second); textures are grey around 128.
     """
     rng = np.random.default_rng(20260104)
     unit = height / 256
@@ -284,13 +284,13 @@ def _tiles(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=3)
 def _grain(height: int, width: int) -> np.ndarray:
-    """Unit noise that camera grain is cut from: float32 (height + 128, width + 128, 3)."""
+    """Return unit noise to crop camera grain from: float32 (height + 128, width + 128, 3)."""
     rng = np.random.default_rng(20260105)
     return rng.standard_normal((height + 128, width + 128, 3), dtype=np.float32)
 
 
 def _cut(rng: np.random.Generator, tiles: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A piece of each tile, elsewhere in each: (K, height, width)."""
+    """Crop each tile at a random place: (K, height, width)."""
     pieces = []
     for tile in tiles:
         top, left = (int(rng.integers(n + 1)) for n in (len(tile) - height, tile.shape[1] - width))
@@ -299,16 +299,16 @@ def _cut(rng: np.random.Generator, tiles: np.ndarray, height: int, width: int) -
 
 
 class Canvas:
-    """A picture in the making, and which piece each pixel shows.
+    """An image being drawn, and the visible piece of each pixel.
 
     Args:
-        height, width: in pixels.
+        height, width: size in pixels.
 
     Attributes:
-        image: uint8 (H, W, 3), RGB, until `develop` the bare coats.
-        labels: uint16 (H, W), the piece that is seen at each pixel.
-        coats: of each piece.
-        depths: of each piece, greater for what is nearer.
+        image: uint8 (H, W, 3), RGB; plain coats until `develop`.
+        labels: uint16 (H, W), the visible piece.
+        coats: coat of each piece.
+        depths: depth of each piece; greater is nearer.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -319,7 +319,7 @@ class Canvas:
         self.shadow = np.zeros((height, width), np.uint8)
 
     def piece(self, coat: Coat, depth: float) -> int:
-        """A new piece, to be filled."""
+        """Add a piece; return its index."""
         self.coats.append(coat)
         self.depths.append(depth)
         return len(self.coats) - 1
@@ -334,12 +334,13 @@ class Canvas:
     def develop(
         self, rng: np.random.Generator, floor: np.ndarray, ground: int, light: float
     ) -> np.ndarray:
-        """Patterns, grain, shadow and light, and what a camera adds: uint8 (H, W, 3).
+        """Add patterns, grain, shadow, light and camera effects; return uint8 (H, W, 3).
 
         Args:
+            rng: random generator.
             floor: uint8 (H, W), the pattern "floor".
-            ground: how many of the pieces, from the first, are background.
-            light: from where it falls: -1 (left) or 1 (right).
+            ground: number of background pieces, which come first.
+            light: direction of the light: -1 (left) or 1 (right).
         """
         height, width = self.labels.shape
         unit = height / 256
@@ -374,23 +375,23 @@ class Canvas:
         return np.clip(image, 0, 255).astype(np.uint8)
 
     def _occlusion(self, unit: float) -> np.ndarray:
-        """Darkness behind the edges of what is nearer (unsharp masking of depth): (H, W)."""
+        """Return the occlusion at edges of nearer pieces (unsharp masking of depth): (H, W)."""
         depth = np.array(self.depths, np.float32)[self.labels]
         reach = 2 * round(4 * unit) + 1
         behind = cv2.blur(depth, (reach, reach)) - depth
         return 1 - 0.26 * np.clip(1.5 * behind, 0, 1)
 
     def _cast(self, unit: float, ground: int, light: float) -> np.ndarray:
-        """Shadows of things on floor and walls: (H, W)."""
-        things = (self.labels >= ground).astype(np.uint8) * 255
+        """Return the shadows of objects on floor and walls: (H, W)."""
+        objects = (self.labels >= ground).astype(np.uint8) * 255
         shift = np.array([[1, 0, -9 * light * unit], [0, 1, 5 * unit]], np.float32)
-        thrown = cv2.warpAffine(things, shift, things.shape[::-1])
+        thrown = cv2.warpAffine(objects, shift, objects.shape[::-1])
         dark = cv2.blur(cv2.max(thrown // 2, self.shadow), (2 * round(4 * unit) + 1,) * 2)
         dark[self.labels >= ground] = 0
         return 1 - np.float32(0.5 / 255) * dark
 
     def _falloff(self, rng: np.random.Generator, light: float) -> np.ndarray:
-        """Light that falls off from its side and from above: (H, W)."""
+        """Return the falloff of the light from its side and from above: (H, W)."""
         height, width = self.labels.shape
         across = light * np.linspace(-1, 1, width, dtype=np.float32)[None]
         down = np.linspace(-1, 1, height, dtype=np.float32)[:, None]

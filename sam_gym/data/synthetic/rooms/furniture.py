@@ -1,4 +1,4 @@
-"""The things that stand and hang in rooms, each of pieces that stand out from each other."""
+"""Furniture of procedural rooms, built of contrasting pieces."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import numpy as np
 from sam_gym.data.synthetic.rooms.drawing import Build, Coat, oval, rectangle
 from sam_gym.utils.registry import Registry
 
-#: Adds the pieces of a thing to a `Build`, in metres.
+#: Adds the pieces of an object to a `Build`, in metres.
 Maker = Callable[[np.random.Generator, Build], None]
 
 
 @dataclass(frozen=True)
 class Furniture:
-    """A kind of thing.
+    """A category of furniture.
 
     Attributes:
-        make: builds one.
-        places: where one may be: on the "floor", on the "wall", on "top" of something else.
+        make: builds an object.
+        places: valid locations: "floor", "wall", or on "top" of another object.
     """
 
     make: Maker
     places: tuple[str, ...]
 
 
-#: Category name -> how it is built.
+#: Category name -> its furniture.
 FURNITURE: Registry[Furniture] = Registry("furniture")
 
 
 def furniture(name: str, *places: str) -> Callable[[Maker], Maker]:
-    """Decorator: the function builds things of the category `name`."""
+    """Register the decorated function as the builder of category `name`."""
 
     def add(make: Maker) -> Maker:
         FURNITURE.add(name, Furniture(make, places))
@@ -129,7 +129,7 @@ def bed(rng: np.random.Generator, build: Build) -> None:
     board, soft, head = rng.uniform(0.75, 1.0), rng.uniform(0.18, 0.25), build.rng.choice([-1, 1])
 
     def along(start: float, stop: float) -> tuple[float, float]:
-        """x from the head of the bed to its foot."""
+        """Return a range of x along the bed, from its head."""
         a, b = head * (half - 2 * half * start), head * (half - 2 * half * stop)
         return (min(a, b), max(a, b))
 

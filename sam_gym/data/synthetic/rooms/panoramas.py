@@ -1,4 +1,4 @@
-"""`rooms-panoramas`: wide procedural rooms, their overlapping views, and views put together."""
+"""`rooms-panoramas`: wide procedural rooms, overlapping camera images of them, and stitching."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from sam_gym.utils.registry import unknown_name
 #: Status of OpenCV's stitcher -> what it means and what to do.
 _STATUS = {
     cv2.Stitcher_ERR_NEED_MORE_IMGS: (
-        "need more images: views do not overlap enough, or have too little texture. "
+        "need more images: they do not overlap enough, or have too little texture. "
         "Take them closer to each other"
     ),
     cv2.Stitcher_ERR_HOMOGRAPHY_EST_FAIL: (
-        "no homography: views do not match each other. Check that all are of one scene"
+        "no homography: images do not match each other. Check that all show one scene"
     ),
     cv2.Stitcher_ERR_CAMERA_PARAMS_ADJUST_FAIL: (
-        "no camera fits: the views are not of a camera that turns on the spot. "
-        'Pass mode="scans" for a camera that moves along something flat'
+        "no camera fits: the camera did not turn on the spot. "
+        'Pass mode="scans" for a camera that moves along a flat scene'
     ),
 }
 
@@ -33,15 +33,15 @@ _MODES = {"panorama": cv2.Stitcher_PANORAMA, "scans": cv2.Stitcher_SCANS}
 
 
 @dataclass(frozen=True)
-class View:
-    """A part of a panorama, of its full height.
+class CameraImage:
+    """A section of a panorama, of its full height.
 
     Attributes:
-        x: column of the panorama at which it begins.
+        x: its first column in the panorama.
         image: uint8 (H, w, 3), RGB.
-        masks: bool (N, H, w), what is seen of the instances that are in it.
-        categories: int64 (N,), of each.
-        instances: int64 (N,), index of each in the panorama, by which views know it again.
+        masks: bool (N, H, w), visible masks of the instances in it.
+        categories: int64 (N,), category of each instance.
+        instances: int64 (N,), index of each instance in the panorama.
     """
 
     x: int
@@ -52,21 +52,21 @@ class View:
 
 
 class RoomsPanoramas(Procedural):
-    """Wide `rooms`, with as many more things, and the views that a camera would take of them.
+    """Wide `rooms` with proportionally more objects, and overlapping camera images of them.
 
-    Sample `i` of a split and seed is always the same panorama.
+    The same index of a split and seed always gives the same panorama.
 
     Args:
         split: "train", "val" or "test"; disjoint by seed.
         categories: as in `Rooms`.
-        length: how many different panoramas there are (None: 2^31 - 1, in effect endless).
-        height, width: of a panorama, in pixels.
-        view: width of a view in pixels (None: as wide as high).
-        overlap: the least share of a view that the next one sees too, from 0 up to 0.9.
-        seed: of all panoramas.
+        length: number of different panoramas (None: 2^31 - 1, practically endless).
+        height, width: size of a panorama, in pixels.
+        camera_width: width of a camera image in pixels (None: `height`).
+        overlap: minimum overlap of adjacent camera images, as a fraction of their width, 0 to 0.9.
+        seed: seed of all panoramas.
 
     Raises:
-        ValueError: unknown split or category, or a number out of range.
+        ValueError: the split or a category is unknown, or a number is out of range.
     """
 
     name, noun = "rooms-panoramas", "panorama"
@@ -80,103 +80,104 @@ class RoomsPanoramas(Procedural):
         length: int | None = None,
         height: int = 256,
         width: int = 1024,
-        view: int | None = None,
+        camera_width: int | None = None,
         overlap: float = 0.5,
         seed: int = 0,
     ) -> None:
         super().__init__(split, length, height, seed=seed)
         if not height <= width <= 8 * height:
             raise ValueError(f"width must be from {height} to {8 * height} pixels, got {width}.")
-        view = height if view is None else view
-        if not 64 <= view <= width:
-            raise ValueError(f"view must be from 64 to {width} pixels wide, got {view}.")
+        camera_width = height if camera_width is None else camera_width
+        if not 64 <= camera_width <= width:
+            raise ValueError(f"camera_width must be from 64 to {width}, got {camera_width}.")
         if not 0 <= overlap <= 0.9:
             raise ValueError(f"overlap must be from 0 to 0.9, got {overlap}.")
         self.categories = select_categories(categories, Rooms.categories)
-        self.height, self.width, self.view, self.overlap = height, width, view, overlap
+        self.height, self.width = height, width
+        self.camera_width, self.overlap = camera_width, overlap
 
     def __getitem__(self, index: int) -> Sample:
         room = furnished_room(self.words(index), self.height, self.width, self.categories)
         return room.sample(self.source(index))
 
-    def views(self, index: int) -> list[View]:
-        """The views of a panorama from left to right; together they show all of it."""
-        sample, way = self[index], self.width - self.view
-        step = max(1.0, (1 - self.overlap) * self.view)
-        views = []
+    def camera_images(self, index: int) -> list[CameraImage]:
+        """Return the camera images of a panorama, from left to right; they cover all of it."""
+        sample, way = self[index], self.width - self.camera_width
+        step = max(1.0, (1 - self.overlap) * self.camera_width)
+        cameras = []
         for x in np.linspace(0, way, int(np.ceil(way / step)) + 1).round().astype(int).tolist():
-            masks = sample.masks[:, :, x : x + self.view]
+            masks = sample.masks[:, :, x : x + self.camera_width]
             instances = np.flatnonzero(masks.any(axis=(1, 2)))
-            views.append(
-                View(
+            cameras.append(
+                CameraImage(
                     x=x,
-                    image=sample.image[:, x : x + self.view].copy(),
+                    image=sample.image[:, x : x + self.camera_width].copy(),
                     masks=masks[instances],
                     categories=sample.categories[instances],
                     instances=instances.astype(np.int64),
                 )
             )
-        return views
+        return cameras
 
 
-def stitch_exact(views: Sequence[View]) -> tuple[np.ndarray, np.ndarray]:
-    """Put views whose place is known together.
+def stitch_exact(cameras: Sequence[CameraImage]) -> tuple[np.ndarray, np.ndarray]:
+    """Stitch camera images at known positions.
 
     Returns:
         The image, uint8 (H, W, 3), and the masks by instance, bool (N, H, W).
 
     Raises:
-        ValueError: no views, views of different heights, columns that no view shows, or views that
-            contradict each other where they overlap.
+        ValueError: no images, images of different heights, columns that no image covers, or images
+            that contradict each other where they overlap.
     """
-    if not views:
-        raise ValueError("There are no views to stitch.")
-    heights = sorted({view.image.shape[0] for view in views})
+    if not cameras:
+        raise ValueError("There are no images to stitch.")
+    heights = sorted({camera.image.shape[0] for camera in cameras})
     if len(heights) > 1:
-        raise ValueError(f"The views differ in height: {', '.join(map(str, heights))} pixels.")
-    width = max(view.x + view.image.shape[1] for view in views)
+        raise ValueError(f"The images differ in height: {', '.join(map(str, heights))} pixels.")
+    width = max(camera.x + camera.image.shape[1] for camera in cameras)
     number = max(
-        (int(view.instances.max()) + 1 for view in views if len(view.instances)), default=0
+        (int(camera.instances.max()) + 1 for camera in cameras if len(camera.instances)), default=0
     )
     image = np.zeros((heights[0], width, 3), np.uint8)
     masks = np.zeros((number, heights[0], width), bool)
     seen = np.zeros(width, bool)
-    for order, view in enumerate(views):
-        columns = slice(view.x, view.x + view.image.shape[1])
+    for order, camera in enumerate(cameras):
+        columns = slice(camera.x, camera.x + camera.image.shape[1])
         again = seen[columns]
-        own = np.zeros((number, *view.image.shape[:2]), bool)
-        own[view.instances] = view.masks
-        same = (image[:, columns] == view.image)[:, again].all()
+        own = np.zeros((number, *camera.image.shape[:2]), bool)
+        own[camera.instances] = camera.masks
+        same = (image[:, columns] == camera.image)[:, again].all()
         if not same or (masks[:, :, columns] != own)[:, :, again].any():
             raise ValueError(
-                f"View {order} at x={view.x} contradicts the views before it where they overlap. "
-                "Check that all are of one panorama and that x is right."
+                f"Image {order} at x={camera.x} contradicts the images before it where they "
+                "overlap. Check that all are of one panorama and that x is right."
             )
-        image[:, columns], masks[:, :, columns] = view.image, own
+        image[:, columns], masks[:, :, columns] = camera.image, own
         seen[columns] = True
     if not seen.all():
-        raise ValueError(f"No view shows column {int(np.flatnonzero(~seen)[0])} of the panorama.")
+        raise ValueError(f"No image covers column {int(np.flatnonzero(~seen)[0])} of the panorama.")
     return image, masks
 
 
 def stitch(
     images: Sequence[np.ndarray], mode: Literal["panorama", "scans"] = "panorama"
 ) -> np.ndarray:
-    """Put photographs whose places are not known together, through OpenCV's stitcher.
+    """Stitch photographs at unknown positions with OpenCV's stitcher.
 
-    OpenCV's generator is seeded for it, so that the same images give the same panorama.
+    Seeds OpenCV's generator, so that the same images give the same panorama.
 
     Args:
         images: uint8 (H, W, 3), RGB, at least two that overlap by a third or more.
-        mode: "panorama" for a camera that turns on the spot, "scans" for one that moves along
-            something flat, as the views of `RoomsPanoramas` are.
+        mode: "panorama" for a camera that turns on the spot, "scans" for one that moves along a
+            flat scene, as the camera images of `RoomsPanoramas`.
 
     Returns:
-        uint8 (H, W, 3), RGB; black where no image shows anything.
+        uint8 (H, W, 3), RGB; black where no image covers it.
 
     Raises:
-        ValueError: fewer than two images, an image of another form, an unknown mode, or the
-            stitcher found no way to put them together.
+        ValueError: fewer than two images, an image of another shape or dtype, an unknown mode, or
+            the stitcher failed.
     """
     if mode not in _MODES:
         raise unknown_name("mode", mode, _MODES)

@@ -1,4 +1,4 @@
-"""The walls and the floor of procedural rooms, with windows and rugs: none of it is an object."""
+"""Background of procedural rooms: walls, floor, windows and rugs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Shell:
     """Walls and floor.
 
     Args:
-        rng: draws everything.
-        height, width: of the image, in pixels.
-        light: from where light falls: -1 (left) or 1 (right).
+        rng: random generator.
+        height, width: size of the image, in pixels.
+        light: direction of the light: -1 (left) or 1 (right).
 
     Attributes:
-        floor: y of the line where the wall meets the floor.
-        horizon: y to which all lines of the floor run; it lies high, or above the image.
+        floor: y of the line between wall and floor.
+        horizon: y of the vanishing point of the floor, maybe above the image.
     """
 
     def __init__(self, rng: np.random.Generator, height: int, width: int, light: float) -> None:
@@ -29,7 +29,7 @@ class Shell:
         self.horizon = rng.uniform(-0.35, 0.05) * height
 
     def draw(self, canvas: Canvas) -> np.ndarray:
-        """Draw them; returns uint8 (H, W), the pattern "floor" of `Canvas.develop`."""
+        """Draw walls and floor; return uint8 (H, W), the pattern "floor" of `Canvas.develop`."""
         rng, height, width, unit = self.rng, self.height, self.width, self.unit
 
         def background(kind: str, patterns: Sequence[str], texture: int = 0) -> int:
@@ -62,7 +62,7 @@ class Shell:
         return self._boards()
 
     def _side_wall(self, canvas: Canvas, wall: int, board: int, high: float) -> None:
-        """A wall at the left or the right, towards the viewer."""
+        """Draw a wall at the left or the right, towards the viewer."""
         side, along = self.rng.choice([0, 1]), self.rng.uniform(0.05, 0.16) * self.height
         x, out = (along, -along) if side == 0 else (self.width - along, self.width + along)
         down = self.floor + self.rng.uniform(0.5, 0.9) * abs(out - x)
@@ -72,7 +72,7 @@ class Shell:
         canvas.fill(board, np.array(lines), bright)
 
     def _window(self, canvas: Canvas, x: float) -> None:
-        """A window with a view, and curtains perhaps."""
+        """Draw a window, with or without curtains."""
         rng, unit = self.rng, self.unit
         half, top = rng.uniform(22, 34) * unit, 0.1 * self.floor
         low = rng.uniform(0.5, 0.68) * self.floor
@@ -117,7 +117,7 @@ class Shell:
             canvas.fill(piece, form * (half, deep) * shrink + (x, y))
 
     def _boards(self) -> np.ndarray:
-        """Boards or tiles that run towards the horizon: uint8 (H, W)."""
+        """Draw floorboards or tiles in perspective: uint8 (H, W)."""
         rng = self.rng
         top = int(self.floor)
         ys = np.arange(top, self.height, dtype=np.float32)[:, None] - np.float32(self.horizon)
@@ -126,7 +126,7 @@ class Shell:
         u, v = xs * depth / np.float32(self.height), 1.4 * depth
         wide = rng.uniform(0.12, 0.25)
         column = np.floor(u / wide)
-        if rng.random() < 0.5:  # tiles, two colours in turn
+        if rng.random() < 0.5:  # tiles of alternating colours
             share = (column + np.floor(v / wide)) % 2 * 255
         else:
             offset = column * np.float32(0.618)
