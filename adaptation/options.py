@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
+
+from sam_gym.backbones.spec import backbone_help
 from sam_gym.data import DATASETS
 from sam_gym.data.coco import Coco
 from sam_gym.data.streams import STREAMS, Domain, Stream, dataset_stream, make_stream
@@ -54,8 +57,7 @@ class StreamOptions:
 class ModelOptions:
     """Which SAM, and where it runs."""
 
-    backbone: str = "micro"
-    """SAM to adapt: micro, hq_micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam, hf:..."""
+    backbone: Annotated[str, tyro.conf.arg(help=backbone_help("SAM to adapt"))] = "micro"
     checkpoint: str | None = None
     """Its weights; micro brings its own."""
     device: str = "auto"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.backbones.loading import BACKBONES, resolve_device, resolve_dtype
-from sam_gym.utils.registry import unknown_name
+from sam_gym.backbones.loading import resolve_device, resolve_dtype
+from sam_gym.backbones.spec import BACKBONES, backbone_help
 from sam_gym.version import __version__
 
 
@@ -18,8 +19,7 @@ from sam_gym.version import __version__
 class BackboneOptions:
     """Which SAM is measured, and where it runs."""
 
-    backbone: str = "micro"
-    """SAM to measure: micro, hq_micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam, hf:..."""
+    backbone: Annotated[str, tyro.conf.arg(help=backbone_help("SAM to measure"))] = "micro"
     checkpoint: str | None = None
     """Its weights (.safetensors or .pth); micro brings its own."""
     device: str = "auto"
@@ -45,11 +45,9 @@ class TimedOptions(BackboneOptions):
     def load(self) -> Backbone:
         if not self.random_weights:
             return super().load()
-        if self.backbone not in BACKBONES:
-            raise unknown_name("backbone", self.backbone, BACKBONES)
+        spec = BACKBONES.get(self.backbone)
         torch.manual_seed(self.seed)
-        device = resolve_device(self.device)
-        sam = BACKBONES[self.backbone]()
+        device, sam = resolve_device(self.device), spec.build()
         return Backbone(self.backbone, sam, device, resolve_dtype(self.dtype, device))
 
 

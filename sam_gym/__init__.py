@@ -13,7 +13,13 @@ import gymnasium as gym
 from sam_gym.version import __version__
 
 if TYPE_CHECKING:
-    from sam_gym.backbones import Backbone, Prompts, load_backbone
+    from sam_gym.backbones import (
+        Backbone,
+        BackboneSpec,
+        Prompts,
+        load_backbone,
+        register_backbone,
+    )
     from sam_gym.backbones.features import ImageFeatures
     from sam_gym.data import Dataset, DatasetSpec, Sample, make_dataset, register_dataset
     from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ENVIRONMENTS",
     "Backbone",
+    "BackboneSpec",
     "Dataset",
     "DatasetSpec",
     "GeneratorOptions",
@@ -34,6 +41,7 @@ __all__ = [
     "__version__",
     "load_backbone",
     "make_dataset",
+    "register_backbone",
     "register_dataset",
 ]
 
@@ -56,7 +64,13 @@ for _id, (_scalar, _vector) in ENVIRONMENTS.items():
 
 #: Module -> the public names that are imported from it when they are first used.
 _LAZY = {
-    "sam_gym.backbones": ("Backbone", "Prompts", "load_backbone"),
+    "sam_gym.backbones": (
+        "Backbone",
+        "BackboneSpec",
+        "Prompts",
+        "load_backbone",
+        "register_backbone",
+    ),
     "sam_gym.backbones.features": ("ImageFeatures",),
     "sam_gym.data": ("Dataset", "DatasetSpec", "Sample", "make_dataset", "register_dataset"),
     "sam_gym.mask_generation.generator": ("GeneratorOptions", "MaskGenerator"),

@@ -1,7 +1,10 @@
 """Models with seeded random weights, so that no test depends on how well `micro` was trained."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,11 @@ from segment_anything.modeling import (
 )
 from torch import nn
 
-from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.backbones.loading import BACKBONES, MICRO_WEIGHTS
-from sam_gym.backbones.micro.model import build_micro
+from sam_gym.backbones import BACKBONES, Backbone, BackboneSpec, load_backbone
+from sam_gym.backbones.encoders import assemble
+from sam_gym.backbones.hq import HqMaskDecoder
+from sam_gym.backbones.micro.model import FINE, MicroEncoder, build_micro
+from sam_gym.backbones.spec import find_spec
 from sam_gym.mask_generation.masks import Masks, to_counts
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -91,6 +96,48 @@ def build_tiny() -> Callable[[], Sam]:
     return lambda: seeded(tiny_sam)
 
 
+def hq_micro_sam() -> Sam:
+    """HQ-SAM on the encoder of `micro`."""
+    decoder = partial(HqMaskDecoder, vit_dim=FINE)
+    return assemble(MicroEncoder(), width=128, mlp_dim=512, decoder=decoder)
+
+
+@pytest.fixture(scope="session")
+def backbone_added() -> Callable[..., AbstractContextManager[None]]:
+    """Adds a backbone, or changes the specification of one, while the context lasts."""
+
+    @contextmanager
+    def added(name: str, **changes: Any) -> Iterator[None]:
+        known = find_spec(name)
+        if known is None:
+            spec = BackboneSpec(name=name, description="A SAM of the tests", **changes)
+        else:
+            spec = replace(known, **changes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(BACKBONES._items, name, spec)
+            yield
+
+    return added
+
+
+@pytest.fixture
+def add_backbone(
+    backbone_added: Callable[..., AbstractContextManager[None]],
+) -> Iterator[Callable[..., None]]:
+    """The same until the end of the test."""
+    with ExitStack() as stack:
+        yield lambda name, **changes: stack.enter_context(backbone_added(name, **changes))
+
+
+@pytest.fixture
+def hq_micro(add_backbone: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Name of an HQ-SAM with random weights, small enough to be tuned in tests."""
+    path = tmp_path_factory.mktemp("weights") / "hq_micro.safetensors"
+    save_file(seeded(hq_micro_sam).state_dict(), path)
+    add_backbone("hq_micro", build=hq_micro_sam, weights=path, features=("embedding", "early"))
+    return "hq_micro"
+
+
 @pytest.fixture(scope="session")
 def micro_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A `micro` checkpoint with random weights."""
@@ -112,8 +159,6 @@ def tiny(build_tiny: Callable[[], Sam]) -> Backbone:
 @pytest.fixture(scope="session")
 def shipped() -> Backbone:
     """`micro` with the weights of the package."""
-    if not MICRO_WEIGHTS.is_file():
-        pytest.skip(f"the package has no weights: {MICRO_WEIGHTS} is missing")
     return load_backbone("micro", device="cpu")
 
 
@@ -137,10 +182,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, build_tiny: Callab
 
 @pytest.fixture
 def tiny_env(
-    tiny_checkpoint: str, build_tiny: Callable[[], Sam], monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: str, build_tiny: Callable[[], Sam], add_backbone: Callable[..., None]
 ) -> dict[str, Any]:
     """Arguments of an environment over the tiny SAM, which plays hundreds of steps in a second."""
-    monkeypatch.setitem(BACKBONES, "tiny", build_tiny)
+    add_backbone("tiny", build=build_tiny)
     return {
         "backbone": "tiny",
         "checkpoint": tiny_checkpoint,

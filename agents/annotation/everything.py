@@ -13,6 +13,7 @@ import tyro
 from agents.annotation.files import image_files
 from agents.annotation.folder import AnnotatedItem, FolderConfig, Key, annotate_folder
 from sam_gym.backbones import load_backbone
+from sam_gym.backbones.spec import backbone_help
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 from sam_gym.mask_generation.masks import Masks
@@ -40,8 +41,7 @@ class AnnotateEverythingConfig(FolderConfig):
     and skipped. Run the same command again to resume an interrupted run.
     """
 
-    backbone: str = "micro"
-    """SAM to use: micro, hq_micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam, hf:..."""
+    backbone: Annotated[str, tyro.conf.arg(help=backbone_help("SAM to use"))] = "micro"
     checkpoint: str | None = None
     """Weights of the SAM, .safetensors or .pth (default: its own)."""
     adapter: str | None = None

@@ -577,7 +577,7 @@ def shapes_of(name: str) -> Backbone:
     """A backbone without weights, which only its shapes can be asked for."""
     device = torch.device("meta")
     with device:
-        return Backbone(name, BACKBONES[name](), device, torch.float32)
+        return Backbone(name, BACKBONES.get(name).build(), device, torch.float32)
 
 
 def rollout_bytes(

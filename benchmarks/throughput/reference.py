@@ -10,23 +10,26 @@ import torch
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
-from sam_gym.backbones import BACKBONES, Backbone
+from sam_gym.backbones import BACKBONES, Backbone, BackboneSpec
+from sam_gym.backbones.spec import HUB_PREFIX, backbones_by_size
 from sam_gym.envs.click import ClickCore, ClickTarget
 from sam_gym.metrics import masks as metrics
 
 
 def check_comparable(name: str) -> None:
     """Raise `ValueError` for a backbone that `SamPredictor` cannot work."""
-    if name.startswith(("hf:", "hq_")):
+    plain = BackboneSpec.features
+    if name.startswith(HUB_PREFIX) or BACKBONES.get(name).features != plain:
+        comparable = [spec.name for spec in backbones_by_size() if spec.features == plain]
         raise ValueError(
             f"{name}: segment_anything's SamPredictor cannot work this backbone, so there is "
-            "nothing to compare with. Take micro, vit_b, vit_l, vit_h, mobile_sam or repvit_sam."
+            f"nothing to compare with. Pass one of: {', '.join(comparable)}."
         )
 
 
 def plain_sam(backbone: Backbone) -> Sam:
     """segment_anything's own model with the weights of a backbone, in float32, nothing replaced."""
-    sam = BACKBONES[backbone.name]()
+    sam = BACKBONES.get(backbone.name).build()
     sam.load_state_dict(backbone.private_copy().state_dict())
     return sam.to(backbone.device).eval().requires_grad_(False)
 

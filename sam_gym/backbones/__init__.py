@@ -1,10 +1,20 @@
 """SAM as one shared, batched service.
 
-`load_backbone("micro")` works offline; the real SAMs take the checkpoint their authors publish.
+`load_backbone("micro")` works offline; published SAMs are downloaded on first use.
 """
 
 from sam_gym.backbones.decode import NO_POINT, Prompts
-from sam_gym.backbones.loading import BACKBONES, load_backbone
+from sam_gym.backbones.loading import load_backbone
 from sam_gym.backbones.service import Backbone
+from sam_gym.backbones.spec import BACKBONES, BackboneSpec, PublishedWeights, register_backbone
 
-__all__ = ["BACKBONES", "NO_POINT", "Backbone", "Prompts", "load_backbone"]
+__all__ = [
+    "BACKBONES",
+    "NO_POINT",
+    "Backbone",
+    "BackboneSpec",
+    "Prompts",
+    "PublishedWeights",
+    "load_backbone",
+    "register_backbone",
+]

@@ -17,9 +17,7 @@ from torch import nn
 
 from sam_gym.backbones.encoders import State, assemble
 from sam_gym.backbones.hq import HqMaskDecoder
-
-#: Names that begin with this are loaded from the hub: "hf:facebook/sam-vit-base".
-PREFIX = "hf:"
+from sam_gym.backbones.spec import HUB_PREFIX
 
 #: (pattern, replacement) from transformers' names to segment_anything's, applied in this order.
 _NAMES = [
@@ -91,7 +89,7 @@ def load_from_hub(name: str) -> Sam:
         from transformers import AutoConfig, SamHQModel, SamModel
     except ImportError as error:
         raise ImportError(
-            f"Backbone '{PREFIX}{name}' needs transformers: pip install 'sam-gym[hf]'."
+            f"Backbone '{HUB_PREFIX}{name}' needs transformers: pip install 'sam-gym[hf]'."
         ) from error
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser())
@@ -100,20 +98,20 @@ def load_from_hub(name: str) -> Sam:
         kinds: dict[str, Any] = {"sam": SamModel, "sam_hq": SamHQModel}
         if config.model_type not in kinds:
             raise ValueError(
-                f"{PREFIX}{name} is a model of type {config.model_type!r}; expected "
+                f"{HUB_PREFIX}{name} is a model of type {config.model_type!r}; expected "
                 f"{' or '.join(map(repr, kinds))}."
             )
         model = kinds[config.model_type].from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(
-            f"{PREFIX}{name}: could not be loaded from the hub or from that folder ({error})."
+            f"{HUB_PREFIX}{name}: could not be loaded from the hub or from that folder ({error})."
         ) from error
     sam = build(config)
     try:
         sam.load_state_dict(converted(model.state_dict()))
     except RuntimeError as error:
         raise ValueError(
-            f"{PREFIX}{name}: its sizes are not those of a SAM that can be loaded ({error})."
+            f"{HUB_PREFIX}{name}: its sizes are not those of a SAM that can be loaded ({error})."
         ) from error
     return sam
 

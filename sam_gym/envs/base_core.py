@@ -6,15 +6,17 @@ import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import tyro
 from gymnasium import spaces
 
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.embeddings.store import MAX_HANDLES, shared_store
 from sam_gym.backbones.service import DTYPES
+from sam_gym.backbones.spec import backbone_help
 from sam_gym.data import DATASETS, Dataset, make_dataset
 from sam_gym.data.cache import SampleCache
 from sam_gym.envs.prefetch import Prefetcher
@@ -33,8 +35,7 @@ class EnvConfig:
 
     split: str = "train"
     """Split of the data: train, val, test."""
-    backbone: str = "micro"
-    """SAM that is prompted: [hq_]micro, [hq_]vit_b/l/h, mobile_sam, repvit_sam, hf:OWNER/NAME."""
+    backbone: Annotated[str, tyro.conf.arg(help=backbone_help("SAM to prompt"))] = "micro"
     checkpoint: str | None = None
     """Weights of the backbone (micro is bundled)."""
     device: str = "auto"

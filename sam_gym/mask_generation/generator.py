@@ -25,6 +25,7 @@ from torchvision.ops import nms
 from sam_gym.backbones.decode import MaskTokens, Prompts
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.service import Backbone
+from sam_gym.backbones.spec import BackboneSpec, find_spec
 from sam_gym.mask_generation.masks import OUTPUTS, Collected, Masks, run_lengths, to_counts
 from sam_gym.simulation.clicks import relative_grid
 from sam_gym.utils.progress import ProgressBar
@@ -42,12 +43,6 @@ _MANY_PIXELS = 2**26
 _VIEWS = 8
 
 
-#: Least predicted IoU and least stability of a mask: SAM's own, and those of backbones for which
-#: they are known to be others (the best panoptic quality on val of `scenes`).
-_SAMS = (0.88, 0.95)
-_SUITED = {"micro": (0.6, 0.8), "hq_micro": (0.6, 0.8)}
-
-
 @dataclass(frozen=True)
 class GeneratorOptions:
     """Where everything mode clicks and which masks it keeps, as segment_anything names it."""
@@ -55,10 +50,11 @@ class GeneratorOptions:
     grid: tuple[int, int] = (32, 32)
     """Clicks on an image: columns and rows of the point grid."""
     pred_iou_thresh: float | None = None
-    """Keep masks whose IoU SAM predicts to be above this; 0 keeps all (default: 0.88, and for
-    micro, which is less sure of itself, 0.6)."""
+    """Keep masks whose IoU SAM predicts to be above this; 0 keeps all (default: the
+    backbone's; 0.88 for SAM)."""
     stability_score_thresh: float | None = None
-    """Keep masks of at least this stability; 0 keeps all (default: 0.95, for micro 0.8)."""
+    """Keep masks of at least this stability; 0 keeps all (default: the backbone's; 0.95 for
+    SAM)."""
     stability_score_offset: float = 1.0
     """Stability is the IoU of the masks at thresholds so far above and below SAM's own."""
     box_nms_thresh: float = 0.7
@@ -105,8 +101,11 @@ class GeneratorOptions:
             )
 
     def thresholds(self, backbone: str) -> tuple[float, float]:
-        """Least predicted IoU and stability: those that are set, or else what suits a backbone."""
-        suited = _SUITED.get(backbone, _SAMS)
+        """Return the predicted IoU and stability from which masks are kept.
+
+        Thresholds that are None default to those of the backbone's specification.
+        """
+        suited = (find_spec(backbone) or BackboneSpec).thresholds
         own = (self.pred_iou_thresh, self.stability_score_thresh)
         least, stable = (usual if v is None else v for v, usual in zip(own, suited, strict=True))
         return least, stable

@@ -1,6 +1,7 @@
 """The tiny SAM by name, streams of a few small images, and trainers over them."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from adaptation.trainer import Trainer
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.decode import Prompts
-from sam_gym.backbones.loading import BACKBONES
 from sam_gym.data.streams import Stream, make_stream
 
 #: Few steps of everything.
@@ -45,10 +45,13 @@ class QuickTrainer(Trainer):
 
 
 @pytest.fixture(scope="session")
-def tiny_name(build_tiny: Callable[[], Sam], tiny_checkpoint: str) -> Iterator[dict[str, Any]]:
+def tiny_name(
+    build_tiny: Callable[[], Sam],
+    tiny_checkpoint: str,
+    backbone_added: Callable[..., AbstractContextManager[None]],
+) -> Iterator[dict[str, Any]]:
     """What `load_backbone` takes for the tiny SAM, which has a name as long as this lives."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BACKBONES, "tiny", build_tiny)
+    with backbone_added("tiny", build=build_tiny):
         yield {"name": "tiny", "checkpoint": tiny_checkpoint, "device": "cpu"}
 
 

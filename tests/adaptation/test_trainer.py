@@ -315,17 +315,19 @@ def test_mixed_precision(make_trainer: MakeTrainer, pair: Stream, method: str) -
     ("method", "tune"),
     [("naive", "decoder"), ("naive", "hq"), ("l2p", None), ("samcl", "lora_decoder")],
 )
-def test_an_hq_sam_is_adapted_too(method: str, tune: str | None, tmp_path: Path) -> None:
+def test_an_hq_sam_is_adapted_too(
+    method: str, tune: str | None, tmp_path: Path, hq_micro: str
+) -> None:
     if method == "samcl":
         pytest.importorskip("peft")
     sizes = {"train_images": 1, "val_images": 1, "test_images": 1}
     stream = make_stream("scenes-domains", domains="cells", **sizes)
     config = TrainConfig(steps=1, batch_size=2, augmentations=1)
-    backbone = {"name": "hq_micro", "device": "cpu"}
+    backbone = {"name": hq_micro, "device": "cpu"}
     run = Trainer(config, backbone, tmp_path, progress=False).fit(stream, method, tune)
     path = folder_of(tmp_path, run) / "adapter.safetensors"
-    adapted = load_backbone("hq_micro", device="cpu", adapter=str(path))
-    bank = FeatureBank(load_backbone("hq_micro", device="cpu"), stream, 1)
+    adapted = load_backbone(hq_micro, device="cpu", adapter=str(path))
+    bank = FeatureBank(load_backbone(hq_micro, device="cpu"), stream, 1)
     again = score(adapted.model, bank, stream[0]).iou.mean()
     assert run.scores["box"]["iou"][0][0] == pytest.approx(100 * again, abs=0.05)
 

@@ -7,10 +7,11 @@ import importlib.util
 import os
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 from adaptation.train import main
-from sam_gym.backbones.loading import BACKBONES
+from sam_gym.backbones import BackboneSpec, register_backbone
 from sam_gym.utils import cli
 
 
@@ -21,7 +22,8 @@ def register_tiny() -> None:
     assert spec is not None and spec.loader is not None
     sams = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sams)
-    BACKBONES["tiny"] = lambda: sams.seeded(sams.tiny_sam)
+    build = partial(sams.seeded, sams.tiny_sam)
+    register_backbone(BackboneSpec(name="tiny", build=build, description="A SAM of the tests"))
 
 
 def become_a_rank() -> int:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from agents.sharing.pull import HubPullConfig, pull
 from agents.sharing.push import HubPushConfig, push
 from agents.sharing.repository import RUN_FILES
 from agents.sharing.run import TrainingRun
-from sam_gym.backbones.loading import BACKBONES
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.utils import cli
 
@@ -33,11 +33,11 @@ def trained(
     tmp_path_factory: pytest.TempPathFactory,
     arguments: Callable[..., list[str]],
     build_tiny: Callable[[], Any],
+    backbone_added: Callable[..., AbstractContextManager[None]],
 ) -> Path:
     """What a short run of train_ppo leaves."""
     out = tmp_path_factory.mktemp("trained") / "ppo"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BACKBONES, "tiny", build_tiny)
+    with backbone_added("tiny", build=build_tiny):
         short = ("--total-timesteps", "32", "--eval-every", "32", "--checkpoint-every", "32")
         train_ppo.main(arguments(out, *short, "--max-steps", "2"))
     return out

@@ -11,12 +11,13 @@ import importlib.util
 import itertools
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agents.ppo.callbacks import PinRolloutsCallback
 from agents.train_ppo import main
-from sam_gym.backbones.loading import BACKBONES
+from sam_gym.backbones import BackboneSpec, register_backbone
 from sam_gym.utils import cli
 
 
@@ -54,7 +55,8 @@ def add_tiny() -> None:
     assert spec is not None and spec.loader is not None
     fixtures: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fixtures)
-    BACKBONES["tiny"] = lambda: fixtures.seeded(fixtures.tiny_sam)
+    build = partial(fixtures.seeded, fixtures.tiny_sam)
+    register_backbone(BackboneSpec(name="tiny", build=build, description="A SAM of the tests"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import hashlib
 import multiprocessing
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sam_gym.backbones import download
-from sam_gym.backbones.download import PUBLISHED, Published, default_path, published_checkpoint
+from sam_gym.backbones import PublishedWeights, download
+from sam_gym.backbones.download import default_path, published_checkpoint, published_weights
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
 
@@ -60,10 +60,15 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(autouse=True)
-def published(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def published(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    add_backbone: Callable[..., None],
+) -> None:
     monkeypatch.setenv("SAM_GYM_HOME", str(tmp_path))
-    entry = Published(server.url, hashlib.sha256(CONTENT).hexdigest())
-    monkeypatch.setitem(PUBLISHED, "vit_b", entry)
+    entry = PublishedWeights(server.url, hashlib.sha256(CONTENT).hexdigest(), 3)
+    add_backbone("vit_b", weights=entry)
 
 
 def test_downloads_once(server: Server, tmp_path: Path) -> None:
@@ -118,10 +123,10 @@ def test_another_file_is_thrown_away(server: Server) -> None:
 
 
 def test_without_network_says_what_to_put_where(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: Server, add_backbone: Callable[..., None]
 ) -> None:
-    nobody = Published("http://127.0.0.1:9/sam.pth", PUBLISHED["vit_b"].sha256)
-    monkeypatch.setitem(PUBLISHED, "vit_b", nobody)
+    nobody = PublishedWeights("http://127.0.0.1:9/sam.pth", "0" * 64, 3)
+    add_backbone("vit_b", weights=nobody)
     with pytest.raises(ConnectionError, match="refused") as error:
         published_checkpoint("vit_b")
     assert str(default_path("vit_b")) in str(error.value) and nobody.url in str(error.value)
@@ -140,18 +145,18 @@ def test_two_processes_download_once(server: Server) -> None:
 
 
 def test_command(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    download.main(download.Config(("vit_b",)))
+    download.main(download.DownloadConfig(("vit_b",)))
     assert str(default_path("vit_b")) in capsys.readouterr().out
-    download.main(download.Config())
+    download.main(download.DownloadConfig())
     listed = capsys.readouterr().out.splitlines()
     assert f"vit_b: {default_path('vit_b')}" in listed
     assert any(line.startswith("vit_h: not here; https://") for line in listed)
     with pytest.raises(ValueError, match="vit_h"):
-        download.main(download.Config(("vit_b", "vit_hh")))
+        download.main(download.DownloadConfig(("vit_b", "vit_hh")))
 
 
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
+@pytest.mark.parametrize("name", sorted(published_weights()))
 def test_table_is_well_formed(name: str) -> None:
-    entry = PUBLISHED[name]
+    entry = published_weights()[name]
     assert len(entry.sha256) == 64 and int(entry.sha256, 16)
     assert entry.filename and "/" not in entry.filename

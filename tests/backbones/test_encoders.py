@@ -15,7 +15,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sam_gym.backbones import BACKBONES, Prompts, encoders, load_backbone, loading
+from sam_gym.backbones import Prompts, encoders, load_backbone
 from sam_gym.backbones.encoders import RepVitEncoder, TinyVitEncoder, assemble
 
 SIZE, WIDTH = 128, 32
@@ -273,15 +273,15 @@ def randomised(sam: Sam) -> Sam:
 
 
 @pytest.fixture(params=["mobile_sam", "repvit_sam"])
-def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Sam]:
+def family(request: pytest.FixtureRequest, add_backbone: Callable[..., None]) -> tuple[str, Sam]:
     """A backbone's name, built small, and the authors' model with random weights."""
     if request.param == "mobile_sam":
         build, published = partial(TinyVitEncoder, SIZE, **MOBILE), PublishedMobile(**MOBILE)
     else:
         build, published = partial(RepVitEncoder, SIZE, **REPVIT), PublishedRepVit(**REPVIT)
         conversion = partial(encoders.repvit_sam_state, depths=REPVIT["depths"])
-        monkeypatch.setitem(loading._CONVERSIONS, "repvit_sam", conversion)
-    monkeypatch.setitem(BACKBONES, request.param, lambda: small(build(out_chans=WIDTH)))
+        add_backbone("repvit_sam", convert=conversion)
+    add_backbone(request.param, build=lambda: small(build(out_chans=WIDTH)))
     return request.param, randomised(small(published))
 
 

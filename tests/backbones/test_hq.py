@@ -1,6 +1,7 @@
 """HQ-SAM against its authors' package, and its embeddings through service and store."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def authors() -> Any:
 
 
 @pytest.fixture
-def backbone(authors: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backbone:
-    monkeypatch.setitem(BACKBONES, "hq_vit_b", build_ours)
+def backbone(authors: Any, tmp_path: Path, add_backbone: Callable[..., None]) -> Backbone:
+    add_backbone("hq_vit_b", build=build_ours)
     torch.save(authors.state_dict(), tmp_path / "sam_hq.pth")
     return load_backbone("hq_vit_b", str(tmp_path / "sam_hq.pth"), "cpu")
 
@@ -159,7 +160,7 @@ def test_the_refinement_matters(backbone: Backbone) -> None:
 )
 def test_sizes_and_names_of_the_published_models(name: str, dim: int) -> None:
     with torch.device("meta"):
-        ours = BACKBONES[name]().state_dict()
+        ours = BACKBONES.get(name).build().state_dict()
         authors = authors_package.sam_model_registry[name.removeprefix("hq_")]().state_dict()
     assert {key: value.shape for key, value in ours.items()} == {
         key: value.shape for key, value in authors.items()

@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
-from sam_gym.backbones import BACKBONES, Backbone, Prompts, download, load_backbone, loading
+from sam_gym.backbones import (
+    BACKBONES,
+    Backbone,
+    Prompts,
+    PublishedWeights,
+    load_backbone,
+    loading,
+)
 from sam_gym.utils.digest import file_digest
 
 
@@ -25,9 +32,9 @@ def empty_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def small_vit_b(monkeypatch: pytest.MonkeyPatch, build_tiny: Callable[[], Sam]) -> None:
+def small_vit_b(add_backbone: Callable[..., None], build_tiny: Callable[[], Sam]) -> None:
     """`vit_b` is a SAM of the same layout whose weights are a few KB."""
-    monkeypatch.setitem(BACKBONES, "vit_b", build_tiny)
+    add_backbone("vit_b", build=build_tiny)
 
 
 def test_same_arguments_give_the_same_object(micro_checkpoint: str) -> None:
@@ -83,13 +90,14 @@ def test_published_weights_are_fetched_on_first_use(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     small_vit_b: None,
+    add_backbone: Callable[..., None],
     tiny_checkpoint: str,
 ) -> None:
-    published = download.Published(
-        Path(tiny_checkpoint).as_uri(), file_digest(Path(tiny_checkpoint))
+    published = PublishedWeights(
+        Path(tiny_checkpoint).as_uri(), file_digest(Path(tiny_checkpoint)), 1
     )
     monkeypatch.setenv("SAM_GYM_HOME", str(tmp_path))
-    monkeypatch.setitem(download.PUBLISHED, "vit_b", published)
+    add_backbone("vit_b", weights=published)
     backbone = load_backbone("vit_b", device="cpu")
     assert (tmp_path / "checkpoints" / "tiny.pth").is_file()
     assert load_backbone("vit_b", device="cpu") is backbone
@@ -173,8 +181,43 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, legacy: bool) -> None:
     assert proof.exists()  # it would have run
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"model": s, "optimizer": {"lr": 0.1}, "epoch": 3},
+        lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "step": 7},
+        lambda s: {f"module.{k}": v for k, v in s.items()},
+        lambda s: {"model": {f"module.sam.{k}": v for k, v in s.items()}},
+        lambda s: {f"sam.{k}": v for k, v in s.items()},
+    ],
+    ids=["model", "lightning", "data-parallel", "nested", "sam"],
+)
+def test_wrappers_of_checkpoints_are_removed(
+    micro_checkpoint: str, tmp_path: Path, wrap: Callable[[dict], dict]
+) -> None:
+    state = load_file(micro_checkpoint)
+    torch.save(wrap(state), tmp_path / "wrapped.pth")
+    loaded = load_backbone("micro", str(tmp_path / "wrapped.pth"), "cpu").sam.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+def test_what_is_wrapped_loads_strictly(micro_checkpoint: str, tmp_path: Path) -> None:
+    state = {f"module.{k}": v for k, v in load_file(micro_checkpoint).items()}
+    torch.save({"model": state | {"head.weight": torch.zeros(1)}}, tmp_path / "more.pth")
+    with pytest.raises(
+        ValueError, match=r"more\.pth: not a checkpoint of 'micro': weights \d+ miss"
+    ):
+        load_backbone("micro", str(tmp_path / "more.pth"), "cpu")
+    save_file(
+        {k.removeprefix("module."): v for k, v in state.items()} | {"head.weight": torch.zeros(1)},
+        tmp_path / "more.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"1 unexpected \(first: head.weight\)"):
+        load_backbone("micro", str(tmp_path / "more.safetensors"), "cpu")
+
+
 def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
-    torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "nested.pth")
+    torch.save({"weights": {"weight": torch.zeros(1)}}, tmp_path / "nested.pth")
     with pytest.raises(ValueError, match=r"nested\.pth: not a state dict of tensors, got dict"):
         load_backbone("micro", str(tmp_path / "nested.pth"), "cpu")
 
@@ -200,7 +243,7 @@ def test_the_sams_of_the_paper_can_be_built() -> None:
     """Names and sizes of the published checkpoints, without allocating them."""
     for name, width, depth in (("vit_b", 768, 12), ("vit_l", 1024, 24), ("vit_h", 1280, 32)):
         with torch.device("meta"):
-            sam = BACKBONES[name]()
+            sam = BACKBONES.get(name).build()
         state = sam.state_dict()
         assert state[f"image_encoder.blocks.{depth - 1}.attn.qkv.weight"].shape == (
             3 * width,
@@ -217,5 +260,5 @@ def test_automatic_precision_on_cpu_is_float32() -> None:
 
 def test_shipped_weights(shipped: Backbone) -> None:
     assert shipped.name == "micro" and not shipped.sam.training
-    assert loading.MICRO_WEIGHTS.stat().st_size < 16 * 2**20
+    assert 0 < BACKBONES.get("micro").megabytes < 16
     assert all(torch.isfinite(value).all() for value in shipped.sam.state_dict().values())

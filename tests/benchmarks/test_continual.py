@@ -14,17 +14,16 @@ from segment_anything.modeling import Sam
 from adaptation.strategy import Strategy
 from benchmarks.continual import BEYOND, PAPER, Config, _jobs, _settled, _spread
 from benchmarks.run import main
-from sam_gym.backbones.loading import BACKBONES
 
 NUMBERS = ("last_iou", "avg_iou", "ff_iou", "last_biou", "avg_biou", "ff_biou", "forward_iou")
 
 
 @pytest.fixture
 def arguments(
-    build_tiny: Callable[[], Sam], tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatch
+    build_tiny: Callable[[], Sam], tiny_checkpoint: str, add_backbone: Callable[..., None]
 ) -> list[str]:
     """A run of a few steps on two domains, one of them thin."""
-    monkeypatch.setitem(BACKBONES, "tiny", build_tiny)
+    add_backbone("tiny", build=build_tiny)
     return [
         *("continual", "--backbone", "tiny", "--checkpoint", tiny_checkpoint, "--device", "cpu"),
         *("--domains", "cells,vessels", "--steps", "2", "--batch-size", "2", "--views", "1"),

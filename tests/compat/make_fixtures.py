@@ -402,8 +402,7 @@ def main() -> None:
         scratch = Path(folder)
         _add_backbones()
         numbers: dict[str, Any] = {"compat": numbers_of(load_backbone(**COMPAT), Prompts)}
-        for name in ("micro", "hq_micro"):
-            numbers[name] = numbers_of(load_backbone(name, device="cpu"), Prompts)
+        numbers["micro"] = numbers_of(load_backbone("micro", device="cpu"), Prompts)
         BACKBONES["vit_b"] = narrow_vit_b
         torch.save(generated(narrow_vit_b()), scratch / "vit_b.pth")
         narrow = load_backbone("vit_b", checkpoint=str(scratch / "vit_b.pth"), device="cpu")

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from agents import train_ppo
 from agents.evaluate import PolicyAgent
 from agents.sharing.push import HubPushConfig, push
 from sam_gym import Prompts, load_backbone
-from sam_gym.backbones.loading import BACKBONES
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -69,40 +69,45 @@ def check(found: Any, recorded: Any, kind: str, at: str = "") -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    backbone_added: Callable[..., AbstractContextManager[None]],
+) -> Iterator[Path]:
     """A copy of the fixtures as working folder, with the SAM that they are for."""
     folder = tmp_path_factory.mktemp("compat") / made.COMMIT
     shutil.copytree(made.FIXTURES, folder)
     torch.save(made.generated(made.compat_sam()), folder / made.COMPAT["checkpoint"])
-    with pytest.MonkeyPatch.context() as patch:
+    added = backbone_added(made.COMPAT["name"], build=made.compat_sam)
+    with pytest.MonkeyPatch.context() as patch, added:
         patch.chdir(folder)
-        patch.setitem(BACKBONES, made.COMPAT["name"], made.compat_sam)
         yield folder
 
 
 def test_backbones(folder: Path) -> None:
     check(made.numbers_of(load_backbone(**made.COMPAT), Prompts), NUMBERS["compat"], "backbone")
-    for name in ("micro", "hq_micro"):
-        found = made.numbers_of(load_backbone(name, device="cpu"), Prompts)
-        check(found, NUMBERS[name], "backbone", name)
+    bundled = load_backbone("micro", device="cpu")
+    check(made.numbers_of(bundled, Prompts), NUMBERS["micro"], "backbone")
 
 
-def vit_b_numbers(build: Callable[[], Any], path: Path) -> Any:
+def vit_b_numbers(
+    build: Callable[[], Any], path: Path, added: Callable[..., AbstractContextManager[None]]
+) -> Any:
     """What `vit_b` gives as a function builds it, with a generated checkpoint."""
     torch.save(made.generated(build()), path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BACKBONES, "vit_b", build)
+    with added("vit_b", build=build):
         return made.numbers_of(load_backbone("vit_b", checkpoint=str(path), device="cpu"), Prompts)
 
 
-def test_a_narrow_vit_b(tmp_path: Path) -> None:
-    found = vit_b_numbers(made.narrow_vit_b, tmp_path / "narrow.pth")
+def test_a_narrow_vit_b(
+    tmp_path: Path, backbone_added: Callable[..., AbstractContextManager[None]]
+) -> None:
+    found = vit_b_numbers(made.narrow_vit_b, tmp_path / "narrow.pth", backbone_added)
     check(found, NUMBERS["narrow_vit_b"], "backbone")
 
 
 @pytest.mark.slow
-def test_vit_b(tmp_path: Path) -> None:
-    found = vit_b_numbers(build_sam_vit_b, tmp_path / "vit_b.pth")
+def test_vit_b(tmp_path: Path, backbone_added: Callable[..., AbstractContextManager[None]]) -> None:
+    found = vit_b_numbers(build_sam_vit_b, tmp_path / "vit_b.pth", backbone_added)
     check(found, NUMBERS["vit_b"], "backbone")
 
 

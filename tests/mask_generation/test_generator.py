@@ -13,11 +13,10 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.amg import build_point_grid, mask_to_rle_pytorch, rle_to_mask
 from torchvision.ops import nms
 
-from sam_gym.backbones import Backbone, Prompts
+from sam_gym.backbones import Backbone, Prompts, load_backbone
 from sam_gym.backbones.adapters.class_head import ClassHead
 from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.adapters.routers import EmbeddingRouter, RoutedModel
-from sam_gym.backbones.micro.model import build_hq_micro
 from sam_gym.data import make_dataset
 from sam_gym.mask_generation.generator import (
     GeneratorOptions,
@@ -270,12 +269,8 @@ def test_a_model_that_routes_works_alike(tiny: Backbone) -> None:
         assert_same(one, other)
 
 
-def test_single_masks_are_those_of_a_whole_drawing() -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        sam = build_hq_micro()
-        torch.nn.init.normal_(sam.mask_decoder.hf_mlp.layers[-1].weight)
-    backbone = Backbone("hq_micro", sam, torch.device("cpu"), torch.float32)
+def test_single_masks_are_those_of_a_whole_drawing(hq_micro: str) -> None:
+    backbone = load_backbone(hq_micro, device="cpu")
     points, rows = torch.rand(5, 1, 2) * 255, torch.tensor([4, 0, 0, 2])
     prompts = Prompts(points, torch.ones((5, 1), dtype=torch.int64), rows=torch.arange(5) // 3)
     with torch.no_grad():

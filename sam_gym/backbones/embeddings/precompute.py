@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.loading import load_backbone, resolve_device
+from sam_gym.backbones.spec import backbone_help
 from sam_gym.data import DATASETS, make_dataset
 from sam_gym.utils.digest import image_digest
 from sam_gym.utils.progress import track
@@ -34,8 +36,7 @@ class Config:
     """Dataset split: train, val, test."""
     limit: int | None = None
     """Only the first so many images (scenes are endless: their default is 2048)."""
-    backbone: str = "micro"
-    """SAM that encodes: micro, vit_b/l/h, hq_vit_b/l/h, mobile_sam, repvit_sam."""
+    backbone: Annotated[str, tyro.conf.arg(help=backbone_help("SAM that encodes"))] = "micro"
     checkpoint: str | None = None
     """Weights of the backbone (micro brings its own)."""
     device: str = "auto"

@@ -8,8 +8,6 @@ with the coarse ones, so that one tensor carries all that the decoder needs.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from segment_anything.modeling import Sam
 from segment_anything.modeling.common import LayerNorm2d
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_gym.backbones.encoders import assemble
-from sam_gym.backbones.hq import HqMaskDecoder
 
 #: Channels of the fine features: 16 of each quarter-resolution pixel and 48 of each eighth.
 FINE = 16 * 16 + 48 * 4
@@ -133,17 +130,3 @@ class MicroEncoder(nn.Module):
 def build_micro() -> Sam:
     """`micro` with random weights."""
     return assemble(MicroEncoder(), width=128, mlp_dim=512)
-
-
-def build_hq_micro() -> Sam:
-    """`micro` with an HQ head on its fine features, with random weights.
-
-    The head starts by adding nothing to a mask.
-    """
-    decoder = partial(HqMaskDecoder, vit_dim=FINE)
-    sam = assemble(MicroEncoder(), width=128, mlp_dim=512, decoder=decoder)
-    hq = sam.mask_decoder
-    assert isinstance(hq, HqMaskDecoder)
-    nn.init.zeros_(hq.hf_mlp.layers[-1].weight)  # type: ignore[arg-type]
-    nn.init.zeros_(hq.hf_mlp.layers[-1].bias)  # type: ignore[arg-type]
-    return sam

@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader
 
 from sam_gym.backbones.decode import NO_POINT, Prompts, best_token, decode_tokens
 from sam_gym.backbones.features import ImageFeatures
-from sam_gym.backbones.hq import encode_pixels, in_head
-from sam_gym.backbones.loading import MICRO_WEIGHTS, load_weights, resolve_device
+from sam_gym.backbones.hq import encode_pixels
+from sam_gym.backbones.loading import load_weights, resolve_device
 from sam_gym.backbones.micro.data import LABEL_STRIDE, NO_LABEL, SIZE, MicroStream, TrainItem
-from sam_gym.backbones.micro.model import build_hq_micro, build_micro
+from sam_gym.backbones.micro.model import build_micro
 from sam_gym.backbones.micro.muon import Muon
 from sam_gym.backbones.service import Backbone
 from sam_gym.data.base import Sample
@@ -56,9 +56,7 @@ class Config:
     photos: str | None = None
     """Root of a COCO-style dataset whose train split is mixed in (none: scenes only)."""
     init: str | None = None
-    """Weights of micro to start from (none: random ones, or those in the package with --hq)."""
-    hq: bool = False
-    """Train the HQ head of hq_micro, on frozen weights of micro, instead of micro itself."""
+    """Weights of micro to start from (default: random weights)."""
     steps: int = 2700
     """Optimizer steps."""
     images: int = 12
@@ -91,11 +89,6 @@ class Config:
     """Where to train: auto, cpu, cuda, mps."""
     evaluate: int = 200
     """Objects of held-out scenes to click out at the end."""
-
-    @property
-    def model(self) -> str:
-        """Name of the backbone that is trained."""
-        return "hq_micro" if self.hq else "micro"
 
 
 class PromptBatch:
@@ -253,20 +246,6 @@ def play_round(sam: Sam, features: ImageFeatures, batch: PromptBatch) -> Tensor:
     return tokens.decode_best_masks(batch.ambiguous.to(features.device))[0]
 
 
-def _initial(config: Config) -> Sam:
-    """The model before its first step; what is not to be trained requires no gradient."""
-    sam = build_micro()
-    if config.init or config.hq:
-        load_weights(sam, "micro", Path(config.init or MICRO_WEIGHTS))
-    if not config.hq:
-        return sam
-    hq = build_hq_micro()
-    hq.load_state_dict(hq.state_dict() | sam.state_dict())
-    for name, parameter in hq.named_parameters():
-        parameter.requires_grad_(in_head(name))
-    return hq
-
-
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether a parameter maps features to features, and so is one for Muon."""
     if parameter.ndim < 2 or "embed" in name:
@@ -280,18 +259,18 @@ class MicroTrainer:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device, self.step = config, device, 0
         torch.manual_seed(config.seed)
-        self.sam = _initial(config).to(device)
+        self.sam = build_micro()
+        if config.init:
+            load_weights(self.sam, "micro", Path(config.init))
+        self.sam.to(device)
         width = self.sam.prompt_encoder.embed_dim
         per_cell = (16 // LABEL_STRIDE) ** 2
         self.semantic = nn.Conv2d(width, (1 + len(Scenes.categories)) * per_cell, 1).to(device)
         self.average = AveragedModel(
             self.sam, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
         )
-        learned = [(name, p) for name, p in self.sam.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in learned]
-        if not config.hq:
-            self.parameters += self.semantic.parameters()
-        matrices = [p for name, p in learned if _is_hidden_matrix(name, p)]
+        self.parameters = [*self.sam.parameters(), *self.semantic.parameters()]
+        matrices = [p for name, p in self.sam.named_parameters() if _is_hidden_matrix(name, p)]
         taken = {id(parameter) for parameter in matrices}
         rest = [parameter for parameter in self.parameters if id(parameter) not in taken]
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (
@@ -316,14 +295,11 @@ class MicroTrainer:
         for optimizer, peak in zip(self.optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * self.schedule()
-        # Frozen means frozen: running statistics too.
-        self.sam.train(not config.hq)
+        self.sam.train()
         pixels = torch.from_numpy(np.stack([item.image for item in items])).to(self.device)
         pixels = (pixels.permute(0, 3, 1, 2) - self.sam.pixel_mean) / self.sam.pixel_std
         features = encode_pixels(self.sam, pixels)
-        semantic = features.embedding.new_zeros(())
-        if not config.hq:
-            semantic = self._semantic_loss(features.embedding, items)
+        semantic = self._semantic_loss(features.embedding, items)
 
         rounds = int(rng.integers(0, config.max_rounds))
         batch = PromptBatch(items, rounds + 6, rng)
@@ -385,17 +361,9 @@ class MicroTrainer:
             optimizer.load_state_dict(saved)
 
     def export(self, path: Path) -> None:
-        """Write the averaged weights as float16 safetensors.
-
-        Of an HQ head on the weights of the package only the head; they are there already.
-        """
-        state = {
-            key: value
-            for key, value in self.average.module.state_dict().items()
-            if in_head(key) or not self.config.hq or self.config.init
-        }
-        metadata = {"model": f"sam-gym {self.config.model}", "steps": str(self.step)}
-        save_half(state, path, metadata)
+        """Write the averaged weights as float16 safetensors."""
+        metadata = {"model": "sam-gym micro", "steps": str(self.step)}
+        save_half(self.average.module.state_dict(), path, metadata)
 
 
 def item_batches(config: Config, photos: Sequence[Sample], start: int) -> Iterator[list[TrainItem]]:
@@ -455,7 +423,7 @@ def train(config: Config) -> dict[str, float]:
         dataset = make_dataset("coco", "train", root=config.photos)
         photos = [dataset[i] for i in range(len(dataset))]
     trainer = MicroTrainer(config, device)
-    checkpoint, weights = out / "checkpoint.pt", out / f"{config.model}.safetensors"
+    checkpoint, weights = out / "checkpoint.pt", out / "micro.safetensors"
     if checkpoint.exists():
         trainer.load(checkpoint)
         print(f"Going on from step {trainer.step} of {checkpoint}.")
@@ -465,7 +433,7 @@ def train(config: Config) -> dict[str, float]:
     run_steps(trainer, batches, config.steps, out, config.save_every, _headline)
     trainer.export(weights)
 
-    backbone = Backbone(config.model, trainer.average.module, device, torch.float32)
+    backbone = Backbone("micro", trainer.average.module, device, torch.float32)
     result = evaluate(backbone, config.evaluate)
     write_json(out / "evaluation.json", result)
     print("held-out scenes:", result)

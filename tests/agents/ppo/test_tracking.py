@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from agents.ppo.distributed import ProcessGroup
 from agents.ppo.run import mlflow_run
 from agents.ppo.tracking import MlflowRun, TensorBoard
 from agents.train_ppo import main
-from sam_gym.backbones.loading import BACKBONES
 from sam_gym.version import __version__
 
 # What SQLAlchemy says to MLflow.
@@ -35,12 +35,14 @@ WATCHED = (*SHORT, "--views", "--video-every", "12")
 
 @pytest.fixture(scope="module")
 def plain(
-    build_tiny: Callable[[], Sam], arguments: Arguments, tmp_path_factory: pytest.TempPathFactory
+    build_tiny: Callable[[], Sam],
+    backbone_added: Callable[..., AbstractContextManager[None]],
+    arguments: Arguments,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A run without pictures and MLflow."""
     out = tmp_path_factory.mktemp("plain")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BACKBONES, "tiny", build_tiny)
+    with backbone_added("tiny", build=build_tiny):
         main(arguments(out, *SHORT, "--video-every", "0"))
     return out
 

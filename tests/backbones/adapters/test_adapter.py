@@ -40,7 +40,6 @@ from sam_gym.backbones.adapters.routers import (
 from sam_gym.backbones.adapters.tuning import TUNINGS, apply_tuned, trainable, tuned_weights
 from sam_gym.backbones.decode import decode_tokens
 from sam_gym.backbones.features import ImageFeatures
-from sam_gym.backbones.loading import BACKBONES
 from sam_gym.utils.digest import digest_of
 
 DOMAINS = ["one", "two", "three"]
@@ -346,10 +345,13 @@ KINDS = [
 
 @pytest.fixture
 def named(
-    tiny_checkpoint: str, build_tiny: Callable[[], Sam], monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: str,
+    build_tiny: Callable[[], Sam],
+    add_backbone: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> dict[str, Any]:
     """What `load_backbone` takes for the tiny SAM; nothing is loaded yet."""
-    monkeypatch.setitem(BACKBONES, "tiny", build_tiny)
+    add_backbone("tiny", build=build_tiny)
     monkeypatch.setattr(loading, "_loaded", {})
     return {"name": "tiny", "checkpoint": tiny_checkpoint, "device": "cpu"}
 

@@ -152,8 +152,8 @@ def test_a_lora_of_peft_is_the_product_of_the_file(tiny: Backbone) -> None:
     torch.testing.assert_close(layer(x), plain + x @ delta.T, atol=1e-5, rtol=1e-5)
 
 
-def test_an_hq_sam_tunes_its_own_head() -> None:
-    backbone = load_backbone("hq_micro", device="cpu")
+def test_an_hq_sam_tunes_its_own_head(hq_micro: str) -> None:
+    backbone = load_backbone(hq_micro, device="cpu")
     own = TUNINGS.get("hq").prepare(backbone.sam)
     pixels = pixels_of(backbone)
     torch.testing.assert_close(masks_of(own, pixels), masks_of(backbone.sam, pixels))

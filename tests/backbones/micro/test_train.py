@@ -89,32 +89,6 @@ def test_a_run_cut_off_goes_on_to_the_same_weights(
     check_export(whole / "micro.safetensors", one["average"])
 
 
-def test_the_hq_head_is_all_that_is_trained(tmp_path: Path, micro_checkpoint: str) -> None:
-    train(config(tmp_path, hq=True, init=micro_checkpoint))
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["sam"]
-    start = read_weights(Path(micro_checkpoint))
-    assert state.keys() > start.keys()
-    for key, value in start.items():
-        assert torch.equal(state[key], value), key
-    # On other weights than the package's, the file holds them too: it loads as it was trained.
-    kept = load_file(tmp_path / "hq_micro.safetensors")
-    assert kept.keys() == state.keys()
-    head = {key: value for key, value in kept.items() if key not in start}
-    assert head["mask_decoder.hf_mlp.layers.2.weight"].abs().sum() > 0
-    start = {key: kept[key] for key in start}
-    backbone = load_backbone("hq_micro", str(tmp_path / "hq_micro.safetensors"), device="cpu")
-    loaded = backbone.sam.state_dict()
-    for key, value in (start | head).items():
-        assert torch.equal(loaded[key], value.to(loaded[key].dtype)), key
-
-
-def test_on_the_weights_of_the_package_only_the_head_is_kept(tmp_path: Path) -> None:
-    trainer = MicroTrainer(Config(hq=True), torch.device("cpu"))
-    trainer.export(tmp_path / "hq_micro.safetensors")
-    kept = load_file(tmp_path / "hq_micro.safetensors")
-    assert kept.keys() == trainer.sam.state_dict().keys() - build_micro().state_dict().keys()
-
-
 def check_export(path: Path, average: dict[str, torch.Tensor]) -> None:
     """The averaged weights, in half precision, load as a backbone that segments something."""
     backbone = load_backbone("micro", checkpoint=str(path), device="cpu")

@@ -12,7 +12,6 @@ from segment_anything.modeling import Sam
 
 from benchmarks.everything.measuring import BUDGETS, WITHIN
 from benchmarks.run import main
-from sam_gym.backbones.loading import BACKBONES
 from sam_gym.data.entities import write_entities
 from sam_gym.data.synthetic.rooms.dataset import Rooms
 
@@ -21,10 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fill half of no cell")
 
 @pytest.fixture
 def arguments(
-    build_tiny: Callable[[], Sam], tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatch
+    build_tiny: Callable[[], Sam], tiny_checkpoint: str, add_backbone: Callable[..., None]
 ) -> list[str]:
     """A run of two steps on few rooms."""
-    monkeypatch.setitem(BACKBONES, "tiny", build_tiny)
+    add_backbone("tiny", build=build_tiny)
     return [
         *("everything", "--backbone", "tiny", "--checkpoint", tiny_checkpoint, "--device", "cpu"),
         *("--steps", "2", "--batch-size", "2", "--views", "1", "--train-images", "2"),

@@ -1,0 +1,234 @@
+"""The table of SAMs: one `BackboneSpec` each. `register_backbone` adds one from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
+from segment_anything.modeling import Sam
+
+from sam_gym.backbones.encoders import (
+    State,
+    build_mobile_sam,
+    build_repvit_sam,
+    mobile_sam_state,
+    repvit_sam_state,
+)
+from sam_gym.backbones.hq import build_hq_vit_b, build_hq_vit_h, build_hq_vit_l
+from sam_gym.backbones.micro.model import build_micro
+from sam_gym.utils.registry import Registry
+
+#: Names with this prefix are loaded from the Hugging Face hub: "hf:facebook/sam-vit-base".
+HUB_PREFIX = "hf:"
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """A checkpoint as its authors publish it.
+
+    Attributes:
+        url: official address.
+        sha256: SHA-256 of the file, hexadecimal.
+        megabytes: size of the file, rounded.
+    """
+
+    url: str
+    sha256: str
+    megabytes: int
+
+    @property
+    def filename(self) -> str:
+        """Name of the file under `SAM_GYM_HOME/checkpoints`."""
+        return self.url.rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec:
+    """Everything that loading, everything mode, help texts and documentation need to know of a SAM.
+
+    Attributes:
+        name: key in `BACKBONES`.
+        build: returns the model with random weights.
+        description: one line for documentation and `python -m sam_gym.backbones.download`.
+        source: paper or repository, and licence of the weights.
+        weights: file in the package, published checkpoint, or None: `load_backbone` then needs
+            `checkpoint=`.
+        convert: maps a state dict as published to one of the model, or None if they are the same.
+        thresholds: predicted IoU and stability score from which everything mode keeps a mask.
+        input_size: side of the square input frame in pixels.
+        features: names of the tensors that describe an image.
+    """
+
+    name: str
+    build: Callable[[], Sam]
+    description: str
+    source: str = ""
+    weights: Path | PublishedWeights | None = None
+    convert: Callable[[State], State] | None = None
+    thresholds: tuple[float, float] = (0.88, 0.95)
+    input_size: int = 1024
+    features: tuple[str, ...] = ("embedding",)
+
+    @property
+    def megabytes(self) -> float:
+        """Size of the weights in MB; 0 without weights."""
+        if isinstance(self.weights, Path):
+            return round(self.weights.stat().st_size / 1e6, 1)
+        return 0 if self.weights is None else self.weights.megabytes
+
+
+#: Backbone name -> its specification.
+BACKBONES: Registry[BackboneSpec] = Registry("backbone")
+
+
+def register_backbone(spec: BackboneSpec) -> BackboneSpec:
+    """Add a SAM, so that `load_backbone`, environments and commands know its name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    return BACKBONES.add(spec.name, spec)
+
+
+def find_spec(name: str) -> BackboneSpec | None:
+    """The specification of a backbone, or None for a model that no table describes."""
+    return BACKBONES.get(name) if name in BACKBONES else None
+
+
+def backbones_by_size() -> list[BackboneSpec]:
+    """All specifications, those with the smallest weights first."""
+    return sorted((spec for _, spec in BACKBONES.items()), key=lambda spec: spec.megabytes)
+
+
+def backbone_help(purpose: str) -> str:
+    """Help text of an option that takes a backbone: its purpose and the names in the table."""
+    names = ", ".join(spec.name for spec in backbones_by_size())
+    return f"{purpose}: {names}, or {HUB_PREFIX}OWNER/NAME."
+
+
+def backbone_table() -> str:
+    """The table of backbones as Markdown, for README and documentation."""
+    rows = ["| `backbone=` | model | weights | source |", "|---|---|---|---|"]
+    for spec in backbones_by_size():
+        if isinstance(spec.weights, PublishedWeights):
+            weights = f"{spec.weights.megabytes:,} MB, [download]({spec.weights.url})"
+        else:
+            weights = "`checkpoint=`" if spec.weights is None else f"{spec.megabytes} MB, bundled"
+        rows.append(f"| `{spec.name}` | {spec.description} | {weights} | {spec.source} |")
+    return "\n".join(rows)
+
+
+# The SAMs of the package ------------------------------------------------------------------------
+
+_META = "https://dl.fbaipublicfiles.com/segment_anything"
+_HQ = "https://huggingface.co/lkeab/hq-sam/resolve/main"
+_SAM_SOURCE = "[SAM](https://github.com/facebookresearch/segment-anything), Apache-2.0"
+_HQ_SOURCE = "[HQ-SAM](https://github.com/SysCV/sam-hq), Apache-2.0"
+
+for _spec in (
+    BackboneSpec(
+        name="micro",
+        build=build_micro,
+        description="Small SAM of this project, for tests, demos and CPUs",
+        source="[card](sam_gym/backbones/micro/weights/README.md), Apache-2.0",
+        weights=Path(__file__).parent / "micro" / "weights" / "micro.safetensors",
+        thresholds=(0.6, 0.8),  # best panoptic quality on val of `scenes`
+        input_size=256,
+    ),
+    BackboneSpec(
+        name="vit_b",
+        build=build_sam_vit_b,
+        description="SAM, ViT-B",
+        source=_SAM_SOURCE,
+        weights=PublishedWeights(
+            f"{_META}/sam_vit_b_01ec64.pth",
+            "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+            375,
+        ),
+    ),
+    BackboneSpec(
+        name="vit_l",
+        build=build_sam_vit_l,
+        description="SAM, ViT-L",
+        source=_SAM_SOURCE,
+        weights=PublishedWeights(
+            f"{_META}/sam_vit_l_0b3195.pth",
+            "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+            1250,
+        ),
+    ),
+    BackboneSpec(
+        name="vit_h",
+        build=build_sam_vit_h,
+        description="SAM, ViT-H",
+        source=_SAM_SOURCE,
+        weights=PublishedWeights(
+            f"{_META}/sam_vit_h_4b8939.pth",
+            "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+            2565,
+        ),
+    ),
+    BackboneSpec(
+        name="mobile_sam",
+        build=build_mobile_sam,
+        description="MobileSAM, TinyViT-5M",
+        source="[MobileSAM](https://github.com/ChaoningZhang/MobileSAM), Apache-2.0",
+        weights=PublishedWeights(
+            "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
+            "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+            41,
+        ),
+        convert=mobile_sam_state,
+    ),
+    BackboneSpec(
+        name="repvit_sam",
+        build=build_repvit_sam,
+        description="RepViT-SAM, RepViT-M2.3",
+        source="[RepViT](https://github.com/THU-MIG/RepViT), Apache-2.0",
+        weights=PublishedWeights(
+            "https://github.com/THU-MIG/RepViT/releases/download/v1.0/repvit_sam.pt",
+            "1fd2867cf669e6d89b1c91d0eb883d83ef4bcc590143dd2ca35e2705b21a4f2f",
+            110,
+        ),
+        convert=repvit_sam_state,
+    ),
+    BackboneSpec(
+        name="hq_vit_b",
+        build=build_hq_vit_b,
+        description="HQ-SAM, ViT-B",
+        source=_HQ_SOURCE,
+        weights=PublishedWeights(
+            f"{_HQ}/sam_hq_vit_b.pth",
+            "14a9d662cd6f5a9c2dba6d40ab0058d88d287e4a18fd6fdc6ad5fb1a3fdeaa57",
+            379,
+        ),
+        features=("embedding", "early"),
+    ),
+    BackboneSpec(
+        name="hq_vit_l",
+        build=build_hq_vit_l,
+        description="HQ-SAM, ViT-L",
+        source=_HQ_SOURCE,
+        weights=PublishedWeights(
+            f"{_HQ}/sam_hq_vit_l.pth",
+            "e1a6c385d62bf005ded91a54d5ec55c985cfc4103ef89c08d90f39f04934c343",
+            1255,
+        ),
+        features=("embedding", "early"),
+    ),
+    BackboneSpec(
+        name="hq_vit_h",
+        build=build_hq_vit_h,
+        description="HQ-SAM, ViT-H",
+        source=_HQ_SOURCE,
+        weights=PublishedWeights(
+            f"{_HQ}/sam_hq_vit_h.pth",
+            "a7ac14a085326d9fa6199c8c698c4f0e7280afdbb974d2c4660ec60877b45e35",
+            2571,
+        ),
+        features=("embedding", "early"),
+    ),
+):
+    register_backbone(_spec)
