@@ -134,7 +134,7 @@ def hq_micro(add_backbone: Callable[..., None], tmp_path_factory: pytest.TempPat
     """Name of an HQ-SAM with random weights, small enough to be tuned in tests."""
     path = tmp_path_factory.mktemp("weights") / "hq_micro.safetensors"
     save_file(seeded(hq_micro_sam).state_dict(), path)
-    add_backbone("hq_micro", build=hq_micro_sam, weights=path, features=("embedding", "early"))
+    add_backbone("hq_micro", build=hq_micro_sam, weights=path, features=("embedding", "hq"))
     return "hq_micro"
 
 

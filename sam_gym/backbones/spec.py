@@ -204,7 +204,7 @@ for _spec in (
             "14a9d662cd6f5a9c2dba6d40ab0058d88d287e4a18fd6fdc6ad5fb1a3fdeaa57",
             379,
         ),
-        features=("embedding", "early"),
+        features=("embedding", "hq"),
     ),
     BackboneSpec(
         name="hq_vit_l",
@@ -216,7 +216,7 @@ for _spec in (
             "e1a6c385d62bf005ded91a54d5ec55c985cfc4103ef89c08d90f39f04934c343",
             1255,
         ),
-        features=("embedding", "early"),
+        features=("embedding", "hq"),
     ),
     BackboneSpec(
         name="hq_vit_h",
@@ -228,7 +228,7 @@ for _spec in (
             "a7ac14a085326d9fa6199c8c698c4f0e7280afdbb974d2c4660ec60877b45e35",
             2571,
         ),
-        features=("embedding", "early"),
+        features=("embedding", "hq"),
     ),
 ):
     register_backbone(_spec)

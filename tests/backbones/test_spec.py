@@ -88,7 +88,7 @@ def test_specifications_describe_their_models(name: str) -> None:
     with torch.device("meta"):
         sam = spec.build()
     assert spec.input_size == sam.image_encoder.img_size
-    assert ("early" in spec.features) == hasattr(sam.mask_decoder, "hf_token")
+    assert ("hq" in spec.features) == hasattr(sam.mask_decoder, "hf_token")
     if isinstance(spec.weights, PublishedWeights):
         size = sum(v.numel() * v.element_size() for v in sam.state_dict().values()) / 1e6
         assert spec.megabytes == pytest.approx(size, rel=0.05)
