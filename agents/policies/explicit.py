@@ -206,7 +206,7 @@ class TextFeatures(ClickFeatures):
         No plane tells by its level which word is asked for: a policy would learn the words of its
         training by heart, and do nothing with others.
         """
-        maps = self._packed(observations).float()[..., 1:].unflatten(-1, self.cells)
+        maps = self.word_maps(observations).float()[..., 1:].unflatten(-1, self.cells)
         rows = torch.arange(maps.shape[0], device=maps.device)
         target = observations["target_category"].reshape(-1).long()
         scaled, own = min_max(maps), maps[rows, target]
@@ -219,7 +219,7 @@ class TextFeatures(ClickFeatures):
         planes = [scaled[rows, target], _standard(own), _standard(ahead), others.amax(dim=1)]
         return torch.stack(planes, dim=1)
 
-    def _packed(self, observations: dict[str, Tensor]) -> Tensor:
+    def word_maps(self, observations: dict[str, Tensor]) -> Tensor:
         """Maps of the observed images, (B, N, 1 + h * w), as `WordMaps` has them.
 
         They stand in the observations, or in the store, or are computed from whole images.

@@ -66,7 +66,7 @@ def test_both_forms_agree_for_any_number_of_images(
 def policy_inputs(policy: Any, handles: dict[str, np.ndarray], core: Any) -> dict[str, Any]:
     """The inputs that `inputs.json` describes, of what the environments show."""
     extractor = policy.features_extractor
-    tensors = policy._to_tensors(handles)
+    tensors, _ = policy.obs_to_tensor(handles)
     index = tensors["handle"][:, 0]
     inputs = {
         "sam_image_embeddings": core.store.gather(index, "embedding"),
@@ -75,7 +75,7 @@ def policy_inputs(policy: Any, handles: dict[str, np.ndarray], core: Any) -> dic
         "num_steps": tensors["num_steps"].long(),
     }
     if "word_maps" in ExportablePolicy(policy).inputs:
-        inputs["word_maps"] = extractor._packed(tensors).float()
+        inputs["word_maps"] = extractor.word_maps(tensors).float()
     return inputs
 
 
