@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.everything.released import released
 from benchmarks.everything.scores import (
     ALL,
     EVERYTHING,
@@ -20,7 +21,6 @@ from benchmarks.everything.scores import (
     best_of,
     best_within,
     merged,
-    released,
     without_padding,
 )
 from sam_gym.backbones import Backbone

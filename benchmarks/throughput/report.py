@@ -34,7 +34,7 @@ _PHASES = {
 }
 
 
-def write(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
+def write_report(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path) -> None:
     """Write all files and print the table of speeds.
 
     Args:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from benchmarks.interactive import benchmark as interactive
+from benchmarks.interactive import clicking
 from benchmarks.interactive.benchmark import curve_numbers
 from benchmarks.interactive.grabcut import GrabCut
 from benchmarks.run import main
@@ -82,7 +82,7 @@ def test_perfect_masks_need_one_click(
             sessions.append(Session([click], [1.0] * num_clicks, target.mask, 0.002))
         return sessions
 
-    monkeypatch.setattr(interactive, "click_out", perfect)
+    monkeypatch.setattr(clicking, "click_out", perfect)
     results = main(arguments(micro_checkpoint, tmp_path / "out", *folder(discs)))
     assert results["miou_at_k"] == [1.0, 1.0, 1.0]
     assert (results["noc85"], results["noc90"], results["nof90"]) == (1.0, 1.0, 0)

@@ -13,22 +13,21 @@ import pytest
 import torch
 
 from benchmarks.run import main
-from benchmarks.throughput import benchmark as throughput
-from benchmarks.throughput.benchmark import (
+from benchmarks.throughput import playing
+from benchmarks.throughput.benchmark import growth, linear_fit
+from benchmarks.throughput.config import ThroughputBenchmarkConfig
+from benchmarks.throughput.machine import decoder_speed
+from benchmarks.throughput.playing import (
     PHASES,
     REST,
     Chunk,
     Match,
     Played,
-    ThroughputBenchmarkConfig,
-    growth,
-    linear_fit,
     phase_timers,
     play_chunks,
     play_reference,
     play_vector,
 )
-from benchmarks.throughput.machine import decoder_speed
 from benchmarks.throughput.reference import plain_sam
 from sam_gym.backbones import loading, service
 from sam_gym.backbones.compiled import FixedShapes
@@ -155,7 +154,7 @@ def test_disagreement_is_an_error(
         played.rewards[-1] = played.rewards[-1] + 0.5
         return seconds
 
-    monkeypatch.setattr(throughput, "play_vector", wrong)
+    monkeypatch.setattr(playing, "play_vector", wrong)
     with pytest.raises(RuntimeError, match="disagree on cached"):
         main(arguments(micro_checkpoint, tmp_path / "out"))
     # The numbers are there to look into it.
@@ -173,7 +172,7 @@ def test_another_mask_of_the_reference_is_an_error(
         played.masks[-1] = ~played.masks[-1]
         return seconds
 
-    monkeypatch.setattr(throughput, "play_reference", wrong)
+    monkeypatch.setattr(playing, "play_reference", wrong)
     with pytest.raises(RuntimeError, match="disagree on cached images with 3 env"):
         main(arguments(micro_checkpoint, tmp_path / "out"))
 
@@ -195,7 +194,7 @@ def test_timers_are_exclusive_and_leave_no_trace(
         nonlocal clock
         clock += 5.0
 
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(playing.time, "perf_counter", lambda: clock)
     monkeypatch.setattr(core.store, "acquire", acquire)
     monkeypatch.setattr(core.backbone, "encode", encode)
     with phase_timers(core) as seconds:
@@ -228,7 +227,7 @@ def test_chunks_count_images_and_time_only_steps(
         play_vector(env, actions, played)
         return 0.01 * len(cores)
 
-    monkeypatch.setattr(throughput, "play_vector", play)
+    monkeypatch.setattr(playing, "play_vector", play)
     chunks = list(play_chunks(config))
     # A quarter of 20 images are held; the reset sees two, each chunk two more.
     assert [chunk.images for chunk in chunks] == list(range(4, 21, 2))
