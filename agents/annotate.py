@@ -16,6 +16,7 @@ import tyro
 from agents.annotation.files import image_files
 from agents.annotation.folder import FolderConfig, annotate_folder
 from agents.evaluate import PolicyAgent
+from agents.sharing.pull import PolicyOption
 from agents.tasks import task_of_policy
 from sam_gym.utils import cli
 
@@ -31,12 +32,12 @@ class AnnotateConfig(FolderConfig):
     `score` (SAM's predicted IoU) and the number of `clicks`. Files that cannot be read are reported
     and skipped. Run the same command again to resume an interrupted run.
 
+    Example: python -m agents.annotate --policy explicit --images PHOTOS --categories star,ring
+
     To annotate everything without an agent: `python -m agents.annotate --everything --help`.
     """
 
-    policy: str
-    """Path of a policy.zip that train_ppo wrote, hf://USER/NAME[@REVISION], or a bundled agent:
-    implicit, explicit."""
+    policy: PolicyOption
     categories: str
     """Comma-separated categories to segment."""
     min_score: float = 0.0
@@ -74,7 +75,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         from agents.annotation import everything
 
         return everything.main([arg for arg in args if arg != EVERYTHING])
-    return annotate(tyro.cli(AnnotateConfig, args=args))
+    return annotate(tyro.cli(AnnotateConfig, args=args, prog="python -m agents.annotate"))
 
 
 if __name__ == "__main__":

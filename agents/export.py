@@ -17,6 +17,7 @@ import tyro
 from torch import Tensor, nn
 
 from agents.evaluate import PolicyAgent
+from agents.sharing.pull import PolicyOption
 from agents.tasks import task_of_policy
 from sam_gym.utils import cli
 from sam_gym.utils.files import write_json
@@ -31,11 +32,11 @@ class ExportConfig:
 
     Both take the tensors that inputs.json describes, for any number of images, and return the
     logits of all actions (B, A) and the state value (B, 1).
+
+    Example: python -m agents.export --policy runs/ppo/policy.zip
     """
 
-    policy: str
-    """Path of a policy.zip that train_ppo wrote, hf://USER/NAME[@REVISION], or a bundled agent:
-    implicit, explicit."""
+    policy: PolicyOption
     out: str = "runs/export"
     """Folder for policy.onnx, policy.pt2 and inputs.json."""
     batch: int = 4
@@ -181,7 +182,7 @@ def _median_seconds(work: Callable[..., Any], inputs: Sequence[Tensor], repeats:
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line."""
-    return export(tyro.cli(ExportConfig, args=args))
+    return export(tyro.cli(ExportConfig, args=args, prog="python -m agents.export"))
 
 
 if __name__ == "__main__":

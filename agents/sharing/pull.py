@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from agents.policies.saved import SHIPPED
-from agents.sharing.repository import (
-    CARD,
-    POLICY,
-    PREFIX,
-    RUN_FILES,
-    check_repo_name,
-    hub_errors,
-)
+from agents.sharing.repository import CARD, POLICY, PREFIX, RUN_FILES, check_repo_name, hub_errors
 from sam_gym.utils.files import write_atomic
+
+#: Type of an option that names a policy, as `local_policy` takes it.
+PolicyOption = Annotated[
+    str,
+    tyro.conf.arg(
+        help="Path of a policy.zip that train_ppo wrote, hf://USER/NAME[@REVISION], or a bundled "
+        f"agent: {', '.join(SHIPPED)}."
+    ),
+]
 
 
 @dataclass
