@@ -21,22 +21,22 @@ from sam_gym.backbones import load_backbone
 from sam_gym.backbones.embeddings.store import shared_store
 from sam_gym.utils.registry import Registry, unknown_name
 
-#: Policy name -> class, as `--policy` takes it.
+#: Policy name, as `--policy` takes it -> class.
 POLICIES: Registry[type[SamPolicy]] = Registry("policy")
 PRECISIONS = ("32-true", "bf16-mixed")
-#: Logit of an action of probability 0; finite, so that exported policies can be compared.
+#: Logit of an impossible action; finite, so that exported policies can be compared.
 NEVER = -1e9
 _COMPUTATION = ("precision", "gradient_checkpointing")
 
 
 class StoredFeatures(BaseFeaturesExtractor):
-    """Features (B, width, h, w) of SAM's embedding, gathered from the store of this process.
+    """Base class of features (B, width, h, w) of SAM's embedding, from this process's store.
 
-    The frozen SAM is not part of this module, so neither gradients nor checkpoints touch it.
+    The frozen SAM is not a submodule: gradients and checkpoints do not touch it.
 
     Args:
         observation_space: of an environment, with `obs="full"` or `obs="handle"`.
-        backbone: name, checkpoint, device and dtype of the SAM, as `load_backbone` takes them.
+        backbone: arguments of `load_backbone`.
         width: feature channels.
     """
 
@@ -48,17 +48,17 @@ class StoredFeatures(BaseFeaturesExtractor):
         self.store = shared_store(self.backbone)
         #: (h, w) of the embedding.
         self.cells: tuple[int, int] = self.backbone.embedding_shape[1:]
-        #: Whether the policy learns, and does not just play (see `SamPolicy.playing`).
+        #: Whether the policy is being trained (see `SamPolicy.playing`).
         self.learning = False
 
     def embedding(self, observations: dict[str, Tensor]) -> Tensor:
-        """Embedding (B, C, h, w) of either observation form."""
+        """Return the embedding (B, C, h, w) of full or handle observations."""
         if "handle" in observations:
             return self.store.gather(observations["handle"][:, 0], "embedding")
         return observations["sam_image_embeddings"]
 
     def plane(self, observations: dict[str, Tensor], name: str) -> Tensor:
-        """A map of either observation form, 0 to 1: (B, 1, h, w)."""
+        """Return a map, 0 to 1, of full or handle observations: (B, 1, h, w)."""
         values = observations[name][:, None].float()
         if "handle" in observations:
             return values / 255.0
@@ -66,7 +66,7 @@ class StoredFeatures(BaseFeaturesExtractor):
 
 
 class SplitFeatures(nn.Module):
-    """Hands the feature map to the action head, and its pooled form to the value head."""
+    """Passes the feature map to the action head, and its pooled form to the value head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -84,27 +84,28 @@ class SplitFeatures(nn.Module):
 
 
 def pooled(features: Tensor) -> Tensor:
-    """Mean and maximum over all places: (B, width, h, w) -> (B, 2 * width)."""
+    """Pool mean and maximum over all cells: (B, width, h, w) -> (B, 2 * width)."""
     return torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
 
 
 class SamPolicy(ActorCriticPolicy):
-    """An actor-critic over one map of features, for observations as the environments give them.
+    """Base class of policies: an actor-critic over one feature map.
 
-    A policy adds its features, and an action head that reads logits off them.
+    It takes observations as the environments return them. A subclass sets `extractor_class`, builds
+    its action head in `_build`, and says in `action_config` which environments it fits.
 
     Args:
         observation_space, action_space, lr_schedule: as SB3 passes them.
-        features: arguments of `extractor_class` (names and numbers only, since SB3 pickles them).
+        features: arguments of `extractor_class`; names and numbers only, since SB3 pickles them.
         precision: "32-true", or "bf16-mixed" for features in bfloat16; weights, heads and
             probabilities are float32.
-        gradient_checkpointing: compute features twice instead of keeping what backward needs.
+        gradient_checkpointing: recompute features in the backward pass to save memory.
     """
 
     extractor_class: type[StoredFeatures]
-    #: Whether the features need the pixels of observations in full form.
+    #: Whether the features need the pixels of full observations.
     needs_image = False
-    #: Arguments that a saved policy keeps, beside those of SB3.
+    #: Arguments that a saved policy holds, in addition to SB3's.
     arguments: tuple[str, ...] = ("features", *_COMPUTATION)
 
     def __init__(
@@ -136,11 +137,11 @@ class SamPolicy(ActorCriticPolicy):
         return data | {name: getattr(self, name) for name in self.arguments}
 
     def _build_heads(self, action_net: nn.Module, num_choices: int, lr_schedule: Schedule) -> None:
-        """Take an action head over so many choices; add the value head and the optimizer."""
-        # SB3 has made one over all actions.
+        """Set the action head, its distribution, the value head and the optimizer."""
+        # Replaces SB3's distribution over all actions.
         self.action_dist = CategoricalDistribution(num_choices)
         self.action_net = action_net
-        # Small logits at first: every action is about as likely as any other.
+        # Small logits: all actions are about equally likely at first.
         for layer in cast(Any, action_net).last_layers():
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
@@ -158,7 +159,7 @@ class SamPolicy(ActorCriticPolicy):
         """
         raise NotImplementedError
 
-    # SB3 would turn observations into one-hot codes and floats first; the extractor takes them raw.
+    # SB3 would preprocess observations (one-hot, float images); the extractor takes them raw.
 
     def extract_features(self, obs: PyTorchObs, features_extractor: Any = None) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16-mixed"):
@@ -169,17 +170,17 @@ class SamPolicy(ActorCriticPolicy):
         return cast(Tensor, features).float()
 
     def _choice_logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
-        """Logits (B, choices) of what the distribution is over, and state values (B, 1)."""
+        """Return logits (B, choices) of the distribution, and state values (B, 1)."""
         latent_pi, latent_vf = self.mlp_extractor(self.extract_features(obs))
         return self._allowed(self.action_net(latent_pi), obs), self.value_net(latent_vf)
 
     def _allowed(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
-        """Logits with `NEVER` for choices that make no sense."""
+        """Return the logits with `NEVER` for impossible choices."""
         del obs
         return logits
 
     def _judged(self, obs: PyTorchObs) -> tuple[Distribution, Tensor]:
-        """The distribution of choices, and state values (B, 1)."""
+        """Return the distribution over choices, and state values (B, 1)."""
         logits, values = self._choice_logits_and_value(obs)
         return self.action_dist.proba_distribution(action_logits=logits), values
 
@@ -199,33 +200,33 @@ class SamPolicy(ActorCriticPolicy):
         return self._to_actions(super()._predict(observation, deterministic), observation)
 
     def _to_actions(self, choices: Tensor, obs: PyTorchObs) -> Tensor:
-        """Actions (B,) of the environment."""
+        """Convert choices to actions (B,) of the environment."""
         del obs
         return choices
 
     def _to_choices(self, actions: Tensor) -> Tensor:
-        """What the distribution is over (B,)."""
+        """Convert actions to the choices (B,) that the distribution is over."""
         return actions
 
     def logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
-        """Logits float32 (B, A) of all actions of the environment, and state values (B, 1)."""
+        """Return logits float32 (B, A) of all actions, and state values (B, 1)."""
         return self._choice_logits_and_value(obs)
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         return self.value_net(self.mlp_extractor.forward_critic(self.extract_features(obs)))
 
     def set_categories(self, categories: Sequence[str]) -> None:
-        """Say which names the categories of the environment have from now on."""
+        """Set the names of the environment's categories."""
 
     def set_learning(self, learning: bool) -> None:
-        """Say whether the policy learns; some features hide something from one that does."""
+        """Set whether the policy is being trained; some features augment their inputs then."""
         for module in self.modules():
             if isinstance(module, StoredFeatures):
                 module.learning = learning
 
     @contextmanager
     def playing(self) -> Iterator[None]:
-        """Play as well as the policy can, even while it learns."""
+        """Act without training-time augmentations in this context."""
         learning = cast(StoredFeatures, self.features_extractor).learning
         self.set_learning(False)
         try:
@@ -234,27 +235,27 @@ class SamPolicy(ActorCriticPolicy):
             self.set_learning(learning)
 
     def get_value(self, obs: dict[str, Any]) -> Tensor:
-        """State values, float32 (B, 1), for CleanRL-style loops.
+        """Return state values float32 (B, 1), for CleanRL-style loops.
 
         Args:
             obs: a batch of observations, arrays or tensors.
         """
-        return self.predict_values(self._to_tensors(obs))
+        return self.predict_values(self.to_tensors(obs))
 
     def get_action_and_value(
         self, obs: dict[str, Any], action: Tensor | None = None, *, deterministic: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sample (or judge) actions, for CleanRL-style loops.
+        """Sample or evaluate actions, for CleanRL-style loops.
 
         Args:
             obs: a batch of observations, arrays or tensors.
-            action: int64 (B,), actions to judge instead of sampling.
-            deterministic: the most likely action instead of a sample.
+            action: int64 (B,), actions to evaluate instead of sampling.
+            deterministic: take the most likely action instead of sampling.
 
         Returns:
             action int64 (B,), log-probability (B,), entropy (B,), value (B, 1).
         """
-        tensors = self._to_tensors(obs)
+        tensors = self.to_tensors(obs)
         distribution, values = self._judged(tensors)
         if action is None:
             choice = distribution.get_actions(deterministic=deterministic)
@@ -265,7 +266,8 @@ class SamPolicy(ActorCriticPolicy):
         assert entropy is not None
         return action, distribution.log_prob(choice), entropy, values
 
-    def _to_tensors(self, obs: dict[str, Any]) -> dict[str, Tensor]:
+    def to_tensors(self, obs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return a batch of observations as tensors on the policy's device."""
         return {
             key: torch.as_tensor(np.asarray(value) if not torch.is_tensor(value) else value).to(
                 self.device

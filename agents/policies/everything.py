@@ -22,14 +22,14 @@ from sam_gym.envs.everything import MAPS
 
 
 class EverythingFeatures(StoredFeatures):
-    """What the policy sees: float32 (B, width, h, w), aligned with SAM's embedding.
+    """Features of the policy: float32 (B, width, h, w), aligned with SAM's embedding.
 
-    The image embedding, alone and where nothing is covered yet; the maps of what was kept; how
-    much of each cell was tried; and the share of the budget that is used up.
+    They mix the image embedding; the same outside of covered areas; the maps of kept masks; the
+    fraction of each cell that was tried; and the fraction of the budget that is spent.
 
     Args:
         observation_space: of `SamEverything-v0`, with `obs="full"` or `obs="handle"`.
-        backbone: name, checkpoint, device and dtype of the SAM, as `load_backbone` takes them.
+        backbone: arguments of `load_backbone`.
         budget: points per episode, to scale their number.
         width: feature channels.
     """
@@ -68,18 +68,18 @@ class EverythingFeatures(StoredFeatures):
 
 
 def was_tried(observations: dict[str, Tensor]) -> Tensor:
-    """Which cells of the grid were tried, of either observation form: bool (B, grid, grid)."""
+    """Return which cells of the grid were tried: bool (B, grid, grid)."""
     return observations["tried"] > 0
 
 
 class PixelShuffleHead(nn.Module):
-    """A logit for every cell of a grid that may be finer than the features; stop from all of them.
+    """A logit per cell of a grid that may be finer than the features, and one for stop.
 
     Args:
         width: channels of the features.
         cells: rows and columns of the features.
         grid: rows and columns of the points.
-        num_others: choices beyond points: stop, or none.
+        num_others: number of other choices: 1 with stop, or 0.
     """
 
     def __init__(self, width: int, cells: tuple[int, int], grid: int, num_others: int) -> None:
@@ -90,7 +90,7 @@ class PixelShuffleHead(nn.Module):
         self.others = nn.Linear(2 * width, num_others) if num_others else None
 
     def last_layers(self) -> list[nn.Module]:
-        """The layers that give the logits."""
+        """Return the layers that output the logits."""
         return [self.points] if self.others is None else [self.points, self.others]
 
     def forward(self, features: Tensor) -> Tensor:
@@ -103,9 +103,9 @@ class PixelShuffleHead(nn.Module):
 
 @POLICIES.register("everything")
 class EverythingPolicy(SamPolicy):
-    """Chooses the next point, or to stop, by SAM's embedding and what was found so far.
+    """Chooses the next point, or stops, by SAM's embedding and the masks found so far.
 
-    A point that was tried is never chosen again.
+    It never tries a point twice.
 
     Args:
         observation_space, action_space, lr_schedule: as SB3 passes them.

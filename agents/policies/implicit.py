@@ -39,16 +39,15 @@ def check_head(head: str, where: str) -> None:
 
 
 class ClickFeatures(StoredFeatures):
-    """What the implicit agent sees: float32 (B, width, h, w), aligned with SAM's embedding.
+    """Features of the implicit policy: float32 (B, width, h, w), aligned with SAM's embedding.
 
-    The image embedding, modulated by the target category, enters three times: as it is, times the
-    current mask probability, and with the mask and the step beside it (AlignSAM's implicit branch,
-    made convolutional).
+    A convolutional form of AlignSAM's implicit branch. It mixes the image embedding, modulated by
+    the target category; the same times the current mask probability; the mask; and the step.
 
     Args:
         observation_space: of `SamSeg-v0`, with `obs="full"` or `obs="handle"`.
-        backbone: name, checkpoint, device and dtype of the SAM, as `load_backbone` takes them.
-        vocabulary: category names that the policy knows; others share one "unknown".
+        backbone: arguments of `load_backbone`.
+        vocabulary: category names that the policy knows; all others share one "unknown".
         categories: category names of the environment, in the order of `target_category`.
         max_steps: actions per episode, to scale the step.
         width: feature channels.
@@ -67,7 +66,7 @@ class ClickFeatures(StoredFeatures):
         channels = self.backbone.embedding_shape[0]
         self.max_steps, self.vocabulary = max_steps, tuple(vocabulary)
         self.has_cue = "cue_click" in observation_space.spaces
-        # Word 0 is "unknown": it modulates nothing and is never trained.
+        # Word 0 is "unknown": no modulation, never trained.
         self.modulation = nn.Embedding(1 + len(self.vocabulary), 2 * width, padding_idx=0)
         nn.init.normal_(self.modulation.weight, std=0.3)
         with torch.no_grad():
@@ -86,7 +85,7 @@ class ClickFeatures(StoredFeatures):
         self.set_categories(categories)
 
     def set_categories(self, categories: Sequence[str]) -> None:
-        """Say which names the numbers in `target_category` stand for from now on."""
+        """Set the names that the numbers in `target_category` stand for."""
         index = {name: 1 + k for k, name in enumerate(self.vocabulary)}
         words = [index.get(name, 0) for name in categories]
         self.words = torch.tensor(words, dtype=torch.long, device=self.modulation.weight.device)
@@ -99,12 +98,12 @@ class ClickFeatures(StoredFeatures):
         return self.mix(torch.cat(self._planes(image, mask, observations), dim=1))
 
     def _modulated(self, embedding: Tensor, target: Tensor) -> Tensor:
-        """Image features (B, C, h, w) of an embedding, as they matter for words (B,)."""
+        """Return image features (B, C, h, w) of an embedding, modulated by words (B,)."""
         gain, bias = self.modulation(target)[:, :, None, None].chunk(2, dim=1)
         return F.relu(self.reduce(embedding) * (1 + gain) + bias)
 
     def _planes(self, image: Tensor, mask: Tensor, observations: dict[str, Tensor]) -> list[Tensor]:
-        """Image features (B, C, h, w) with all that is known of the episode so far."""
+        """Return image features (B, C, h, w) and planes of mask, step and cue."""
         step = observations["num_steps"].reshape(-1, 1, 1, 1).float() / self.max_steps
         planes = [image, image * mask, mask, step.expand_as(mask)]
         if self.has_cue:
@@ -112,11 +111,11 @@ class ClickFeatures(StoredFeatures):
         return planes
 
     def _image(self, observations: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Embedding (B, C, h, w) and mask probability (B, 1, h, w) of either observation form."""
+        """Return embedding (B, C, h, w) and mask probability (B, 1, h, w)."""
         return self.embedding(observations), self.plane(observations, "sam_pred_mask_prob")
 
     def _cue_plane(self, cue: Tensor) -> Tensor:
-        """A soft spot at the cue click: (B, 1, h, w)."""
+        """Return a Gaussian at the cue click: (B, 1, h, w)."""
         height, width = self.cells
         ys = (torch.arange(height, device=cue.device) + 0.5) / height
         xs = (torch.arange(width, device=cue.device) + 0.5) / width
@@ -126,7 +125,7 @@ class ClickFeatures(StoredFeatures):
 
 
 class SpatialHead(nn.Module):
-    """Click logits read off the feature map, place by place; stop and undo from the pooled map."""
+    """Click logits from each cell of the feature map; stop and undo from the pooled map."""
 
     def __init__(self, width: int, grid: int, polarities: int, num_others: int) -> None:
         super().__init__()
@@ -135,7 +134,7 @@ class SpatialHead(nn.Module):
         self.others = nn.Linear(2 * width, num_others) if num_others else None
 
     def last_layers(self) -> list[nn.Module]:
-        """The layers that give the logits."""
+        """Return the layers that output the logits."""
         return [self.clicks] if self.others is None else [self.clicks, self.others]
 
     def forward(self, features: Tensor) -> Tensor:
@@ -146,10 +145,10 @@ class SpatialHead(nn.Module):
 
 
 class Recalibration(nn.Module):
-    """Tells for every cell whether it belongs to the target: logits (B, h, w).
+    """Segments the target at the resolution of the features: logits (B, h, w).
 
-    AlignSAM's module sees the embedding times the mask so far (and, told in words, times the map of
-    the word); so do the features of its policy, hence it is a second trunk of their form.
+    AlignSAM's module takes the embedding times the current mask (and, with words, times the map of
+    the word). The policy's features do too, so the module is a second copy of them with a head.
     """
 
     def __init__(self, features: ClickFeatures) -> None:
@@ -163,17 +162,17 @@ class Recalibration(nn.Module):
 
 @POLICIES.register("implicit")
 class ImplicitPolicy(SamPolicy):
-    """The implicit agent: SAM's own features tell where to click, no language model.
+    """The implicit agent: it clicks by SAM's features alone, without a language model.
 
     After AlignSAM (Huang et al., CVPR 2024), with a spatial action head.
 
     Args:
         observation_space, action_space, lr_schedule: as SB3 passes them.
-        features: arguments of `ClickFeatures` (names and numbers only, since SB3 pickles them).
+        features: arguments of `ClickFeatures`; names and numbers only, since SB3 pickles them.
         grid: clicks fall on grid x grid cells.
-        others: actions beyond clicks, in their order: "stop", "undo".
-        recalibrate: choose among places only; a module that learns from targets (see
-            `agents.policies.recalibration`) says whether a click there is positive.
+        others: actions other than clicks, in order: "stop", "undo".
+        recalibrate: choose among places only; a module trained on targets (see
+            `agents.policies.recalibration`) labels the click positive or negative.
         **kwargs: as `SamPolicy` takes them.
     """
 
@@ -208,7 +207,7 @@ class ImplicitPolicy(SamPolicy):
         self.mlp_extractor = SplitFeatures(width)  # type: ignore[assignment]
         head = SpatialHead(width, self.grid, polarities, num_others)
         self._build_heads(head, num_choices, lr_schedule)
-        # After the optimizer: rewards do not teach it.
+        # After the optimizer: PPO does not train this module.
         if self.recalibrate:
             features = cast(ClickFeatures, self.make_features_extractor())
             self.recalibration = Recalibration(features)
@@ -216,13 +215,13 @@ class ImplicitPolicy(SamPolicy):
     def action_config(self, num_actions: int) -> dict[str, Any]:
         extractor = cast(ClickFeatures, self.features_extractor)
         own = {"grid": self.grid, "target": "instance" if extractor.has_cue else "category"}
-        # Whoever makes a policy by hand may leave its other actions without names.
+        # A policy made by hand may have unnamed other actions.
         if self.others or cast(Any, self.action_space).n != num_actions:
             own |= {name: name in self.others for name in ("stop", "undo")}
         return own
 
     def _to_actions(self, choices: Tensor, obs: PyTorchObs) -> Tensor:
-        """Actions (B,) of the environment; the recalibration labels places."""
+        """Convert choices to actions (B,); the recalibration labels places."""
         if self.recalibration is None:
             return choices
         places = self.grid**2
@@ -230,7 +229,7 @@ class ImplicitPolicy(SamPolicy):
         return choices + places * (negative | (choices >= places))
 
     def _to_choices(self, actions: Tensor) -> Tensor:
-        """What the distribution is over (B,): with a recalibration, places without their label."""
+        """Convert actions to choices (B,): with a recalibration, places without labels."""
         if self.recalibration is None:
             return actions
         places = self.grid**2
@@ -238,14 +237,14 @@ class ImplicitPolicy(SamPolicy):
 
     @torch.no_grad()
     def _is_negative(self, obs: PyTorchObs) -> Tensor:
-        """Whether the recalibration calls each place background: bool (B, grid * grid)."""
+        """Return whether the recalibration labels each place negative: bool (B, grid * grid)."""
         assert self.recalibration is not None
         return F.adaptive_avg_pool2d(self.recalibration(obs), self.grid).flatten(1) < 0.0
 
     def logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
-        """Logits float32 (B, A) of all actions of the environment, and state values (B, 1).
+        """Return logits float32 (B, A) of all actions, and state values (B, 1).
 
-        With a recalibration, a click of the polarity that it does not give has `NEVER`.
+        With a recalibration, clicks of the other label have `NEVER`.
         """
         logits, value = self._choice_logits_and_value(obs)
         if self.recalibration is None:
@@ -257,7 +256,7 @@ class ImplicitPolicy(SamPolicy):
         return torch.cat([*signed, logits[:, places:]], dim=1), value
 
     def set_categories(self, categories: Sequence[str]) -> None:
-        """Say which names the numbers in `target_category` stand for from now on."""
+        """Set the names that the numbers in `target_category` stand for."""
         cast(ClickFeatures, self.features_extractor).set_categories(categories)
         if self.recalibration is not None:
             self.recalibration.features.set_categories(categories)

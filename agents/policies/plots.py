@@ -53,7 +53,7 @@ def draw_policy_plots(
     observations, _ = env.reset(seed=seed, options=task.reset_options(core))
     for _ in range(min(clicks, env_config.max_episode_steps - 1)):
         observations, *_ = env.step(agent.act(core, observations))
-    tensors = agent.policy._to_tensors(observations)
+    tensors = agent.policy.to_tensors(observations)
     with agent.policy.playing():
         chances = agent.policy.logits_and_value(tensors)[0].softmax(dim=1)
     words = _word_planes(agent.policy.features_extractor, tensors)

@@ -1,8 +1,8 @@
-"""Semantic recalibration: the policy chooses where to click, a segmenter whether it is inside.
+"""Semantic recalibration: the policy chooses where to click, a segmenter the click's label.
 
-After the semantic recalibration module of AlignSAM (Huang et al., CVPR 2024): it sees what the
-policy sees through weights of its own, and learns from the training targets by Dice and binary
-cross-entropy. The policy is left with places, half as many actions.
+After the semantic recalibration module of AlignSAM (Huang et al., CVPR 2024). The module has its
+own copy of the policy's features and learns from the training targets with Dice and binary
+cross-entropy losses. The policy chooses among places only, half as many actions.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from sam_gym.envs.click import ClickCore
 
 
 def recalibration_loss(logits: Tensor, target: Tensor, scored: Tensor) -> Tensor:
-    """Dice and binary cross-entropy, averaged over a batch: a scalar.
+    """Return the sum of Dice and binary cross-entropy losses, averaged over a batch.
 
     Args:
         logits: (B, h, w).
-        target: share of each cell that belongs to the target, 0 to 1 (B, h, w).
-        scored: share of each cell that counts, 0 to 1 (B, h, w).
+        target: fraction of each cell that belongs to the target, 0 to 1 (B, h, w).
+        scored: fraction of each cell that is scored, 0 to 1 (B, h, w).
     """
     each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     cross_entropy = (each * scored).sum(dim=(1, 2)) / scored.sum(dim=(1, 2)).clamp(min=1.0)
@@ -38,16 +38,16 @@ def recalibration_loss(logits: Tensor, target: Tensor, scored: Tensor) -> Tensor
 
 
 class TrainRecalibration(BaseCallback):
-    """Teaches the recalibration of a policy from what its slots show, after each step.
+    """Trains the recalibration module of a policy after each environment step.
 
     Args:
-        policy: with a recalibration.
-        core: the slots, with their targets.
+        policy: with a recalibration module.
+        core: the sub-environments, with their targets.
         updates: optimizer steps per step of the environments (the paper: 1 for the implicit agent,
             5 for the explicit one).
-        learning_rate: Adam's, which does not fall.
+        learning_rate: Adam's, constant.
         max_grad_norm: bound on the norm of the gradients.
-        ranks: the processes of the run, each with as many slots.
+        ranks: the processes of the run, with equally many sub-environments each.
     """
 
     def __init__(
@@ -67,15 +67,15 @@ class TrainRecalibration(BaseCallback):
         share_gradients(self.optimizer, ranks, max_grad_norm)
 
     def get_state(self) -> dict[str, Any]:
-        """The optimizer, for `set_state`; the weights are among the policy's."""
+        """Return the optimizer's state, for `set_state`; the policy holds the weights."""
         return self.optimizer.state_dict()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from `get_state`."""
+        """Restore the state that `get_state` returned."""
         self.optimizer.load_state_dict(state)
 
     def _on_step(self) -> bool:
-        # The slots have moved on already: what is observed now belongs to their targets now.
+        # The core is one step ahead, and so are the new observations and its targets.
         observations = obs_as_tensor(self.locals["new_obs"], self.model.device)
         for _ in range(self.updates):
             logits = self.module(observations)

@@ -1,4 +1,4 @@
-"""What a training run watches: progress, periodic evaluation, pictures."""
+"""Callbacks of a training run: pinned embeddings, progress, periodic evaluation, pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sam_gym.utils.progress import ProgressBar
 
 
 class PinRolloutsCallback(BaseCallback):
-    """Keeps every embedding that a rollout refers to until the update after it has ended."""
+    """Pins the embeddings of a rollout in the store until its update is over."""
 
     def __init__(self, store: EmbeddingStore) -> None:
         super().__init__()
@@ -35,18 +35,18 @@ class PinRolloutsCallback(BaseCallback):
 
 
 class MonitorCallback(BaseCallback):
-    """Progress bar, mean IoU of finished episodes, periodic evaluation and pictures.
+    """Shows progress, records the IoU of finished episodes, evaluates periodically, and draws.
 
-    None of the functions that it is given may touch the random numbers of the training.
+    The functions passed in must not draw from the random generators of the training.
 
     Args:
-        total_timesteps: length of the run, for the bar.
+        total_timesteps: length of the run, for the progress bar.
         evaluate_every: environment steps between evaluations.
-        evaluate: called without arguments, returns the mean IoU on validation data.
+        evaluate: returns the mean IoU on validation data.
         ranks: the processes of the run; the first one evaluates, draws and shows the bar.
-        draw: called with the environment steps so far after each evaluation, returns a picture.
-        film_every: finished training episodes between films; 0 for none.
-        film: called with the environment steps so far, returns an animation.
+        draw: takes the number of environment steps, after each evaluation; returns a picture.
+        film_every: finished training episodes between films; 0: no films.
+        film: takes the number of environment steps; returns an animation.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class MonitorCallback(BaseCallback):
         #: (environment steps, mean IoU on validation episodes).
         self.eval_curve: list[tuple[int, float]] = []
         self._due = evaluate_every
-        #: When the run would have begun, had it never stopped, on the clock of `time.monotonic`.
+        #: Start of the run on the clock of `time.monotonic`, without interruptions.
         self.started = time.monotonic()
         self.bar = ProgressBar(disable=not ranks.is_first)
 
     def get_state(self) -> dict[str, Any]:
-        """The course of the run so far, for `set_state`."""
+        """Return the curves and counters, for `set_state`."""
         return {
             "recent": list(self.recent),
             "train_curve": self.train_curve,
@@ -87,7 +87,7 @@ class MonitorCallback(BaseCallback):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from `get_state`."""
+        """Restore the state that `get_state` returned."""
         self.recent.extend(state["recent"])
         self.train_curve[:], self.eval_curve[:] = state["train_curve"], state["eval_curve"]
         self._due = state["due"]
@@ -130,7 +130,7 @@ class MonitorCallback(BaseCallback):
         self._episodes_before = self._episodes
 
     def evaluate_now(self) -> None:
-        """Evaluate the policy as it is and note the result."""
+        """Evaluate the policy and record the result."""
         value = self.evaluate()
         self.eval_curve.append((self.num_timesteps, value))
         self.logger.record("eval/iou", value)

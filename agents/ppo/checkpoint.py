@@ -1,7 +1,7 @@
-"""A training run as a file: what it takes to go on exactly where it was.
+"""Checkpoints of a training run.
 
-A checkpoint is taken where a rollout begins, so that no rollout is in it. On a CPU the run then
-goes on bit for bit as if it had never stopped; on a GPU, up to what its kernels leave open.
+A checkpoint is taken at the start of a rollout, so it holds no rollout. Resuming is bit-exact on a
+CPU; on a GPU, up to nondeterministic kernels.
 """
 
 from __future__ import annotations
@@ -24,31 +24,32 @@ from agents.ppo.sb3 import progress, rollout_start, set_progress, set_rollout_st
 from agents.ppo.vec_env import VectorEnvAdaptor
 from sam_gym.utils.files import write_atomic
 
-#: How many checkpoints are kept: the newest, and the one before in case that one is damaged.
+#: Number of checkpoints kept: the newest, and the previous one in case the newest is damaged.
 KEPT = 2
-#: Settings that may differ between a run and its resumption: where its own files and the data lie,
-#: how much memory is used, pictures, tracking, checkpoints, and the device.
+#: Options that may change when a run is resumed: paths, memory limits, pictures, tracking,
+#: checkpoint frequency and device.
 FREE_OPTIONS = (
     *("out", "resume", "checkpoint_every", "policy_plots", "video_every"),
     *("mlflow", "mlflow_uri", "mlflow_experiment", "register_model"),
     *("env_config.data", "env_config.device"),
     *("env_config.cache_mib", "env_config.store_gib", "env_config.disk_gib"),
 )
-#: What was recorded but not yet written: SB3 writes what an update logs after the next rollout.
+#: Attributes of SB3's logger with values not written yet: those of an update are written after the
+#: next rollout.
 _PENDING = ("name_to_value", "name_to_count", "name_to_excluded")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a folder, the newest first."""
+    """Return the checkpoints of a folder, the newest first."""
     return sorted(folder.glob("*.ckpt"), reverse=True)
 
 
 def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint whole or not at all, and delete those that are no longer needed.
+    """Write a checkpoint atomically and delete outdated ones.
 
     Args:
-        folder: of the run's checkpoints; nobody else may write there.
-        state: with the environment steps so far as `step`.
+        folder: of the run's checkpoints; no other process may write there.
+        state: of the run; its `step` is the number of environment steps.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
@@ -63,17 +64,17 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> Path:
 
 
 def newest_checkpoint(folder: Path) -> dict[str, Any]:
-    """The newest checkpoint that is whole; says so if a newer one is damaged.
+    """Return the newest intact checkpoint; print the paths of damaged ones.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no intact checkpoint.
     """
     for path in checkpoints(folder):
         content = path.read_bytes()
         digest, body = content[:32], content[32:]
         if hashlib.sha256(body).digest() == digest:
             return torch.load(io.BytesIO(body), map_location="cpu", weights_only=False)
-        print(f"{path} is damaged: going back to the checkpoint before it.")
+        print(f"{path} is damaged: trying the checkpoint before it.")
     raise FileNotFoundError(
         f"{folder}: no checkpoint to resume from. Delete the folder and start the run without "
         "--resume."
@@ -100,7 +101,7 @@ def check_same_config(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 class HasState(Protocol):
-    """A part of a run that a checkpoint keeps."""
+    """A part of a run whose state checkpoints hold."""
 
     def get_state(self) -> dict[str, Any]: ...
 
@@ -108,17 +109,17 @@ class HasState(Protocol):
 
 
 class Checkpoint(BaseCallback):
-    """Writes checkpoints, and puts a run back to where one was taken.
+    """Writes checkpoints and restores runs from them.
 
-    It has to be the first callback: what the others do at the beginning of a rollout is done again
-    after resuming, with the same outcome.
+    Must be the first callback: after resuming, the others repeat what they do at the start of a
+    rollout, with the same outcome.
 
     Args:
         folder: for the checkpoints.
-        settings: of the run, as nested dicts.
-        every: environment steps between checkpoints.
-        env: the environments of this rank.
-        parts: by name, what else of the run has a state to keep.
+        config: of the run, as nested dicts.
+        every: environment steps between checkpoints; the first one follows the first rollout.
+        env: the sub-environments of this rank.
+        parts: name -> other part of the run with a state.
     """
 
     model: DistributedPPO
@@ -126,16 +127,15 @@ class Checkpoint(BaseCallback):
     def __init__(
         self,
         folder: Path,
-        settings: Mapping[str, Any],
+        config: Mapping[str, Any],
         every: int,
         env: VecMonitor,
         parts: Mapping[str, HasState],
     ) -> None:
         super().__init__()
-        self.folder, self.settings, self.every = folder, settings, every
+        self.folder, self.config, self.every = folder, config, every
         self.env, self.parts = env, parts
         self.envs = cast(VectorEnvAdaptor, env.venv)
-        # The first one follows the first rollout.
         self._due = 1
 
     def _on_step(self) -> bool:
@@ -150,23 +150,23 @@ class Checkpoint(BaseCallback):
                 write_checkpoint(self.folder, state)
 
     def get_state(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on; all ranks must call this."""
+        """Return the state of the whole run; all ranks must call this."""
         model = self.model
         return {
             "step": model.num_timesteps,
-            "settings": dict(self.settings),
+            "settings": dict(self.config),
             "threads": torch.get_num_threads(),
             "parameters": model.get_parameters(),
             "progress": progress(model),
             "pending": {name: dict(getattr(model.logger, name)) for name in _PENDING},
-            "slots": [slot for own in model.ranks.gather(self._slots()) for slot in own],
+            "slots": [row for own in model.ranks.gather(self._env_states()) for row in own],
             "parts": {name: part.get_state() for name, part in self.parts.items()},
             "due": self._due,
             "rng": _rng_state(model.device),
         }
 
-    def _slots(self) -> list[dict[str, Any]]:
-        """The state of each slot of this rank."""
+    def _env_states(self) -> list[dict[str, Any]]:
+        """Return the state of each sub-environment of this rank."""
         _, starts = rollout_start(self.model)
         return [
             {
@@ -182,41 +182,41 @@ class Checkpoint(BaseCallback):
         ]
 
     def restore(self, model: DistributedPPO, state: Mapping[str, Any]) -> None:
-        """Put a run that is set up but not begun to where a checkpoint was taken.
+        """Restore a run that is set up but not started.
 
         Args:
-            model: made with the same settings; its logger is set already.
+            model: made with the same config; its logger must be set.
             state: of the checkpoint.
 
         Raises:
             ValueError: the dataset has changed.
         """
-        # Sums are split by threads, so their number shows in the last bits.
+        # Sums are split over threads: their number changes the last bits.
         torch.set_num_threads(state["threads"])
         model.set_parameters(state["parameters"], device=model.device)
         set_progress(model, state["progress"])
-        first = model.first_slot
-        self._restore_slots(model, state["slots"][first : first + self.env.num_envs])
+        first = model.first_env
+        self._restore_envs(model, state["slots"][first : first + self.env.num_envs])
         for name, values in state["pending"].items():
             getattr(model.logger, name).update(values)
         for name, part in self.parts.items():
             if name in state["parts"]:
                 part.set_state(state["parts"][name])
         self._due = state["due"]
-        # Last, since nothing of the above may count as drawn.
+        # Last, since restoring draws random numbers.
         _set_rng_state(state["rng"], model.device)
 
-    def _restore_slots(self, model: DistributedPPO, slots: list[dict[str, Any]]) -> None:
-        observations = self.envs.set_state([slot["env"] for slot in slots])
-        set_rollout_start(model, observations, np.array([slot["starts"] for slot in slots]))
-        self.env.episode_returns = np.array([slot["return"] for slot in slots])
-        self.env.episode_lengths = np.array([slot["length"] for slot in slots])
-        for slot, generator in zip(slots, model.generators, strict=True):
-            generator.bit_generator.state = slot["generator"]
+    def _restore_envs(self, model: DistributedPPO, states: list[dict[str, Any]]) -> None:
+        observations = self.envs.set_state([row["env"] for row in states])
+        set_rollout_start(model, observations, np.array([row["starts"] for row in states]))
+        self.env.episode_returns = np.array([row["return"] for row in states])
+        self.env.episode_lengths = np.array([row["length"] for row in states])
+        for row, generator in zip(states, model.generators, strict=True):
+            generator.bit_generator.state = row["generator"]
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:
-    """The state of all random numbers that do not belong to a slot."""
+    """Return the state of the process-wide random generators."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),

@@ -1,8 +1,8 @@
 """PPO over the processes of one job, each with its share of the environments.
 
-Start a job with `torchrun --nproc_per_node=N -m agents.train_ppo ...`. Its processes are *ranks*:
-each plays its own slots, gradients are averaged, and all hold the same policy at all times. A
-process alone runs the same code with nobody to talk to.
+Start a job with `torchrun --nproc_per_node=N -m agents.train_ppo ...`. Each of its processes, the
+*ranks*, steps its own sub-environments. Gradients are averaged, so all ranks hold the same policy.
+A single process runs the same code.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from agents.policies.base import POLICIES
-from agents.ppo.rng import SlotCategorical, SlotRolloutBuffer, slot_generators
+from agents.ppo.rng import PerEnvCategorical, PerEnvRolloutBuffer, env_generators
 from sam_gym.backbones.loading import resolve_device
 
 T = TypeVar("T")
 
-#: While the first rank evaluates, the others wait; whoever is silent for longer is taken for dead.
+#: Timeout of collectives. The other ranks wait while the first one evaluates.
 PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of a job, and the place of this one among them.
+    """The processes of a job.
 
     Attributes:
-        rank: number of this process.
-        world: how many there are; 1 for a process alone.
+        rank: index of this process.
+        world: number of processes.
     """
 
     rank: int = 0
@@ -48,10 +48,10 @@ class ProcessGroup:
 
     @classmethod
     def join(cls, device: str) -> ProcessGroup:
-        """The ranks of the job that torchrun has started this process for, or this process alone.
+        """Join the job that torchrun started this process for; without torchrun, a job of one.
 
         Args:
-            device: of the run; with CUDA, each rank of a machine takes the GPU of its number.
+            device: of the run; with CUDA, each rank takes the GPU of its local rank.
 
         Raises:
             ValueError: the machine has fewer GPUs than ranks.
@@ -61,25 +61,25 @@ class ProcessGroup:
             cuda = resolve_device(device).type == "cuda"
             if cuda:
                 _take_gpu(int(os.environ["LOCAL_RANK"]))
-            with _with_the_others():
+            with _plain_errors():
                 dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
         return ranks
 
     def leave(self) -> None:
-        """End the exchange: from here on, each rank goes its own way."""
+        """Leave the process group; no collective may follow."""
         if self.world > 1:
             dist.destroy_process_group()
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes, evaluates and shows progress for all."""
+        """Whether this process writes, evaluates and shows progress."""
         return self.rank == 0
 
     def share(self, num_envs: int) -> int:
-        """How many of the environments of the job each rank has.
+        """Return the number of sub-environments of each rank.
 
         Raises:
-            ValueError: they cannot be shared out evenly.
+            ValueError: `num_envs` is not a multiple of the ranks.
         """
         if num_envs % self.world:
             raise ValueError(
@@ -88,45 +88,45 @@ class ProcessGroup:
         return num_envs // self.world
 
     def gather(self, value: T) -> list[T]:
-        """What each rank passes, in their order; every rank must call this."""
+        """Return the values of all ranks, in order; every rank must call this."""
         if self.world == 1:
             return [value]
         gathered: list[Any] = [None] * self.world
-        with _with_the_others():
+        with _plain_errors():
             dist.all_gather_object(gathered, value)
         return gathered
 
     def merge(self, events: Iterable[tuple[int, int, T]]) -> list[T]:
-        """Values of (step, slot, value) of all ranks, as one process with all slots has them."""
+        """Return the values of (step, env_index, value) of all ranks, ordered by step and index."""
         together = [event for own in self.gather(list(events)) for event in own]
         return [value for _, _, value in sorted(together, key=lambda event: event[:2])]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks, in place; every rank must call this."""
+        """Sum a tensor over all ranks in place and return it; every rank must call this."""
         if self.world > 1:
-            with _with_the_others():
+            with _plain_errors():
                 dist.all_reduce(tensor)
         return tensor
 
 
-#: A process that is in no job.
+#: A job of one process.
 ALONE = ProcessGroup()
 
 
 @contextmanager
-def _with_the_others() -> Iterator[None]:
-    """Say in plain words when other ranks do not answer any more."""
+def _plain_errors() -> Iterator[None]:
+    """Raise `ConnectionError` if another rank has stopped."""
     try:
         yield
     except RuntimeError as error:
         raise ConnectionError(
-            "Another rank has stopped; its message is above. Go on with --resume. "
+            "Another rank has stopped; see its message above. Resume with --resume. "
             f"({str(error).splitlines()[0]})"
         ) from error
 
 
 def _take_gpu(number: int) -> None:
-    """Make one GPU the current one of this process."""
+    """Select a GPU for this process."""
     if number >= torch.cuda.device_count():
         raise ValueError(
             f"This machine has {torch.cuda.device_count()} GPUs, but at least {number + 1} "
@@ -142,7 +142,7 @@ def share_gradients(optimizer: torch.optim.Optimizer, ranks: ProcessGroup, max_n
 
     Args:
         optimizer: of parameters that have gradients on all ranks or on none.
-        ranks: who takes part, with equally large minibatches.
+        ranks: the processes, with minibatches of equal size.
         max_norm: bound on the L2 norm of all gradients.
     """
 
@@ -166,7 +166,7 @@ def share_gradients(optimizer: torch.optim.Optimizer, ranks: ProcessGroup, max_n
 
 
 class CountAllProcesses(BaseCallback):
-    """Makes `num_timesteps` count the environment steps of all ranks."""
+    """Counts the environment steps of all ranks in `num_timesteps`."""
 
     def __init__(self, ranks: ProcessGroup) -> None:
         super().__init__()
@@ -178,22 +178,22 @@ class CountAllProcesses(BaseCallback):
 
 
 class DistributedPPO(PPO):
-    """PPO whose randomness belongs to environment slots, which may be spread over ranks.
+    """PPO with random numbers per sub-environment, over one or several ranks.
 
-    N ranks learn what one process with all their slots would learn, up to rounding. Train it with
-    the callback `CountAllProcesses`. What it saves loads as a plain `PPO`.
+    N ranks learn the same as one process with all sub-environments, up to rounding. Train it with
+    the callback `CountAllProcesses`. Its saved models load as a plain `PPO`.
 
     Args:
         policy: as `PPO` takes it, with a categorical distribution of actions.
-        env: the slots of this rank.
+        env: the sub-environments of this rank.
         batch_size: minibatch size over all ranks.
         max_grad_norm: bound on the norm of the averaged gradients.
-        seed: of the job; slot `i`, counted over all ranks, plays with `seed + i`.
-        ranks: who takes part.
+        seed: of the job; sub-environment `i`, counted over all ranks, gets `seed + i`.
+        ranks: the processes of the job.
         **kwargs: as `PPO` takes them; advantages are always normalised.
 
     Raises:
-        ValueError: a minibatch cannot hold equally many samples of each slot.
+        ValueError: a minibatch cannot hold equally many samples of each sub-environment.
     """
 
     def __init__(
@@ -207,17 +207,15 @@ class DistributedPPO(PPO):
         ranks: ProcessGroup = ALONE,
         **kwargs: Any,
     ) -> None:
-        slots = env.num_envs * ranks.world
-        if batch_size <= 0 or batch_size % slots:
+        num_envs = env.num_envs * ranks.world
+        if batch_size <= 0 or batch_size % num_envs:
             raise ValueError(
                 f"batch_size must be a multiple of num_envs, so that a minibatch holds equally "
-                f"many samples of each environment: got {batch_size} with {slots} environments."
+                f"many samples of each environment: got {batch_size} with {num_envs} environments."
             )
         self.ranks = ranks
-        self.first_slot = ranks.rank * env.num_envs
-        self.generators = slot_generators(
-            seed, range(self.first_slot, self.first_slot + env.num_envs)
-        )
+        self.first_env = ranks.rank * env.num_envs
+        self.generators = env_generators(seed, range(self.first_env, self.first_env + env.num_envs))
         self._episodes: list[tuple[int, int, dict[str, Any]]] = []
         super().__init__(
             policy,
@@ -226,14 +224,14 @@ class DistributedPPO(PPO):
             # The buffer normalises and the optimizer clips, over all ranks.
             normalize_advantage=False,
             max_grad_norm=float("inf"),
-            rollout_buffer_class=SlotRolloutBuffer,
+            rollout_buffer_class=PerEnvRolloutBuffer,
             rollout_buffer_kwargs={"generators": self.generators, "total": ranks.sum},
             seed=seed,
             **kwargs,
         )
-        env.seed(seed + self.first_slot)
+        env.seed(seed + self.first_env)
         choices = cast(CategoricalDistribution, self.policy.action_dist).action_dim
-        self.policy.action_dist = SlotCategorical(choices, self.generators)
+        self.policy.action_dist = PerEnvCategorical(choices, self.generators)
         share_gradients(self.policy.optimizer, ranks, max_grad_norm)
         #: Name in `POLICIES` under which a saved policy is loaded again; None if it has none.
         self.policy_name = next(
@@ -241,7 +239,7 @@ class DistributedPPO(PPO):
         )
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["ranks", "first_slot", "generators", "_episodes"]
+        own = ["ranks", "first_env", "generators", "_episodes"]
         set_here = ["normalize_advantage", "max_grad_norm"]
         buffer = ["rollout_buffer_class", "rollout_buffer_kwargs"]
         return super()._excluded_save_params() + own + set_here + buffer
@@ -250,17 +248,17 @@ class DistributedPPO(PPO):
         self, infos: list[dict[str, Any]], dones: np.ndarray | None = None
     ) -> None:
         self._episodes += [
-            (self.num_timesteps, self.first_slot + i, info["episode"])
+            (self.num_timesteps, self.first_env + i, info["episode"])
             for i, info in enumerate(infos)
             if "episode" in info
         ]
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
-        goes_on = super().collect_rollouts(*args, **kwargs)
+        continues = super().collect_rollouts(*args, **kwargs)
         assert self.ep_info_buffer is not None
         self.ep_info_buffer.extend(self.ranks.merge(self._episodes))
         self._episodes = []
-        return goes_on
+        return continues
 
     def train(self) -> None:
         super().train()
@@ -268,7 +266,7 @@ class DistributedPPO(PPO):
             self._average_logged()
 
     def _average_logged(self) -> None:
-        """Make what an update logs the same on all ranks."""
+        """Average the values that an update logs over all ranks."""
         logged = self.logger.name_to_value
         # Counts of updates are integers and the same everywhere.
         names = sorted(
@@ -287,7 +285,7 @@ class DistributedPPO(PPO):
 
 
 def recorded(main: Callable[[], T]) -> Callable[[], T]:
-    """A command whose errors torchrun can name at the end, if it was torchrun that started it."""
+    """Return the command with its errors recorded for torchrun, if torchrun started it."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return main
     from torch.distributed.elastic.multiprocessing.errors import record

@@ -1,8 +1,8 @@
-"""A warm start: before it explores, a policy learns what an expert would do in its place.
+"""Warm start: imitate an expert before PPO explores.
 
 DAgger (Ross et al. 2011, "A Reduction of Imitation Learning and Structured Prediction to No-Regret
-Online Learning"): first the expert plays, then more and more the policy itself, and in every state
-the expert says what it would have done.
+Online Learning"): the expert acts first, the policy acts increasingly often, and the expert labels
+every state with its own action.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from sam_gym.utils.progress import track
 
 
 def imitate(model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, steps: int) -> None:
-    """Teach the policy of a model that has not begun to learn; its environments end mid-episode.
+    """Train the policy of a new model by imitation. Environments are left in mid-episode.
 
     Args:
-        model: with the environments of `core`; its rollouts, minibatches, epochs and first learning
-            rate are those of PPO.
-        core: the slots of this rank.
-        expert: who is imitated; it may see the ground truth.
-        steps: environment steps over all ranks, rounded up to whole rollouts. They count as the
-            model's own.
+        model: with the environments of `core`; its rollouts, minibatches, epochs and initial
+            learning rate are used.
+        core: the sub-environments of this rank.
+        expert: the agent to imitate; it may see the ground truth.
+        steps: environment steps over all ranks, rounded up to whole rollouts. They count as
+            steps of the model.
     """
-    env, buffer, slots = model.get_env(), model.rollout_buffer, model.n_envs * model.ranks.world
+    env, buffer = model.get_env(), model.rollout_buffer
     assert env is not None
-    rounds = -(-steps // (model.n_steps * slots))
+    rounds = -(-steps // (model.n_steps * model.n_envs * model.ranks.world))
     set_rollout_start(model, env.reset(), np.ones(model.n_envs, bool))
     hide = not model.ranks.is_first
     for number in track(range(rounds), "imitating the expert", disable=hide):
@@ -56,7 +56,7 @@ def imitate(model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, step
 def _play(
     model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, share_of_own: float
 ) -> None:
-    """One step of all slots; what is remembered is the action of the expert."""
+    """Step all sub-environments and store the actions of the expert."""
     observations, starts = rollout_start(model)
     tensors = obs_as_tensor(observations, model.device)
     own, values, _ = model.policy(tensors)
@@ -65,11 +65,11 @@ def _play(
     env = model.get_env()
     assert env is not None
     following, rewards, dones, infos = env.step(np.where(is_own, own.cpu().numpy(), advice))
-    for slot in np.flatnonzero(dones):
-        # As in SB3's rollouts: an episode that was cut short would have gone on.
-        if infos[slot].get("TimeLimit.truncated") and "terminal_observation" in infos[slot]:
-            last = cast(Any, model.policy.obs_to_tensor(infos[slot]["terminal_observation"])[0])
-            rewards[slot] += model.gamma * float(model.policy.predict_values(last))
+    for i in np.flatnonzero(dones):
+        # As in SB3's rollouts: bootstrap the value of truncated episodes.
+        if infos[i].get("TimeLimit.truncated") and "terminal_observation" in infos[i]:
+            last = cast(Any, model.policy.obs_to_tensor(infos[i]["terminal_observation"])[0])
+            rewards[i] += model.gamma * float(model.policy.predict_values(last))
     model.num_timesteps += model.n_envs * model.ranks.world
     unused = torch.zeros(model.n_envs, device=model.device)
     model.rollout_buffer.add(observations, advice[:, None], rewards, starts, values, unused)
@@ -77,7 +77,7 @@ def _play(
 
 
 def _learn(model: DistributedPPO) -> float:
-    """Several passes over the rollout; returns the mean cross-entropy with the expert."""
+    """Make the passes over the rollout; return the mean cross-entropy with the expert."""
     policy, losses = model.policy, []
     policy.set_training_mode(True)
     for _ in range(model.n_epochs):

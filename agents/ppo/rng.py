@@ -1,8 +1,8 @@
-"""Randomness that belongs to an environment slot, not to the process that plays it.
+"""Random numbers per sub-environment, independent of the number of processes.
 
-Exploration and minibatches are drawn from one generator per slot. The same slots then play and
-learn the same, whether one process has them all or several share them, and the state of a run is
-that of its slots.
+Exploration and minibatches use one generator per sub-environment. A run gives the same result
+whether one process holds all sub-environments or several share them, and its random state is that
+of its sub-environments.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 
-def slot_generators(seed: int, slots: Iterable[int]) -> list[np.random.Generator]:
-    """A generator for each slot, independent of all others of the same seed.
+def env_generators(seed: int, env_indices: Iterable[int]) -> list[np.random.Generator]:
+    """Return an independent generator for each sub-environment.
 
     Args:
         seed: of the run.
-        slots: numbers of the slots, counted over all processes.
+        env_indices: the sub-environments, counted over all processes.
     """
     return [
-        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(slot,))) for slot in slots
+        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(env_index,)))
+        for env_index in env_indices
     ]
 
 
-class SlotCategorical(CategoricalDistribution):
-    """A categorical distribution in which each row samples with its slot's own generator.
+class PerEnvCategorical(CategoricalDistribution):
+    """A categorical distribution that samples each row with its sub-environment's generator.
 
     Args:
         action_dim: number of actions.
-        generators: of the slots, in the order of the rows.
+        generators: one per row.
     """
 
     def __init__(self, action_dim: int, generators: Sequence[np.random.Generator]) -> None:
@@ -44,15 +45,15 @@ class SlotCategorical(CategoricalDistribution):
         self.generators = generators
 
     def sample(self) -> Tensor:
-        """Actions int64 (B,), one per slot.
+        """Sample actions int64 (B,).
 
         Raises:
-            ValueError: the batch does not have one row per slot.
+            ValueError: the batch does not have one row per sub-environment.
         """
         logits = self.distribution.logits
         if len(logits) != len(self.generators):
             raise ValueError(
-                f"This policy explores in {len(self.generators)} slots, got a batch of "
+                f"This policy explores in {len(self.generators)} sub-environments, got a batch of "
                 f"{len(logits)}. Act deterministically, or load policy.zip."
             )
         # The first of exponential arrivals with rates p is category k with probability p[k].
@@ -60,15 +61,15 @@ class SlotCategorical(CategoricalDistribution):
         return (logits - torch.from_numpy(np.log(waiting)).to(logits)).argmax(dim=1)
 
 
-class SlotRolloutBuffer(DictRolloutBuffer):
-    """A rollout of some slots, whose minibatches hold equally many samples of each.
+class PerEnvRolloutBuffer(DictRolloutBuffer):
+    """A rollout buffer whose minibatches hold equally many samples of each sub-environment.
 
-    Advantages are normalised over the whole minibatch, which may be spread over processes.
+    Normalises advantages over the whole minibatch, across processes.
 
     Args:
         *args: as SB3 passes them.
-        generators: of the slots, in order.
-        total: sums a tensor over all processes.
+        generators: of the sub-environments, in order.
+        total: function that sums a tensor over all processes.
         **kwargs: as SB3 passes them.
     """
 
@@ -85,12 +86,12 @@ class SlotRolloutBuffer(DictRolloutBuffer):
     def get(  # type: ignore[override]
         self, batch_size: int | None = None
     ) -> Generator[DictRolloutBufferSamples, None, None]:
-        """One pass over the rollout.
+        """Yield the minibatches of one pass over the rollout.
 
         Args:
-            batch_size: samples per minibatch, a multiple of the slots (default: all).
+            batch_size: samples per minibatch, a multiple of the sub-environments (default: all).
         """
-        assert self.full, "a rollout is read when it is complete"
+        assert self.full, "the rollout is incomplete"
         if not self.generator_ready:
             self._flatten()
         order = np.stack([rng.permutation(self.buffer_size) for rng in self.generators])
@@ -100,7 +101,7 @@ class SlotRolloutBuffer(DictRolloutBuffer):
             yield self._get_samples(order[:, first : first + share].ravel())
 
     def _flatten(self) -> None:
-        """Lay the arrays out slot after slot: (steps, slots, ...) -> (slots * steps, ...)."""
+        """Reshape arrays: (steps, num_envs, ...) -> (num_envs * steps, ...)."""
         for key, values in self.observations.items():
             self.observations[key] = self.swap_and_flatten(values)
         for name in ("actions", "values", "log_probs", "advantages", "returns"):
@@ -114,7 +115,7 @@ class SlotRolloutBuffer(DictRolloutBuffer):
         return samples._replace(advantages=self._normalised(samples.advantages))
 
     def _normalised(self, advantages: Tensor) -> Tensor:
-        """Advantages (B,) less their mean, over their standard deviation, over all processes."""
+        """Standardise advantages (B,) over all processes."""
         count, total = self.total(
             torch.stack([advantages.new_tensor(len(advantages)), advantages.sum()])
         )

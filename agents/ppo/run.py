@@ -384,7 +384,7 @@ def mlflow_run(
         _mlflow_place(config),
         config.mlflow_experiment,
         name=Path(config.out).absolute().name,
-        settings={k: v for k, v in flat(asdict(config)).items() if k != "mlflow_uri"},
+        params={k: v for k, v in flat(asdict(config)).items() if k != "mlflow_uri"},
         tags={
             "sam_gym.version": __version__,
             "env": config.env,

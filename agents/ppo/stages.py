@@ -1,4 +1,4 @@
-"""PPO over a stream of domains: when each is learned, and how good the policy is at all then."""
+"""PPO over a stream of domains: a stage per domain, and an evaluation after each stage."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sam_gym.metrics import continual as continual_metrics
 
 @dataclass(frozen=True)
 class Stages:
-    """Equal shares of a run, one for each domain, each of which begins with a rollout.
+    """Equal parts of a run, one per domain. A stage starts with a rollout.
 
     Attributes:
         total: environment steps of the run.
         rollout: environment steps of a rollout, over all processes.
-        count: how many stages.
+        count: number of stages.
     """
 
     total: int
@@ -28,7 +28,7 @@ class Stages:
     count: int
 
     def validate(self) -> None:
-        """Raise `ValueError` if a stage would have no rollout."""
+        """Raise `ValueError` if a stage would be shorter than a rollout."""
         if self.total < self.count * self.rollout:
             raise ValueError(
                 f"{self.total} environment steps are too few for {self.count} domains: a rollout "
@@ -37,23 +37,23 @@ class Stages:
             )
 
     def at(self, step: int) -> int:
-        """Number of the stage of a rollout that begins at an environment step."""
+        """Return the index of the stage of a rollout that starts at an environment step."""
         return min(step * self.count // self.total, self.count - 1)
 
     def remaining(self, step: int) -> float:
-        """What is left of its stage when a rollout has ended at an environment step: 1 to 0."""
+        """Return the remaining fraction of the stage, 1 to 0, after the rollout that ends here."""
         stage = self.at(max(step - self.rollout, 0))
         return 1.0 - min(max(step * self.count / self.total - stage, 0.0), 1.0)
 
 
 @dataclass(frozen=True)
 class PerStageSchedule:
-    """A learning rate schedule that begins anew in every stage.
+    """A learning rate schedule that restarts in every stage.
 
-    Otherwise the domains would be learned, and forgotten, ever more slowly.
+    With a single schedule, later domains would be learned, and forgotten, more slowly.
 
     Attributes:
-        schedule: of what is left of a stage, 1 to 0.
+        schedule: learning rate as a function of the remaining fraction of a stage, 1 to 0.
         stages: of the run.
     """
 
@@ -65,29 +65,29 @@ class PerStageSchedule:
         return self.schedule(self.stages.remaining(step))
 
 
-class Walks(Protocol):
-    """An environment that goes to a domain with its next resets."""
+class HasTasks(Protocol):
+    """An environment that switches domains with its next resets."""
 
     def set_task(self, task: int) -> None: ...
 
 
 class StreamCallback(BaseCallback):
-    """Leads the environments from domain to domain, and evaluates the policy on all after each.
+    """Switches environments to the next domain after each stage, and evaluates on all domains.
 
-    A domain changes where a rollout begins; episodes that are under way end in the old one.
+    The domain changes at the start of a rollout; running episodes end in the previous domain.
 
     Args:
-        env: the environments of this rank, with a schedule that changes nothing by itself.
+        env: the environments of this rank, which never switch domains by themselves.
         names: of the domains.
-        stages: when each is learned.
-        evaluate: called without arguments, plays held-out episodes of all domains; may not touch
-            the random numbers of the training.
+        stages: of the run.
+        evaluate: plays held-out episodes of all domains; must not draw from the random generators
+            of the training.
         ranks: the processes of the run; the first one evaluates.
     """
 
     def __init__(
         self,
-        env: Walks,
+        env: HasTasks,
         names: Sequence[str],
         stages: Stages,
         evaluate: Callable[[], Evaluation],
@@ -96,17 +96,17 @@ class StreamCallback(BaseCallback):
         super().__init__()
         self.env, self.names, self.stages = env, list(names), stages
         self.evaluate, self.ranks = evaluate, ranks
-        #: The domain that is being learned.
+        #: Index of the current domain.
         self.stage = 0
-        #: Mean IoU of each domain, after each domain so far.
+        #: Mean IoU by completed stage (row) and domain (column).
         self.matrix: list[list[float]] = []
 
     def get_state(self) -> dict[str, Any]:
-        """How far the walk is, for `set_state`; the environments know their own domains."""
+        """Return the stage and the results, for `set_state`; environments keep their domains."""
         return {"stage": self.stage, "matrix": [list(row) for row in self.matrix]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from `get_state`."""
+        """Restore the state that `get_state` returned."""
         self.stage, self.matrix = state["stage"], [list(row) for row in state["matrix"]]
 
     def _on_step(self) -> bool:
@@ -121,7 +121,7 @@ class StreamCallback(BaseCallback):
             self.env.set_task(stage)
 
     def evaluate_now(self) -> Evaluation:
-        """Evaluate the policy after a domain and note the result."""
+        """Evaluate the policy on all domains and record the result."""
         outcome = self.evaluate()
         by_domain = outcome.iou_by_domain()
         self.matrix.append([by_domain[name] for name in self.names])
@@ -130,7 +130,7 @@ class StreamCallback(BaseCallback):
         return outcome
 
     def results(self) -> dict[str, Any]:
-        """What stands in results.json, once the last domain has been learned."""
+        """Return the entry of results.json, after the last stage."""
         return {
             "domains": self.names,
             "iou": [[round(value, 4) for value in row] for row in self.matrix],
@@ -141,7 +141,7 @@ class StreamCallback(BaseCallback):
         }
 
 
-#: What the numbers of `StreamCallback.results` mean, for those who read only them.
+#: Definitions of the numbers of `StreamCallback.results`, for readers of results.json.
 DEFINITIONS = {
     "iou": "row: after learning that domain; column: mean IoU on held-out episodes of a domain",
     "last_iou": "mean over domains after the last stage",

@@ -1,4 +1,4 @@
-"""Where a training run is recorded: TensorBoard always, MLflow on request."""
+"""Experiment tracking: TensorBoard, and MLflow on request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sam_gym.utils.files import wait_for_a_later_name
 
 T = TypeVar("T")
 
-#: What MLflow takes at most in one call.
+#: Maximum number of items that MLflow takes in one call.
 _PARAMS_PER_CALL, _METRICS_PER_CALL = 100, 1000
 _NOT_IN_KEYS = re.compile(r"[^\w./: -]")
 
@@ -44,11 +44,11 @@ class PictureFile:
 
 
 class TensorBoard(TensorBoardOutputFormat):
-    """Writes to TensorBoard; what the folder holds from some step on is superseded.
+    """Writes to TensorBoard and supersedes what the folder holds from some step on.
 
     Args:
-        folder: of the event files; a run that goes on adds one to those that are there.
-        first_step: the first that is not kept.
+        folder: of the event files; a resumed run adds a file.
+        first_step: the first step to supersede.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -65,7 +65,7 @@ class TensorBoard(TensorBoardOutputFormat):
         super().write(key_values, key_excluded, step)
 
     def _add_picture(self, key: str, path: Path, step: int) -> None:
-        """Show a file as it is; SB3's own `Video` would need moviepy."""
+        """Add an encoded image file; SB3's own `Video` would need moviepy."""
         with Image.open(path) as image:
             width, height = image.size
         encoded = Summary.Image(
@@ -80,13 +80,13 @@ class TensorBoard(TensorBoardOutputFormat):
 def make_logger(
     folder: Path, done: int, ranks: ProcessGroup = ALONE, *, mlflow: MlflowRun | None = None
 ) -> Logger:
-    """A logger to TensorBoard and MLflow, on the first of the ranks.
+    """Return a logger to TensorBoard and MLflow; it writes on the first rank only.
 
     Args:
         folder: of TensorBoard's files.
-        done: environment steps before this point, whose records are kept.
+        done: number of environment steps whose records are kept.
         ranks: the processes of the run.
-        mlflow: takes what TensorBoard takes.
+        mlflow: receives the same values as TensorBoard.
     """
     outputs: list[KVWriter] = [TensorBoard(folder, done + 1)] if ranks.is_first else []
     if mlflow is not None:
@@ -95,12 +95,12 @@ def make_logger(
 
 
 def require_mlflow(where: str | Path) -> None:
-    """Raise `ImportError`, which says what to install, if MLflow cannot use a place.
+    """Raise `ImportError` if a package is missing that MLflow needs for a store.
 
     Args:
         where: see `MlflowRun`.
     """
-    # A training run tells nobody about itself unless asked to.
+    # No telemetry unless the user enables it.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         import mlflow.tracking  # noqa: F401
@@ -115,27 +115,27 @@ def require_mlflow(where: str | Path) -> None:
 
 
 class MlflowRun(KVWriter, BaseCallback):
-    """A run in MLflow: settings, every scalar that TensorBoard gets, pictures and results.
+    """A run in MLflow: parameters, the scalars that TensorBoard gets, pictures and results.
 
-    MLflow cannot take a point back. So points are held until a checkpoint has them, and sent once
-    it is written: a run that is killed and resumed has every point once, with the value of
-    TensorBoard. Pictures are sent at once; those that are drawn again replace the first.
+    MLflow cannot delete points. Points are therefore held until a checkpoint contains them, and
+    sent after it is written: a run that is killed and resumed has every point once, with
+    TensorBoard's value. Pictures are sent immediately; redrawn ones replace the first.
 
-    It is an output of the logger, a callback that comes after the one that writes checkpoints, a
-    part of those checkpoints, and a context that tells MLflow how the run ended: FINISHED, KILLED
-    (by Ctrl-C or SIGTERM) or FAILED. After SIGKILL, the run stays RUNNING in MLflow.
+    The object is an output of the logger, a callback (after the one that writes checkpoints), a
+    part of checkpoints, and a context manager that reports how the run ended: FINISHED, KILLED (by
+    Ctrl-C or SIGTERM) or FAILED. After SIGKILL, the run stays RUNNING in MLflow.
 
     Args:
-        where: URI of a server or a store, or the folder of a local store, made if there is none.
-        experiment: its name; made if there is none.
+        where: URI of a server or a store, or the folder of a local store, created if missing.
+        experiment: name of the experiment, created if missing.
         name: of a new run.
-        settings: of a new run, by names with dots.
+        params: of a new run, by names with dots.
         tags: of a new run.
-        run_id: the run to go on with instead.
+        run_id: an existing run to resume instead.
 
     Raises:
         ImportError: MLflow is not installed.
-        ConnectionError: MLflow cannot be reached, does not know the run, or refuses something.
+        ConnectionError: MLflow cannot be reached, does not know the run, or refuses a request.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class MlflowRun(KVWriter, BaseCallback):
         experiment: str,
         *,
         name: str,
-        settings: Mapping[str, Any],
+        params: Mapping[str, Any],
         tags: Mapping[str, str],
         run_id: str | None = None,
     ) -> None:
@@ -160,13 +160,13 @@ class MlflowRun(KVWriter, BaseCallback):
         with self._plain_errors():
             self.client = MlflowClient(uri, registry_uri=uri)
             if run_id is None:
-                self.run_id = self._begin(experiment, name, settings, tags)
+                self.run_id = self._begin(experiment, name, params, tags)
             else:
                 self.run_id = run_id
-                self._go_on()
+                self._resume()
 
     def _begin(
-        self, experiment: str, name: str, settings: Mapping[str, Any], tags: Mapping[str, str]
+        self, experiment: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
     ) -> str:
         from mlflow.entities import Param
         from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
@@ -179,18 +179,18 @@ class MlflowRun(KVWriter, BaseCallback):
         else:
             number = known.experiment_id
         run_id = self.client.create_run(number, tags=dict(tags), run_name=name).info.run_id
-        params = [
+        entities = [
             Param(
                 _shortened(_NOT_IN_KEYS.sub("_", key), MAX_ENTITY_KEY_LENGTH),
                 _shortened(str(value), MAX_PARAM_VAL_LENGTH),
             )
-            for key, value in settings.items()
+            for key, value in params.items()
         ]
-        for some in _portions(params, _PARAMS_PER_CALL):
+        for some in _portions(entities, _PARAMS_PER_CALL):
             self.client.log_batch(run_id, params=some)
         return run_id
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         self.client.update_run(self.run_id, status="RUNNING")
         self._sent_before = {
             (key, point.step)
@@ -219,15 +219,15 @@ class MlflowRun(KVWriter, BaseCallback):
                     self._held.append((key, float(value), now, step))  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Nothing: results are still to come, and the context ends the run."""
+        """Do nothing: results follow, and the context manager ends the run."""
 
     def get_state(self) -> dict[str, Any]:
-        """For a checkpoint; what is held now is sent at the next beginning of a rollout."""
+        """Return the state for a checkpoint; held points are sent when the next rollout starts."""
         self._in_checkpoint = len(self._held)
         return {"run_id": self.run_id, "held": list(self._held)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from `get_state`; the run is that of `run_id`."""
+        """Restore the state that `get_state` returned; the run is that of `run_id`."""
         self._held = list(state["held"])
         self._in_checkpoint = len(self._held)
 
@@ -239,7 +239,7 @@ class MlflowRun(KVWriter, BaseCallback):
         self._in_checkpoint = 0
 
     def _send(self, count: int) -> None:
-        """Send the first of the points that are held."""
+        """Send the first `count` held points."""
         from mlflow.entities import Metric
 
         points = [p for p in self._held[:count] if (p[0], p[3]) not in self._sent_before]
@@ -253,13 +253,12 @@ class MlflowRun(KVWriter, BaseCallback):
             self.client.log_artifact(self.run_id, str(path), folder)
 
     def finish(self, files: Sequence[Path], policy: Path, register: str | None = None) -> None:
-        """Send what a finished run has come to.
+        """Send the results of a finished run.
 
         Args:
             files: results.
             policy: the policy.zip.
-            register: of the registered model that the policy becomes a version of, made if there
-                is none.
+            register: name of the registered model to add the policy to, created if missing.
         """
         for path in files:
             self._send_file(path)
@@ -299,7 +298,7 @@ class MlflowRun(KVWriter, BaseCallback):
                 self.client.set_terminated(self.run_id, "FINISHED")
         else:
             status = "FAILED" if issubclass(kind, Exception) else "KILLED"
-            # What ended the run is worth more than what MLflow may have to say about it.
+            # An error of MLflow must not hide the error that ended the run.
             with suppress(Exception):
                 self.client.set_terminated(self.run_id, status)
 

@@ -32,16 +32,16 @@ def make_vector_env(
 
 
 class VectorEnvAdaptor(VecEnv):
-    """An SB3 `VecEnv` over a `gymnasium.vector.VectorEnv` that resets in the same step.
+    """An SB3 `VecEnv` over a `gymnasium.vector.VectorEnv` with autoreset mode SAME_STEP.
 
     When an episode ends, `infos[i]` holds the final information, `terminal_observation` and
     `TimeLimit.truncated`, and the returned observation is the first of the next episode.
 
     Args:
-        env: a vector environment with autoreset mode SAME_STEP.
+        env: the vector environment.
 
     Raises:
-        ValueError: the environment resets in another way.
+        ValueError: the environment has another autoreset mode.
     """
 
     def __init__(self, env: VectorEnv) -> None:
@@ -64,16 +64,16 @@ class VectorEnvAdaptor(VecEnv):
         return observations
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
-        """Seed the next reset; environment `i` gets `seed + i`."""
+        """Seed the next reset; sub-environment `i` gets `seed + i`."""
         self._next_seed = seed
         return [None if seed is None else seed + i for i in range(self.num_envs)]
 
     def get_state(self) -> list[dict[str, Any]]:
-        """The state of each environment, for `set_state`."""
+        """Return the state of each sub-environment, for `set_state`."""
         return cast(Any, self.env.unwrapped).get_state()
 
     def set_state(self, state: list[dict[str, Any]]) -> VecEnvObs:
-        """Go on from `get_state`; returns the observations of that moment, with other handles."""
+        """Restore `get_state` and return the observations of then, with other handles."""
         self._next_seed = None
         return cast(Any, self.env.unwrapped).set_state(state)
 
@@ -123,7 +123,7 @@ class VectorEnvAdaptor(VecEnv):
 
 
 def _split(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Vector infos as a dict per environment."""
+    """Split vector infos into a dict per sub-environment."""
     rows: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, values in infos.items():
         if not key.startswith("_"):

@@ -65,7 +65,7 @@ def test_a_point_is_never_tried_twice(policy: EverythingPolicy, settings: Everyt
     env, core = make_vector_env(ENV, 3, replace(settings, budget=60))
     observations, _ = env.reset(seed=0)
     for step in range(12):
-        tensors = policy._to_tensors(observations)
+        tensors = policy.to_tensors(observations)
         logits, values = policy.logits_and_value(tensors)
         assert logits.shape == (3, 65) and values.shape == (3, 1)
         tried = core.tried(np.arange(3)).reshape(3, -1)
@@ -89,7 +89,7 @@ def test_both_forms_of_observations_are_alike(
         core.reset(range(2), [np.random.default_rng(seed) for seed in range(2)])
         for cell in (9, 30):
             core.step(np.arange(2), np.array([cell, cell + 5]))
-        logits.append(policy.logits_and_value(policy._to_tensors(core.observe([0, 1])))[0])
+        logits.append(policy.logits_and_value(policy.to_tensors(core.observe([0, 1])))[0])
     torch.testing.assert_close(logits[0], logits[1], atol=1e-3, rtol=1e-3)
 
 

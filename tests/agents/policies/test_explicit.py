@@ -169,11 +169,11 @@ def test_both_forms_of_observation_show_the_same(
     handles = policy.extract_features(policy.obs_to_tensor(env.reset())[0])
     observations, _ = whole.reset(seed=0)
     assert photos == any((image == 0).all(axis=2).any() for image in observations["image"])
-    full = policy.extract_features(policy._to_tensors(observations))
+    full = policy.extract_features(policy.to_tensors(observations))
     torch.testing.assert_close(full, handles, rtol=1e-3, atol=1e-3)
     # SB3 has channels first.
     first = observations | {"image": observations["image"].transpose(0, 3, 1, 2)}
-    assert torch.equal(policy.extract_features(policy._to_tensors(first)), full)
+    assert torch.equal(policy.extract_features(policy.to_tensors(first)), full)
     env.close()
     whole.close()
 
@@ -233,7 +233,7 @@ def test_known_words_are_hidden_from_a_policy_that_learns(
     env = VectorEnvAdaptor(vector)
     policy = policy_of(env, core, clip, vocabulary=["star", "ring", "tree"], hidden=0.5)
     extractor: TextFeatures = policy.features_extractor  # type: ignore[assignment]
-    observations = policy._to_tensors(env.reset())  # type: ignore[arg-type]
+    observations = policy.to_tensors(env.reset())  # type: ignore[arg-type]
     names = core.dataset.categories
     numbers = [names.index(name) for name in ("star", "fish", "tree", "ring")]
     observations["target_category"] = torch.tensor(numbers)
@@ -292,7 +292,7 @@ def test_of_words_without_experience_only_maps_and_relations_count(
     env = VectorEnvAdaptor(vector)
     policy = policy_of(env, core, clip, vocabulary=["star" if known else "ring"])
     extractor: Any = policy.features_extractor
-    observations = policy._to_tensors(env.reset())  # type: ignore[arg-type]
+    observations = policy.to_tensors(env.reset())  # type: ignore[arg-type]
     before = policy.extract_features(observations)
     with torch.no_grad():
         extractor.reduce.weight.normal_()

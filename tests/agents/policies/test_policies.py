@@ -64,7 +64,7 @@ def test_both_observation_forms_give_the_same_features(tiny_env: dict[str, Any])
     b, _ = handle.reset(seed=5)
     for _ in range(2):
         with torch.no_grad():
-            features = [policy.extract_features(policy._to_tensors(obs)) for obs in (a, b)]
+            features = [policy.extract_features(policy.to_tensors(obs)) for obs in (a, b)]
         # The handle form rounds the mask to 1/255.
         assert torch.allclose(*features, atol=0.02)
         assert not torch.allclose(features[0][0], features[0][1])
@@ -85,7 +85,7 @@ def test_log_probabilities_agree_between_rollout_and_update(
     for left, right in zip((log_prob, entropy, value), judged[1:], strict=True):
         assert torch.allclose(left, right)
     assert torch.allclose(model.policy.get_value(observations), value)
-    tensors = model.policy._to_tensors(observations)
+    tensors = model.policy.to_tensors(observations)
     values, log_probs, _ = model.policy.evaluate_actions(tensors, action)
     assert torch.allclose(values, value) and torch.allclose(log_probs, log_prob)
 
@@ -188,7 +188,7 @@ def test_checkpointing_computes_the_same_gradients_and_keeps_less(tiny_env: dict
     for on in (False, True):
         policy = make_model(tiny_env, env, options={"gradient_checkpointing": on}).policy
         observations, _ = env.reset(seed=0)
-        tensors = policy._to_tensors(observations)
+        tensors = policy.to_tensors(observations)
         sizes: list[int] = []
 
         def note(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
@@ -214,7 +214,7 @@ def test_mixed_precision_is_close_and_keeps_weights_in_float32(tiny_env: dict[st
         for precision in ("32-true", "bf16-mixed")
     )
     assert all(p.dtype == torch.float32 for p in mixed.parameters())
-    tensors = plain._to_tensors(observations)
+    tensors = plain.to_tensors(observations)
     with torch.no_grad():
         exact, close = (policy.extract_features(tensors) for policy in (plain, mixed))
     assert close.dtype == torch.float32

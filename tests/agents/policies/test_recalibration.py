@@ -57,7 +57,7 @@ def test_loss_against_its_formula() -> None:
 def test_labels_come_from_the_recalibration(made: Callable[..., Any]) -> None:
     _, policy, core, env = made()
     observations, _ = env.reset(seed=0)
-    tensors = policy._to_tensors(observations)
+    tensors = policy.to_tensors(observations)
     torch.nn.init.normal_(policy.recalibration.head.weight, std=3.0)
     assert policy.action_dist.action_dim == 64 + 1
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_rewards_teach_the_policy_and_targets_the_recalibration(made: Callable[.
         assert torch.equal(value, before[name]), name
 
     def loss() -> float:
-        observations = policy._to_tensors(core.observe(np.arange(4)))
+        observations = policy.to_tensors(core.observe(np.arange(4)))
         with torch.no_grad():
             logits = policy.recalibration(observations)
         return float(recalibration_loss(logits, *core.soft_targets(logits.shape[-2:])))

@@ -42,7 +42,7 @@ def test_the_policy_learns_what_the_expert_does(tiny_env: dict[str, Any]) -> Non
     expert = AlwaysThere()
 
     def chance() -> float:
-        observations = model.policy._to_tensors(model._last_obs)  # type: ignore[operator]
+        observations = model.policy.to_tensors(model._last_obs)  # type: ignore[operator]
         probs = model.policy.get_distribution(observations).distribution.probs  # type: ignore[union-attr]
         return float(probs[:, expert.action].detach().min())
 

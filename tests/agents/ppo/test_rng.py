@@ -9,14 +9,14 @@ import torch
 from scipy.stats import chisquare
 from torch.distributions import Categorical
 
-from agents.ppo.rng import SlotCategorical, SlotRolloutBuffer, slot_generators
+from agents.ppo.rng import PerEnvCategorical, PerEnvRolloutBuffer, env_generators
 
 STEPS, SLOTS = 6, 4
 
 
 def test_samples_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]])
-    distribution = SlotCategorical(4, slot_generators(0, [0])).proba_distribution(logits)
+    distribution = PerEnvCategorical(4, env_generators(0, [0])).proba_distribution(logits)
     drawn = torch.cat([distribution.sample() for _ in range(4000)])
     expected = 4000 * logits.double().softmax(dim=1)[0].numpy()
     assert chisquare(np.bincount(drawn, minlength=4), expected).pvalue > 0.01
@@ -24,7 +24,7 @@ def test_samples_follow_the_distribution() -> None:
 
 def test_log_probabilities_are_those_of_torch() -> None:
     logits = torch.randn((SLOTS, 5), generator=torch.Generator().manual_seed(0))
-    distribution = SlotCategorical(5, slot_generators(0, range(SLOTS))).proba_distribution(logits)
+    distribution = PerEnvCategorical(5, env_generators(0, range(SLOTS))).proba_distribution(logits)
     actions = distribution.sample()
     assert actions.shape == (SLOTS,) and actions.dtype == torch.int64
     torch.testing.assert_close(
@@ -34,9 +34,9 @@ def test_log_probabilities_are_those_of_torch() -> None:
 
 def test_slots_draw_the_same_wherever_they_are() -> None:
     logits = torch.zeros((SLOTS, 50))
-    together = SlotCategorical(50, slot_generators(3, range(SLOTS))).proba_distribution(logits)
+    together = PerEnvCategorical(50, env_generators(3, range(SLOTS))).proba_distribution(logits)
     halves = [
-        SlotCategorical(50, slot_generators(3, slots)).proba_distribution(logits[:2])
+        PerEnvCategorical(50, env_generators(3, slots)).proba_distribution(logits[:2])
         for slots in ([0, 1], [2, 3])
     ]
     for _ in range(3):
@@ -44,21 +44,21 @@ def test_slots_draw_the_same_wherever_they_are() -> None:
 
 
 def test_another_number_of_rows_is_an_error() -> None:
-    distribution = SlotCategorical(3, slot_generators(0, range(2)))
-    with pytest.raises(ValueError, match="2 slots, got a batch of 5"):
+    distribution = PerEnvCategorical(3, env_generators(0, range(2)))
+    with pytest.raises(ValueError, match="2 sub-environments, got a batch of 5"):
         distribution.proba_distribution(torch.zeros((5, 3))).sample()
 
 
 def filled(
     slots: range = range(SLOTS), total: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
-) -> SlotRolloutBuffer:
+) -> PerEnvRolloutBuffer:
     """A rollout whose observation says which step of which slot it is."""
-    buffer = SlotRolloutBuffer(
+    buffer = PerEnvRolloutBuffer(
         STEPS,
         gym.spaces.Dict({"place": gym.spaces.Box(0, 1000, (2,), np.int64)}),
         gym.spaces.Discrete(9),
         n_envs=len(slots),
-        generators=slot_generators(0, slots),
+        generators=env_generators(0, slots),
         total=total,
     )
     for step in range(STEPS):

@@ -59,7 +59,7 @@ def begin(store: Path) -> Callable[..., MlflowRun]:
     """Begins a run, or goes on with the one of `run_id`."""
 
     def begin(**changes: Any) -> MlflowRun:
-        return MlflowRun(store, "tests", **{"name": "a", "settings": {}, "tags": {}} | changes)
+        return MlflowRun(store, "tests", **{"name": "a", "params": {}, "tags": {}} | changes)
 
     return begin
 
@@ -138,7 +138,7 @@ def test_mlflow_has_what_tensorboard_has_though_the_run_was_killed(
     process = start_training("--die-at", "108", *given)
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == -9, printed
-    run = MlflowRun(store, "other", name="other", settings={}, tags={})
+    run = MlflowRun(store, "other", name="other", params={}, tags={})
     experiment = run.client.get_experiment_by_name("clicks")
     [found] = run.client.search_runs([experiment.experiment_id])
     run.run_id = found.info.run_id
@@ -219,7 +219,7 @@ def test_only_scalars_that_tensorboard_gets_are_points(begin: Callable[..., Mlfl
 
 def test_settings_of_any_number_and_length(begin: Callable[..., MlflowRun]) -> None:
     many = {f"setting.{number}": number for number in range(130)}
-    run = begin(settings=many | {"long": "x" * 7000, "y" * 300: 1, "a(b)": None})
+    run = begin(params=many | {"long": "x" * 7000, "y" * 300: 1, "a(b)": None})
     params = run.client.get_run(run.run_id).data.params
     assert len(params) == 133 and params["setting.129"] == "129" and params["a_b_"] == "None"
     assert params["long"] == "x" * 5997 + "..." and params["y" * 247 + "..."] == "1"
@@ -279,7 +279,7 @@ def test_a_place_that_does_not_answer_is_an_error(
         begin(run_id="nothing")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ConnectionError, match=r"^MLflow \(http://127\.0\.0\.1:9\): [^\n]*$"):
-        MlflowRun("http://127.0.0.1:9", "tests", name="a", settings={}, tags={})
+        MlflowRun("http://127.0.0.1:9", "tests", name="a", params={}, tags={})
 
 
 def test_what_goes_on_within_a_second_is_read_in_order(
