@@ -1,4 +1,4 @@
-"""Curves of a training run and of the agents that it compares; matplotlib loads with the first."""
+"""Plots of a training run and its agents; matplotlib is imported by the first one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plot_learning_curve(
     evaluations: list[tuple[int, float]],
     baselines: dict[str, float],
 ) -> Path:
-    """Mean IoU over environment steps, with a line for each baseline."""
+    """Plot the mean IoU over environment steps, with a line for each baseline."""
     figure, axes = _new_plot()
     if train:
         axes.plot(*zip(*train, strict=True), color="#9ec5e8", lw=1.5, label="training (exploring)")
@@ -48,12 +48,12 @@ def plot_learning_curve(
 
 
 def plot_iou_after_steps(path: Path, curves: Mapping[str, Sequence[float]]) -> Path:
-    """Mean IoU of each agent after each step of its episodes.
+    """Plot the mean IoU of each agent after each step of its episodes.
 
     Args:
         path: of the PNG.
-        curves: of each agent, the mean after its first step, and so on. One that is over before
-            others keeps its last value; one that has a single step is a line across.
+        curves: agent -> mean IoU after each step. Shorter curves keep their last value; a single
+            value is a horizontal line.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -88,7 +88,7 @@ def _colour(name: str) -> str:
 
 
 def _name_at_the_right(axes: Axes, heights: Mapping[str, float]) -> None:
-    """Write names beside the plot, at their heights as far as they do not meet."""
+    """Label the curves at the right edge, without overlaps."""
     height = -1.0
     for name, value in sorted(heights.items(), key=lambda item: item[1]):
         height = max(value, height + 0.04)

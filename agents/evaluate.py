@@ -1,7 +1,7 @@
 """Evaluate an agent on held-out data: `python -m agents.evaluate --help`.
 
-Every agent plays the same episodes (the same images and targets) under the same rules, and is
-scored at the size of the image.
+All agents play the same episodes (images and targets) under the same rules and are scored at the
+size of the image.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from sam_gym.utils.files import write_csv, write_json
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import save_gif, tile
 
-#: Steps of a film, about; an episode may have more.
+#: Approximate maximum number of frames of a film.
 MAX_FRAMES = 32
 
 
@@ -43,13 +43,13 @@ class Evaluation:
     """Outcome of an evaluation.
 
     Attributes:
-        ious: float64 (episodes,), final IoU of each.
-        rewards: float64 (episodes,), summed reward of each.
-        sources: where each episode's image came from.
-        counts: by name, what the environment reports of each (`BaseCore.reported`): clicks, ...
-        steps: IoU of each episode after each of its steps.
-        targets: name of each episode's target, of an environment that asks for one.
-        domains: name of each episode's domain, of an environment with a stream.
+        ious: float64 (episodes,), final IoU per episode.
+        rewards: float64 (episodes,), sum of rewards per episode.
+        sources: origin of each episode's image.
+        counts: name in `BaseCore.reported` (clicks, ...) -> value per episode.
+        steps: IoU after each step, per episode.
+        targets: name of the target per episode, if the environment has one.
+        domains: name of the domain per episode, if the environment has a stream.
     """
 
     ious: np.ndarray
@@ -62,18 +62,18 @@ class Evaluation:
 
     @property
     def curve(self) -> np.ndarray:
-        """Mean IoU after each step, float64 (steps,); what has ended keeps its IoU."""
+        """Mean IoU after each step, float64 (steps,); finished episodes keep their IoU."""
         longest = max(map(len, self.steps))
         held = [own + own[-1:] * (longest - len(own)) for own in self.steps]
         return np.mean(held, axis=0)
 
     @property
     def clicks(self) -> np.ndarray:
-        """Clicks used in each episode, int64 (episodes,)."""
+        """Number of clicks per episode, int64 (episodes,)."""
         return self.counts["clicks"]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row per episode: source, target, iou, reward, counts, domain, as far as there are."""
+        """Return a row per episode with the columns that are not None."""
         columns: dict[str, Any] = {
             "source": self.sources,
             "target": self.targets,
@@ -87,7 +87,7 @@ class Evaluation:
         return [dict(zip(columns, row, strict=True)) for row in rows]
 
     def iou_by_domain(self) -> dict[str, float]:
-        """Mean IoU of each domain, in the order of the stream; of none, if there is none."""
+        """Return the mean IoU per domain, in the order of the stream; empty without a stream."""
         names = np.array(self.domains or [], object)
         return {
             name: float(self.ious[names == name].mean())
@@ -95,8 +95,8 @@ class Evaluation:
         }
 
     def summary(self) -> dict[str, Any]:
-        """`mean_iou`, `ci95` (half-width; None of one episode), `episodes`, more means, and of an
-        environment with a stream `by_domain`."""
+        """Return `mean_iou`, `ci95` (half-width; None for one episode), `episodes`, more means, and
+        `by_domain` with a stream."""
         mean, half = mean_and_ci95(self.ious)
         by_domain = {name: round(value, 4) for name, value in self.iou_by_domain().items()}
         return {
@@ -109,11 +109,11 @@ class Evaluation:
 
 
 def check_fits(policy: SamPolicy, core: BaseCore[Any, Any]) -> None:
-    """Raise `ValueError` if the actions of an environment are not those that a policy knows.
+    """Raise `ValueError` if actions mean something else in an environment than to a policy.
 
     Args:
-        policy: who is to play.
-        core: the environment.
+        policy: the policy.
+        core: of the environment.
     """
     config = core.config
     extractor = cast(StoredFeatures, policy.features_extractor)
@@ -142,10 +142,10 @@ class PolicyAgent:
 
     Args:
         policy: the policy.
-        deterministic: play the most likely action instead of a sample.
+        deterministic: take the most likely action instead of sampling.
     """
 
-    #: A `SamPolicy`; which one says the file that it is from.
+    #: A `SamPolicy`; typed `Any`, since its subclass depends on the file.
     policy: Any
 
     def __init__(self, policy: SamPolicy, *, deterministic: bool = True) -> None:
@@ -156,14 +156,14 @@ class PolicyAgent:
         """Load a trained policy. No code that the file may hold runs (unlike with SB3's `load`).
 
         Args:
-            path: of a policy.zip; "implicit" or "explicit", which are in the package; or
-                hf://USER/NAME[@REVISION] of the Hugging Face hub.
+            path: of a policy.zip; the name of a bundled agent (implicit, explicit); or
+                hf://USER/NAME[@REVISION] on the Hugging Face hub.
             device: "auto" (CUDA, then MPS, then CPU), or a torch device.
 
         Raises:
-            FileNotFoundError: there is no such file or repo.
-            ValueError: it holds no policy that is registered in `POLICIES`; names the file.
-            OSError: the hub, or the weights of its SAM or CLIP, cannot be had.
+            FileNotFoundError: the file or repository does not exist.
+            ValueError: the file holds no policy that is registered in `POLICIES`.
+            OSError: the policy, or the weights of its SAM or CLIP, could not be loaded.
         """
         file = local_policy(path)
         if not file.is_file():
@@ -196,20 +196,20 @@ def evaluate(
     seed: int = 0,
     score: str = "full",
 ) -> Evaluation:
-    """Play episodes and record how they end.
+    """Play episodes and record their outcomes.
 
-    Every slot plays equally many episodes, so that short ones do not count more often; agents
-    that are evaluated with the same env config and seed play the same episodes. Of an environment
-    with a stream, every slot plays equally many of each domain, one domain after the other.
+    All sub-environments play equally many episodes, so that short ones do not count more often.
+    The same env config and seed give the same episodes. With a stream, all sub-environments play
+    equally many episodes of each domain, domain by domain.
 
     Args:
-        agent: who plays.
+        agent: the policy or baseline.
         env_config: of the environment; its `obs` is ignored.
         env_id: a registered environment.
-        episodes: at least how many, over all domains, rounded up to a multiple of the slots.
-        num_envs: slots.
+        episodes: minimum number, over all domains; rounded up to a multiple of `num_envs`.
+        num_envs: maximum number of sub-environments.
         seed: of the episodes.
-        score: "full" (IoU at the size of the image) or "low", where there is a choice.
+        score: "full" (IoU at the size of the image) or "low", if the environment has the choice.
     """
     task = task_of(env_id)
     env_config = task.env_config_for(agent, task.scored_at(env_config, score))
@@ -253,9 +253,9 @@ def evaluate(
 def film_episodes(
     agent: Agent, env_config: EnvConfig, *, env_id: str = "SamSeg-v0", count: int = 6, seed: int = 0
 ) -> list[np.ndarray]:
-    """Frames of episodes played side by side: uint8 (H, W, 3) each, the last one held.
+    """Return frames uint8 (H, W, 3) of episodes side by side; the last frame is repeated.
 
-    Of long episodes, not every step has a frame.
+    Long episodes have fewer frames than steps.
     """
     task = task_of(env_id)
     env_config = task.env_config_for(agent, task.scored_at(env_config, "full"))

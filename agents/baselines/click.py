@@ -19,7 +19,7 @@ BASELINES: Registry[Callable[[int], Agent]] = Registry("baseline of the click ta
 
 @BASELINES.register("random")
 class RandomAgent:
-    """Clicks anywhere, positive or negative."""
+    """Clicks uniformly at random, positive or negative."""
 
     def __init__(self, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
@@ -30,7 +30,7 @@ class RandomAgent:
 
 @BASELINES.register("center")
 class CenterAgent:
-    """Clicks the middle of the frame, positive, again and again."""
+    """Repeats a positive click at the centre of the frame."""
 
     def __init__(self, seed: int = 0) -> None:
         del seed
@@ -42,7 +42,7 @@ class CenterAgent:
 
 @BASELINES.register("confident")
 class ConfidentAgent:
-    """Tries a coarse grid of positive clicks and plays the one whose mask SAM trusts most."""
+    """Plays the positive click, of a coarse grid, whose mask has the highest predicted IoU."""
 
     tries = 6
 
@@ -55,12 +55,12 @@ class ConfidentAgent:
         candidates = [
             core.action_at(x, y, True) for x, y in point_grid(self.tries, self.tries, size, size)
         ]
-        # One try at a time over all slots keeps the memory of a step that of a normal one.
-        trust = np.stack([self._predicted_iou(core, action) for action in candidates])
-        return np.array(candidates)[trust.argmax(axis=0)]
+        # One candidate at a time, for the memory of a normal step.
+        predicted = np.stack([self._predicted_iou(core, action) for action in candidates])
+        return np.array(candidates)[predicted.argmax(axis=0)]
 
     def _predicted_iou(self, core: ClickCore, action: int) -> np.ndarray:
-        slots = np.arange(core.num_envs)
+        rows = np.arange(core.num_envs)
         x, y, positive = core.click_of(action)
         count = core.num_clicks
         used = int(count.max()) + 1
@@ -68,13 +68,13 @@ class ConfidentAgent:
         points[:, : used - 1] = core.points[:, : used - 1]
         labels = np.full((core.num_envs, used), NO_POINT)
         labels[:, : used - 1] = core.labels[:, : used - 1]
-        points[slots, count], labels[slots, count] = (x, y), int(positive)
+        points[rows, count], labels[rows, count] = (x, y), int(positive)
         device = core.device
         first = torch.from_numpy(count == 0).to(device)
         prompts = Prompts(
             points=torch.from_numpy(points).to(device),
             labels=torch.from_numpy(labels).to(device),
-            masks=core.logits[torch.from_numpy(slots), torch.from_numpy(count)],
+            masks=core.logits[torch.from_numpy(rows), torch.from_numpy(count)],
             has_mask=~first,
         )
         embeddings = core.store.gather(torch.from_numpy(core.handles))
@@ -83,20 +83,21 @@ class ConfidentAgent:
 
 @BASELINES.register("oracle")
 class OracleAgent:
-    """Sees the ground truth: the grid click nearest the standard simulated click, in its region.
+    """Reads the ground truth: plays the grid click nearest to the standard simulated click.
 
-    A reference that grid clicks can reach, not a proven upper bound.
+    The click stays in the region of the simulated one. The result is a reference that grid clicks
+    can reach, not an upper bound.
     """
 
     def __init__(self, seed: int = 0) -> None:
         del seed
 
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
-        return np.array([self._click(core, slot) for slot in range(core.num_envs)])
+        return np.array([self._click(core, i) for i in range(core.num_envs)])
 
-    def _click(self, core: ClickCore, slot: int) -> int:
-        truth = core.ground_truth(slot)
-        mask = core.mask(slot)
+    def _click(self, core: ClickCore, env_index: int) -> int:
+        truth = core.ground_truth(env_index)
+        mask = core.mask(env_index)
         click = error_click(truth.mask, mask, None, truth.ignore)
         if click is None:
             return core.stop_action if core.stop_action >= 0 else core.action_at(0, 0, False)
@@ -104,7 +105,7 @@ class OracleAgent:
         cells = core.config.grid**2
         actions = np.arange(cells) + (0 if click.positive else cells)
         places = [core.click_of(int(action)) for action in actions]
-        pixels = np.array([core.to_image(slot, x, y) for x, y, _ in places])
+        pixels = np.array([core.to_image(env_index, x, y) for x, y, _ in places])
         distance = np.hypot(*(pixels - [click.x, click.y]).T)
         inside = region[pixels[:, 1], pixels[:, 0]]
         if inside.any():

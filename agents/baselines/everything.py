@@ -21,18 +21,18 @@ BASELINES: Registry[Callable[[int], Agent]] = Registry("baseline of SamEverythin
 
 
 def _left(core: EverythingCore) -> np.ndarray:
-    """Which cells of each slot were not tried yet: bool (num_envs, grid * grid)."""
+    """Return the untried cells of each sub-environment: bool (num_envs, grid * grid)."""
     return ~core.tried(np.arange(core.num_envs)).reshape(core.num_envs, -1)
 
 
 def _nothing_more(core: EverythingCore, left: np.ndarray) -> int:
-    """The action of an agent that knows no good point: stop, or else a point not tried yet."""
+    """Return the action of an agent without a good point: stop, or else an untried point."""
     return core.stop_action if core.stop_action >= 0 else int(left.argmax())
 
 
 @BASELINES.register("random")
 class RandomPoints:
-    """Tries points anywhere, none of them twice, until the budget is used up."""
+    """Tries untried points at random until the budget is spent."""
 
     def __init__(self, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
@@ -44,7 +44,7 @@ class RandomPoints:
 
 @BASELINES.register("grid")
 class FullGrid:
-    """Tries all points of the grid at once, whatever the budget: the reference for quality."""
+    """Tries all points of the grid at once, beyond the budget: the reference for quality."""
 
     def __init__(self, seed: int = 0) -> None:
         del seed
@@ -59,10 +59,10 @@ class FullGrid:
 
 @BASELINES.register("greedy")
 class Greedy:
-    """Tries the point of the highest predicted IoU outside of what is covered.
+    """Tries the point with the highest predicted IoU outside of covered areas.
 
-    SAM's predicted IoU is looked up on a coarse grid, which it decodes once per image; these
-    prompts do not count as points, so it is no cheap agent.
+    It decodes a coarse grid once per image. These prompts do not count as points, so the agent is
+    not cheap.
     """
 
     #: Rows and columns of the coarse grid.
@@ -70,7 +70,8 @@ class Greedy:
 
     def __init__(self, seed: int = 0) -> None:
         del seed
-        self._trust: dict[str, np.ndarray] = {}
+        #: Source of an image -> predicted IoU of each point of the coarse grid.
+        self.predicted_ious: dict[str, np.ndarray] = {}
 
     @torch.no_grad()
     def act(self, core: EverythingCore, observations: dict[str, np.ndarray]) -> np.ndarray:
@@ -79,45 +80,47 @@ class Greedy:
         cells = np.array([core.cell_at(x, y) for x, y in points])
         left, covered = _left(core), self._covered(core, cells)
         actions = []
-        for slot in range(core.num_envs):
-            trust = self._predicted_ious(core, slot, points)
-            is_open: np.ndarray = ~covered[slot] & left[slot, cells]
-            is_open &= trust >= core.config.keep_iou
-            best = int(np.where(is_open, trust, -np.inf).argmax())
-            actions.append(int(cells[best]) if is_open.any() else _nothing_more(core, left[slot]))
+        for i in range(core.num_envs):
+            predicted = self._predict(core, i, points)
+            is_open: np.ndarray = ~covered[i] & left[i, cells]
+            is_open &= predicted >= core.config.keep_iou
+            best = int(np.where(is_open, predicted, -np.inf).argmax())
+            actions.append(int(cells[best]) if is_open.any() else _nothing_more(core, left[i]))
         return np.array(actions)
 
     def _covered(self, core: EverythingCore, cells: np.ndarray) -> np.ndarray:
-        """Whether something was kept at the centres of some cells: bool (num_envs, K)."""
+        """Return whether kept masks cover the centres of some cells: bool (num_envs, K)."""
         grid, (height, width) = core.config.grid, core.backbone.mask_shape
         ys = ((cells // grid + 0.5) * height / grid).astype(int)
         xs = ((cells % grid + 0.5) * width / grid).astype(int)
-        return np.stack([core.coverage(slot)[ys, xs] for slot in range(core.num_envs)])
+        return np.stack([core.coverage(i)[ys, xs] for i in range(core.num_envs)])
 
-    def _predicted_ious(self, core: EverythingCore, slot: int, points: np.ndarray) -> np.ndarray:
-        """SAM's predicted IoU of the mask of each point float32 (K, 2), from the image's cache."""
-        source = core.ground_truth(slot).source
-        if source not in self._trust:
+    def _predict(self, core: EverythingCore, env_index: int, points: np.ndarray) -> np.ndarray:
+        """Return the predicted IoU of points float32 (K, 2), computed once per image."""
+        source = core.ground_truth(env_index).source
+        if source not in self.predicted_ious:
             device, count = core.device, len(points)
             prompts = Prompts(
                 points=to_device(points[:, None], device),
                 labels=torch.ones((count, 1), dtype=torch.int64, device=device),
                 rows=torch.zeros(count, dtype=torch.int64, device=device),
             )
-            embedding = core.store.gather(to_device(core.handles[slot : slot + 1], device))
+            embedding = core.store.gather(
+                to_device(core.handles[env_index : env_index + 1], device)
+            )
             ambiguous = torch.ones(count, dtype=torch.bool, device=device)
-            _, trust = core.backbone.decode_best(embedding, prompts, ambiguous)
-            (self._trust[source],) = to_host(trust)
-        return self._trust[source]
+            _, predicted = core.backbone.decode_best(embedding, prompts, ambiguous)
+            (self.predicted_ious[source],) = to_host(predicted)
+        return self.predicted_ious[source]
 
 
 @BASELINES.register("oracle")
 class Oracle:
-    """Sees the ground truth: the point deepest inside an object not found yet, far from all tried.
+    """Reads the ground truth: tries the point deepest inside an object that is not found yet.
 
-    Deep is what is far from the object's border and from every point tried so far. Where it cannot
-    stop once everything is found, it looks for better masks of all objects. A reference that points
-    can reach, not a proven upper bound.
+    Depth is the distance to the object's border and to every tried point. Without the stop action
+    it looks for better masks once everything is found. The result is a reference that points can
+    reach, not an upper bound.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -126,10 +129,10 @@ class Oracle:
 
     def act(self, core: EverythingCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         left = _left(core)
-        return np.array([self._point(core, slot, left[slot]) for slot in range(core.num_envs)])
+        return np.array([self._point(core, i, left[i]) for i in range(core.num_envs)])
 
-    def _point(self, core: EverythingCore, slot: int, left: np.ndarray) -> int:
-        masks, kept = core.ground_truth(slot).masks, core.kept[slot]
+    def _point(self, core: EverythingCore, env_index: int, left: np.ndarray) -> int:
+        masks, kept = core.ground_truth(env_index).masks, core.kept[env_index]
         missing = np.ones(len(masks), bool)
         if kept:
             matched = matched_ious(np.stack([own.overlaps for own in kept]))
@@ -139,7 +142,7 @@ class Oracle:
         shape = (*masks.shape[1:], core.config.grid)
         if shape not in self._pixels:
             cells = range(core.config.grid**2)
-            self._pixels[shape] = np.array([core.pixel_of(slot, cell) for cell in cells])
+            self._pixels[shape] = np.array([core.pixel_of(env_index, cell) for cell in cells])
         pixels = self._pixels[shape]
         depth = np.zeros(len(pixels))
         for mask in masks[missing]:

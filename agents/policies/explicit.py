@@ -1,8 +1,8 @@
-"""The explicit agent: told in words what to segment, it sees where CLIP finds them.
+"""The explicit policy: it gets its target in words, as similarity maps of CLIP.
 
 After AlignSAM (Huang et al., CVPR 2024): a branch of SAM's features and a branch of CLIP-Surgery
-maps, fused by cross-attention. Both models are frozen and outside of the policy; the maps are
-computed once per image and word, and kept in the embedding store.
+maps, fused by cross-attention. Both models are frozen and outside of the policy. The maps are
+computed once per image and word and kept in the embedding store.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from sam_gym.utils.digest import text_digest
 
 #: Planes of `TextFeatures.map_planes`, and of `relations` to two of them and to the mask.
 _MAP_PLANES, _RELATIONS = 4, 3
-#: How much more the peak of a map counts than what is a standard deviation below it: its log.
+#: Inverse temperature of the softmax that weights the peak of a map in standard deviations.
 _PEAK = 3.0
-#: Rows and columns of regions that cross-attention looks at: cells would cost it too much.
+#: Rows and columns of the regions that cross-attention attends to; cells would be too many.
 _REGIONS = 8
 
 
 @lru_cache
 def shared_surgery(name: str, pretrained: str | None, device: str) -> ClipSurgery:
-    """The surgery of a CLIP; the same arguments give the same object in a process."""
+    """Return the surgery of a CLIP; the same object for the same arguments."""
     return ClipSurgery(load_clip(name, pretrained, device))
 
 
 class WordMaps:
-    """How like some words every cell of an image is, and the image as a whole.
+    """Similarity of words with every cell of an image, and with the whole image.
 
     Args:
-        surgery: makes the maps.
-        backbone: whose cells.
+        surgery: computes the maps.
+        backbone: defines the cells.
         words: the words, in the order of the maps.
         allow_unknown: see `ClipSurgery.embed_texts`.
 
@@ -71,9 +71,9 @@ class WordMaps:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Images uint8 (H, W, 3) -> float16 (B, N, 1 + h * w): the whole, then every cell.
+        """Map images uint8 (H, W, 3) to float16 (B, N, 1 + h * w): the whole image, then the cells.
 
-        Maps are not scaled, and those of a word do not depend on the other words.
+        Maps are unscaled, and the map of a word does not depend on the other words.
         """
         frames = np.stack([self.backbone.framed(image) for image in images])
         pixels = torch.from_numpy(frames).to(self.surgery.clip.device).permute(0, 3, 1, 2)
@@ -85,9 +85,9 @@ class WordMaps:
         return packed.to(self.backbone.device, torch.float16)
 
     def _blank_padding(self, maps: Tensor, frame: np.ndarray) -> None:
-        """Give cells (N, h, w) below and right of the image the lowest similarity there is.
+        """Set cells (N, h, w) of the padding to the lowest similarity, in place.
 
-        Observations show the frame only, so padding is what is black to its edge.
+        The frame does not mark its padding: black rows and columns up to its edge count as padding.
         """
         content = frame.max(axis=2) > 0
         cell = self.backbone.image_size // self.cells[0]
@@ -99,31 +99,32 @@ class WordMaps:
 
 
 class TextFeatures(ClickFeatures):
-    """What the explicit agent sees: float32 (B, width, h, w), aligned with SAM's embedding.
+    """Features of the explicit policy: float32 (B, width, h, w), aligned with SAM's embedding.
 
-    In the SAM branch, words of the vocabulary modulate the features, as in the implicit agent. Of
-    other words the policy has no experience, and what things of its training look like would
-    mislead it: there the SAM branch is empty, and maps and relations must do. While the policy
-    learns, it sees a share of the images as if the word were such another one.
-    The CLIP branch has the target's map among those of all words: scaled to [0, 1]; in standard
-    deviations; how far it is ahead of the best of the others, in standard deviations; and, scaled,
-    the strongest of the others, weighted down by the temperature as in AlignSAM. Beside them stand
-    relations: how like every cell is, to SAM, to what lies under the peak of two of the maps, and
-    under the mask so far; they mean the same whatever the thing is.
-    Cross-attention lets every place of the SAM branch look at all regions of the CLIP branch.
+    SAM branch: words of the vocabulary modulate the features, as in the implicit policy. For other
+    words the branch is zero, since features learned for objects of the training would mislead. In
+    training, a fraction of the images is treated as if the word were unknown.
+
+    CLIP branch: four planes from the target's map (scaled to [0, 1]; standardised; its margin over
+    the best other word, standardised; the maximum of the other words' maps, weighted down by the
+    temperature as in AlignSAM), and relations: cosine similarities of every cell's embedding with
+    the embeddings under the peaks of two planes and under the current mask. They mean the same for
+    every object.
+
+    Cross-attention lets every cell of the SAM branch attend to all regions of the CLIP branch.
 
     Args:
         observation_space: of `SamSeg-v0`, with `obs="full"` or `obs="handle"`.
-        backbone: name, checkpoint, device and dtype of the SAM, as `load_backbone` takes them.
+        backbone: arguments of `load_backbone`.
         categories: words of the environment, in the order of `target_category`.
         max_steps: actions per episode, to scale the step.
-        clip: name, pretrained and device of the CLIP, as `load_clip` takes them.
-        vocabulary: words that the policy learns to know by themselves, beside their maps.
-        hidden: share of the images on which a policy that learns takes words for unknown ones.
-        allow_unknown: let words be unknown to the CLIP; their maps mean nothing.
-        temperature: the lower, the less the maps of words count that are not asked for.
+        clip: arguments of `load_clip`.
+        vocabulary: words with a learned modulation in addition to their maps.
+        hidden: fraction of the images on which words count as unknown in training.
+        allow_unknown: accept words that the CLIP does not know; their maps mean nothing.
+        temperature: weight of the maps of other words: the lower, the less.
         width: feature channels.
-        num_heads: of the cross-attention.
+        num_heads: number of heads of the cross-attention.
     """
 
     def __init__(
@@ -156,11 +157,11 @@ class TextFeatures(ClickFeatures):
         self.positions = nn.Parameter(torch.randn(1, width, *self.cells) * 0.02)
         self.norm_image, self.norm_clip = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
-        # At first the branches are only added.
+        # Without attention at first: the branches are only added.
         nn.init.zeros_(self.attention.out_proj.weight)
 
     def set_categories(self, categories: Sequence[str]) -> None:
-        """Say which words the numbers in `target_category` stand for from now on."""
+        """Set the words that the numbers in `target_category` stand for."""
         super().set_categories(categories)
         words = tuple(categories)
         if self._maps is not None and words == self._words:
@@ -181,10 +182,9 @@ class TextFeatures(ClickFeatures):
         return self.mix(torch.cat(self._planes(fused, mask, observations), dim=1))
 
     def _known_words(self, embedding: Tensor, observations: dict[str, Tensor]) -> Tensor:
-        """Numbers (B,) of the words in the vocabulary, 0 for those that are not, or are hidden.
+        """Return vocabulary indices (B,) of the target words; 0 for unknown and hidden ones.
 
-        What is hidden depends on the image alone: it must be the same in a rollout, in the updates
-        after it and in a run that is resumed.
+        Hiding depends on the image alone, so that rollouts, their updates and resumed runs agree.
         """
         target = self.words[observations["target_category"].reshape(-1).long()]
         if not self.learning:
@@ -193,7 +193,7 @@ class TextFeatures(ClickFeatures):
         return torch.where(chance < self.hidden, 0, target)
 
     def _attended(self, image: Tensor, clip: Tensor) -> Tensor:
-        """What every place of the SAM branch (B, C, h, w) takes from regions of the CLIP branch."""
+        """Attend from the cells of the SAM branch (B, C, h, w) to regions of the CLIP branch."""
         where = F.adaptive_avg_pool2d(self.positions, self.regions)
         queries = self.norm_image(_tokens(image)) + _tokens(self.positions)
         keys = self.norm_clip(_tokens(F.adaptive_avg_pool2d(clip, self.regions))) + _tokens(where)
@@ -201,16 +201,16 @@ class TextFeatures(ClickFeatures):
         return attended.transpose(1, 2).unflatten(2, self.cells)
 
     def map_planes(self, observations: dict[str, Tensor]) -> Tensor:
-        """The target's map among those of all words: (B, 4, h, w).
+        """Return the planes of the target's map: (B, 4, h, w).
 
-        No plane tells by its level which word is asked for: a policy would learn the words of its
-        training by heart, and do nothing with others.
+        No plane reveals the target word by its level: the policy would memorise the words of its
+        training and fail on others.
         """
         maps = self.word_maps(observations).float()[..., 1:].unflatten(-1, self.cells)
         rows = torch.arange(maps.shape[0], device=maps.device)
         target = observations["target_category"].reshape(-1).long()
         scaled, own = min_max(maps), maps[rows, target]
-        # A softmax over the words of (1 for the target, 0 for the others) / temperature, over its
+        # The weights softmax((1 for the target, 0 for others) / temperature), divided by their
         # maximum: 1 for the target, and this for the others.
         others = float(np.exp(-1.0 / self.temperature)) * scaled
         rivals = maps.clone()
@@ -220,9 +220,9 @@ class TextFeatures(ClickFeatures):
         return torch.stack(planes, dim=1)
 
     def word_maps(self, observations: dict[str, Tensor]) -> Tensor:
-        """Maps of the observed images, (B, N, 1 + h * w), as `WordMaps` has them.
+        """Return the maps of the observed images, (B, N, 1 + h * w), as `WordMaps` does.
 
-        They stand in the observations, or in the store, or are computed from whole images.
+        They come from the observations or the store, or are computed from the images.
         """
         assert self._maps is not None
         if "word_maps" in observations:
@@ -236,7 +236,7 @@ class TextFeatures(ClickFeatures):
 
 
 def relations(embedding: Tensor, maps: Tensor, mask: Tensor) -> Tensor:
-    """How like every cell is to what lies under peaks of maps, and under a mask.
+    """Return the similarity of every cell with the areas under peaks of maps, and under a mask.
 
     Args:
         embedding: (B, C, h, w), of the images.
@@ -244,8 +244,8 @@ def relations(embedding: Tensor, maps: Tensor, mask: Tensor) -> Tensor:
         mask: (B, 1, h, w), probabilities.
 
     Returns:
-        Cosines (B, M + 1, h, w), of embeddings less the mean of their image; those with what is
-        under the mask times its highest probability, so that an empty mask is like nothing.
+        Cosine similarities (B, M + 1, h, w) of embeddings, centred per image. Those with the mask
+        are multiplied by its maximum probability, so that an empty mask gives zeros.
     """
     unit = F.normalize(embedding - embedding.mean(dim=(2, 3), keepdim=True), dim=1)
     peaks = (_PEAK * maps).flatten(2).softmax(dim=2)
@@ -256,13 +256,13 @@ def relations(embedding: Tensor, maps: Tensor, mask: Tensor) -> Tensor:
 
 
 def _standard(maps: Tensor) -> Tensor:
-    """Maps (B, h, w) less their mean, over their standard deviation."""
+    """Standardise maps (B, h, w)."""
     centred = maps - maps.mean(dim=(1, 2), keepdim=True)
     return centred / (centred.square().mean(dim=(1, 2), keepdim=True).sqrt() + 1e-6)
 
 
 def _tokens(maps: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h * w, C)."""
+    """Flatten maps (B, C, h, w) to tokens (B, h * w, C)."""
     return maps.flatten(2).transpose(1, 2)
 
 

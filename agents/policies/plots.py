@@ -29,18 +29,18 @@ def draw_policy_plots(
     clicks: int = 1,
     seed: int = 0,
 ) -> np.ndarray:
-    """Play some episodes for a few clicks and draw what the policy sees then, a row for each.
+    """Play a few clicks of some episodes and draw what the policy sees, a row per episode.
 
-    From left to right: the episode so far; of the explicit policy, the map of the word that is
-    asked for, and how far it is ahead of other words; the mask's probability; where the policy
-    would click positive and negative, each scaled to its own maximum, which the caption has.
+    From left to right: the image with clicks and mask; for the explicit policy, the map of the
+    target word and its margin over other words; the mask probability; the probabilities of
+    positive and of negative clicks, each scaled to its maximum, which the caption states.
 
     Args:
         agent: the policy.
         env_config: of the environment.
         env_id: a registered environment.
         count: episodes.
-        clicks: how many the agent makes first.
+        clicks: number of clicks before drawing.
         seed: of the episodes.
 
     Returns:
@@ -58,14 +58,14 @@ def draw_policy_plots(
         chances = agent.policy.logits_and_value(tensors)[0].softmax(dim=1)
     words = _word_planes(agent.policy.features_extractor, tensors)
     frames = []
-    for slot in range(count):
-        frames += _row(core, slot, chances[slot].cpu().numpy(), words[slot])
+    for i in range(count):
+        frames += _row(core, i, chances[i].cpu().numpy(), words[i])
     env.close()
     return tile(frames, len(frames) // count)
 
 
 def _word_planes(extractor: Any, tensors: dict[str, torch.Tensor]) -> list[list[np.ndarray]]:
-    """Per slot: the target's map, and how far it is ahead of other words, scaled to [0, 1]."""
+    """Return the target's map and its margin over other words, 0 to 1, per sub-environment."""
     count = len(tensors["num_steps"])
     if not isinstance(extractor, TextFeatures):
         return [[] for _ in range(count)]
@@ -75,15 +75,15 @@ def _word_planes(extractor: Any, tensors: dict[str, torch.Tensor]) -> list[list[
 
 
 def _row(
-    core: ClickCore, slot: int, chances: np.ndarray, words: list[np.ndarray]
+    core: ClickCore, env_index: int, chances: np.ndarray, words: list[np.ndarray]
 ) -> list[np.ndarray]:
-    target = core.ground_truth(slot)
+    target = core.ground_truth(env_index)
     image, cells = core.backbone.framed(target.image), core.config.grid**2
     name = core.dataset.categories[target.category]
-    episode = core.render(slot, height=_HEIGHT)
-    captions = [f"map of {name!r}", "ahead of other words"]
+    episode = core.render(env_index, height=_HEIGHT)
+    captions = [f"map of {name!r}", "margin over other words"]
     maps = list(zip(captions, words, strict=False))
-    maps.append(("mask probability", core.shown[slot] / 255.0))
+    maps.append(("mask probability", core.shown[env_index] / 255.0))
     for number, sign in enumerate(("+", "-")):
         chance = chances[number * cells : (number + 1) * cells]
         text = f"click {sign}: {chance.sum():.0%}, most likely {chance.max():.1%}"

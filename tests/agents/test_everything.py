@@ -165,7 +165,7 @@ def test_greedy_takes_what_sam_trusts_most(settings: EverythingConfig) -> None:
     assert trust[greedy.act(core, {})[0]] == pytest.approx(trust.max(), abs=1e-4)
     core.config = replace(core.config, keep_iou=1.0)  # nothing is trusted
     greedy = BASELINES.get("greedy")(0)
-    greedy._trust = {core.ground_truth(0).source: np.zeros(256)}  # type: ignore[attr-defined]
+    greedy.predicted_ious = {core.ground_truth(0).source: np.zeros(256)}  # type: ignore[attr-defined]
     assert greedy.act(core, {})[0] == core.stop_action
 
 

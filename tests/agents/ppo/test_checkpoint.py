@@ -90,6 +90,29 @@ def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
         newest_checkpoint(tmp_path)
 
 
+def test_a_run_that_was_not_started_is_started(
+    tiny_env: dict[str, Any],
+    arguments: Arguments,
+    start_training: Callable[..., subprocess.Popen[str]],
+    assert_same: Callable[[Path, Path], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A job that is restarted passes --resume each time."""
+    through, out = tmp_path / "through", tmp_path / "out"
+    short = ("--total-timesteps", "96", "--checkpoint-every", "10000")
+    main(arguments(through, *short))
+    # The first checkpoint follows the first rollout, whatever --checkpoint-every.
+    printed = killed(start_training, "--die-at", "40", *arguments(out, *short, "--resume"))
+    assert "no checkpoint yet. Starting the run." in printed
+    assert [path.stem for path in checkpoints(out / "checkpoints")] == ["000000000032"]
+    main(arguments(out, *short, "--resume"))
+    assert "Resuming at step 32" in capsys.readouterr().out
+    assert_same(out, through)
+    with pytest.raises(FileExistsError, match="holds a complete run: there is nothing to resume"):
+        main(arguments(out, *short, "--resume"))
+
+
 def test_only_settings_that_change_nothing_may_differ() -> None:
     config = TrainPPOConfig()
     moved = replace(

@@ -1,10 +1,12 @@
 """Settings from YAML files and flags."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agents.ppo.config import CONFIGS, TrainPPOConfig, read_config
+from agents.tasks import task_of
 
 
 def test_yaml_sets_defaults_that_flags_override(tmp_path: Path) -> None:
@@ -60,3 +62,40 @@ def test_wrong_configs_are_errors(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="expected 'name: value' lines, got list"):
         read_config(["--config", str(tmp_path / "list.yaml")])
+
+
+def test_former_names_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("views: true\nhead: spatial\nsettings: {grid: 10}\n")
+    config = read_config(["--config", str(path)])
+    assert config.policy_plots and config.env_config.grid == 10
+    assert read_config(["--views"]).policy_plots and not read_config(["--no-views"]).policy_plots
+    path.write_text("head: flat\n")
+    with pytest.raises(ValueError, match=r"run\.yaml: the action head 'flat' was removed"):
+        read_config(["--config", str(path)])
+
+
+def test_help_has_groups_and_ends_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_config(["--env", "SamContinual-v0", "--help"])
+    printed = capsys.readouterr().out
+    titles = [f"{name} options" for name in ("run", "environment", "PPO", "policy", "evaluation")]
+    places = [printed.index(title) for title in titles]
+    assert places == sorted(places)
+    assert places[0] < printed.index("--total-timesteps") < printed.index("--stream")
+    assert printed.index("--stream") < places[2] < printed.index("--learning-rate")
+    assert "examples:" in printed[printed.index("tracking options") :]
+
+
+def test_procedural_data_has_as_many_images_as_asked_for(tmp_path: Path) -> None:
+    def training(*args: str) -> Any:
+        config = read_config(args)
+        return task_of(config.env).training_config(config)
+
+    path = tmp_path / "run.yaml"
+    path.write_text("dataset: domain\ndataset_kwargs: {kind: cells}\n")
+    config = training("--config", str(path), "--train-images", "5")
+    assert len(config.open_dataset()) == 5
+    assert training("--dataset", "coco", "--data", "x").dataset_kwargs == {}
+    with pytest.raises(ValueError, match="needs a kind: one of aerial"):
+        training("--dataset", "domain").open_dataset()

@@ -11,6 +11,7 @@ import pytest
 from agents.ppo.config import TrainPPOConfig
 from agents.ppo.imitation import imitate
 from agents.ppo.run import make_model
+from agents.ppo.sb3 import rollout_start
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.tasks import task_of
 from agents.train_ppo import main
@@ -42,7 +43,7 @@ def test_the_policy_learns_what_the_expert_does(tiny_env: dict[str, Any]) -> Non
     expert = AlwaysThere()
 
     def chance() -> float:
-        observations = model.policy.to_tensors(model._last_obs)  # type: ignore[operator]
+        observations = model.policy.to_tensors(rollout_start(model)[0])  # type: ignore[operator]
         probs = model.policy.get_distribution(observations).distribution.probs  # type: ignore[union-attr]
         return float(probs[:, expert.action].detach().min())
 
@@ -51,7 +52,7 @@ def test_the_policy_learns_what_the_expert_does(tiny_env: dict[str, Any]) -> Non
     assert expert.asked == 80 and model.num_timesteps == 320
     # Four places share each cell of the tiny embedding, and so their logit.
     assert chance() > 0.9 / 4
-    assert (model._last_episode_starts == (core.steps == 0)).all()
+    assert (rollout_start(model)[1] == (core.steps == 0)).all()
 
 
 @pytest.mark.slow
