@@ -197,6 +197,8 @@ class BaseCore(Generic[C, T]):
         self.dataset = config.open_dataset() if dataset is None else dataset
         self._open_services()
         self.device = self.backbone.device
+        grid, side = config.grid, self.backbone.image_size / config.grid
+        self._centres = cell_centres(np.arange(grid**2), grid, (side, side))
         self.handles = np.full(num_envs, -1, np.int64)
         self.targets: list[T | None] = [None] * num_envs
         #: State of each random generator before the target was drawn.
@@ -398,8 +400,7 @@ class BaseCore(Generic[C, T]):
 
     def centre_of(self, cell: int) -> tuple[float, float]:
         """Return the centre (x, y) of a cell of the grid, in pixels of the input frame."""
-        side = self.backbone.image_size / self.config.grid
-        x, y = cell_centres(np.array(cell), self.config.grid, (side, side)).tolist()
+        x, y = self._centres[cell].tolist()
         return x, y
 
     def cell_at(self, x: float, y: float) -> int:

@@ -17,7 +17,6 @@ from sam_gym.data import Dataset, Sample
 from sam_gym.envs.base_core import MAX_DRAWS, BaseCore, DatasetConfig, Draw, check_choice
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.metrics.panoptic import PART_COVERS, PART_INSIDE, matched_ious
-from sam_gym.simulation.clicks import cell_centres
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Arrays of an `EverythingCore` that `get_state` saves, beside the kept masks.
@@ -320,8 +319,8 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
             Masks bool (S, M, hm, wm) and predicted IoU float32 (S, M), -1 where there is no cell.
         """
         rows, places = np.nonzero(cells >= 0)
-        grid, size = self.config.grid, self.backbone.image_size
-        points = cell_centres(cells[rows, places], grid, (size / grid, size / grid))
+        size = self.backbone.image_size
+        points = self._centres[cells[rows, places]]
         limits = np.array([self._clip_to_image(i, size, size) for i in indices])
         points = np.minimum(points, limits[rows]).astype(np.float32)[:, None]
         handles = self.handles[indices] if cells.shape[1] > 1 else self.handles[indices[rows]]
