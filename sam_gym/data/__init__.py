@@ -70,7 +70,7 @@ for _spec in (
     DatasetSpec(
         name="rooms-panoramas",
         entry_point="sam_gym.data.synthetic.rooms.panoramas:RoomsPanoramas",
-        description="Wide rooms, and the overlapping camera images that show them.",
+        description="Wide rooms with more objects.",
         procedural=True,
     ),
     DatasetSpec(

@@ -11,6 +11,15 @@ import numpy as np
 
 from sam_gym.utils.registry import load_entry_point, unknown_name
 
+#: Names of the splits.
+SPLITS = ("train", "val", "test")
+
+
+def check_index(name: str, index: int, length: int) -> None:
+    """Raise `IndexError` for an index outside `range(length)` of the dataset `name`."""
+    if not 0 <= index < length:
+        raise IndexError(f"{name}: index {index} is outside 0..{length - 1}")
+
 
 def select_categories(wanted: str | Sequence[str] | None, names: Sequence[str]) -> tuple[str, ...]:
     """Return the wanted categories, in the order given, without duplicates.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import mask as rle
 
-from sam_gym.data.base import MissingSplit, Sample, select_categories
-from sam_gym.data.io import OnError, Records, Reject, read_image, resolve
+from sam_gym.data.base import MissingSplit, Sample, check_index, select_categories
+from sam_gym.data.io import OnError, Records, Reject, read_image, read_json, resolve
 from sam_gym.utils.registry import unknown_name
 
 
@@ -138,8 +137,7 @@ class Coco:
             FileNotFoundError: the image file is missing.
             ValueError: the image file is corrupt, or its size differs from the JSON.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self._file}: index {index} is outside 0..{len(self) - 1}")
+        check_index(self._file, index, len(self))
         image = self._images[index]
         record = f"image {image.id} of {self._file}"
         path = os.path.join(self._folder, image.file_name)
@@ -207,13 +205,7 @@ def _annotation_file(root: str, split: str) -> str:
 
 def _load(path: str) -> Any:
     """Load the annotation file; check for COCO's three tables."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: the annotation file does not exist. Check annotations=.")
-    try:
-        with open(path, encoding="utf-8") as file:
-            data: Any = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Fetch or export it again.") from error
+    data = read_json(path, "annotation file", "annotations")
     for key in ("images", "annotations", "categories"):
         table = data.get(key) if isinstance(data, dict) else None
         if not isinstance(table, list):

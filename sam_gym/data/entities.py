@@ -12,8 +12,16 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from sam_gym.data.base import Sample
-from sam_gym.data.io import OnError, Records, Reject, read_image, read_labels, resolve
+from sam_gym.data.base import Sample, check_index
+from sam_gym.data.io import (
+    OnError,
+    Records,
+    Reject,
+    read_image,
+    read_json,
+    read_labels,
+    resolve,
+)
 from sam_gym.utils.files import write_atomic
 from sam_gym.utils.registry import unknown_name
 
@@ -108,8 +116,7 @@ class Entities:
             FileNotFoundError: a file is missing.
             ValueError: a file is corrupt, or a mask is empty or differs in size from the image.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: index {index} is outside 0..{len(self) - 1}")
+        check_index(self.name, index, len(self))
         name, image_path, mask_paths, categories = self._entries[index]
         record = f"image {name!r} of {self.name}"
         image = read_image(image_path, record)
@@ -221,13 +228,7 @@ def _save(path: str, pixels: np.ndarray) -> None:
 
 
 def _load(path: str) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: the metadata file does not exist. Check metadata=.")
-    try:
-        with open(path, encoding="utf-8") as file:
-            data: Any = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Fetch or export it again.") from error
+    data = read_json(path, "metadata file", "metadata")
     if not isinstance(data, dict):
         raise ValueError(
             f"{path}: expected an object with 'entity classes', 'train_data' and 'val_data', "

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from sam_gym.data.base import Sample
+from sam_gym.data.base import SPLITS, Sample, check_index
 from sam_gym.data.io import (
     IMAGE_SUFFIXES,
     OnError,
     Records,
     Reject,
     read_image,
+    read_json,
     read_labels,
     resolve,
 )
@@ -24,7 +24,6 @@ from sam_gym.utils.registry import unknown_name
 
 BACKGROUND, IGNORE, OBJECT = 0, 128, 255
 
-_SPLITS = ("train", "val", "test")
 _TARGETS = ("mask", "components", "instances")
 
 
@@ -70,8 +69,8 @@ class Folder:
         category: str = "object",
         on_error: OnError = "raise",
     ) -> None:
-        if split not in _SPLITS:
-            raise unknown_name("split", split, _SPLITS)
+        if split not in SPLITS:
+            raise unknown_name("split", split, SPLITS)
         if target not in _TARGETS:
             raise unknown_name("target", target, _TARGETS)
         self.name = os.path.basename(os.path.realpath(root))
@@ -121,8 +120,7 @@ class Folder:
             ValueError: a file is corrupt, sizes differ, the mask has values other than 0, 128 and
                 255, or it has no object.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: index {index} is outside 0..{len(self) - 1}")
+        check_index(self.name, index, len(self))
         stem, image_path, mask_path = self._pairs[index]
         record = f"image {stem!r} of {self.name}"
         image = read_image(image_path, record)
@@ -175,16 +173,12 @@ def _stems(root: str, split: str) -> list[str] | None:
     path = os.path.join(root, "splits.json")
     if not os.path.isfile(path):
         return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            splits: Any = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Write it again.") from error
+    splits = read_json(path, "list of splits", "root")
     stems = splits.get(split) if isinstance(splits, dict) else None
     if not isinstance(stems, list) or not all(isinstance(stem, str) for stem in stems):
         raise ValueError(
             f"{path}: split {split!r} is not a list of stems (got {type(stems).__name__!r}). "
-            f"Add the list, or pass another split= ({', '.join(_SPLITS)})."
+            f"Add the list, or pass another split= ({', '.join(SPLITS)})."
         )
     return stems
 

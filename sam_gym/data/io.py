@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -75,6 +76,27 @@ class Records:
             reasons = "; ".join(f"{n} x {reason}" for reason, n in self.skipped.most_common())
             total = self.skipped.total()
             warnings.warn(f"{self.file}: skipped {total} records: {reasons}.", stacklevel=3)
+
+
+def read_json(path: str, kind: str, option: str) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        kind: what the file is, for messages.
+        option: option of the dataset that names it, for messages.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is not JSON.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: the {kind} does not exist. Check {option}=.")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}). Fetch or export it again.") from error
 
 
 def resolve(folder: str, name: object) -> str:

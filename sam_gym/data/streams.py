@@ -7,7 +7,6 @@ data=["cells", "roads"])` makes one domain per folder.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 import warnings
@@ -24,15 +23,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 from sam_gym.data import make_dataset
-from sam_gym.data.base import Dataset, MissingSplit, Sample
+from sam_gym.data.base import SPLITS, Dataset, MissingSplit, Sample, check_index
 from sam_gym.data.folder import BACKGROUND, IGNORE, OBJECT, Folder
-from sam_gym.data.io import read_labels
+from sam_gym.data.io import read_json, read_labels
 from sam_gym.data.synthetic.domains.dataset import DOMAINS, ProceduralDomain
 from sam_gym.metrics.masks import iou
 from sam_gym.utils.lowres import frame_mask, low_res
 from sam_gym.utils.registry import Registry, unknown_name
-
-SPLITS = ("train", "val", "test")
 
 #: A domain of files is thin if the mean IoU of ideal low-res masks of its objects is below this.
 THIN_BELOW = 0.7
@@ -330,8 +327,7 @@ class _Subset:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: index {index} is outside 0..{len(self) - 1}")
+        check_index(self.name, index, len(self))
         return self._folder[self._indices[index]]
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
@@ -406,8 +402,7 @@ def _median_area(masks: str) -> float:
 def _disjoint_splits(root: str) -> dict[str, list[str]]:
     """Return the stems of each split, validated by `Folder`; check that splits are disjoint."""
     path = os.path.join(root, "splits.json")
-    with open(path, encoding="utf-8") as file:
-        splits = json.load(file)
+    splits = read_json(path, "list of splits", "data")
     seen: dict[str, str] = {}
     for split in SPLITS:
         for stem in splits[split]:
