@@ -14,7 +14,7 @@ from adaptation.strategy import Strategy
 from sam_gym.utils.training import save_state
 
 #: Settings that change no result, so a run may be resumed with other ones.
-_FREE = ("checkpoint_every",)
+_FREE = ("checkpoint_every", "memory_gib", "disk")
 #: Settings under their former names.
 _RENAMED = {"views": "augmentations", "objects_per_view": "objects_per_augmentation"}
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptation.features import BatchTargets, Pool
 from adaptation.losses import MaskLoss
+from adaptation.objects import BatchTargets, Pool
 from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext
 from sam_gym.backbones.adapters.adapter import Adapter, Model
 from sam_gym.backbones.decode import MaskTokens

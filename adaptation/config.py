@@ -41,6 +41,11 @@ class TrainConfig:
     """Precision of training; --dtype is that of the frozen encoder."""
     checkpoint_every: int = 200
     """Steps between checkpoints. A checkpoint is also written after each domain."""
+    memory_gib: float = 8.0
+    """Memory for samples and features, in GiB. Features that do not fit are kept in files."""
+    disk: str | None = None
+    """Folder that keeps features between runs (default: SAM_GYM_HOME/embeddings, used only for
+    features that exceed --memory-gib)."""
     seed: int = 0
     """Seed of weights, batches, prompts, augmentations and buffers."""
 
@@ -52,6 +57,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.max_images is not None and self.max_images < 1:
             raise ValueError(f"max_images must be at least 1, got {self.max_images}.")
+        if not self.memory_gib > 0:
+            raise ValueError(f"memory_gib must be positive, got {self.memory_gib}.")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
         if self.precision not in PRECISIONS:

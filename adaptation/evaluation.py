@@ -1,4 +1,4 @@
-"""How well a model segments the held-out objects of a domain: by box, or by clicks."""
+"""Evaluate a model on the held-out objects of a domain: by box, or by clicks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from adaptation.features import FeatureBank, Objects
 from sam_gym.backbones import Backbone, Prompts
@@ -18,21 +19,21 @@ from sam_gym.simulation.interactive import Target, click_out
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.transfer import to_device
 
-#: Prompt name -> clicks of the standard rule; 0 stands for the ground-truth box.
+#: Prompt name -> clicks of the standard rule; 0: the ground-truth box.
 PROMPTS = {"box": 0, "click": 1, "clicks5": 5}
 _CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model comes to on the held-out objects of a domain.
+    """Scores of a model on the held-out objects of a domain.
 
     Attributes:
         iou: float64 (P,), IoU of each object at the size of its image.
-        biou: float64 (P,), boundary IoU of each.
-        routed: share of the images that the selector sent to the expert of their own domain; None
-            where nothing is selected or the domain has no expert.
-        masks: bool (H, W) of each object, if they were asked for.
+        biou: float64 (P,), boundary IoU of each object.
+        routed: share of the images that were routed to the expert of their own domain; None without
+            a router, or if the domain has no expert.
+        masks: bool (H, W) of each object, if requested.
     """
 
     iou: np.ndarray
@@ -42,28 +43,10 @@ class Scores:
 
 
 def check_prompt(name: str) -> str:
-    """A key of `PROMPTS`; raises `ValueError` for another name."""
+    """Return a key of `PROMPTS`; raise `ValueError` for another name."""
     if name not in PROMPTS:
         raise unknown_name("evaluation prompt", name, PROMPTS)
     return name
-
-
-@torch.no_grad()
-def features(model: Model, bank: FeatureBank, domain: Domain, split: str) -> ImageFeatures:
-    """A model's features of all held-out images of a domain.
-
-    Args:
-        model: as of `Strategy.model`.
-        bank: of the stream.
-        domain: one of the stream's, or another that the bank can read.
-        split: "val" or "test".
-    """
-    raw = bank.raw(domain, split, model.raw)
-    chunks = []
-    for rows in torch.arange(len(raw)).split(_CHUNK):
-        pixels = partial(bank.pixels, domain, split, rows.numpy())
-        chunks.append(model.embed(raw[rows.to(raw.device)], pixels))
-    return ImageFeatures.cat(chunks)
 
 
 @torch.no_grad()
@@ -78,29 +61,21 @@ def score(
     """Segment every held-out object of a domain and compare with the truth, at image size.
 
     Args:
-        model: what `Strategy.model` gave.
-        bank: of the stream.
-        domain: whose objects.
+        model: as `Strategy.model` builds it.
+        bank: the bank of the stream.
+        domain: one of the stream's, or another that the bank can read.
         prompt: key of `PROMPTS`: "box" (the box of the true mask, the single mask), "click" (one
             click of the standard rule, the best of three masks by predicted IoU), or "clicks5".
         split: "val" or "test".
         keep_masks: return the masks, too.
     """
     objects, backbone = bank.held_out(domain, split), bank.backbone.with_model(model)
-    with bank.backbone.autocast():
-        images = features(model, bank, domain, split)
-    own = None
-    if "route" in images and domain.name in bank.stream.names:
-        number = bank.stream.names.index(domain.name)
-        if number < model.num_experts:
-            own = float((images["route"] == number).float().mean())
-    clicks = PROMPTS[check_prompt(prompt)]
+    segment = partial(_clicked, clicks=PROMPTS[check_prompt(prompt)]) if prompt != "box" else _boxed
+    images = _Features(model, bank, domain, split)
     ious, boundaries, masks = [], [], []
     for rows in np.array_split(np.arange(len(objects.rows)), -(-len(objects.rows) // _CHUNK)):
-        if clicks:
-            found = _clicked(backbone, images, objects, rows, clicks)
-        else:
-            found = _boxed(backbone, images, objects, rows)
+        features, first = images.of(objects.rows[rows])
+        found = segment(backbone, features, objects, rows, objects.rows[rows] - first)
         for row, mask in zip(rows, found, strict=True):
             truth, ignore = objects.masks[row], objects.ignore[objects.rows[row]]
             ignore = None if ignore is None else ignore & ~truth
@@ -108,16 +83,67 @@ def score(
             boundaries.append(boundary_iou(mask, truth, ignore))
             if keep_masks:
                 masks.append(mask)
-    return Scores(np.array(ious), np.array(boundaries), own, tuple(masks))
+    return Scores(np.array(ious), np.array(boundaries), images.well_routed(), tuple(masks))
+
+
+class _Features:
+    """A model's features of the held-out images of a domain, a few chunks at a time.
+
+    Args:
+        model, bank, domain, split: as of `score`.
+    """
+
+    def __init__(self, model: Model, bank: FeatureBank, domain: Domain, split: str) -> None:
+        self.model, self.bank, self.domain, self.split = model, bank, domain, split
+        self._count = len(bank.held_out(domain, split).images)
+        self._chunks: dict[int, ImageFeatures] = {}
+        self._routes: dict[int, Tensor] = {}
+
+    def of(self, images: np.ndarray) -> tuple[ImageFeatures, int]:
+        """Features of consecutive images that include the given ones, and the first of them.
+
+        Args:
+            images: int64 (P,), ascending.
+        """
+        first, last = int(images[0]) // _CHUNK, int(images[-1]) // _CHUNK
+        self._chunks = {k: self._chunk(k) for k in range(first, last + 1)}
+        return ImageFeatures.cat(list(self._chunks.values())), first * _CHUNK
+
+    def _chunk(self, number: int) -> ImageFeatures:
+        if number in self._chunks:
+            return self._chunks[number]
+        bank, place = self.bank, (self.domain, self.split)
+        rows = np.arange(number * _CHUNK, min((number + 1) * _CHUNK, self._count))
+        with bank.backbone.autocast():
+            raw = bank.raw(*place, self.model.raw, rows)
+            features = self.model.embed(raw, partial(bank.pixels, *place, rows))
+        if "route" in features:
+            self._routes[number] = features["route"]
+        return features
+
+    def well_routed(self) -> float | None:
+        """Share of images routed to the expert of their domain, once that expert exists."""
+        if not self._routes or self.domain.name not in self.bank.stream.names:
+            return None
+        number = self.bank.stream.names.index(self.domain.name)
+        if number >= self.model.num_experts:
+            return None
+        for chunk in range(-(-self._count // _CHUNK)):  # images without objects count too
+            if chunk not in self._routes:
+                self._chunk(chunk)
+        return float((torch.cat(list(self._routes.values())) == number).float().mean())
 
 
 def _boxed(
-    backbone: Backbone, features: ImageFeatures, objects: Objects, rows: np.ndarray
+    backbone: Backbone,
+    features: ImageFeatures,
+    objects: Objects,
+    rows: np.ndarray,
+    images: np.ndarray,
 ) -> list[np.ndarray]:
-    boxes, images = (
-        to_device(array[rows], backbone.device) for array in (objects.boxes, objects.rows)
-    )
-    logits, _ = backbone.decode(features, Prompts(boxes=boxes, rows=images))
+    boxes = to_device(objects.boxes[rows], backbone.device)
+    prompts = Prompts(boxes=boxes, rows=to_device(images, backbone.device))
+    logits, _ = backbone.decode(features, prompts)
     return [
         (backbone.masks_at(own[0], objects.masks[row].shape) > 0).cpu().numpy()
         for own, row in zip(logits, rows, strict=True)
@@ -125,17 +151,21 @@ def _boxed(
 
 
 def _clicked(
-    backbone: Backbone, features: ImageFeatures, objects: Objects, rows: np.ndarray, clicks: int
+    backbone: Backbone,
+    features: ImageFeatures,
+    objects: Objects,
+    rows: np.ndarray,
+    images: np.ndarray,
+    clicks: int,
 ) -> list[np.ndarray]:
-    images = objects.rows[rows]
     targets = [
         Target(objects.images[image], objects.masks[row], objects.ignore[image])
-        for row, image in zip(rows, images, strict=True)
+        for row, image in zip(rows, objects.rows[rows], strict=True)
     ]
     own = features[to_device(images, features.device)]
     return [session.mask for session in click_out(backbone, targets, clicks, own)]
 
 
 def narrow_share(objects: Objects) -> float:
-    """Share of objects whose boundary is all of them, so that boundary IoU is IoU."""
+    """Share of objects that consist of boundary pixels only, so that boundary IoU equals IoU."""
     return float(np.mean([bool((boundary(mask) == mask).all()) for mask in objects.masks]))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adaptation.features import FeatureBank, Pool
+from adaptation.features import FeatureBank
+from adaptation.objects import Pool
 
 
 @dataclass(frozen=True)

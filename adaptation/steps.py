@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor, nn
 
-from adaptation.features import BatchTargets, FeatureBank, ObjectIndices, gather_targets
+from adaptation.features import FeatureBank
+from adaptation.objects import BatchTargets, ObjectIndices, gather_targets
 from adaptation.prompting import training_prompts
 from adaptation.strategy import Batch, Strategy
 

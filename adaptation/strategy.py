@@ -13,8 +13,9 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from adaptation.features import BatchTargets, FeatureBank, Pool
+from adaptation.features import FeatureBank
 from adaptation.losses import MaskLoss, mask_loss
+from adaptation.objects import BatchTargets, Pool
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.model import Model, embed
 from sam_gym.backbones.adapters.tuning import TUNINGS, bytes_of, trainable, tuned_weights

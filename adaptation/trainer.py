@@ -20,7 +20,8 @@ import adaptation.strategies  # noqa: F401  (registers the methods)
 from adaptation.checkpoint import load_checkpoint, run_key, save_checkpoint
 from adaptation.config import TrainConfig
 from adaptation.evaluation import narrow_share, score
-from adaptation.features import FeatureBank, ObjectIndices
+from adaptation.features import FeatureBank
+from adaptation.objects import ObjectIndices
 from adaptation.results import MEASURES, RunResult, folder_name
 from adaptation.steps import Learner, make_batch
 from adaptation.strategy import STRATEGIES, Strategy, StrategyContext
@@ -91,6 +92,8 @@ class Trainer:
                 config.objects_per_image,
                 config.max_images,
                 config.seed,
+                config.memory_gib,
+                config.disk,
             )
         return self._bank
 
@@ -212,8 +215,7 @@ class _Fit:
             self.result.trainable = sum(w.numel() for w in strategy.trained().values())
         # Compute missing features here, outside of the timed part.
         for domain in self._domains():
-            if strategy.raw != "pixels":
-                self.bank.raw(domain, "train", strategy.raw)
+            self.bank.encode(domain, "train", strategy.raw)
         learner = Learner(strategy)
         optimizer = strategy.make_optimizer(list(strategy.trained().values()), self.learning_rate)
         rates = [group["lr"] for group in optimizer.param_groups]

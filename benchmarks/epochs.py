@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 import tyro
 
-from adaptation.features import FeatureBank, ObjectIndices
+from adaptation.features import FeatureBank
+from adaptation.objects import ObjectIndices
 from adaptation.steps import Learner, make_batch
 from adaptation.strategies.naive import Naive
 from adaptation.strategy import StrategyContext
@@ -51,11 +53,12 @@ class Config(TimedOptions):
 
 
 class EncodingBank(FeatureBank):
-    """A bank that remembers views but no features: every step encodes its views again."""
+    """A bank without stored features: every step encodes its images again."""
 
-    def of_views(self, domain: Domain, index: np.ndarray, kind: str) -> ImageFeatures:
-        source = self.backbone.raw_source(kind)
-        return source.encode_pixels(self.pixels(domain, "train", index))
+    def raw(
+        self, domain: Domain, split: str, kind: str, index: Sequence[int] | np.ndarray
+    ) -> ImageFeatures:
+        return self.backbone.raw_source(kind).encode_pixels(self.pixels(domain, split, index))
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -123,7 +126,7 @@ def _compare(config: Config, backbone: Backbone, stream: Stream, tune: str) -> d
     for own in (bank, anew):
         own.train(stream[0])
     started = time.perf_counter()
-    bank.raw(stream[0], "train", kind)
+    bank.encode(stream[0], "train", kind)
     once = time.perf_counter() - started
     # Turn by turn, so that a busy machine is busy for both.
     sides = [_Side(config, own, tune) for own in (bank, anew)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from adaptation.features import Pool
+from adaptation.objects import Pool
 from adaptation.replay import BufferOptions, buffer_bytes, buffered
 from adaptation.strategy import STRATEGIES, Strategy
 

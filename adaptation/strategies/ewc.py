@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptation.features import ObjectIndices
 from adaptation.losses import MaskLoss, mask_loss
+from adaptation.objects import ObjectIndices
 from adaptation.steps import make_batch
 from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext
 from sam_gym.backbones.adapters.tuning import bytes_of

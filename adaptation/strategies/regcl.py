@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptation.features import ObjectIndices
+from adaptation.objects import ObjectIndices
 from adaptation.steps import make_batch
 from adaptation.strategy import STRATEGIES, Strategy, StrategyContext
 from sam_gym.backbones.adapters.adapter import Adapter

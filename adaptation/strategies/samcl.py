@@ -51,9 +51,10 @@ class SAMCL(Experts):
         domain = bank.stream[task]
         rng = np.random.default_rng([self.context.seed, 19, task])
         count = self.options.buffer_embeddings
-        chosen = torch.from_numpy(rng.permutation(bank.train(domain).firsts)[:count])
-        embeddings = bank.raw(domain, "train", "embedding").embedding
-        self._kept.append(pooled_embedding(embeddings[chosen.to(embeddings.device)]))
+        chosen = rng.permutation(bank.train(domain).firsts)[:count]
+        self._kept.append(
+            pooled_embedding(bank.raw(domain, "train", "embedding", chosen).embedding)
+        )
         super().after_task(task)
 
     def _train_selector(self, selector: Any, num_domains: int) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptation.features import BatchTargets
 from adaptation.losses import MaskLoss, whole_object_loss
+from adaptation.objects import BatchTargets
 from adaptation.strategies.nearest import extents, inner_grid_points, nearest_points, vanished
 from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext, seeded
 from sam_gym.backbones.adapters.adapter import Adapter
@@ -73,8 +73,8 @@ class Saom(Strategy):
         targets = bank.train(bank.stream[task]).targets
         _, height, width = bank.backbone.embedding_shape
         count = sum(
-            int(vanished(own.float() / 255.0, (height, width)).sum())
-            for own in torch.from_numpy(targets).split(1024)
+            int(vanished(torch.from_numpy(targets[k : k + 1024]) / 255.0, (height, width)).sum())
+            for k in range(0, len(targets), 1024)
         )
         if count:
             stands = "; the cell that they fill most stands for them"

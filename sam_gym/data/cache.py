@@ -29,6 +29,11 @@ class SampleCache:
     def __len__(self) -> int:
         return len(self._kept)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the images and masks that are kept."""
+        return self._bytes
+
     def __getitem__(self, index: int) -> Sample:
         """Return the sample at `index`, with its digest and without its parts."""
         if index in self._kept:

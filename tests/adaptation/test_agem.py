@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptation import train
-from adaptation.features import ObjectIndices
+from adaptation.objects import ObjectIndices
 from adaptation.replay import BufferOptions, buffered
 from adaptation.steps import make_batch
 from adaptation.strategy import STRATEGIES, Strategy

@@ -11,8 +11,9 @@ import torch
 
 from adaptation import train
 from adaptation.combined import CombinedOptions
-from adaptation.features import FeatureBank, ObjectIndices
+from adaptation.features import FeatureBank
 from adaptation.losses import mask_loss
+from adaptation.objects import ObjectIndices
 from adaptation.steps import make_batch
 from adaptation.strategies.ewc import EWC
 from adaptation.strategies.lwf import LwF

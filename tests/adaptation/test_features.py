@@ -1,12 +1,15 @@
 """What trainers see of a domain: views, prompts and draws."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from adaptation.features import FeatureBank, ObjectIndices, box_of, gather_targets
+from adaptation.augmentation import box_of
+from adaptation.features import FeatureBank
+from adaptation.objects import ObjectIndices, gather_targets
 from adaptation.prompting import SHARES, training_prompts
 from adaptation.steps import make_batch
 from sam_gym.backbones import Backbone
@@ -84,8 +87,8 @@ def test_a_first_view_of_another_size_is_as_the_service_frames_it(
     outside = np.ones((64, 64), bool)
     outside[: height - 1, : width - 1] = False
     blocks = outside.reshape(16, 4, 16, 4).all(axis=(1, 3))
-    assert not views.valid[:, blocks].any()
-    assert views.valid[:, : height // 4 - 1, : width // 4 - 1].all()
+    assert not views.valid[:][:, blocks].any()
+    assert views.valid[:][:, : height // 4 - 1, : width // 4 - 1].all()
 
 
 def test_masks_move_with_their_objects(loaded: Backbone) -> None:
@@ -120,18 +123,21 @@ def test_masks_move_with_their_objects(loaded: Backbone) -> None:
 
 def test_ignored_pixels_do_not_count(loaded: Backbone) -> None:
     bank = bank_of(loaded, 64, 64, augmentations=1, ignore=True)
-    valid = bank.train(bank.stream[0]).valid
+    valid = bank.train(bank.stream[0]).valid[:]
     assert not valid[:, :4].any() and valid[:, 4:].all()
 
 
 def test_a_bank_is_seeded_and_made_once(loaded: Backbone) -> None:
     one, same, other = (bank_of(loaded, 64, 64, augmentations=3, seed=seed) for seed in (0, 0, 1))
-    frames = [bank.train(bank.stream[0]).frames for bank in (one, same, other)]
+    frames = [np.stack(bank.train(bank.stream[0]).frames) for bank in (one, same, other)]
     np.testing.assert_array_equal(frames[0], frames[1])
     assert frames[2].shape != frames[0].shape or (frames[2] != frames[0]).any()
     domain = one.stream[0]
     assert one.train(domain) is one.train(domain)
-    assert one.raw(domain, "train", "embedding") is one.raw(domain, "train", "embedding")
+    first = one.raw(domain, "train", "embedding", [1, 0])
+    assert one.encoded == len(frames[0])
+    again = one.raw(domain, "train", "embedding", [1, 0])
+    assert one.encoded == len(frames[0]) and torch.equal(first.embedding, again.embedding)
 
 
 @pytest.mark.parametrize("kind", ["embedding", "pixels"])
@@ -142,7 +148,7 @@ def test_features_are_those_of_the_frames(loaded: Backbone, kind: str) -> None:
     expected = loaded.prepare(frames)
     if kind == "embedding":
         expected = loaded.encode(frames).embedding
-    got = bank.raw(domain, "train", kind)
+    got = bank.raw(domain, "train", kind, range(len(frames)))
     assert got.names == (kind,)
     torch.testing.assert_close(got[kind], expected, rtol=1e-4, atol=1e-4)
     assert one_object_at_most(bank_of(loaded, 64, 64, augmentations=2, objects_per_image=1))
@@ -153,6 +159,52 @@ def one_object_at_most(bank: FeatureBank) -> bool:
     domain = bank.stream[0]
     held = bank.held_out(domain, "val")
     return len(held.rows) == 3 and all(len(o) == 1 for o in bank.train(domain).objects)
+
+
+def test_memory_is_bounded(loaded: Backbone, tmp_path: Path) -> None:
+    """Far more images than fit: the same features, from files, and few bytes held."""
+    data = Discs(64, 64, count=60)
+    domain = Domain("discs", False, {"train": data, "val": data})
+    stream, kib = Stream("discs", (domain,)), 256
+    plenty = FeatureBank(loaded, stream, 3)
+    scarce = FeatureBank(loaded, stream, 3, memory_gib=kib / 2**20, disk=tmp_path)
+    held = []
+    for bank in (plenty, scarce):
+        images = bank.train(domain)
+        everything = range(len(images.frames))
+        assert len(everything) > 150
+        features = bank.raw(domain, "train", "embedding", everything)
+        held.append((images, features, bank.held_out(domain, "val"), bank.nbytes))
+    for name in ("targets", "valid", "empty"):
+        one, other = (getattr(images, name)[:] for images, *_ in held)
+        np.testing.assert_array_equal(one, other)
+    assert torch.equal(held[0][1].embedding, held[1][1].embedding)
+    for one, other in zip(held[0][2].masks, held[1][2].masks, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+    # Whatever is read, in whatever order, no more is held, and nothing is encoded twice.
+    rng, encoded, peak = np.random.default_rng(0), scarce.encoded, 0
+    images = scarce.train(domain)
+    targets = sum(part.nbytes for part in (images.targets, images.valid, images.empty))
+    assert targets < 0.7 * sum(part[:].nbytes for part in (images.targets, images.valid))
+    for _ in range(20):
+        index = rng.integers(len(images.frames), size=24)
+        got = scarce.raw(domain, "train", "embedding", index).embedding
+        assert torch.equal(got, held[0][1].embedding[torch.from_numpy(index)])
+        assert scarce.pixels(domain, "train", index[:2]).shape == (2, 3, 64, 64)
+        peak = max(peak, scarce.nbytes)
+    assert scarce.encoded == encoded
+    assert peak - targets <= kib * 2**10 < held[0][3] - targets
+
+
+def test_features_that_do_not_fit_are_kept_in_the_default_folder(
+    loaded: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAM_GYM_HOME", str(tmp_path))
+    for memory, files in ((1.0, 0), (2**-17, 9)):
+        bank = bank_of(loaded, 64, 64, augmentations=3, memory_gib=memory)
+        bank.encode(bank.stream[0], "train", "embedding")
+        assert len(list(tmp_path.rglob("*.safetensors"))) == files
 
 
 def test_a_domain_without_large_objects_is_named(loaded: Backbone) -> None:
@@ -229,7 +281,7 @@ def test_what_is_gathered_belongs_to_the_objects(bank: FeatureBank) -> None:
             domain = bank.stream[int(task)]
             views = bank.train(domain)
             view = views.rows[number]
-            features = bank.raw(domain, "train", kind)[kind][view]
+            features = bank.raw(domain, "train", kind, [view])[kind][0]
             torch.testing.assert_close(got.raw[kind][got.rows[k]], features)
             np.testing.assert_allclose(got.targets[k], views.targets[number] / 255, atol=1e-6)
             np.testing.assert_array_equal(got.valid[k], views.valid[view])

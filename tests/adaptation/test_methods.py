@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import adaptation.strategies  # noqa: F401  (registers the methods)
-from adaptation.features import FeatureBank, ObjectIndices
+from adaptation.features import FeatureBank
 from adaptation.losses import mask_costs, mask_loss
+from adaptation.objects import ObjectIndices
 from adaptation.replay import buffered
 from adaptation.steps import Learner, make_batch
 from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext, check_hooks

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adaptation.features import FeatureBank, ObjectIndices, gather_targets
+from adaptation.features import FeatureBank
 from adaptation.losses import whole_object_loss
+from adaptation.objects import ObjectIndices, gather_targets
 from adaptation.prompting import points_inside
 from adaptation.steps import Learner, make_batch
 from adaptation.strategies.nearest import (

@@ -72,6 +72,11 @@ class EmbeddingStore:
         return len(self._handles)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the features in memory, without registered ones."""
+        return len(self._table) * self.source.feature_spec.nbytes
+
+    @property
     def capacity(self) -> int:
         """Number of images whose features fit."""
         return max(1, min(self.max_bytes // self.source.feature_spec.nbytes, MAX_HANDLES))
@@ -82,7 +87,8 @@ class EmbeddingStore:
         """Return handles of images, each pinned once more; missing images are encoded.
 
         Args:
-            images: uint8 (H, W, 3), sizes may differ.
+            images: uint8 (H, W, 3), sizes may differ; only those without features are read if all
+                digests are given.
             digests: `image_digest` of each, where it is known already.
 
         Raises:
@@ -91,9 +97,7 @@ class EmbeddingStore:
         pins = self._pins.copy()
         try:
             known = digests or [None] * len(images)
-            keys = [
-                digest or image_digest(image) for digest, image in zip(known, images, strict=True)
-            ]
+            keys = [digest or image_digest(images[k]) for k, digest in enumerate(known)]
             return self._acquire(keys, images)
         except BaseException:
             self._pins = pins
@@ -112,16 +116,17 @@ class EmbeddingStore:
         self._registered.setdefault(name, FeatureTable()).users.add(compute)
 
     def _acquire(self, keys: Sequence[bytes], images: Sequence[np.ndarray]) -> list[int]:
-        missing: dict[bytes, np.ndarray] = {}
-        for key, image in zip(keys, images, strict=True):
+        missing: dict[bytes, int] = {}
+        for place, key in enumerate(keys):
             if key in self._handles:
                 self._handles.move_to_end(key)
                 self.pin(self._handles[key])
             elif key not in missing:
-                missing[key] = image
+                missing[key] = place
         todo = list(missing.items())
         for first in range(0, len(todo), self.batch_size):
-            chunk = todo[first : first + self.batch_size]
+            # Only missing images are read, so that a sequence may load them from files.
+            chunk = [(key, images[place]) for key, place in todo[first : first + self.batch_size]]
             features = self._features(chunk)
             new = []
             for key, _ in chunk:
@@ -136,7 +141,8 @@ class EmbeddingStore:
                 self.pin(self._handles[key])
             counted.add(key)
         handles = [self._handles[key] for key in keys]
-        self.compute_features(dict(zip(handles, images, strict=True)))
+        if self._registered:
+            self.compute_features(dict(zip(handles, images, strict=True)))
         return handles
 
     def compute_features(self, images: dict[int, np.ndarray]) -> None:

@@ -1,0 +1,141 @@
+"""Draw the objects of a training step and gather their features and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from sam_gym.backbones.features import ImageFeatures
+from sam_gym.utils.transfer import to_device
+
+if TYPE_CHECKING:
+    from adaptation.features import AugmentedImages, FeatureBank
+
+
+class Pool(NamedTuple):
+    """Augmented images of a domain from which objects are drawn.
+
+    Attributes:
+        task: index of the domain.
+        images: its augmented images.
+        allowed: int64 (A,), indices of the augmented images that may be drawn.
+    """
+
+    task: int
+    images: AugmentedImages
+    allowed: np.ndarray
+
+
+@dataclass(frozen=True)
+class ObjectIndices:
+    """The objects of a step.
+
+    Attributes:
+        domains: int64 (P,), index of the domain of each object.
+        objects: int64 (P,), its index in the `AugmentedImages` of that domain.
+    """
+
+    domains: np.ndarray
+    objects: np.ndarray
+
+    @classmethod
+    def draw(
+        cls, rng: np.random.Generator, count: int, pools: Sequence[Pool], per_image: int = 1
+    ) -> ObjectIndices:
+        """Draw objects: first a domain, all alike, then an image, then some of its objects.
+
+        Args:
+            rng: the generator.
+            count: number of objects.
+            pools: what to draw from.
+            per_image: objects of an image, one after the other. An image with fewer objects shows
+                each of them equally often, give or take one.
+        """
+        choices = rng.integers(len(pools), size=-(-count // per_image))
+        objects: list[int] = []
+        for choice in choices:
+            _, images, allowed = pools[choice]
+            own = images.objects[int(rng.choice(allowed))]
+            left = per_image
+            while left > 0:
+                some = rng.choice(own, min(left, len(own)), replace=False)
+                objects.extend(some)
+                left -= len(some)
+        domains = np.repeat([pools[k][0] for k in choices], per_image)
+        return cls(domains[:count], np.array(objects[:count]))
+
+    def part(self, rank: int, world: int) -> ObjectIndices:
+        """The share of one of several processes; all shares have the same size."""
+        size = len(self.objects) // world
+        own = slice(rank * size, (rank + 1) * size)
+        return ObjectIndices(self.domains[own], self.objects[own])
+
+    def __add__(self, other: ObjectIndices) -> ObjectIndices:
+        return ObjectIndices(
+            np.concatenate([self.domains, other.domains]),
+            np.concatenate([self.objects, other.objects]),
+        )
+
+
+@dataclass(frozen=True)
+class BatchTargets:
+    """Features and targets of P objects.
+
+    Attributes:
+        raw: `raw_features` of the B augmented images that occur.
+        rows: int64 (P,), the image of each object.
+        targets: float32 (P, hm, wm), in [0, 1].
+        valid: float32 (P, hm, wm), 1 where a pixel counts.
+        empty: bool (P, hm, wm), pixels of the image on no object.
+        boxes: float32 (P, 4), in pixels of the frame.
+        categories: int64 (P,), the category of each object.
+    """
+
+    raw: ImageFeatures
+    rows: Tensor
+    targets: Tensor
+    valid: Tensor
+    empty: Tensor
+    boxes: Tensor
+    categories: Tensor
+
+
+def gather_targets(bank: FeatureBank, indices: ObjectIndices, kind: str) -> BatchTargets:
+    """Gather objects of several domains, with `raw_features` of a kind."""
+    raw, rows, targets, valid, empty = [], [], [], [], []
+    boxes, categories, order = [], [], []
+    first = 0
+    for number in np.unique(indices.domains):
+        domain = bank.stream[int(number)]
+        images = bank.train(domain)
+        where = np.flatnonzero(indices.domains == number)
+        objects = indices.objects[where]
+        seen, own = np.unique(images.rows[objects], return_inverse=True)
+        raw.append(bank.raw(domain, "train", kind, seen))
+        rows.append(first + own)
+        first += len(seen)
+        targets.append(images.targets[objects])
+        valid.append(images.valid[seen][own])
+        empty.append(images.empty[seen][own])
+        boxes.append(images.boxes[objects])
+        categories.append(images.categories[objects])
+        order.append(where)
+    back = np.argsort(np.concatenate(order))
+    device = bank.backbone.device
+
+    def whole(parts: list[np.ndarray]) -> Tensor:
+        return to_device(np.concatenate(parts)[back], device)
+
+    return BatchTargets(
+        ImageFeatures.cat(raw),
+        whole(rows),
+        whole(targets).float() / 255.0,
+        whole(valid).float(),
+        whole(empty),
+        whole(boxes),
+        whole(categories),
+    )
