@@ -19,9 +19,10 @@ from sam_gym.backbones import Backbone
 from sam_gym.backbones.embeddings.disk import DiskStore
 from sam_gym.backbones.embeddings.store import EmbeddingStore
 from sam_gym.backbones.features import ImageFeatures
-from sam_gym.data.base import Sample, image_digest
+from sam_gym.data.base import Sample
 from sam_gym.data.cache import SampleCache
 from sam_gym.data.streams import Domain, Stream
+from sam_gym.utils.digest import image_digest
 from sam_gym.utils.lowres import low_res
 
 #: Smallest object of an augmented image that is trained on, as a share of the frame.
