@@ -12,8 +12,8 @@ from adaptation.strategy import STRATEGIES
 from agents.ppo.config import TrainPPOConfig
 from sam_gym import ENVIRONMENTS
 from sam_gym.backbones.adapters.tuning import TUNINGS
-from sam_gym.data import dataset_table
 from sam_gym.envs.rewards import REWARDS
+from sam_gym.utils.docs import TABLES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -45,12 +45,12 @@ def test_python_runs_from_top_to_bottom(
     assert printed[:2] == ["(3, 256, 256)", "(2, 3, 256, 256)"]
 
 
-@pytest.mark.parametrize(("marker", "table"), [("datasets", dataset_table())])
+@pytest.mark.parametrize(("marker", "table"), [(name, render()) for name, render in TABLES.items()])
 def test_tables_are_those_of_the_specifications(marker: str, table: str) -> None:
     start, end = f"<!-- {marker} -->\n", f"\n<!-- /{marker} -->"
     assert start in README and end in README
     present = README.partition(start)[2].partition(end)[0]
-    assert present == table, f"Replace the table of {marker} in README.md by:\n{table}"
+    assert present == table, "Run `python -m sam_gym.utils.docs`."
 
 
 def test_all_names_are_mentioned() -> None:
