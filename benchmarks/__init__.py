@@ -1,4 +1,4 @@
-"""Benchmarks, each of which writes JSON, CSV, pictures and one HTML page."""
+"""Benchmarks; each writes results.json, a CSV table, pictures and report.html."""
 
 from sam_gym.utils.packages import check_agents
 

@@ -1,4 +1,4 @@
-"""`generator`: everything mode against segment_anything's mask generator."""
+"""`generator`: MaskGenerator against segment_anything's SamAutomaticMaskGenerator."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from sam_gym.utils.files import plain
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.transfer import synchronise
 
-#: Two masks of this IoU are one.
+#: Masks of this IoU count as equal.
 _SAME = 0.99
-#: Share of the reference's masks that have to be found for times to be comparable.
+#: Minimum share of the reference's masks found, for times to be comparable.
 _LEAST_FOUND = 0.95
 _SIDES = ("ours", "reference")
 
 
 @dataclass
 class GeneratorBenchmarkConfig(TimedOptions):
-    """Time everything mode, and segment_anything's SamAutomaticMaskGenerator with its settings.
+    """Compare everything mode with segment_anything's SamAutomaticMaskGenerator: time and memory.
 
-    Both see the same images with the same weights, one after the other, and their masks are
-    compared. The most memory that each holds is that of a process of its own with one image.
+    Both process the same images with the same weights and options, and their masks are compared.
+    Peak memory is measured in a separate process with one image.
     """
 
     out: str = "runs/generator"
@@ -48,26 +48,26 @@ class GeneratorBenchmarkConfig(TimedOptions):
     grids: tuple[str, ...] = ("32x32", "64x64", "320x64")
     """Point grids, COLUMNSxROWS, one or several."""
     images: int = 4
-    """How many images, the first of the split."""
+    """Number of images, the first of the split."""
     repeats: int = 1
-    """How often each image is timed; the median counts."""
+    """Timed repeats per image; results are medians."""
     dataset: str = "scenes"
     """Procedural dataset of the images."""
     split: str = "test"
-    """Split of the dataset that they are of."""
+    """Split of the dataset to use."""
     pred_iou_thresh: float = 0.6
-    """Lower than usual in everything mode, since micro trusts its masks less than SAM does."""
+    """Minimum predicted IoU; low, since micro predicts a lower IoU than SAM."""
     stability_score_thresh: float = 0.8
-    """The same for the stability of a mask."""
+    """Minimum stability score of a mask."""
     crop_n_layers: int = 0
-    """Layers of crops, as of everything mode."""
+    """Number of layers of crops."""
     min_mask_region_area: int = 0
-    """Islands and holes of fewer pixels go, as of everything mode."""
+    """Remove islands and holes of fewer pixels."""
     memory: bool = True
-    """Measure the most memory of each side, in processes of their own."""
+    """Measure the peak memory of each side in a separate process."""
 
     def validate(self) -> None:
-        """Raise `ValueError` for a value that cannot work."""
+        """Raise `ValueError` if an option is out of range."""
         check_comparable(self.backbone)
         require_at_least(1, images=self.images, repeats=self.repeats)
         if not self.grids:
@@ -76,11 +76,11 @@ class GeneratorBenchmarkConfig(TimedOptions):
             self.generator_options(grid).validate()
 
     def generator_options(self, grid: str) -> GeneratorOptions:
-        """The settings of both sides with a grid, COLUMNSxROWS."""
+        """Return the options of both sides for a grid, COLUMNSxROWS."""
         numbers = grid.lower().split("x")
         if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
             raise ValueError(
-                f"--grids: {grid!r} is no grid, write COLUMNSxROWS, for example 32x32."
+                f"--grids: {grid!r} is not a grid; write COLUMNSxROWS, for example 32x32."
             )
         columns, rows = map(int, numbers)
         shared = {field.name for field in fields(GeneratorOptions)} & set(asdict(self))
@@ -136,7 +136,7 @@ def _images(config: GeneratorBenchmarkConfig) -> list[np.ndarray]:
 def _generator(
     backbone: Backbone, config: GeneratorBenchmarkConfig, grid: str, side: str
 ) -> Callable[[np.ndarray], list[dict[str, Any]]]:
-    """What a side does with an image."""
+    """Return the function of a side: image -> records."""
     options = config.generator_options(grid)
     if side == "ours":
         return MaskGenerator(backbone, options).generate
@@ -166,7 +166,7 @@ def _compare(
     for image in images:
         records: dict[str, list[dict[str, Any]]] = {}
         times: dict[str, list[float]] = {side: [] for side in sides}
-        # Turn by turn, so that a busy machine is busy for both.
+        # Alternating, so that load of the machine affects both.
         for _ in range(repeats):
             for side, generate in sides.items():
                 synchronise(device)
@@ -191,7 +191,7 @@ def _compare(
 
 
 def _found(theirs: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> list[bool]:
-    """For each mask of the reference, whether ours has it too."""
+    """Return whether each mask of the reference is among ours."""
     if not theirs or not ours:
         return [False] * len(theirs)
     coded = ([record["segmentation"] for record in records] for records in (theirs, ours))
@@ -203,7 +203,7 @@ def _found(theirs: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> 
 
 
 def _peak_memory(config: GeneratorBenchmarkConfig, grid: str, side: str) -> float | None:
-    """MiB that a process holds at most which works on one image (see `measure_memory`)."""
+    """Return the peak memory in MiB of a process with one image (see `measure_memory`)."""
     job = {"config": plain(asdict(replace(config, images=1))), "grid": grid, "side": side}
     code = (
         "import sys; from benchmarks.generator import measure_memory; measure_memory(sys.argv[1])"
@@ -217,7 +217,7 @@ def _peak_memory(config: GeneratorBenchmarkConfig, grid: str, side: str) -> floa
 
 
 def measure_memory(job: str) -> None:
-    """In a process of its own: work on one image and print the most memory held, in MiB.
+    """Process one image and print the peak memory in MiB; runs in a separate process.
 
     Args:
         job: JSON of the config, the grid and the side.
@@ -234,13 +234,13 @@ def _high_water_mib(device: torch.device) -> float | None:
     status = Path("/proc/self/status")
     if device.type == "cuda" or not status.exists():
         return peak_memory_mib(device)
-    # What getrusage says may be of the process that started this one.
+    # getrusage may report the peak of the parent process.
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
 
 def _growth(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Peak memory with the last grid, as a multiple of that with the first, by side."""
+    """Return peak memory with the last grid over that with the first, by side."""
     growth: dict[str, float | None] = {}
     for side in _SIDES:
         peaks = [row[f"{side}_peak_mib"] for row in rows]
@@ -271,14 +271,13 @@ def _write(summary: dict[str, Any], out: Path) -> None:
             cell += ["unknown" if peak is None else f"{peak:.0f}" for peak in peaks]
     page = report.Page(
         "Everything mode",
-        f"{summary['backbone']}: the masks of all that is in an image, by this package and by "
-        f"segment_anything's SamAutomaticMaskGenerator; {settings['images']} images, same weights "
-        "and settings.",
+        f"{summary['backbone']}: MaskGenerator and segment_anything's SamAutomaticMaskGenerator "
+        f"on {settings['images']} images, with the same weights and options.",
     )
-    page.cards({f"times as fast, {row['grid']}": f"{row['ratio']:.2f}x" for row in rows})
+    page.cards({f"speed-up, {row['grid']}": f"{row['ratio']:.2f}x" for row in rows})
     page.table(columns, cells)
     page.text(
-        f"found: share of the reference's masks that have one of ours with an IoU of {_SAME}. "
-        "peak: the most memory of a process that does this with one image."
+        f"found: share of the reference's masks that match one of ours with an IoU of {_SAME}. "
+        "peak: peak memory of a process with one image."
     )
     page.finish(files, settings, f"everything mode, {summary['backbone']}", columns, cells)

@@ -1,4 +1,4 @@
-"""Options that every benchmark has."""
+"""Options and provenance that benchmarks share."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from sam_gym.version import __version__
 
 @dataclass
 class BackboneOptions:
-    """Which SAM is measured, and where it runs."""
+    """The SAM to measure, and its device."""
 
     backbone: Annotated[str, tyro.conf.arg(help=backbone_help("SAM to measure"))] = "micro"
     checkpoint: str | None = None
-    """Its weights (.safetensors or .pth); micro brings its own."""
+    """Its weights (.safetensors or .pth); those of micro are bundled."""
     device: str = "auto"
-    """Where it runs: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
+    """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
     dtype: str = "auto"
-    """Its precision: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
+    """Precision: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
     compile: bool = False
-    """Compile it with torch.compile, which takes a minute or two at first."""
+    """Use torch.compile; the first calls take a minute or two."""
     seed: int = 0
-    """Seed of every random choice."""
+    """Seed of all random choices."""
 
     def load(self) -> Backbone:
+        """Load the backbone."""
         return load_backbone(self.backbone, self.checkpoint, self.device, self.dtype, self.compile)
 
 
 @dataclass
 class TimedOptions(BackboneOptions):
-    """The same, where only times matter."""
+    """Options of benchmarks that only measure times."""
 
     random_weights: bool = False
-    """A backbone with random weights: times are the same, and no checkpoint is needed."""
+    """Use random weights: times are the same, and no checkpoint is needed."""
 
     def load(self) -> Backbone:
         if not self.random_weights:
@@ -52,7 +53,7 @@ class TimedOptions(BackboneOptions):
 
 
 def provenance(options: BackboneOptions, backbone: Backbone) -> dict[str, Any]:
-    """What a reader of results.json needs to know about how they came about."""
+    """Return the provenance of results: backbone, device, versions, options."""
     return {
         "backbone": backbone.name,
         "backbone_identity": backbone.identity,
@@ -66,14 +67,14 @@ def provenance(options: BackboneOptions, backbone: Backbone) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """A device as people call it, for example "cuda (NVIDIA H100)"."""
+    """Return the name of a device, for example "cuda (NVIDIA H100)"."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({platform.machine()})"
 
 
 def require_at_least(minimum: int, **values: int | None) -> None:
-    """Raise `ValueError` for an option below its minimum; None stands for "not limited"."""
+    """Raise `ValueError` for an option below its minimum; None is not checked."""
     for name, value in values.items():
         if value is not None and value < minimum:
             option = name.replace("_", "-")

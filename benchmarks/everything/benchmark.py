@@ -1,4 +1,4 @@
-"""Everything mode: does a SAM that is asked for nothing in particular answer with whole objects?"""
+"""`everything`: fine-tune everything mode to whole objects, and measure it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from adaptation.options import ModelOptions
 from adaptation.results import folder_name
 from adaptation.strategy import STRATEGIES
 from adaptation.trainer import Trainer, check_tune
-from benchmarks.everything.measuring import SHOWN, UNTOUCHED, Measuring
+from benchmarks.everything.measuring import SHOWN, ZERO_SHOT, Measuring
 from benchmarks.everything.report import write_report
-from benchmarks.everything.scores import (
-    Split,
-)
+from benchmarks.everything.scores import Split
 from benchmarks.options import require_at_least
 from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.backbones import Backbone, load_backbone
@@ -33,67 +31,66 @@ from sam_gym.utils.digest import image_digest
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.version import __version__
 
-#: Trained methods, and the grid of each.
+#: Method -> point grid, columns and rows.
 GRIDS = {"saom_v1": (32, 32), "saom_v2": (64, 64), "panosam": (320, 64)}
 MethodFlags: Any = method_flags(GRIDS)
 
 
 @dataclass(frozen=True)
 class FineTuning(TrainConfig):
-    """Settings of the fine-tuning."""
+    """Options of the fine-tuning."""
 
     steps: int = 3000
-    """Optimizer steps of a fine-tuning."""
+    """Number of optimizer steps per method."""
     batch_size: int = 48
-    """Objects of a step, over all processes."""
+    """Objects per step, over all processes."""
     augmentations: Annotated[int, tyro.conf.arg(aliases=("--views",))] = 1
     """Augmentations per training image: the image itself, then flipped and scaled copies."""
     max_images: tyro.conf.Suppress[int | None] = None
     split: tyro.conf.Suppress[Literal["val", "test"]] = "val"
     prompts: tyro.conf.Suppress[tuple[str, ...]] = ("click",)
     learning_rate: float | None = 1e-3
-    """Adam's learning rate, which falls to a tenth, along a cosine."""
+    """Adam's learning rate; decays to a tenth along a cosine."""
 
 
 @dataclass
 class EverythingBenchmarkConfig:
-    """Fine-tune a SAM's everything mode to whole objects, and compare it with the SAM as it was.
+    """Fine-tune everything mode to whole objects, and compare it with the pretrained SAM.
 
-    No truth is in the prompts: a grid of points is asked, masks are filtered and cleared of
-    duplicates, and what is left is matched one to one with the objects. From which predicted IoU
-    and stability on a mask is kept is chosen on val, for each model by itself: the best panoptic
-    quality. Beside it stands the best mIoU with at most one mask per object, and with no more masks
-    than the SAM as it was keeps.
+    Prompts hold no ground truth: a point grid is decoded, masks are filtered, duplicates removed,
+    and the rest matched one to one with the objects. The thresholds of predicted IoU and stability
+    are chosen on val for each model: those of the best panoptic quality, those of the best mIoU
+    with at most one mask per object, and with no more masks than the pretrained SAM keeps.
 
     Without options this is the quick setting: `rooms`, micro, one fine-tuning.
     """
 
     methods: tuple[str, ...] = ("saom_v1",)
-    """Fine-tunings to compare: saom_v1 (32x32 points), saom_v2 (64x64), panosam (320x64)."""
+    """Methods to compare: saom_v1 (32x32 points), saom_v2 (64x64), panosam (320x64)."""
     tune: str = "decoder"
-    """What is tuned: decoder, hq, hq_small, sam_adapter, lora, lora_decoder."""
+    """Tune target: decoder, hq, hq_small, sam_adapter, lora, lora_decoder."""
     dataset: str = "rooms"
     """Dataset name: rooms, rooms-panoramas, scenes, coco, folder, entities, domain."""
     data: str | None = None
     """Root folder of a dataset that reads files."""
     train_images: int = 2048
-    """Images that are trained on."""
+    """Maximum number of training images."""
     val_images: int = 24
-    """Images on which operating points are chosen."""
+    """Number of images to choose thresholds on."""
     test_images: int = 32
-    """Images that are reported on."""
+    """Number of images to report on."""
     transfer: str | None = None
-    """Root folder of photographs in COCO's form, on which the same models are measured too."""
+    """Root folder of a COCO dataset to measure the same models on."""
     transfer_annotations: str | None = None
-    """Their annotation file (default: instances_val.json of the root folder)."""
+    """Its annotation file (default: instances_val.json of the root folder)."""
     transfer_limit: int = 40
-    """At most so many of those photographs."""
+    """Maximum number of its images."""
     grid: tuple[int, int] | None = None
-    """Columns and rows of the grid that is asked (default: that of the first method)."""
+    """Columns and rows of the point grid (default: that of the first method)."""
     seeds: int = 1
-    """Runs of each fine-tuning: the first with the seed that is given, then those after it."""
+    """Number of runs per method, with consecutive seeds."""
     resume: bool = False
-    """Go on with the fine-tunings in the output folder where they stopped."""
+    """Resume the fine-tunings in the output folder."""
     out: str = "runs/everything"
     """Folder for results.json, tables, pictures, adapters and report.html."""
     model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
@@ -103,10 +100,10 @@ class EverythingBenchmarkConfig:
 
 
 def run(config: EverythingBenchmarkConfig) -> dict[str, Any]:
-    """Fine-tune, measure and write everything; returns what stands in results.json.
+    """Fine-tune, measure and write the report; returns the content of results.json.
 
     Raises:
-        ValueError, FileNotFoundError: a name, a value or the data is wrong, before work starts.
+        ValueError, FileNotFoundError: an option or the data is wrong; raised before work starts.
     """
     _check(config)
     grid = config.grid or GRIDS[config.methods[0]]
@@ -115,7 +112,7 @@ def run(config: EverythingBenchmarkConfig) -> dict[str, Any]:
     out = output_folder(config.out)
     refuse_unfinished(out, "runs/*/checkpoint.pt", config.resume)
     plain = load_backbone(**config.model.arguments)
-    backbones: dict[str, list[Backbone]] = {UNTOUCHED: [plain]}
+    backbones: dict[str, list[Backbone]] = {ZERO_SHOT: [plain]}
     seconds: dict[str, list[float]] = {}
     for method in config.methods:
         for number in range(config.seeds):
@@ -164,22 +161,22 @@ def _check(config: EverythingBenchmarkConfig) -> None:
     )
     config.train.validate()
     if config.transfer is None and config.transfer_annotations is not None:
-        raise ValueError("--transfer-annotations needs --transfer, the folder of the photographs.")
+        raise ValueError("--transfer-annotations needs --transfer, the root folder.")
     if not config.methods:
         raise ValueError("--methods is empty: name at least one of saom_v1, saom_v2, panosam.")
     for method in config.methods:
         if config.methods.count(method) > 1:
-            raise ValueError(f"--methods names {method!r} twice: for more runs of it, --seeds.")
+            raise ValueError(f"--methods names {method!r} twice; for several runs, pass --seeds.")
         if method not in GRIDS:
             STRATEGIES.get(method)
             raise ValueError(
-                f"Method {method!r} does not train everything mode: take {', '.join(GRIDS)}."
+                f"Method {method!r} does not train everything mode; take {', '.join(GRIDS)}."
             )
         check_tune(method, config.tune)
 
 
 def _open(config: EverythingBenchmarkConfig) -> tuple[Stream, dict[str, Split]]:
-    """The stream that is trained on, and what is measured on: val, test and others."""
+    """Open the training stream and the splits to measure on: val, test and others."""
     root = {} if config.data is None else {"root": config.data}
     procedural = DATASETS.get(config.dataset).procedural
 
@@ -197,7 +194,7 @@ def _open(config: EverythingBenchmarkConfig) -> tuple[Stream, dict[str, Split]]:
     splits["test"] = Split.of(test, config.test_images, but=splits["val"])
     for name, split in splits.items():
         if image_digest(train[0].image) in split.digests:
-            raise ValueError(f"{config.dataset}: an image of train is in {name} too.")
+            raise ValueError(f"{config.dataset}: an image of train is also in {name}.")
     if config.transfer is not None:
         photographs = make_dataset(
             "coco", "val", root=config.transfer, annotations=config.transfer_annotations
@@ -210,7 +207,7 @@ def _open(config: EverythingBenchmarkConfig) -> tuple[Stream, dict[str, Split]]:
 def _trained(
     config: EverythingBenchmarkConfig, stream: Stream, method: str, seed: int, out: Path
 ) -> tuple[Backbone, float]:
-    """A fine-tuned backbone, and the seconds that its training took."""
+    """Fine-tune a backbone; returns it and the training time in seconds."""
     settings = replace(config.train, seed=seed, max_images=config.train_images)
     trainer = Trainer(settings, config.model.arguments, out / "runs")
     options = options_from_flags(config.method_options, method)
@@ -221,7 +218,7 @@ def _trained(
 
 
 def _entry(runs: Sequence[Mapping[str, float]], seconds: Sequence[float] | None) -> dict[str, Any]:
-    """Means over the runs of a model, and under `std` their deviations."""
+    """Return means over the runs of a model, and under `std` the standard deviations."""
     entry: dict[str, Any] = {
         key: round(float(np.mean([own[key] for own in runs])), 3) for key in runs[0]
     }

@@ -1,4 +1,4 @@
-"""What the benchmark of everything mode measures of every model."""
+"""Measure models in everything mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.everything.released import released
 from benchmarks.everything.scores import (
     ALL,
     EVERYTHING,
-    TRUST,
+    PREDICTED_IOU,
     Candidates,
     OperatingPoint,
     Split,
@@ -27,23 +27,22 @@ from sam_gym.backbones import Backbone
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 from sam_gym.mask_generation.merging import MergeOptions
 
-UNTOUCHED, MERGED = "untouched", "merged"
-#: What is told of each model where it keeps at most one mask per object, or no more masks than the
-#: SAM as it was.
+ZERO_SHOT, MERGED = "zero_shot", "merged"
+#: Numbers reported at the budgets of one mask per object, and of the masks of the pretrained SAM.
 WITHIN = ("miou", "macc", "masks_per_object")
-#: Masks per object that the curve of a model is told for.
+#: Budgets of the curve, in masks per object.
 BUDGETS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
-#: Images that pictures show, and on which the generator is timed.
+#: Number of images in pictures and for timing the generator.
 SHOWN = 4
 
 
 class Measuring:
-    """What is measured of every model.
+    """Measures models on splits of images.
 
     Args:
-        splits: of images: val, on which operating points are chosen, test, and others.
-        grid: points that are asked.
-        merging: how the masks of the SAM as it was are merged.
+        splits: images by name: val (to choose operating points on), test, and others.
+        grid: columns and rows of the point grid.
+        merging: options of merging the masks of the pretrained SAM.
         advance: called after each image.
     """
 
@@ -55,7 +54,7 @@ class Measuring:
         advance: Callable[[], None],
     ) -> None:
         self.splits, self.grid, self.merging, self.advance = splits, grid, merging, advance
-        #: Split -> model -> numbers of each run, and curves likewise.
+        #: Split -> model -> numbers of each run; curves likewise.
         self.scores, self.curves = (
             {split: defaultdict[str, list[Any]](list) for split in splits if split != "val"}
             for _ in range(2)
@@ -65,12 +64,12 @@ class Measuring:
         self._budget = 0.0
 
     def model(self, name: str, backbone: Backbone) -> None:
-        """Measure a model, the SAM as it was before all others."""
+        """Measure a model; the pretrained SAM has to come first."""
         on_val = self._candidates(backbone, "val")
         tried = on_val.tried()
         best = best_of(tried)
         merge_point = None
-        if name == UNTOUCHED:
+        if name == ZERO_SHOT:
             self._budget = best.masks_per_object
             merge_point = self._merge_point(backbone, on_val, best.point.stability)
         for split in self.scores:
@@ -100,8 +99,8 @@ class Measuring:
     def _merge_point(
         self, backbone: Backbone, on_val: Candidates, stability: float
     ) -> OperatingPoint:
-        """Above which trust the masks are best merged without training."""
-        points = [OperatingPoint(trust, stability) for trust in TRUST[::2]]
+        """Choose the operating point of merging on val, by panoptic quality."""
+        points = [OperatingPoint(value, stability) for value in PREDICTED_IOU[::2]]
         embeddings = self._embeddings(backbone, "val")
 
         def quality(point: OperatingPoint) -> float:
@@ -113,7 +112,7 @@ class Measuring:
         return [without_padding(backbone, sample.image) for sample in self.splits[split].samples]
 
     def _candidates(self, backbone: Backbone, split: str) -> Candidates:
-        """All that a model has to say of a split."""
+        """Return all masks of a model on a split."""
         generator = MaskGenerator(backbone, GeneratorOptions(grid=self.grid, **ALL))
         found, images = [], self.splits[split]
         for masks in generator.stream(sample.image for sample in images.samples):
@@ -124,12 +123,12 @@ class Measuring:
     def _generated(
         self, backbone: Backbone, split: str, point: OperatingPoint
     ) -> tuple[list[np.ndarray], float]:
-        """The masks of the first images, as a user has them made, and seconds per image."""
+        """Generate the masks of the first images; returns them and the seconds per image."""
         generator = MaskGenerator(
             backbone,
             GeneratorOptions(
                 grid=self.grid,
-                pred_iou_thresh=point.trust,
+                pred_iou_thresh=point.predicted_iou,
                 stability_score_thresh=point.stability,
             ),
         )

@@ -19,9 +19,10 @@ from sam_gym.utils.transfer import to_device
 
 
 def released(backbone: Backbone, split: Split, grid: tuple[int, int]) -> dict[str, float]:
-    """The protocol of the released code, whose prompts are derived from the truth.
+    """Score the protocol of the released code, whose prompts come from the ground truth.
 
-    One point for each object, by nearest neighbour in the embedding; the mask that is trusted most.
+    One point per object, by nearest neighbour in the embedding; the mask of the highest predicted
+    IoU.
     """
     ious, accuracies = [], []
     for sample in split.samples:
@@ -49,7 +50,7 @@ def released(backbone: Backbone, split: Split, grid: tuple[int, int]) -> dict[st
 def _points_from_truth(
     backbone: Backbone, embedding: Tensor, sample: Sample, grid: tuple[int, int]
 ) -> Tensor:
-    """Where the released protocol asks for each object: float32 (N, 2), pixels of the frame."""
+    """Return the prompt of each object: float32 (N, 2), pixels of the input frame."""
     size, shape = backbone.image_size, backbone.mask_shape
     height, width = sample.image.shape[:2]
     side = backbone.input_size((height, width))

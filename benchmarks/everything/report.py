@@ -1,4 +1,4 @@
-"""What the benchmark of everything mode writes: tables, pictures, one page."""
+"""Write the report of `everything`: tables, pictures, one page."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _ROWS = {
     "masks_per_object": "masks/object",
     "part_share": "parts %",
     "class_accuracy": "class",
-    "trust": "trust >",
+    "predicted_iou": "predicted IoU >",
     "stability": "stability >=",
     "one_miou": "mIoU, one mask per object",
     "one_macc": "mAcc, one mask per object",
-    "one_masks_per_object": "masks/object, at most one",
-    "same_miou": "mIoU, as many masks",
-    "same_macc": "mAcc, as many masks",
-    "same_masks_per_object": "masks/object, as many",
+    "one_masks_per_object": "masks/object, budget of one",
+    "same_miou": "mIoU, zero_shot budget",
+    "same_macc": "mAcc, zero_shot budget",
+    "same_masks_per_object": "masks/object, zero_shot budget",
     "seconds_per_image": "s/image",
     "released_miou": "mIoU, released",
     "released_macc": "mAcc, released",
 }
-_FINE = ("masks_per_object", "trust", "stability", "seconds_per_image")
+_FINE = ("masks_per_object", "predicted_iou", "stability", "seconds_per_image")
 _BRIEF = ("miou", "macc", "pq", "ar100", "masks_per_object", "one_miou", "same_miou")
 
 
@@ -49,9 +49,9 @@ def write_report(
     """Write results.json, models.csv, two pictures and report.html, and print a short table.
 
     Args:
-        results: what results.json holds.
-        samples: images of the pictures.
-        shown: model -> masks bool (K, H, W) of each of them.
+        results: content of results.json.
+        samples: images for the pictures.
+        shown: model -> masks bool (K, H, W) of each image.
         out: folder.
     """
     rows = [
@@ -64,35 +64,33 @@ def write_report(
     page = report.Page(
         "Everything mode: whole objects",
         f"{results['dataset']}, {results['images']['test']} test images with "
-        f"{results['objects']['test']} objects; {grid} points on each, no truth in the prompts. "
-        "In points of 100; mean and standard deviation over runs.",
+        f"{results['objects']['test']} objects; a grid of {grid} points, no ground truth in the "
+        "prompts. In %; mean and standard deviation over runs.",
     )
     page.cards(_headlines(results["models"]))
     page.table(*_table(results["models"]))
     page.text(
-        "Each model keeps masks above the predicted IoU (trust) and from the stability on that "
-        "give it the best panoptic quality on val; one mask per object: those that give it the "
-        "best mIoU there with no more masks than objects; as many masks: with no more masks than "
-        "the SAM as it was. Masks are matched one to one "
-        "with the objects; an object without a mask counts 0. mIoU and mAcc (share of the "
-        "object that is covered) are means over classes. AR: COCO's average recall of the 100 or "
-        "1000 masks that are trusted most of all that a model has (of merged: of what it keeps), "
-        "whatever the class. Parts: masks that lie in one object "
-        "and cover less than half of it. merged: the masks of the SAM as it was, merged and "
-        "filtered without training, above a trust of its own (trust > and stability >= say which "
-        "masks are merged)."
+        "Thresholds of predicted IoU and stability are chosen on val for each model: those of the "
+        "best panoptic quality; one mask per object: of the best mIoU with no more masks than "
+        "objects; zero_shot budget: with no more masks than the pretrained SAM (zero_shot) keeps. "
+        "Masks are matched one to one with the objects; an object without a mask counts 0. mIoU "
+        "and mAcc (covered fraction of the object) are means over classes. AR: COCO's "
+        "class-agnostic average recall of the 100 or 1000 masks of the highest predicted IoU, of "
+        "all masks (merged: of those kept). Parts: masks that lie in one object and cover less "
+        "than half of it. merged: masks of the pretrained SAM, filtered by thresholds of its own "
+        "and merged without training."
     )
     page.text(
-        "The rows marked released follow the released protocol, which is what published "
-        "figures mean: the prompts are derived from the truth, one for each object."
+        "Rows marked released follow the protocol of the released code, as published figures do: "
+        "one prompt per object, derived from the ground truth."
     )
     plot = _plot(results["curves"]["test"], out / "masks_per_object.png")
     page.plot(
         plot,
-        "mIoU against masks per object: for each budget, the thresholds that are best on val",
+        "mIoU by masks per object; for each budget, the best thresholds on val",
     )
     for split, models in results["transfer"].items():
-        page.heading(f"On photographs that no model was trained on ({split})")
+        page.heading(f"On photographs, without training on them ({split})")
         page.table(*_table(models))
     sheet = []
     for number, sample in enumerate(samples):
@@ -102,14 +100,14 @@ def write_report(
             caption = f"{name}, {count} mask{'s' * (count != 1)}"
             frames.append(draw_masks(sample.image, masks[number], caption=caption, height=256))
         sheet.append(report.side_by_side(frames))
-        page.photograph(sheet[-1], "The objects, and the masks that each model keeps")
+        page.photograph(sheet[-1], "Objects, and the masks of each model")
     save_image(out / "masks.png", tile(sheet, 1))
     heading = f"everything ({results['dataset']}, {grid} points), in %"
     page.finish(files, results["settings"], heading, *_table(results["models"], _BRIEF))
 
 
 def _plot(curves: Mapping[str, Any], path: Path) -> Path:
-    """What each model finds, against how many masks it takes."""
+    """Plot mIoU by masks per object for each model."""
     figure, axes = report.new_plot()
     colours = (report.MUTED, report.BLUE, report.ORANGE, report.INK)
     for colour, (name, runs) in zip(colours, curves.items(), strict=False):
@@ -127,7 +125,7 @@ def _plot(curves: Mapping[str, Any], path: Path) -> Path:
 def _table(
     models: Mapping[str, Any], keys: Iterable[str] = _ROWS
 ) -> tuple[list[str], list[list[str]]]:
-    """A column for each model, a row for each number that at least one of them has."""
+    """Return a column per model, and a row per number that at least one model has."""
     rows = [
         [_ROWS[key], *(_cell(own, key) for own in models.values())]
         for key in keys
@@ -146,9 +144,9 @@ def _cell(own: Mapping[str, Any], key: str) -> str:
 
 def _headlines(models: Mapping[str, Any]) -> dict[str, str]:
     cards = {f"mIoU, {name}": f"{own['miou']:.1f}" for name, own in models.items()}
-    untouched = models["untouched"]
+    before = models["zero_shot"]
     for name, own in models.items():
-        if name not in ("untouched", "merged") and untouched["miou"]:
-            gain = 100 * (own["miou"] / untouched["miou"] - 1)
-            cards[f"mIoU gained by {name}"] = f"{gain:+.0f}%"
+        if name not in ("zero_shot", "merged") and before["miou"]:
+            gain = 100 * (own["miou"] / before["miou"] - 1)
+            cards[f"mIoU gain of {name}"] = f"{gain:+.0f}%"
     return cards

@@ -1,4 +1,4 @@
-"""What masks come to against the objects of an image, and at which thresholds they are kept."""
+"""Score masks against objects, and choose thresholds."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from sam_gym.metrics.panoptic import (
 )
 from sam_gym.utils.digest import image_digest
 
-#: Least predicted IoU and least stability, of which the operating point of a model is chosen.
-TRUST = tuple(sorted({*(k / 20 for k in range(20)), 0.88, 0.92}))
+#: Thresholds among which the operating point of a model is chosen.
+PREDICTED_IOU = tuple(sorted({*(k / 20 for k in range(20)), 0.88, 0.92}))
 STABILITY = tuple(sorted({*(k / 10 for k in range(10)), 0.85, 0.95}))
-#: What leaves no mask out: operating points are tried on all that a model says.
+#: Options that keep all masks.
 ALL: dict[str, Any] = {
     "pred_iou_thresh": 0.0,
     "stability_score_thresh": 0.0,
@@ -38,14 +38,14 @@ ALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """Which masks of a model are kept.
+    """Thresholds of the masks to keep.
 
     Attributes:
-        trust: above which predicted IoU; 0 keeps all.
-        stability: from which stability on.
+        predicted_iou: minimum predicted IoU (exclusive); 0 keeps all.
+        stability: minimum stability.
     """
 
-    trust: float
+    predicted_iou: float
     stability: float
 
 
@@ -54,13 +54,13 @@ EVERYTHING = OperatingPoint(0.0, 0.0)
 
 
 class Tried(NamedTuple):
-    """What an operating point comes to.
+    """The scores of an operating point.
 
     Attributes:
-        point: which masks are kept.
+        point: the thresholds.
         pq: panoptic quality, in [0, 1].
         miou: mean over classes, in [0, 1].
-        masks_per_object: how many masks are kept.
+        masks_per_object: number of masks kept per object.
     """
 
     point: OperatingPoint
@@ -70,12 +70,12 @@ class Tried(NamedTuple):
 
 
 def best_of(tried: Sequence[Tried]) -> Tried:
-    """The operating point of the best panoptic quality, and of those the one of fewest masks."""
+    """Return the operating point of the best PQ; of equal ones, that of the fewest masks."""
     return max(tried, key=lambda own: (own.pq, -own.masks_per_object))
 
 
 def best_within(tried: Sequence[Tried], budget: float) -> Tried:
-    """The operating point of the best mIoU of those that keep no more masks per object."""
+    """Return the operating point of the best mIoU within a budget of masks per object."""
     least = min(own.masks_per_object for own in tried)
     allowed = [own for own in tried if own.masks_per_object <= max(budget, least)]
     return max(allowed, key=lambda own: own.miou)
@@ -83,11 +83,11 @@ def best_within(tried: Sequence[Tried], budget: float) -> Tried:
 
 @dataclass
 class Split:
-    """Images to measure on, with their objects; a dataset of its own.
+    """Images to measure on, with their objects, as a dataset.
 
     Attributes:
-        name: of the dataset that they are of.
-        categories: of that dataset.
+        name: of the dataset.
+        categories: of the dataset.
         samples: the images.
         objects: of each image, as run-length codes.
     """
@@ -99,10 +99,10 @@ class Split:
 
     @classmethod
     def of(cls, dataset: Dataset, limit: int, but: Split | None = None) -> Split:
-        """The first images of a dataset that show an object, but for those of another split.
+        """Take the first images with an object, excluding those of another split.
 
         Raises:
-            ValueError: there is none.
+            ValueError: no image is left.
         """
         samples: list[Sample] = []
         others = set() if but is None else but.digests
@@ -125,23 +125,23 @@ class Split:
         return self.samples[index]
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
-        """As of `Dataset`."""
+        """Draw an image, as `Dataset.draw`."""
         return int(rng.integers(len(self))), None
 
     @cached_property
     def digests(self) -> set[bytes]:
-        """Of the images."""
+        """Digests of the images."""
         return {image_digest(sample.image) for sample in self.samples}
 
     @cached_property
     def classes(self) -> np.ndarray:
-        """The category of each object of all images: int64 (N,)."""
+        """Categories of all objects: int64 (N,)."""
         return np.concatenate([sample.categories for sample in self.samples])
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """All masks that a model has for the images of a split, and what they share with its objects.
+    """Masks of a model on a split, and their overlaps with the objects.
 
     Attributes:
         split: the images.
@@ -156,7 +156,7 @@ class Candidates:
 
     @classmethod
     def of(cls, masks: Sequence[Masks], split: Split) -> Candidates:
-        """Of the masks of each image of a split."""
+        """Compute the overlaps of the masks of each image."""
         overlaps = [
             Overlaps.of(own.coco(), objects, sample.ignore)
             for own, objects, sample in zip(masks, split.objects, split.samples, strict=True)
@@ -164,16 +164,16 @@ class Candidates:
         return cls(split, list(masks), overlaps)
 
     def kept(self, point: OperatingPoint) -> list[np.ndarray]:
-        """What the generator would keep at an operating point, best first: int64 (K,) an image."""
+        """Return the masks the generator keeps at an operating point: int64 (K,) per image."""
         if point.stability not in self._stable:
             self._stable[point.stability] = self._without_duplicates(point.stability)
-        # A mask is a duplicate of one that is trusted more: a higher trust keeps the first ones.
-        trust = point.trust if point.trust > 0 else -np.inf
+        # Duplicates have a lower predicted IoU, so a higher threshold keeps a prefix.
+        least = point.predicted_iou if point.predicted_iou > 0 else -np.inf
         stable = zip(self.masks, self._stable[point.stability], strict=True)
-        return [index[masks.predicted_iou[index] > trust] for masks, index in stable]
+        return [index[masks.predicted_iou[index] > least] for masks, index in stable]
 
     def _without_duplicates(self, stability: float) -> list[np.ndarray]:
-        """The masks of at least a stability that are no duplicates: int64 (K,) an image."""
+        """Return the non-duplicate masks of a minimum stability: int64 (K,) per image."""
         usual, kept = GeneratorOptions.box_nms_thresh, []
         for masks in self.masks:
             passed = np.flatnonzero(masks.stability >= stability)
@@ -182,7 +182,7 @@ class Candidates:
         return kept
 
     def at(self, point: OperatingPoint) -> Candidates:
-        """What is kept at an operating point."""
+        """Return the masks kept at an operating point."""
         kept = self.kept(point)
         return Candidates(
             self.split,
@@ -191,9 +191,9 @@ class Candidates:
         )
 
     def tried(self) -> list[Tried]:
-        """What every operating point of `TRUST` x `STABILITY` comes to."""
+        """Score all operating points of `PREDICTED_IOU` x `STABILITY`."""
         every = []
-        for point in (OperatingPoint(*values) for values in product(TRUST, STABILITY)):
+        for point in (OperatingPoint(*values) for values in product(PREDICTED_IOU, STABILITY)):
             kept = self.kept(point)
             overlaps = [own.take(index) for own, index in zip(self.overlaps, kept, strict=True)]
             matches = [match(own) for own in overlaps]
@@ -204,12 +204,12 @@ class Candidates:
         return every
 
     def numbers(self) -> dict[str, float]:
-        """What these masks come to, in points of 100 where that makes sense."""
+        """Return the scores of these masks; shares in %."""
         matches = [match(own) for own in self.overlaps]
         iou = np.concatenate([own.iou for own in matches])
         accuracy = np.concatenate([own.accuracy for own in matches])
         categories = self.split.classes
-        # Masks of nothing but what is left out of the metrics do not count.
+        # Masks of ignored pixels only do not count.
         count = sum(int((own.masks >= 1).sum()) for own in self.overlaps)
         parts = sum(int(own.is_part.sum()) for own in self.overlaps)
         numbers = {
@@ -225,12 +225,12 @@ class Candidates:
             for masks, own, sample in zip(self.masks, matches, self.split.samples, strict=True):
                 hit = own.masks >= 0
                 right += int((masks.classes[own.masks[hit]] == sample.categories[hit]).sum())
-            # An object without a mask is not told right.
+            # An object without a mask counts as wrong.
             numbers["class_accuracy"] = 100 * right / len(iou)
         return numbers
 
     def recalls(self) -> dict[str, float]:
-        """Average recall of these masks, in points of 100."""
+        """Return the average recall of these masks, in %."""
         scores = [masks.predicted_iou for masks in self.masks]
         coded = [masks.coco() for masks in self.masks]
         recalls = average_recall(coded, scores, self.split.objects)
@@ -240,12 +240,12 @@ class Candidates:
 def merged(
     candidates: Candidates, embeddings: Sequence[np.ndarray], options: MergeOptions
 ) -> Candidates:
-    """Masks merged and filtered without training.
+    """Merge masks without training.
 
     Args:
-        candidates: what a model keeps.
+        candidates: masks of a model.
         embeddings: of each image, as of `without_padding`.
-        options: when masks belong together.
+        options: thresholds of merging.
     """
     pairs = zip(candidates.masks, embeddings, strict=True)
     whole = [merge_masks(masks, embedding, options) for masks, embedding in pairs]
@@ -253,7 +253,7 @@ def merged(
 
 
 def without_padding(backbone: Backbone, image: np.ndarray) -> np.ndarray:
-    """The embedding of an image, float32 (C, h, w), where there is image."""
+    """Return the embedding of an image without its padding, float32 (C, h, w)."""
     embedding = backbone.encode([image]).embedding[0].cpu().numpy()
     corner = backbone.to_input_frame(np.array([[image.shape[1], image.shape[0]]]), image.shape[:2])
     side = backbone.image_size / embedding.shape[-1]

@@ -51,7 +51,7 @@ class InteractiveBenchmarkConfig(BackboneOptions):
     clicks: int = 20
     """Clicks per object; an object that never reaches the IoU counts as this many."""
     batch_size: int = 16
-    """Objects per decoder call."""
+    """Number of objects per decoder call."""
     baseline: bool = True
     """Also give the same clicks to cv2.grabCut."""
     baseline_clicks: int = 5

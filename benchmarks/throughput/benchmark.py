@@ -32,7 +32,7 @@ def run(config: ThroughputBenchmarkConfig) -> dict[str, Any]:
 
     Raises:
         ValueError, FileNotFoundError: an option or the checkpoint is wrong.
-        RuntimeError: the sides did not play the same episodes.
+        RuntimeError: the sides disagree on their masks or rewards.
     """
     config.validate()
     out = output_folder(config.out)
@@ -134,7 +134,7 @@ def _rows(
 def _speed(
     config: ThroughputBenchmarkConfig, num_envs: int, rows: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
-    """Medians over the repeats; a speed-up is the median of each repeat's own."""
+    """Return medians over the repeats; a speed-up is the median of the repeats' speed-ups."""
     seconds = {
         side: np.array([row["seconds"] for row in rows if row["side"] == side]) for side in SIDES
     }
@@ -150,7 +150,7 @@ def _speed(
 def _phases(
     config: ThroughputBenchmarkConfig, profiles: Sequence[dict[str, float]]
 ) -> dict[str, Any]:
-    """Median milliseconds per vector step of each phase, and the share that is not the model."""
+    """Return median milliseconds per vector step and phase, and the share outside of the model."""
     overhead = [1 - (p["encode"] + p["decode"]) / sum(p.values()) for p in profiles]
     return {
         "phases_ms": {
@@ -162,11 +162,10 @@ def _phases(
 
 
 def linear_fit(step_ms: Mapping[int, float]) -> dict[str, float] | None:
-    """Least-squares line through milliseconds per vector step by number of environments.
+    """Fit a line to milliseconds per vector step by number of environments (least squares).
 
     Returns:
-        ms_per_env, intercept_ms and r_squared; None for fewer than three numbers of environments,
-        through which a line always fits.
+        ms_per_env, intercept_ms and r_squared; None for fewer than three numbers of environments.
     """
     if len(step_ms) < 3:
         return None
@@ -180,10 +179,10 @@ def linear_fit(step_ms: Mapping[int, float]) -> dict[str, float] | None:
 
 
 def growth(chunks: Sequence[Chunk]) -> dict[str, Any]:
-    """Cost of a step against images seen, without the first chunk, which warms up.
+    """Return the step time by number of images seen, without the first (warm-up) chunk.
 
-    `capacity` is how many embeddings were held at most;
-    `last_over_first` is the median of the last quarter of the chunks over that of the first.
+    `capacity` is the maximum number of embeddings held, `last_over_first` the median step time of
+    the last quarter of the chunks over that of the first quarter.
     """
     images, held, step_ms = zip(*chunks[1:], strict=True)
     quarter = max(1, len(step_ms) // 4)
@@ -196,7 +195,7 @@ def growth(chunks: Sequence[Chunk]) -> dict[str, Any]:
 
 
 def shapes_of(name: str) -> Backbone:
-    """A backbone without weights, which only its shapes can be asked for."""
+    """Return a backbone on the meta device, for its shapes only."""
     device = torch.device("meta")
     with device:
         return Backbone(name, BACKBONES.get(name).build(), device, torch.float32)
@@ -205,7 +204,7 @@ def shapes_of(name: str) -> Backbone:
 def rollout_bytes(
     config: ThroughputBenchmarkConfig, backbone: Backbone, steps: int = 128
 ) -> dict[str, float]:
-    """Bytes of the observations that a rollout of one environment stores, in either form."""
+    """Return the bytes of observations in a rollout of one environment, by `obs` form."""
 
     def stored(obs: str) -> int:
         core = ClickCore(SamSegConfig(**config.env_settings(False, obs)), 1)

@@ -14,32 +14,32 @@ _GROWTH_NUM_ENVS = 64
 
 @dataclass
 class ThroughputBenchmarkConfig(BackboneOptions):
-    """Compare the vector environment with the way it is done today, for several numbers of envs.
+    """Measure environment steps per second against one SamPredictor per environment.
 
     Three sides play the same actions on the same images with the same weights, and their masks are
-    compared: `vector` is ours; `scalar` is a Python loop over our scalar environments; `reference`
-    is what research code does, a `SamPredictor` per environment under SyncVectorEnv, which encodes
-    at every reset. Cached images were seen before (only `reference` encodes them again); fresh
-    images never. A step that ends episodes includes their reset.
+    compared: `vector` is the vector environment; `scalar` a Python loop over scalar environments;
+    `reference` one `SamPredictor` per environment under SyncVectorEnv, as in research code, which
+    encodes at every reset. Cached images were encoded before (only `reference` encodes them again);
+    fresh images were not. The step that ends an episode includes its reset.
     """
 
     out: str = "runs/throughput"
     """Folder for results.json, repeats.csv, plots and report.html."""
     num_envs: tuple[int, ...] = (1, 8, 64, 256)
-    """Environments on each side, one or several numbers."""
+    """Environments per side, one or several numbers."""
     max_steps: int = 5
     """Steps per episode."""
     steps: int = 5
-    """Steps per repeat, a multiple of max_steps: then every repeat holds equally many resets."""
+    """Steps per repeat, a multiple of max_steps, so that all repeats have equally many resets."""
     repeats: int = 5
-    """Timed repeats, of which the median counts; one more to warm up comes first."""
+    """Timed repeats after one warm-up; results are medians."""
     images: int = 64
-    """Different images among the cached ones."""
+    """Number of images in the cached setting."""
     growth_images: int = 1024
-    """Fresh images over which the cost of a step is followed; 0 leaves that out."""
+    """Fresh images over which the growth of the step time is measured; 0: skip."""
 
     def validate(self) -> None:
-        """Raise `ValueError` for a value that cannot work."""
+        """Raise `ValueError` if an option is out of range."""
         if not self.num_envs:
             raise ValueError("--num-envs needs at least one number.")
         check_comparable(self.backbone)
@@ -55,17 +55,17 @@ class ThroughputBenchmarkConfig(BackboneOptions):
         if self.steps % self.max_steps:
             raise ValueError(
                 f"--steps must be a multiple of --max-steps ({self.max_steps}), got {self.steps}: "
-                "else some repeats would hold more resets than others."
+                "otherwise some repeats would have more resets than others."
             )
 
     @property
     def growth_num_envs(self) -> int:
-        """Environments that play while the cost is followed over images."""
+        """Number of environments when growth over images is measured."""
         fitting = [n for n in self.num_envs if n <= _GROWTH_NUM_ENVS]
         return max(fitting) if fitting else min(self.num_envs)
 
     def env_settings(self, fresh: bool, obs: str = "handle") -> dict[str, Any]:
-        """Arguments of `SamSeg-v0`; the scenes are endless if they have to be fresh."""
+        """Return arguments of `SamSeg-v0`; fresh scenes come from an endless dataset."""
         return {
             "dataset": "scenes",
             "split": "test",

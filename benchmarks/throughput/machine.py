@@ -1,4 +1,4 @@
-"""How fast a model is on a machine, and how fast the machine could be."""
+"""Measure the speed of a model and the limits of the machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sam_gym.utils.transfer import synchronise
 
 
 def _median_seconds(work: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
-    """Median time of some work on a device, after one run to warm up."""
+    """Return the median time of a call on a device, after one warm-up."""
     seconds = []
     for _ in range(repeats + 1):
         synchronise(device)
@@ -33,7 +33,7 @@ def _median_seconds(work: Callable[[], Any], device: torch.device, repeats: int 
 
 
 def encoder_speed(backbone: Backbone, plain: Sam, batch: int = 16) -> dict[str, float]:
-    """Images per second of `encode` in batches, and of segment_anything's encoder one by one."""
+    """Return images per second of batched `encode` and of segment_anything's encoder."""
     scenes = make_dataset("scenes", "test", length=batch)
     images = [scenes[i].image for i in range(batch)]
     predictor = SamPredictor(plain)
@@ -60,11 +60,11 @@ def _embedding(predictor: SamPredictor, image: np.ndarray) -> torch.Tensor:
 
 
 def decoder_speed(backbone: Backbone, prompts: int) -> dict[str, float]:
-    """Decoding against what the machine can do, measured beside it.
+    """Return decoding speed as a fraction of the roofline of the machine.
 
-    The machine's limit is the larger of two times: that of the multiplications at the rate of a
-    large matrix product, and that of reading the embeddings and writing the masks at the rate of a
-    large copy. Latency is that of one click on one image.
+    The roofline is the larger of two times: the multiplications at the rate of a large matrix
+    product, and reading the embeddings and writing the masks at the rate of a large copy. Latency
+    is that of one click on one image.
     """
     device = backbone.device
     features = backbone.feature_spec.empty(prompts, device).map(torch.Tensor.normal_)
@@ -78,7 +78,7 @@ def decoder_speed(backbone: Backbone, prompts: int) -> dict[str, float]:
 
     decode = _median_seconds(lambda: backbone.decode_best(features, batch, first), device)
     click = _median_seconds(lambda: backbone.decode_best(features[:1], one, first[:1]), device)
-    # Compiled code does not say what it multiplies.
+    # The FLOP counter does not see compiled code.
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         backbone.decode_best(features, batch, first)
     flops = counter.get_total_flops()
@@ -103,10 +103,7 @@ def decoder_speed(backbone: Backbone, prompts: int) -> dict[str, float]:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """The most memory that was ever held: of the device, or of the process on a CPU.
-
-    None on Windows, which does not tell.
-    """
+    """Return the peak memory of the device, or of the process on a CPU; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -118,10 +115,10 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
 
 def precision_effect(backbone: Backbone, count: int = 32) -> dict[str, dict[str, float]]:
-    """Mean IoU of the masks after one click with those of float32, by precision.
+    """Return the mean IoU with the float32 masks after one click, by precision.
 
-    `model`: encoder and decoder in that precision; `disk`: float32 throughout, but the embedding
-    kept on disk in that precision. Nothing is compiled here.
+    `model`: encoder and decoder in that precision; `disk`: float32, with the embedding rounded to
+    that precision as on disk. Not compiled.
     """
     scenes = make_dataset("scenes", "test", length=count)
     samples = [scenes[i] for i in range(count)]

@@ -1,4 +1,4 @@
-"""The three sides of `throughput`: they play the same episodes, and are timed."""
+"""Play the same episodes on the three sides of `throughput`, and time them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sam_gym.utils.transfer import synchronise
 
 SIDES = ("vector", "reference", "scalar")
 
-#: Phase of a step -> whose methods make it up. Time in a nested method counts for that one only.
+#: Phase of a step -> its methods. Time in a nested method counts for that method only.
 PHASES = {
     "encode": ("backbone.encode",),
     "decode": ("backbone.decode_best",),
@@ -40,8 +40,8 @@ PHASES = {
 }
 REST = "rest"
 
-#: Two batch sizes round differently, and a logit near zero may flip a pixel: the largest difference
-#: of a reward that is put down to that, by precision, and the share of rewards that may exceed it.
+#: Results of different batch sizes differ by rounding, and a logit near zero may flip a pixel.
+#: Tolerated difference of rewards by precision, and tolerated share of rewards beyond it.
 _TOLERANCES = {torch.float32: 0.01}
 _LOW_PRECISION_TOLERANCE = 0.05
 _MAX_OUTLIERS = 0.02
@@ -53,7 +53,7 @@ _GROWTH_IMAGES_PER_ENV = 8
 
 @dataclass
 class Played:
-    """What one side got out of its steps.
+    """The results of one side.
 
     Attributes:
         masks: per step, bool (N, hm, wm), the low-res mask of each environment.
@@ -67,14 +67,14 @@ class Played:
 
 
 class Match:
-    """Three sides that play the same episodes; each counts only the seconds of its steps.
+    """Three sides that play the same episodes; each measures the time of its steps only.
 
     Args:
         config: the settings.
         backbone: the model of the vector and the scalar environments.
         plain: the model of the reference environments.
         num_envs: environments on each side.
-        fresh: whether every episode has an image of its own.
+        fresh: whether every episode has a new image.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Match:
         return self._rng.integers(0, int(self.core.action_space.n), shape)
 
     def play(self) -> dict[str, float]:
-        """Play `steps` steps on all sides; returns the seconds of each."""
+        """Play `steps` steps on all sides; returns the seconds per side."""
         actions = self._actions()
         sides = {
             "vector": lambda played: play_vector(self.vector, actions, played),
@@ -125,7 +125,7 @@ class Match:
         return {side: play(self.played[side]) for side, play in sides.items()}
 
     def profile(self) -> dict[str, float]:
-        """Play `steps` steps on the vector side; returns the seconds of each phase."""
+        """Play `steps` steps on the vector side; returns the seconds per phase."""
         actions = self._actions()
         with phase_timers(self.core) as seconds:
             total = play_vector(self.vector, actions, Played())
@@ -133,10 +133,10 @@ class Match:
         return phases | {REST: total - sum(phases.values())}
 
     def agreement(self) -> dict[str, Any]:
-        """How far the sides are apart.
+        """Return the differences between the sides.
 
-        Rewards of the vector and the scalar environments are computed alike, so they are compared
-        as they are; the reference scores at the size of the image, so its masks are compared.
+        Vector and scalar environments compute rewards alike, so their rewards are compared. The
+        reference scores at image size, so its masks are compared instead.
         """
         tolerance = _TOLERANCES.get(self.backbone.dtype, _LOW_PRECISION_TOLERANCE)
         vector, reference, scalar = (self.played[side] for side in SIDES)
@@ -168,7 +168,7 @@ class Match:
 
 
 def make_vector(num_envs: int, settings: dict[str, Any]) -> gym.vector.VectorEnv:
-    """The vector environment, whose episodes begin in the step that ends those before."""
+    """Make the vector environment with same-step autoreset."""
     return gym.make_vec(
         "SamSeg-v0",
         num_envs=num_envs,
@@ -181,8 +181,7 @@ def make_vector(num_envs: int, settings: dict[str, Any]) -> gym.vector.VectorEnv
 def share_memory(cores: Sequence[ClickCore], warm: bool) -> None:
     """Give one side an embedding store and a sample cache of its own.
 
-    So neither side finds what the other has encoded; and scalar environments, each of which would
-    have a sample cache to itself, draw what one of them drew only once.
+    No side reuses the embeddings of another, and the scalar environments share one cache.
     """
     first = cores[0]
     samples = SampleCache(first.dataset, first.config.cache_mib * 2**20)
@@ -198,19 +197,18 @@ def share_memory(cores: Sequence[ClickCore], warm: bool) -> None:
 def play_vector(env: gym.vector.VectorEnv, actions: np.ndarray, played: Played) -> float:
     """Step the vector environment through actions (T, N); returns the seconds of its steps."""
     core: ClickCore = env.unwrapped.core  # type: ignore[attr-defined]
-    slots, seconds = torch.arange(core.num_envs), 0.0
+    env_index, seconds = torch.arange(core.num_envs), 0.0
     for row in actions:
         started = time.perf_counter()
         _, reward, _, _, info = env.step(row)
-        # What is drawn ahead or still running on the device is work of this side, also where
-        # nothing hides it.
+        # Prefetching and pending device work belong to this side.
         core.prefetcher.wait()
         synchronise(core.device)
         seconds += time.perf_counter() - started
         played.rewards.append(reward)
-        # Logits of an episode that has just ended stay until its slot is clicked again.
+        # Logits of a finished episode stay until the next click in its sub-environment.
         clicks = info["final_info"]["clicks"] if "final_info" in info else info["clicks"]
-        logits = core.logits[slots, torch.from_numpy(clicks)]
+        logits = core.logits[env_index, torch.from_numpy(clicks)]
         played.masks.append((logits > 0).cpu().numpy())
         if "final_info" in info:
             played.final_ious.append(info["final_info"]["iou"])
@@ -218,7 +216,7 @@ def play_vector(env: gym.vector.VectorEnv, actions: np.ndarray, played: Played) 
 
 
 def play_scalars(envs: Sequence[gym.Env], actions: np.ndarray, played: Played) -> float:
-    """Step scalar environments in a loop through actions (T, N), resetting those that end."""
+    """Step scalar environments in a loop through actions (T, N); returns the seconds."""
     started = time.perf_counter()
     for row in actions:
         rewards, final_ious = [], []
@@ -250,8 +248,8 @@ class Chunk(NamedTuple):
     """An episode of every environment, on fresh images.
 
     Attributes:
-        images: images encoded by its end, since the environments were made.
-        held: embeddings in the store by its end.
+        images: number of images encoded so far.
+        held: number of embeddings in the store.
         step_ms: milliseconds per vector step.
     """
 
@@ -261,17 +259,16 @@ class Chunk(NamedTuple):
 
 
 def play_chunks(config: ThroughputBenchmarkConfig) -> Iterator[Chunk]:
-    """Play the vector environment alone on fresh images until it has seen `growth_images`.
+    """Play the vector environment on fresh images until it has encoded `growth_images`.
 
-    The embedding store and the sample cache hold a quarter of the images: the first chunks fill
-    them, the later ones evict.
+    The embedding store and the sample cache hold a quarter of the images, so later chunks evict.
     """
     num_envs = config.growth_num_envs
     total = max(config.growth_images, _GROWTH_IMAGES_PER_ENV * num_envs)
     rng = np.random.default_rng(config.seed)
     with closing(make_vector(num_envs, config.env_settings(fresh=True))) as env:
         core: ClickCore = env.unwrapped.core  # type: ignore[attr-defined]
-        # An episode's image is let go once the next one's is there.
+        # The image of an episode is released after the next one is acquired.
         kept = max(total // 4, 2 * num_envs)
         embedding_bytes = core.backbone.feature_spec.nbytes
         core.samples = SampleCache(core.dataset, kept * core.dataset[0].image.nbytes)
@@ -286,10 +283,10 @@ def play_chunks(config: ThroughputBenchmarkConfig) -> Iterator[Chunk]:
 
 @contextmanager
 def phase_timers(core: ClickCore) -> Iterator[dict[str, float]]:
-    """Time the methods of `PHASES` on a core: a dict of seconds that fills up as they are called.
+    """Time the methods of `PHASES` on a core; yields a dict of seconds that grows with each call.
 
-    The methods are put back afterwards. The device is waited for around each of them, so that its
-    work counts where it was asked for; that is why speed is measured without timers.
+    The methods are restored afterwards. Each call synchronises the device, so that its work counts
+    for the phase that requested it; speed is therefore measured without timers.
     """
     seconds: dict[str, float] = defaultdict(float)
     nested: list[float] = []

@@ -1,4 +1,4 @@
-"""The way it is done today: a `SamPredictor` per environment, one step at a time."""
+"""The reference of `throughput`: one `SamPredictor` per environment, one step at a time."""
 
 from __future__ import annotations
 
@@ -17,34 +17,33 @@ from sam_gym.metrics import masks as metrics
 
 
 def check_comparable(name: str) -> None:
-    """Raise `ValueError` for a backbone that `SamPredictor` cannot work."""
+    """Raise `ValueError` for a backbone that `SamPredictor` does not support."""
     plain = BackboneSpec.features
     if name.startswith(HUB_PREFIX) or BACKBONES.get(name).features != plain:
         comparable = [spec.name for spec in backbones_by_size() if spec.features == plain]
         raise ValueError(
-            f"{name}: segment_anything's SamPredictor cannot work this backbone, so there is "
-            f"nothing to compare with. Pass one of: {', '.join(comparable)}."
+            f"{name}: segment_anything's SamPredictor does not support this backbone, so "
+            f"there is no reference. Pass one of: {', '.join(comparable)}."
         )
 
 
 def plain_sam(backbone: Backbone) -> Sam:
-    """segment_anything's own model with the weights of a backbone, in float32, nothing replaced."""
+    """Build segment_anything's model with the weights of a backbone, unmodified, in float32."""
     sam = BACKBONES.get(backbone.name).build()
     sam.load_state_dict(backbone.private_copy().state_dict())
     return sam.to(backbone.device).eval().requires_grad_(False)
 
 
 class PredictorEnv(gym.Env[Any, Any]):
-    """The click task as the research repositories play it (the design of AlignSAM's environments).
+    """The click task as research code implements it (the design of AlignSAM's environments).
 
-    The model is shared; everything else is done per environment and step: the image is encoded at
-    each reset, the embedding is copied into each observation, and the mask is brought to the size
-    of the image, where it is scored. Targets, clicks and the choice of the mask are those of
-    `SamSeg-v0`.
+    The model is shared. Each environment encodes the image at every reset, copies the embedding
+    into every observation, and upsamples the mask to image size for scoring. Targets, clicks and
+    mask selection are those of `SamSeg-v0`.
 
     Args:
         sam: the model.
-        core: the rules: what is drawn from a generator, and where an action clicks.
+        core: draws targets and maps actions to clicks.
     """
 
     def __init__(self, sam: Sam, core: ClickCore) -> None:
@@ -64,7 +63,7 @@ class PredictorEnv(gym.Env[Any, Any]):
         )
         self.target: ClickTarget
         self.low_res: np.ndarray | None = None
-        #: bool (hm, wm), the mask after the last click, which a reset leaves as it is.
+        #: bool (hm, wm), the mask after the last click; kept by a reset.
         self.last_mask = np.zeros(core.backbone.mask_shape, bool)
 
     def reset(

@@ -1,4 +1,4 @@
-"""What `throughput` writes: results.json, repeats.csv, plots and the page that explains them."""
+"""Write the report of `throughput`: results.json, repeats.csv, plots and report.html."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Side -> its colour in plots.
+#: Side -> colour.
 _SIDES = {"vector": report.BLUE, "reference": "#8a6fb3", "scalar": report.ORANGE}
-#: Kind of images -> how its lines are drawn.
+#: Kind of images -> line style.
 _KINDS = {"cached": "-", "fresh": "--"}
-#: Phase of a step -> its colour in plots, and what it is.
+#: Phase of a step -> colour and description.
 _PHASES = {
-    "encode": (report.BLUE, "the image encoder, with resizing"),
-    "decode": ("#7db8e8", "the prompt encoder and the mask decoder"),
+    "encode": (report.BLUE, "image encoder, with resizing"),
+    "decode": ("#7db8e8", "prompt encoder and mask decoder"),
     "samples": (
         report.ORANGE,
-        "waiting for the next images and targets, drawn in a thread meanwhile",
+        "waiting for prefetched images and targets",
     ),
-    "store": ("#efb666", "finding embeddings by content, gathering them"),
-    "clicks": ("#c9603f", "turning actions into clicks"),
+    "store": ("#efb666", "looking up and gathering embeddings"),
+    "clicks": ("#c9603f", "mapping actions to clicks"),
     "score": ("#8a6fb3", "IoU and reward"),
     "observation": ("#5a9e6f", "observations and infos"),
     "rest": ("#b8bec6", "everything else"),
@@ -38,8 +38,8 @@ def write_report(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path)
     """Write all files and print the table of speeds.
 
     Args:
-        summary: what results.json is to hold.
-        rows: what repeats.csv is to hold.
+        summary: content of results.json.
+        rows: content of repeats.csv.
         out: an existing folder.
     """
     files = report.write_results(out, summary, "repeats.csv", rows)
@@ -53,35 +53,34 @@ def write_report(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path)
 
     page = report.Page(
         f"Throughput of SamSeg-v0 with {summary['backbone']}",
-        f"One vector environment against as many environments that each work SAM alone, on "
-        f"{summary['device']}, CPU threads: {summary['threads']}. Same weights, same images, same "
-        "actions.",
+        f"One vector environment against one SamPredictor per environment, on {summary['device']}, "
+        f"CPU threads: {summary['threads']}. Same weights, images and actions.",
     )
     page.cards(
         {
             f"env steps per second, {middle} envs": (
                 f"{measured['cached']['vector_steps_per_second']:.0f}"
             ),
-            "times the reference, cached": f"{measured['cached']['speedup_vs_reference']:.1f}",
-            "times the reference, fresh": f"{measured['fresh']['speedup_vs_reference']:.1f}",
+            "speed-up over reference, cached": f"{measured['cached']['speedup_vs_reference']:.1f}",
+            "speed-up over reference, fresh": f"{measured['fresh']['speedup_vs_reference']:.1f}",
             "smaller rollouts": f"{summary['rollout_bytes']['ratio']:.0f}x",
         }
     )
     page.table(columns, table)
     page.text(
-        "Reference: a SamPredictor per environment under SyncVectorEnv, as research code does it: "
-        "encodes at every reset, copies the embedding into every observation, masks at image size. "
-        "Scalar: a Python loop over this package's own scalar environments. Cached: the image was "
-        "encoded before, as most are in training. Fresh: never seen before, so that every episode "
-        f"of {settings['max_steps']} steps pays for drawing and encoding an image. Steps that end "
-        f"episodes include the reset. Medians of {settings['repeats']} repeats of "
+        "Reference: one SamPredictor per environment under SyncVectorEnv, as in research code; it "
+        "encodes at every reset, copies the embedding into every observation, and scores at image "
+        "size. Scalar: a Python loop over scalar environments of this package. Cached: images "
+        "encoded before, as most are in training. Fresh: new images, so that every episode of "
+        f"{settings['max_steps']} steps includes generating and encoding one. The step that ends "
+        f"an episode includes its reset. Medians of {settings['repeats']} repeats of "
         f"{settings['steps']} steps."
     )
     page.plot(speed_file, "environment steps per second by number of environments")
-    page.heading("How the cost of a vector step grows")
+    page.heading("Growth of the step time")
     page.plot(growth_file, "milliseconds per vector step by environments and by images seen")
     page.text(_growth_caption(summary))
-    page.heading(f"Where a vector step of {middle} environments spends its time")
+    page.heading(f"Time of a vector step of {middle} environments by phase")
     page.plot(phase_file, "milliseconds per vector step by phase")
     page.table(
         ("phase", "cached, ms", "fresh, ms"),
@@ -104,7 +103,7 @@ def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         "scalar loop",
         "vs reference",
         "vs scalar",
-        "not the model",
+        "outside of the model",
     ]
     rows = []
     for num_envs, measured in summary["by_num_envs"].items():
@@ -129,10 +128,13 @@ def _machine_table(summary: dict[str, Any]) -> list[tuple[str, str]]:
     peak = summary["peak_memory_mib"]
     return [
         ("encode, images per second", f"{encoder['images_per_second']:.1f}"),
-        ("of plain segment_anything", f"{encoder['plain_images_per_second']:.1f}"),
+        (
+            "segment_anything, images per second",
+            f"{encoder['plain_images_per_second']:.1f}",
+        ),
         (f"decode, ms per prompt of {decoder['prompts']}", f"{decoder['ms_per_prompt']:.3f}"),
         ("one click, ms", f"{decoder['click_latency_ms']:.2f}"),
-        ("decode, share of the roofline", f"{decoder['fraction_of_roofline']:.1%}"),
+        ("decode, fraction of the roofline", f"{decoder['fraction_of_roofline']:.1%}"),
         ("large matrix product, GFLOP/s", f"{decoder['matmul_gflop_per_second']:.0f}"),
         ("large copy, GB/s", f"{decoder['copy_gb_per_second']:.1f}"),
         ("rollout of 128 steps, full form, MiB", f"{rollout['full'] / 2**20:.1f}"),
@@ -151,8 +153,8 @@ def _machine_table(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _growth_caption(summary: dict[str, Any]) -> str:
     sentences = [
-        f"{kind.capitalize()} images: {fit['ms_per_env']:.2f} ms for each further environment, "
-        f"R² of the straight line {fit['r_squared']:.4f}."
+        f"{kind.capitalize()} images: {fit['ms_per_env']:.2f} ms per additional environment, "
+        f"linear fit with R² {fit['r_squared']:.4f}."
         for kind, fit in summary["linear_fit"].items()
         if fit is not None
     ]
@@ -191,7 +193,7 @@ def _growth_plot(summary: dict[str, Any]) -> Figure:
         fit = summary["linear_fit"][kind]
         if fit is not None:
             line = fit["intercept_ms"] + fit["ms_per_env"] * sizes
-            label = f"straight line, R² {fit['r_squared']:.4f}"
+            label = f"linear fit, R² {fit['r_squared']:.4f}"
             by_envs.plot(sizes, line, color=colour, lw=1, label=label)
     by_envs.set(xlabel="environments", ylabel="ms per vector step")
     _begin_at_zero(by_envs)
@@ -230,7 +232,7 @@ def _sizes(summary: dict[str, Any]) -> list[int]:
 
 
 def _series(summary: dict[str, Any], kind: str, number: str) -> list[float]:
-    """A number of every measurement of a kind, in the order of `_sizes`."""
+    """Return a number of all measurements of a kind, in the order of `_sizes`."""
     return [measured[kind][number] for measured in summary["by_num_envs"].values()]
 
 

@@ -1,8 +1,8 @@
-"""Everything mode: the masks of all that is in an image, from a grid of clicks.
+"""Everything mode: all masks of an image from a grid of clicks.
 
-What segment_anything's `SamAutomaticMaskGenerator` does, and of equal settings the same results,
-for many images at once: the clicks of all images share decoder calls, masks are drawn only
-of what is trusted, and what leaves a call is run lengths.
+Gives the results of segment_anything's `SamAutomaticMaskGenerator` with the same options, for many
+images at once. Clicks of all images share decoder calls, masks are filtered by predicted IoU before
+they are upsampled, and leave a call as run lengths.
 """
 
 from __future__ import annotations
@@ -32,51 +32,48 @@ from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.transfer import to_device, to_host
 
-#: Embedding cells of a decoder call, and pixels that masks are brought to at once, by device: as
-#: many as are quick, on a CPU so few that they stay in its caches.
+#: Embedding cells per decoder call, and pixels of masks upsampled at once, by type of device. On a
+#: CPU they stay in its caches.
 _CELLS = {"cpu": 2**14}
 _MANY_CELLS = 2**20
 _PIXELS = {"cpu": 2**20}
 _MANY_PIXELS = 2**26
 
-#: Images, or crops of images, whose embeddings are held at once.
-_VIEWS = 8
+#: Crops (or whole images) whose embeddings are held at once.
+_CROPS = 8
 
 
 @dataclass(frozen=True)
 class GeneratorOptions:
-    """Where everything mode clicks and which masks it keeps, as segment_anything names it."""
+    """Options of everything mode, named as in segment_anything."""
 
     grid: tuple[int, int] = (32, 32)
-    """Clicks on an image: columns and rows of the point grid."""
+    """Columns and rows of the point grid."""
     pred_iou_thresh: float | None = None
-    """Keep masks whose IoU SAM predicts to be above this; 0 keeps all (default: the
-    backbone's; 0.88 for SAM)."""
+    """Minimum predicted IoU (exclusive); 0 keeps all (default: the backbone's; SAM: 0.88)."""
     stability_score_thresh: float | None = None
-    """Keep masks of at least this stability; 0 keeps all (default: the backbone's; 0.95 for
-    SAM)."""
+    """Minimum stability score; 0 keeps all (default: the backbone's; SAM: 0.95)."""
     stability_score_offset: float = 1.0
-    """Stability is the IoU of the masks at thresholds so far above and below SAM's own."""
+    """Stability is the IoU of the masks at thresholds this far above and below SAM's."""
     box_nms_thresh: float = 0.7
-    """Of masks whose boxes have a greater IoU than this, keep the one with the best predicted
-    IoU."""
+    """Box IoU above which the mask of the lower predicted IoU is a duplicate."""
     crop_n_layers: int = 0
-    """Look at crops of the image too: layer i has 4**i of them."""
+    """Layers of crops; layer i has 4**i crops."""
     crop_nms_thresh: float = 0.7
-    """The same as box_nms_thresh, between crops: the mask of the smaller crop is kept."""
+    """Box IoU above which masks of two crops are duplicates; that of the smaller crop stays."""
     crop_overlap_ratio: float = 512 / 1500
-    """Overlap of the crops of the first layer, as a share of the image's shorter side."""
+    """Overlap of the crops of layer 1, as a fraction of the image's shorter side."""
     crop_n_points_downscale_factor: int = 1
-    """In crops of layer i, the grid is this to the power of i times as coarse."""
+    """The grid in crops of layer i is coarser by this factor to the power of i."""
     min_mask_region_area: int = 0
     """Remove islands and fill holes of fewer pixels than this."""
     output: str = "binary_mask"
-    """How a record holds its mask: binary_mask, uncompressed_rle, coco_rle."""
+    """Format of the masks: binary_mask, uncompressed_rle, coco_rle."""
     points_per_batch: int | None = None
-    """Clicks in a decoder call (left out: as many as are quickest on the device)."""
+    """Clicks per decoder call (default: chosen by device)."""
 
     def validate(self) -> None:
-        """Raise `ValueError` for a value that cannot work."""
+        """Raise `ValueError` if an option is out of range."""
         if self.output not in OUTPUTS:
             raise unknown_name("output", self.output, OUTPUTS)
         shares = "pred_iou_thresh stability_score_thresh box_nms_thresh crop_nms_thresh"
@@ -95,7 +92,7 @@ class GeneratorOptions:
             )
         if min(self.layer_grid(self.crop_n_layers)) < 1:
             raise ValueError(
-                f"A grid of {self.grid[0]} x {self.grid[1]} has no point left in crops of layer "
+                f"A grid of {self.grid[0]} x {self.grid[1]} has no points in crops of layer "
                 f"{self.crop_n_layers}: take a finer grid, fewer crop_n_layers, or a smaller "
                 f"crop_n_points_downscale_factor than {self.crop_n_points_downscale_factor}."
             )
@@ -111,7 +108,7 @@ class GeneratorOptions:
         return least, stable
 
     def layer_grid(self, layer: int) -> tuple[int, int]:
-        """Columns and rows of the grid in crops of a layer; layer 0 is the image."""
+        """Return columns and rows of the grid in crops of a layer; layer 0 is the image."""
         columns, rows = self.grid
         coarser = self.crop_n_points_downscale_factor**layer
         return int(columns / coarser), int(rows / coarser)
@@ -125,15 +122,15 @@ def _require(options: GeneratorOptions, name: str, least: float, most: float | N
         raise ValueError(f"{name} must be at most {most}, got {value}.")
 
 
-class _View(NamedTuple):
-    """What SAM sees at once: an image or a crop of it.
+class _Crop(NamedTuple):
+    """An image or a crop of it, as the encoder sees it.
 
     Attributes:
         pixels: uint8 (h, w, 3).
         box: (x0, y0, x1, y1) in the image.
         image_size: (H, W) of the image.
-        points: float64 (P, 2), (x, y) in pixels of the view, where to click.
-        last: whether it is the last one of its image.
+        points: float64 (P, 2), clicks (x, y) in pixels of the crop.
+        last: whether it is the last crop of its image.
     """
 
     pixels: np.ndarray
@@ -144,11 +141,11 @@ class _View(NamedTuple):
 
 
 class MaskGenerator:
-    """Finds the masks of all that is in images.
+    """Generates all masks of images.
 
     Args:
         backbone: the SAM.
-        options: where to click and what to keep.
+        options: the grid, thresholds and crops.
 
     Raises:
         ValueError: an option is wrong.
@@ -157,7 +154,7 @@ class MaskGenerator:
     def __init__(self, backbone: Backbone, options: GeneratorOptions | None = None) -> None:
         self.backbone, self.options = backbone, options or GeneratorOptions()
         self.options.validate()
-        #: Above which predicted IoU, and from which stability on, masks are kept.
+        #: Minimum predicted IoU (exclusive) and minimum stability.
         self.thresholds = self.options.thresholds(backbone.name)
         self.names: tuple[str, ...] = backbone.classes
         kind = backbone.device.type
@@ -167,48 +164,48 @@ class MaskGenerator:
         self._pixels = _PIXELS.get(kind, _MANY_PIXELS)
 
     def generate(self, image: np.ndarray) -> list[dict[str, Any]]:
-        """The masks of an image uint8 (H, W, 3), as records; see `Masks.records`."""
+        """Return the masks of an image uint8 (H, W, 3) as records; see `Masks.records`."""
         return self.generate_all([image])[0]
 
     def generate_all(
         self, images: Sequence[np.ndarray], progress: bool = False
     ) -> list[list[dict[str, Any]]]:
-        """The masks of each image, as records; see `generate_masks` and `Masks.records`."""
+        """Return the masks of each image as records; see `generate_masks` and `Masks.records`."""
         every = self.generate_masks(images, progress)
         return [masks.records(self.options.output) for masks in every]
 
     def generate_masks(self, images: Sequence[np.ndarray], progress: bool = False) -> list[Masks]:
-        """The masks of each image, as arrays.
+        """Return the masks of each image as arrays.
 
         Args:
             images: uint8 (H, W, 3), RGB; sizes may differ.
-            progress: show a bar.
+            progress: show a progress bar.
         """
         if not progress:
             return list(self.stream(images))
         with ProgressBar() as bar:
-            total = sum(len(view.points) for view in self._views(images))
+            total = sum(len(crop.points) for crop in self._crops(images))
             task = bar.add_task("clicking", total=total)
             return list(self.stream(images, lambda count: bar.advance(task, count)))
 
     def stream(
         self, images: Iterable[np.ndarray], clicked: Callable[[int], None] | None = None
     ) -> Iterator[Masks]:
-        """The masks of one image after the other; few images are read ahead.
+        """Yield the masks of each image; reads few images ahead.
 
         Args:
             images: uint8 (H, W, 3), RGB; sizes may differ.
-            clicked: told how many clicks were done, after each decoder call.
+            clicked: called with the number of clicks after each decoder call.
         """
-        views, found = self._views(images), []
-        while batch := list(islice(views, _VIEWS)):
-            for view, masks in zip(batch, self._of_views(batch, clicked), strict=True):
+        crops, found = self._crops(images), []
+        while batch := list(islice(crops, _CROPS)):
+            for crop, masks in zip(batch, self._of_crops(batch, clicked), strict=True):
                 found.append(masks)
-                if view.last:
+                if crop.last:
                     yield self._of_image(found)
                     found = []
 
-    def _views(self, images: Iterable[np.ndarray]) -> Iterator[_View]:
+    def _crops(self, images: Iterable[np.ndarray]) -> Iterator[_Crop]:
         options = self.options
         for image in images:
             size = image.shape[:2]
@@ -219,21 +216,21 @@ class MaskGenerator:
                 x0, y0, x1, y1 = box
                 points = relative_grid(*options.layer_grid(layer)) * (x1 - x0, y1 - y0)
                 pixels = image[y0:y1, x0:x1]
-                yield _View(pixels, (x0, y0, x1, y1), size, points, number == len(boxes))
+                yield _Crop(pixels, (x0, y0, x1, y1), size, points, number == len(boxes))
 
     @torch.no_grad()
-    def _of_views(
-        self, views: Sequence[_View], clicked: Callable[[int], None] | None
+    def _of_crops(
+        self, crops: Sequence[_Crop], clicked: Callable[[int], None] | None
     ) -> list[Masks]:
-        """The masks of each view, in pixels of its image, without duplicates."""
+        """Return the masks of each crop, in pixels of its image, without duplicates."""
         backbone = self.backbone
-        features = self._encode(views)
-        rows = np.repeat(np.arange(len(views)), [len(view.points) for view in views])
+        features = self._encode(crops)
+        rows = np.repeat(np.arange(len(crops)), [len(crop.points) for crop in crops])
         frame = np.concatenate(
-            [backbone.to_input_frame(view.points, view.pixels.shape[:2]) for view in views]
+            [backbone.to_input_frame(crop.points, crop.pixels.shape[:2]) for crop in crops]
         )
-        points = np.concatenate([view.points for view in views]).astype(np.float32)
-        found = [Collected(view.pixels.shape[:2], self.names) for view in views]
+        points = np.concatenate([crop.points for crop in crops]).astype(np.float32)
+        found = [Collected(crop.pixels.shape[:2], self.names) for crop in crops]
         for start in range(0, len(rows), self._points_per_batch):
             chunk = slice(start, start + self._points_per_batch)
             own, first = rows[chunk], rows[start]
@@ -245,35 +242,35 @@ class MaskGenerator:
             tokens = backbone.decode_tokens(features[first : own[-1] + 1], prompts)
             for number in range(first, own[-1] + 1):
                 part = slice(*np.searchsorted(own, [number, number + 1]).tolist())
-                for masks in self._drawn(tokens, part, views[number], points[chunk]):
+                for masks in self._drawn(tokens, part, crops[number], points[chunk]):
                     found[number].add(masks)
             if clicked is not None:
                 clicked(len(own))
         return [
-            self._of_view(view, collected.masks())
-            for view, collected in zip(views, found, strict=True)
+            self._of_crop(crop, collected.masks())
+            for crop, collected in zip(crops, found, strict=True)
         ]
 
-    def _encode(self, views: Sequence[_View]) -> ImageFeatures:
-        pixels = [view.pixels for view in views]
+    def _encode(self, crops: Sequence[_Crop]) -> ImageFeatures:
+        pixels = [crop.pixels for crop in crops]
         if self.backbone.device.type == "cpu":
-            # A batch gains nothing there, and takes more memory.
+            # Batches are not faster on a CPU and take more memory.
             return ImageFeatures.cat([self.backbone.encode([one]) for one in pixels])
         return self.backbone.encode(pixels)
 
     def _drawn(
-        self, tokens: MaskTokens, part: slice, view: _View, points: np.ndarray
+        self, tokens: MaskTokens, part: slice, crop: _Crop, points: np.ndarray
     ) -> Iterator[Masks]:
-        """What is kept of the decoded clicks on one view, in its own pixels.
+        """Yield the masks kept for the decoded clicks on one crop, in pixels of the crop.
 
         Args:
             tokens: all decoded clicks of a call.
-            part: which of them are on the view.
-            view: the view.
+            part: those on the crop.
+            crop: the crop.
             points: float32 (P, 2), all clicks of the call.
         """
         backbone, least = self.backbone, self.thresholds[0]
-        # The first token is the single mask, which is not for ambiguous prompts.
+        # Token 0 is the single mask, for unambiguous prompts.
         iou = tokens.iou[part, 1:].float()
         prompts, which = (iou > (least if least > 0 else -torch.inf)).nonzero(as_tuple=True)
         quality = iou[prompts, which]
@@ -282,13 +279,13 @@ class MaskGenerator:
         if self.names:
             logits = backbone.class_logits(tokens)
             probabilities = logits[prompts, which].float().softmax(dim=-1)
-        height, width = view.pixels.shape[:2]
+        height, width = crop.pixels.shape[:2]
         at_once = max(1, self._pixels // max(height * width, backbone.image_size**2))
         for start in range(0, len(prompts), at_once):
             few = slice(start, start + at_once)
             with backbone.autocast():
                 low = tokens.decode_mask_pairs(prompts[few], which[few]).float()
-            keep, stability, boxes, counts = self._measured(low, view)
+            keep, stability, boxes, counts = self._measured(low, crop)
             predicted, prompt, probability, stable, box = to_host(
                 quality[few][keep], prompts[few][keep], probabilities[few][keep], stability, boxes
             )
@@ -299,48 +296,48 @@ class MaskGenerator:
                 predicted_iou=predicted,
                 stability=stable,
                 points=points[prompt],
-                crop_boxes=np.tile(np.array(view.box, np.float32), (len(box), 1)),
+                crop_boxes=np.tile(np.array(crop.box, np.float32), (len(box), 1)),
                 probabilities=probability,
                 names=self.names,
             )
 
     def _measured(
-        self, low: Tensor, view: _View
+        self, low: Tensor, crop: _Crop
     ) -> tuple[Tensor, Tensor, Tensor, list[np.ndarray]]:
-        """Which masks to keep, int64 (K,), their stability, boxes int64 (K, 4) and run lengths.
+        """Return index int64 (K,), stability, boxes int64 (K, 4) and run lengths of masks to keep.
 
         Args:
             low: mask logits (N, hm, wm).
-            view: what the masks are of.
+            crop: the crop of the masks.
         """
         level, offset = self.backbone.mask_threshold, self.options.stability_score_offset
-        height, width = view.pixels.shape[:2]
-        # Columns are laid out one after the other, as run lengths go.
+        height, width = crop.pixels.shape[:2]
+        # Transposed: run lengths go down the columns.
         logits = self.backbone.masks_at(low.transpose(1, 2), (width, height))
-        # Comparisons that give floats are several times as quick on a CPU as those that give bools.
+        # Comparisons with float output are several times faster on a CPU than with bool output.
         above = torch.empty_like(logits)
         inner = torch.gt(logits, level + offset, out=above).sum(dim=(1, 2))
         outer = torch.gt(logits, level - offset, out=above).sum(dim=(1, 2))
         stability = inner / outer.clamp(min=1)
-        # Where all are kept (at 0), so are those without a pixel.
+        # A threshold of 0 keeps empty masks too.
         stable = (stability >= self.thresholds[1]).nonzero()[:, 0]
         logits = logits[stable]
         boxes = _boxes(logits.amax(dim=2) > level, logits.amax(dim=1) > level)
-        whole = [0, 0, view.image_size[1], view.image_size[0]]
-        kept = (~is_box_near_crop_edge(boxes, list(view.box), whole)).nonzero()[:, 0]
+        whole = [0, 0, crop.image_size[1], crop.image_size[0]]
+        kept = (~is_box_near_crop_edge(boxes, list(crop.box), whole)).nonzero()[:, 0]
         counts = run_lengths(torch.gt(logits, level, out=torch.empty_like(logits))[kept].bool())
         keep = stable[kept]
         return keep, stability[keep], boxes[kept], counts
 
-    def _of_view(self, view: _View, masks: Masks) -> Masks:
-        """Without duplicates, best predicted IoU first, in pixels of the image."""
+    def _of_crop(self, crop: _Crop, masks: Masks) -> Masks:
+        """Remove duplicates, sort by predicted IoU, and convert to pixels of the image."""
         keep = without_duplicates(masks.boxes, masks.predicted_iou, self.options.box_nms_thresh)
-        return masks.take(keep).placed(view.box[:2], view.image_size)
+        return masks.take(keep).placed(crop.box[:2], crop.image_size)
 
-    def _of_image(self, of_views: Sequence[Masks]) -> Masks:
-        """The masks of all views of an image, without duplicates and small regions."""
-        options, masks = self.options, Masks.joined(of_views)
-        if len(of_views) > 1:
+    def _of_image(self, of_crops: Sequence[Masks]) -> Masks:
+        """Join the masks of all crops of an image, without duplicates and small regions."""
+        options, masks = self.options, Masks.joined(of_crops)
+        if len(of_crops) > 1:
             x0, y0, x1, y1 = masks.crop_boxes.T
             scores = 1 / ((x1 - x0) * (y1 - y0))
             masks = masks.take(without_duplicates(masks.boxes, scores, options.crop_nms_thresh))
@@ -351,12 +348,12 @@ class MaskGenerator:
 
 
 def without_small_regions(masks: Masks, least_area: int, nms_thresh: float) -> Masks:
-    """Masks without small islands and holes; of duplicates that appear, what was whole stays.
+    """Remove small islands and holes, then duplicates; unchanged masks take precedence.
 
     Args:
         masks: of one image.
-        least_area: in pixels; smaller regions go.
-        nms_thresh: IoU of two boxes from which on they are duplicates.
+        least_area: minimum area of a region, in pixels.
+        nms_thresh: box IoU above which masks are duplicates.
     """
     counts, boxes, whole = list(masks.counts), masks.boxes.copy(), np.ones(len(masks), np.float32)
     for index in range(len(masks)):
@@ -372,24 +369,24 @@ def without_small_regions(masks: Masks, least_area: int, nms_thresh: float) -> M
 
 
 def without_duplicates(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
-    """Non-maximum suppression: index int64 (K,) of the boxes to keep, best score first.
+    """Return the index int64 (K,) of boxes that survive NMS, best score first.
 
     Args:
         boxes: float32 (N, 4), (x0, y0, x1, y1).
         scores: float32 (N,).
-        threshold: of two boxes with a greater IoU than this, the one of the better score is kept.
+        threshold: IoU above which the box of the lower score is removed.
     """
-    if threshold >= 1:  # no IoU is greater, and 60,000 boxes have 2 billion pairs
+    if threshold >= 1:  # nothing to suppress; 60,000 boxes have 2 billion pairs
         return np.argsort(-scores, kind="stable")
     return nms(torch.from_numpy(boxes), torch.from_numpy(scores), threshold).numpy()
 
 
 def _boxes(columns: Tensor, rows: Tensor) -> Tensor:
-    """Boxes int64 (N, 4) of masks: their first and last pixel, zeros where there is none.
+    """Return boxes int64 (N, 4) of masks, first and last pixel; zeros for empty masks.
 
     Args:
-        columns: bool (N, W), which columns have a pixel of the mask.
-        rows: bool (N, H), which rows have.
+        columns: bool (N, W), columns with a pixel of the mask.
+        rows: bool (N, H), rows with a pixel of the mask.
     """
 
     def ends(present: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""All masks of an image as arrays, the masks themselves as run lengths."""
+"""All masks of an image as arrays and run lengths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sam_gym.utils.registry import unknown_name
 
-#: How the mask of a record may be written.
+#: Formats of the mask of a record.
 OUTPUTS = ("binary_mask", "uncompressed_rle", "coco_rle")
 
 
@@ -24,15 +24,15 @@ class Masks:
 
     Attributes:
         size: (H, W) of the image.
-        counts: N arrays int32, the run lengths of a mask down its columns: background and mask by
-            turns, background first (COCO's uncompressed RLE).
+        counts: N arrays int32, run lengths down the columns, alternating between background and
+            mask, background first (COCO's uncompressed RLE).
         boxes: float32 (N, 4), first and last pixel of each mask: (x0, y0, x1, y1).
-        predicted_iou: float32 (N,), what SAM takes the mask's IoU for.
+        predicted_iou: float32 (N,).
         stability: float32 (N,), IoU of the masks at a higher and a lower threshold.
-        points: float32 (N, 2), (x, y) in pixels of the image, the click that gave the mask.
-        crop_boxes: float32 (N, 4), part of the image that SAM saw: (x0, y0, x1, y1).
-        probabilities: float32 (N, number of classes), what the mask is of.
-        names: of the classes; none if the model tells none.
+        points: float32 (N, 2), the click of each mask, (x, y) in pixels of the image.
+        crop_boxes: float32 (N, 4), the crop of each mask: (x0, y0, x1, y1).
+        probabilities: float32 (N, number of classes).
+        names: class names; empty without a class head.
     """
 
     size: tuple[int, int]
@@ -47,14 +47,14 @@ class Masks:
 
     @classmethod
     def none(cls, size: tuple[int, int], names: Sequence[str] = ()) -> Masks:
-        """No mask at all."""
+        """Return zero masks."""
         box, one = np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
         points, probabilities = (np.zeros((0, width), np.float32) for width in (2, len(names)))
         return cls(size, [], box, one, one, points, box, probabilities, tuple(names))
 
     @classmethod
     def joined(cls, parts: Sequence[Masks]) -> Masks:
-        """The masks of several parts of one image, in that order."""
+        """Concatenate masks of one image."""
         arrays: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS
         }
@@ -65,7 +65,7 @@ class Masks:
         return len(self.counts)
 
     def take(self, index: np.ndarray) -> Masks:
-        """The masks of an index, int64 (K,)."""
+        """Return the masks of an index, int64 (K,)."""
         arrays: dict[str, Any] = {name: getattr(self, name)[index] for name in _ARRAYS}
         return replace(self, counts=[self.counts[i].copy() for i in index], **arrays)
 
@@ -76,39 +76,39 @@ class Masks:
 
     @property
     def classes(self) -> np.ndarray:
-        """Index of the likeliest class of each mask: int64 (N,); -1 if the model tells none."""
+        """Most likely class of each mask: int64 (N,); -1 without a class head."""
         if not self.names:
             return np.full(len(self), -1)
         return self.probabilities.argmax(axis=1)
 
     @property
     def class_scores(self) -> np.ndarray:
-        """Probability of the likeliest class of each mask: float32 (N,); 0 if there is none."""
+        """Probability of the most likely class of each mask: float32 (N,); 0 without a head."""
         return self.probabilities.max(axis=1, initial=0.0)
 
     def mask(self, index: int) -> np.ndarray:
-        """One mask: bool (H, W)."""
+        """Decode one mask: bool (H, W)."""
         return from_counts(self.counts[index], self.size)
 
     def binary(self) -> np.ndarray:
-        """All masks: bool (N, H, W)."""
+        """Decode all masks: bool (N, H, W)."""
         every = np.zeros((len(self), *self.size), bool)
         for own, counts in zip(every, self.counts, strict=True):
             own[:] = from_counts(counts, self.size)
         return every
 
     def coco(self) -> list[dict[str, Any]]:
-        """All masks as COCO's compressed RLE, which JSON can hold."""
+        """Return all masks as COCO's compressed RLE, with counts as text for JSON."""
         coded = [{"size": list(self.size), "counts": own.tolist()} for own in self.counts]
         packed = rle.frPyObjects(coded, *self.size) if coded else []
         return [{"size": p["size"], "counts": p["counts"].decode("ascii")} for p in packed]
 
     def placed(self, corner: tuple[int, int], size: tuple[int, int]) -> Masks:
-        """The same masks in an image of which this one is a part.
+        """Return the same masks in a larger image that contains this one.
 
         Args:
-            corner: (x, y) of the part's first pixel.
-            size: (H, W) of the whole.
+            corner: (x, y) of the first pixel of this image in the larger one.
+            size: (H, W) of the larger image.
         """
         if size == self.size:
             return self
@@ -128,10 +128,10 @@ class Masks:
         )
 
     def records(self, output: str = "binary_mask") -> list[dict[str, Any]]:
-        """As `SamAutomaticMaskGenerator` tells it, a dictionary for each mask.
+        """Return one dictionary per mask, as `SamAutomaticMaskGenerator` does.
 
         Args:
-            output: how `segmentation` is written, one of `OUTPUTS`.
+            output: format of `segmentation`, one of `OUTPUTS`.
         """
         if output not in OUTPUTS:
             raise unknown_name("output", output, OUTPUTS)
@@ -169,10 +169,10 @@ _ARRAYS = tuple(
 
 
 class Collected:
-    """Masks of one image as they come, in a few buffers that grow.
+    """Collects masks of one image in a few growing buffers.
 
-    Small arrays that outlive the large ones beside them keep the allocator from using that room
-    again, and memory would grow with every decoder call.
+    Small arrays between large temporary ones would fragment the heap, and memory would grow with
+    every decoder call.
     """
 
     def __init__(self, size: tuple[int, int], names: Sequence[str] = ()) -> None:
@@ -180,7 +180,7 @@ class Collected:
         self._buffers = {name: bytearray() for name in (*_ARRAYS, "counts", "lengths")}
 
     def add(self, masks: Masks) -> None:
-        """Take more masks in, behind the others."""
+        """Append masks."""
         if not len(masks):
             return
         lengths = np.array([len(own) for own in masks.counts], np.int64)
@@ -190,7 +190,7 @@ class Collected:
             self._buffers[name] += array.tobytes()
 
     def masks(self) -> Masks:
-        """All of them."""
+        """Return all masks."""
         lengths = np.frombuffer(self._buffers["lengths"], np.int64)
         if not len(lengths):
             return self._none
@@ -203,15 +203,15 @@ class Collected:
 
 
 def _with_extent(box: np.ndarray) -> list[int]:
-    """(x0, y0, x1, y1) as [x0, y0, x1 - x0, y1 - y0]."""
+    """Convert (x0, y0, x1, y1) to [x0, y0, x1 - x0, y1 - y0]."""
     return [int(v) for v in (*box[:2], *(box[2:] - box[:2]))]
 
 
 def run_lengths(columns: Tensor) -> list[np.ndarray]:
-    """Run lengths of masks, computed where they are; only the lengths reach the host.
+    """Compute run lengths of masks on their device; only the lengths are copied to the host.
 
     Args:
-        columns: bool (N, W, H), masks whose columns are contiguous.
+        columns: bool (N, W, H), transposed masks.
 
     Returns:
         N arrays int32, as of `Masks.counts`.
@@ -222,7 +222,7 @@ def run_lengths(columns: Tensor) -> list[np.ndarray]:
     torch.ne(flat[:, 1:], flat[:, :-1], out=flips[:, 1:])
     number, length = flat.shape
     if flips.device.type == "cpu":
-        # numpy finds what is not zero several times as fast as torch.
+        # numpy finds nonzero elements several times faster than torch.
         places = np.flatnonzero(flips.numpy())
     else:
         places = flips.flatten().nonzero()[:, 0].cpu().numpy()
@@ -235,11 +235,11 @@ def run_lengths(columns: Tensor) -> list[np.ndarray]:
 
 
 def to_counts(mask: np.ndarray) -> np.ndarray:
-    """Run lengths of a mask bool (H, W), as of `Masks.counts`."""
+    """Return the run lengths of a mask bool (H, W), as of `Masks.counts`."""
     return run_lengths(torch.from_numpy(np.ascontiguousarray(mask.T))[None])[0]
 
 
 def from_counts(counts: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The mask bool (H, W) of run lengths."""
+    """Decode run lengths to a mask bool (H, W)."""
     inside = np.arange(len(counts)) % 2 == 1
     return cast(np.ndarray, np.repeat(inside, counts).reshape(size[::-1]).T)

@@ -1,4 +1,4 @@
-"""Whole objects out of SAM's own masks, without training: parts are merged, and left out."""
+"""Merge the masks of parts to whole objects, without training."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from sam_gym.utils.lowres import low_res
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """When masks belong together."""
+    """Thresholds of merging."""
 
     merge_similarity: float = 0.8
-    """Neighbours of at least this cosine similarity of their mean embedding are merged."""
+    """Minimum cosine similarity of the mean embeddings of merged neighbours."""
     merge_reach: int = 3
-    """Masks that come as near to each other as this, in pixels, are neighbours."""
+    """Maximum distance between neighbours, in pixels."""
     merge_inside: float = 0.85
-    """A mask of which this share lies in a larger one is a part of it, and left out."""
+    """Remove a mask if at least this fraction of it lies in a larger one."""
     merge_largest: float = 0.5
-    """Masks of more than this share of the image take in no parts: they are background."""
+    """Masks of more than this fraction of the image count as background and absorb no parts."""
 
 
 def merge_masks(masks: Masks, embedding: np.ndarray, options: MergeOptions | None = None) -> Masks:
-    """Merge neighbours that look alike, then leave out what lies in something larger.
+    """Merge similar neighbours, then remove masks that lie in a larger one.
 
-    A merged mask is trusted as much as the least of its parts. It joins those that it is made of,
-    which then count as parts.
+    The predicted IoU of a merged mask is the minimum over its parts.
 
     Args:
         masks: of one image, best first.
-        embedding: float32 (C, H, W), the image's features at its own size or coarser, of the image
-            without padding.
-        options: when masks belong together.
+        embedding: float32 (C, H, W), features of the image without padding, at image size or
+            coarser.
+        options: thresholds.
     """
     options = options or MergeOptions()
     if not len(masks):
@@ -50,23 +49,23 @@ def merge_masks(masks: Masks, embedding: np.ndarray, options: MergeOptions | Non
     merged = [members for members in groups if len(members) > 1]
     if merged:
         unions = masks.take(np.array([members[0] for members in merged]))
-        trust = np.array([masks.predicted_iou[members].min() for members in merged], np.float32)
+        predicted = np.array([masks.predicted_iou[members].min() for members in merged], np.float32)
         boxes = np.stack([_box(masks.boxes[members]) for members in merged])
         counts = [to_counts(_union(masks, members)) for members in merged]
-        unions = replace(unions, counts=counts, boxes=boxes, predicted_iou=trust)
+        unions = replace(unions, counts=counts, boxes=boxes, predicted_iou=predicted)
         masks = Masks.joined([masks, unions])
     return masks.take(_without_parts(masks, options))
 
 
 def _mean_features(masks: Masks, embedding: np.ndarray) -> np.ndarray:
-    """Normalised mean features of N masks: float32 (N, C)."""
+    """Return the normalised mean features of N masks: float32 (N, C)."""
     low = [low_res(masks.mask(i), embedding.shape[1:]).ravel() for i in range(len(masks))]
     means = np.stack(low) @ embedding.reshape(len(embedding), -1).T
     return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-6)
 
 
 def _near(masks: Masks, reach: int) -> np.ndarray:
-    """Which of N masks come near to which: bool (N, N)."""
+    """Return which of N masks are neighbours: bool (N, N)."""
     kernel = np.ones((2 * reach + 1,) * 2, np.uint8)
     grown = [
         encoded(cv2.dilate(masks.mask(index).astype(np.uint8), kernel)[None])[0]
@@ -76,7 +75,7 @@ def _near(masks: Masks, reach: int) -> np.ndarray:
 
 
 def _union(masks: Masks, members: np.ndarray) -> np.ndarray:
-    """All that some of the masks cover: bool (H, W)."""
+    """Return the union of some masks: bool (H, W)."""
     union = np.zeros(masks.size, bool)
     for index in members:
         union |= masks.mask(index)
@@ -84,12 +83,12 @@ def _union(masks: Masks, members: np.ndarray) -> np.ndarray:
 
 
 def _box(boxes: np.ndarray) -> np.ndarray:
-    """The box (4,) around boxes (N, 4)."""
+    """Return the box (4,) around boxes (N, 4)."""
     return np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])
 
 
 def _components(joined: np.ndarray) -> list[np.ndarray]:
-    """Connected components of a relation bool (N, N): the members of each."""
+    """Return the members of each connected component of a relation bool (N, N)."""
     from scipy.sparse.csgraph import connected_components
 
     _, labels = connected_components(joined, directed=False)
@@ -97,14 +96,14 @@ def _components(joined: np.ndarray) -> list[np.ndarray]:
 
 
 def _without_parts(masks: Masks, options: MergeOptions) -> np.ndarray:
-    """Index of masks that do not lie in another that is larger, in their order."""
+    """Return the index of masks that lie in no larger mask, in order."""
     own = masks.coco()
     overlaps = Overlaps.of(own, own)
     areas = overlaps.masks
     inside = overlaps.shared / np.maximum(areas[:, None], 1) >= options.merge_inside
     whole = areas <= options.merge_largest * masks.size[0] * masks.size[1]
     number = np.arange(len(areas))
-    # Of masks that are equal, the first is the larger one.
+    # Of equally large masks, the first counts as larger.
     earlier = (areas[None] == areas[:, None]) & (number[None] < number[:, None])
     larger = ((areas[None] > areas[:, None]) | earlier) & whole[None]
     return np.flatnonzero(~(inside & larger).any(axis=1))

@@ -1,8 +1,7 @@
-"""What is learned, kept and forgotten over a sequence of domains.
+"""Metrics of continual learning over a sequence of D domains.
 
-All are of a matrix R of scores (higher is better) in order of learning: `R[t, i]` is the score on
-domain `i` after stage `t`, at whose end domains 0 to `t` have been learned. There are as many
-stages as domains, D.
+All metrics take a matrix R of scores (higher is better) in order of learning: `R[t, i]` is the
+score on domain `i` after stage `t`, in which domain `t` is learned.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from numpy.typing import ArrayLike
 
 
 def last(matrix: ArrayLike) -> float:
-    """Last: the mean over all domains after the last stage, `mean_i R[D-1, i]`.
+    """Return Last, the mean over all domains after the last stage, `mean_i R[D-1, i]`.
 
     Args:
         matrix: float (D, D), stages by domains.
@@ -21,7 +20,7 @@ def last(matrix: ArrayLike) -> float:
 
 
 def average(matrix: ArrayLike) -> float:
-    """Avg: the mean over stages of the mean over the domains learned so far,
+    """Return Avg, the mean over stages of the mean over the domains learned so far,
     `mean_t mean_{i <= t} R[t, i]`.
 
     Args:
@@ -31,8 +30,8 @@ def average(matrix: ArrayLike) -> float:
 
 
 def forgetting(matrix: ArrayLike) -> float:
-    """FF: what is lost of a domain between its own stage and the end,
-    `mean_{i < D-1} (R[i, i] - R[D-1, i])`; 0 of one domain, negative if it got better.
+    """Return FF, the mean loss of a domain between its own stage and the end,
+    `mean_{i < D-1} (R[i, i] - R[D-1, i])`; 0 for one domain, negative if scores improved.
 
     Args:
         matrix: float (D, D), stages by domains.
@@ -42,18 +41,17 @@ def forgetting(matrix: ArrayLike) -> float:
 
 
 def forward_transfer(matrix: ArrayLike, zero_shot: ArrayLike) -> float:
-    """FWT: what earlier domains did for a domain before it was learned,
-    `mean_{i > 0} (R[i-1, i] - z[i])`; 0 of one domain.
+    """Return FWT, the mean gain on a domain before it is learned,
+    `mean_{i > 0} (R[i-1, i] - z[i])`; 0 for one domain.
 
     Args:
         matrix: float (D, D), stages by domains.
-        zero_shot: float (D,), z: the score on each domain before anything was learned.
+        zero_shot: float (D,), z: the score on each domain before training.
     """
     scores, before = _checked(matrix), np.asarray(zero_shot, np.float64)
     if before.shape != (len(scores),):
         raise ValueError(
-            f"Expected a zero-shot score of each of {len(scores)} domains, got shape "
-            f"{before.shape}."
+            f"Expected one zero-shot score per domain ({len(scores)}), got shape {before.shape}."
         )
     return float((scores.diagonal(1) - before[1:]).mean()) if len(scores) > 1 else 0.0
 
@@ -62,8 +60,8 @@ def _checked(matrix: ArrayLike) -> np.ndarray:
     scores = np.asarray(matrix, np.float64)
     if scores.ndim != 2 or scores.shape[0] != scores.shape[1] or not scores.size:
         raise ValueError(
-            "Expected a matrix with a row for each stage and a column for each domain, as many of "
-            f"one as of the other, got shape {scores.shape}. Evaluate all domains after each stage."
+            "Expected a square matrix with one row per stage and one column per domain, got shape "
+            f"{scores.shape}. Evaluate all domains after each stage."
         )
     if not np.isfinite(scores).all():
         stage, domain = np.argwhere(~np.isfinite(scores))[0]

@@ -1,4 +1,4 @@
-"""How good a mask is, and how many clicks it took."""
+"""Metrics of masks and of clicks per object."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 
 def iou(prediction: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = None) -> float:
-    """Intersection over union of two masks; 1 when both are empty.
+    """Return the intersection over union of two masks; 1 if both are empty.
 
     Args:
         prediction: bool (H, W).
         target: bool (H, W).
-        ignore: bool (H, W), pixels that are left out.
+        ignore: bool (H, W), pixels that do not count.
     """
     if ignore is not None:
         prediction, target = prediction & ~ignore, target & ~ignore
@@ -41,13 +41,13 @@ def batch_iou(
 
 
 def dice(prediction: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = None) -> float:
-    """Dice coefficient (F1 of pixels); 1 when both masks are empty. Arguments as for `iou`."""
+    """Return the Dice coefficient; 1 if both masks are empty. Arguments as for `iou`."""
     overlap = iou(prediction, target, ignore)
     return 2.0 * overlap / (1.0 + overlap)
 
 
 def number_of_clicks(ious: np.ndarray, threshold: float) -> np.ndarray:
-    """NoC: the first click that reaches an IoU; all clicks where none does.
+    """Return NoC, the number of clicks until an IoU is reached; K if it never is.
 
     Args:
         ious: (N, K), IoU after each of K clicks.
@@ -61,14 +61,14 @@ def number_of_clicks(ious: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def number_of_failures(ious: np.ndarray, threshold: float) -> int:
-    """NoF: how many of N objects never reach an IoU in K clicks; `ious` is (N, K)."""
+    """Return NoF, the number of objects that never reach an IoU; `ious` is (N, K)."""
     return int((~(np.asarray(ious) >= threshold).any(axis=1)).sum())
 
 
 def mean_and_ci95(values: np.ndarray) -> tuple[float, float | None]:
-    """Mean and the half-width of its 95% confidence interval (Student's t over N values).
+    """Return the mean and the half-width of its 95% confidence interval (Student's t).
 
-    Both are rounded to four digits; of one value alone, there is no interval.
+    Both are rounded to four digits; a single value has no interval (None).
     """
     from scipy import stats
 
@@ -80,26 +80,26 @@ def mean_and_ci95(values: np.ndarray) -> tuple[float, float | None]:
 
 
 def with_interval(mean: float, half: float | None) -> str:
-    """A mean and the half-width of its interval, for people; None: there is no interval."""
+    """Format a mean and the half-width of its interval, which may be None."""
     return f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
 def boundary(mask: np.ndarray, dilation_ratio: float = 0.02) -> np.ndarray:
-    """The pixels of a mask that lie within a distance of its outline: bool (H, W).
+    """Return the pixels of a mask within a distance of its outline: bool (H, W).
 
-    Cheng et al. 2021, "Boundary IoU": what an erosion by `dilation_ratio` of the image's diagonal
-    (at least one pixel) takes away; the border of the image counts as outline.
+    Cheng et al. 2021, "Boundary IoU": the pixels removed by an erosion of `dilation_ratio` of the
+    image diagonal (at least one pixel); the border of the image counts as outline.
 
     Args:
         mask: bool (H, W).
-        dilation_ratio: the distance, as a share of the diagonal.
+        dilation_ratio: the distance, as a fraction of the diagonal.
     """
     height, width = mask.shape
     reach = max(1, round(dilation_ratio * float(np.hypot(height, width))))
     result = np.zeros_like(mask)
     x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
     if w and h:
-        # Beyond its box there is nothing of the mask, whether that is image or not.
+        # The mask is empty beyond its box, inside and outside of the image.
         window = (slice(y, y + h), slice(x, x + w))
         padded = np.pad(mask[window].astype(np.uint8), 1)
         kernel = np.ones((2 * reach + 1,) * 2, np.uint8)
@@ -114,10 +114,10 @@ def boundary_iou(
     ignore: np.ndarray | None = None,
     dilation_ratio: float = 0.02,
 ) -> float:
-    """IoU of the boundaries of two masks (see `boundary`); arguments as for `iou`.
+    """Return the IoU of the boundaries of two masks (see `boundary`); arguments as for `iou`.
 
-    Of an object that is nowhere wider than twice the distance, the boundary is all of it, and
-    boundary IoU says what IoU says: report how many such objects there are.
+    The boundary of an object no wider than twice the distance is the whole object, and its boundary
+    IoU equals its IoU. Report the share of such objects.
     """
     if ignore is not None:
         prediction, target = prediction & ~ignore, target & ~ignore

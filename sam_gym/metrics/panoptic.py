@@ -1,7 +1,7 @@
-"""How well masks that nobody asked for one by one cover the objects of an image.
+"""Metrics of everything mode: masks matched with the objects of an image.
 
 Masks and objects are COCO run-length codes (`pycocotools.mask.encode`), so that thousands of masks
-of a panorama fit into memory.
+of a panorama fit in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 
 from sam_gym.data.coco_writer import CocoWriter, mask_annotation
 
-#: A mask is a part if this share of it lies inside one object of which it covers less than that.
+#: A mask is a part if at least `PART_INSIDE` of it lies in an object of which it covers less than
+#: `PART_COVERS`.
 PART_INSIDE, PART_COVERS = 0.8, 0.5
 
 #: COCO's compressed run-length code: {"size": [H, W], "counts": bytes}.
@@ -24,7 +25,7 @@ Rle = dict[str, Any]
 
 
 def encoded(masks: np.ndarray) -> list[Rle]:
-    """Run-length codes of masks, bool (N, H, W)."""
+    """Return the run-length codes of masks, bool (N, H, W)."""
     from pycocotools import mask as coco_mask
 
     if not len(masks):
@@ -35,11 +36,11 @@ def encoded(masks: np.ndarray) -> list[Rle]:
 
 @dataclass(frozen=True)
 class Overlaps:
-    """What M masks and N objects of an image have in common, in pixels.
+    """Intersections of M masks and N objects of an image, in pixels.
 
     Attributes:
         shared: float64 (M, N), area of each intersection.
-        masks: float64 (M,), areas, without what is left out of the metrics.
+        masks: float64 (M,), areas without ignored pixels.
         objects: float64 (N,), areas.
     """
 
@@ -51,12 +52,12 @@ class Overlaps:
     def of(
         cls, masks: Sequence[Rle], objects: Sequence[Rle], ignore: np.ndarray | None = None
     ) -> Overlaps:
-        """Of the masks and objects of one image.
+        """Compute the intersections of the masks and objects of one image.
 
         Args:
-            masks: M of them.
-            objects: N of them.
-            ignore: bool (H, W), pixels of no object that do not count, or None.
+            masks: M masks.
+            objects: N objects.
+            ignore: bool (H, W), pixels outside of objects that do not count, or None.
         """
         from pycocotools import mask as coco_mask
 
@@ -69,14 +70,14 @@ class Overlaps:
         others = [*objects, *left_out]
         if not others:
             return cls(np.zeros((len(masks), 0)), *areas)
-        # Of a "crowd", pycocotools divides the intersection by the area of the mask alone.
+        # With iscrowd, pycocotools divides the intersection by the area of the mask alone.
         shares = coco_mask.iou(list(masks), others, [True] * len(others))
         shared = np.asarray(shares) * areas[0][:, None]
         counted = areas[0] - shared[:, len(objects) :].sum(axis=1)
         return cls(shared[:, : len(objects)], counted, areas[1])
 
     def take(self, index: np.ndarray) -> Overlaps:
-        """Those of some of the masks, int64 (K,)."""
+        """Return the overlaps of some masks, int64 (K,)."""
         return replace(self, shared=self.shared[index], masks=self.masks[index])
 
     @property
@@ -87,25 +88,21 @@ class Overlaps:
 
     @property
     def is_part(self) -> np.ndarray:
-        """Which masks are parts: bool (M,).
-
-        At least `PART_INSIDE` of a part lies in one object, and it covers less than `PART_COVERS`
-        of that object.
-        """
+        """Whether each mask is a part of an object: bool (M,), see `PART_INSIDE`."""
         inside = self.shared / np.maximum(self.masks[:, None], 1)
         covers = self.shared / np.maximum(self.objects[None], 1)
         return ((inside >= PART_INSIDE) & (covers < PART_COVERS)).any(axis=1)
 
 
 def _pairs(ious: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Masks and their objects, one to one, for the greatest total of IoU (K, N)."""
+    """Match masks and objects one to one for the maximum total IoU (K, N)."""
     from scipy.optimize import linear_sum_assignment
 
     return linear_sum_assignment(ious, maximize=True)
 
 
 def matched_ious(overlaps: np.ndarray) -> np.ndarray:
-    """IoU of each object with its own mask, under the best matching of one to one.
+    """Return the IoU of each object with its mask under the optimal one-to-one matching.
 
     Args:
         overlaps: float (K, N), IoU of K masks with N objects.
@@ -121,12 +118,12 @@ def matched_ious(overlaps: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Matched:
-    """The mask of each of N objects, under the one-to-one matching of the greatest total IoU.
+    """The mask of each of N objects under the one-to-one matching of maximum total IoU.
 
     Attributes:
-        masks: int64 (N,), number of the mask; -1: none is left.
+        masks: int64 (N,), index of the mask; -1: none.
         iou: float64 (N,), 0 without a mask.
-        accuracy: float64 (N,), share of the object that its mask covers (pixel accuracy).
+        accuracy: float64 (N,), fraction of the object that its mask covers (pixel accuracy).
     """
 
     masks: np.ndarray
@@ -151,15 +148,14 @@ def match(overlaps: Overlaps) -> Matched:
 def panoptic_quality(
     overlaps: Sequence[Overlaps], matches: Sequence[Matched] | None = None
 ) -> float:
-    """PQ (Kirillov et al. 2019) over images, whatever the class: quality and number of masks.
+    """Return class-agnostic PQ (Kirillov et al. 2019) over images.
 
-    The IoU of matches above one half, added up, over their number, half the masks without a match
-    and half the objects without one. A mask of which more than half lies in no object is not
-    counted: what is there is not annotated.
+    Sum of the IoU of matches above 0.5, divided by TP + FP / 2 + FN / 2. A mask with more than half
+    of its pixels outside of all objects is not a false positive: that area is not annotated.
 
     Args:
         overlaps: of each image.
-        matches: of each image, if they are known (`match`).
+        matches: of each image (default: computed by `match`).
     """
     quality = hits = others = 0.0
     for own, found in zip(overlaps, matches or map(match, overlaps), strict=True):
@@ -173,10 +169,10 @@ def panoptic_quality(
 
 
 def mean_over_classes(values: np.ndarray, categories: np.ndarray) -> float:
-    """Mean over the classes that occur of the mean over their objects.
+    """Return the mean over classes of the mean over their objects.
 
     Args:
-        values: float (N,), one for each object.
+        values: float (N,), one per object.
         categories: int (N,).
     """
     return float(np.mean([values[categories == k].mean() for k in np.unique(categories)]))
@@ -188,16 +184,16 @@ def average_recall(
     objects: Sequence[Sequence[Rle]],
     limits: Sequence[int] = (100, 1000),
 ) -> list[float]:
-    """COCO's average recall over IoU 0.5 to 0.95, whatever the class, by COCOeval.
+    """Return COCO's class-agnostic average recall over IoU 0.5 to 0.95, by COCOeval.
 
     Args:
         masks: of each image.
-        scores: float (M,) of each image; of more masks than a limit, the best count.
+        scores: float (M,) of each image; masks beyond a limit are dropped by score.
         objects: of each image, at least one.
-        limits: masks that count per image, rising.
+        limits: maximum numbers of masks per image, ascending.
 
     Returns:
-        For each limit, in [0, 1].
+        One recall per limit, in [0, 1].
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

@@ -1,4 +1,4 @@
-"""Where a user would click: the simulated clicks of interactive segmentation, and point grids."""
+"""Simulated clicks of interactive segmentation, and point grids."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Click(NamedTuple):
-    """A click in pixels of the image; `positive` means "this belongs to the object"."""
+    """A click in pixels of the image; a positive one marks the object."""
 
     x: int
     y: int
@@ -17,7 +17,7 @@ class Click(NamedTuple):
 
 
 def interior_distance(region: np.ndarray) -> np.ndarray:
-    """L2 distance of each pixel of a region to its border; the image border counts as border.
+    """Return the L2 distance of each pixel of a region to its border or that of the image.
 
     Args:
         region: bool (H, W).
@@ -35,7 +35,7 @@ def error_click(
     clicked: np.ndarray | None = None,
     ignore: np.ndarray | None = None,
 ) -> Click | None:
-    """The standard simulated click: the innermost pixel of the wider error region.
+    """Return the standard simulated click: the innermost pixel of the wider error region.
 
     The larger of the maximal distances to the border decides between the false negatives
     (positive click) and the false positives (negative click); a tie is negative. The rule of
@@ -45,11 +45,11 @@ def error_click(
     Args:
         target: bool (H, W), ground truth.
         prediction: bool (H, W).
-        clicked: bool (H, W), pixels that were clicked before, never clicked again.
-        ignore: bool (H, W), pixels that count neither as object nor as background.
+        clicked: bool (H, W), earlier clicks; never clicked twice.
+        ignore: bool (H, W), pixels that do not count.
 
     Returns:
-        The click, or None when no wrong pixel is left to click.
+        The click, or None if no wrong pixel is left.
     """
     missed, extra = target & ~prediction, prediction & ~target
     if ignore is not None:

@@ -1,4 +1,4 @@
-"""The loop of interactive segmentation: clicking objects out of images, many at once."""
+"""Simulate interactive segmentation of many objects in one batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sam_gym.simulation.clicks import Click, error_click
 
 @dataclass(frozen=True)
 class Target:
-    """One object to click out.
+    """One object to segment.
 
     Attributes:
         image: uint8 (H, W, 3), RGB.
@@ -33,13 +33,13 @@ class Target:
 
 @dataclass
 class Session:
-    """What happened to one target.
+    """Clicks and IoU of one target.
 
     Attributes:
-        clicks: in order; fewer than asked for when the mask became perfect.
+        clicks: in order; fewer than `num_clicks` if the mask became perfect.
         ious: IoU after each click, padded with the last one.
         mask: bool (H, W), the mask after the last click.
-        seconds: of model time, shared evenly by the targets of a batch, per click.
+        seconds: model time per click, divided evenly between the targets of a batch.
     """
 
     clicks: list[Click]
@@ -54,16 +54,16 @@ def click_out(
     num_clicks: int = 20,
     features: ImageFeatures | None = None,
 ) -> list[Session]:
-    """Simulate a user who clicks objects out of images with a SAM, in one batch.
+    """Simulate a user who segments objects with a SAM, in one batch.
 
-    Each click is at the middle of the widest error (`error_click`). All clicks so
-    far and the previous logits are decoded each time; the first click takes the best of three
-    masks by predicted IoU.
+    Each click is the innermost pixel of the widest error region (`error_click`). Each decode takes
+    all clicks so far and the previous logits; after the first click, the mask of the highest
+    predicted IoU of three is taken.
 
     Args:
         backbone: the SAM.
         targets: the objects.
-        num_clicks: how many clicks at most.
+        num_clicks: maximum number of clicks.
         features: of each target's image, if they are known already.
     """
     count = len(targets)

@@ -1,4 +1,4 @@
-"""Results as files: written whole or not at all, and only with numbers that are numbers."""
+"""Write results: atomically, and with finite numbers only."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import numpy as np
 
 
 def plain(value: Any) -> Any:
-    """Numpy scalars and arrays, tuples and paths as what JSON knows.
+    """Convert numpy scalars and arrays, tuples and paths to JSON types.
 
     Raises:
-        ValueError: a number is not finite; it names where it stands.
-        TypeError: something that JSON cannot hold.
+        ValueError: a number is not finite; the message holds its keys.
+        TypeError: a value has no JSON form.
     """
     if isinstance(value, Mapping):
         return {str(key): _within(key, item) for key, item in value.items()}
@@ -47,12 +47,12 @@ def _within(key: object, item: Any) -> Any:
 
 
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> Path:
-    """Write a file whole or not at all: under another name first, which is then renamed.
+    """Write a file atomically: under a temporary name of this thread, then renamed.
 
     Args:
-        path: of the file.
-        content: of the file; text is encoded as UTF-8.
-        durable: wait until the file is on the disk, so that it outlives a power cut.
+        path: of the file; its folder exists.
+        content: text is encoded as UTF-8.
+        durable: fsync, so that the file survives a power failure.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     with unfinished.open("wb") as file:
@@ -67,7 +67,7 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> 
 
 
 def _sync_folder(folder: Path) -> None:
-    """Wait until a renaming in a folder is on the disk, where the system can tell."""
+    """Flush renames in a folder to the disk, where the system supports it."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -77,13 +77,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> Path:
-    """Write results as JSON; see `plain` for what is refused."""
+    """Write results as JSON; raises the errors of `plain`."""
     text = json.dumps(plain(results), indent=2, allow_nan=False, ensure_ascii=False)
     return write_atomic(path, text + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows that share the keys of the first; floats to six digits, None as an empty cell."""
+    """Write rows with the keys of the first; floats to six digits, None as an empty cell."""
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -98,10 +98,9 @@ def _cell(value: Any) -> Any:
 
 
 def wait_for_a_later_name(folder: Path) -> None:
-    """Return once a new event file comes after those that are there, in the order of their names.
+    """Wait until a new event file would sort after the existing ones.
 
-    That is how TensorBoard reads them. A name begins with the second, and what follows it (process,
-    and a counter) says nothing of the order.
+    TensorBoard reads event files in the order of their names, which start with the time in seconds.
     """
     while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
         time.sleep(0.05)

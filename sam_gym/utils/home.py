@@ -1,4 +1,4 @@
-"""Where sam-gym keeps what it downloads and computes."""
+"""The folder of downloads and caches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def home() -> Path:
-    """`SAM_GYM_HOME`, or else `sam-gym` in the user's cache folder. It need not exist."""
+    """Return `SAM_GYM_HOME`, or `sam-gym` in the user's cache folder. It may not exist."""
     own = os.environ.get("SAM_GYM_HOME")
     if own:
         return Path(own).expanduser().resolve()

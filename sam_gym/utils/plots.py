@@ -1,4 +1,4 @@
-"""Plots of results; matplotlib loads when the first is drawn."""
+"""Plots of results; matplotlib is imported on first use."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 def plot_matrix(
     path: Path, matrix: ArrayLike, names: Sequence[str], title: str, score: str = "mean IoU"
 ) -> Path:
-    """Draw how a sequence of domains was learned and forgotten, as a heat map.
+    """Draw the scores of all stages and domains as a heat map.
 
-    A line sets apart what was not yet learned at a stage, on the right of it.
+    A line separates the domains not yet learned at a stage, on its right.
 
     Args:
         path: of the PNG.
         matrix: float (stages, domains) in [0, 1], in order of learning.
         names: of the domains.
         title: above the map.
-        score: what the numbers are.
+        score: name of the score.
     """
     from matplotlib.figure import Figure
 
@@ -59,7 +59,7 @@ def plot_matrix(
 
 
 def save_figure(path: Path, figure: Figure) -> Path:
-    """Write a figure as PNG; what lies beside its axes is on it too."""
+    """Write a figure as PNG, including legends outside of its axes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     return write_atomic(path, buffer.getvalue())

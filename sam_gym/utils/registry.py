@@ -1,4 +1,4 @@
-"""A table of named things in which a misspelt name is an error, never silence."""
+"""Registries; an unknown name is an error that lists the valid names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
-    """The error for a name that is not in a table: lists the valid names and the nearest match."""
+    """Return the error for an unknown name, with valid names and the nearest match."""
     names = sorted(valid)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""

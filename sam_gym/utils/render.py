@@ -1,4 +1,4 @@
-"""The one place that draws images, masks and clicks."""
+"""Draw images, masks and clicks."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def draw_episode(
     Args:
         image: uint8 (H, W, 3), RGB.
         mask: bool (H, W), tinted blue.
-        clicks: (x, y, positive) in pixels of the image; a green plus or a red minus each, in order.
+        clicks: (x, y, positive) in pixels of the image, in order; drawn as green plus or red minus.
         target: bool (H, W), outlined in white, or None.
         caption: one line below the picture; no line if empty.
-        cue: (x, y) of a cue click, a yellow ring.
+        cue: (x, y) of a cue click, drawn as a yellow ring.
         height: of the drawn image in pixels; the width keeps the aspect ratio.
 
     Returns:
@@ -67,7 +67,7 @@ def draw_masks(
     caption: str = "",
     height: int = 384,
 ) -> np.ndarray:
-    """Draw many masks over an image, each in a colour of its own, and numbered points.
+    """Draw masks in distinct colours, and numbered points, over an image.
 
     Args:
         image: uint8 (H, W, 3), RGB.
@@ -99,7 +99,7 @@ def draw_masks(
 
 
 def distinct_colour(number: int) -> tuple[int, int, int]:
-    """A bright RGB colour, far from those of the numbers before and after."""
+    """Return a bright RGB colour, distinct from those of neighbouring numbers."""
     hue = int(180 * ((0.58 + number * 0.618034) % 1.0))
     pixel = np.array([[[hue, 210 if number % 2 else 150, 255]]], np.uint8)
     red, green, blue = cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0].tolist()
@@ -120,7 +120,7 @@ def draw_heat(
     Args:
         image: uint8 (H, W, 3), RGB.
         heat: float (h, w) in [0, 1], covering the image.
-        peak: mark where it is greatest.
+        peak: mark the maximum.
         target: bool (H, W), outlined in white, or None.
         caption: one line below the picture; no line if empty.
         height: of the drawn image in pixels; the width keeps the aspect ratio.
@@ -143,7 +143,7 @@ def draw_heat(
 
 
 def _enlarged(image: np.ndarray, height: int) -> tuple[np.ndarray, tuple[int, int], float]:
-    """An image `height` pixels high as float32 (height, W', 3), its (W', height), and the scale."""
+    """Resize to float32 (height, W', 3); returns the image, (W', height), and the scale."""
     scale = height / image.shape[0]
     size = (round(image.shape[1] * scale), height)
     canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
@@ -151,7 +151,7 @@ def _enlarged(image: np.ndarray, height: int) -> tuple[np.ndarray, tuple[int, in
 
 
 def _at_size(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask bool (H, W) as bool of (width, height) pixels."""
+    """Resize a mask bool (H, W) to (width, height)."""
     return cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
 
 
@@ -179,7 +179,7 @@ def _mark(canvas: np.ndarray, center: tuple[int, int], positive: bool, newest: b
 
 
 def _numbered(canvas: np.ndarray, center: tuple[int, int], number: int) -> None:
-    """A dot with its number beside it, dark under light so that it shows on anything."""
+    """Draw a dot and its number, light on dark, visible on any background."""
     x, y = center
     cv2.circle(canvas, center, 4, (20, 20, 20), -1, cv2.LINE_AA)
     cv2.circle(canvas, center, 3, (255, 255, 255), -1, cv2.LINE_AA)
@@ -211,10 +211,10 @@ def _caption(text: str, width: int) -> np.ndarray:
 
 
 def tile(frames: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Put frames side by side, row by row, smaller ones padded with black.
+    """Tile frames row by row; smaller ones are padded with black.
 
     Returns:
-        uint8 (rows * H, columns * W, 3) with the greatest height and width of a frame.
+        uint8 (rows * H, columns * W, 3), H and W the maximum over frames.
     """
     height, width = (max(frame.shape[axis] for frame in frames) for axis in (0, 1))
     rows = -(-len(frames) // columns)
@@ -252,14 +252,14 @@ def save_gif(
 
 
 def has_display() -> bool:
-    """Whether a window can be opened; OpenCV aborts the process if asked to without one."""
+    """Return whether windows can be opened; without a display OpenCV aborts the process."""
     if sys.platform.startswith("linux"):
         return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     return True
 
 
 def show(title: str, frame: np.ndarray) -> None:
-    """Show uint8 (H, W, 3) RGB in a window; without a display, say so once and carry on."""
+    """Show uint8 (H, W, 3) RGB in a window; warns once if there is no display."""
     global _warned
     if has_display():
         try:

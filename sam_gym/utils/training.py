@@ -1,4 +1,4 @@
-"""The loop of our own small trainings: progress, a log, checkpoints, weights as files."""
+"""The loop of the small trainings: progress, log, checkpoints, weight files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from sam_gym.utils.files import write_atomic
 from sam_gym.utils.progress import ProgressBar
 
-#: Steps whose numbers are averaged to a row of the log.
+#: Steps averaged into a row of the log.
 LOG_EVERY = 20
 
 
 class Learner(Protocol):
-    """What `run_steps` runs."""
+    """A training that `run_steps` runs."""
 
     step: int
 
@@ -30,7 +30,7 @@ class Learner(Protocol):
         ...
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint that training can go on from."""
+        """Write a checkpoint to resume from."""
         ...
 
 
@@ -42,17 +42,17 @@ def run_steps(
     save_every: int,
     headline: Callable[[dict[str, float]], str],
 ) -> None:
-    """Train until `steps` steps are done, and leave a checkpoint.
+    """Train up to `steps` steps and write a checkpoint.
 
     Writes `checkpoint.pt` and `log.jsonl` into `out`.
 
     Args:
-        learner: who learns; its `step` says how many steps it has taken already.
-        batches: one for each step that is left, or more.
-        steps: of the whole training.
+        learner: the training; `learner.step` counts the steps taken.
+        batches: at least one per remaining step.
+        steps: total number of steps.
         out: an existing folder.
         save_every: steps between checkpoints.
-        headline: a row of the log -> what stands beside the progress bar.
+        headline: maps a row of the log to the text beside the progress bar.
     """
     window: list[dict[str, float]] = []
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Arrays between the host and a device, without waiting where waiting is not needed."""
+"""Copy arrays between host and device with few synchronisations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on a device. The copy runs while the host goes on; on a CPU there is none."""
+    """Copy an array to a device asynchronously; on a CPU, share its memory."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -16,9 +16,9 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def to_host(*tensors: Tensor) -> list[np.ndarray]:
-    """Tensors of one device as arrays: all copies are under way before one wait for all of them.
+    """Copy tensors of one device to arrays with one synchronisation.
 
-    From a CPU the arrays share memory with the tensors.
+    Arrays of CPU tensors share their memory.
     """
     copies = [tensor.detach().to("cpu", non_blocking=True) for tensor in tensors]
     synchronise(tensors[0].device)
@@ -26,7 +26,7 @@ def to_host(*tensors: Tensor) -> list[np.ndarray]:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a device has done what it was asked for."""
+    """Wait for all queued work of a device."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     elif device.type == "mps":

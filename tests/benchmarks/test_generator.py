@@ -54,9 +54,9 @@ def test_crops_and_small_regions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "option, message",
     [
-        (("--grids", "32"), "'32' is no grid, write COLUMNSxROWS"),
+        (("--grids", "32"), "'32' is not a grid; write COLUMNSxROWS"),
         (("--grids", "0x4"), "two numbers of at least 1"),
-        (("--backbone", "hq_vit_b"), "cannot work this backbone"),
+        (("--backbone", "hq_vit_b"), "does not support this backbone"),
         (("--repeats", "0"), "--repeats must be at least 1"),
         (("--pred-iou-thresh", "3"), "pred_iou_thresh must be at most 1"),
     ],

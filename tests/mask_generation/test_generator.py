@@ -315,7 +315,7 @@ def test_nothing_of_the_backbone_changes(tiny: Backbone) -> None:
         ({"grid": (4, 0)}, "grid must be two numbers of at least 1, columns and rows"),
         (
             {"grid": (9, 3), "crop_n_layers": 2, "crop_n_points_downscale_factor": 2},
-            "A grid of 9 x 3 has no point left in crops of layer 2",
+            "A grid of 9 x 3 has no points in crops of layer 2",
         ),
     ],
 )

@@ -39,13 +39,15 @@ def test_nothing_is_forgotten_of_one_domain() -> None:
 
 
 def test_what_is_no_such_matrix_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"as many of one as of the other, got shape \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"one row per stage and one column per domain, got shape \(2, 3\)"
+    ):
         continual_metrics.average(HAND[:2])
     with pytest.raises(ValueError, match=r"got shape \(0,\)"):
         continual_metrics.last([])
     with pytest.raises(ValueError, match="after stage 1 on domain 0 is nan"):
         continual_metrics.forgetting([[0.1, 0.2], [np.nan, 0.3]])
-    with pytest.raises(ValueError, match=r"each of 3 domains, got shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"one zero-shot score per domain \(3\), got shape \(2,\)"):
         continual_metrics.forward_transfer(HAND, [0.1, 0.2])
 
 

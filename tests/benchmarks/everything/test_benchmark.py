@@ -36,7 +36,7 @@ def test_the_benchmark_writes_its_report(arguments: list[str], tmp_path: Path) -
     results = main([*arguments, "--seeds", "2", "--out", str(out)])
     saved = json.loads((out / "results.json").read_text())
     assert saved["benchmark"] == "everything" and saved["prompts"] == 36
-    assert list(saved["models"]) == ["untouched", "merged", "saom_v1"] == list(results["models"])
+    assert list(saved["models"]) == ["zero_shot", "merged", "saom_v1"] == list(results["models"])
     for name, own in saved["models"].items():
         for key in ("miou", "macc", "ar100", "ar1000", "pq", "found", "part_share"):
             assert 0 <= own[key] <= 100, (name, key)
@@ -91,7 +91,7 @@ def test_files_are_read_and_photographs_are_measured(
     results = main([*arguments, *more, "--out", str(tmp_path / "out")])
     # The file has no test list: those of val on which no operating point is chosen.
     assert results["images"] == {"val": 1, "test": 2, "transfer": 1}
-    assert list(results["transfer"]["transfer"]) == ["untouched", "merged", "saom_v1"]
+    assert list(results["transfer"]["transfer"]) == ["zero_shot", "merged", "saom_v1"]
     assert "photographs" in (tmp_path / "out" / "report.html").read_text()
     with pytest.raises(ValueError, match="no image shows an object but those of val"):
         main([*arguments, *more, "--val-images", "3", "--out", str(tmp_path / "other")])
@@ -101,7 +101,7 @@ def test_files_are_read_and_photographs_are_measured(
     ("wrong", "message"),
     [
         (["--methods", "saom_v3"], "Did you mean 'saom_v"),
-        (["--methods", "moda"], "'moda' does not train everything mode: take saom_v1"),
+        (["--methods", "moda"], "'moda' does not train everything mode; take saom_v1"),
         (["--methods", "saom_v1", "saom_v1"], "names 'saom_v1' twice"),
         (["--transfer-annotations", "a.json"], "needs --transfer"),
         (["--tune", "decodr"], "Did you mean 'decoder'"),

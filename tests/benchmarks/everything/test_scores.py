@@ -8,8 +8,8 @@ import pytest
 from benchmarks.everything.scores import (
     ALL,
     EVERYTHING,
+    PREDICTED_IOU,
     STABILITY,
-    TRUST,
     Candidates,
     OperatingPoint,
     Split,
@@ -59,9 +59,9 @@ def test_an_operating_point_says_what_is_kept(candidates: Candidates) -> None:
 
 def test_the_best_points_are_found(candidates: Candidates) -> None:
     tried = candidates.tried()
-    assert len(tried) == len(TRUST) * len(STABILITY)
+    assert len(tried) == len(PREDICTED_IOU) * len(STABILITY)
     best = best_of(tried)
-    assert best.pq == 1 and best.masks_per_object == 1 and 0.63 <= best.point.trust < 0.77
+    assert best.pq == 1 and best.masks_per_object == 1 and 0.63 <= best.point.predicted_iou < 0.77
     # With half a mask per object, one of two objects is found.
     half = best_within(tried, 0.5)
     assert half.masks_per_object == 0.5 and half.miou == 0.5
@@ -77,7 +77,7 @@ def test_the_first_of_equal_points_keeps_the_fewest() -> None:
 
 
 def test_sams_own_thresholds_are_tried() -> None:
-    assert 0.88 in TRUST and 0.95 in STABILITY
+    assert 0.88 in PREDICTED_IOU and 0.95 in STABILITY
 
 
 def test_what_is_left_out_of_the_metrics_does_not_count(make_masks: MakeMasks) -> None:
