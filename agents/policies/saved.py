@@ -121,5 +121,13 @@ def _rebuilt(path: Path, data: dict[str, Any], device: str) -> SamPolicy:
         if model in arguments["features"]:
             arguments["features"][model]["device"] = device
     policy = policy_class(observations, actions, lambda _: 0.0, **arguments)
-    policy.load_state_dict(cast(Any, parameters["policy"]))
+    weights, own = cast(Any, parameters["policy"]), policy.state_dict()
+    reduce = "features_extractor.reduce.weight"
+    if reduce in weights and reduce in own and weights[reduce].shape != own[reduce].shape:
+        raise ValueError(
+            f"the policy reads {weights[reduce].shape[1]} channels per image, the embedding has "
+            f"{own[reduce].shape[1]}. Policies on HQ backbones and adapters with a "
+            "router, where further features used to be channels, must be trained again"
+        )
+    policy.load_state_dict(weights)
     return policy.to(resolve_device(device))

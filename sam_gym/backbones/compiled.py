@@ -20,8 +20,8 @@ def padded_size(count: int) -> int:
 class FixedShapes:
     """A function compiled for batches of 1, 2, 4, ... rows; others are padded up to the next.
 
-    On CUDA its calls are CUDA graphs (`mode="reduce-overhead"`). The first call of each size
-    compiles, which takes up to minutes; later ones never do.
+    On CUDA, calls are CUDA graphs (`mode="reduce-overhead"`). The first call of each size compiles,
+    which can take minutes; later calls never do.
 
     Args:
         function: maps tensors of B rows, and other constants, to tensors of B rows, row by row.

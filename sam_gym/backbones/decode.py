@@ -1,9 +1,9 @@
 """SAM's prompt encoder and mask decoder, batched: many images and ragged prompts in one call.
 
-segment_anything decodes one image at a time with equally many points per prompt set. Here each row
-is a prompt set on an image of its own; missing points, boxes and masks are left out of attention
-instead of standing in as tokens, so that a row gives what it would give alone. The weights are
-those of the segment_anything modules, read in place.
+segment_anything decodes one image at a time, with the same number of points in each prompt set.
+Here each row is a prompt set for an image of its own. Missing points, boxes and masks are masked
+out of attention, so batching does not change a row's result. The weights are those of the
+segment_anything modules, read in place.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.hq import HqMaskDecoder
 
-#: Keys that are so few, and queries that are not, are attended to in another way on a CPU.
+#: Below this number of keys, and from it on for queries, a CPU takes `_attend_to_few`.
 _FEW = 32
-#: Label of an entry of `Prompts.labels` that holds no point: it is left out of every attention.
+#: Value in `Prompts.labels` for a missing point, which is masked out of every attention.
 NO_POINT = -2
 #: SAM's own label for padding: a token without a position, which does take part in attention.
 PADDING_POINT = -1
@@ -58,13 +58,13 @@ class Prompts:
         raise ValueError("A prompt needs at least points, boxes or masks; all of them are None.")
 
     def take(self, index: Tensor) -> Prompts:
-        """The prompt sets of an index, int64 (K,)."""
+        """Select prompt sets by index, int64 (K,)."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
         return Prompts(**{name: None if v is None else v[index] for name, v in parts.items()})
 
 
 def encode_points_and_boxes(encoder: PromptEncoder, prompts: Prompts) -> tuple[Tensor, Tensor]:
-    """Prompt tokens (P, T, C) and which of them exist, bool (P, T)."""
+    """Encode prompts as tokens (P, T, C), and which of them exist, bool (P, T)."""
     tokens, present = [], []
     count = len(prompts)
     weight = encoder.no_mask_embed.weight
@@ -102,7 +102,7 @@ def encode_points_and_boxes(encoder: PromptEncoder, prompts: Prompts) -> tuple[T
 
 
 def encode_masks(encoder: PromptEncoder, prompts: Prompts) -> Tensor:
-    """What mask prompts add to the image embedding: (P, C, h, w), or (1, C, 1, 1) without any."""
+    """Encode mask prompts, to be added to the image embedding: (P, C, h, w), or (1, C, 1, 1)."""
     none = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
     if prompts.masks is None:
         return none
@@ -113,7 +113,7 @@ def encode_masks(encoder: PromptEncoder, prompts: Prompts) -> Tensor:
 
 
 def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """segment_anything's attention of queries, keys and values that are projected already."""
+    """segment_anything's attention, for projected queries, keys and values."""
 
     if q.device.type == "cpu" and k.shape[1] < _FEW <= q.shape[1]:
         return attention.out_proj(_attend_to_few(attention.num_heads, q, k, v, mask))
@@ -128,8 +128,8 @@ def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 def _attend_to_few(heads: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of many queries (P, N, C) to few keys (P, T, C): two matrix products for all heads.
 
-    Fused kernels are slow on a CPU where heads are narrow and keys are few. Here the keys of a head
-    stand in a row of their own with zeros in the channels of the others.
+    On a CPU, fused kernels are slow for narrow heads and few keys. Here each head's keys are a row
+    of their own, with zeros in the channels of the other heads.
     """
     channels, count = q.shape[2], k.shape[1]
     own = torch.arange(channels, device=q.device) // (channels // heads)
@@ -143,7 +143,7 @@ def _attend_to_few(heads: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
 
 
 def _project_image(layer: Any, keys: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A layer's projections of the image (P, h * w, C): key, value and, looking back, query."""
+    """Project the image (P, h * w, C): key and value, and the query of image-to-token attention."""
     to_image, posed = layer.cross_attn_token_to_image, keys + image_pe
     look_back = layer.cross_attn_image_to_token.q_proj(posed)
     return to_image.k_proj(posed), to_image.v_proj(keys), look_back
@@ -161,8 +161,8 @@ def _two_way(
 
     Args:
         transformer: the module whose weights are used.
-        image: (B, h * w, C), what the prompts look at.
-        image_pe: (1, h * w, C), its positions.
+        image: (B, h * w, C), embeddings with mask prompts added.
+        image_pe: (1, h * w, C), positional encoding.
         tokens: (P, T, C).
         present: bool (P, T), which tokens exist.
         rows: int64 (P,), the image of each prompt set, or None if they correspond. The first

@@ -24,7 +24,7 @@ from torchvision.ops import nms
 
 from sam_gym.backbones.decode import MaskTokens, Prompts
 from sam_gym.backbones.features import ImageFeatures
-from sam_gym.backbones.service import Backbone
+from sam_gym.backbones.service import BackboneService
 from sam_gym.backbones.spec import BackboneSpec, find_spec
 from sam_gym.mask_generation.masks import OUTPUTS, Collected, Masks, run_lengths, to_counts
 from sam_gym.simulation.clicks import relative_grid
@@ -151,7 +151,7 @@ class MaskGenerator:
         ValueError: an option is wrong.
     """
 
-    def __init__(self, backbone: Backbone, options: GeneratorOptions | None = None) -> None:
+    def __init__(self, backbone: BackboneService, options: GeneratorOptions | None = None) -> None:
         self.backbone, self.options = backbone, options or GeneratorOptions()
         self.options.validate()
         #: Minimum predicted IoU (exclusive) and minimum stability.

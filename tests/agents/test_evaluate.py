@@ -1,6 +1,7 @@
 """Baselines and the evaluation that all agents share."""
 
 import base64
+import io
 import json
 import os
 import pickle
@@ -140,6 +141,22 @@ def saved(tiny_env: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "policy.zip"
 
     return save
+
+
+def test_policies_that_read_features_as_channels_are_refused(saved: Callable[..., Path]) -> None:
+    """On HQ backbones and routed adapters, policies of 84a4160 read more than the embedding."""
+    path, name = saved(), "features_extractor.reduce.weight"
+    with zipfile.ZipFile(path) as file:
+        entries = {entry: file.read(entry) for entry in file.namelist()}
+    weights = torch.load(io.BytesIO(entries["policy.pth"]), weights_only=True)
+    weights[name] = weights[name].repeat(1, 3, 1, 1)
+    content = io.BytesIO()
+    torch.save(weights, content)
+    with zipfile.ZipFile(path, "w") as file:
+        for entry, data in (entries | {"policy.pth": content.getvalue()}).items():
+            file.writestr(entry, data)
+    with pytest.raises(ValueError, match="reads 96 channels per image, the embedding has 32"):
+        PolicyAgent.load(path, "cpu")
 
 
 def test_a_loaded_policy_is_the_one_that_sb3_loads(saved: Callable[..., Path]) -> None:

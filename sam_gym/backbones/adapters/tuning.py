@@ -1,4 +1,4 @@
-"""What of a SAM is tuned: copies that share all that stays frozen, and their weights as tensors."""
+"""Tune targets: copies of a SAM that share its frozen weights, and their tuned weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from sam_gym.backbones.hq import HqMaskDecoder, early_channels, in_head
 from sam_gym.utils.registry import Registry
 
-#: Rank of LoRA, and what its product is multiplied by (alpha / rank).
+#: Rank of LoRA, and the factor of its product (alpha / rank).
 LORA_RANK, LORA_SCALE = 4, 2.0
 #: Hidden channels of an adapter in the encoder.
 ADAPTER_WIDTH = 32
-#: Channels that a small HQ head reduces early features to.
+#: Channels to which a small HQ head reduces early features.
 HQ_RANK = 64
 
 _LORA = (".lora_A.default.weight", ".lora_B.default.weight")
@@ -27,16 +27,15 @@ _LORA = (".lora_A.default.weight", ".lora_B.default.weight")
 
 @dataclass(frozen=True)
 class Tuning:
-    """A choice of what is tuned.
+    """A tune target.
 
     Attributes:
-        prepare: a frozen SAM -> a SAM that shares its frozen parts; what is tuned requires
-            gradients. Before the first step it gives the same masks (an HQ head adds nothing then,
-            but SAM's tokens see its token, which is zero at first: nearly the same).
-        raw: what of an image the tuned part starts from: "embedding", "early" (the embedding, and
-            behind it the encoder's early features), both of which the frozen encoder gives once
-            and for all, or "pixels".
-        learning_rate: what Adam begins with unless told otherwise, chosen on validation data.
+        prepare: a frozen SAM -> a SAM that shares its frozen weights; tuned weights require
+            gradients. Before the first step it gives the same masks. (A new HQ head adds nothing,
+            but SAM's tokens attend to its token, which starts at zero: nearly the same.)
+        raw: the kind of `raw_features` from which the tuned part starts: "embedding" or "early",
+            which the frozen encoder computes once per image, or "pixels".
+        learning_rate: default initial learning rate of Adam, chosen on validation data.
     """
 
     prepare: Callable[[Sam], Sam]
@@ -44,12 +43,12 @@ class Tuning:
     learning_rate: float
 
 
-#: Tune target -> what it means.
+#: Name -> tune target.
 TUNINGS: Registry[Tuning] = Registry("tune target")
 
 
 def _copy(sam: Sam, owned: Callable[[str], bool] = lambda name: False) -> Sam:
-    """A SAM of own modules, with own copies of the weights whose names are `owned`.
+    """Copy the modules of a SAM, and the weights whose names are `owned`.
 
     All other weights and buffers are shared. Nothing is trainable.
     """
@@ -81,7 +80,7 @@ def _hq(sam: Sam, rank: int | None = None) -> Sam:
 
 
 def _with_hq_head(decoder: Any, vit_dim: int, rank: int | None) -> HqMaskDecoder:
-    """A mask decoder with an HQ head beside it, which at first adds nothing to a mask."""
+    """Add an HQ head to a mask decoder; before training it adds nothing to a mask."""
     hq = HqMaskDecoder(
         vit_dim=vit_dim,
         vit_rank=rank,
@@ -101,10 +100,10 @@ def _with_hq_head(decoder: Any, vit_dim: int, rank: int | None) -> HqMaskDecoder
 
 
 class AdaptedBlock(nn.Module):
-    """A transformer block with a bottleneck behind it (Houlsby et al. 2019), at first the identity.
+    """A transformer block followed by a bottleneck (Houlsby et al. 2019), initially the identity.
 
     Args:
-        block: maps (B, h, w, C) to the same shape; it stays as it is.
+        block: maps (B, h, w, C) to the same shape; it is not trained.
         channels: C.
     """
 
@@ -126,7 +125,7 @@ def encoder_blocks(encoder: Any) -> nn.ModuleList:
     """The transformer blocks of an image encoder.
 
     Raises:
-        ValueError: it has none of segment_anything's kind.
+        ValueError: it has no blocks as segment_anything's ViT has them.
     """
     blocks = getattr(encoder, "blocks", None)
     if not isinstance(blocks, nn.ModuleList) or not all(hasattr(b, "attn") for b in blocks):
@@ -188,10 +187,10 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def tuned_weights(sam: Sam) -> dict[str, Tensor]:
-    """What was tuned in a SAM that a `Tuning` has prepared: copies, on the CPU.
+    """The tuned weights of a SAM from `Tuning.prepare`: copies, on the CPU.
 
-    A LoRA is two matrices beside the weight it adds to: `NAME.lora_A`, (r, inputs), and
-    `NAME.lora_B`, (outputs, r), scaled.
+    A LoRA is two matrices, named after the weight that they add to: `NAME.lora_A`, (r, inputs),
+    and `NAME.lora_B`, (outputs, r), scaled.
     """
     weights = {}
     for name, weight in trainable(sam).items():
@@ -204,16 +203,16 @@ def tuned_weights(sam: Sam) -> dict[str, Tensor]:
 
 
 def apply_tuned(sam: Sam, tune: str, weights: Mapping[str, Tensor], source: str = "") -> Sam:
-    """A frozen SAM that shares what is as in `sam`, with tuned weights in place of the others.
+    """Build a frozen SAM with tuned weights, which shares all others with `sam`.
 
     Args:
-        sam: what was tuned.
+        sam: the pretrained SAM.
         tune: a key of `TUNINGS`.
         weights: of `tuned_weights`.
-        source: where they come from, for messages.
+        source: the file, for messages.
 
     Raises:
-        ValueError: they are not weights of such a tuning of this model.
+        ValueError: the weights do not fit this model and tune target.
     """
     lora = {name for name in weights if name.endswith((".lora_A", ".lora_B"))}
     own = _merged(sam, weights, source) if lora else TUNINGS.get(tune).prepare(sam)
@@ -227,7 +226,7 @@ def apply_tuned(sam: Sam, tune: str, weights: Mapping[str, Tensor], source: str 
 
 
 def check_names(state: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
-    """Raise `ValueError` unless weights have the names and shapes of a state."""
+    """Raise `ValueError` unless the weights have the names and shapes of a state."""
     wrong = sorted(state.keys() ^ weights.keys()) or sorted(
         name for name in state if state[name].shape != weights[name].shape
     )
@@ -239,7 +238,7 @@ def check_names(state: Mapping[str, Tensor], weights: Mapping[str, Tensor], sour
 
 
 def _merged(sam: Sam, weights: Mapping[str, Tensor], source: str) -> Sam:
-    """A SAM whose linear layers have taken up the LoRAs beside them."""
+    """Copy a SAM and add LoRAs to the weights of its linear layers."""
     names = sorted({name.rpartition(".")[0] for name in weights})
     own = _copy(sam, lambda name: name.removesuffix(".weight") in names)
     layers = dict(own.named_modules())
@@ -261,5 +260,5 @@ def _merged(sam: Sam, weights: Mapping[str, Tensor], source: str) -> Sam:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors as they are kept in a file."""
+    """Number of bytes of tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Encode a dataset once, into files: `python -m sam_gym.backbones.embeddings.precompute --help`."""
+"""Encode a dataset into files: `python -m sam_gym.backbones.embeddings.precompute --help`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sam_gym.utils.progress import track
 
 
 @dataclass
-class Config:
-    """Encode all images of a dataset and keep their embeddings on disk.
+class PrecomputeConfig:
+    """Encode all images of a dataset and keep their features on disk.
 
-    Environments with the same backbone, weights and `dtype` find them when `disk=` is the same
-    folder and `disk_dtype=` the same precision. What is there already is not encoded again, so a
-    run that was cut off goes on where it stopped. Several processes share the work when
-    they are started by torchrun, or each with its own `--shard`.
+    Environments with the same backbone, weights and `dtype` read them when `disk=` is the same
+    folder and `disk_dtype=` the same precision. Images that are on disk are not encoded again, so
+    an interrupted run resumes where it stopped. Several processes share the work if torchrun starts
+    them, or if each has its own `--shard`.
     """
 
     dataset: str = "coco"
@@ -35,18 +35,18 @@ class Config:
     split: str = "train"
     """Dataset split: train, val, test."""
     limit: int | None = None
-    """Only the first so many images (scenes are endless: their default is 2048)."""
-    backbone: Annotated[str, tyro.conf.arg(help=backbone_help("SAM that encodes"))] = "micro"
+    """Maximum number of images (procedural datasets are endless: their default is 2048)."""
+    backbone: Annotated[str, tyro.conf.arg(help=backbone_help("Backbone"))] = "micro"
     checkpoint: str | None = None
     """Weights of the backbone (micro brings its own)."""
     device: str = "auto"
-    """Where it runs: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
+    """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
     dtype: str = "auto"
     """Its precision: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
     folder: str | None = None
-    """Root of the embeddings (default: SAM_GYM_HOME/embeddings)."""
+    """Root folder of the embeddings (default: SAM_GYM_HOME/embeddings)."""
     disk_dtype: str = "float32"
-    """Precision on disk: float32 (exact), float16 or bfloat16 (half the space)."""
+    """Precision of the files: float32 (exact), float16 or bfloat16 (half the space)."""
     disk_gib: float = DEFAULT_BYTES / 2**30
     """Bound on the files of this backbone and precision, in GiB."""
     batch_size: int = 16
@@ -56,10 +56,10 @@ class Config:
 
 
 def share(shard: str | None) -> tuple[int, int]:
-    """(rank, number of shares) of "0/4", or of torchrun's environment variables.
+    """Parse "0/4", or torchrun's environment variables, into (rank, number of shares).
 
     Raises:
-        ValueError: not of that form, or a rank that is not below the number.
+        ValueError: another form, or a rank that is not below the number of shares.
     """
     text = shard or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
     try:
@@ -71,8 +71,8 @@ def share(shard: str | None) -> tuple[int, int]:
     return rank, count
 
 
-def precompute(config: Config) -> dict[str, int]:
-    """Fill the store; returns how many images were encoded, and how many were there already.
+def precompute(config: PrecomputeConfig) -> dict[str, int]:
+    """Fill the store; returns the numbers of images encoded and found on disk.
 
     Raises:
         ValueError, FileNotFoundError: an option, the dataset or the checkpoint is wrong.
@@ -97,8 +97,8 @@ def precompute(config: Config) -> dict[str, int]:
     needed = total * disk.spec.nbytes
     if needed > max_bytes:
         raise ValueError(
-            f"{total} embeddings take {needed / 2**30:.1f} GiB, and the bound is "
-            f"{config.disk_gib:.1f}: the first would be gone before the last is there. Raise "
+            f"{total} embeddings take {needed / 2**30:.1f} GiB, but the bound is "
+            f"{config.disk_gib:.1f}: the first would be evicted before the last is written. Raise "
             "--disk-gib (environments: disk_gib=), or take --disk-dtype float16."
         )
     numbers = range(rank, total, shares)
@@ -124,12 +124,12 @@ def precompute(config: Config) -> dict[str, int]:
     if waiting:
         encode()
     print(
-        f"{counts['encoded']} images encoded, {counts['found']} found, {disk.damaged} of the files "
-        f"were damaged and replaced: {disk.folder}"
+        f"{counts['encoded']} images encoded, {counts['found']} found, "
+        f"{disk.damaged} damaged files replaced: {disk.folder}"
     )
     dtype = str(backbone.dtype).removeprefix("torch.")
     print(
-        f"Environments find them with disk={config.folder or 'home'!r}, dtype={dtype!r}, "
+        f"Environments read them with disk={config.folder or 'home'!r}, dtype={dtype!r}, "
         f"disk_dtype={config.disk_dtype!r}, disk_gib={config.disk_gib:g}."
     )
     return counts
@@ -140,4 +140,4 @@ if __name__ == "__main__":
 
     from sam_gym.utils import cli
 
-    cli.run(lambda: precompute(tyro.cli(Config)))
+    cli.run(lambda: precompute(tyro.cli(PrecomputeConfig)))

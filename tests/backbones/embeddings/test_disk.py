@@ -14,7 +14,7 @@ from safetensors import safe_open
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.embeddings import store
 from sam_gym.backbones.embeddings.disk import DiskStore
-from sam_gym.backbones.embeddings.precompute import Config, precompute, share
+from sam_gym.backbones.embeddings.precompute import PrecomputeConfig, precompute, share
 from sam_gym.backbones.embeddings.store import EmbeddingStore
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.envs.click import ClickCore, SamSegConfig
@@ -237,9 +237,9 @@ def test_three_processes_evict_at_once(tiny: Backbone, tmp_path: Path) -> None:
 # Filling it -------------------------------------------------------------------------------------
 
 
-def config(checkpoint: str, folder: Path, **more: object) -> Config:
+def config(checkpoint: str, folder: Path, **more: object) -> PrecomputeConfig:
     settings = {"dataset": "scenes", "limit": 5, "batch_size": 2, "device": "cpu"} | more
-    return Config(checkpoint=checkpoint, folder=str(folder), **settings)  # type: ignore[arg-type]
+    return PrecomputeConfig(checkpoint=checkpoint, folder=str(folder), **settings)  # type: ignore[arg-type]
 
 
 def test_precompute_resumes_and_repairs(
