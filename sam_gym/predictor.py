@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sam_gym.backbones import NO_POINT, Backbone, Prompts, load_backbone
+from sam_gym.backbones import NO_POINT, BackboneService, Prompts, load_backbone
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.utils.transfer import to_device, to_host
 
@@ -81,7 +81,7 @@ class Predictor:
         adapter: path of an adapter file.
 
     Attributes:
-        backbone: the shared `Backbone`.
+        backbone: the shared `BackboneService`.
         image_sizes: (height, width) of each image.
 
     Raises:
@@ -91,7 +91,7 @@ class Predictor:
 
     def __init__(
         self,
-        backbone: str | Backbone = "micro",
+        backbone: str | BackboneService = "micro",
         checkpoint: str | None = None,
         device: str = "auto",
         dtype: str = "auto",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sam_gym.backbones import Backbone
+from sam_gym.backbones import BackboneService
 from sam_gym.data.io import IMAGE_SUFFIXES, read_image
 from sam_gym.utils.render import save_image
 
@@ -46,7 +46,7 @@ class ImageReader:
         broken: file -> why it cannot be used.
     """
 
-    def __init__(self, folder: str, backbone: Backbone) -> None:
+    def __init__(self, folder: str, backbone: BackboneService) -> None:
         self.folder, self.backbone = Path(folder), backbone
         self.broken: dict[str, str] = {}
         self._last: tuple[str, np.ndarray] | None = None

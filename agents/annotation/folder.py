@@ -12,7 +12,7 @@ import numpy as np
 from agents.annotation.files import ImageReader, OverlayWriter
 from agents.annotation.ids import CocoIds
 from agents.annotation.progress import PartialResults
-from sam_gym.backbones import Backbone
+from sam_gym.backbones import BackboneService
 from sam_gym.data.coco_writer import CocoWriter
 from sam_gym.utils.files import write_json
 from sam_gym.utils.progress import ProgressBar
@@ -59,7 +59,10 @@ class AnnotatedItem:
 class Annotator(Protocol):
     """A way to annotate images."""
 
-    backbone: Backbone
+    @property
+    def backbone(self) -> BackboneService:
+        """The model that segments."""
+
     #: Category names of the annotations.
     categories: Sequence[str]
     #: Whether categories that a given COCO file lacks get new ids.

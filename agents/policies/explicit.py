@@ -21,7 +21,7 @@ from agents.clip.models import load_clip
 from agents.clip.surgery import ClipSurgery, min_max
 from agents.policies.base import POLICIES
 from agents.policies.implicit import ClickFeatures, ImplicitPolicy
-from sam_gym.backbones import Backbone
+from sam_gym.backbones import BackboneService
 from sam_gym.utils.digest import text_digest
 
 #: Planes of `TextFeatures.map_planes`, and of `relations` to two of them and to the mask.
@@ -54,7 +54,7 @@ class WordMaps:
     def __init__(
         self,
         surgery: ClipSurgery,
-        backbone: Backbone,
+        backbone: BackboneService,
         words: Sequence[str],
         *,
         allow_unknown: bool = False,
