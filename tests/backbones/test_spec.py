@@ -103,7 +103,7 @@ def test_specifications_describe_their_models(name: str) -> None:
         ModelOptions,
         AnnotateEverythingConfig,
         BackboneOptions,
-        precompute.Config,
+        precompute.PrecomputeConfig,
         SamSegConfig,
         download.DownloadConfig,
     ],

@@ -124,7 +124,7 @@ def needy(split: str, colour: str) -> Dataset:
         interactive.InteractiveBenchmarkConfig,
         pointing.Config,
         everything.EverythingBenchmarkConfig,
-        precompute.Config,
+        precompute.PrecomputeConfig,
     ],
 )
 def test_help_of_the_option_names_every_dataset(config: type) -> None:
