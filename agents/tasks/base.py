@@ -273,6 +273,30 @@ class Task:
             task_name="segmentation",
         )
 
+    def _card_evaluation(
+        self,
+        own: Mapping[str, Any],
+        options: Sequence[str],
+        flags: Sequence[str],
+        split: str,
+        policy: str,
+    ) -> str:
+        """Return the shell command that evaluates a published agent in its own environment.
+
+        Args:
+            own: the env config.
+            options: fields of `own` that the agent depends on.
+            flags: boolean fields of that kind.
+            split: held-out split.
+            policy: name of the published policy.
+        """
+        given = [f"--{name.replace('_', '-')} {own[name]}" for name in options]
+        given += [f"--{name}" if own[name] else f"--no-{name}" for name in flags]
+        if DATASETS.get(own["dataset"]).reads_files:
+            given.append("--data PATH")
+        command = f"python -m agents.evaluate --policy {policy} {' '.join(given)}"
+        return f"{command} --split {split} --env {self.env_id}"
+
     def _card_basics(self, config: Mapping[str, Any]) -> list[str]:
         return [
             f"**Policy**: `{config['policy']}`{self._card_policy(config)}.",

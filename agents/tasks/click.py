@@ -10,7 +10,6 @@ import torch
 
 from agents.baselines.click import BASELINES
 from agents.tasks.base import C, CardFacts, ExportInput, Task, backbone_arguments, register
-from sam_gym.data import DATASETS
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.click import SamSegConfig
 
@@ -132,7 +131,14 @@ class ClickTask(Task):
         if own["target"] == "instance":
             facts.append("**Target**: one instance, shown by a cue click.")
             limits.append("It needs a cue click for each target, so `annotate` cannot use it.")
+            split = results["held_out_split"]
+            command = self._card_evaluation(own, _ENVIRONMENT, _OTHER_ACTIONS, split, policy)
         else:
+            named = ",".join(words[:2]) or "NAME,NAME"
+            command = (
+                f"python -m agents.annotate --policy {policy} --images PATH/photos "
+                f'--categories "{named}" --out annotations.json'
+            )
             if words:
                 facts.append(f"**Categories in training**: {', '.join(words)}.")
             if config["policy"] == "implicit":
@@ -145,7 +151,7 @@ class ClickTask(Task):
             ),
             dataset=own["dataset"],
             facts=facts,
-            command=_command(own, words, results["held_out_split"], policy),
+            command=command,
             limits=limits,
             counts=("clicks",),
         )
@@ -155,18 +161,3 @@ class ClickTask(Task):
             "implicit": ", which knows a category by its number",
             "explicit": f", which is told in words, through the CLIP `{config.get('clip')}`",
         }.get(config["policy"], "")
-
-
-def _command(own: Mapping[str, Any], words: list[str], split: str, policy: str) -> str:
-    if own["target"] == "instance":
-        options = [f"--{name.replace('_', '-')} {own[name]}" for name in _ENVIRONMENT]
-        options += [f"--{name}" for name in _OTHER_ACTIONS if own[name]]
-        data = " --data PATH" if DATASETS.get(own["dataset"]).reads_files else ""
-        return (
-            f"python -m agents.evaluate --policy {policy} {' '.join(options)}{data} --split {split}"
-        )
-    named = ",".join(words[:2]) or "NAME,NAME"
-    return (
-        f"python -m agents.annotate --policy {policy} --images PATH/photos "
-        f'--categories "{named}" --out annotations.json'
-    )

@@ -62,8 +62,7 @@ class EverythingTask(Task):
     ) -> CardFacts:
         own = config["env_config"]
         stop = ", stop" * own["stop"]
-        task = [f"--{name} {own[name]}" for name in ("dataset", "backbone", "grid", "budget")]
-        task.append("--stop" if own["stop"] else "--no-stop")
+        options = ("dataset", "backbone", "grid", "budget")
         return CardFacts(
             summary=(
                 "An agent that finds all objects of an image with few points: at each step it "
@@ -76,9 +75,9 @@ class EverythingTask(Task):
                 f"**Actions**: points on {own['grid']} x {own['grid']} cells{stop}; at most "
                 f"{own['budget']} per image.",
             ],
-            command=f"python -m agents.evaluate --policy {policy} --env {self.env_id} "
-            + " ".join(task)
-            + f" --split {results['held_out_split']}",
+            command=self._card_evaluation(
+                own, options, ("stop",), results["held_out_split"], policy
+            ),
             limits=self._card_limits(own),
             counts=("points", "found"),
             task_name="everything mode segmentation",

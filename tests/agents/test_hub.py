@@ -130,6 +130,7 @@ def test_the_card_of_other_kinds_of_agents(run: Path) -> None:
     made.results.update(gap_closed=None, held_out_split="train")
     text = model_card(made, "me/clicker", "mit")
     assert "agents.evaluate --policy hf://me/clicker --target instance --dataset coco" in text
+    assert "--data PATH --split train" in text
     assert "told in words, through the CLIP `ViT-B-16`" in text and "no gap to close" in text
     for said in ("procedural", "same path", "never saw"):
         assert said not in text
@@ -155,7 +156,8 @@ def test_an_agent_of_everything_is_pushed(
     assert measured.metric_value == results["agent"]["mean_iou"]
     assert measured.dataset_type == "rooms" and "SamEverything-v0" in measured.dataset_name
     assert "| | mean IoU | points |" in card.text and "4 x 4 cells" in card.text
-    assert "evaluate --policy hf://me/finder --env SamEverything-v0" in card.text
+    command = "evaluate --policy hf://me/finder --dataset rooms --backbone tiny --grid 4 --budget 2"
+    assert f"{command} --stop --split test --env SamEverything-v0" in card.text
     assert PolicyAgent.load("hf://me/finder", "cpu").policy.grid == 4
 
 
