@@ -17,10 +17,10 @@ from sam_gym.backbones.features import ImageFeatures
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Images per encoder call and prompts per decoder call; they bound the memory of a call.
-_IMAGES = 8
-_PROMPTS = 64
+IMAGES_PER_CALL = 8
+PROMPTS_PER_CALL = 64
 #: Pixels of the masks that are upsampled together.
-_PIXELS = 2**26
+PIXELS_PER_CALL = 2**26
 _LABELS = (1, 0, -1, NO_POINT)
 
 #: One array per image, or None for an image without prompts of that kind.
@@ -124,7 +124,10 @@ class Predictor:
             )
         if not len(images):
             raise ValueError("set_images needs at least one image, got an empty list.")
-        batches = [images[start : start + _IMAGES] for start in range(0, len(images), _IMAGES)]
+        batches = [
+            images[start : start + IMAGES_PER_CALL]
+            for start in range(0, len(images), IMAGES_PER_CALL)
+        ]
         self.features = ImageFeatures.cat([self.backbone.encode(batch) for batch in batches])
         self.image_sizes = [(image.shape[0], image.shape[1]) for image in images]
 
@@ -176,8 +179,8 @@ class Predictor:
         )
         images = np.repeat(np.arange(len(prompts)), [own.count for own in prompts])
         numbers = np.concatenate([np.arange(own.count) for own in prompts])
-        for start in range(0, len(images), _PROMPTS):
-            chunk = slice(start, start + _PROMPTS)
+        for start in range(0, len(images), PROMPTS_PER_CALL):
+            chunk = slice(start, start + PROMPTS_PER_CALL)
             self._predict_chunk(prompts, images[chunk], numbers[chunk], multimask, result)
         for image, own in enumerate(prompts):
             if own.single:
@@ -212,7 +215,7 @@ class Predictor:
             rows = np.flatnonzero(images == image)
             size = self.image_sizes[image]
             pixels = logits.shape[1] * max(size[0] * size[1], backbone.image_size**2)
-            step = max(1, _PIXELS // pixels)
+            step = max(1, PIXELS_PER_CALL // pixels)
             for start in range(0, len(rows), step):
                 few = rows[start : start + step]
                 full = backbone.masks_at(logits[few[0] : few[-1] + 1], size)

@@ -27,6 +27,7 @@ from sam_gym.backbones.hq import HqMaskDecoder
 from sam_gym.backbones.micro.model import FINE, MicroEncoder, build_micro
 from sam_gym.backbones.spec import find_spec
 from sam_gym.mask_generation.masks import Masks, to_counts
+from sam_gym.utils.render import warn_no_window
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores, and so do the processes that tests start.
@@ -200,7 +201,7 @@ def no_display(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    monkeypatch.setattr("sam_gym.utils.render._warned", False)
+    warn_no_window.cache_clear()
 
 
 @pytest.fixture

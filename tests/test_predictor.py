@@ -161,7 +161,7 @@ def test_many_prompts_take_several_calls(
     predictor = Predictor(tiny)
     predictor.set_images(images)
     whole = predictor.predict(**prompts)
-    for name, limit in {"_IMAGES": 3, "_PROMPTS": 2, "_PIXELS": 1}.items():
+    for name, limit in {"IMAGES_PER_CALL": 3, "PROMPTS_PER_CALL": 2, "PIXELS_PER_CALL": 1}.items():
         monkeypatch.setattr(f"sam_gym.predictor.{name}", limit)
     predictor.set_images(images)
     parts = predictor.predict(**prompts)

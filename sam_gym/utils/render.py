@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
@@ -15,8 +16,6 @@ TARGET_COLOUR = (255, 255, 255)
 POSITIVE_COLOUR = (40, 200, 64)
 NEGATIVE_COLOUR = (235, 50, 50)
 CUE_COLOUR = (255, 214, 10)
-
-_warned = False
 
 
 def draw_episode(
@@ -260,7 +259,6 @@ def has_display() -> bool:
 
 def show(title: str, frame: np.ndarray) -> None:
     """Show uint8 (H, W, 3) RGB in a window; warns once if there is no display."""
-    global _warned
     if has_display():
         try:
             cv2.imshow(title, frame[..., ::-1])
@@ -270,6 +268,10 @@ def show(title: str, frame: np.ndarray) -> None:
             reason = "this OpenCV has no windows (install opencv-python)"
     else:
         reason = "there is no display"
-    if not _warned:
-        _warned = True
-        warnings.warn(f"render_mode='human' shows nothing: {reason}.", stacklevel=3)
+    warn_no_window(reason)
+
+
+@functools.cache
+def warn_no_window(reason: str) -> None:
+    """Warn that nothing is shown, once per reason."""
+    warnings.warn(f"render_mode='human' shows nothing: {reason}.", stacklevel=4)
