@@ -27,6 +27,7 @@ class FusedAttention(nn.Module):
         self.qkv, self.proj = attention.qkv, attention.proj
         if self.use_rel_pos:
             self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
+        self.train(attention.training)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
