@@ -186,8 +186,8 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         else:
             if self._ended.any():
                 raise RuntimeError(
-                    f"Environments {np.flatnonzero(self._ended).tolist()} have ended: reset them "
-                    'with reset(options={"reset_mask": ...}) before the next step.'
+                    f"Sub-environments {np.flatnonzero(self._ended).tolist()} have ended: reset "
+                    'them with reset(options={"reset_mask": ...}) before the next step.'
                 )
             playing = self._all
         if len(playing):

@@ -1,4 +1,4 @@
-"""Reward functions by name, each over a batch of transitions at once."""
+"""Reward functions by name, each over a batch of transitions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sam_gym.utils.registry import Registry
 
 @dataclass(frozen=True)
 class Transition:
-    """N transitions of the click task; the arrays are (N,) unless said otherwise.
+    """N transitions of the click task; all arrays are (N,).
 
     Attributes:
         is_click: bool, false for `stop` and `undo`.
-        positive: bool, whether the click was positive.
+        positive: bool, whether the click is positive.
         on_target: bool, whether the clicked pixel belongs to the target.
-        distance: float32, from the click to the nearest earlier click, in units of the frame's
-            side; infinite for a first click.
+        distance: float32, distance to the nearest earlier click, in units of the frame's side;
+            infinite for a first click.
         iou_before, iou_after: float32, IoU with the target.
     """
 
@@ -32,11 +32,12 @@ class Transition:
 
     @property
     def correct(self) -> np.ndarray:
-        """bool (N,): positive on the target, or negative off it."""
+        """Whether clicks are positive on the target, or negative off it: bool (N,)."""
         return self.positive == self.on_target
 
     @property
     def dice_gain(self) -> np.ndarray:
+        """Gain in the Dice coefficient: float32 (N,)."""
         after = 2 * self.iou_after / (1 + self.iou_after)
         return after - 2 * self.iou_before / (1 + self.iou_before)
 
@@ -49,38 +50,38 @@ REWARDS: Registry[Reward] = Registry("reward")
 
 @REWARDS.register("iou_gain")
 def iou_gain(t: Transition) -> np.ndarray:
-    """By how much the IoU rose; the rewards of an episode add up to its final IoU."""
+    """Gain in IoU; the rewards of an episode sum to its final IoU."""
     return t.iou_after - t.iou_before
 
 
 @REWARDS.register("dice_gain")
 def dice_gain(t: Transition) -> np.ndarray:
-    """By how much the Dice coefficient rose."""
+    """Gain in the Dice coefficient."""
     return t.dice_gain
 
 
 @REWARDS.register("click_correct")
 def click_correct(t: Transition) -> np.ndarray:
-    """+1 for a click whose label is right, -1 for a wrong one."""
+    """+1 for a click with the correct label, -1 for a wrong one."""
     return np.where(t.is_click, np.where(t.correct, 1.0, -1.0), 0.0)
 
 
 @REWARDS.register("foreground")
 def foreground(t: Transition) -> np.ndarray:
-    """+1 for a click on the target, -1 for one elsewhere, whatever its label.
+    """+1 for a click on the target, -1 elsewhere, regardless of its label.
 
-    For agents that choose places only (AlignSAM, Huang et al. 2024).
+    For agents that choose only the location (AlignSAM, Huang et al. 2024).
     """
     return np.where(t.is_click, np.where(t.on_target, 1.0, -1.0), 0.0)
 
 
 @REWARDS.register("shaped")
 def shaped(t: Transition) -> np.ndarray:
-    """Click correctness as AlignSAM's public reimplementation shapes it.
+    """Shaped click correctness, as in AlignSAM's public reimplementation.
 
-    A right positive click earns 1, less where it repeats an earlier click (in proportion to the
-    distance, up to a tenth of the frame). A right negative click earns the Dice it gained, at
-    least 0. A wrong positive click costs 1, a wrong negative one 0.5.
+    A correct positive click earns 1, scaled down within a tenth of the frame from an earlier click
+    (in proportion to the distance). A correct negative click earns its gain in Dice, at least 0. A
+    wrong positive click costs 1, a wrong negative click 0.5.
     """
     novelty = np.clip(t.distance / 0.1, 0.0, 1.0)
     right = np.where(t.positive, novelty, np.maximum(t.dice_gain, 0.0))

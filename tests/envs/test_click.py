@@ -1,4 +1,4 @@
-"""The rules of `SamSeg-v0`, each against an independent account of it."""
+"""The rules of `SamSeg-v0`, each against an independent implementation."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ def make_vec(tiny_env: dict[str, Any]) -> Callable[..., SamSegVectorEnv]:
 
 @pytest.fixture
 def photos(two_photos: Path, make: Make) -> Make:
-    """Makes the environment over two photographs, at the start of an episode of one of them."""
+    """Make an environment over two photographs, at the start of an episode of one of them."""
 
     def photos(stem: str, **more: Any) -> SamSegEnv:
         env = make(dataset="folder", data=str(two_photos), dataset_kwargs={}, **more)
@@ -476,7 +476,7 @@ def test_handle_leads_to_the_embedding(make: Make) -> None:
 
 
 @pytest.mark.parametrize("obs", ["full", "handle"])
-def test_what_is_returned_may_be_overwritten(make: Make, obs: str) -> None:
+def test_returned_arrays_may_be_overwritten(make: Make, obs: str) -> None:
     env = make(obs=obs, target="instance")
 
     def play(overwrite: bool) -> list[dict[str, np.ndarray]]:
@@ -498,13 +498,13 @@ def test_what_is_returned_may_be_overwritten(make: Make, obs: str) -> None:
 
 
 def private_store(tiny_checkpoint: str, tmp_path: Path, embeddings: int) -> dict[str, Any]:
-    """Settings of an environment whose store nobody shares and which holds a few embeddings."""
+    """Arguments of an environment with a private store of a few embeddings."""
     checkpoint = tmp_path / "own.pth"
     shutil.copy(tiny_checkpoint, checkpoint)
     return {"checkpoint": str(checkpoint), "store_gib": (embeddings + 0.5) * 2048 / 2**30}
 
 
-def test_only_what_is_shown_is_pinned(make: Make, tiny_checkpoint: str, tmp_path: Path) -> None:
+def test_only_current_images_are_pinned(make: Make, tiny_checkpoint: str, tmp_path: Path) -> None:
     own = private_store(tiny_checkpoint, tmp_path, embeddings=3)
     one, other = make(**own), make(**own)
     store = one.core.store
@@ -519,7 +519,7 @@ def test_only_what_is_shown_is_pinned(make: Make, tiny_checkpoint: str, tmp_path
         one.step(0)
 
 
-def test_vector_lets_go_of_what_it_showed(
+def test_vector_unpins_previous_images(
     make_vec: Callable[..., SamSegVectorEnv], tiny_checkpoint: str, tmp_path: Path
 ) -> None:
     envs = make_vec(3, **private_store(tiny_checkpoint, tmp_path, embeddings=6), max_steps=2)
@@ -598,7 +598,7 @@ def test_ended_environments_must_be_reset_where_autoreset_is_off(
     envs = make_vec(stop=True, autoreset_mode="Disabled")
     envs.reset(seed=0)
     envs.step(np.array([512, 0, 512]))
-    with pytest.raises(RuntimeError, match=r"Environments \[0, 2\] have ended.*reset_mask"):
+    with pytest.raises(RuntimeError, match=r"Sub-environments \[0, 2\] have ended.*reset_mask"):
         envs.step(np.array([0, 0, 0]))
     envs.reset(options={"reset_mask": np.array([True, False, True])})
     obs, *_ = envs.step(np.array([0, 0, 0]))
@@ -658,7 +658,7 @@ def test_seeds_of_a_vector(make_vec: Callable[..., SamSegVectorEnv]) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_impossible_settings(
+def test_impossible_arguments(
     make: Make, make_vec: Callable[..., Any], settings: dict[str, Any], message: str
 ) -> None:
     for maker in (make, make_vec):
@@ -779,10 +779,10 @@ def test_oracle_clicks_earn_more_than_random_ones(shipped: Backbone) -> None:
     assert final(oracle=True) > final(oracle=False) + 0.1
 
 
-# Draws ahead ------------------------------------------------------------------------------------
+# Prefetching ------------------------------------------------------------------------------------
 
 
-def test_new_images_are_drawn_ahead_and_cached_ones_are_not(
+def test_new_images_are_prefetched_and_cached_ones_are_not(
     make_vec: Callable[..., SamSegVectorEnv],
 ) -> None:
     env = make_vec(dataset_kwargs={"length": 1, "size": SCENE})
@@ -794,8 +794,8 @@ def test_new_images_are_drawn_ahead_and_cached_ones_are_not(
     env.close()
 
 
-def test_a_draw_ahead_shows_in_nothing(make_vec: Callable[..., SamSegVectorEnv]) -> None:
-    """Seeds, copies and a closed environment, with draws under way."""
+def test_prefetching_changes_nothing(make_vec: Callable[..., SamSegVectorEnv]) -> None:
+    """Seeds, copies and a closed environment, with draws in progress."""
     endless = {"length": None, "size": SCENE}
     env = make_vec(dataset_kwargs=endless)
     first = env.reset(seed=5)[1]["source"].tolist()

@@ -1,4 +1,4 @@
-"""`SamContinual-v0`: what is its own, beside what every registered environment keeps to."""
+"""`SamContinual-v0`: its own rules, beside those of every registered environment."""
 
 import pickle
 from collections.abc import Callable
@@ -21,7 +21,7 @@ DOMAINS = ["cells", "night", "sonar"]
 
 @pytest.fixture
 def settings(tiny_env: dict[str, Any]) -> dict[str, Any]:
-    """Of episodes of one click in three domains of four small images, two episodes in each."""
+    """Arguments: three domains of four small images, two episodes of one click in each."""
     del tiny_env["dataset_kwargs"]
     kwargs = {"domains": ",".join(DOMAINS), "train_images": 4, "size": 64}
     return tiny_env | {"stream_kwargs": kwargs, "episodes_per_domain": 2, "max_steps": 1}
@@ -44,7 +44,7 @@ def make_vec(settings: dict[str, Any]) -> Make:
 
 
 def tasks(env: gym.Env, episodes: int, **first: Any) -> list[int]:
-    """The domains of some episodes, the first of them reset with arguments."""
+    """Return the domains of some episodes; the first is reset with arguments."""
     played = [env.reset(**first)[1]["task_id"]]
     for _ in range(episodes - 1):
         env.step(0)
@@ -55,7 +55,7 @@ def tasks(env: gym.Env, episodes: int, **first: Any) -> list[int]:
 # The schedule ----------------------------------------------------------------------------------
 
 
-def test_domains_come_one_after_the_other(make: Make) -> None:
+def test_domains_follow_one_another(make: Make) -> None:
     assert tasks(make(), 9, seed=0) == [0, 0, 1, 1, 2, 2, 2, 2, 2]
     assert tasks(make(cycle=True), 9, seed=0) == [0, 0, 1, 1, 2, 2, 0, 0, 1]
     assert tasks(make(episodes_per_domain=None), 9, seed=0) == [0] * 9
@@ -65,7 +65,7 @@ def test_domains_come_one_after_the_other(make: Make) -> None:
     assert env.reset(seed=0)[1]["domain"] == "night"
 
 
-def test_info_says_where_an_episode_is_from(make: Make) -> None:
+def test_info_names_the_domain(make: Make) -> None:
     env = make(max_steps=2)
     seen = []
     for episode in range(5):
@@ -121,7 +121,7 @@ def test_another_domain_comes_with_the_next_reset(make: Make) -> None:
     assert again.reset()[1]["boundary"] is False  # another start of the same domain
 
 
-def test_a_seed_begins_the_stream_anew(make: Make) -> None:
+def test_a_seed_restarts_the_stream(make: Make) -> None:
     env = make()
     first = [env.reset(seed=3)[1]["source"]] + [env.reset()[1]["source"] for _ in range(4)]
     env.reset(options={"task": 1})
@@ -132,7 +132,7 @@ def test_a_seed_begins_the_stream_anew(make: Make) -> None:
 
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
-def test_every_environment_of_a_vector_walks_by_itself(make_vec: Make, mode: str) -> None:
+def test_every_sub_environment_has_its_own_schedule(make_vec: Make, mode: str) -> None:
     env = make_vec(autoreset_mode=mode, max_steps=2)
     _, info = env.reset(seed=0, options={"task": np.array([0, 1, 2])})
     assert info["task_id"].tolist() == env.unwrapped.task.tolist() == [0, 1, 2]
@@ -156,11 +156,11 @@ def test_every_environment_of_a_vector_walks_by_itself(make_vec: Make, mode: str
     assert info["task_id"].tolist() == [1, 0, 0]
 
 
-# Draws ahead, copies, states -------------------------------------------------------------------
+# Prefetching, copies, states --------------------------------------------------------------------
 
 
-def test_draws_ahead_are_of_the_right_domain(make: Make, make_vec: Make) -> None:
-    """Without a cache every episode is drawn ahead; a scalar environment never draws ahead."""
+def test_prefetched_draws_are_of_the_right_domain(make: Make, make_vec: Make) -> None:
+    """Without a cache every episode is prefetched, except in a scalar environment."""
     vector = make_vec(cache_mib=0)
     scalars = [make(cache_mib=0) for _ in range(3)]
     sources = [vector.reset(seed=7)[1]["source"].tolist()]
@@ -184,7 +184,7 @@ def test_draws_ahead_are_of_the_right_domain(make: Make, make_vec: Make) -> None
     vector.close()
 
 
-def test_the_first_episode_of_the_next_domain_is_drawn_ahead(make_vec: Make) -> None:
+def test_the_first_episode_of_the_next_domain_is_prefetched(make_vec: Make) -> None:
     env = make_vec(cache_mib=0)
     env.reset(seed=0)
     assert [pending.arguments for pending in env.unwrapped.core.prefetcher.pending.values()] == [
@@ -199,7 +199,7 @@ def test_the_first_episode_of_the_next_domain_is_drawn_ahead(make_vec: Make) -> 
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
 @pytest.mark.parametrize("how", ["state", "pickle"])
-def test_the_schedule_goes_on_elsewhere(make_vec: Make, mode: str, how: str) -> None:
+def test_the_schedule_continues_in_copies_and_states(make_vec: Make, mode: str, how: str) -> None:
     first = make_vec(autoreset_mode=mode, max_steps=2, cycle=True)
     first.reset(seed=4, options={"task": np.array([0, 1, 2])})
     for _ in range(7):
@@ -216,7 +216,7 @@ def test_the_schedule_goes_on_elsewhere(make_vec: Make, mode: str, how: str) -> 
             np.testing.assert_array_equal(one[key], two[key])
 
 
-def test_nothing_of_an_episode_is_left_out(make_vec: Make) -> None:
+def test_the_state_of_an_episode_is_complete(make_vec: Make) -> None:
     core = make_vec(7).unwrapped.core
     of_the_schedule = {"tasks", "played", "requested", "boundaries"}
     made_anew = {"handles", "_low_target", "_low_valid", "logits"}
@@ -287,7 +287,7 @@ def test_a_domain_without_targets_is_named(make: Make) -> None:
         ({"dataset": "scenes"}, "Unknown argument of SamContinual-v0 'dataset'"),
     ],
 )
-def test_impossible_settings(make: Make, wrong: dict[str, Any], message: str) -> None:
+def test_impossible_arguments(make: Make, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**wrong)
 

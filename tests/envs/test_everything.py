@@ -1,4 +1,4 @@
-"""`SamEverything-v0`: what is its own, beside what every registered environment keeps to."""
+"""`SamEverything-v0`: its own rules, beside those of every registered environment."""
 
 import itertools
 import pickle
@@ -227,7 +227,7 @@ def test_an_episode_ends_with_its_budget(play: Callable[..., EverythingCore]) ->
         step(core, 64)
 
 
-def test_of_a_set_only_what_the_budget_allows_counts(play: Callable[..., EverythingCore]) -> None:
+def test_points_of_a_set_beyond_the_budget_are_ignored(play: Callable[..., EverythingCore]) -> None:
     answers = [(LEFT, 0.9), (np.zeros((16, 16), bool), 0.9), (RIGHT, 0.9)] + [(LEFT, 0.9)] * 61
     core = play(answers, actions="set", budget=3)
     assert core.action_space == gym.spaces.MultiBinary(64)
@@ -301,7 +301,7 @@ def test_the_mask_of_a_point_is_that_of_sam(config: EverythingConfig) -> None:
     assert torch.equal(masks[0, 0], logits[0, best] > 0)
 
 
-def test_points_in_the_padding_fall_on_the_image(config: EverythingConfig) -> None:
+def test_points_in_the_padding_move_to_the_image(config: EverythingConfig) -> None:
     dataset = Drawn(LEFT)
     wide = dataset.sample.image[:32], dataset.sample.masks[:, :32]
     dataset.sample = replace(dataset.sample, image=wide[0], masks=wide[1])
@@ -332,7 +332,7 @@ def test_points_in_the_padding_fall_on_the_image(config: EverythingConfig) -> No
         ({"dataset_kwargs": {"split": "test"}}, "dataset_kwargs may not hold 'split'"),
     ],
 )
-def test_wrong_settings_are_errors(
+def test_impossible_arguments_are_errors(
     config: EverythingConfig, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -361,7 +361,7 @@ def without_handles(observations: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 @pytest.mark.parametrize("more", [{"obs": "handle"}, {"actions": "set", "budget": 40}])
-def test_episodes_go_on_in_another_environment(
+def test_episodes_continue_in_another_environment(
     make_vec: Callable[..., Any], more: dict[str, Any]
 ) -> None:
     first, second = (make_vec(autoreset_mode="SameStep", **more) for _ in range(2))
@@ -390,7 +390,7 @@ def test_episodes_go_on_in_another_environment(
     assert pickle.dumps(state) == kept
 
 
-def test_nothing_of_an_episode_is_left_out(make_vec: Callable[..., Any]) -> None:
+def test_the_state_of_an_episode_is_complete(make_vec: Callable[..., Any]) -> None:
     core = make_vec(7).core
     with_a_row_per_env = {
         name

@@ -1,4 +1,4 @@
-"""Draws prefetcher of time are the draws that would have come anyway."""
+"""Prefetched draws equal direct draws."""
 
 import multiprocessing
 import os
@@ -58,7 +58,7 @@ def test_same_values_and_same_generators_as_without(prefetcher: Prefetcher[list[
     assert [r.bit_generator.state for r in rngs] == [r.bit_generator.state for r in plain]
 
 
-def test_a_draw_ahead_is_made_once_and_in_another_thread(
+def test_a_prefetched_draw_is_made_once_and_in_another_thread(
     prefetcher: Prefetcher[list[int]], drawer: Drawer
 ) -> None:
     rngs = [lucky(seed, 2) for seed in INDICES]
@@ -68,7 +68,7 @@ def test_a_draw_ahead_is_made_once_and_in_another_thread(
     assert threading.current_thread().name not in drawer.threads
 
 
-def test_a_replaced_or_used_generator_is_drawn_from_afresh(
+def test_a_replaced_or_used_generator_is_drawn_from_again(
     prefetcher: Prefetcher[list[int]],
 ) -> None:
     replaced, used = lucky(5, 2), lucky(6, 3)
@@ -80,7 +80,7 @@ def test_a_replaced_or_used_generator_is_drawn_from_afresh(
     assert prefetcher.take([0, 1], [replaced, used]) == expected
 
 
-def test_a_draw_about_something_else_does_not_count() -> None:
+def test_a_draw_with_other_arguments_is_dropped() -> None:
     def draw(rng: np.random.Generator, kind: str, size: int) -> list[int]:
         return [len(kind), *rng.integers(0, 1000, size).tolist()]
 
@@ -95,7 +95,7 @@ def test_a_draw_about_something_else_does_not_count() -> None:
     prefetcher.close()
 
 
-def test_an_error_is_raised_where_the_draw_is_asked_for(prefetcher: Prefetcher[list[int]]) -> None:
+def test_an_error_is_raised_where_the_draw_is_taken(prefetcher: Prefetcher[list[int]]) -> None:
     seed = next(s for s in range(99) if np.random.default_rng(s).integers(0, 1000) < 200)
     rng = np.random.default_rng(seed)
     prefetcher.begin([0], [rng])
@@ -103,7 +103,7 @@ def test_an_error_is_raised_where_the_draw_is_asked_for(prefetcher: Prefetcher[l
         prefetcher.take([0], [rng])
 
 
-def test_goes_on_after_close(prefetcher: Prefetcher[list[int]]) -> None:
+def test_works_after_close(prefetcher: Prefetcher[list[int]]) -> None:
     rng, plain = lucky(3, 2), lucky(3, 2)
     prefetcher.begin([0], [rng])
     prefetcher.close()
@@ -120,7 +120,7 @@ def test_an_error_uses_up_the_draw(prefetcher: Prefetcher[list[int]]) -> None:
     assert rng.bit_generator.state == plain.bit_generator.state
 
 
-def test_draws_that_nobody_wants_any_more_are_not_made() -> None:
+def test_stale_draws_are_cancelled() -> None:
     started, go_on, made = threading.Event(), threading.Event(), []
 
     def draw(rng: np.random.Generator) -> int:

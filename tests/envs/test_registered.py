@@ -1,4 +1,4 @@
-"""What every registered environment must keep to, whatever its task."""
+"""The contract of every registered environment."""
 
 import copy
 import itertools
@@ -70,7 +70,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def as_of(env_id: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `SamSeg-v0` as those of another environment."""
+    """Translate arguments of `SamSeg-v0` to those of another environment."""
     translated: dict[str, Any] = {}
     others = ARGUMENTS.get(env_id, {})
     for name, value in settings.items():
@@ -82,7 +82,7 @@ def as_of(env_id: str, settings: dict[str, Any]) -> dict[str, Any]:
 def random_actions(
     rng: np.random.Generator, space: gym.Space, count: int | tuple[int, ...]
 ) -> np.ndarray:
-    """Actions of a space of one environment."""
+    """Sample actions of the space of one environment."""
     if isinstance(space, gym.spaces.Discrete):
         return rng.integers(space.n, size=count)
     shape = (count,) if isinstance(count, int) else count
@@ -155,7 +155,7 @@ def assert_equal(one: Any, other: Any, path: str = "") -> None:
 
 
 def rollout(env: gym.Env, seed: int, steps: int, reset: bool = True) -> list[Any]:
-    """What an environment returns for random actions, starting over at the end of an episode."""
+    """Return the results of random actions, with a reset at the end of each episode."""
     actions = random_actions(np.random.default_rng(seed), env.action_space, steps)
     log: list[Any] = [env.reset(seed=seed)] if reset else []
     for action in actions:
@@ -169,7 +169,7 @@ def rollout(env: gym.Env, seed: int, steps: int, reset: bool = True) -> list[Any
 
 
 @pytest.mark.parametrize("checker", [check_env, check_env_for_sb3], ids=["gymnasium", "sb3"])
-def test_checkers_are_content(
+def test_checkers_pass(
     checker: Callable[[gym.Env], None],
     env_id: str,
     variant: dict[str, Any],
@@ -258,7 +258,7 @@ def test_vector_spec_survives_json(make_vec: Make, variant: dict[str, Any]) -> N
     [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))],
     ids=["deepcopy", "pickle"],
 )
-def test_a_copy_goes_on_alike_and_shares_the_model(
+def test_a_copy_continues_alike_and_shares_the_model(
     make: Make, variant: dict[str, Any], clone: Callable[[gym.Env], gym.Env]
 ) -> None:
     env = make(max_steps=9, **variant)
@@ -284,7 +284,7 @@ def test_pickle_holds_neither_model_nor_embeddings(env_id: str, micro_env: dict[
     assert_equal(copied.reset(seed=1), env.reset(seed=1))
 
 
-def test_a_copied_vector_goes_on_alike(make_vec: Make, variant: dict[str, Any]) -> None:
+def test_a_copied_vector_continues_alike(make_vec: Make, variant: dict[str, Any]) -> None:
     envs = make_vec(AutoresetMode.NEXT_STEP, **variant)
     envs.reset(seed=0)
     actions = random_actions(np.random.default_rng(0), envs.single_action_space, (20, 3))

@@ -1,4 +1,4 @@
-"""Episodes that are taken out of one environment and go on in another."""
+"""Saved states: episodes continue in another environment."""
 
 import pickle
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def assert_play_alike(first: SamSegVectorEnv, second: SamSegVectorEnv, steps: in
 
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 @pytest.mark.parametrize("settings", [{"obs": "handle"}, {"obs": "full", "target": "instance"}])
-def test_episodes_go_on_in_another_environment(
+def test_episodes_continue_in_another_environment(
     make_vec: MakeVec, mode: str, settings: dict[str, Any]
 ) -> None:
     first = make_vec(autoreset_mode=mode, **settings)
@@ -103,7 +103,7 @@ def test_nothing_of_an_episode_is_left_out(make_vec: MakeVec) -> None:
     assert with_a_row_per_env == {*EPISODE_ARRAYS, *RECOMPUTED}
 
 
-def test_what_cannot_go_on_is_an_error(make_vec: MakeVec) -> None:
+def test_impossible_states_are_errors(make_vec: MakeVec) -> None:
     env = make_vec()
     with pytest.raises(ValueError, match="Sub-environment 0 had not been reset"):
         make_vec().set_state(env.get_state())
