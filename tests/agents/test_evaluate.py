@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
 import types
 import zipfile
@@ -18,6 +19,7 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
+from agents import train_ppo
 from agents.baselines.click import BASELINES
 from agents.evaluate import Evaluation, PolicyAgent, evaluate, load_agent, main
 from agents.policies.implicit import ImplicitPolicy
@@ -259,3 +261,28 @@ def test_agents_in_the_package_play_well(name: str) -> None:
     random = evaluate(load_agent("random"), settings, episodes=16, num_envs=16, seed=5)
     assert played.targets == random.targets
     assert played.ious.mean() > 0.6 > 2 * random.ious.mean()
+
+
+def test_saved_policies_name_nothing_that_may_move(
+    tiny_env: dict[str, Any], arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """A policy.zip holds the registry name; SB3's own entry names the package `agents.policies`."""
+    options = (
+        *("--env", "SamContinual-v0", "--total-timesteps", "64", "--video-every", "0"),
+        *("--stream-kwargs", "domains", "cells,night", "train_images", "4"),
+        *("val_images", "4", "test_images", "4", "size", "64"),
+    )
+    train_ppo.main(arguments(tmp_path / "out", *options))
+    path = tmp_path / "out" / "policy.zip"
+    with zipfile.ZipFile(path) as archive:
+        data = json.loads(archive.read("data"))
+    assert data["policy_name"] == "implicit"
+    pickled = b"".join(
+        base64.b64decode(value[":serialized:"])
+        for value in data.values()
+        if isinstance(value, dict) and ":serialized:" in value
+    )
+    ours = re.findall(rb"(?:agents|sam_gym)\.[a-z_.]+", pickled)
+    assert set(ours) <= {b"agents.policies"}
+    assert isinstance(PolicyAgent.load(path, "cpu").policy, ImplicitPolicy)
+    assert isinstance(PPO.load(path, device="cpu").policy, ImplicitPolicy)
