@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=EnvConfig)
 
-#: Optional feature -> the command or option that needs it.
+#: Optional feature -> the command or option that needs it. Policy plots and recalibration are made
+#: for click policies on a `ClickCore`.
 FEATURES = {
     "annotate": "agents.annotate",
     "categories": "--categories",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from agents.baselines.click import BASELINES
+from agents.policies import POLICIES, ExplicitPolicy
 from agents.tasks.base import C, CardFacts, ExportInput, Task, backbone_arguments, register
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.click import SamSegConfig
@@ -46,7 +47,7 @@ class ClickTask(Task):
             "categories": list(core.dataset.categories),
             "max_steps": own.max_steps,
         }
-        if run.policy == "explicit":
+        if issubclass(POLICIES.get(run.policy), ExplicitPolicy):
             clip = {"name": run.clip, "pretrained": run.clip_pretrained}
             features["clip"] = clip | {"device": own.device}
             features["allow_unknown"] = run.allow_unknown_words

@@ -16,7 +16,7 @@ from agents.baselines import Agent
 from agents.evaluate import PolicyAgent
 from agents.policies import POLICIES, SamPolicy
 from agents.policies.base import SplitFeatures
-from agents.policies.implicit import ClickFeatures, SpatialHead
+from agents.policies.implicit import ClickFeatures, ImplicitPolicy, SpatialHead
 from agents.sharing.push import HubPushConfig, push
 from agents.tasks import TASKS, Task, register, task_of
 from agents.tasks.base import backbone_arguments
@@ -158,6 +158,19 @@ def test_it_trains_evaluates_and_is_pushed(
     card = files["README.md"].decode()
     assert f"agents.evaluate --policy hf://me/points --env {ENV}" in card
     assert json.loads(files["results.json"])["agent"] == results["agent"]
+
+
+class OwnPolicy(ImplicitPolicy):
+    """A policy from outside for an environment of the package."""
+
+
+def test_a_policy_from_outside_trains_and_is_loaded(
+    tiny_env: dict[str, Any], arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    POLICIES.add("own", OwnPolicy)
+    options = ("--policy", "own", "--total-timesteps", "64", "--video-every", "0")
+    train_ppo.main(arguments(tmp_path, *options))
+    assert type(PolicyAgent.load(tmp_path / "policy.zip", "cpu").policy) is OwnPolicy
 
 
 def test_what_it_does_not_support_is_refused(tmp_path: Path) -> None:
