@@ -1,4 +1,4 @@
-"""The SAM family's other image encoders, out of timm's parts, and the names of their weights."""
+"""Image encoders of MobileSAM and RepViT-SAM on timm, and the conversion of their checkpoints."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def assemble(
     num_heads: int = 8,
     decoder: Callable[..., MaskDecoder] = MaskDecoder,
 ) -> Sam:
-    """A SAM of an image encoder and segment_anything's prompt encoder and mask decoder.
+    """Combine an image encoder with segment_anything's prompt encoder and mask decoder.
 
     Args:
         encoder: float32 (B, 3, S, S) -> (B, width, S / 16, S / 16), with `img_size` S.
         width: channels of an embedding; also of the predicted-IoU head.
         mlp_dim: hidden units of the two-way transformer's MLPs.
         num_heads: its attention heads.
-        decoder: makes the mask decoder.
+        decoder: class or factory of the mask decoder.
     """
     size = int(encoder.img_size)  # type: ignore[arg-type]
     grid = size // 16
@@ -53,7 +53,7 @@ def assemble(
 
 
 def _neck(inputs: int, outputs: int) -> nn.Sequential:
-    """What SAM puts behind an encoder, under the same names in every published checkpoint."""
+    """SAM's neck, whose weights have the same names in every published checkpoint."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 1, bias=False),
         LayerNorm2d(outputs),
@@ -63,7 +63,7 @@ def _neck(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
-    """A state dict whose image encoder's entries have other names, or are left out."""
+    """Rename entries of the image encoder, or drop those for which `rename` returns None."""
     prefix, result = "image_encoder.", {}
     for key, value in state.items():
         name: str | None = key
@@ -76,7 +76,7 @@ def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
 
 
 class _TimmEncoder(nn.Module):
-    """A model of timm whose last feature map goes through SAM's neck.
+    """A timm model with SAM's neck on its last feature map.
 
     Args:
         body: the model, with `forward_features`: (B, 3, S, S) -> (B, width, S / 16, S / 16).
@@ -97,7 +97,7 @@ class _TimmEncoder(nn.Module):
 
 
 class TinyVitEncoder(_TimmEncoder):
-    """MobileSAM's image encoder (Zhang et al. 2023): TinyViT-5M whose last stage keeps the size."""
+    """MobileSAM's image encoder (Zhang et al. 2023): TinyViT-5M, last stage without stride."""
 
     def __init__(
         self,
@@ -124,19 +124,19 @@ class TinyVitEncoder(_TimmEncoder):
 
 
 def build_mobile_sam() -> Sam:
-    """MobileSAM with random weights."""
+    """Build MobileSAM with random weights."""
     return assemble(TinyVitEncoder())
 
 
 def mobile_sam_state(state: State) -> State:
-    """The state dict of `mobile_sam.pt` in the names of `build_mobile_sam`."""
+    """Convert the state dict of `mobile_sam.pt` to the names of `build_mobile_sam`."""
 
     def rename(name: str) -> str | None:
         if name.startswith(("norm_head.", "head.")) or name.endswith(".attention_bias_idxs"):
-            return None  # the classifier, which SAM has no use for, and what follows from sizes
+            return None  # the unused classifier, and indices that follow from sizes
         name = re.sub(r"^patch_embed\.seq\.0", "patch_embed.conv1", name)
         name = re.sub(r"^patch_embed\.seq\.2", "patch_embed.conv2", name)
-        # timm puts a stage's downsampling first, the authors put it last in the stage before.
+        # timm downsamples at the start of a stage, the authors at the end of the previous one.
         name = re.sub(
             r"^layers\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample", name
         )
@@ -150,7 +150,7 @@ def mobile_sam_state(state: State) -> State:
 
 
 class RepVitEncoder(_TimmEncoder):
-    """RepViT-SAM's image encoder (Wang et al. 2023): RepViT-M2.3, its last stage at full size."""
+    """RepViT-SAM's image encoder (Wang et al. 2023): RepViT-M2.3, last stage without stride."""
 
     def __init__(
         self,
@@ -173,13 +173,13 @@ class RepVitEncoder(_TimmEncoder):
 
 
 def build_repvit_sam() -> Sam:
-    """RepViT-SAM with random weights."""
+    """Build RepViT-SAM with random weights."""
     return assemble(RepVitEncoder())
 
 
 def repvit_sam_state(state: State, depths: Sequence[int] = (6, 6, 34, 2)) -> State:
-    """The state dict of `repvit_sam.pt` in the names of `build_repvit_sam`."""
-    # The authors number all blocks in a row: entry n of the list stands for features.(1 + n).
+    """Convert the state dict of `repvit_sam.pt` to the names of `build_repvit_sam`."""
+    # The authors number the blocks of all stages: entry n of the list is features.(1 + n).
     blocks: list[tuple[str, str]] = []
     for stage, depth in enumerate(depths):
         if stage:

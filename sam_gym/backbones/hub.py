@@ -1,8 +1,8 @@
-"""SAM and HQ-SAM models of the Hugging Face hub, as segment_anything's modules.
+"""Load SAM and HQ-SAM models of the Hugging Face hub as segment_anything modules.
 
-Masks of SAM equal those of transformers. Those of SAM-HQ follow its authors' code: transformers'
-forward (seen in 5.23) upscales the image embedding from before the two-way transformer instead of
-the one from behind it.
+Masks of SAM equal those of transformers. Masks of HQ-SAM equal those of the authors' code:
+transformers (5.23) upscales the image embedding before the two-way transformer instead of the one
+after it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _NAMES = [
 
 
 def converted(state: State) -> State:
-    """A state dict of `SamModel` or `SamHQModel` in the names of segment_anything."""
+    """Convert a state dict of `SamModel` or `SamHQModel` to the names of segment_anything."""
     result = {}
     for name, value in state.items():
         if name == "prompt_encoder.shared_embedding.positional_embedding":
@@ -117,7 +117,7 @@ def load_from_hub(name: str) -> Sam:
 
 
 def build(config: Any) -> Sam:
-    """The model of a `SamConfig` or `SamHQConfig` with random weights."""
+    """Build the model of a `SamConfig` or `SamHQConfig` with random weights."""
     vision, head = config.vision_config, config.mask_decoder_config
     if vision.patch_size != 16:
         raise ValueError(f"Expected patches of 16 pixels, got {vision.patch_size}.")

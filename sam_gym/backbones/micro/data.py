@@ -1,6 +1,6 @@
-"""What `micro` is trained on: scenes and, if given, photographs, as images with prompt targets.
+"""Training data of `micro`: scenes and optional photographs, as images with prompt targets.
 
-Everything here is a pure function of (seed, index), so that training resumes on the same stream.
+Every item is a pure function of (seed, index), so that training resumes on the same stream.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PADDING = (124, 116, 104)
 
 @dataclass(frozen=True)
 class PromptTarget:
-    """One training target: what to segment, and where the first clicks fall.
+    """One training target: a mask and the positions of the first clicks.
 
     Attributes:
         mask: bool (256, 256).
@@ -59,7 +59,7 @@ def random_click(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
 
 
 class PhotoMixer:
-    """Makes training samples out of annotated photographs: crops, colour, cut-outs pasted over.
+    """Generates training samples from annotated photographs: crops, colour jitter, pasted objects.
 
     Args:
         photos: samples held in memory.
@@ -74,7 +74,7 @@ class PhotoMixer:
         self._with_big = [k for k, big in enumerate(self._big) if big]
 
     def material(self, rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-        """Fills areas of a scene with pieces of photographs, or with random patterns."""
+        """Return a texture for a scene: a piece of a photograph or a random pattern."""
         if rng.random() < 0.5:
             return patterned(rng, height, width)
         image = self.photos[rng.integers(len(self.photos))].image
@@ -89,10 +89,10 @@ class PhotoMixer:
     def crop(
         self, rng: np.random.Generator, *, focus_only: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A view of one photograph around one of its objects.
+        """Crop one photograph around one of its objects.
 
         Returns:
-            The image, and bool (N, 256, 256), the masks of all objects in view or of that one.
+            The image, and bool (N, 256, 256), the masks of all objects in the crop or of that one.
         """
         number = self._with_big[rng.integers(len(self._with_big))]
         photo = self.photos[number]
@@ -120,7 +120,7 @@ class PhotoMixer:
         return image, masks
 
     def paste(self, rng: np.random.Generator, image: np.ndarray, masks: np.ndarray):
-        """Paste an object of another photograph over an image, hiding what lies below."""
+        """Paste an object of another photograph over an image, and cut it out of the masks."""
         other, focus = self.crop(rng, focus_only=True)
         if not len(focus):
             return image, masks
@@ -139,7 +139,7 @@ class PhotoMixer:
         return image, np.concatenate([masks & ~pasted, pasted[None]])
 
     def compose(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """An image and its object masks: a view, a view with cut-outs, or cut-outs on a pattern."""
+        """Return an image and its masks: a crop, or objects pasted over a crop or a pattern."""
         image, masks = self.crop(rng)
         kind = rng.random()
         if kind < 0.45:
@@ -152,7 +152,7 @@ class PhotoMixer:
 
 
 def _shrunk(photo: Sample, longest: int = 400) -> Sample:
-    """The photograph at a size that is quick to cut up."""
+    """Shrink a photograph, so that crops are cheap."""
     height, width = photo.image.shape[:2]
     scale = longest / max(height, width)
     if scale >= 1.0:
@@ -164,7 +164,7 @@ def _shrunk(photo: Sample, longest: int = 400) -> Sample:
 
 
 def _window(rng: np.random.Generator, start: int, extent: int, crop: int, total: int) -> int:
-    """Where a crop begins so that it holds the object if it can."""
+    """Draw the start of a crop that contains the object if it fits."""
     low, high = start + extent - crop, start
     first = int(rng.integers(min(low, high), max(low, high) + 1))
     return int(np.clip(first, 0, total - crop))

@@ -1,9 +1,9 @@
-"""`micro`: a SAM of our own size. 256 x 256 input, 16 x 16 x 128 embedding, 64 x 64 masks.
+"""`micro`, the bundled SAM: 256 x 256 input, 16 x 16 x 128 embedding, 64 x 64 masks.
 
 The prompt encoder, mask decoder and transformer blocks are segment_anything's modules. The image
-encoder is a convolutional stem, which learns from few images, under a small ViT, which sees the
-whole image. Fine features reach the embedding by a pixel-unshuffle, once as they are and once mixed
-with the coarse ones, so that one tensor carries all that the decoder needs.
+encoder is a convolutional stem, which learns from few images, followed by a small ViT with global
+attention. Fine features reach the embedding through a pixel-unshuffle, directly and through a
+feature pyramid, so that SAM's decoder works unchanged on one tensor.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ class _Residual(nn.Module):
 
 
 class _Detail(nn.Module):
-    """Fine features that know what they lie on: coarse ones carried back up to a quarter of the
-    resolution, level by level (a feature pyramid, Lin et al. 2017), then folded into the grid.
-    """
+    """A feature pyramid (Lin et al. 2017) up to quarter resolution, folded into the grid."""
 
     def __init__(
         self, widths: tuple[int, int, int, int], out_chans: int, wide: int = 64, narrow: int = 48
@@ -54,7 +52,7 @@ class _Detail(nn.Module):
         self.mix_quarter = _Residual(narrow)
         self.reduce = nn.Conv2d(narrow, 16, 1)
         self.fold = nn.Conv2d(16 * 16, out_chans, 1)
-        # Nothing at first: the encoder starts as if this branch were not there.
+        # Initialised to zero: the branch starts without effect.
         nn.init.zeros_(self.fold.weight)
         nn.init.zeros_(self.fold.bias)  # type: ignore[arg-type]
 

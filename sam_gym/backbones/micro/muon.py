@@ -1,4 +1,4 @@
-"""Muon, for the weights of a small model that has to learn in few steps."""
+"""Muon, an optimizer for matrices and convolutions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def orthogonalized(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """Roughly the orthogonal matrix nearest to `matrix`, (rows, columns), by Newton-Schulz steps.
+    """Approximate the orthogonal matrix nearest to `matrix` (rows, columns) by Newton-Schulz.
 
-    The quintic of Jordan et al. 2024: singular values come to lie near 1 (about 0.7 to 1.2).
+    With the quintic of Jordan et al. 2024, singular values end up between about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrix.shape[0] <= matrix.shape[1]
@@ -26,9 +26,9 @@ def orthogonalized(matrix: Tensor, iterations: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalized steps for matrices and convolutions (as output x rest).
 
-    Jordan et al. 2024, "Muon: an optimizer for hidden layers"; step size and weight decay as in
-    "Muon is scalable for LLM training" (2025), so that a learning rate means what it means to
-    AdamW. `torch.optim.Muon` takes no convolutions and computes in bfloat16, which is slow on CPUs.
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers"; step size and weight decay follow
+    "Muon is scalable for LLM training" (2025), so that learning rates of AdamW carry over.
+    `torch.optim.Muon` takes no convolutions and computes in bfloat16, which is slow on CPUs.
 
     Args:
         parameters: tensors of two or more dimensions.

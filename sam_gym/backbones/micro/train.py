@@ -1,10 +1,10 @@
-"""Train `micro`, the SAM in the box: `python -m sam_gym.backbones.micro.train --help`.
+"""Train `micro`, the bundled SAM: `python -m sam_gym.backbones.micro.train --help`.
 
-The recipe is SAM's (Kirillov et al. 2023, appendix A) made small: simulated clicks, boxes and noisy
-masks, corrections from the error region, focal + Dice loss, best of three masks for an ambiguous
-prompt, a predicted-IoU head. New here: a semantic head on the embedding (dropped afterwards), which
-teaches the encoder what things are, and corrections that are played forward without gradients, so
-that long click sequences cost little.
+The recipe follows SAM (Kirillov et al. 2023, appendix A) at a small scale: simulated clicks, boxes
+and noisy masks, corrections from the error region, focal + Dice loss, the best of three masks for
+an ambiguous prompt, a predicted-IoU head. Two additions: a semantic head on the embedding, used in
+training only, teaches the encoder categories; and all corrections but the last are simulated
+without gradients, so that long click sequences are cheap.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ CELL = SIZE // MASK
 
 
 @dataclass
-class Config:
-    """Train micro, the SAM in the box.
+class TrainMicroConfig:
+    """Train micro, the bundled SAM.
 
-    The run resumes from `out` when it is started again with the same settings; `steps` may change
-    between starts, which moves the final decay of the learning rate.
+    Run the same command again to resume from `--out`. `--steps` may change in between, which moves
+    the final decay of the learning rate.
     """
 
     out: str = "runs/micro"
     """Folder for the checkpoint, the weights and the evaluation."""
     photos: str | None = None
-    """Root of a COCO-style dataset whose train split is mixed in (none: scenes only)."""
+    """Root of a COCO-style dataset to mix in, train split (default: scenes only)."""
     init: str | None = None
     """Weights of micro to start from (default: random weights)."""
     steps: int = 2700
@@ -64,39 +64,39 @@ class Config:
     targets: int = 4
     """Prompted targets per image."""
     max_rounds: int = 6
-    """Longest sequence of corrections without gradients before the last, trained one."""
+    """Maximum number of corrections without gradients before the last one."""
     learning_rate: float = 2e-3
     """Peak learning rate of Muon, for matrices and convolutions."""
     vector_learning_rate: float = 8e-4
     """Peak learning rate of AdamW, for everything else."""
     weight_decay: float = 0.03
-    """Weight decay of what Muon moves; the rest has none."""
+    """Weight decay of the parameters that Muon optimizes; the others have none."""
     warmup: int = 150
     """Steps of linear warm-up."""
     decay: float = 0.3
-    """Share of the steps, at the end, in which the learning rate falls to zero."""
+    """Final fraction of the steps over which the learning rate falls to zero."""
     ema: float = 0.998
-    """Decay of the moving average of the weights, which is what is saved."""
+    """Decay of the moving average of the weights. The average is saved."""
     semantic_weight: float = 1.0
     """Weight of the semantic head's cross-entropy."""
     seed: int = 0
     """Seed of data, prompts and initial weights."""
     workers: int = 1
-    """Processes that make training images."""
+    """Data loader processes."""
     save_every: int = 100
     """Steps between checkpoints."""
     device: str = "auto"
     """Where to train: auto, cpu, cuda, mps."""
     evaluate: int = 200
-    """Objects of held-out scenes to click out at the end."""
+    """Objects of held-out scenes to segment with simulated clicks at the end."""
 
 
 class PromptBatch:
-    """The prompts of one step, growing by a click per round.
+    """The prompts of one step. Each round adds a click.
 
     Args:
         items: the images and targets of the step.
-        capacity: clicks per target at most.
+        capacity: maximum number of clicks per target.
         rng: draws prompt kinds and click places.
     """
 
@@ -126,7 +126,7 @@ class PromptBatch:
             self._add_box(i)
             return
         count = len(clicks) if len(clicks) > 1 and self.rng.random() < 0.5 else 1
-        # One click into a union asks for one object of it: there is nothing to learn from yet.
+        # The first click on a union selects a single object: this round has no training signal.
         self.partial[i] = count < len(clicks)
         for click in clicks[:count]:
             self._add_click(i, click[0], click[1], True)
@@ -217,7 +217,7 @@ def true_iou(logits: Tensor, target: Tensor) -> Tensor:
 def round_loss(
     sam: Sam, features: ImageFeatures, batch: PromptBatch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of the prompts as they stand, the logits to go on with (P, h, w), their IoU (P,)."""
+    """Return the loss of the current prompts, the best logits (P, h, w) and their IoU (P,)."""
     device = features.device
     tokens = decode_tokens(sam, features, batch.prompts(device))
     logits = tokens.decode_masks()
@@ -227,7 +227,7 @@ def round_loss(
 
     losses = mask_losses(logits, target)
     three = losses[:, 1:]
-    # The winner learns the target; a trickle to the others keeps them alive.
+    # The best mask learns the target. A small weight keeps the other two from dying.
     multimask = 0.93 * three.min(dim=1).values + 0.07 * three.mean(dim=1)
     shared = torch.where(ambiguous, multimask + 0.4 * losses[:, 0], losses[:, 0] + 0.2 * multimask)
     quality = true_iou(logits.detach(), target)
@@ -241,13 +241,13 @@ def round_loss(
 
 @torch.no_grad()
 def play_round(sam: Sam, features: ImageFeatures, batch: PromptBatch) -> Tensor:
-    """The logits (P, h, w) that the prompts give, without gradients."""
+    """Decode the current prompts without gradients: logits (P, h, w)."""
     tokens = decode_tokens(sam, features, batch.prompts(features.device))
     return tokens.decode_best_masks(batch.ambiguous.to(features.device))[0]
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter maps features to features, and so is one for Muon."""
+    """Whether Muon optimizes a parameter: it maps features to features."""
     if parameter.ndim < 2 or "embed" in name:
         return False
     return min(parameter.flatten(1).shape) >= 8
@@ -256,7 +256,7 @@ def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 class MicroTrainer:
     """Owns the model, its moving average, the optimizer and the step counter."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: TrainMicroConfig, device: torch.device) -> None:
         self.config, self.device, self.step = config, device, 0
         torch.manual_seed(config.seed)
         self.sam = build_micro()
@@ -335,7 +335,7 @@ class MicroTrainer:
         if (labels == NO_LABEL).all():
             return embeddings.new_zeros(())
         scores = F.pixel_shuffle(self.semantic(embeddings), 16 // LABEL_STRIDE)
-        # Most cells are background: at full weight it would drown the categories.
+        # Most cells are background and would dominate the loss at full weight.
         weight = scores.new_ones(scores.shape[1])
         weight[0] = 0.25
         return F.cross_entropy(scores, labels.to(self.device), weight, ignore_index=NO_LABEL)
@@ -366,8 +366,10 @@ class MicroTrainer:
         save_half(self.average.module.state_dict(), path, metadata)
 
 
-def item_batches(config: Config, photos: Sequence[Sample], start: int) -> Iterator[list[TrainItem]]:
-    """The stream from a step on, in batches of `config.images`."""
+def item_batches(
+    config: TrainMicroConfig, photos: Sequence[Sample], start: int
+) -> Iterator[list[TrainItem]]:
+    """Iterate over the training stream from step `start`, in batches of `config.images`."""
     total = config.steps * config.images
     stream = MicroStream(config.seed, total, photos, config.targets)
     loader = DataLoader(
@@ -388,7 +390,7 @@ def _single_thread(_: int) -> None:
 
 
 def evaluate(backbone: Backbone, objects: int, num_clicks: int = 5) -> dict[str, float]:
-    """mIoU after 1..num_clicks simulated clicks on objects of held-out scenes."""
+    """Measure mIoU after 1 to `num_clicks` simulated clicks on objects of held-out scenes."""
     scenes = Scenes("val")
     targets: list[Target] = []
     index = 0
@@ -409,9 +411,9 @@ def _headline(row: dict[str, float]) -> str:
     return f"loss {row['loss']:.3f}  IoU {row['iou_first']:.3f} -> {row['iou_last']:.3f}"
 
 
-def train(config: Config) -> dict[str, float]:
-    """Train, or go on training, and write the weights and `evaluation.json`."""
-    # OpenCV's threads do not survive the fork of a data worker, which would wait for them.
+def train(config: TrainMicroConfig) -> dict[str, float]:
+    """Train or resume training, and write the weights and `evaluation.json`."""
+    # OpenCV's threads do not survive a fork: a data worker would wait for them forever.
     cv2.setNumThreads(0)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -426,7 +428,7 @@ def train(config: Config) -> dict[str, float]:
     checkpoint, weights = out / "checkpoint.pt", out / "micro.safetensors"
     if checkpoint.exists():
         trainer.load(checkpoint)
-        print(f"Going on from step {trainer.step} of {checkpoint}.")
+        print(f"Resuming from step {trainer.step} of {checkpoint}.")
     write_json(out / "config.json", asdict(config))
 
     batches = item_batches(config, photos, trainer.step)
@@ -445,4 +447,4 @@ if __name__ == "__main__":
 
     from sam_gym.utils import cli
 
-    cli.run(lambda: train(tyro.cli(Config)))
+    cli.run(lambda: train(tyro.cli(TrainMicroConfig)))

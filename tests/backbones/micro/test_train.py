@@ -1,4 +1,4 @@
-"""Training `micro`: a run that was cut off goes on to the same weights, and they load."""
+"""Training `micro`: an interrupted run resumes to the same weights, and they load."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 from sam_gym.backbones import Prompts, load_backbone
 from sam_gym.backbones.loading import read_weights
 from sam_gym.backbones.micro.model import build_micro
-from sam_gym.backbones.micro.train import Config, MicroTrainer, mask_losses, train, true_iou
+from sam_gym.backbones.micro.train import (
+    MicroTrainer,
+    TrainMicroConfig,
+    mask_losses,
+    train,
+    true_iou,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +32,8 @@ def restore_process() -> Iterator[None]:
     cv2.setNumThreads(threads)
 
 
-def config(out: Path, **more: Any) -> Config:
-    return Config(
+def config(out: Path, **more: Any) -> TrainMicroConfig:
+    return TrainMicroConfig(
         out=str(out), steps=2, images=2, targets=2, workers=0, evaluate=2, device="cpu", **more
     )
 
@@ -71,7 +77,7 @@ def test_a_run_cut_off_goes_on_to_the_same_weights(
     monkeypatch.setattr(MicroTrainer, "train_step", step)
     capsys.readouterr()
     resumed = train(config(parts, save_every=1))
-    assert "Going on from step 1" in capsys.readouterr().out
+    assert "Resuming from step 1" in capsys.readouterr().out
 
     one, other = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, parts))
     assert one["step"] == 2
@@ -83,7 +89,7 @@ def test_a_run_cut_off_goes_on_to_the_same_weights(
     assert not list(tmp_path.rglob("*.partial"))
 
     with torch.random.fork_rng():
-        torch.manual_seed(Config.seed)
+        torch.manual_seed(TrainMicroConfig.seed)
         untrained = build_micro().state_dict()
     assert any(not torch.equal(one["sam"][key], untrained[key]) for key in untrained)
     check_export(whole / "micro.safetensors", one["average"])
@@ -123,7 +129,7 @@ def test_true_iou_by_hand() -> None:
 
 
 def test_training_starts_from_given_weights(tmp_path: Path, micro_checkpoint: str) -> None:
-    trainer = MicroTrainer(Config(init=micro_checkpoint), torch.device("cpu"))
+    trainer = MicroTrainer(TrainMicroConfig(init=micro_checkpoint), torch.device("cpu"))
     expected = read_weights(Path(micro_checkpoint))
     for model in (trainer.sam, trainer.average.module):
         for key, value in model.state_dict().items():
