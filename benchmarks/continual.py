@@ -24,7 +24,6 @@ from benchmarks.options import require_at_least
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.tuning import TUNINGS
 from sam_gym.data.streams import Stream, low_res_ceiling
-from sam_gym.utils.files import write_csv, write_json
 from sam_gym.utils.plots import plot_matrix
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import draw_episode
@@ -262,10 +261,10 @@ def _of_group(run: RunResult, prompt: str, names: Sequence[str]) -> float:
 def _pictures(
     trainer: Trainer, stream: Stream, jobs: Sequence[_Job], out: Path
 ) -> list[tuple[str, np.ndarray]]:
-    """For each domain an object as some methods segment it in the end, beside the truth."""
+    """Draw an object per domain as some methods segment it after the last stage."""
     bank, split = trainer.bank(stream), trainer.config.split
     shown = [job for job in jobs if job.method in ("naive", "er", "moda")][:3]
-    models = {"SAM as it was": trainer.backbone.pretrained}
+    models = {"zero_shot": trainer.backbone.pretrained}
     assert trainer.out is not None
     for job in shown:
         folder = trainer.out / folder_name(job.method, job.tune, job.seed)
@@ -285,7 +284,7 @@ def _pictures(
             frames.append(draw_episode(image, mask, caption=caption, height=200))
         rows[domain.name] = frames
     return [
-        (f"{name}: the truth, and what a box gives after the last domain", report.side_by_side(row))
+        (f"{name}: ground truth, and masks by box after the last domain", report.side_by_side(row))
         for name, row in rows.items()
     ]
 
@@ -315,8 +314,7 @@ def _write(
     out: Path,
 ) -> None:
     prompt = config.train.prompts[0]
-    json_file = write_json(out / "results.json", summary)
-    csv_file = write_csv(out / "methods.csv", list(_flat(summary)))
+    files = report.write_results(out, summary, "methods.csv", _flat(summary))
     cells = _cells(summary)
     columns = ["method", *_shown_columns(summary).values(), "parameters", "KB a domain", "train s"]
 
@@ -325,7 +323,7 @@ def _write(
         "Continual adaptation of a Segment Anything Model",
         f"{quick}{len(stream)} domains one after the other; held-out objects shown by {prompt}; "
         f"{config.seeds * len(_orders(config))} runs of each method, mean and standard deviation, "
-        "in points of 100.",
+        "in %.",
     )
     page.cards(_headlines(summary))
     page.table(columns, cells)
@@ -333,7 +331,7 @@ def _write(
         "Last: mean over domains after the last one. Avg: mean over stages of the mean over the "
         "domains learned so far. FF: mean drop of a domain from just after it was learned to the "
         "end (below 0: it got better). forward: what earlier domains did for a domain before its "
-        "turn, against the SAM as it was. selector: held-out images sent to their own expert."
+        "turn, against the pretrained SAM. selector: held-out images sent to their own expert."
     )
     for name, own in summary["methods"].items():
         for other in config.train.prompts[1:]:
@@ -368,16 +366,14 @@ def _write(
         file = out / f"matrix_{label.replace('+', '_')}.png"
         plot_matrix(file, np.mean(matrices, axis=0), own[0].domains, label)
         page.plot(file, f"IoU on every domain after every stage: {label}")
-    page.settings(summary["settings"], [json_file, csv_file])
-    page_file = page.write(out / "report.html")
-    # A terminal is narrower than a page.
     brief = [columns.index(name) for name in columns if name in _BRIEF]
-    report.print_table(
-        f"continual ({summary['setting']} setting), by {prompt}, in points of 100",
+    page.finish(
+        files,
+        summary["settings"],
+        f"continual ({summary['setting']} setting), by {prompt}, in %",
         [columns[k] for k in brief],
         [[row[k] for k in brief] for row in cells],
     )
-    print(f"Report: {page_file}")
 
 
 def _same(run: RunResult, other: RunResult) -> bool:

@@ -23,7 +23,6 @@ from sam_gym.backbones import Backbone
 from sam_gym.backbones.adapters.tuning import TUNINGS, tuned_weights
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.streams import Domain, Stream, make_stream
-from sam_gym.utils.files import write_csv, write_json
 
 
 @dataclass
@@ -88,8 +87,7 @@ def run(config: Config) -> dict[str, Any]:
     backbone = config.load()
     rows = [_compare(config, backbone, stream, tune) for tune in config.tune]
     summary = {"benchmark": "epochs", "rows": rows} | provenance(config, backbone)
-    json_file = write_json(out / "results.json", summary)
-    csv_file = write_csv(out / "epochs.csv", rows)
+    files = report.write_results(out, summary, "epochs.csv", rows)
     columns = ["tune", "steps", "once, s", "from the bank, s", "encoding, s", "ratio", "weights"]
     cells = [
         [
@@ -112,10 +110,7 @@ def run(config: Config) -> dict[str, Any]:
     page.cards({f"less time an epoch, {row['tune']}": f"{row['ratio']:.1f}x" for row in rows})
     page.table(columns, cells)
     page.text("weights: the largest difference of a tuned weight after the epoch.")
-    page.settings(asdict(config), [json_file, csv_file])
-    page_file = page.write(out / "report.html")
-    report.print_table(f"epochs, {backbone.name}", columns, cells)
-    print(f"Report: {page_file}")
+    page.finish(files, asdict(config), f"epochs, {backbone.name}", columns, cells)
     return summary
 
 

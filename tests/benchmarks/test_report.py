@@ -2,6 +2,7 @@
 
 import csv
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,42 @@ def test_page_escapes_and_embeds(tmp_path: Path) -> None:
         assert row in text
     assert text.count("data:image/png;base64,") == 1
     assert text.count("data:image/jpeg;base64,") == 1
+
+
+def test_hostile_text_stays_inert(tmp_path: Path) -> None:
+    hostile = "<img src=x onerror=alert(1)>\"' {{ 7 * 7 }}"
+    page = report.Page(hostile, hostile)
+    page.heading(hostile)
+    page.text(hostile)
+    page.cards({hostile: hostile})
+    page.table([hostile], [[hostile]])
+    page.photograph(np.zeros((4, 6, 3), np.uint8), hostile)
+    page.settings({hostile: hostile}, [tmp_path / hostile.replace("/", "")])
+
+    opened: list[tuple[str, tuple[str, ...]]] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            opened.append((tag, tuple(name for name, _ in attrs)))
+
+    text = page.write(tmp_path / "page.html").read_text()
+    Reader().feed(text)
+    assert [own for own in opened if own[0] == "img"] == [("img", ("alt", "src"))]
+    assert [own for own in opened if own[0] == "a"] == [("a", ("href",))]
+    assert text.count("{{ 7 * 7 }}") >= 10 and "49" not in text.split("</style>")[1][:200]
+
+
+def test_finish_writes_the_page_and_prints_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = report.write_results(tmp_path, {"a": 1}, "a.csv", [{"a": 1}])
+    page = report.Page("Title", "Lead.")
+    page.finish(files, {"seed": 3}, "numbers", ["name", "value"], [["a", "1"]])
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "a.csv", "report.html"}
+    text = (tmp_path / "report.html").read_text()
+    assert 'href="results.json"' in text and "<td>seed</td><td>3</td>" in text
+    printed = capsys.readouterr().out
+    assert "numbers" in printed and "report.html" in printed
 
 
 def test_side_by_side() -> None:
