@@ -1,4 +1,4 @@
-"""Training data of `clip_micro`: `scenes` with captions that name what is in them."""
+"""Training data of `clip_micro`: `scenes`, with captions that name their objects."""
 
 from __future__ import annotations
 

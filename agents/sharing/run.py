@@ -1,4 +1,4 @@
-"""A finished training run: what is read of it, and what of it may be uploaded."""
+"""Read a finished training run, and strip it of private options before an upload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Annotating a folder: COCO that pycocotools scores, broken files, runs that were cut off."""
+"""Annotating a folder: COCO that pycocotools scores, broken files, interrupted runs."""
 
 import json
 from pathlib import Path
@@ -126,7 +126,7 @@ def test_masks_are_those_of_the_agent_alone(policy: str, photos: Path) -> None:
     assert found[0]["clicks"] == expected["clicks"]
 
 
-def test_a_run_cut_off_goes_on(
+def test_an_interrupted_run_resumes(
     policy: str,
     photos: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -297,7 +297,7 @@ def test_everything_with_classes_and_the_ids_of_a_coco_file(
         main([*everything, "--coco", str(path), "--overlays", "none"])
 
 
-def test_everything_goes_on_where_it_was_cut_off(
+def test_everything_resumes_after_an_interruption(
     photos: Path,
     everything: list[str],
     monkeypatch: pytest.MonkeyPatch,

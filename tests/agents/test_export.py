@@ -1,4 +1,4 @@
-"""Exported policies say what the original says, in both forms, and say what they take."""
+"""Exported policies agree with the original in both formats, and describe their inputs."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_both_forms_agree_for_any_number_of_images(
     for way in ("torch.export", "onnx"):
         assert results[way]["largest_difference"] <= 1e-4 and results[way]["median_ms"] > 0
 
-    # What the exported policy makes of an episode is what the agent does.
+    # On observations of an environment, the exported policy chooses the agent's actions.
     observations = policy_inputs(model.policy, env.reset(), core)
     session = onnxruntime.InferenceSession(str(out / "policy.onnx"))
     logits, value = session.run(None, {k: x.numpy() for k, x in observations.items()})
@@ -64,7 +64,7 @@ def test_both_forms_agree_for_any_number_of_images(
 
 
 def policy_inputs(policy: Any, handles: dict[str, np.ndarray], core: Any) -> dict[str, Any]:
-    """The inputs that `inputs.json` describes, of what the environments show."""
+    """Return the inputs that `inputs.json` describes, from observations."""
     extractor = policy.features_extractor
     tensors, _ = policy.obs_to_tensor(handles)
     index = tensors["handle"][:, 0]

@@ -35,7 +35,7 @@ def trained(
     build_tiny: Callable[[], Any],
     backbone_added: Callable[..., AbstractContextManager[None]],
 ) -> Path:
-    """What a short run of train_ppo leaves."""
+    """Folder of a short run of train_ppo."""
     out = tmp_path_factory.mktemp("trained") / "ppo"
     with backbone_added("tiny", build=build_tiny):
         short = ("--total-timesteps", "32", "--eval-every", "32", "--checkpoint-every", "32")
@@ -45,7 +45,7 @@ def trained(
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A run's folder, to be written to."""
+    """A writable copy of a run's folder."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 

@@ -1,4 +1,4 @@
-"""The comparison of agents: what it plays, counts and refuses."""
+"""The agents benchmark: episodes, counts and refused runs."""
 
 import csv
 import json
