@@ -100,7 +100,7 @@ class DatasetConfig(EnvConfig):
     """Dataset name: scenes, rooms, rooms-panoramas, coco, folder, entities, domain."""
     data: str | None = None
     """Root folder of a dataset that reads files."""
-    dataset_kwargs: dict[str, Any] = field(default_factory=dict)
+    dataset_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     """More options of the dataset, for example {"categories": "person"} or {"length": 2048}."""
 
     def validate(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import sam_gym  # noqa: F401 (registers the environments)
 from adaptation.options import StreamOptions
-from agents.ppo.config import TrainPPOConfig
+from agents.ppo.config import read_config
 from agents.tasks import task_of
 from benchmarks import pointing
 from benchmarks.everything import benchmark as everything
@@ -100,8 +100,8 @@ def test_a_domain_without_its_kind_lists_the_kinds() -> None:
 
 
 def test_train_images_limit_a_domain() -> None:
-    env_config = SamSegConfig(dataset="domain", dataset_kwargs={"kind": "cells"})
-    run = TrainPPOConfig(env_config=env_config, train_images=7)
+    options = ["--dataset", "domain", "--dataset-kwargs", "kind", "cells", "--train-images", "7"]
+    run = read_config(options)
     training = task_of("SamSeg-v0").training_config(run)
     assert isinstance(training, SamSegConfig) and len(training.open_dataset()) == 7
 

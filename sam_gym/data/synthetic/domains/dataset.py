@@ -51,7 +51,7 @@ class ProceduralDomain(Procedural):
         if kind is None:
             raise ValueError(
                 f"Dataset 'domain' needs a kind: one of {', '.join(DOMAINS)}. "
-                "Environments take dataset_kwargs={'kind': 'cells'}."
+                "Pass dataset_kwargs={'kind': 'cells'}, or --dataset-kwargs kind cells."
             )
         self._kind = DOMAINS.get(kind)
         super().__init__(split, length, size, seed=seed)
