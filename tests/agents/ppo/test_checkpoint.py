@@ -120,5 +120,7 @@ def test_only_settings_that_change_nothing_may_differ() -> None:
     )
     check_same_config(asdict(config), asdict(moved))
     harder = replace(config, seed=4, env_config=replace(config.env_config, max_steps=3))
-    with pytest.raises(ValueError, match=r"seed \(0 then, 4 now\); env_config.max_steps \(5 then"):
+    with pytest.raises(
+        ValueError, match=r"env_config.max_steps \(5 then, 3 now\); seed \(0 then, 4"
+    ):
         check_same_config(asdict(config), asdict(harder))

@@ -74,7 +74,9 @@ def test_two_ranks_learn_what_one_process_learns_and_go_on_after_a_stop(
 
     (first, _), (second, message) = run_job(*arguments(stopped, *options), first=("--die-at", "72"))
     assert (first, second) == (-9, 1)
-    assert "error: Another rank has stopped; its message is above. Go on with --resume." in message
+    assert (
+        "error: Another rank has stopped; see its message above. Resume with --resume." in message
+    )
     assert len(list((stopped / "checkpoints").glob("*.ckpt"))) == 2
     for status, printed in run_job(*arguments(stopped, *options, "--resume")):
         assert status == 0, printed
