@@ -15,6 +15,7 @@ from benchmarks.options import BackboneOptions
 from benchmarks.throughput.reference import check_comparable
 from sam_gym.backbones import BACKBONES, download, load_backbone, register_backbone
 from sam_gym.backbones.embeddings import precompute
+from sam_gym.backbones.hq import feature_spec
 from sam_gym.backbones.spec import PublishedWeights, backbone_table, backbones_by_size
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.mask_generation.generator import GeneratorOptions
@@ -88,7 +89,7 @@ def test_specifications_describe_their_models(name: str) -> None:
     with torch.device("meta"):
         sam = spec.build()
     assert spec.input_size == sam.image_encoder.img_size
-    assert ("hq" in spec.features) == hasattr(sam.mask_decoder, "hf_token")
+    assert spec.features == tuple(feature_spec(sam).tensors)
     if isinstance(spec.weights, PublishedWeights):
         size = sum(v.numel() * v.element_size() for v in sam.state_dict().values()) / 1e6
         assert spec.megabytes == pytest.approx(size, rel=0.05)
