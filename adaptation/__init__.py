@@ -1,4 +1,4 @@
-"""Supervised adaptation of a SAM: one trainer, and a short file for each method."""
+"""Supervised adaptation of a SAM: one trainer, and one short file per method."""
 
 from __future__ import annotations
 

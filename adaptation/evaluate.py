@@ -1,4 +1,4 @@
-"""Measure an adapter on the held-out objects of domains, beside the SAM that it was made from.
+"""Evaluate an adapter on the held-out objects of domains, beside its pretrained SAM.
 
 python -m adaptation.evaluate --adapter runs/adaptation/moda-decoder-0/adapter.safetensors
 python -m adaptation.evaluate --adapter PATH --data FOLDER1 FOLDER2 --prompts box clicks5
@@ -27,35 +27,35 @@ from sam_gym.utils.progress import track
 
 
 @dataclass
-class EvaluateOptions:
-    """Measure an adapter."""
+class EvaluateConfig:
+    """Evaluate an adapter."""
 
     adapter: str
-    """File that training has written (adapter.safetensors)."""
+    """Adapter file (adapter.safetensors) that `adaptation.train` has written."""
     prompts: tuple[str, ...] = ("box",)
-    """What objects are shown by: box, click, clicks5."""
+    """Prompts: box, click, clicks5."""
     split: Literal["val", "test"] = "test"
-    """Split that is measured on."""
+    """Split to evaluate on."""
     objects_per_image: int = 8
-    """At most so many objects of an image."""
+    """Maximum number of objects per image."""
     max_images: int | None = None
-    """At most so many images of each domain (default: all)."""
+    """Maximum number of images per domain (default: all)."""
     seed: int = 0
     """Seed of the choice of objects."""
     out: str | None = None
-    """File for the numbers, as JSON."""
+    """JSON file for the results."""
     stream: tyro.conf.OmitArgPrefixes[StreamOptions] = field(default_factory=StreamOptions)
     model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line; returns domain -> prompt -> numbers in points of 100.
+    """Run the command line; returns domain -> prompt -> numbers in %.
 
     Raises:
         ValueError, FileNotFoundError: a name, a value, the data or the adapter is wrong.
     """
     options = tyro.cli(
-        EvaluateOptions,
+        EvaluateConfig,
         args=sys.argv[1:] if args is None else args,
         prog="python -m adaptation.evaluate",
         description=__doc__,
@@ -72,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     )
     domains = [*stream, *([] if extra is None else [extra])]
     results: dict[str, Any] = {}
-    for domain in track(domains, "measuring", transient=True):
+    for domain in track(domains, "evaluating", transient=True):
         own = results.setdefault(domain.name, {})
         for prompt in options.prompts:
             numbers = {}
@@ -81,7 +81,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
                 numbers[f"{name}_iou"] = round(100 * float(scores.iou.mean()), 2)
                 numbers[f"{name}_biou"] = round(100 * float(scores.biou.mean()), 2)
             own[prompt] = numbers | {"objects": len(scores.iou)}
-    table = Table(title=f"{options.adapter} ({adapter.method}), in points of 100")
+    table = Table(title=f"{options.adapter} ({adapter.method}), in %")
     columns = ["zero_shot_iou", "adapted_iou", "zero_shot_biou", "adapted_biou", "objects"]
     table.add_column("domain")
     table.add_column("prompt")

@@ -1,4 +1,4 @@
-"""What a mask costs: cross-entropy and Dice on low-res logits, and predicted IoU."""
+"""Losses of masks: cross-entropy and Dice on low-res logits, and predicted IoU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sam_gym.metrics.masks import batch_iou
 
 @dataclass(frozen=True)
 class MaskLoss:
-    """The loss of a batch, and the masks that it came from.
+    """The loss of a batch, and its masks.
 
     Attributes:
         total: mean over the objects of mask loss and IoU loss.
-        logits: (P, hm, wm), of the mask token that was taught.
-        chosen: int64 (P,), number of that token.
+        logits: (P, hm, wm), of the mask token that is trained.
+        chosen: int64 (P,), index of that token.
         ious: float32 (P,), IoU of that mask with the target.
     """
 
@@ -44,7 +44,7 @@ def mask_costs(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
 
 
 def dice_costs(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    """Dice loss over the last two axes of masks (..., hm, wm), targets and what counts."""
+    """Dice loss over the last two axes of logits, targets and valid pixels, (..., hm, wm)."""
     probability = logits.sigmoid() * valid
     overlap = (probability * targets).sum(dim=(-2, -1))
     sizes = probability.sum(dim=(-2, -1)) + (targets * valid).sum(dim=(-2, -1))
@@ -52,10 +52,10 @@ def dice_costs(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
 
 
 def mask_loss(tokens: MaskTokens, targets: Tensor, valid: Tensor, ambiguous: Tensor) -> MaskLoss:
-    """The loss of decoded prompts.
+    """Compute the loss of decoded prompts.
 
-    An ambiguous prompt teaches the best of its three masks, as in SAM's own training; every other
-    prompt teaches the single mask. The predicted IoU of the masks in question is taught too.
+    An ambiguous prompt trains the best of its three masks, as in SAM's own training; every other
+    prompt trains the single mask. The predicted IoU of these masks is trained, too.
 
     Args:
         tokens: P decoded prompts.
@@ -79,17 +79,17 @@ def mask_loss(tokens: MaskTokens, targets: Tensor, valid: Tensor, ambiguous: Ten
 def whole_object_loss(
     tokens: MaskTokens, targets: Tensor, valid: Tensor, focal_weight: float = 20.0
 ) -> MaskLoss:
-    """The loss of prompts that ask for whole objects (SAOM, arXiv 2403.10780).
+    """Compute the loss of prompts for whole objects (SAOM, arXiv 2403.10780).
 
-    Focal and Dice loss teach the one of the three masks that is trusted most, which is what answers
-    in everything mode; the focal loss weighs object and background alike. The predicted IoU of all
-    three is taught, since it chooses. Where there is nothing to segment, that is all: it is 0.
+    Focal and Dice loss train the mask of the highest predicted IoU, which everything mode selects;
+    the focal loss weighs object and background alike. The predicted IoU of all three masks is
+    trained, since it selects. A prompt on no object trains it towards 0, and no mask.
 
     Args:
         tokens: P decoded prompts.
         targets: float32 (P, hm, wm), in [0, 1].
         valid: float32 (P, hm, wm), 1 where a pixel counts.
-        focal_weight: of the focal loss, against Dice; 20 in SAM's training.
+        focal_weight: weight of the focal loss relative to Dice; 20 in SAM's training.
     """
     from torchvision.ops import sigmoid_focal_loss
 
@@ -108,5 +108,5 @@ def whole_object_loss(
 
 
 def low_res_iou(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    """IoU over the last two axes of masks and of targets that are at least half covered."""
+    """IoU over the last two axes of masks and of targets of at least 0.5."""
     return batch_iou(logits > 0, targets >= 0.5, valid > 0)

@@ -1,4 +1,4 @@
-"""Command-line options that training, evaluation and the benchmark share."""
+"""Command-line options shared by training, evaluation and the benchmarks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sam_gym.data.streams import STREAMS, Domain, Stream, dataset_stream, make_s
 
 @dataclass
 class StreamOptions:
-    """Which domains, in which order."""
+    """The domains and their order."""
 
     stream: str | None = None
     """Stream of domains: scenes-domains (procedural), folders, or a dataset as one domain: rooms,
@@ -25,14 +25,14 @@ class StreamOptions:
     """Folders of domains, each with images/, masks/ (or instances/) and splits.json; or the folder
     of a dataset that reads files."""
     domains: str | None = None
-    """Comma-separated: the procedural domains to take (default: all)."""
+    """Comma-separated names of procedural domains (default: all)."""
     stream_seed: int = 0
     """Seed of the procedural images, or of the choice of images."""
     retention: str | None = None
-    """Folder of a COCO dataset whose val split is measured at the end, never trained on."""
+    """Folder of a COCO dataset whose val split is evaluated at the end and never trained on."""
 
     def open(self, order: str | None = None) -> Stream:
-        """The stream, in an order (see `Stream.ordered`)."""
+        """Open the stream, in an order (see `Stream.ordered`)."""
         name = self.stream or ("folders" if self.data else "scenes-domains")
         if name in DATASETS and name not in STREAMS:
             if len(self.data) > 1:
@@ -46,7 +46,7 @@ class StreamOptions:
         return make_stream(name, list(self.data) or None, order, **options)
 
     def open_retention(self) -> Domain | None:
-        """The retention set as a domain that has no training images."""
+        """Open the retention set as a domain without training images."""
         if self.retention is None:
             return None
         coco = Coco("val", root=self.retention)
@@ -55,19 +55,19 @@ class StreamOptions:
 
 @dataclass
 class ModelOptions:
-    """Which SAM, and where it runs."""
+    """The SAM and its device."""
 
     backbone: Annotated[str, tyro.conf.arg(help=backbone_help("SAM to adapt"))] = "micro"
     checkpoint: str | None = None
-    """Its weights; micro brings its own."""
+    """Weights of the backbone (micro: bundled)."""
     device: str = "auto"
-    """Where it runs: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
+    """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
     dtype: str = "auto"
     """Precision of the frozen SAM: auto (bfloat16 on CUDA, else float32), float32, bfloat16,
     float16."""
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What `load_backbone` takes."""
+        """Arguments of `load_backbone`."""
         names = ("checkpoint", "device", "dtype")
         return {"name": self.backbone} | {name: getattr(self, name) for name in names}

@@ -1,4 +1,4 @@
-"""Prompts that a SAM is trained with: a box, points inside, or a noisy mask."""
+"""Training prompts: a box, points inside the object, or a noisy mask."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sam_gym.backbones import NO_POINT, Prompts
 #: Share of each kind of prompt.
 SHARES = {"box": 0.4, "points": 0.4, "mask": 0.2}
 _MAX_POINTS = 10
-#: Half of the boxes are moved by this share of their side (standard deviation), as SAM's were.
+#: Standard deviation of the noise on half of the boxes, as a share of their side, as in SAM.
 _BOX_NOISE = 0.1
-#: Logit of a pixel inside of a mask prompt.
+#: Logit of a pixel inside a mask prompt.
 _CONFIDENCE = 6.0
 
 
@@ -28,14 +28,14 @@ def training_prompts(
     The kinds are those of CoSAM's release. A noisy mask comes with no point, or with one.
 
     Args:
-        seeds: int64 (P,), of each prompt.
+        seeds: int64 (P,), the seed of each prompt.
         targets: float32 (P, hm, wm), shares of low-res pixels.
         boxes: float32 (P, 4), in pixels of the frame.
         rows: int64 (P,), the image of each.
         image_size: side of the frame.
 
     Returns:
-        The prompts, and bool (P,), which of them are ambiguous (one point and nothing else).
+        The prompts, and bool (P,), True for ambiguous ones (a single point).
     """
     rngs = [np.random.default_rng(seed) for seed in seeds]
     kinds = np.array([rng.choice(list(SHARES), p=list(SHARES.values())) for rng in rngs])
@@ -61,7 +61,7 @@ def training_prompts(
 def _points(
     rngs: Sequence[np.random.Generator], targets: Tensor, image_size: int, kinds: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Points (P, N, 2) inside the objects and their labels (P, N), for those that have points."""
+    """Points (P, N, 2) inside the objects and their labels (P, N)."""
     host = targets.cpu().numpy()
     points = np.zeros((len(host), _MAX_POINTS, 2), np.float32)
     labels = np.full((len(host), _MAX_POINTS), NO_POINT, np.int64)
@@ -80,12 +80,12 @@ def _points(
 def points_inside(
     rng: np.random.Generator, target: np.ndarray, count: int, image_size: int
 ) -> np.ndarray:
-    """Points anywhere inside of an object: float64 (count, 2), (x, y) in pixels of the frame.
+    """Draw points inside an object: float64 (count, 2), (x, y) in pixels of the frame.
 
     Args:
         rng: the generator.
-        target: float32 (hm, wm), shares of low-res pixels; of an empty one, any is drawn.
-        count: how many points.
+        target: float32 (hm, wm), shares of low-res pixels; if it is empty, points lie anywhere.
+        count: number of points.
         image_size: side of the frame.
     """
     width = target.shape[-1]
@@ -95,9 +95,9 @@ def points_inside(
 
 
 def _noisy(rngs: Sequence[np.random.Generator], targets: Tensor) -> Tensor:
-    """Mask prompts: logits (P, hm, wm), wrong here and there near the outline.
+    """Mask prompts: logits (P, hm, wm) with errors near the outline.
 
-    HQ-SAM's noise: pixels that a mask loses when it is made smaller and back may flip.
+    HQ-SAM's noise: pixels that change when the mask is downsampled and upsampled may flip.
     """
     mask = (targets[:, None] >= 0.5).float()
     small = F.interpolate(mask, scale_factor=0.25 if mask.shape[-1] < 128 else 0.125, mode="area")

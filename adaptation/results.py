@@ -1,4 +1,4 @@
-"""What came of a method on a stream."""
+"""Results of a method on a stream."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ import numpy as np
 
 from sam_gym.metrics import continual as metrics
 
-#: What is measured on each domain: name in results, and attribute of `Scores`.
+#: Measures on each domain: key in results, and attribute of `Scores`.
 MEASURES = ("iou", "biou")
 
 
 def folder_name(method: str, tune: str, seed: int) -> str:
-    """The folder of a run within that of its training."""
+    """Name of a run's folder within the output folder."""
     return f"{method}-{tune}-{seed}"
 
 
 @dataclass
 class RunResult:
-    """What came of a method on a stream.
+    """Results of a method on a stream.
 
     Attributes:
         method, tune: names.
         domains: names, in the order of learning.
-        scores: prompt -> measure ("iou", "biou") -> matrix of stages by domains, in points of 100.
-            A method that learns all at once, or nothing, has one stage.
-        zero_shot: prompt -> measure -> scores of the SAM as it was, (domains,).
-        retention: prompt -> IoU on the retention set after the last stage, in points, if there is
-            such a set.
-        routed: share of held-out images that the selector sent to their own expert after the last
-            stage, mean over domains; None where nothing is selected.
-        trainable: parameters that are trained in one domain.
-        kept_bytes: bytes that are kept of all domains, per domain.
-        seconds: of training, measuring left out.
-        narrow: domain -> share of held-out objects whose boundary is all of them.
+        scores: prompt -> measure ("iou", "biou") -> matrix of stages by domains, in %. A
+            method that learns all domains at once, or nothing, has one stage.
+        zero_shot: prompt -> measure -> scores of the pretrained SAM, (domains,).
+        retention: prompt -> IoU on the retention set after the last stage, in %, if there is one.
+        routed: share of held-out images routed to their own expert after the last stage, mean over
+            domains; None without a router.
+        trainable: number of parameters that are trained in one domain.
+        kept_bytes: bytes kept for all domains, per domain.
+        seconds: of training, without evaluation.
+        narrow: domain -> share of held-out objects that consist of boundary pixels only.
         seed: of the run.
     """
 
@@ -52,9 +51,9 @@ class RunResult:
     seed: int = 0
 
     def summary(self, prompt: str) -> dict[str, float | None]:
-        """The numbers of the benchmark for one prompt; see `sam_gym.metrics.continual`.
+        """Compute the metrics for one prompt; see `sam_gym.metrics.continual`.
 
-        What needs a stage for every domain is None for methods that have one stage.
+        Metrics that need a stage per domain are None for methods with one stage.
         """
         numbers: dict[str, float | None] = {}
         for measure in MEASURES:

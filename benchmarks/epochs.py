@@ -1,4 +1,4 @@
-"""`epochs`: training on embeddings that are computed once, against encoding in every epoch."""
+"""`epochs`: train on embeddings that are computed once, or encode in every epoch."""
 
 from __future__ import annotations
 
@@ -27,24 +27,23 @@ from sam_gym.data.streams import Domain, Stream, make_stream
 
 @dataclass
 class Config(TimedOptions):
-    """Time an epoch of training with embeddings from the bank, and one that encodes anew.
+    """Time an epoch of training on features from the bank, and one that encodes every step.
 
-    Both sides see the same augmented views, objects and prompts, and must end with the same
-    weights.
+    Both see the same augmented images, objects and prompts, and must end with the same weights.
     """
 
     tune: tuple[str, ...] = ("decoder", "hq")
-    """What is tuned, by a frozen encoder: decoder, hq, hq_small, lora_decoder."""
+    """Tune targets with a frozen encoder: decoder, hq, hq_small, lora_decoder."""
     images: int = 16
-    """How many training images there are."""
+    """Number of training images."""
     augmentations: Annotated[int, tyro.conf.arg(aliases=("--views",))] = 4
     """Augmentations per training image: the image itself, then flipped and scaled copies."""
     objects_per_image: int = 1
-    """Objects of a view that are trained on; the released code has one mask for an image."""
+    """Objects per augmented image; the released code has one mask per image."""
     batch_size: int = 4
-    """Objects of a step."""
+    """Objects per step."""
     max_steps: int | None = None
-    """Stop both sides after so many steps (default: a whole epoch)."""
+    """Maximum number of steps (default: a whole epoch)."""
     domain: str = "xray"
     """Procedural domain of the images."""
     out: str = "runs/epochs"
@@ -123,7 +122,7 @@ def _compare(config: Config, backbone: Backbone, stream: Stream, tune: str) -> d
     started = time.perf_counter()
     bank.encode(stream[0], "train", kind)
     once = time.perf_counter() - started
-    # Turn by turn, so that a busy machine is busy for both.
+    # Alternate steps, so that other load on the machine affects both alike.
     sides = [_Side(config, own, tune) for own in (bank, anew)]
     steps = sides[0].steps
     for step in range(steps):
@@ -145,7 +144,7 @@ def _compare(config: Config, backbone: Backbone, stream: Stream, tune: str) -> d
 
 
 class _Side:
-    """One way to train, step by step."""
+    """One of the two ways to train, step by step."""
 
     def __init__(self, config: Config, bank: FeatureBank, tune: str) -> None:
         self.config, self.bank = config, bank

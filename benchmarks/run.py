@@ -24,7 +24,7 @@ from sam_gym.utils.registry import load_entry_point, unknown_name
 #: `config` and returns the content of results.json.
 BENCHMARKS = {
     "agents": "benchmarks.agents:run",
-    "continual": "benchmarks.continual:run",
+    "continual": "benchmarks.continual.benchmark:run",
     "epochs": "benchmarks.epochs:run",
     "everything": "benchmarks.everything.benchmark:run",
     "generator": "benchmarks.generator:run",

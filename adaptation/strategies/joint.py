@@ -9,9 +9,9 @@ from adaptation.strategy import STRATEGIES, Strategy
 
 @STRATEGIES.register("joint")
 class Joint(Strategy):
-    """Trains on all domains together, each as often as the others; the upper bound.
+    """Trains on all domains together, each equally often; the upper bound.
 
-    It takes as many steps as a sequential method takes on all domains.
+    It takes as many steps as a sequential method on all domains.
     """
 
     joint: ClassVar[bool] = True

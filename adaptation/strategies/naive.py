@@ -1,4 +1,4 @@
-"""Sequential fine-tuning: one domain after the other, and nothing against forgetting."""
+"""Sequential fine-tuning, without any measure against forgetting."""
 
 from __future__ import annotations
 

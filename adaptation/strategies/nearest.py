@@ -1,4 +1,4 @@
-"""Which point of a grid stands for an object: SAOM's nearest neighbour, or any inside of it."""
+"""Grid points that prompt an object: SAOM's nearest neighbour, or any point inside it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from adaptation.prompting import points_inside
 from sam_gym.utils.transfer import to_device
 
-#: Points that are drawn to find one that stays inside of its object on the grid.
+#: Points that are drawn to find one whose grid point lies inside the object.
 _DRAWS = 16
 
 
@@ -27,7 +27,7 @@ def cell_shares(targets: Tensor, cells: tuple[int, int]) -> Tensor:
 
 
 def vanished(targets: Tensor, cells: tuple[int, int]) -> Tensor:
-    """Which objects fill half of no cell of the embedding: bool (P,); see `cell_shares`."""
+    """Objects that fill half of no cell of the embedding: bool (P,); see `cell_shares`."""
     return cell_shares(targets, cells).amax(dim=1) < 0.5
 
 
@@ -39,12 +39,12 @@ def nearest_points(
     grid: tuple[int, int],
     image_size: int,
 ) -> Tensor:
-    """The grid point whose cell of the embedding is most like each object: float32 (P, 2).
+    """Return the grid point nearest to the cell that is most similar to each object: (P, 2).
 
-    An object is described by half the mean and half the maximum of the normalised embedding inside
-    of its mask; the cell of the greatest cosine similarity wins, and the grid point nearest to its
-    centre is the prompt (SAOM, arXiv 2403.10780). Cells, points and masks are in one frame. What
-    has `vanished` is described by the cell that it fills most, not left out.
+    The query of an object is half the mean and half the maximum of the normalised embedding inside
+    its mask. The cell of the highest cosine similarity wins, and the grid point nearest to its
+    centre is the prompt (SAOM, arXiv 2403.10780). Cells, points and masks share one frame. An
+    object that has `vanished` is represented by the cell that it fills most.
 
     Args:
         embeddings: (B, C, h, w).
@@ -77,22 +77,22 @@ def inner_grid_points(
     grid: tuple[int, int],
     image_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """A point of a grid inside of each region, as far as there is one.
+    """Draw a grid point inside each region, if there is one.
 
-    Points are drawn anywhere inside and moved to the grid; the first that lies in the region then
-    is taken, or else, mostly since the region is thinner than the grid, the one that is nearest to
-    it by its share.
+    Points are drawn inside the region and moved to the grid. The first grid point inside the region
+    is taken; if there is none, mostly because the region is thinner than the grid, the one with the
+    largest share of the region.
 
     Args:
         rngs: a generator for each region.
         regions: float32 (P, hm, wm), shares of low-res pixels.
-        boxes: of `extents`; the grids cover them.
+        boxes: as of `extents`; the grids cover them.
         grid: columns and rows.
         image_size: side of the frame.
 
     Returns:
-        The points, float32 (P, 2), and the share of the region where they are, float32 (P,): at
-        least one half inside.
+        The points, float32 (P, 2), and the share of the region there, float32 (P,): at least one
+        half inside it.
     """
     drawn = [
         points_inside(rng, region, _DRAWS, image_size)
@@ -110,7 +110,7 @@ def inner_grid_points(
 
 
 def extents(valid: Tensor, image_size: int) -> Tensor:
-    """Boxes of what counts of P frames: float32 (P, 2, 2), first and last (x, y) in pixels.
+    """Bounding boxes of valid pixels: float32 (P, 2, 2), first and last (x, y) in pixels.
 
     Args:
         valid: float32 (P, hm, wm).
@@ -127,7 +127,7 @@ def extents(valid: Tensor, image_size: int) -> Tensor:
 
 
 def snapped(points: Tensor, boxes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The nearest points of grids that cover boxes: float32 (..., 2).
+    """Move points to the nearest points of grids that cover boxes: float32 (..., 2).
 
     Args:
         points: float32 (..., 2).

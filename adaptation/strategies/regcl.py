@@ -15,19 +15,19 @@ from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
 
-#: Off the diagonal, Gram matrices count by this much (RegMean's shrinkage).
+#: Factor of the off-diagonal entries of Gram matrices (RegMean's shrinkage).
 _SHRINK = 0.9
 _BATCHES, _OBJECTS = 8, 16
 
 
 @STRATEGIES.register("regcl")
 class RegCL(Strategy):
-    """The idea of RegCL (arXiv 2507.12297): merge the modules of the domains, replay nothing.
+    """The idea of RegCL (arXiv 2507.12297): merge the modules of all domains, without replay.
 
-    Every domain trains a LoRA of its own from the SAM as it was. The merged change of a layer is
-    the one whose outputs are nearest, in squares, to those of each domain's change on that domain's
-    inputs (RegMean, Jin et al., ICLR 2023): it needs the Gram matrix of the inputs and its product
-    with the change, both summed over domains, so what is kept does not grow.
+    Every domain trains a LoRA of its own from the pretrained SAM. The merged update of a layer is
+    the least-squares fit to the outputs of each domain's update on that domain's inputs (RegMean,
+    Jin et al., ICLR 2023). It needs the Gram matrix of the inputs and its product with the update,
+    both summed over domains, so memory does not grow.
     """
 
     tunes: ClassVar[tuple[str, ...]] = ("lora", "lora_decoder")
@@ -51,14 +51,14 @@ class RegCL(Strategy):
             self._products[name] = self._products.get(name, 0) + shrunk @ change.T
 
     def _changes(self) -> dict[str, Tensor]:
-        """What the LoRAs of the present domain add to each weight: (outputs, inputs)."""
+        """The update of each weight by the LoRA of the current domain: (outputs, inputs)."""
         weights = tuned_weights(self.sam)
         names = sorted({name.rpartition(".")[0] for name in weights})
         return {n: (weights[f"{n}.lora_B"] @ weights[f"{n}.lora_A"]).double() for n in names}
 
     @torch.no_grad()
     def _input_grams(self, task: int) -> dict[str, Tensor]:
-        """Mean Gram matrix (inputs, inputs) of what each such layer is given on this domain."""
+        """Mean Gram matrix (inputs, inputs) of each LoRA layer's inputs on a domain."""
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
 
@@ -85,7 +85,7 @@ class RegCL(Strategy):
         return {name: total / counts[name] for name, total in sums.items()}
 
     def _merged(self) -> dict[str, Tensor]:
-        """The merged change of each layer, as full matrices."""
+        """The merged update of each layer, as full matrices."""
         merged = {}
         for name, gram in self._grams.items():
             floor = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
@@ -98,7 +98,7 @@ class RegCL(Strategy):
     def adapter(self) -> Adapter:
         weights = {}
         for name, change in self._merged().items():
-            # A LoRA of full rank: the merged change times the identity.
+            # A LoRA of full rank: the merged update times the identity.
             weights[f"{name}.lora_B"] = change
             weights[f"{name}.lora_A"] = torch.eye(change.shape[1])
         return self._adapter(experts=[weights])

@@ -77,7 +77,7 @@ class Saom(Strategy):
             for k in range(0, len(targets), 1024)
         )
         if count:
-            stands = "; the cell that they fill most stands for them"
+            stands = "; each is represented by the cell that it fills most"
             warnings.warn(
                 f"{bank.stream[task].name}: {count} of {len(targets)} objects fill half of "
                 f"no cell of the embedding{stands * (self.options.inside < 1)}.",
@@ -101,7 +101,7 @@ class Saom(Strategy):
 
         points, shares = drawn(torch.where(outside[:, None, None], objects.empty, objects.targets))
         crowded = outside & (shares < 0.5)
-        if crowded.any():  # what is between the objects may be narrower than the grid
+        if crowded.any():  # the space between objects may be narrower than the grid
             points = torch.where(crowded[:, None], drawn(objects.targets)[0], points)
             outside &= ~crowded
         by_neighbour = ~(anywhere | outside)
@@ -118,7 +118,7 @@ class Saom(Strategy):
         )
 
     def _nearest(self, objects: BatchTargets) -> Tensor:
-        """The points that stand for the objects by nearest neighbour: float32 (P, 2)."""
+        """The grid points of the objects by nearest neighbour: float32 (P, 2)."""
         return nearest_points(
             embed(self.sam, objects.raw).embedding,
             objects.rows,

@@ -1,4 +1,4 @@
-"""The SAM as it is."""
+"""The pretrained SAM."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sam_gym.backbones.adapters.model import Model
 
 @STRATEGIES.register("zero_shot")
 class ZeroShot(Strategy):
-    """Learns nothing."""
+    """Evaluates the pretrained SAM and learns nothing."""
 
     learns: ClassVar[bool] = False
 

@@ -12,7 +12,8 @@ import pytest
 from segment_anything.modeling import Sam
 
 from adaptation.strategy import Strategy
-from benchmarks.continual import BEYOND, PAPER, Config, _jobs, _settled, _spread
+from benchmarks.continual.config import BEYOND, PAPER, Config, make_jobs, with_defaults
+from benchmarks.continual.summary import spread
 from benchmarks.run import main
 
 NUMBERS = ("last_iou", "avg_iou", "ff_iou", "last_biou", "avg_biou", "ff_biou", "forward_iou")
@@ -109,7 +110,7 @@ def test_an_interrupted_benchmark_goes_on(
 
 def test_orders_and_targets_are_runs_of_their_own() -> None:
     config = replace(Config(), methods=("naive", "l2p", "zero_shot"), tune=("decoder", "hq"))
-    jobs = _jobs(_settled(replace(config, orders=("random:0", "random:1"), seeds=2)))
+    jobs = make_jobs(with_defaults(replace(config, orders=("random:0", "random:1"), seeds=2)))
     labels = ["naive+decoder", "l2p", "zero_shot", "naive+hq"]
     assert [job.label for job in jobs] == labels * 4
     assert [(job.order, job.seed) for job in jobs[::4]] == [
@@ -119,16 +120,16 @@ def test_orders_and_targets_are_runs_of_their_own() -> None:
 
 
 def test_the_quick_and_the_full_setting() -> None:
-    quick, full = _settled(Config()), _settled(Config(full=True))
+    quick, full = with_defaults(Config()), with_defaults(Config(full=True))
     assert quick.methods == PAPER and quick.seeds == 1 and quick.train.prompts == ("box",)
     assert full.methods == (*PAPER, *BEYOND) and full.seeds == 5
     assert full.train.prompts == ("box", "click", "clicks5")
 
 
-def test_spread() -> None:
-    assert _spread([1.0, 2.0, 4.0]) == {"mean": 2.333, "std": 1.528}
-    assert _spread([3.0]) == {"mean": 3.0, "std": 0.0}
-    assert _spread([None, None]) is None
+def testspread() -> None:
+    assert spread([1.0, 2.0, 4.0]) == {"mean": 2.333, "std": 1.528}
+    assert spread([3.0]) == {"mean": 3.0, "std": 0.0}
+    assert spread([None, None]) is None
 
 
 @pytest.mark.parametrize(

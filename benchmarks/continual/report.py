@@ -1,0 +1,198 @@
+"""Report of the `continual` benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaptation.evaluation import score
+from adaptation.results import RunResult, folder_name
+from adaptation.trainer import Trainer
+from benchmarks import report
+from benchmarks.continual.config import Config, Job, orders_of
+from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.data.streams import Stream
+from sam_gym.utils.plots import plot_matrix
+from sam_gym.utils.render import draw_episode
+
+_COLUMNS = {
+    "last_iou": "Last-IoU",
+    "avg_iou": "Avg-IoU",
+    "ff_iou": "FF-IoU",
+    "last_biou": "Last-BIoU",
+    "ff_biou": "FF-BIoU",
+    "forward_iou": "forward",
+    "retention_iou": "retention",
+    "selector_accuracy": "selector",
+}
+#: Columns that the terminal shows; it is narrower than a page.
+_BRIEF = ("method", "Last-IoU", "Avg-IoU", "FF-IoU", "Last-BIoU", "retention", "selector")
+
+
+def pictures(
+    trainer: Trainer, stream: Stream, jobs: Sequence[Job], out: Path
+) -> list[tuple[str, np.ndarray]]:
+    """For each domain, the final masks of one object by some methods, beside the truth."""
+    bank, split = trainer.bank(stream), trainer.config.split
+    shown = [job for job in jobs if job.method in ("naive", "er", "moda")][:3]
+    models = {"zero_shot": trainer.backbone.pretrained}
+    assert trainer.out is not None
+    for job in shown:
+        folder = trainer.out / folder_name(job.method, job.tune, job.seed)
+        file = folder / "adapter.safetensors"
+        models[job.label] = trainer.backbone.adapted_model(Adapter.load(file), str(file))
+    rows: dict[str, list[np.ndarray]] = {}
+    for domain in stream:
+        objects = bank.held_out(domain, split)
+        areas = [mask.mean() for mask in objects.masks]
+        pick = int(np.argsort(areas)[len(areas) * 3 // 4])
+        image = objects.images[objects.rows[pick]]
+        frames = [draw_episode(image, objects.masks[pick], caption="truth", height=200)]
+        for name, model in models.items():
+            scores = score(model, bank, domain, "box", split, keep_masks=True)
+            caption = f"{name} {scores.iou[pick]:.2f}"
+            mask = scores.masks[pick]
+            frames.append(draw_episode(image, mask, caption=caption, height=200))
+        rows[domain.name] = frames
+    return [
+        (
+            f"{name}: ground truth, and masks for a box prompt after the last domain",
+            report.side_by_side(row),
+        )
+        for name, row in rows.items()
+    ]
+
+
+def write_report(
+    config: Config,
+    summary: dict[str, Any],
+    runs: Mapping[str, list[RunResult]],
+    stream: Stream,
+    sheet: Sequence[tuple[str, np.ndarray]],
+    out: Path,
+) -> None:
+    prompt = config.train.prompts[0]
+    files = report.write_results(out, summary, "methods.csv", _flat(summary))
+    cells = _cells(summary)
+    columns = ["method", *_shown_columns(summary).values(), "parameters", "KB a domain", "train s"]
+
+    quick = "" if config.full else "Quick setting: few seeds, short training. "
+    page = report.Page(
+        "Continual adaptation of a Segment Anything Model",
+        f"{quick}{len(stream)} domains one after the other; held-out objects prompted by {prompt}; "
+        f"{config.seeds * len(orders_of(config))} runs of each method, mean and standard "
+        "deviation, in %.",
+    )
+    page.cards(_headlines(summary))
+    page.table(columns, cells)
+    page.text(
+        "Last: mean over domains after the last stage. Avg: mean over stages of the mean over the "
+        "domains learned so far. FF: mean drop of a domain from just after it was learned to the "
+        "end (below 0: it improved). forward: gain on a domain before it is learned, over the "
+        "pretrained SAM. selector: share of held-out images routed to their own expert."
+    )
+    for name, own in summary["methods"].items():
+        for other in config.train.prompts[1:]:
+            numbers = own[other]
+            page.text(
+                f"{name} by {other}: Last-IoU {_shown(numbers['last_iou'])}, "
+                f"FF-IoU {_shown(numbers['ff_iou'])}."
+            )
+    page.heading("The domains")
+    page.table(
+        ["domain", "kind", "objects", "ceiling", "narrow objects"],
+        [
+            [
+                own["name"],
+                "thin" if own["thin"] else "compact",
+                str(own["objects"]),
+                f"{own['ceiling']:.1f}",
+                f"{100 * own['narrow_objects']:.0f}%",
+            ]
+            for own in summary["domains"]
+        ],
+    )
+    page.text(
+        "Ceiling: score of the true masks at low resolution. Narrow objects consist of boundary "
+        "pixels only, so that their boundary IoU equals their IoU."
+    )
+    for caption, picture in sheet:
+        page.photograph(picture, caption)
+    page.heading("Stage by domain")
+    for label, own in runs.items():
+        matrices = [np.array(run.scores[prompt]["iou"]) / 100 for run in own if _same(run, own[0])]
+        file = out / f"matrix_{label.replace('+', '_')}.png"
+        plot_matrix(file, np.mean(matrices, axis=0), own[0].domains, label)
+        page.plot(file, f"IoU on every domain after every stage: {label}")
+    brief = [columns.index(name) for name in columns if name in _BRIEF]
+    page.finish(
+        files,
+        summary["settings"],
+        f"continual ({summary['setting']} setting), by {prompt}, in %",
+        [columns[k] for k in brief],
+        [[row[k] for k in brief] for row in cells],
+    )
+
+
+def _same(run: RunResult, other: RunResult) -> bool:
+    """Whether two runs have the same order of domains, so that matrices can be averaged."""
+    return run.domains == other.domains
+
+
+def _shown_columns(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Key and title of the columns that apply to at least one method."""
+    methods = summary["methods"].values()
+    titles = dict(_COLUMNS) | {
+        "last_iou_compact": "Last, compact",
+        "last_iou_thin": "Last, thin",
+    }
+    return {key: name for key, name in titles.items() if any(own.get(key) for own in methods)}
+
+
+def _shown(number: Mapping[str, float] | None) -> str:
+    if number is None:
+        return ""
+    deviation = f" ± {number['std']:.1f}" if number["std"] else ""
+    return f"{number['mean']:.1f}{deviation}"
+
+
+def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
+    keys = _shown_columns(summary)
+    return [
+        [
+            f"{name} ({own['tune']})" if own["seconds"]["mean"] else name,
+            *(_shown(own.get(key)) for key in keys),
+            f"{own['trainable_parameters']:,}",
+            f"{own['bytes_per_domain'] / 1000:,.0f}",
+            f"{own['seconds']['mean']:.0f}",
+        ]
+        for name, own in summary["methods"].items()
+    ]
+
+
+def _flat(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """CSV rows, one per method: mean and deviation of every number."""
+    rows = []
+    for name, own in summary["methods"].items():
+        row: dict[str, Any] = {"method": name, "tune": own["tune"], "runs": own["runs"]}
+        for key in _shown_columns(summary):
+            number = own.get(key) or {"mean": None, "std": None}
+            row |= {key: number["mean"], f"{key}_std": number["std"]}
+        row["trainable_parameters"] = own["trainable_parameters"]
+        row["bytes_per_domain"] = own["bytes_per_domain"]
+        row["seconds"] = own["seconds"]["mean"]
+        rows.append(row)
+    return rows
+
+
+def _headlines(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Last-IoU of zero_shot, naive, moda and joint."""
+    methods = summary["methods"]
+    cards = {}
+    for name in ("zero_shot", "naive", "moda", "joint"):
+        if name in methods:
+            cards[f"Last-IoU, {name}"] = f"{methods[name]['last_iou']['mean']:.1f}"
+    return cards
