@@ -1,7 +1,8 @@
 """Models with seeded random weights, so that no test depends on how well `micro` was trained."""
 
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from segment_anything.modeling import (
     ImageEncoderViT,
@@ -26,6 +28,7 @@ from sam_gym.backbones.encoders import assemble
 from sam_gym.backbones.hq import HqMaskDecoder
 from sam_gym.backbones.micro.model import FINE, MicroEncoder, build_micro
 from sam_gym.backbones.spec import find_spec
+from sam_gym.data import Sample
 from sam_gym.mask_generation.masks import Masks, to_counts
 from sam_gym.utils.render import warn_no_window
 
@@ -243,3 +246,29 @@ def make_masks() -> Callable[..., Masks]:
         )
 
     return make
+
+
+@pytest.fixture
+def write_entities() -> Callable[..., None]:
+    """Write samples of each split as a folder for `sam_gym.data.entities.Entities`."""
+
+    def entry(root: Path, stem: str, sample: Sample) -> dict[str, Any]:
+        masks = [f"{stem}_{number:03d}.png" for number in range(len(sample.masks))]
+        Image.fromarray(sample.image).save(root / "images" / f"{stem}.png")
+        for name, mask in zip(masks, sample.masks, strict=True):
+            Image.fromarray(mask * np.uint8(255)).save(root / "masks" / name)
+        indices = sample.categories.tolist()
+        return {"image_name": f"{stem}.png", "entity_masks": masks, "entity_indices": indices}
+
+    def write(root: Path, categories: Sequence[str], **splits: Iterable[Sample]) -> None:
+        for folder in ("images", "masks"):
+            (root / folder).mkdir(parents=True)
+        data: dict[str, Any] = {"entity classes": list(categories)}
+        for split, samples in splits.items():
+            data[f"{split}_data"] = [
+                entry(root, f"{split}_{number:06d}", sample)
+                for number, sample in enumerate(samples)
+            ]
+        (root / "metadata.json").write_text(json.dumps(data))
+
+    return write

@@ -35,24 +35,19 @@ _POINTS = 8
 class FeatureSource(Protocol):
     """Computes image features; all that an `EmbeddingStore` or `DiskStore` needs."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where the features are."""
-        ...
+    #: Where the features are.
+    device: torch.device
 
     @property
     def feature_spec(self) -> FeatureSpec:
         """Shapes and dtypes of the features."""
-        ...
 
     @property
     def identity(self) -> str:
         """Hex digest of everything that the features depend on, beside the image."""
-        ...
 
     def encode(self, images: Sequence[np.ndarray]) -> ImageFeatures:
         """Encode B images uint8 (H, W, 3), RGB; sizes may differ."""
-        ...
 
 
 class BackboneService(FeatureSource, Protocol):
@@ -62,80 +57,53 @@ class BackboneService(FeatureSource, Protocol):
     it too; nothing outside `sam_gym.backbones` may depend on more.
     """
 
-    @property
-    def name(self) -> str:
-        """The registered name."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the model."""
-        ...
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square input frame, in pixels."""
-        ...
-
-    @property
-    def embedding_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the feature `embedding`."""
-        ...
-
-    @property
-    def mask_shape(self) -> tuple[int, int]:
-        """(hm, wm) of a low-res mask."""
-        ...
-
-    @property
-    def mask_threshold(self) -> float:
-        """Logit above which a pixel belongs to a mask."""
-        ...
+    #: The registered name.
+    name: str
+    #: Precision of the model.
+    dtype: torch.dtype
+    #: Side of the square input frame, in pixels.
+    image_size: int
+    #: (C, h, w) of the feature `embedding`.
+    embedding_shape: tuple[int, int, int]
+    #: (hm, wm) of a low-res mask.
+    mask_shape: tuple[int, int]
+    #: Logit above which a pixel belongs to a mask.
+    mask_threshold: float
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes of `class_logits`; empty if the model does not classify masks."""
-        ...
 
     def decode(
         self, features: ImageFeatures, prompts: Prompts, *, multimask: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Decode P prompt sets: mask logits (P, M, hm, wm), predicted IoU (P, M)."""
-        ...
 
     def decode_best(
         self, features: ImageFeatures, prompts: Prompts, multimask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Decode one mask per prompt set: logits (P, hm, wm), predicted IoU (P,)."""
-        ...
 
     def decode_tokens(self, features: ImageFeatures, prompts: Prompts) -> MaskTokens:
         """Decode P prompt sets up to their mask tokens, from which masks can be chosen."""
-        ...
 
     def class_logits(self, tokens: MaskTokens) -> Tensor:
         """Classify the masks of decoded prompts: logits (P, K, number of classes)."""
-        ...
 
     def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in the input frame of an image of (height, width)."""
-        ...
 
     def to_input_frame(self, points: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
         """Scale (x, y) pixels of an image of (height, width) to the input frame."""
-        ...
 
     def masks_at(self, logits: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Resize low-res logits (..., hm, wm) to an image's size, (..., height, width)."""
-        ...
 
     def framed(self, image: np.ndarray) -> np.ndarray:
         """Resize and pad an image to the input frame, uint8 (S, S, 3)."""
-        ...
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the model runs in the precision of the backbone."""
-        ...
 
 
 class Backbone:

@@ -122,12 +122,12 @@ def backbone_table() -> str:
 
 # The SAMs of the package ------------------------------------------------------------------------
 
-_META = "https://dl.fbaipublicfiles.com/segment_anything"
+_SEGMENT_ANYTHING = "https://dl.fbaipublicfiles.com/segment_anything"
 _HQ = "https://huggingface.co/lkeab/hq-sam/resolve/main"
 _SAM_SOURCE = "[SAM](https://github.com/facebookresearch/segment-anything), Apache-2.0"
 _HQ_SOURCE = "[HQ-SAM](https://github.com/SysCV/sam-hq), Apache-2.0"
 
-for _spec in (
+register_backbone(
     BackboneSpec(
         name="micro",
         build=build_micro,
@@ -136,40 +136,41 @@ for _spec in (
         weights=Path(__file__).parent / "micro" / "weights" / "micro.safetensors",
         thresholds=(0.6, 0.8),  # best panoptic quality on val of `scenes`
         input_size=256,
+    )
+)
+for _size, _build, _file, _sha256, _megabytes in (
+    (
+        "b",
+        build_sam_vit_b,
+        "sam_vit_b_01ec64.pth",
+        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+        375,
     ),
-    BackboneSpec(
-        name="vit_b",
-        build=build_sam_vit_b,
-        description="SAM, ViT-B",
-        source=_SAM_SOURCE,
-        weights=PublishedWeights(
-            f"{_META}/sam_vit_b_01ec64.pth",
-            "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-            375,
-        ),
+    (
+        "l",
+        build_sam_vit_l,
+        "sam_vit_l_0b3195.pth",
+        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+        1250,
     ),
-    BackboneSpec(
-        name="vit_l",
-        build=build_sam_vit_l,
-        description="SAM, ViT-L",
-        source=_SAM_SOURCE,
-        weights=PublishedWeights(
-            f"{_META}/sam_vit_l_0b3195.pth",
-            "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-            1250,
-        ),
+    (
+        "h",
+        build_sam_vit_h,
+        "sam_vit_h_4b8939.pth",
+        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+        2565,
     ),
-    BackboneSpec(
-        name="vit_h",
-        build=build_sam_vit_h,
-        description="SAM, ViT-H",
-        source=_SAM_SOURCE,
-        weights=PublishedWeights(
-            f"{_META}/sam_vit_h_4b8939.pth",
-            "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
-            2565,
-        ),
-    ),
+):
+    register_backbone(
+        BackboneSpec(
+            name=f"vit_{_size}",
+            build=_build,
+            description=f"SAM, ViT-{_size.upper()}",
+            source=_SAM_SOURCE,
+            weights=PublishedWeights(f"{_SEGMENT_ANYTHING}/{_file}", _sha256, _megabytes),
+        )
+    )
+register_backbone(
     BackboneSpec(
         name="mobile_sam",
         build=build_mobile_sam,
@@ -181,7 +182,9 @@ for _spec in (
             41,
         ),
         convert=mobile_sam_state,
-    ),
+    )
+)
+register_backbone(
     BackboneSpec(
         name="repvit_sam",
         build=build_repvit_sam,
@@ -193,42 +196,20 @@ for _spec in (
             110,
         ),
         convert=repvit_sam_state,
-    ),
-    BackboneSpec(
-        name="hq_vit_b",
-        build=build_hq_vit_b,
-        description="HQ-SAM, ViT-B",
-        source=_HQ_SOURCE,
-        weights=PublishedWeights(
-            f"{_HQ}/sam_hq_vit_b.pth",
-            "14a9d662cd6f5a9c2dba6d40ab0058d88d287e4a18fd6fdc6ad5fb1a3fdeaa57",
-            379,
-        ),
-        features=("embedding", "hq"),
-    ),
-    BackboneSpec(
-        name="hq_vit_l",
-        build=build_hq_vit_l,
-        description="HQ-SAM, ViT-L",
-        source=_HQ_SOURCE,
-        weights=PublishedWeights(
-            f"{_HQ}/sam_hq_vit_l.pth",
-            "e1a6c385d62bf005ded91a54d5ec55c985cfc4103ef89c08d90f39f04934c343",
-            1255,
-        ),
-        features=("embedding", "hq"),
-    ),
-    BackboneSpec(
-        name="hq_vit_h",
-        build=build_hq_vit_h,
-        description="HQ-SAM, ViT-H",
-        source=_HQ_SOURCE,
-        weights=PublishedWeights(
-            f"{_HQ}/sam_hq_vit_h.pth",
-            "a7ac14a085326d9fa6199c8c698c4f0e7280afdbb974d2c4660ec60877b45e35",
-            2571,
-        ),
-        features=("embedding", "hq"),
-    ),
+    )
+)
+for _size, _build, _sha256, _megabytes in (
+    ("b", build_hq_vit_b, "14a9d662cd6f5a9c2dba6d40ab0058d88d287e4a18fd6fdc6ad5fb1a3fdeaa57", 379),
+    ("l", build_hq_vit_l, "e1a6c385d62bf005ded91a54d5ec55c985cfc4103ef89c08d90f39f04934c343", 1255),
+    ("h", build_hq_vit_h, "a7ac14a085326d9fa6199c8c698c4f0e7280afdbb974d2c4660ec60877b45e35", 2571),
 ):
-    register_backbone(_spec)
+    register_backbone(
+        BackboneSpec(
+            name=f"hq_vit_{_size}",
+            build=_build,
+            description=f"HQ-SAM, ViT-{_size.upper()}",
+            source=_HQ_SOURCE,
+            weights=PublishedWeights(f"{_HQ}/sam_hq_vit_{_size}.pth", _sha256, _megabytes),
+            features=("embedding", "hq"),
+        )
+    )

@@ -69,7 +69,7 @@ for _spec in (
     ),
     DatasetSpec(
         name="rooms-panoramas",
-        entry_point="sam_gym.data.synthetic.rooms.panoramas:RoomsPanoramas",
+        entry_point="sam_gym.data.synthetic.rooms.dataset:RoomsPanoramas",
         description="Wide rooms with more objects.",
         procedural=True,
     ),

@@ -88,11 +88,9 @@ class Dataset(Protocol):
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample at `index`, always the same; raise `IndexError` outside the range."""
-        ...
 
     def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
         """Draw the index of an image, and the category to segment (None: any in the image)."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 from PIL import Image
 
@@ -22,7 +19,6 @@ from sam_gym.data.io import (
     read_labels,
     resolve,
 )
-from sam_gym.utils.files import write_atomic
 from sam_gym.utils.registry import unknown_name
 
 METADATA = "metadata.json"
@@ -164,67 +160,6 @@ class Entities:
         for path in paths:
             _check_mask(path, image)
         return entry["image_name"], image, paths, [self._category_of[index] for index in indices]
-
-
-def write_entities(
-    root: str,
-    train: Iterable[Sample],
-    val: Iterable[Sample],
-    categories: Sequence[str],
-    test: Iterable[Sample] = (),
-) -> None:
-    """Write samples as a folder that `Entities` reads; `ignore` and `parts` are not written.
-
-    Args:
-        root: the folder; created if it is missing.
-        train, val, test: samples of the splits; without `test` there is no list "test_data".
-        categories: names that `Sample.categories` indexes.
-
-    Raises:
-        FileExistsError: the folder has a metadata file already.
-        ValueError: a sample has no mask, an empty one, or a category without a name.
-    """
-    path = os.path.join(root, METADATA)
-    if os.path.exists(path):
-        raise FileExistsError(f"{path}: there is a dataset already. Choose another folder.")
-    for folder in ("images", "masks"):
-        os.makedirs(os.path.join(root, folder), exist_ok=True)
-    data: dict[str, Any] = {"entity classes": list(categories)}
-    for split, samples in (("train", train), ("val", val), ("test", test)):
-        entries = [
-            _write(root, f"{split}_{number:06d}", sample, len(categories))
-            for number, sample in enumerate(samples)
-        ]
-        if entries or split != "test":
-            data[_LISTS[split]] = entries
-    # Written last, so that an incomplete folder is not a dataset.
-    write_atomic(Path(path), json.dumps(data, indent=1))
-
-
-def _write(root: str, stem: str, sample: Sample, classes: int) -> dict[str, Any]:
-    """Write the files of a sample; return its entry."""
-    if not len(sample.masks) or not sample.masks.any(axis=(1, 2)).all():
-        raise ValueError(f"{sample.source}: the sample has no mask, or an empty one.")
-    if not ((sample.categories >= 0) & (sample.categories < classes)).all():
-        raise ValueError(
-            f"{sample.source}: categories {sample.categories.tolist()} are not all "
-            f"from 0 to {classes - 1}, the indices of categories=."
-        )
-    image = f"{stem}.png"
-    _save(os.path.join(root, "images", image), cv2.cvtColor(sample.image, cv2.COLOR_RGB2BGR))
-    masks = [f"{stem}_{number:03d}.png" for number in range(len(sample.masks))]
-    for name, mask in zip(masks, sample.masks, strict=True):
-        _save(os.path.join(root, "masks", name), mask * np.uint8(255))
-    return {
-        "image_name": image,
-        "entity_masks": masks,
-        "entity_indices": sample.categories.tolist(),
-    }
-
-
-def _save(path: str, pixels: np.ndarray) -> None:
-    if not cv2.imwrite(path, pixels):
-        raise OSError(f"{path}: the file cannot be written.")
 
 
 def _load(path: str) -> dict[str, Any]:

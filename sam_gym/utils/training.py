@@ -27,11 +27,9 @@ class Learner(Protocol):
 
     def train_step(self, batch: Any) -> dict[str, float]:
         """Take one optimizer step, count it, and return numbers for the log."""
-        ...
 
     def save(self, path: Path) -> None:
         """Write a checkpoint to resume from."""
-        ...
 
 
 def run_steps(

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from sam_gym.data import Dataset, Sample, make_dataset
-from sam_gym.data.entities import Entities, write_entities
+from sam_gym.data.entities import Entities
 from sam_gym.data.synthetic.rooms.dataset import Rooms
 
 CATEGORIES = ("chair", "table", "lamp")
@@ -30,9 +29,9 @@ def tiny(seed: int) -> Sample:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, write_entities: Callable[..., None]) -> Path:
     root = tmp_path / "whole"
-    write_entities(str(root), [tiny(0), tiny(1), tiny(2)], [tiny(3)], CATEGORIES)
+    write_entities(root, CATEGORIES, train=[tiny(0), tiny(1), tiny(2)], val=[tiny(3)])
     return root
 
 
@@ -68,10 +67,10 @@ def test_what_is_written_is_read_back(root: Path) -> None:
     assert_same(train[0], tiny(0))
 
 
-def test_rooms_can_be_exported(tmp_path: Path) -> None:
+def test_rooms_can_be_exported(tmp_path: Path, write_entities: Callable[..., None]) -> None:
     rooms = {split: Rooms(split, size=64, length=2) for split in ("train", "val", "test")}
     samples = {split: [room[0], room[1]] for split, room in rooms.items()}
-    write_entities(str(tmp_path / "a"), categories=Rooms.categories, **samples)
+    write_entities(tmp_path / "a", Rooms.categories, **samples)
     for split in rooms:
         dataset = Entities(split, root=str(tmp_path / "a"))
         assert dataset.categories == Rooms.categories
@@ -312,28 +311,3 @@ def test_files_that_go_bad_later(root: Path) -> None:
     mask.unlink()
     with pytest.raises(FileNotFoundError, match="train_000000_000.png: image .* is missing"):
         dataset[0]
-
-
-# The writer
-
-
-def test_writer_does_not_write_over_a_dataset(root: Path) -> None:
-    with pytest.raises(FileExistsError, match="metadata.json: there is a dataset already"):
-        write_entities(str(root), [tiny(0)], [], CATEGORIES)
-
-
-@pytest.mark.parametrize(
-    ("sample", "match"),
-    [
-        (replace(tiny(0), masks=tiny(0).masks & False), "tiny/0: the sample has no mask, or an em"),
-        (replace(tiny(0), masks=tiny(0).masks[:0]), "tiny/0: the sample has no mask"),
-        (
-            replace(tiny(0), categories=np.array([0, 3])),
-            r"tiny/0: categories \[0, 3\] are not all from 0 to 2",
-        ),
-    ],
-)
-def test_writer_refuses_bad_samples(tmp_path: Path, sample: Sample, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        write_entities(str(tmp_path / "new"), [sample], [], CATEGORIES)
-    assert not (tmp_path / "new/metadata.json").exists()

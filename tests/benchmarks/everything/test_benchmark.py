@@ -12,7 +12,6 @@ from segment_anything.modeling import Sam
 
 from benchmarks.everything.measuring import BUDGETS, WITHIN
 from benchmarks.run import main
-from sam_gym.data.entities import write_entities
 from sam_gym.data.synthetic.rooms.dataset import Rooms
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fill half of no cell")
@@ -79,13 +78,13 @@ def test_a_finished_fine_tuning_is_not_repeated(arguments: list[str], tmp_path: 
 
 
 def test_files_are_read_and_photographs_are_measured(
-    arguments: list[str], coco_discs: Path, tmp_path: Path
+    arguments: list[str], coco_discs: Path, tmp_path: Path, write_entities: Callable[..., None]
 ) -> None:
     rooms = Rooms("train", length=6, size=64)
     data = [rooms[index] for index in range(6)]
     # Images of several shapes.
     data[4] = replace(data[4], image=data[4].image[:40], masks=data[4].masks[:, :40])
-    write_entities(tmp_path / "rooms", data[:3], data[3:], rooms.categories)
+    write_entities(tmp_path / "rooms", rooms.categories, train=data[:3], val=data[3:])
     more = ["--dataset", "entities", "--data", str(tmp_path / "rooms"), "--test-images", "2"]
     more += ["--transfer", str(coco_discs), "--transfer-limit", "1"]
     results = main([*arguments, *more, "--out", str(tmp_path / "out")])

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from sam_gym.data import Dataset, make_dataset
-from sam_gym.data.synthetic.rooms.dataset import MIN_AREA, Rooms
-from sam_gym.data.synthetic.rooms.panoramas import RoomsPanoramas
+from sam_gym.data.synthetic.rooms.dataset import MIN_AREA, Rooms, RoomsPanoramas
 
 
 @pytest.fixture(scope="module")

@@ -266,10 +266,45 @@ class Rooms(Procedural):
     ) -> None:
         super().__init__(split, length, size, seed=seed)
         self.categories = select_categories(categories, Rooms.categories)
+        self.width = size
 
     def __getitem__(self, index: int) -> Sample:
-        room = furnished_room(self.words(index), self.size, self.size, self.categories)
+        room = furnished_room(self.words(index), self.size, self.width, self.categories)
         return room.sample(self.source(index))
+
+
+class RoomsPanoramas(Rooms):
+    """Wide `rooms` with proportionally more objects.
+
+    The same index of a split and seed always gives the same panorama.
+
+    Args:
+        split: "train", "val" or "test"; disjoint by seed.
+        categories: as in `Rooms`.
+        length: number of different panoramas (None: 2^31 - 1, practically endless).
+        height, width: size of a panorama, in pixels.
+        seed: seed of all panoramas.
+
+    Raises:
+        ValueError: the split or a category is unknown, or a number is out of range.
+    """
+
+    name, noun = "rooms-panoramas", "panorama"
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        categories: str | Sequence[str] | None = None,
+        length: int | None = None,
+        height: int = 256,
+        width: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(split, categories=categories, length=length, size=height, seed=seed)
+        if not height <= width <= 8 * height:
+            raise ValueError(f"width must be from {height} to {8 * height} pixels, got {width}.")
+        self.width = width
 
 
 def furnished_room(
