@@ -1,4 +1,4 @@
-"""Training images, held-out objects and their features, within a bound on memory."""
+"""Training images, held-out objects and their features, in bounded memory."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from sam_gym.data.streams import Domain, Stream
 from sam_gym.utils.digest import image_digest
 from sam_gym.utils.lowres import low_res
 
-#: Smallest object of an augmented image that is trained on, as a share of the frame.
+#: Minimum area of a training object in an augmented image, as a fraction of the frame.
 _MIN_AREA = 0.001
 #: Images per encoder call.
 _ENCODE = 16
-#: No bank holds this many images: a procedural dataset without a length has 2^31 - 1.
+#: More images than this mean an endless dataset: a procedural one has 2^31 - 1 by default.
 _ENDLESS = 2**30
-#: Share of the memory of a bank for samples; the rest is for features, of two kinds at most.
+#: Fraction of the memory for samples; the rest is for features, of at most two kinds.
 _SAMPLES = 0.25
 
 
@@ -46,7 +46,7 @@ class AugmentedImages:
         rows: int64 (P,), the frame of each object.
         targets: uint8 (P, hm, wm), `low_res_target` of each object.
         valid: bool (V, hm, wm), low-res pixels of each frame that count.
-        empty: bool (V, hm, wm), those of them on no object, however small.
+        empty: bool (V, hm, wm), valid pixels that no object touches.
         boxes: float32 (P, 4), (x0, y0, x1, y1) in pixels of the frame.
         categories: int64 (P,), the category of each object.
         objects: indices of the objects of each frame.
@@ -65,7 +65,7 @@ class AugmentedImages:
 
     @property
     def firsts(self) -> np.ndarray:
-        """The first frame of each image: the image itself, if it shows an object."""
+        """The first frame of each image: the unaugmented one, if it shows an object."""
         return np.unique(self.image, return_index=True)[1]
 
 
@@ -93,11 +93,11 @@ class Objects:
 class FeatureBank:
     """Training images, held-out objects and their features, for all domains of a stream.
 
-    All methods that are compared share one bank, so they see the same augmentations, and no image
-    is encoded again in another epoch or for another method.
+    All compared methods share one bank: they see the same augmentations, and each image is encoded
+    once for all epochs and methods.
 
-    Memory is bounded. Samples are read again when they are no longer cached, and augmentations are
-    computed from them by their seeds. Features that do not fit are kept in files.
+    Memory is bounded. Samples that were evicted are read again, augmentations are recomputed from
+    their seeds, and features that do not fit are written to disk.
 
     Args:
         backbone: the frozen SAM.
@@ -107,8 +107,8 @@ class FeatureBank:
         max_images: maximum number of images per split, the first ones (None: all).
         seed: seed of the augmentations and of the choice of objects.
         memory_gib: bound on cached samples and features, in GiB; features are on the device.
-        disk: folder that keeps features between runs. None: only those that exceed the memory are
-            kept in files, in the default folder of `DiskStore`.
+        disk: folder for features, kept between runs. None: only features that do not fit in memory
+            are written, to the default folder of `DiskStore`.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class FeatureBank:
         self.augmentations, self.objects_per_image = augmentations, objects_per_image
         self.max_images, self.seed = max_images, seed
         self._bytes, self._disk = int(memory_gib * 2**30), disk
-        # By the identity of the domain, whose name another domain may have, and by split.
+        # Keyed by the identity of the domain (names may repeat) and the split.
         self._train_images: dict[int, tuple[AugmentedImages, str]] = {}
         self._objects: dict[tuple[int, str], Objects] = {}
         self._samples: dict[tuple[int, str], SampleCache] = {}
@@ -154,7 +154,7 @@ class FeatureBank:
         return Pool(task, images, np.arange(len(images.frames)))
 
     def held_out(self, domain: Domain, split: str) -> Objects:
-        """The objects of a split that is not trained on."""
+        """The objects of a held-out split."""
         key = id(domain), split
         if key not in self._objects:
             self._objects[key] = self._held_out(domain, split)
@@ -172,7 +172,7 @@ class FeatureBank:
         """A sample of a domain, from the cache if it is there."""
         key = id(domain), split
         if key not in self._samples:
-            # Training and one held-out split of every domain, and of the retention set.
+            # Two splits (training, held-out) of each domain and of the retention set.
             share = int(_SAMPLES * self._bytes) // (2 * (len(self.stream) + 1))
             self._samples[key] = SampleCache(domain.split(split), share)
         return self._samples[key][index]
@@ -318,7 +318,7 @@ class FeatureBank:
         return ImageFeatures.cat([self._gather(domain, split, kind, part) for part in parts])
 
     def encode(self, domain: Domain, split: str, kind: str) -> None:
-        """Encode all images of a split that were not encoded yet; `raw` does it when needed."""
+        """Encode the images of a split, unless they are encoded; `raw` calls this when needed."""
 
         key = id(domain), split, kind
         if kind == "pixels" or key in self._encoded:
@@ -334,7 +334,7 @@ class FeatureBank:
         chosen = LazySequence(len(index), lambda k: images[int(index[k])])
         handles = store.acquire(chosen, [digests[k] for k in index])
         try:
-            # The encoder's own memory layout, in which a decoder reads the features of a place.
+            # The memory layout of the encoder's output; the decoder reads all channels of a cell.
             return store.gather(torch.tensor(handles)).map(
                 lambda x: x.contiguous(memory_format=torch.channels_last)
             )

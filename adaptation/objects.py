@@ -46,14 +46,14 @@ class ObjectIndices:
     def draw(
         cls, rng: np.random.Generator, count: int, pools: Sequence[Pool], per_image: int = 1
     ) -> ObjectIndices:
-        """Draw objects: first a domain, all alike, then an image, then some of its objects.
+        """Draw objects: a domain, uniformly, then an image, then some of its objects.
 
         Args:
             rng: the generator.
             count: number of objects.
             pools: what to draw from.
-            per_image: objects of an image, one after the other. An image with fewer objects shows
-                each of them equally often, give or take one.
+            per_image: consecutive objects from one image. If it has fewer, they are repeated as
+                evenly as possible.
         """
         choices = rng.integers(len(pools), size=-(-count // per_image))
         objects: list[int] = []
@@ -69,7 +69,7 @@ class ObjectIndices:
         return cls(domains[:count], np.array(objects[:count]))
 
     def part(self, rank: int, world: int) -> ObjectIndices:
-        """The share of one of several processes; all shares have the same size."""
+        """Return the objects of one of several processes; all get equally many."""
         size = len(self.objects) // world
         own = slice(rank * size, (rank + 1) * size)
         return ObjectIndices(self.domains[own], self.objects[own])

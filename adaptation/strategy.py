@@ -59,7 +59,7 @@ class Batch:
     Attributes:
         raw: `raw_features` of the B images that occur.
         prompts: P prompt sets, with rows.
-        ambiguous: bool (P,), prompts that allow several answers.
+        ambiguous: bool (P,), prompts with several valid masks.
         targets: float32 (P, hm, wm), in [0, 1].
         valid: float32 (P, hm, wm), 1 where a pixel counts.
         categories: int64 (P,), the category of each object.
@@ -80,7 +80,7 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class StrategyContext:
-    """What a strategy works with.
+    """The inputs of a strategy.
 
     Attributes:
         bank: augmented images and features of the stream.
@@ -133,9 +133,9 @@ class Strategy:
     tunes: ClassVar[tuple[str, ...]] = TUNINGS.names()
     #: Default tune target.
     default_tune: ClassVar[str] = "decoder"
-    #: Whether the method learns all domains at once.
+    #: Whether the method trains on all domains at once.
     joint: ClassVar[bool] = False
-    #: Whether the method learns at all.
+    #: Whether the method trains.
     learns: ClassVar[bool] = True
     #: Name in `STRATEGIES`, set by the registration.
     name: ClassVar[str] = ""
@@ -150,7 +150,7 @@ class Strategy:
                 f"got {type(options).__qualname__}."
             )
         self.context, self.options = context, options
-        #: Index of the domain that is learned; -1 before the first.
+        #: Index of the current domain; -1 before the first.
         self.task = -1
         #: The SAM that is trained; it shares its frozen parts with `context.sam`.
         self.sam = self._pretrained()
@@ -164,7 +164,7 @@ class Strategy:
 
     @property
     def raw(self) -> str:
-        """The features that training starts from (see `Tuning.raw`)."""
+        """Kind of the input features of training (see `Tuning.raw`)."""
         return TUNINGS.get(self.context.tune).raw
 
     @property
@@ -174,11 +174,11 @@ class Strategy:
 
     @property
     def module(self) -> nn.Module:
-        """The module that is trained now."""
+        """The module that is trained in the current domain."""
         return self.sam
 
     def before_task(self, task: int) -> None:
-        """Prepare to learn a domain. Call the parent's method."""
+        """Prepare to train on a domain. Call `super().before_task(task)`."""
         self.task = task
 
     def make_optimizer(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -205,7 +205,7 @@ class Strategy:
         return mask_loss(tokens, batch.targets, batch.valid, batch.ambiguous)
 
     def loss(self, batch: Batch, masks: MaskLoss) -> Tensor | float:
-        """Compute a further loss, which is added to that of the masks."""
+        """Compute an additional loss, which is added to the mask loss."""
         return 0.0
 
     def after_backward(self, step: int) -> None:
@@ -215,10 +215,10 @@ class Strategy:
         """
 
     def after_step(self, step: int) -> None:
-        """React to an optimizer step."""
+        """Run after each optimizer step."""
 
     def after_task(self, task: int) -> None:
-        """Finish a domain. Afterwards its training data may only be used through `replayed`."""
+        """Finish a domain. Later, its training data is available through `replayed` only."""
 
     def model(self) -> Model:
         """Build the model for inference."""
@@ -229,25 +229,25 @@ class Strategy:
         return self._adapter(experts=[tuned_weights(self.sam)])
 
     def state(self) -> dict[str, Any]:
-        """Collect what a checkpoint needs, in tensors and plain values. Extend the parent's."""
+        """Return the checkpoint state: tensors and plain values. Extend `super().state()`."""
         own = {name: weight.detach().clone() for name, weight in self.trained().items()}
         return {"task": self.task, "weights": own}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned. Call the parent's method."""
+        """Restore what `state` returned. Call `super().set_state(state)`."""
         self.task = state["task"]
         with torch.no_grad():
             for name, weight in self.trained().items():
                 weight.copy_(state["weights"][name])
 
     def kept_bytes(self) -> int:
-        """Count the bytes kept for all domains so far: weights and replay buffers."""
+        """Return the number of bytes kept for past domains: weights and replay buffers."""
         return bytes_of(tuned_weights(self.sam).values())
 
     # For hooks to call -------------------------------------------------------------------------
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained now, by name."""
+        """Return the parameters that are being trained, by name."""
         return trainable(self.module)
 
     def _adapter(self, **parts: Any) -> Adapter:

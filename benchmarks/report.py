@@ -177,7 +177,7 @@ class Page:
         columns: Sequence[str],
         rows: Sequence[Sequence[str]],
     ) -> None:
-        """Append the settings, write report.html, and print a table and where the page is.
+        """Append the settings, write report.html, and print a table and the path of the page.
 
         Args:
             files: files to link to; the page is written beside the first.

@@ -1,4 +1,4 @@
-"""Whole objects from single points of a grid: SAOM and PanoSAM."""
+"""SAOM and PanoSAM: whole objects from single grid points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface of everything that plays: baselines and trained policies."""
+"""The interface of agents: baselines and trained policies."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Semantic recalibration: the policy chooses where to click, a segmenter the click's label.
+"""Semantic recalibration: the policy chooses where to click, a segmenter predicts the label.
 
 After the semantic recalibration module of AlignSAM (Huang et al., CVPR 2024). The module has its
 own copy of the policy's features and learns from the training targets with Dice and binary
-cross-entropy losses. The policy chooses among places only, half as many actions.
+cross-entropy losses. The policy chooses among locations only, which halves its action space.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tasks: what the commands must know of each environment.
+"""Tasks: the interface between commands and environments.
 
 `TASKS` maps environment ids to tasks. To make the commands work with another environment,
 register it with gymnasium, then a subclass of `Task` with `register`.

@@ -77,7 +77,7 @@ class ExportInput:
 
 
 class Task:
-    """All that training, evaluation, export and sharing must know of an environment.
+    """What training, evaluation, export and sharing need to know about an environment.
 
     Subclass it, set the class attributes and register an instance in `TASKS` under its
     environment id. The defaults suit an environment over one dataset.
@@ -87,7 +87,7 @@ class Task:
     env_id: ClassVar[str]
     #: Dataclass of the environment's arguments.
     config_class: ClassVar[type[EnvConfig]]
-    #: Names of the policies that play it, the default first.
+    #: Names of the policies for this environment, the default first.
     policies: ClassVar[tuple[str, ...]]
     #: Baseline name -> class, which takes a seed; "random" and "oracle" must be among them.
     baselines: ClassVar[Registry[Callable[[int], Agent]]]
@@ -181,7 +181,7 @@ class Task:
         return None
 
     def share_episodes(self, env_config: C, episodes: int, num_envs: int) -> tuple[C, int, int]:
-        """Share out the episodes of an evaluation evenly.
+        """Divide the episodes of an evaluation evenly among sub-environments.
 
         Args:
             env_config: of the evaluation.
@@ -195,7 +195,7 @@ class Task:
         return env_config, num_envs, -(-episodes // num_envs)
 
     def reset_options(self, core: BaseCore[Any, Any]) -> dict[str, Any]:
-        """Return reset options that make a few episodes show as much of the data as possible."""
+        """Return reset options with which a few episodes cover as much of the data as possible."""
         del core
         return {}
 
@@ -229,7 +229,7 @@ class Task:
     def make_annotator(
         self, agent: PolicyAgent, categories: Sequence[str], config: AnnotateConfig
     ) -> Annotator:
-        """Return an annotator that plays a trained agent; needed for "annotate".
+        """Return an annotator that runs a trained agent; needed for "annotate".
 
         Args:
             agent: the agent.
@@ -246,7 +246,7 @@ class Task:
         raise NotImplementedError
 
     def export_facts(self, policy: SamPolicy) -> dict[str, Any]:
-        """Return what users of an exported policy must know of its actions; JSON-plain."""
+        """Return what users of an exported policy need to know about its actions; JSON-plain."""
         raise NotImplementedError
 
     def card_facts(
@@ -340,7 +340,7 @@ def task_of(env_id: str) -> Task:
 
 
 def task_of_policy(policy: SamPolicy) -> Task:
-    """Return the first task that a policy is made for.
+    """Return the first task that lists a policy.
 
     Raises:
         ValueError: no task lists this policy.

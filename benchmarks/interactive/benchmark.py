@@ -24,7 +24,7 @@ SCENES = 100
 
 @dataclass
 class InteractiveBenchmarkConfig(BackboneOptions):
-    """Measure the number of simulated clicks per object (NoC) of a SAM, beside cv2.grabCut.
+    """Measure the number of clicks (NoC) that a SAM needs per object, and compare with cv2.grabCut.
 
     The standard protocol: each click is the innermost pixel of the widest error region, IoU is
     computed at image size, ignored pixels do not count. cv2.grabCut gets the same clicks.

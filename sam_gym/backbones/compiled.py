@@ -1,4 +1,4 @@
-"""Compiled model calls with few distinct shapes, so that nothing recompiles during work."""
+"""Compiled model calls with few distinct shapes, to avoid recompilation."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _unwrapped(state: Any) -> Any:
-    """The state dict in a checkpoint that holds more, such as an optimizer's state."""
+    """Return the state dict of a checkpoint that also holds, for example, an optimizer's state."""
     while isinstance(state, dict):
         inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)), None)
         if inner is None:
@@ -127,7 +127,7 @@ def load_weights(sam: Sam, name: str, path: Path) -> None:
 
 
 def _weights_of(spec: BackboneSpec) -> Path:
-    """The weights that a backbone comes with; published ones are downloaded on first use."""
+    """Return the path of a backbone's default weights, downloaded on first use."""
     if isinstance(spec.weights, Path):
         return spec.weights
     if spec.weights is None:

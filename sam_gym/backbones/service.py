@@ -1,4 +1,4 @@
-"""A SAM as a batched service: shared by a whole process, changed by nobody."""
+"""A SAM as a batched, read-only service that a whole process shares."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class FeatureSource(Protocol):
 
     @property
     def identity(self) -> str:
-        """Hex digest of everything that the features depend on, beside the image."""
+        """Hex digest of everything that the features depend on, except the image."""
 
     def encode(self, images: Sequence[np.ndarray]) -> ImageFeatures:
         """Encode B images uint8 (H, W, 3), RGB; sizes may differ."""
 
 
 class BackboneService(FeatureSource, Protocol):
-    """What environments, agents and generators need of a promptable segmentation model.
+    """The interface of a promptable segmentation model for environments, agents and generators.
 
     `Backbone` implements it for the SAM family. A model with another encoder or decoder implements
     it too; nothing outside `sam_gym.backbones` may depend on more.

@@ -1,4 +1,4 @@
-"""The table of SAMs: one `BackboneSpec` each. `register_backbone` adds one from outside."""
+"""The registry of SAMs: one `BackboneSpec` each; `register_backbone` adds another."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PublishedWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSpec:
-    """Everything that loading, everything mode, help texts and documentation need to know of a SAM.
+    """What loading, everything mode, help texts and documentation need to know about a SAM.
 
     Attributes:
         name: key in `BACKBONES`.
@@ -93,23 +93,23 @@ def register_backbone(spec: BackboneSpec) -> BackboneSpec:
 
 
 def find_spec(name: str) -> BackboneSpec | None:
-    """The specification of a backbone, or None for a model that no table describes."""
+    """Return the specification of a backbone, or None for an unregistered name."""
     return BACKBONES.get(name) if name in BACKBONES else None
 
 
 def backbones_by_size() -> list[BackboneSpec]:
-    """All specifications, those with the smallest weights first."""
+    """Return all specifications, sorted by the size of the weights."""
     return sorted((spec for _, spec in BACKBONES.items()), key=lambda spec: spec.megabytes)
 
 
 def backbone_help(purpose: str) -> str:
-    """Help text of an option that takes a backbone: its purpose and the names in the table."""
+    """Return the help text of an option that takes a backbone: its purpose and the valid names."""
     names = ", ".join(spec.name for spec in backbones_by_size())
     return f"{purpose}: {names}, or {HUB_PREFIX}OWNER/NAME."
 
 
 def backbone_table() -> str:
-    """The table of backbones as Markdown, for README and documentation."""
+    """Return the table of backbones as Markdown, for README and documentation."""
     rows = ["| `backbone=` | model | weights | source |", "|---|---|---|---|"]
     for spec in backbones_by_size():
         if isinstance(spec.weights, PublishedWeights):

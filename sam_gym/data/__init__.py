@@ -64,7 +64,7 @@ for _spec in (
     DatasetSpec(
         name="rooms",
         entry_point="sam_gym.data.synthetic.rooms.dataset:Rooms",
-        description="Rooms with furniture whose parts have colours of their own.",
+        description="Rooms with furniture; the parts of an object have different colours.",
         procedural=True,
     ),
     DatasetSpec(
@@ -82,7 +82,7 @@ for _spec in (
     DatasetSpec(
         name="coco",
         entry_point="sam_gym.data.coco:Coco",
-        description="COCO instance annotations: polygons and RLE. Its test split has none.",
+        description="COCO instance annotations: polygons and RLE. The test split is not annotated.",
         reads_files=True,
         held_out_split="val",
     ),

@@ -95,7 +95,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """Everything that commands and environments need to know of a dataset.
+    """Everything that commands and environments need to know about a dataset.
 
     Attributes:
         name: the name in `sam_gym.data.DATASETS`.

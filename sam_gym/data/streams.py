@@ -31,10 +31,10 @@ from sam_gym.metrics.masks import iou
 from sam_gym.utils.lowres import frame_mask, low_res
 from sam_gym.utils.registry import Registry, unknown_name
 
-#: A domain of files is thin if the mean IoU of ideal low-res masks of its objects is below this.
+#: A folder domain is thin if the low-res ceiling of its objects (`low_res_ceiling`) is below this.
 THIN_BELOW = 0.7
 
-#: Number of validation images for this measurement.
+#: Number of validation images on which the ceiling is measured.
 _CEILING_IMAGES = 8
 _THRESHOLDS = np.arange(0.1, 0.95, 0.1)
 

@@ -25,13 +25,13 @@ from sam_gym.utils.lowres import frame_mask, low_res
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.transfer import to_device, to_host
 
-#: Draws after which data is taken to hold no target that is large enough.
+#: Maximum number of draws in search of a target that is large enough.
 MAX_DRAWS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnvConfig:
-    """Arguments of any environment, JSON-plain; a subclass adds those of its task."""
+    """Arguments of all environments, JSON-plain; subclasses add those of a task."""
 
     split: str = "train"
     """Split of the data: train, val, test."""
@@ -126,7 +126,7 @@ def check_choice(name: str, value: Any, valid: Any) -> None:
 
 
 class Target(Protocol):
-    """What an episode is about: an image, and whatever a task adds."""
+    """The target of an episode: an image, and what the task adds."""
 
     @property
     def image(self) -> np.ndarray: ...
@@ -146,8 +146,8 @@ class Draw(NamedTuple, Generic[T]):
     """A drawn episode.
 
     Attributes:
-        target: what the episode is about.
-        masks: bool (hm, wm) or (N, hm, wm), its masks at SAM's low resolution.
+        target: target of the episode.
+        masks: bool (hm, wm) or (N, hm, wm), low-res masks of the target.
         valid: bool (hm, wm), the area that is scored.
     """
 
@@ -166,12 +166,12 @@ class BaseCore(Generic[C, T]):
 
     - `action_space` and `observation_space`, of one sub-environment, set in `__init__`;
     - `_draw`, which draws a target from the dataset with a random generator;
-    - `_begin`, if an episode has more state than `steps`; `episode_arrays` lists the arrays of it;
+    - `_begin`, if an episode has more state than `steps`; `episode_arrays` names its arrays;
     - `check_actions` and `step`;
     - `_entries`, if observations hold more than the image, and `info`;
     - `render`.
 
-    `sam_gym.envs.base_env` makes environments of it.
+    `sam_gym.envs.base_env` wraps a core as a scalar and a vector environment.
 
     Args:
         config: arguments of the environment.
@@ -252,7 +252,7 @@ class BaseCore(Generic[C, T]):
     def prepare_reset(
         self, indices: Sequence[int], seeded: Sequence[int], options: Mapping[str, Any]
     ) -> None:
-        """Take the options of a reset by the caller; autoresets do not call this.
+        """Handle the options of an explicit reset; autoresets do not call this.
 
         Args:
             indices: sub-environments that will be reset.
@@ -261,7 +261,7 @@ class BaseCore(Generic[C, T]):
         """
 
     def reset(self, indices: Sequence[int], rngs: Sequence[np.random.Generator]) -> None:
-        """Begin new episodes in some sub-environments.
+        """Start new episodes in some sub-environments.
 
         Args:
             indices: sub-environments.
@@ -273,7 +273,7 @@ class BaseCore(Generic[C, T]):
             self._starts[i] = start
 
     def _begin(self, indices: Sequence[int], draws: Sequence[Draw[T]]) -> None:
-        """Begin new episodes about drawn targets."""
+        """Start new episodes with drawn targets."""
         handles = self.store.acquire(
             [draw.target.image for draw in draws], [draw.target.digest for draw in draws]
         )
@@ -339,14 +339,14 @@ class BaseCore(Generic[C, T]):
     def _draw(self, rng: np.random.Generator, domain: int) -> Draw[T]:
         """Draw a target from a domain of the dataset; raise `_no_target_error` if there is none.
 
-        Prefetching calls it in a thread, so it may use `samples` and nothing that changes.
+        Prefetching calls this in a thread: it may read `samples`, but no mutable state.
         """
         raise NotImplementedError
 
     def _draw_all(
         self, indices: Sequence[int], rngs: Sequence[np.random.Generator]
     ) -> list[Draw[T]]:
-        """Draw a target for each sub-environment, and start on the draws after if that pays."""
+        """Draw a target for each sub-environment, and prefetch the next ones if that saves time."""
         draws = self.prefetcher.take(indices, rngs, self._next_domains(indices))
         self._enter_domains(indices)
         # A cached sample takes less time than handing the draw to a thread.
@@ -368,7 +368,7 @@ class BaseCore(Generic[C, T]):
         return self.dataset.draw(rng)
 
     def _domain_name(self, domain: int) -> str:
-        """Return how messages call a domain."""
+        """Return the name of a domain for messages."""
         del domain
         return self.dataset.name
 
@@ -404,7 +404,7 @@ class BaseCore(Generic[C, T]):
         return x, y
 
     def cell_at(self, x: float, y: float) -> int:
-        """Return the cell that holds (x, y), in pixels of the input frame."""
+        """Return the cell that contains (x, y), in pixels of the input frame."""
         grid = self.config.grid
         side = self.backbone.image_size / grid
         row, column = (int(np.clip((v + 0.5) // side, 0, grid - 1)) for v in (y, x))
@@ -473,7 +473,7 @@ class BaseCore(Generic[C, T]):
         return {key: entries[key] for key in self.observation_space.spaces}
 
     def _entries(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the entries of observations, in any order; may hold more than the space has."""
+        """Return the entries of observations, in any order; `observe` selects from them."""
         if self.config.obs == "handle":
             return {"handle": self.handles[indices].astype(np.int32)[:, None]}
         handles = to_device(self.handles[indices], self.device)
@@ -491,9 +491,9 @@ class BaseCore(Generic[C, T]):
         raise NotImplementedError
 
     def render(self, env_index: int, height: int = 384) -> np.ndarray:
-        """Draw a sub-environment, `height` pixels high and a caption: uint8 (H, W, 3), RGB."""
+        """Draw a sub-environment, `height` pixels high, with a caption: uint8 (H, W, 3), RGB."""
         raise NotImplementedError
 
     def ground_truth(self, env_index: int) -> T:
-        """Return the target, for rewards, metrics and agents that cheat on purpose."""
+        """Return the target. Only for rewards, metrics and oracles."""
         return self._target(env_index)

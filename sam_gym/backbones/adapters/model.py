@@ -1,4 +1,4 @@
-"""A SAM as the service runs it: images to features, features and prompts to masks."""
+"""The models that a backbone runs: images to features, features and prompts to masks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sam_gym.backbones.hq import (
 )
 from sam_gym.utils.registry import Registry, unknown_name
 
-#: What the tuned part of a SAM may start from; see `raw_features`.
+#: Inputs of the tuned part of a SAM; see `raw_features`.
 RAW_KINDS = ("pixels", "embedding", "early")
 
 
@@ -65,7 +65,7 @@ class Model(nn.Module):
 
     @property
     def fixed_shapes(self) -> bool:
-        """Whether the model can be compiled: no shape depends on the values of tensors."""
+        """Whether the model can be compiled: no shape depends on tensor values."""
         return True
 
     def encode(self, pixels: Tensor) -> ImageFeatures:
@@ -89,16 +89,16 @@ class Model(nn.Module):
 
 
 class AdapterModule(nn.Module, ABC):
-    """A module that an adapter needs at inference time, beside its tuned weights.
+    """A module that an adapter needs at inference time, in addition to its tuned weights.
 
     Register a subclass in `ADAPTER_MODULES`. Adapter files name it as their `router` and hold its
-    state, so a new adaptation method can bring its own module from outside the package.
+    state, so an adaptation method of another package can register its own.
     """
 
     @classmethod
     @abstractmethod
     def from_weights(cls, sam: Sam, weights: Mapping[str, Tensor], num_experts: int) -> Self:
-        """Build a module of the size that fits a saved state; the state is loaded afterwards.
+        """Build a module with the shapes of a saved state, which is loaded afterwards.
 
         Args:
             sam: the pretrained SAM.
@@ -112,7 +112,7 @@ class AdapterModule(nn.Module, ABC):
 
         Args:
             sam: the pretrained SAM.
-            experts: its tuned copies, maybe none.
+            experts: its tuned copies; can be empty.
             raw: the kind of `raw_features` that the experts start from.
         """
 
@@ -122,7 +122,7 @@ ADAPTER_MODULES: Registry[type[AdapterModule]] = Registry("adapter module")
 
 
 def raw_features(sam: Sam, pixels: Tensor, kind: str) -> ImageFeatures:
-    """Compute the features that the tuned part of a SAM starts from; see `Tuning.raw`.
+    """Compute the inputs of the tuned part of a SAM; see `Tuning.raw`.
 
     Args:
         sam: the pretrained SAM.

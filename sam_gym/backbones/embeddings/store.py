@@ -1,4 +1,4 @@
-"""Image features kept on the device: an image is encoded once and passed around as a number."""
+"""A cache of image features on the device: each image is encoded once and has a handle."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FeatureTable:
 
 
 class EmbeddingStore:
-    """Features of one backbone, keyed by image content, bounded; least recently used out first.
+    """A bounded LRU cache of the features of one backbone, keyed by image content.
 
     A *handle* is the index of an image in the store; it is recycled once the image has been
     evicted. A pinned image is never evicted: environments pin the images of their current episodes,
@@ -46,7 +46,7 @@ class EmbeddingStore:
         source: computes missing features, a backbone for example.
         max_bytes: bound on the memory of all features; at least one image is kept.
         batch_size: images per encoder call.
-        disk: where features are looked up before they are computed, and kept afterwards.
+        disk: second cache, on disk, for features that are not in memory.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class EmbeddingStore:
             values = compute([images[handle] for handle in chunk])
             table = feature.table
             if table is None or len(table) < len(self._table):
-                # A row that is read before it was computed turns every later number into NaN.
+                # Reading a row before it is computed yields NaN instead of stale values.
                 grown = values.new_full((len(self._table), *values.shape[1:]), torch.nan)
                 if table is not None:
                     grown[: len(table)] = table
@@ -177,7 +177,7 @@ class EmbeddingStore:
             feature.known.update(chunk)
 
     def _features(self, chunk: Sequence[tuple[bytes, np.ndarray]]) -> ImageFeatures:
-        """Features of images: read from disk where they are, else encoded and kept there."""
+        """Return the features of images: from disk if they are there, else encoded and written."""
         device, disk = self.source.device, self.disk
         found: list[ImageFeatures | None] = [None] * len(chunk)
         if disk is not None:
@@ -219,7 +219,7 @@ class EmbeddingStore:
         return feature.table[index]
 
     def pin(self, handle: int) -> None:
-        """Keep an image until it is unpinned as often as it was pinned."""
+        """Pin an image; it can be evicted after as many calls of `unpin`."""
         self._pins[handle] = self._pins.get(handle, 0) + 1
         if self._epoch is not None:
             self._epoch.add(handle)
@@ -230,14 +230,14 @@ class EmbeddingStore:
             del self._pins[handle]
 
     def pin_new_epoch(self) -> None:
-        """Keep every image that is pinned now or from now on, until the next call.
+        """Start an epoch: images that are pinned now or later stay until the next call.
 
         Call it before each rollout: the images of its observations then outlive the update.
         """
         self._epoch = set(self._pins)
 
     def end_epoch(self) -> None:
-        """Release the images that only the current epoch keeps."""
+        """End the epoch: images without another pin can be evicted."""
         self._epoch = None
 
     def _new_handle(self) -> int:
@@ -277,12 +277,12 @@ _stores: dict[int, EmbeddingStore] = {}
 def shared_store(
     source: FeatureSource, max_bytes: int = 2**30, disk: DiskStore | None = None
 ) -> EmbeddingStore:
-    """The process-wide store of a backbone; its bound is the largest of all calls.
+    """Return the process-wide store of a backbone; its memory bound is the largest of all calls.
 
     Args:
         source: computes the features.
         max_bytes: bound on the memory of all features.
-        disk: keeps features between runs; once given, it stays until another is given.
+        disk: keeps features between runs; replaces the previous one, if any.
     """
     store = _stores.get(id(source))
     if store is None:

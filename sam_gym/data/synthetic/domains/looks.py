@@ -39,7 +39,7 @@ def _grain_tiles(size: int) -> np.ndarray:
 
 def grain(rng: np.random.Generator, size: int, channels: int = 1) -> np.ndarray:
     """Return white noise of unit variance: (size, size), read-only, or (size, size, 3)."""
-    # Crops, since sampling normal numbers would dominate the time of an image.
+    # Crop precomputed noise: sampling it would take most of the time of an image.
     tiles = _grain_tiles(size)
     cuts = []
     for channel in rng.permutation(3)[:channels]:
