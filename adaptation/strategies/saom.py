@@ -33,8 +33,8 @@ class Saom(Strategy):
     the prompt of an object is the grid point of its nearest neighbour in the embedding: `inside=0`
     and `background=0`. Everything mode prompts every grid point, so the defaults differ: prompts
     are random grid points inside their object (`inside=1`; the nearest one if the object is thinner
-    than the grid), and a share of them lie on no object (`background=0.4`), where the predicted IoU
-    learns 0.
+    than the grid). A fraction of them is on no object (`background=0.4`); there, the target of the
+    predicted IoU is 0.
     """
 
     @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Saom(Strategy):
         class_weight: float = 0.5
         """Weight of the class loss."""
         inside: float = 1.0
-        """Share of prompts at a random grid point inside their object; 0: all by nearest neighbour,
-        as in the paper."""
+        """Fraction of prompts at a random grid point inside their object; 0: all by nearest
+        neighbour, as in the paper."""
         background: float = 0.4
-        """Share of prompts on no object, where the predicted IoU learns 0. Use 0 if images contain
-        objects that are not annotated."""
+        """Fraction of prompts on no object; the target of their predicted IoU is 0. Use 0 if images
+        contain objects that are not annotated."""
 
     #: Columns and rows of the grid.
     _grid: ClassVar[tuple[int, int]] = (32, 32)
