@@ -13,13 +13,7 @@ import gymnasium as gym
 from sam_gym.version import __version__
 
 if TYPE_CHECKING:
-    from sam_gym.backbones import (
-        Backbone,
-        BackboneSpec,
-        Prompts,
-        load_backbone,
-        register_backbone,
-    )
+    from sam_gym.backbones import Backbone, BackboneSpec, Prompts, load_backbone, register_backbone
     from sam_gym.backbones.features import ImageFeatures
     from sam_gym.data import Dataset, DatasetSpec, Sample, make_dataset, register_dataset
     from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator

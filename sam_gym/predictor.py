@@ -45,7 +45,7 @@ class Predictions(NamedTuple):
 
 @dataclass
 class _ImagePrompts:
-    """The P prompts of one image, checked; what was not given is None.
+    """The P prompts of one image, checked; None where not given.
 
     Attributes:
         count: P.
@@ -144,7 +144,7 @@ class Predictor:
 
         Every argument has one entry per image. Entries of one image describe the same P prompts: a
         prompt may have points, a box and a mask. Images may differ in P and in the number of
-        points. A batch gives what each prompt gives alone.
+        points. Batching does not change a prompt's result.
 
         Args:
             points: float (P, N, 2), (x, y) in pixels of the image; (N, 2) for one prompt.

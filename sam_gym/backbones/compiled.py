@@ -49,5 +49,5 @@ class FixedShapes:
         with torch._dynamo.config.patch(_LIMITS):
             torch.compiler.cudagraph_mark_step_begin()
             outputs = self._compiled(*inputs)
-        # The next call of a CUDA graph overwrites what this one returned.
+        # The next call of a CUDA graph overwrites the result of this one.
         return [output[:count].clone() for output in outputs]

@@ -223,7 +223,7 @@ class MaskTokens:
         features: (P, h * w, 16, C / 8), upscaled image features.
         iou: (P, K), predicted IoU of each mask.
         grid: (h, w) of the embedding.
-        refinement: (P, 4h, 4w), what an HQ decoder adds to every mask, or None.
+        refinement: (P, 4h, 4w), logits that an HQ decoder adds to every mask, or None.
         tokens: (P, K, C), output of the transformer for the mask tokens, as class heads take it.
     """
 

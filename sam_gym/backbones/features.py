@@ -1,4 +1,4 @@
-"""Image features: what a backbone computes once per image, as named tensors."""
+"""Image features: named tensors that a backbone computes once per image."""
 
 from __future__ import annotations
 

@@ -433,7 +433,7 @@ def _with_fixed_shapes(features: ImageFeatures, prompts: Prompts) -> tuple[Image
     """Bring prompts into a form with few distinct shapes.
 
     Every prompt set has its own image, `_POINTS` points or a larger power of two, a box and, if any
-    of them has one, a mask; what a prompt set lacks is marked as absent.
+    of them has one, a mask; missing parts are marked as absent.
     """
     count, device = len(prompts), features.device
     points, labels = prompts.points, prompts.labels

@@ -278,10 +278,7 @@ def _images(table: list[Any], folder: str, records: Records) -> dict[int | str, 
 
 
 def _annotation(
-    record: Any,
-    images: dict[int | str, _Image],
-    names: dict[int | str, str],
-    seen: set[int | str],
+    record: Any, images: dict[int | str, _Image], names: dict[int | str, str], seen: set[int | str]
 ) -> tuple[_Image, int | str, bool]:
     """Return image, category id and crowd flag of an annotation; add its id to `seen`."""
     seen.add(_new_id(record, seen))

@@ -10,15 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sam_gym.data.base import Sample, check_index
-from sam_gym.data.io import (
-    OnError,
-    Records,
-    Reject,
-    read_image,
-    read_json,
-    read_labels,
-    resolve,
-)
+from sam_gym.data.io import OnError, Records, Reject, read_image, read_json, read_labels, resolve
 from sam_gym.utils.registry import unknown_name
 
 METADATA = "metadata.json"

@@ -268,10 +268,7 @@ def folders(
 
 
 def low_res_ceiling(
-    dataset: Dataset,
-    image_size: int = 256,
-    mask_size: int = 64,
-    max_images: int | None = None,
+    dataset: Dataset, image_size: int = 256, mask_size: int = 64, max_images: int | None = None
 ) -> float:
     """Return the mean IoU that true masks reach at SAM's low resolution, over objects.
 

@@ -18,6 +18,9 @@ from sam_gym.utils.render import show
 
 C = TypeVar("C", bound=EnvConfig)
 
+#: Valid values of `render_mode`.
+RENDER_MODES = (None, "rgb_array", "human")
+
 
 class BaseEnv(gym.Env[Any, Any]):
     """The scalar environment of a core.
@@ -44,7 +47,7 @@ class BaseEnv(gym.Env[Any, Any]):
     core: BaseCore[Any, Any]
 
     def __init__(self, render_mode: str | None = None, **kwargs: Any) -> None:
-        check_render_mode(render_mode)
+        check_choice("render_mode", render_mode, RENDER_MODES)
         self.render_mode = render_mode
         config = make_config(self.config_class, self.env_id, kwargs)
         self.core = self.core_class(config, num_envs=1)
@@ -125,7 +128,7 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         **kwargs: Any,
     ) -> None:
-        check_render_mode(render_mode)
+        check_choice("render_mode", render_mode, RENDER_MODES)
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = render_mode
@@ -297,16 +300,9 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
 
 
 def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
-    modes = {valid.value: valid for valid in AutoresetMode}
     name = mode.value if isinstance(mode, AutoresetMode) else mode
-    if name not in modes:
-        raise unknown_name("autoreset_mode", name, modes)
-    return modes[name]
-
-
-def check_render_mode(render_mode: str | None) -> None:
-    """Raise `ValueError` for an unknown render mode."""
-    check_choice("render_mode", render_mode, (None, "rgb_array", "human"))
+    check_choice("autoreset_mode", name, [valid.value for valid in AutoresetMode])
+    return AutoresetMode(name)
 
 
 def make_config(config_class: type[C], env_id: str, kwargs: dict[str, Any]) -> C:

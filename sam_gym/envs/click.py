@@ -14,14 +14,7 @@ from torch.nn import functional as F
 from sam_gym.backbones import NO_POINT, Prompts
 from sam_gym.data import Dataset
 from sam_gym.data.base import select_categories
-from sam_gym.envs.base_core import (
-    MAX_DRAWS,
-    BaseCore,
-    DatasetConfig,
-    Draw,
-    EnvConfig,
-    check_choice,
-)
+from sam_gym.envs.base_core import MAX_DRAWS, BaseCore, DatasetConfig, Draw, EnvConfig, check_choice
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.envs.rewards import REWARDS, Transition
 from sam_gym.metrics import masks as metrics
@@ -226,12 +219,10 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
                 assert category is not None
                 mask, cue = sample.category_mask(category), None
             else:
-                pool = (
-                    np.flatnonzero(sample.categories == category)
-                    if category is not None
-                    else (np.arange(len(sample.masks)))
-                )
-                number = int(rng.choice(pool))
+                numbers = np.arange(len(sample.masks))
+                if category is not None:
+                    numbers = numbers[sample.categories == category]
+                number = int(rng.choice(numbers))
                 mask, category = sample.masks[number], int(sample.categories[number])
                 inside = np.flatnonzero(mask)
                 y, x = divmod(int(inside[rng.integers(len(inside))]), mask.shape[1])
@@ -424,9 +415,7 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
     def mask(self, env_index: int) -> np.ndarray:
         """Return the current mask at the size of the image: bool (H, W)."""
         logits = self.logits[env_index, int(self.num_clicks[env_index])]
-        return (
-            (self.backbone.masks_at(logits, self._target(env_index).mask.shape) > 0).cpu().numpy()
-        )
+        return to_host(self.backbone.masks_at(logits, self._target(env_index).mask.shape) > 0)[0]
 
     def clicks(self, env_index: int) -> list[tuple[int, int, bool]]:
         """Return the clicks of the episode: (x, y) in pixels of the image, and whether positive."""

@@ -20,10 +20,7 @@ from sam_gym.metrics.panoptic import PART_COVERS, PART_INSIDE, matched_ious
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Arrays of an `EverythingCore` that `get_state` saves, beside the kept masks.
-EPISODE_ARRAYS = (
-    *("steps", "num_points", "num_duplicates", "cells"),
-    *("ious", "found", "shown"),
-)
+EPISODE_ARRAYS = ("steps", "num_points", "num_duplicates", "cells", "ious", "found", "shown")
 #: Minimum IoU at which an object counts as found.
 FOUND_IOU = 0.5
 #: Number of overlapping masks at which the map `overlap` saturates.

@@ -16,6 +16,7 @@ TARGET_COLOUR = (255, 255, 255)
 POSITIVE_COLOUR = (40, 200, 64)
 NEGATIVE_COLOUR = (235, 50, 50)
 CUE_COLOUR = (255, 214, 10)
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
 def draw_episode(
@@ -54,7 +55,7 @@ def draw_episode(
         cv2.circle(canvas, _at(cue[0], cue[1], scale), height // 32, CUE_COLOUR, 2, cv2.LINE_AA)
     for number, (x, y, positive) in enumerate(clicks, start=1):
         _mark(canvas, _at(x, y, scale), bool(positive), number == len(clicks))
-    return np.concatenate([canvas, _caption(caption, size[0])]) if caption else canvas
+    return _captioned(canvas, caption)
 
 
 def draw_masks(
@@ -94,7 +95,7 @@ def draw_masks(
         _outline(canvas, _at_size(target, size), TARGET_COLOUR, 1)
     for number, (x, y) in enumerate(points, start=1):
         _numbered(canvas, _at(x, y, scale), number)
-    return np.concatenate([canvas, _caption(caption, size[0])]) if caption else canvas
+    return _captioned(canvas, caption)
 
 
 def distinct_colour(number: int) -> tuple[int, int, int]:
@@ -138,7 +139,7 @@ def draw_heat(
         y, x = divmod(int(smooth.argmax()), size[0])
         cv2.drawMarker(canvas, (x, y), (0, 0, 0), cv2.MARKER_CROSS, 22, 5, cv2.LINE_AA)
         cv2.drawMarker(canvas, (x, y), NEGATIVE_COLOUR, cv2.MARKER_CROSS, 20, 2, cv2.LINE_AA)
-    return np.concatenate([canvas, _caption(caption, size[0])]) if caption else canvas
+    return _captioned(canvas, caption)
 
 
 def _enlarged(image: np.ndarray, height: int) -> tuple[np.ndarray, tuple[int, int], float]:
@@ -183,30 +184,19 @@ def _numbered(canvas: np.ndarray, center: tuple[int, int], number: int) -> None:
     cv2.circle(canvas, center, 4, (20, 20, 20), -1, cv2.LINE_AA)
     cv2.circle(canvas, center, 3, (255, 255, 255), -1, cv2.LINE_AA)
     for colour, width in (((20, 20, 20), 3), ((255, 255, 255), 1)):
-        cv2.putText(
-            canvas,
-            str(number),
-            (x + 5, y - 3),
-            cv2.FONT_HERSHEY_SIMPLEX,
-            0.36,
-            colour,
-            width,
-            cv2.LINE_AA,
-        )
+        cv2.putText(canvas, str(number), (x + 5, y - 3), _FONT, 0.36, colour, width, cv2.LINE_AA)
 
 
-def _caption(text: str, width: int) -> np.ndarray:
-    strip = np.full((30, width, 3), 24, np.uint8)
-    scale = 0.5
-    while (
-        scale > 0.25
-        and cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] > width - 12
-    ):
+def _captioned(canvas: np.ndarray, text: str) -> np.ndarray:
+    """Add a line of text below a picture, in letters that fit; nothing if it is empty."""
+    if not text:
+        return canvas
+    width, scale = canvas.shape[1], 0.5
+    while scale > 0.25 and cv2.getTextSize(text, _FONT, scale, 1)[0][0] > width - 12:
         scale -= 0.02
-    cv2.putText(
-        strip, text, (6, 20), cv2.FONT_HERSHEY_SIMPLEX, scale, (240, 240, 240), 1, cv2.LINE_AA
-    )
-    return strip
+    strip = np.full((30, width, 3), 24, np.uint8)
+    cv2.putText(strip, text, (6, 20), _FONT, scale, (240, 240, 240), 1, cv2.LINE_AA)
+    return np.concatenate([canvas, strip])
 
 
 def tile(frames: Sequence[np.ndarray], columns: int) -> np.ndarray:

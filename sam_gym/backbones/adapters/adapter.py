@@ -1,7 +1,7 @@
-"""Adapter files: what was learned on top of a SAM, as `load_backbone` applies it.
+"""Adapter files: learned weights that `load_backbone` applies to a SAM.
 
-A file holds the tuned weights of one or several *experts* (copies of the SAM that share what is
-frozen), the state of the module that routes or prompts by image, and that of a class head.
+A file holds the tuned weights of one or several *experts* (copies of the SAM that share
+frozen weights), the state of the module that routes or prompts by image, and that of a class head.
 """
 
 from __future__ import annotations

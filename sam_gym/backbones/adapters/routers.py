@@ -1,4 +1,4 @@
-"""Routers: choose the expert of an image by what the frozen encoder computes of it."""
+"""Routers: choose the expert of an image by its features under the frozen encoder."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ from sam_gym.backbones.adapters.tuning import encoder_blocks
 from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures, TensorSpec
 from sam_gym.backbones.hq import feature_spec
+
+#: Returns the prepared pixels of some images, (B, 3, S, S).
+Pixels = Callable[[], Tensor]
 
 
 @contextmanager
@@ -60,11 +63,7 @@ class Router(AdapterModule):
 
     @abstractmethod
     def logits(
-        self,
-        sam: Sam,
-        pixels: Callable[[], Tensor],
-        embedding: Tensor | None,
-        inputs: Sequence[Tensor],
+        self, sam: Sam, pixels: Pixels, embedding: Tensor | None, inputs: Sequence[Tensor]
     ) -> Tensor:
         """Score the experts: (B, number of experts).
 
@@ -115,11 +114,7 @@ class TokenRouter(Router):
         return self.head(self.norm(tokens[:, 0]))
 
     def logits(
-        self,
-        sam: Sam,
-        pixels: Callable[[], Tensor],
-        embedding: Tensor | None,
-        inputs: Sequence[Tensor],
+        self, sam: Sam, pixels: Pixels, embedding: Tensor | None, inputs: Sequence[Tensor]
     ) -> Tensor:
         encoder = sam.image_encoder
         return self(encoder, keys_of(encoder, inputs or block_inputs(encoder, pixels())))
@@ -196,11 +191,7 @@ class EmbeddingRouter(Router):
         return self.layers((features - self.mean) / self.deviation)
 
     def logits(
-        self,
-        sam: Sam,
-        pixels: Callable[[], Tensor],
-        embedding: Tensor | None,
-        inputs: Sequence[Tensor],
+        self, sam: Sam, pixels: Pixels, embedding: Tensor | None, inputs: Sequence[Tensor]
     ) -> Tensor:
         own = sam.image_encoder(pixels()) if embedding is None else embedding
         return self(pooled_embedding(own))
@@ -224,12 +215,12 @@ class RoutedModel(Model):
 
     def __init__(self, sam: Sam, experts: Sequence[Sam], router: Router, raw: str) -> None:
         super().__init__(sam, raw)
-        self.experts = nn.ModuleList(experts)
+        self.experts: Any = nn.ModuleList(experts)
         self.router = router
 
     @property
     def feature_spec(self) -> FeatureSpec:
-        own = feature_spec(self._expert(0)).tensors
+        own = feature_spec(self.experts[0]).tensors
         return FeatureSpec({**own, "route": TensorSpec((), torch.int64)})
 
     @property
@@ -240,19 +231,13 @@ class RoutedModel(Model):
     def fixed_shapes(self) -> bool:
         return False
 
-    def _expert(self, number: int) -> Any:
-        return self.experts[number]
-
     def encode(self, pixels: Tensor) -> ImageFeatures:
         with recorded_inputs(self.sam.image_encoder) as inputs:
             raw = raw_features(self.sam, pixels, self.raw)
         return self.embed(raw, lambda: pixels, inputs)
 
     def embed(
-        self,
-        raw: ImageFeatures,
-        pixels: Callable[[], Tensor] | None = None,
-        inputs: Sequence[Tensor] = (),
+        self, raw: ImageFeatures, pixels: Pixels | None = None, inputs: Sequence[Tensor] = ()
     ) -> ImageFeatures:
         """Compute features, each image's by its own expert.
 
@@ -265,7 +250,7 @@ class RoutedModel(Model):
             pixels = partial(raw.__getitem__, "pixels")
         embedding = None if self.raw == "pixels" else raw.embedding
         route = self.router.logits(self.sam, pixels, embedding, inputs).argmax(dim=1)
-        parts = [(rows, embed(self._expert(k), raw[rows])) for k, rows in _by_expert(route)]
+        parts = [(rows, embed(self.experts[k], raw[rows])) for k, rows in _by_expert(route)]
         order = torch.cat([rows for rows, _ in parts]).argsort()
         return ImageFeatures.cat([own for _, own in parts])[order].merge(route=route)
 
@@ -274,7 +259,7 @@ class RoutedModel(Model):
             features, prompts = features[prompts.rows], replace(prompts, rows=None)
         return MaskTokens.merged(
             [
-                (rows, decode_tokens(self._expert(k), features[rows], prompts.take(rows)))
+                (rows, decode_tokens(self.experts[k], features[rows], prompts.take(rows)))
                 for k, rows in _by_expert(features["route"])
             ]
         )

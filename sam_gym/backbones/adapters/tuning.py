@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,19 +167,14 @@ _DECODER_LINEARS = (
     r"|(output_hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.\d)"
 )
 _ENCODER_LINEARS = r"image_encoder\.blocks\.\d+\.attn\.qkv"
+_ALL_LINEARS = f"{_DECODER_LINEARS}|{_ENCODER_LINEARS}"
 
 TUNINGS.add("decoder", Tuning(_decoder, "embedding", 3e-4))
 TUNINGS.add("hq", Tuning(_hq, "early", 1e-3))
-TUNINGS.add("hq_small", Tuning(lambda sam: _hq(sam, HQ_RANK), "early", 2e-3))
+TUNINGS.add("hq_small", Tuning(partial(_hq, rank=HQ_RANK), "early", 2e-3))
 TUNINGS.add("sam_adapter", Tuning(_sam_adapter, "pixels", 3e-4))
-TUNINGS.add(
-    "lora",
-    Tuning(lambda sam: _lora(sam, f"{_DECODER_LINEARS}|{_ENCODER_LINEARS}"), "pixels", 3e-3),
-)
-TUNINGS.add(
-    "lora_decoder",
-    Tuning(lambda sam: _lora(sam, _DECODER_LINEARS), "embedding", 3e-3),
-)
+TUNINGS.add("lora", Tuning(partial(_lora, names=_ALL_LINEARS), "pixels", 3e-3))
+TUNINGS.add("lora_decoder", Tuning(partial(_lora, names=_DECODER_LINEARS), "embedding", 3e-3))
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -119,7 +119,7 @@ class DiskStore:
         return features if features.spec == self.spec else None
 
     def put(self, key: bytes, features: ImageFeatures) -> ImageFeatures:
-        """Keep the features of one image with this digest; returns what `get` will.
+        """Keep the features of one image with this digest; returns them as `get` will.
 
         Raises:
             ValueError: they have other shapes, or values that the precision cannot hold.

@@ -136,8 +136,6 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    import tyro
-
     from sam_gym.utils import cli
 
     cli.run(lambda: precompute(tyro.cli(PrecomputeConfig)))

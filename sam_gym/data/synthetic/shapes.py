@@ -65,10 +65,7 @@ def ring(rng: np.random.Generator) -> list[Contours]:
 @SHAPES.register("cross")
 def cross(rng: np.random.Generator) -> list[Contours]:
     thick, bar = rng.uniform(0.24, 0.34), rng.uniform(-0.35, 0.0)
-    return [
-        [box(-thick, -1.0, thick, 1.0)],
-        [box(-0.85, bar - thick, 0.85, bar + thick)],
-    ]
+    return [[box(-thick, -1.0, thick, 1.0)], [box(-0.85, bar - thick, 0.85, bar + thick)]]
 
 
 @SHAPES.register("gear")
