@@ -18,7 +18,7 @@ from sam_gym.backbones.spec import PublishedWeights, backbones_by_size
 from sam_gym.utils.digest import file_digest
 from sam_gym.utils.home import home
 from sam_gym.utils.progress import ProgressBar
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.registry import check_choice
 
 _CHUNK = 2**20
 _TIMEOUT = 30.0
@@ -37,8 +37,7 @@ def default_path(name: str) -> Path:
         ValueError: no published checkpoint belongs to this name.
     """
     published = published_weights()
-    if name not in published:
-        raise unknown_name("published backbone", name, published)
+    check_choice("published backbone", name, published)
     return home() / "checkpoints" / published[name].filename
 
 

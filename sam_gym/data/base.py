@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from sam_gym.utils.registry import load_entry_point, unknown_name
+from sam_gym.utils.registry import check_choice, load_entry_point, unknown_name
 
 #: Names of the splits.
 SPLITS = ("train", "val", "test")
@@ -36,8 +36,7 @@ def select_categories(wanted: str | Sequence[str] | None, names: Sequence[str]) 
     if isinstance(wanted, str):
         wanted = [name.strip() for name in wanted.split(",")]
     for name in wanted:
-        if name not in names:
-            raise unknown_name("category", name, names)
+        check_choice("category", name, names)
     if not wanted:
         raise ValueError("categories is empty. Name at least one, or pass None for all.")
     return tuple(dict.fromkeys(wanted))

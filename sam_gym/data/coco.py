@@ -13,7 +13,7 @@ from pycocotools import mask as rle
 
 from sam_gym.data.base import MissingSplit, Sample, check_index, select_categories
 from sam_gym.data.io import OnError, Records, Reject, read_image, read_json, resolve
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.registry import check_choice
 
 
 @dataclass
@@ -82,8 +82,7 @@ class Coco:
         on_error: OnError = "raise",
         include_crowd: bool = False,
     ) -> None:
-        if balance not in ("category", "image"):
-            raise unknown_name("balance", balance, ("category", "image"))
+        check_choice("balance", balance, ("category", "image"))
         path = annotations or _annotation_file(root, split)
         data = _load(path)
         self._file = os.path.basename(path)

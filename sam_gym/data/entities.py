@@ -11,7 +11,7 @@ from PIL import Image
 
 from sam_gym.data.base import Sample, check_index
 from sam_gym.data.io import OnError, Records, Reject, read_image, read_json, read_labels, resolve
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.registry import check_choice
 
 METADATA = "metadata.json"
 
@@ -61,8 +61,7 @@ class Entities:
         masks: str = "masks",
         on_error: OnError = "raise",
     ) -> None:
-        if split not in _LISTS:
-            raise unknown_name("split", split, _LISTS)
+        check_choice("split", split, _LISTS)
         if not os.path.isdir(root):
             raise FileNotFoundError(f"{root}: the root folder does not exist. Check root=.")
         self.name = os.path.basename(os.path.realpath(root))

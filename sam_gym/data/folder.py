@@ -20,7 +20,7 @@ from sam_gym.data.io import (
     read_labels,
     resolve,
 )
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.registry import check_choice
 
 BACKGROUND, IGNORE, OBJECT = 0, 128, 255
 
@@ -69,10 +69,8 @@ class Folder:
         category: str = "object",
         on_error: OnError = "raise",
     ) -> None:
-        if split not in SPLITS:
-            raise unknown_name("split", split, SPLITS)
-        if target not in _TARGETS:
-            raise unknown_name("target", target, _TARGETS)
+        check_choice("split", split, SPLITS)
+        check_choice("target", target, _TARGETS)
         self.name = os.path.basename(os.path.realpath(root))
         self.categories = (category,)
         self._target = target

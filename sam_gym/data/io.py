@@ -13,7 +13,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.registry import check_choice
 
 OnError = Literal["raise", "skip"]
 
@@ -50,8 +50,7 @@ class Records:
     """
 
     def __init__(self, file: str, on_error: str) -> None:
-        if on_error not in ("raise", "skip"):
-            raise unknown_name("on_error", on_error, ("raise", "skip"))
+        check_choice("on_error", on_error, ("raise", "skip"))
         self.file = file
         self.on_error = on_error
         self.skipped: Counter[str] = Counter()

@@ -22,7 +22,7 @@ from sam_gym.data.cache import SampleCache
 from sam_gym.envs.prefetch import Prefetcher
 from sam_gym.simulation.clicks import cell_centres
 from sam_gym.utils.lowres import frame_mask, low_res
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.registry import check_choice
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Maximum number of draws in search of a target that is large enough.
@@ -117,12 +117,6 @@ class DatasetConfig(EnvConfig):
     @property
     def held_out_split(self) -> str:
         return DATASETS.get(self.dataset).held_out_split
-
-
-def check_choice(name: str, value: Any, valid: Any) -> None:
-    """Raise `ValueError` unless `value` is one of the valid values."""
-    if value not in valid:
-        raise unknown_name(name, value, [str(v) for v in valid])
 
 
 class Target(Protocol):

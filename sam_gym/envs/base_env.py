@@ -12,8 +12,8 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from sam_gym.envs.base_core import BaseCore, EnvConfig, check_choice
-from sam_gym.utils.registry import unknown_name
+from sam_gym.envs.base_core import BaseCore, EnvConfig
+from sam_gym.utils.registry import check_choice, unknown_name
 from sam_gym.utils.render import show
 
 C = TypeVar("C", bound=EnvConfig)

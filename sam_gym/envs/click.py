@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from sam_gym.backbones import NO_POINT, Prompts
 from sam_gym.data import Dataset
 from sam_gym.data.base import select_categories
-from sam_gym.envs.base_core import MAX_DRAWS, BaseCore, DatasetConfig, Draw, EnvConfig, check_choice
+from sam_gym.envs.base_core import MAX_DRAWS, BaseCore, DatasetConfig, Draw, EnvConfig
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.envs.rewards import REWARDS, Transition
 from sam_gym.metrics import masks as metrics
+from sam_gym.utils.registry import check_choice
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Arrays of a `ClickCore` that `get_state` saves, beside the mask logits.

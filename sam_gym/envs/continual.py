@@ -13,7 +13,7 @@ from gymnasium import spaces
 from sam_gym.data.base import Dataset, Sample
 from sam_gym.data.streams import Stream, make_stream
 from sam_gym.envs.click import EPISODE_ARRAYS, ClickConfig, ClickCore, SamSegEnv, SamSegVectorEnv
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.registry import check_choice
 
 BOUNDARIES = ("announced", "hidden")
 
@@ -48,8 +48,7 @@ class ContinualConfig(ClickConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.boundaries not in BOUNDARIES:
-            raise unknown_name("boundaries", self.boundaries, BOUNDARIES)
+        check_choice("boundaries", self.boundaries, BOUNDARIES)
         if self.episodes_per_domain is not None and self.episodes_per_domain < 1:
             raise ValueError(
                 "episodes_per_domain must be at least 1, or None to change domains on request "

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from sam_gym.backbones import Prompts
 from sam_gym.data import Dataset, Sample
-from sam_gym.envs.base_core import MAX_DRAWS, BaseCore, DatasetConfig, Draw, check_choice
+from sam_gym.envs.base_core import MAX_DRAWS, BaseCore, DatasetConfig, Draw
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.metrics.panoptic import PART_COVERS, PART_INSIDE, matched_ious
+from sam_gym.utils.registry import check_choice
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Arrays of an `EverythingCore` that `get_state` saves, beside the kept masks.

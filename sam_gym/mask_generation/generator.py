@@ -29,7 +29,7 @@ from sam_gym.backbones.spec import BackboneSpec, find_spec
 from sam_gym.mask_generation.masks import OUTPUTS, Collected, Masks, run_lengths, to_counts
 from sam_gym.simulation.clicks import relative_grid
 from sam_gym.utils.progress import ProgressBar
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.registry import check_choice
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Embedding cells per decoder call, and pixels of masks upsampled at once, by type of device. On a
@@ -74,8 +74,7 @@ class GeneratorOptions:
 
     def validate(self) -> None:
         """Raise `ValueError` if an option is out of range."""
-        if self.output not in OUTPUTS:
-            raise unknown_name("output", self.output, OUTPUTS)
+        check_choice("output", self.output, OUTPUTS)
         shares = "pred_iou_thresh stability_score_thresh box_nms_thresh crop_nms_thresh"
         for name in (*shares.split(), "crop_overlap_ratio"):
             if getattr(self, name) is not None:

@@ -12,7 +12,7 @@ import torch
 from pycocotools import mask as rle
 from torch import Tensor
 
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.registry import check_choice
 
 #: Formats of the mask of a record.
 OUTPUTS = ("binary_mask", "uncompressed_rle", "coco_rle")
@@ -133,8 +133,7 @@ class Masks:
         Args:
             output: format of `segmentation`, one of `OUTPUTS`.
         """
-        if output not in OUTPUTS:
-            raise unknown_name("output", output, OUTPUTS)
+        check_choice("output", output, OUTPUTS)
         segmentations: list[Any]
         if output == "coco_rle":
             segmentations = self.coco()

@@ -18,6 +18,13 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
     return ValueError(f"Unknown {kind} {name!r}.{hint} Valid names: {', '.join(names)}.")
 
 
+def check_choice(kind: str, value: object, valid: Iterable[object]) -> None:
+    """Raise `unknown_name` unless `value` is one of the valid values."""
+    names = list(valid)
+    if value not in names:
+        raise unknown_name(kind, value, map(str, names))
+
+
 def load_entry_point(entry_point: str) -> Any:
     """Import and return the object that "module:attribute" names."""
     module, _, attribute = entry_point.partition(":")

@@ -18,7 +18,7 @@ from sam_gym.backbones.features import FeatureSpec, ImageFeatures
 from sam_gym.backbones.service import DTYPES, FeatureSource
 from sam_gym.utils.files import write_atomic
 from sam_gym.utils.home import home
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.registry import check_choice
 
 #: Default bound on the files of one backbone and precision: 64 GiB.
 DEFAULT_BYTES = 2**36
@@ -59,8 +59,7 @@ class DiskStore:
         dtype: str = "float32",
         max_bytes: int = DEFAULT_BYTES,
     ) -> None:
-        if dtype not in DTYPES:
-            raise unknown_name("dtype of embeddings on disk", dtype, DTYPES)
+        check_choice("dtype of embeddings on disk", dtype, DTYPES)
         self.folder = (folder or default_folder()) / f"{source.identity}-{dtype}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.dtype, self.max_bytes = DTYPES[dtype], max_bytes

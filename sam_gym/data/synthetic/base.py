@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.registry import check_choice
 
 #: Split name -> first word of the seed, which makes the splits disjoint.
 SPLITS = {"train": 1, "val": 2, "test": 3}
@@ -33,8 +33,7 @@ class Procedural:
     def __init__(
         self, split: str, length: int | None, size: int, largest: int = 1024, seed: int = 0
     ) -> None:
-        if split not in SPLITS:
-            raise unknown_name("split", split, SPLITS)
+        check_choice("split", split, SPLITS)
         if length is not None and length < 1:
             raise ValueError(f"length must be at least 1, got {length}.")
         if not 64 <= size <= largest:
