@@ -20,3 +20,10 @@ class Agent(Protocol):
         Only agents named "oracle" may read the ground truth.
         """
         ...
+
+
+class Baseline:
+    """Base class of agents that learn nothing, with a random generator `rng`."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)

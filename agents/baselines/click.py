@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from agents.baselines.base import Agent
+from agents.baselines.base import Agent, Baseline
 from sam_gym.backbones import NO_POINT, Prompts
 from sam_gym.envs.click import ClickCore
 from sam_gym.simulation.clicks import error_click, point_grid
@@ -18,22 +18,16 @@ BASELINES: Registry[Callable[[int], Agent]] = Registry("baseline of the click ta
 
 
 @BASELINES.register("random")
-class RandomAgent:
+class RandomAgent(Baseline):
     """Clicks uniformly at random, positive or negative."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.rng = np.random.default_rng(seed)
 
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         return self.rng.integers(2 * core.config.grid**2, size=core.num_envs)
 
 
 @BASELINES.register("center")
-class CenterAgent:
+class CenterAgent(Baseline):
     """Repeats a positive click at the centre of the frame."""
-
-    def __init__(self, seed: int = 0) -> None:
-        del seed
 
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         middle = (core.backbone.image_size - 1) / 2
@@ -41,13 +35,10 @@ class CenterAgent:
 
 
 @BASELINES.register("confident")
-class ConfidentAgent:
+class ConfidentAgent(Baseline):
     """Plays the positive click, of a coarse grid, whose mask has the highest predicted IoU."""
 
     tries = 6
-
-    def __init__(self, seed: int = 0) -> None:
-        del seed
 
     @torch.no_grad()
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
@@ -82,15 +73,12 @@ class ConfidentAgent:
 
 
 @BASELINES.register("oracle")
-class OracleAgent:
+class OracleAgent(Baseline):
     """Reads the ground truth: plays the grid click nearest to the standard simulated click.
 
     The click stays in the region of the simulated one. The result is a reference that grid clicks
     can reach, not an upper bound.
     """
-
-    def __init__(self, seed: int = 0) -> None:
-        del seed
 
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         return np.array([self._click(core, i) for i in range(core.num_envs)])

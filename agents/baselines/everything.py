@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from agents.baselines.base import Agent
+from agents.baselines.base import Agent, Baseline
 from sam_gym.backbones import Prompts
 from sam_gym.envs.everything import FOUND_IOU, EverythingConfig, EverythingCore
 from sam_gym.metrics.panoptic import matched_ious
@@ -31,11 +31,8 @@ def _nothing_more(core: EverythingCore, left: np.ndarray) -> int:
 
 
 @BASELINES.register("random")
-class RandomPoints:
+class RandomPoints(Baseline):
     """Tries untried points at random until the budget is spent."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.rng = np.random.default_rng(seed)
 
     def act(self, core: EverythingCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         left = _left(core)
@@ -43,11 +40,8 @@ class RandomPoints:
 
 
 @BASELINES.register("grid")
-class FullGrid:
+class FullGrid(Baseline):
     """Tries all points of the grid at once, beyond the budget: the reference for quality."""
-
-    def __init__(self, seed: int = 0) -> None:
-        del seed
 
     def env_config_for(self, env_config: EverythingConfig) -> EverythingConfig:
         """Return the config with sets of points and a budget for the whole grid."""
@@ -58,7 +52,7 @@ class FullGrid:
 
 
 @BASELINES.register("greedy")
-class Greedy:
+class Greedy(Baseline):
     """Tries the point with the highest predicted IoU outside of covered areas.
 
     It decodes a coarse grid once per image. These prompts do not count as points, so the agent is
@@ -69,7 +63,7 @@ class Greedy:
     tries = 16
 
     def __init__(self, seed: int = 0) -> None:
-        del seed
+        super().__init__(seed)
         #: Source of an image -> predicted IoU of each point of the coarse grid.
         self.predicted_ious: dict[str, np.ndarray] = {}
 
@@ -115,7 +109,7 @@ class Greedy:
 
 
 @BASELINES.register("oracle")
-class Oracle:
+class Oracle(Baseline):
     """Reads the ground truth: tries the point deepest inside an object that is not found yet.
 
     Depth is the distance to the object's border and to every tried point. Without the stop action
@@ -124,7 +118,7 @@ class Oracle:
     """
 
     def __init__(self, seed: int = 0) -> None:
-        del seed
+        super().__init__(seed)
         self._pixels: dict[tuple[int, ...], np.ndarray] = {}
 
     def act(self, core: EverythingCore, observations: dict[str, np.ndarray]) -> np.ndarray:

@@ -65,6 +65,14 @@ class StoredFeatures(BaseFeaturesExtractor):
         return F.adaptive_avg_pool2d(values, self.cells)
 
 
+def mix_planes(channels: int, width: int) -> nn.Sequential:
+    """Return a small convolutional network: (B, channels, h, w) -> (B, width, h, w)."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 1), nn.ReLU()]
+    for _ in range(2):
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
 class SplitFeatures(nn.Module):
     """Passes the feature map to the action head, and its pooled form to the value head."""
 
@@ -136,13 +144,19 @@ class SamPolicy(ActorCriticPolicy):
             data.pop(name, None)
         return data | {name: getattr(self, name) for name in self.arguments}
 
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = SplitFeatures(self.features_dim)  # type: ignore[assignment]
+
     def _build_heads(self, action_net: nn.Module, num_choices: int, lr_schedule: Schedule) -> None:
-        """Set the action head, its distribution, the value head and the optimizer."""
+        """Set the action head, its distribution, the value head and the optimizer.
+
+        The children of the action head are the layers that output the logits.
+        """
         # Replaces SB3's distribution over all actions.
         self.action_dist = CategoricalDistribution(num_choices)
         self.action_net = action_net
         # Small logits: all actions are about equally likely at first.
-        for layer in cast(Any, action_net).last_layers():
+        for layer in cast(Any, action_net).children():
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
         self.value_net = nn.Linear(self.mlp_extractor.latent_dim_vf, 1)
@@ -268,10 +282,5 @@ class SamPolicy(ActorCriticPolicy):
 
     def to_tensors(self, obs: dict[str, Any]) -> dict[str, Tensor]:
         """Return a batch of observations as tensors on the policy's device."""
-        return {
-            key: torch.as_tensor(np.asarray(value) if not torch.is_tensor(value) else value).to(
-                self.device
-            )
-            for key, value in obs.items()
-            if key != "image" or self.needs_image
-        }
+        seen = (key for key in obs if key != "image" or self.needs_image)
+        return {key: torch.as_tensor(obs[key], device=self.device) for key in seen}

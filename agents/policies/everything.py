@@ -10,14 +10,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agents.policies.base import (
-    NEVER,
-    POLICIES,
-    SamPolicy,
-    SplitFeatures,
-    StoredFeatures,
-    pooled,
-)
+from agents.policies.base import NEVER, POLICIES, SamPolicy, StoredFeatures, mix_planes, pooled
 from sam_gym.envs.everything import MAPS
 
 
@@ -44,14 +37,7 @@ class EverythingFeatures(StoredFeatures):
         super().__init__(observation_space, backbone, width)
         self.budget = budget
         self.reduce = nn.Conv2d(self.backbone.embedding_shape[0], width, 1)
-        self.mix = nn.Sequential(
-            nn.Conv2d(2 * width + len(MAPS) + 2, width, 1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-        )
+        self.mix = mix_planes(2 * width + len(MAPS) + 2, width)
 
     def forward(self, observations: PyTorchObs) -> Tensor:
         assert isinstance(observations, dict)
@@ -89,10 +75,6 @@ class PixelShuffleHead(nn.Module):
         self.points = nn.Conv2d(width, self.finer**2, 1)
         self.others = nn.Linear(2 * width, num_others) if num_others else None
 
-    def last_layers(self) -> list[nn.Module]:
-        """Return the layers that output the logits."""
-        return [self.points] if self.others is None else [self.points, self.others]
-
     def forward(self, features: Tensor) -> Tensor:
         fine = F.pixel_shuffle(self.points(features), self.finer)
         points = F.adaptive_avg_pool2d(fine, self.grid).flatten(1)
@@ -108,33 +90,22 @@ class EverythingPolicy(SamPolicy):
     It never tries a point twice.
 
     Args:
-        observation_space, action_space, lr_schedule: as SB3 passes them.
-        features: arguments of `EverythingFeatures`.
+        *args: as SB3 passes them.
         grid: points lie on grid x grid cells.
         stop: whether the last action ends the episode.
-        **kwargs: as `SamPolicy` takes them.
+        **kwargs: as `SamPolicy` takes them, with the arguments of `EverythingFeatures` as `features`.
     """
 
     extractor_class = EverythingFeatures
     arguments = (*SamPolicy.arguments, "grid", "stop")
 
-    def __init__(
-        self,
-        observation_space: gym.spaces.Dict,
-        action_space: gym.spaces.Discrete,
-        lr_schedule: Schedule,
-        *,
-        features: dict[str, Any],
-        grid: int,
-        stop: bool,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, grid: int, stop: bool, **kwargs: Any) -> None:
         self.grid, self.stop = grid, stop
-        super().__init__(observation_space, action_space, lr_schedule, features=features, **kwargs)
+        super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
         width = self.features_dim
-        self.mlp_extractor = SplitFeatures(width)  # type: ignore[assignment]
+        self._build_mlp_extractor()
         cells = cast(EverythingFeatures, self.features_extractor).cells
         head = PixelShuffleHead(width, cells, self.grid, int(self.stop))
         self._build_heads(head, self.grid**2 + int(self.stop), lr_schedule)

@@ -11,14 +11,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agents.policies.base import (
-    NEVER,
-    POLICIES,
-    SamPolicy,
-    SplitFeatures,
-    StoredFeatures,
-    pooled,
-)
+from agents.policies.base import NEVER, POLICIES, SamPolicy, StoredFeatures, mix_planes, pooled
 
 #: Name of the only action head, in files of earlier versions.
 SPATIAL = "spatial"
@@ -72,14 +65,7 @@ class ClickFeatures(StoredFeatures):
         with torch.no_grad():
             self.modulation.weight[0] = 0.0
         self.reduce = nn.Conv2d(channels, width, 1)
-        self.mix = nn.Sequential(
-            nn.Conv2d(2 * width + 2 + int(self.has_cue), width, 1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
-        )
+        self.mix = mix_planes(2 * width + 2 + int(self.has_cue), width)
         self.words: Tensor
         self.register_buffer("words", torch.zeros(len(categories), dtype=torch.long), False)
         self.set_categories(categories)
@@ -133,10 +119,6 @@ class SpatialHead(nn.Module):
         self.clicks = nn.Conv2d(width, polarities, 1)
         self.others = nn.Linear(2 * width, num_others) if num_others else None
 
-    def last_layers(self) -> list[nn.Module]:
-        """Return the layers that output the logits."""
-        return [self.clicks] if self.others is None else [self.clicks, self.others]
-
     def forward(self, features: Tensor) -> Tensor:
         clicks = F.adaptive_avg_pool2d(self.clicks(features), self.grid).flatten(1)
         if self.others is None:
@@ -167,13 +149,12 @@ class ImplicitPolicy(SamPolicy):
     After AlignSAM (Huang et al., CVPR 2024), with a spatial action head.
 
     Args:
-        observation_space, action_space, lr_schedule: as SB3 passes them.
-        features: arguments of `ClickFeatures`; names and numbers only, since SB3 pickles them.
+        *args: as SB3 passes them.
         grid: clicks fall on grid x grid cells.
         others: actions other than clicks, in order: "stop", "undo".
         recalibrate: choose among places only; a module trained on targets (see
             `agents.policies.recalibration`) labels the click positive or negative.
-        **kwargs: as `SamPolicy` takes them.
+        **kwargs: as `SamPolicy` takes them, with the arguments of `ClickFeatures` as `features`.
     """
 
     extractor_class: type[StoredFeatures] = ClickFeatures
@@ -183,11 +164,7 @@ class ImplicitPolicy(SamPolicy):
 
     def __init__(
         self,
-        observation_space: gym.spaces.Dict,
-        action_space: gym.spaces.Discrete,
-        lr_schedule: Schedule,
-        *,
-        features: dict[str, Any],
+        *args: Any,
         grid: int,
         others: Sequence[str] = (),
         recalibrate: bool = False,
@@ -197,14 +174,14 @@ class ImplicitPolicy(SamPolicy):
         check_head(kwargs.pop("head", SPATIAL), type(self).__name__)
         self.grid, self.others, self.recalibrate = grid, list(others), recalibrate
         self.recalibration: Recalibration | None = None
-        super().__init__(observation_space, action_space, lr_schedule, features=features, **kwargs)
+        super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
         width, num_actions = self.features_dim, int(self.action_space.n)  # type: ignore[attr-defined]
         polarities = 1 if self.recalibrate else 2
         num_others = num_actions - 2 * self.grid**2
         num_choices = polarities * self.grid**2 + num_others
-        self.mlp_extractor = SplitFeatures(width)  # type: ignore[assignment]
+        self._build_mlp_extractor()
         head = SpatialHead(width, self.grid, polarities, num_others)
         self._build_heads(head, num_choices, lr_schedule)
         # After the optimizer: PPO does not train this module.

@@ -99,7 +99,7 @@ def test_the_head_reads_logits_where_they_belong(cells: tuple[int, int], grid: i
     features = torch.zeros(1, 3, *cells)
     features[0, :, 1, 2] = 1.0
     with torch.no_grad():
-        for layer in head.last_layers():
+        for layer in head.children():
             layer.weight.fill_(1.0)  # type: ignore[operator,union-attr]
             layer.bias.zero_()  # type: ignore[operator,union-attr]
         logits = head(features)
