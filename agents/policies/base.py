@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import gymnasium as gym
-import numpy as np
 import torch
 from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -190,7 +189,6 @@ class SamPolicy(ActorCriticPolicy):
 
     def _allowed(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
         """Return the logits with `NEVER` for impossible choices."""
-        del obs
         return logits
 
     def _judged(self, obs: PyTorchObs) -> tuple[Distribution, Tensor]:
@@ -215,7 +213,6 @@ class SamPolicy(ActorCriticPolicy):
 
     def _to_actions(self, choices: Tensor, obs: PyTorchObs) -> Tensor:
         """Convert choices to actions (B,) of the environment."""
-        del obs
         return choices
 
     def _to_choices(self, actions: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class EverythingPolicy(SamPolicy):
         *args: as SB3 passes them.
         grid: points lie on grid x grid cells.
         stop: whether the last action ends the episode.
-        **kwargs: as `SamPolicy` takes them, with the arguments of `EverythingFeatures` as `features`.
+        **kwargs: as `SamPolicy` takes them; `features` has the arguments of `EverythingFeatures`.
     """
 
     extractor_class = EverythingFeatures
@@ -115,5 +115,4 @@ class EverythingPolicy(SamPolicy):
         return torch.where(F.pad(tried, (0, int(self.stop))), NEVER, logits)
 
     def action_config(self, num_actions: int) -> dict[str, Any]:
-        del num_actions
         return {"grid": self.grid, "stop": self.stop, "actions": "points"}

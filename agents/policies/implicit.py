@@ -154,7 +154,7 @@ class ImplicitPolicy(SamPolicy):
         others: actions other than clicks, in order: "stop", "undo".
         recalibrate: choose among places only; a module trained on targets (see
             `agents.policies.recalibration`) labels the click positive or negative.
-        **kwargs: as `SamPolicy` takes them, with the arguments of `ClickFeatures` as `features`.
+        **kwargs: as `SamPolicy` takes them; `features` has the arguments of `ClickFeatures`.
     """
 
     extractor_class: type[StoredFeatures] = ClickFeatures

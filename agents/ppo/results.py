@@ -5,25 +5,23 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agents.curves import plot_iou_after_steps, plot_learning_curve
 from agents.evaluate import Evaluation, PolicyAgent, evaluate, film_episodes
 from agents.ppo.callbacks import MonitorCallback
-from agents.ppo.config import TrainPPOConfig
 from agents.ppo.stages import StreamCallback
-from agents.tasks import Task
-from sam_gym.envs.base_core import EnvConfig
 from sam_gym.metrics.masks import with_interval
 from sam_gym.utils.files import write_json
 from sam_gym.utils.plots import plot_matrix
 from sam_gym.utils.render import save_gif
 
+if TYPE_CHECKING:
+    from agents.ppo.run import Plan
+
 
 def write_results(
-    config: TrainPPOConfig,
-    task: Task,
-    held_out: EnvConfig,
+    plan: Plan,
     agent: PolicyAgent,
     outcome: Evaluation | None,
     monitor: MonitorCallback,
@@ -33,9 +31,7 @@ def write_results(
     """Compare a trained policy with the baselines and write results.json and pictures.
 
     Args:
-        config: of the run.
-        task: of its environment.
-        held_out: env config of the final evaluation.
+        plan: the run.
         agent: the policy.
         outcome: of its final evaluation, if that was made already.
         monitor: has the curves of the training.
@@ -45,8 +41,9 @@ def write_results(
     Returns:
         The content of results.json, and the files written.
     """
+    config, task, held_out = plan.config, plan.task, plan.held_out
     out, trained = Path(config.out), time.monotonic()
-    outcomes = _final_evaluation(config, task, held_out, agent, outcome)
+    outcomes = _final_evaluation(plan, agent, outcome)
     results: dict[str, Any] = {name: own.summary() for name, own in outcomes.items()}
     curves = {name: own.curve.round(4).tolist() for name, own in outcomes.items()}
     results["gap_closed"] = _gap_closed(results)
@@ -81,20 +78,17 @@ def write_results(
 
 
 def _final_evaluation(
-    config: TrainPPOConfig,
-    task: Task,
-    held_out: EnvConfig,
-    agent: PolicyAgent,
-    outcome: Evaluation | None,
+    plan: Plan, agent: PolicyAgent, outcome: Evaluation | None
 ) -> dict[str, Evaluation]:
     """Evaluate the policy ("agent") and all baselines on the same episodes."""
-    print(f"Evaluating on {held_out.split}, {config.final_episodes} episodes each.")
-    baselines = {name: task.baselines.get(name)(config.seed) for name in task.baselines.names()}
+    config, held_out, episodes = plan.config, plan.held_out, plan.config.final_episodes
+    print(f"Evaluating on {held_out.split}, {episodes} episodes each.")
+    baselines = {name: make(config.seed) for name, make in plan.task.baselines.items()}
     outcomes = {} if outcome is None else {"agent": outcome}
     for name, player in {"agent": agent, **baselines}.items():
         if name not in outcomes:
             outcomes[name] = evaluate(
-                player, held_out, env_id=config.env, episodes=config.final_episodes, seed=2
+                player, held_out, env_id=config.env, episodes=episodes, seed=2
             )
         row = outcomes[name].summary()
         print(f"  {name:10s} mean IoU {with_interval(row['mean_iou'], row['ci95'])}")

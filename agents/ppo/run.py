@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecMonitor
@@ -32,6 +32,11 @@ from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.utils.files import write_atomic
 from sam_gym.utils.render import save_gif, save_image
 from sam_gym.version import __version__
+
+T = TypeVar("T")
+
+#: Options that `PPO` takes as they are.
+_OF_PPO = ("n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "clip_range", "ent_coef")
 
 
 @dataclass(frozen=True)
@@ -67,16 +72,10 @@ class Plan:
         task.check_run(config)
         training = task.training_config(config)
         training.validate()
-        plan = cls(
-            config,
-            task,
-            training,
-            task.held_out_config(config, "val"),
-            task.held_out_config(config),
-            task.stream(training),
-        )
-        plan.held_out.open_dataset()
-        plan.validation.open_dataset()
+        validation, held_out = (task.held_out_config(config, split) for split in ("val", None))
+        plan = cls(config, task, training, validation, held_out, task.stream(training))
+        held_out.open_dataset()
+        validation.open_dataset()
         if plan.stages is not None:
             plan.stages.validate()
             first = config.total_timesteps // plan.stages.count
@@ -129,13 +128,7 @@ def make_model(
         POLICIES.get(config.policy),
         env,
         learning_rate=schedule if stages is None else PerStageSchedule(schedule, stages),
-        n_steps=config.n_steps,
-        batch_size=config.batch_size,
-        n_epochs=config.n_epochs,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        clip_range=config.clip_range,
-        ent_coef=config.ent_coef,
+        **{name: getattr(config, name) for name in _OF_PPO},
         policy_kwargs={
             **task_of(config.env).policy_arguments(config, env_config, core),
             "precision": config.precision,
@@ -162,58 +155,37 @@ class HeldOutEpisodes:
 
     def __init__(self, plan: Plan, agent: PolicyAgent, categories: tuple[str, ...]) -> None:
         self.plan, self.agent, self.categories = plan, agent, categories
-        self.config, self.env_id = plan.config, plan.config.env
 
-    @contextmanager
-    def _elsewhere(self) -> Iterator[None]:
-        yield
+    def _play(self, play: Callable[..., T], env_config: EnvConfig, **options: Any) -> T:
+        result = play(self.agent, env_config, env_id=self.plan.config.env, **options)
         self.agent.policy.set_categories(self.categories)
+        return result
 
     def validate(self) -> float:
         """Return the mean IoU on the validation split."""
-        with self._elsewhere():
-            result = evaluate(
-                self.agent,
-                self.plan.validation,
-                env_id=self.env_id,
-                episodes=self.config.eval_episodes,
-                seed=1,
-            )
-        return float(result.ious.mean())
+        episodes = self.plan.config.eval_episodes
+        played = self._play(evaluate, self.plan.validation, episodes=episodes, seed=1)
+        return float(played.ious.mean())
 
     def final(self) -> Evaluation:
         """Evaluate as the final evaluation does, after a domain of a stream too."""
-        with self._elsewhere():
-            return evaluate(
-                self.agent,
-                self.plan.held_out,
-                env_id=self.env_id,
-                episodes=self.config.final_episodes,
-                seed=2,
-            )
+        episodes = self.plan.config.final_episodes
+        return self._play(evaluate, self.plan.held_out, episodes=episodes, seed=2)
 
     def draw(self, step: int) -> Path:
         """Draw policy plots of validation episodes; return the path of the PNG."""
-        with self._elsewhere():
-            picture = draw_policy_plots(
-                self.agent, self.plan.validation, env_id=self.env_id, seed=4
-            )
         path = self._file("policy_plots", f"step-{step:08d}.png")
-        save_image(path, picture)
+        save_image(path, self._play(draw_policy_plots, self.plan.validation, seed=4))
         return path
 
     def film(self, step: int) -> Path:
         """Film a validation episode; return the path of the GIF."""
-        with self._elsewhere():
-            frames = film_episodes(
-                self.agent, self.plan.validation, env_id=self.env_id, count=1, seed=4
-            )
         path = self._file("videos", f"step-{step:08d}.gif")
-        save_gif(path, frames)
+        save_gif(path, self._play(film_episodes, self.plan.validation, count=1, seed=4))
         return path
 
     def _file(self, folder: str, name: str) -> Path:
-        path = Path(self.config.out) / folder / name
+        path = Path(self.plan.config.out) / folder / name
         path.parent.mkdir(exist_ok=True)
         return path
 
@@ -288,9 +260,7 @@ def _train(
     _save(model, policy)
     env.close()
 
-    results, files = write_results(
-        config, plan.task, plan.held_out, agent, outcome, monitor, walk, title=core.dataset.name
-    )
+    results, files = write_results(plan, agent, outcome, monitor, walk, core.dataset.name)
     if mlflow is not None:
         mlflow.finish(files, policy, config.register_model)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -385,12 +355,8 @@ def mlflow_run(
         config.mlflow_experiment,
         name=Path(config.out).absolute().name,
         params={k: v for k, v in flat(asdict(config)).items() if k != "mlflow_uri"},
-        tags={
-            "sam_gym.version": __version__,
-            "env": config.env,
-            "policy": config.policy,
-            "backbone": config.env_config.backbone,
-        },
+        tags={"sam_gym.version": __version__, "env": config.env, "policy": config.policy}
+        | {"backbone": config.env_config.backbone},
         run_id=known.get("run_id"),
     ) as run:
         yield run

@@ -14,7 +14,7 @@ import numpy as np
 import stable_baselines3
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-_OBSERVATIONS, _STARTS = "_last_obs", "_last_episode_starts"
+_START = ("_last_obs", "_last_episode_starts")
 _PROGRESS = (
     *("num_timesteps", "_n_updates", "_current_progress_remaining", "_episode_num"),
     *("ep_info_buffer", "ep_success_buffer"),
@@ -23,7 +23,8 @@ _PROGRESS = (
 
 def rollout_start(model: OnPolicyAlgorithm) -> tuple[Any, np.ndarray]:
     """Return the observations that the next step acts on, and which of them begin an episode."""
-    return _get(model, _OBSERVATIONS), _get(model, _STARTS)
+    observations, starts = (_get(model, name) for name in _START)
+    return observations, starts
 
 
 def set_rollout_start(model: OnPolicyAlgorithm, observations: Any, starts: np.ndarray) -> None:
@@ -34,8 +35,7 @@ def set_rollout_start(model: OnPolicyAlgorithm, observations: Any, starts: np.nd
         observations: of all sub-environments of the model.
         starts: bool (num_envs,), whether an observation is the first of its episode.
     """
-    _set(model, _OBSERVATIONS, observations)
-    _set(model, _STARTS, starts)
+    set_progress(model, dict(zip(_START, (observations, starts), strict=True)))
 
 
 def progress(model: OnPolicyAlgorithm) -> dict[str, Any]:
@@ -46,23 +46,16 @@ def progress(model: OnPolicyAlgorithm) -> dict[str, Any]:
 def set_progress(model: OnPolicyAlgorithm, state: Mapping[str, Any]) -> None:
     """Set what `progress` has returned."""
     for name, value in state.items():
-        _set(model, name, value)
+        _get(model, name)
+        setattr(model, name, value)
 
 
 def _get(model: OnPolicyAlgorithm, name: str) -> Any:
-    _check(model, name)
-    return getattr(model, name)
-
-
-def _set(model: OnPolicyAlgorithm, name: str, value: Any) -> None:
-    _check(model, name)
-    setattr(model, name, value)
-
-
-def _check(model: OnPolicyAlgorithm, name: str) -> None:
+    """Return a private attribute; `RuntimeError` without it."""
     if not hasattr(model, name):
         raise RuntimeError(
             f"stable-baselines3 {stable_baselines3.__version__} has no {type(model).__name__}."
             f"{name}, which this version of sam-gym needs. Install a version that pyproject.toml "
             "allows."
         )
+    return getattr(model, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -65,19 +65,13 @@ class PerStageSchedule:
         return self.schedule(self.stages.remaining(step))
 
 
-class HasTasks(Protocol):
-    """An environment that switches domains with its next resets."""
-
-    def set_task(self, task: int) -> None: ...
-
-
 class StreamCallback(BaseCallback):
     """Switches environments to the next domain after each stage, and evaluates on all domains.
 
     The domain changes at the start of a rollout; running episodes end in the previous domain.
 
     Args:
-        env: the environments of this rank, which never switch domains by themselves.
+        env: the environments of this rank, which switch domains by `set_task` only.
         names: of the domains.
         stages: of the run.
         evaluate: plays held-out episodes of all domains; must not draw from the random generators
@@ -87,7 +81,7 @@ class StreamCallback(BaseCallback):
 
     def __init__(
         self,
-        env: HasTasks,
+        env: Any,
         names: Sequence[str],
         stages: Stages,
         evaluate: Callable[[], Evaluation],

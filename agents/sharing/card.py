@@ -43,7 +43,7 @@ def _model_card(run: TrainingRun, repo: str, license: str) -> str:
     task = task_of(config["env"])
     task.require("hub")
     policy, split = f"{PREFIX}{repo}", results["held_out_split"]
-    facts = task.card_facts(config, run.features, results, policy)
+    facts = task.card_facts(run, policy)
     metadata = ModelCardData(
         license=license,
         library_name=TAG,

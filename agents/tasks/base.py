@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from agents.annotation.folder import Annotator
     from agents.evaluate import PolicyAgent
     from agents.ppo.config import TrainPPOConfig
+    from agents.sharing.run import TrainingRun
 
 C = TypeVar("C", bound=EnvConfig)
 
@@ -137,14 +138,15 @@ class Task:
         if categories is None:
             return env_config
         self.require("categories")
-        return _with_dataset_kwargs(env_config, categories=categories)
+        own: Any = env_config
+        return replace(own, dataset_kwargs=own.dataset_kwargs | {"categories": categories})
 
     def training_config(self, run: TrainPPOConfig) -> EnvConfig:
         """Return the env config of the training episodes of a run."""
         env_config = self._handles(run)
         if isinstance(env_config, DatasetConfig) and DATASETS.get(env_config.dataset).procedural:
-            if "length" not in env_config.dataset_kwargs:
-                return _with_dataset_kwargs(env_config, length=run.train_images)
+            kwargs = {"length": run.train_images} | env_config.dataset_kwargs
+            return replace(env_config, dataset_kwargs=kwargs)
         return env_config
 
     def held_out_config(self, run: TrainPPOConfig, split: str | None = None) -> EnvConfig:
@@ -162,7 +164,6 @@ class Task:
 
     def scored_at(self, env_config: C, score: str) -> C:
         """Return the config with the IoU scored at "low" or "full" size, if there is a choice."""
-        del score
         return env_config
 
     def env_config_for(self, agent: Agent, env_config: C) -> C:
@@ -177,7 +178,6 @@ class Task:
 
         Hold the stream to keep environments from opening it again.
         """
-        del env_config
         return None
 
     def share_episodes(self, env_config: C, episodes: int, num_envs: int) -> tuple[C, int, int]:
@@ -196,7 +196,6 @@ class Task:
 
     def reset_options(self, core: BaseCore[Any, Any]) -> dict[str, Any]:
         """Return reset options with which a few episodes cover as much of the data as possible."""
-        del core
         return {}
 
     # Policies and results ----------------------------------------------------------------------
@@ -223,7 +222,6 @@ class Task:
         Returns:
             Lines to print.
         """
-        del results, names
         return []
 
     def make_annotator(
@@ -249,54 +247,40 @@ class Task:
         """Return what users of an exported policy need to know about its actions; JSON-plain."""
         raise NotImplementedError
 
-    def card_facts(
-        self,
-        config: Mapping[str, Any],
-        features: Mapping[str, Any],
-        results: Mapping[str, Any],
-        policy: str,
-    ) -> CardFacts:
+    def card_facts(self, run: TrainingRun, policy: str) -> CardFacts:
         """Return the parts of a model card that depend on the environment.
 
         Args:
-            config: of the run, as nested dicts (`TrainPPOConfig`).
-            features: arguments of the policy's features, as far as they are plain.
-            results: of the run.
+            run: the training run.
             policy: name of the published policy: hf://USER/NAME.
         """
-        own = config["env_config"]
+        own = run.config["env_config"]
         return CardFacts(
             summary=f"An agent that plays `{self.env_id}` with a Segment Anything Model (SAM).",
             dataset=own.get("dataset", self.env_id),
-            facts=self._card_basics(config),
+            facts=self._card_basics(run.config),
             command=f"python -m agents.evaluate --policy {policy} --env {self.env_id}",
             limits=self._card_limits(own),
             task_name="segmentation",
         )
 
-    def _card_evaluation(
-        self,
-        own: Mapping[str, Any],
-        options: Sequence[str],
-        flags: Sequence[str],
-        split: str,
-        policy: str,
-    ) -> str:
+    def _card_evaluation(self, run: TrainingRun, policy: str, *options: str) -> str:
         """Return the shell command that evaluates a published agent in its own environment.
 
         Args:
-            own: the env config.
-            options: fields of `own` that the agent depends on.
-            flags: boolean fields of that kind.
-            split: held-out split.
+            run: the training run.
             policy: name of the published policy.
+            *options: fields of the env config that the agent depends on.
         """
-        given = [f"--{name.replace('_', '-')} {own[name]}" for name in options]
-        given += [f"--{name}" if own[name] else f"--no-{name}" for name in flags]
+        own, given = run.config["env_config"], []
+        for name in options:
+            flag, value = name.replace("_", "-"), own[name]
+            is_flag = isinstance(value, bool)
+            given.append(f"--{'' if value else 'no-'}{flag}" if is_flag else f"--{flag} {value}")
         if DATASETS.get(own["dataset"]).reads_files:
             given.append("--data PATH")
         command = f"python -m agents.evaluate --policy {policy} {' '.join(given)}"
-        return f"{command} --split {split} --env {self.env_id}"
+        return f"{command} --split {run.results['held_out_split']} --env {self.env_id}"
 
     def _card_basics(self, config: Mapping[str, Any]) -> list[str]:
         return [
@@ -307,7 +291,6 @@ class Task:
 
     def _card_policy(self, config: Mapping[str, Any]) -> str:
         """Return a clause on the policy, with a leading comma, or nothing."""
-        del config
         return ""
 
     def _card_limits(self, own: Mapping[str, Any]) -> list[str]:
@@ -360,16 +343,5 @@ def register(task: type[Task]) -> type[Task]:
 
 def backbone_arguments(env_config: EnvConfig) -> dict[str, Any]:
     """Return the arguments of `load_backbone` that make the backbone of an environment."""
-    return {
-        "name": env_config.backbone,
-        "checkpoint": env_config.checkpoint,
-        "device": env_config.device,
-        "dtype": env_config.dtype,
-        "compile": env_config.compile,
-        "adapter": env_config.adapter,
-    }
-
-
-def _with_dataset_kwargs(env_config: C, **kwargs: Any) -> C:
-    own: Any = env_config
-    return replace(own, dataset_kwargs=own.dataset_kwargs | kwargs)
+    same = ("checkpoint", "device", "dtype", "compile", "adapter")
+    return {"name": env_config.backbone} | {name: getattr(env_config, name) for name in same}

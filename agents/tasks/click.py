@@ -16,6 +16,7 @@ from sam_gym.envs.click import SamSegConfig
 
 if TYPE_CHECKING:
     from agents.annotation.clicks import ClickAnnotator
+    from agents.sharing.run import TrainingRun
 
 #: Fields of the env config that an agent cannot do without where it plays.
 _ENVIRONMENT = ("target", "dataset", "backbone", "grid", "max_steps")
@@ -116,15 +117,9 @@ class ClickTask(Task):
 
     # The model card ----------------------------------------------------------------------------
 
-    def card_facts(
-        self,
-        config: Mapping[str, Any],
-        features: Mapping[str, Any],
-        results: Mapping[str, Any],
-        policy: str,
-    ) -> CardFacts:
-        own = config["env_config"]
-        words = features.get("categories", [])
+    def card_facts(self, run: TrainingRun, policy: str) -> CardFacts:
+        config = run.config
+        own, words = config["env_config"], run.features.get("categories", [])
         facts, limits = self._card_basics(config), self._card_limits(own)
         actions = [f"clicks on {own['grid']} x {own['grid']} cells"]
         actions += [name for name in _OTHER_ACTIONS if own[name]]
@@ -132,8 +127,7 @@ class ClickTask(Task):
         if own["target"] == "instance":
             facts.append("**Target**: one instance, shown by a cue click.")
             limits.append("It needs a cue click for each target, so `annotate` cannot use it.")
-            split = results["held_out_split"]
-            command = self._card_evaluation(own, _ENVIRONMENT, _OTHER_ACTIONS, split, policy)
+            command = self._card_evaluation(run, policy, *_ENVIRONMENT, *_OTHER_ACTIONS)
         else:
             named = ",".join(words[:2]) or "NAME,NAME"
             command = (

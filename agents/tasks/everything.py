@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from agents.baselines.everything import BASELINES
 from agents.tasks.base import CardFacts, Task, backbone_arguments, register
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.everything import EverythingConfig
+
+if TYPE_CHECKING:
+    from agents.sharing.run import TrainingRun
 
 
 @register
@@ -53,16 +56,10 @@ class EverythingTask(Task):
             f"{own['share_of_grid_points']:.1%} of its points"
         ]
 
-    def card_facts(
-        self,
-        config: Mapping[str, Any],
-        features: Mapping[str, Any],
-        results: Mapping[str, Any],
-        policy: str,
-    ) -> CardFacts:
-        own = config["env_config"]
+    def card_facts(self, run: TrainingRun, policy: str) -> CardFacts:
+        own = run.config["env_config"]
         stop = ", stop" * own["stop"]
-        options = ("dataset", "backbone", "grid", "budget")
+        options = ("dataset", "backbone", "grid", "budget", "stop")
         return CardFacts(
             summary=(
                 "An agent that finds all objects of an image with few points: at each step it "
@@ -71,13 +68,11 @@ class EverythingTask(Task):
             ),
             dataset=own["dataset"],
             facts=[
-                *self._card_basics(config),
+                *self._card_basics(run.config),
                 f"**Actions**: points on {own['grid']} x {own['grid']} cells{stop}; at most "
                 f"{own['budget']} per image.",
             ],
-            command=self._card_evaluation(
-                own, options, ("stop",), results["held_out_split"], policy
-            ),
+            command=self._card_evaluation(run, policy, *options),
             limits=self._card_limits(own),
             counts=("points", "found"),
             task_name="everything mode segmentation",
