@@ -34,10 +34,10 @@ from agents.clip.pointing import Redundant, pointing_game
 from agents.clip.surgery import ClipSurgery, surgical_tokens
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.loading import resolve_device
-from sam_gym.backbones.micro.muon import Muon
+from sam_gym.backbones.micro.muon import muon_and_adamw
 from sam_gym.data.synthetic.scenes import Scenes
 from sam_gym.utils.files import write_json
-from sam_gym.utils.training import run_steps, save_half, save_state
+from sam_gym.utils.training import SmallTrainer, save_half
 
 MEAN, STD = 0.45, 0.25
 
@@ -110,13 +110,13 @@ def model_config(config: TrainClipConfig, tokenizer: WordTokenizer) -> dict[str,
     }
 
 
-class ClipTrainer:
-    """The model, the scales of its losses, its optimizers and the step counter."""
+class ClipTrainer(SmallTrainer):
+    """The model, and the scales of its losses."""
 
     def __init__(self, config: TrainClipConfig, device: torch.device) -> None:
         import open_clip
 
-        self.config, self.device, self.step = config, device, 0
+        self.config, self.device = config, device
         self.tokenizer = WordTokenizer(vocabulary(), context_length=16)
         self.model_config = model_config(config, self.tokenizer)
         # Before seeding: building a model draws random numbers, but only on the first load.
@@ -133,12 +133,8 @@ class ClipTrainer:
         rest = [p for _, p in named if id(p) not in taken]
         rest += [self.scales, *self.student.parameters()]
         self.parameters = [*matrices, *rest]
-        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
-            Muon(matrices, config.learning_rate, weight_decay=0.03),
-            torch.optim.AdamW(
-                rest, lr=config.vector_learning_rate, betas=(0.9, 0.98), weight_decay=0.0
-            ),
-        )
+        self.optimizers = muon_and_adamw(matrices, rest, config, 0.03)
+        self.parts = {"model": self.model, "scales": self.scales, "student": self.student}
 
     def train_step(self, data: TrainingSet) -> dict[str, float]:
         """Take one optimizer step on a random batch; returns numbers for the log."""
@@ -157,10 +153,6 @@ class ClipTrainer:
         true = ~(names_in[None] & ~data.present[chosen][:, None]).any(axis=2)
         labels = torch.from_numpy(true).to(self.device).float()
 
-        peaks = (config.learning_rate, config.vector_learning_rate)
-        for optimizer, peak in zip(self.optimizers, peaks, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * self._schedule()
         cls, patches = surgical_tokens(
             self.model.visual, (batch * light / 255.0 - MEAN) / STD, blocks=1
         )
@@ -173,15 +165,9 @@ class ClipTrainer:
         patch_loss = self._loss(1, best.mean(dim=1)[:, single], labels[:, single])
         teacher_loss = 1.0 - F.cosine_similarity(self.student(patches), teacher, dim=2).mean()
         loss = image_loss + config.patch_weight * patch_loss + config.teacher_weight * teacher_loss
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        norm = self.descend(loss)
         with torch.no_grad():
             self.scales[:, 0].clamp_(0.0, math.log(50.0))
-        self.step += 1
         numbers = {
             "loss": loss,
             "image": image_loss,
@@ -200,32 +186,10 @@ class ClipTrainer:
         )
         return 0.5 * (true + false)
 
-    def _schedule(self) -> float:
-        """Return the share of the peak learning rate at this step."""
+    def schedule(self) -> float:
+        """Return the share of the peak: linear warm-up, cosine decay."""
         warm = min(1.0, (self.step + 1) / 100)
         return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps)))
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint atomically."""
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "scales": self.scales.detach(),
-            "student": self.student.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        save_state(state, path)
-
-    def load(self, path: Path) -> None:
-        """Restore a checkpoint."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        with torch.no_grad():
-            self.scales.copy_(state["scales"])
-        self.student.load_state_dict(state["student"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
 
     def export(
         self,
@@ -307,20 +271,11 @@ def train(config: TrainClipConfig) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     device = resolve_device(config.device)
     trainer = ClipTrainer(config, device)
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        trainer.load(checkpoint)
-        print(f"Resuming from step {trainer.step} of {checkpoint}.")
-    write_json(out / "config.json", asdict(config))
+    trainer.resume(out)
     data = make_training_set(
         config.scenes, config.image_size, config.patch_size, config.workers, device
     )
-
-    def headline(row: dict[str, float]) -> str:
-        return f"loss {row['loss']:.3f}"
-
-    run_steps(trainer, repeat(data), config.steps, out, config.save_every, headline)
-
+    trainer.run(repeat(data), out, "loss {loss:.3f}".format_map)
     trainer.export(out / "clip_micro", surgical_blocks=1)
     choices = evaluate(out / "clip_micro", config.evaluate, device)
     best = best_choice(choices)

@@ -6,69 +6,119 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sam_gym.utils.files import write_atomic
+from sam_gym.utils.files import write_atomic, write_json
 from sam_gym.utils.progress import ProgressBar
 
 #: Steps averaged into a row of the log.
 LOG_EVERY = 20
 
 
-class Learner(Protocol):
-    """A training that `run_steps` runs."""
+class SmallTrainer:
+    """Base class of the small trainings: models, optimizers, the step counter, checkpoints.
 
-    step: int
+    A subclass sets the attributes, and defines `schedule` and `train_step`.
+
+    Attributes:
+        config: dataclass with `steps`, `save_every`, and the peaks `learning_rate` and
+            `vector_learning_rate` of the two optimizers.
+        device: of the models.
+        parts: name in checkpoints -> module or parameter.
+        parameters: all that is trained.
+        optimizers: Muon, and AdamW.
+    """
+
+    config: Any
+    device: torch.device
+    parts: dict[str, Any]
+    parameters: list[nn.Parameter]
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    step = 0
+
+    def schedule(self) -> float:
+        """Return the share of the peak learning rate at this step."""
+        raise NotImplementedError
 
     def train_step(self, batch: Any) -> dict[str, float]:
-        """Take one optimizer step, count it, and return numbers for the log."""
+        """Take one optimizer step on a batch; return numbers for the log."""
+        raise NotImplementedError
+
+    def descend(self, loss: Tensor) -> Tensor:
+        """Take and count an optimizer step; return the norm of the gradients."""
+        peaks = (self.config.learning_rate, self.config.vector_learning_rate)
+        for optimizer, peak in zip(self.optimizers, peaks, strict=True):
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = peak * self.schedule()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        return norm
+
+    def resume(self, out: Path) -> None:
+        """Write the config into an existing folder, and load its checkpoint if there is one."""
+        checkpoint = out / "checkpoint.pt"
+        if checkpoint.exists():
+            self.load(checkpoint)
+            print(f"Resuming from step {self.step} of {checkpoint}.")
+        write_json(out / "config.json", asdict(self.config))
+
+    def run(
+        self, batches: Iterable[Any], out: Path, headline: Callable[[dict[str, float]], str]
+    ) -> None:
+        """Train up to `config.steps` steps; write `checkpoint.pt` and `log.jsonl`.
+
+        Args:
+            batches: at least one per remaining step.
+            out: an existing folder.
+            headline: maps a row of the log to the text beside the progress bar.
+        """
+        window: list[dict[str, float]] = []
+        steps, started = self.config.steps, time.monotonic()
+        with (out / "log.jsonl").open("a") as log, ProgressBar() as progress:
+            task = progress.add_task("training", total=steps, completed=self.step)
+            for batch in batches:
+                if self.step >= steps:
+                    break
+                window.append(self.train_step(batch))
+                if self.step % LOG_EVERY == 0:
+                    row = {k: round(float(np.mean([n[k] for n in window])), 4) for k in window[0]}
+                    row |= {"step": self.step, "seconds": round(time.monotonic() - started, 1)}
+                    window.clear()
+                    print(json.dumps(row), file=log, flush=True)
+                    progress.update(task, completed=self.step, numbers=headline(row))
+                if self.step % self.config.save_every == 0:
+                    self.save(out / "checkpoint.pt")
+        self.save(out / "checkpoint.pt")
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint to resume from."""
+        """Write a checkpoint atomically."""
+        state: dict[str, Any] = {"step": self.step}
+        for name, part in self.parts.items():
+            state[name] = part.state_dict() if isinstance(part, nn.Module) else part.detach()
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        save_state(state, path)
 
-
-def run_steps(
-    learner: Learner,
-    batches: Iterable[Any],
-    steps: int,
-    out: Path,
-    save_every: int,
-    headline: Callable[[dict[str, float]], str],
-) -> None:
-    """Train up to `steps` steps and write a checkpoint.
-
-    Writes `checkpoint.pt` and `log.jsonl` into `out`.
-
-    Args:
-        learner: the training; `learner.step` counts the steps taken.
-        batches: at least one per remaining step.
-        steps: total number of steps.
-        out: an existing folder.
-        save_every: steps between checkpoints.
-        headline: maps a row of the log to the text beside the progress bar.
-    """
-    window: list[dict[str, float]] = []
-    started = time.monotonic()
-    with (out / "log.jsonl").open("a") as log, ProgressBar() as progress:
-        task = progress.add_task("training", total=steps, completed=learner.step)
-        for batch in batches:
-            if learner.step >= steps:
-                break
-            window.append(learner.train_step(batch))
-            if learner.step % LOG_EVERY == 0:
-                row = {key: round(float(np.mean([n[key] for n in window])), 4) for key in window[0]}
-                row |= {"step": learner.step, "seconds": round(time.monotonic() - started, 1)}
-                window.clear()
-                print(json.dumps(row), file=log, flush=True)
-                progress.update(task, completed=learner.step, numbers=headline(row))
-            if learner.step % save_every == 0:
-                learner.save(out / "checkpoint.pt")
-    learner.save(out / "checkpoint.pt")
+    def load(self, path: Path) -> None:
+        """Restore a checkpoint."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.step = state["step"]
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                part.load_state_dict(state[name])
+            else:
+                part.data.copy_(state[name])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
 
 
 def save_state(state: Mapping[str, Any], path: Path) -> None:

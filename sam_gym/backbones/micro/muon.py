@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,3 +63,19 @@ class Muon(torch.optim.Optimizer):
                 parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
                 direction = orthogonalized(ahead).view_as(parameter)
                 parameter.add_(direction, alpha=-size * group["lr"])
+
+
+def muon_and_adamw(
+    matrices: Sequence[Tensor], rest: Sequence[Tensor], config: Any, weight_decay: float
+) -> tuple[torch.optim.Optimizer, ...]:
+    """Return Muon for matrices, and AdamW without weight decay for the rest.
+
+    Args:
+        matrices, rest: parameters.
+        config: has `learning_rate` and `vector_learning_rate`.
+        weight_decay: of the matrices.
+    """
+    adamw = torch.optim.AdamW(
+        rest, lr=config.vector_learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+    )
+    return Muon(matrices, config.learning_rate, weight_decay), adamw

@@ -10,7 +10,7 @@ without gradients, so that long click sequences are cheap.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -28,7 +28,7 @@ from sam_gym.backbones.hq import encode_pixels
 from sam_gym.backbones.loading import load_weights, resolve_device
 from sam_gym.backbones.micro.data import LABEL_STRIDE, NO_LABEL, SIZE, MicroStream, TrainItem
 from sam_gym.backbones.micro.model import build_micro
-from sam_gym.backbones.micro.muon import Muon
+from sam_gym.backbones.micro.muon import muon_and_adamw
 from sam_gym.backbones.service import Backbone
 from sam_gym.data.base import Sample
 from sam_gym.data.synthetic.scenes import Scenes
@@ -37,7 +37,7 @@ from sam_gym.simulation.clicks import interior_distance
 from sam_gym.simulation.interactive import Target, click_out
 from sam_gym.utils.files import write_json
 from sam_gym.utils.lowres import low_res
-from sam_gym.utils.training import run_steps, save_half, save_state
+from sam_gym.utils.training import SmallTrainer, save_half
 
 MASK = SIZE // 4
 CELL = SIZE // MASK
@@ -253,11 +253,11 @@ def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     return min(parameter.flatten(1).shape) >= 8
 
 
-class MicroTrainer:
-    """Owns the model, its moving average, the optimizer and the step counter."""
+class MicroTrainer(SmallTrainer):
+    """The model and its moving average."""
 
     def __init__(self, config: TrainMicroConfig, device: torch.device) -> None:
-        self.config, self.device, self.step = config, device, 0
+        self.config, self.device = config, device
         torch.manual_seed(config.seed)
         self.sam = build_micro()
         if config.init:
@@ -273,12 +273,8 @@ class MicroTrainer:
         matrices = [p for name, p in self.sam.named_parameters() if _is_hidden_matrix(name, p)]
         taken = {id(parameter) for parameter in matrices}
         rest = [parameter for parameter in self.parameters if id(parameter) not in taken]
-        self.optimizers: tuple[torch.optim.Optimizer, ...] = (
-            Muon(matrices, config.learning_rate, config.weight_decay),
-            torch.optim.AdamW(
-                rest, lr=config.vector_learning_rate, betas=(0.9, 0.98), weight_decay=0.0
-            ),
-        )
+        self.optimizers = muon_and_adamw(matrices, rest, config, config.weight_decay)
+        self.parts = {"sam": self.sam, "semantic": self.semantic, "average": self.average}
 
     def schedule(self) -> float:
         """Share of the peak learning rate at this step: warm-up, constant, linear decay."""
@@ -291,10 +287,6 @@ class MicroTrainer:
         """One optimizer step; returns numbers for the log."""
         config = self.config
         rng = np.random.default_rng([config.seed, 11, self.step])
-        peaks = (config.learning_rate, config.vector_learning_rate)
-        for optimizer, peak in zip(self.optimizers, peaks, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * self.schedule()
         self.sam.train()
         pixels = torch.from_numpy(np.stack([item.image for item in items])).to(self.device)
         pixels = (pixels.permute(0, 3, 1, 2) - self.sam.pixel_mean) / self.sam.pixel_std
@@ -311,14 +303,8 @@ class MicroTrainer:
         last, _, last_iou = round_loss(self.sam, features, batch)
 
         loss = first + last + config.semantic_weight * semantic
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        norm = self.descend(loss)
         self.average.update_parameters(self.sam)
-        self.step += 1
         numbers = {
             "loss": loss,
             "first": first,
@@ -339,26 +325,6 @@ class MicroTrainer:
         weight = scores.new_ones(scores.shape[1])
         weight[0] = 0.25
         return F.cross_entropy(scores, labels.to(self.device), weight, ignore_index=NO_LABEL)
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint atomically."""
-        state = {
-            "step": self.step,
-            "sam": self.sam.state_dict(),
-            "semantic": self.semantic.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        save_state(state, path)
-
-    def load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.step = state["step"]
-        self.sam.load_state_dict(state["sam"])
-        self.semantic.load_state_dict(state["semantic"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
 
     def export(self, path: Path) -> None:
         """Write the averaged weights as float16 safetensors."""
@@ -407,10 +373,6 @@ def evaluate(backbone: Backbone, objects: int, num_clicks: int = 5) -> dict[str,
     return {f"miou@{k + 1}": round(float(value), 4) for k, value in enumerate(means)}
 
 
-def _headline(row: dict[str, float]) -> str:
-    return f"loss {row['loss']:.3f}  IoU {row['iou_first']:.3f} -> {row['iou_last']:.3f}"
-
-
 def train(config: TrainMicroConfig) -> dict[str, float]:
     """Train or resume training, and write the weights and `evaluation.json`."""
     # OpenCV's threads do not survive a fork: a data worker would wait for them forever.
@@ -425,15 +387,10 @@ def train(config: TrainMicroConfig) -> dict[str, float]:
         dataset = make_dataset("coco", "train", root=config.photos)
         photos = [dataset[i] for i in range(len(dataset))]
     trainer = MicroTrainer(config, device)
-    checkpoint, weights = out / "checkpoint.pt", out / "micro.safetensors"
-    if checkpoint.exists():
-        trainer.load(checkpoint)
-        print(f"Resuming from step {trainer.step} of {checkpoint}.")
-    write_json(out / "config.json", asdict(config))
-
-    batches = item_batches(config, photos, trainer.step)
-    run_steps(trainer, batches, config.steps, out, config.save_every, _headline)
-    trainer.export(weights)
+    trainer.resume(out)
+    headline = "loss {loss:.3f}  IoU {iou_first:.3f} -> {iou_last:.3f}".format_map
+    trainer.run(item_batches(config, photos, trainer.step), out, headline)
+    trainer.export(out / "micro.safetensors")
 
     backbone = Backbone("micro", trainer.average.module, device, torch.float32)
     result = evaluate(backbone, config.evaluate)
