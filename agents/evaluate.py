@@ -117,15 +117,15 @@ def check_fits(policy: SamPolicy, core: BaseCore[Any, Any]) -> None:
     """
     config = core.config
     extractor = cast(StoredFeatures, policy.features_extractor)
-    own = policy.action_config(cast(Any, core.action_space).n) | {"backbone": extractor.backbone}
-    missing = [name for name in own if name != "backbone" and not hasattr(config, name)]
+    own = policy.action_config(cast(Any, core.action_space).n)
+    missing = [name for name in own if not hasattr(config, name)]
     if missing:
         raise ValueError(
             f"The policy was trained in another environment, with {', '.join(missing)}, which "
             "this one does not have. Pass the --env that it had."
         )
-    wanted = {name: getattr(config, name) for name in own if name != "backbone"}
-    wanted["backbone"] = core.backbone
+    wanted = {name: getattr(config, name) for name in own} | {"backbone": core.backbone}
+    own |= {"backbone": extractor.backbone}
     different = [
         f"{name} {own[name]} (the environment has {wanted[name]})"
         for name in own
@@ -180,9 +180,8 @@ class PolicyAgent:
         self.policy.set_categories(core.dataset.categories)
         core.compute_features()
         with self.policy.playing():
-            action, *_ = self.policy.get_action_and_value(
-                observations, deterministic=self.deterministic
-            )
+            act = self.policy.get_action_and_value
+            action, *_ = act(observations, deterministic=self.deterministic)
         return action.cpu().numpy()
 
 
@@ -259,13 +258,8 @@ def film_episodes(
     """
     task = task_of(env_id)
     env_config = task.env_config_for(agent, task.scored_at(env_config, "full"))
-    env, core = make_vector_env(
-        env_id,
-        count,
-        env_config,
-        autoreset_mode="NextStep",
-        render_mode="rgb_array",
-    )
+    options = {"autoreset_mode": "NextStep", "render_mode": "rgb_array"}
+    env, core = make_vector_env(env_id, count, env_config, **options)
     observations, _ = env.reset(seed=seed, options=task.reset_options(core))
     current = list(cast(Any, env.render()))
     columns = min(count, 3)
@@ -345,14 +339,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     agent = load_agent(config.policy, config.seed, env_config.device, env_id)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    result = evaluate(
-        agent,
-        env_config,
-        env_id=env_id,
-        episodes=config.episodes,
-        num_envs=config.num_envs,
-        seed=config.seed,
-    )
+    counts = {"episodes": config.episodes, "num_envs": config.num_envs}
+    result = evaluate(agent, env_config, env_id=env_id, seed=config.seed, **counts)
     summary, curve = result.summary(), result.curve.round(4).tolist()
     written = {config.policy: summary, "iou_after_steps": curve, "config": asdict(config)}
     write_json(out / "results.json", written)

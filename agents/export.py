@@ -90,9 +90,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  (torch.onnx.export needs it)
     except ImportError as error:
-        raise ImportError(
-            'Exporting needs more packages: pip install "sam-gym[export]".'
-        ) from error
+        message = 'Exporting needs more packages: pip install "sam-gym[export]".'
+        raise ImportError(message) from error
     if config.batch < 1 or config.repeats < 1:
         raise ValueError("--batch and --repeats must be at least 1.")
     policy = PolicyAgent.load(config.policy, "cpu").policy
@@ -136,11 +135,7 @@ def _export_into(out: Path, module: ExportablePolicy, config: ExportConfig) -> d
         feed = {name: x.numpy() for name, x in zip(module.inputs, tensors, strict=True)}
         return tuple(torch.from_numpy(x) for x in session.run(None, feed))
 
-    runtimes: dict[str, Callable[..., Any]] = {
-        "torch": module,
-        "torch.export": loaded,
-        "onnx": run_onnx,
-    }
+    runtimes: dict[str, Any] = {"torch": module, "torch.export": loaded, "onnx": run_onnx}
     results: dict[str, Any] = {"batch": config.batch}
     inputs = module.example(config.batch, seed=1)
     with torch.no_grad():
@@ -158,14 +153,10 @@ def _export_into(out: Path, module: ExportablePolicy, config: ExportConfig) -> d
 
 
 def _write_inputs(module: ExportablePolicy, path: Path) -> None:
-    inputs = {
-        name: {
-            "shape": ["batch", *own.shape],
-            "dtype": str(own.dtype).removeprefix("torch."),
-            "is": own.meaning,
-        }
-        for name, own in module.inputs.items()
-    }
+    inputs = {}
+    for name, own in module.inputs.items():
+        dtype = str(own.dtype).removeprefix("torch.")
+        inputs[name] = {"shape": ["batch", *own.shape], "dtype": dtype, "is": own.meaning}
     facts = {"backbone": module.policy.features["backbone"]}
     write_json(path, {"inputs": inputs} | facts | module.task.export_facts(module.policy))
 

@@ -9,9 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from agents.annotation.files import ImageReader, OverlayWriter
-from agents.annotation.ids import CocoIds
-from agents.annotation.progress import PartialResults
+from agents.annotation.files import CocoIds, ImageReader, OverlayWriter, PartialResults
 from sam_gym.backbones import BackboneService
 from sam_gym.data.coco_writer import CocoWriter
 from sam_gym.utils.files import write_json

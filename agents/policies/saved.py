@@ -32,9 +32,11 @@ def read_data(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             return dict(json.loads(archive.read("data")))
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not a readable policy ({type(error).__name__}: {error})."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: not a readable policy ({type(error).__name__}: {error}).")
 
 
 #: Functions of numpy that occur in pickled spaces: of arrays, numbers and generators.
@@ -101,9 +103,7 @@ def load_policy(path: Path, device: str) -> SamPolicy:
     except OSError:  # the zip can be read: a file that it names cannot
         raise
     except Exception as error:  # a zip can be damaged in many ways
-        raise ValueError(
-            f"{path}: not a readable policy ({type(error).__name__}: {error})."
-        ) from error
+        raise _unreadable(path, error) from error
 
 
 def _rebuilt(path: Path, data: dict[str, Any], device: str) -> SamPolicy:
