@@ -339,7 +339,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     agent = load_agent(config.policy, config.seed, env_config.device, env_id)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    counts = {"episodes": config.episodes, "num_envs": config.num_envs}
+    counts: dict[str, Any] = {"episodes": config.episodes, "num_envs": config.num_envs}
     result = evaluate(agent, env_config, env_id=env_id, seed=config.seed, **counts)
     summary, curve = result.summary(), result.curve.round(4).tolist()
     written = {config.policy: summary, "iou_after_steps": curve, "config": asdict(config)}
