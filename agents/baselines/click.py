@@ -43,9 +43,8 @@ class ConfidentAgent(Baseline):
     @torch.no_grad()
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         size = core.backbone.image_size
-        candidates = [
-            core.action_at(x, y, True) for x, y in point_grid(self.tries, self.tries, size, size)
-        ]
+        points = point_grid(self.tries, self.tries, size, size)
+        candidates = [core.action_at(x, y, True) for x, y in points]
         # One candidate at a time, for the memory of a normal step.
         predicted = np.stack([self._predicted_iou(core, action) for action in candidates])
         return np.array(candidates)[predicted.argmax(axis=0)]

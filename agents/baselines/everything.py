@@ -99,9 +99,8 @@ class Greedy(Baseline):
                 labels=torch.ones((count, 1), dtype=torch.int64, device=device),
                 rows=torch.zeros(count, dtype=torch.int64, device=device),
             )
-            embedding = core.store.gather(
-                to_device(core.handles[env_index : env_index + 1], device)
-            )
+            handle = to_device(core.handles[env_index : env_index + 1], device)
+            embedding = core.store.gather(handle)
             ambiguous = torch.ones(count, dtype=torch.bool, device=device)
             _, predicted = core.backbone.decode_best(embedding, prompts, ambiguous)
             (self.predicted_ious[source],) = to_host(predicted)

@@ -169,14 +169,11 @@ def load_clip(
     target = resolve_device(device)
     key = (name, pretrained, str(target))
     if key not in _loaded:
-        make = _load_micro if name == "clip_micro" else _load_open_clip
-        _loaded[key] = make(name, pretrained, target)
+        if name == "clip_micro":
+            _loaded[key] = read_clip_micro(Path(pretrained or CLIP_MICRO), target)
+        else:
+            _loaded[key] = _load_open_clip(name, pretrained, target)
     return _loaded[key]
-
-
-def _load_micro(name: str, pretrained: str | None, device: torch.device) -> Clip:
-    folder = CLIP_MICRO if pretrained is None else Path(pretrained)
-    return read_clip_micro(folder, device)
 
 
 def read_clip_micro(folder: Path, device: torch.device) -> Clip:

@@ -168,13 +168,8 @@ class ClipTrainer(SmallTrainer):
         norm = self.descend(loss)
         with torch.no_grad():
             self.scales[:, 0].clamp_(0.0, math.log(50.0))
-        numbers = {
-            "loss": loss,
-            "image": image_loss,
-            "patch": patch_loss,
-            "teacher": teacher_loss,
-            "grad_norm": norm,
-        }
+        numbers = {"loss": loss, "image": image_loss, "patch": patch_loss}
+        numbers |= {"teacher": teacher_loss, "grad_norm": norm}
         return {key: float(value.detach()) for key, value in numbers.items()}
 
     def _loss(self, kind: int, similarity: Tensor, labels: Tensor) -> Tensor:

@@ -139,12 +139,9 @@ class MonitorCallback(BaseCallback):
             self.logger.record("eval/policy_plots", PictureFile(path))
 
     def _show(self) -> None:
-        parts = []
-        if self.train_curve:
-            parts.append(f"IoU train {self.train_curve[-1][1]:.3f}")
-        if self.eval_curve:
-            parts.append(f"held-out {self.eval_curve[-1][1]:.3f}")
-        self.bar.update(self._task, completed=self.num_timesteps, numbers="  ".join(parts))
+        curves = {"IoU train": self.train_curve, "held-out": self.eval_curve}
+        numbers = "  ".join(f"{name} {curve[-1][1]:.3f}" for name, curve in curves.items() if curve)
+        self.bar.update(self._task, completed=self.num_timesteps, numbers=numbers)
 
     def _on_training_end(self) -> None:
         self._show()

@@ -261,11 +261,10 @@ def read_config(args: Sequence[str] | None = None) -> TrainPPOConfig:
 
 def _parsed(args: Sequence[str], default: TrainPPOConfig) -> TrainPPOConfig:
     """Return the default with the flags applied; `--help` shows options in groups."""
-
-    def group(kind: type) -> Any:
-        return kind(**{own.name: getattr(default, own.name) for own in fields(kind)})
-
-    parts = {name: group(kind) for name, kind in _GROUPS.items()}
+    parts: dict[str, Any] = {
+        name: kind(**{own.name: getattr(default, own.name) for own in fields(kind)})
+        for name, kind in _GROUPS.items()
+    }
     # The environment's options come second.
     parts = {"run": parts["run"], "environment": default.env_config} | parts
     shown: list[Any] = [

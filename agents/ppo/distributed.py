@@ -147,12 +147,8 @@ def share_gradients(optimizer: torch.optim.Optimizer, ranks: ProcessGroup, max_n
     """
 
     def before_step(*_: Any) -> None:
-        parameters = [
-            parameter
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
+        everything = (p for group in optimizer.param_groups for p in group["params"])
+        parameters = [parameter for parameter in everything if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters]
         if ranks.world > 1:
             mean = ranks.sum(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -269,11 +265,8 @@ class DistributedPPO(PPO):
         """Average the values that an update logs over all ranks."""
         logged = self.logger.name_to_value
         # Counts of updates are integers and the same everywhere.
-        names = sorted(
-            name
-            for name, value in logged.items()
-            if name.startswith("train/") and not isinstance(value, int)
-        )
+        trained = (name for name in logged if name.startswith("train/"))
+        names = sorted(name for name in trained if not isinstance(logged[name], int))
         means = np.mean(self.ranks.gather([float(logged[name]) for name in names]), axis=0)
         logged.update(zip(names, means.tolist(), strict=True))
         buffer = self.rollout_buffer

@@ -26,10 +26,8 @@ def env_generators(seed: int, env_indices: Iterable[int]) -> list[np.random.Gene
         seed: of the run.
         env_indices: the sub-environments, counted over all processes.
     """
-    return [
-        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(env_index,)))
-        for env_index in env_indices
-    ]
+    seeds = (np.random.SeedSequence(seed, spawn_key=(index,)) for index in env_indices)
+    return [np.random.default_rng(own) for own in seeds]
 
 
 class PerEnvCategorical(CategoricalDistribution):

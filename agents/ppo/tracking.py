@@ -179,13 +179,10 @@ class MlflowRun(KVWriter, BaseCallback):
         else:
             number = known.experiment_id
         run_id = self.client.create_run(number, tags=dict(tags), run_name=name).info.run_id
-        entities = [
-            Param(
-                _shortened(_NOT_IN_KEYS.sub("_", key), MAX_ENTITY_KEY_LENGTH),
-                _shortened(str(value), MAX_PARAM_VAL_LENGTH),
-            )
-            for key, value in params.items()
-        ]
+        entities = []
+        for key, value in params.items():
+            name = _shortened(_NOT_IN_KEYS.sub("_", key), MAX_ENTITY_KEY_LENGTH)
+            entities.append(Param(name, _shortened(str(value), MAX_PARAM_VAL_LENGTH)))
         for some in _portions(entities, _PARAMS_PER_CALL):
             self.client.log_batch(run_id, params=some)
         return run_id
