@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from adaptation.config import TrainConfig
+from adaptation.options import TrainConfig
 from adaptation.strategy import Strategy
-from sam_gym.utils.training import save_state
 
 #: Settings that change no result, so a run may be resumed with other ones.
 _FREE = ("checkpoint_every", "memory_gib", "disk")
@@ -26,16 +25,11 @@ def run_key(strategy: Strategy, config: TrainConfig) -> dict[str, Any]:
     return {
         "method": strategy.name,
         "tune": strategy.context.tune,
-        "domains": {domain.name: bank.digest(domain) for domain in bank.stream},
+        "domains": {domain.name: bank.train(domain).digest for domain in bank.stream},
         "backbone": bank.backbone.identity,
         "config": settings | {"prompts": list(config.prompts)},
         "method_options": asdict(strategy.options),
     }
-
-
-def save_checkpoint(path: Path, key: Mapping[str, Any], **state: Any) -> None:
-    """Write a checkpoint, whole or not at all."""
-    save_state({"key": dict(key)} | state, path)
 
 
 def load_checkpoint(

@@ -7,27 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptation.losses import MaskLoss
-from adaptation.objects import BatchTargets, Pool
+from adaptation.objects import Pool
 from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext
-from sam_gym.backbones.adapters.adapter import Adapter, Model
-from sam_gym.backbones.decode import MaskTokens
+from sam_gym.backbones.adapters.adapter import Adapter
 
 #: Hooks whose results cannot be added up: at most one of the combined methods may override them.
 _EXCLUSIVE = (
-    "raw",
-    "learning_rate",
-    "module",
-    "make_optimizer",
-    "batch",
-    "decode",
-    "masks",
-    "model",
-    "adapter",
+    *("raw", "learning_rate", "module", "make_optimizer"),
+    *("batch", "decode", "masks", "model", "adapter"),
 )
 
 
@@ -74,21 +64,6 @@ class Combined(Strategy):
     def _pretrained(self) -> Any:
         return self._leader.sam
 
-    @property
-    def raw(self) -> str:
-        return self._leader.raw
-
-    @property
-    def learning_rate(self) -> float:
-        return self._leader.learning_rate
-
-    @property
-    def module(self) -> nn.Module:
-        return self._leader.module
-
-    def make_optimizer(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        return self._leader.make_optimizer(parameters, lr)
-
     def before_task(self, task: int) -> None:
         # The lead may start from another SAM, which the others must see.
         self._leader.before_task(task)
@@ -100,32 +75,8 @@ class Combined(Strategy):
     def replayed(self) -> list[Pool]:
         return [pool for part in self._parts.values() for pool in part.replayed()]
 
-    def batch(self, objects: BatchTargets, seeds: np.ndarray) -> Batch | None:
-        return self._leader.batch(objects, seeds)
-
-    def decode(self, batch: Batch) -> MaskTokens:
-        return self._leader.decode(batch)
-
-    def masks(self, batch: Batch, tokens: MaskTokens) -> MaskLoss:
-        return self._leader.masks(batch, tokens)
-
     def loss(self, batch: Batch, masks: MaskLoss) -> Tensor | float:
         return sum(part.loss(batch, masks) for part in self._parts.values())
-
-    def after_backward(self, step: int) -> None:
-        for part in self._parts.values():
-            part.after_backward(step)
-
-    def after_step(self, step: int) -> None:
-        for part in self._parts.values():
-            part.after_step(step)
-
-    def after_task(self, task: int) -> None:
-        for part in self._parts.values():
-            part.after_task(task)
-
-    def model(self) -> Model:
-        return self._leader.model()
 
     def adapter(self) -> Adapter:
         return replace(self._leader.adapter(), method=self.name)
@@ -143,6 +94,30 @@ class Combined(Strategy):
         weights = super().kept_bytes()
         more = (p.kept_bytes() - weights for p in self._parts.values() if p is not self._leader)
         return self._leader.kept_bytes() + sum(more)
+
+
+def _by_lead(name: str) -> Any:
+    """A hook that the lead alone answers."""
+    if isinstance(getattr(Strategy, name), property):
+        return property(lambda self: getattr(self._leader, name))
+    return lambda self, *args: getattr(self._leader, name)(*args)
+
+
+def _by_all(name: str) -> Any:
+    """A hook that reaches every method in order."""
+
+    def call(self: Combined, *args: Any) -> None:
+        for part in self._parts.values():
+            getattr(part, name)(*args)
+
+    return call
+
+
+for _name in _EXCLUSIVE:
+    if _name not in vars(Combined):
+        setattr(Combined, _name, _by_lead(_name))
+for _name in ("after_backward", "after_step", "after_task"):
+    setattr(Combined, _name, _by_all(_name))
 
 
 @functools.cache

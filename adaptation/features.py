@@ -50,6 +50,7 @@ class AugmentedImages:
         boxes: float32 (P, 4), (x0, y0, x1, y1) in pixels of the frame.
         categories: int64 (P,), the category of each object.
         objects: indices of the objects of each frame.
+        digest: of all frames.
     """
 
     frames: Sequence[np.ndarray]
@@ -62,6 +63,7 @@ class AugmentedImages:
     boxes: np.ndarray
     categories: np.ndarray
     objects: tuple[np.ndarray, ...]
+    digest: str
 
     @property
     def firsts(self) -> np.ndarray:
@@ -127,7 +129,7 @@ class FeatureBank:
         self.max_images, self.seed = max_images, seed
         self._bytes, self._disk = int(memory_gib * 2**30), disk
         # Keyed by the identity of the domain (names may repeat) and the split.
-        self._train_images: dict[int, tuple[AugmentedImages, str]] = {}
+        self._train_images: dict[int, AugmentedImages] = {}
         self._objects: dict[tuple[int, str], Objects] = {}
         self._samples: dict[tuple[int, str], SampleCache] = {}
         self._encoded: set[tuple[int, str, str]] = set()
@@ -137,13 +139,6 @@ class FeatureBank:
 
     def train(self, domain: Domain) -> AugmentedImages:
         """The augmented training images of a domain."""
-        return self._with_digest(domain)[0]
-
-    def digest(self, domain: Domain) -> str:
-        """A digest of all augmented training images of a domain."""
-        return self._with_digest(domain)[1]
-
-    def _with_digest(self, domain: Domain) -> tuple[AugmentedImages, str]:
         if id(domain) not in self._train_images:
             self._train_images[id(domain)] = self._augment_all(domain)
         return self._train_images[id(domain)]
@@ -177,15 +172,12 @@ class FeatureBank:
             self._samples[key] = SampleCache(domain.split(split), share)
         return self._samples[key][index]
 
-    def _count(self, domain: Domain, split: str) -> int:
+    def _read(self, domain: Domain, split: str) -> Iterator[tuple[int, Sample]]:
         dataset = domain.split(split)
         count = len(dataset) if self.max_images is None else min(len(dataset), self.max_images)
         if count > _ENDLESS:
             raise ValueError(f"{dataset.name} is endless: pass --max-images (max_images=).")
-        return count
-
-    def _read(self, domain: Domain, split: str) -> Iterator[tuple[int, Sample]]:
-        for number in range(self._count(domain, split)):
+        for number in range(count):
             yield number, self._sample(domain, split, number)
 
     def _rng(self, *words: object) -> np.random.Generator:
@@ -200,7 +192,7 @@ class FeatureBank:
         size, image_size = self.backbone.image_size, sample.image.shape[:2]
         return Augmentation.draw(rng, image_size, size, plain=copy == 0), rng
 
-    def _augment_all(self, domain: Domain) -> tuple[AugmentedImages, str]:
+    def _augment_all(self, domain: Domain) -> AugmentedImages:
         shape = self.backbone.mask_shape
         sources: list[tuple[int, int]] = []
         digests: list[bytes] = []
@@ -250,7 +242,7 @@ class FeatureBank:
             sample = self._sample(domain, "train", number)
             return self._augmented(domain, number, copy, sample)[0].frame(sample.image)
 
-        images = AugmentedImages(
+        return AugmentedImages(
             LazySequence(len(sources), frame_of),
             digests,
             np.array([number for number, _ in sources]),
@@ -261,8 +253,8 @@ class FeatureBank:
             np.stack(boxes),
             np.array(categories),
             tuple(objects),
+            pixels.hexdigest()[:16],
         )
-        return images, pixels.hexdigest()[:16]
 
     def _held_out(self, domain: Domain, split: str) -> Objects:
         digests: list[bytes] = []
@@ -319,7 +311,6 @@ class FeatureBank:
 
     def encode(self, domain: Domain, split: str, kind: str) -> None:
         """Encode the images of a split, unless they are encoded; `raw` calls this when needed."""
-
         key = id(domain), split, kind
         if kind == "pixels" or key in self._encoded:
             return
@@ -376,6 +367,6 @@ class FeatureBank:
         """Bytes held for samples, targets and features."""
         held = [cache.nbytes for cache in self._samples.values()]
         held += [store.nbytes for store in self._stores.values()]
-        for images, _ in self._train_images.values():
+        for images in self._train_images.values():
             held += [part.nbytes for part in (images.targets, images.valid, images.empty)]
         return sum(held)

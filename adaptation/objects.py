@@ -106,9 +106,7 @@ class BatchTargets:
 
 def gather_targets(bank: FeatureBank, indices: ObjectIndices, kind: str) -> BatchTargets:
     """Gather objects of several domains, with `raw_features` of a kind."""
-    raw, rows, targets, valid, empty = [], [], [], [], []
-    boxes, categories, order = [], [], []
-    first = 0
+    raw, parts, first = [], [], 0
     for number in np.unique(indices.domains):
         domain = bank.stream[int(number)]
         images = bank.train(domain)
@@ -116,26 +114,13 @@ def gather_targets(bank: FeatureBank, indices: ObjectIndices, kind: str) -> Batc
         objects = indices.objects[where]
         seen, own = np.unique(images.rows[objects], return_inverse=True)
         raw.append(bank.raw(domain, "train", kind, seen))
-        rows.append(first + own)
+        in_images = (images.valid[seen][own], images.empty[seen][own])
+        of_objects = (images.boxes[objects], images.categories[objects])
+        parts.append((where, first + own, images.targets[objects], *in_images, *of_objects))
         first += len(seen)
-        targets.append(images.targets[objects])
-        valid.append(images.valid[seen][own])
-        empty.append(images.empty[seen][own])
-        boxes.append(images.boxes[objects])
-        categories.append(images.categories[objects])
-        order.append(where)
-    back = np.argsort(np.concatenate(order))
-    device = bank.backbone.device
-
-    def whole(parts: list[np.ndarray]) -> Tensor:
-        return to_device(np.concatenate(parts)[back], device)
-
+    where, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    back, device = np.argsort(where), bank.backbone.device
+    rows, targets, valid, *others = (to_device(column[back], device) for column in columns)
     return BatchTargets(
-        ImageFeatures.cat(raw),
-        whole(rows),
-        whole(targets).float() / 255.0,
-        whole(valid).float(),
-        whole(empty),
-        whole(boxes),
-        whole(categories),
+        ImageFeatures.cat(raw), rows, targets.float() / 255.0, valid.float(), *others
     )

@@ -23,9 +23,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from adaptation.config import TrainConfig
 from adaptation.method_flags import method_flags, options_from_flags
-from adaptation.options import ModelOptions, StreamOptions
+from adaptation.options import ModelOptions, StreamOptions, TrainConfig
 from adaptation.results import RunResult, folder_name
 from adaptation.strategy import STRATEGIES
 from adaptation.trainer import Trainer, check_tune

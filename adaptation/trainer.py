@@ -17,11 +17,11 @@ import gymnasium as gym
 import numpy as np
 
 import adaptation.strategies  # noqa: F401  (registers the methods)
-from adaptation.checkpoint import load_checkpoint, run_key, save_checkpoint
-from adaptation.config import TrainConfig
+from adaptation.checkpoint import load_checkpoint, run_key
 from adaptation.evaluation import narrow_share, score
 from adaptation.features import FeatureBank
 from adaptation.objects import ObjectIndices
+from adaptation.options import TrainConfig
 from adaptation.results import MEASURES, RunResult, folder_name
 from adaptation.steps import Learner, make_batch
 from adaptation.strategy import STRATEGIES, Strategy, StrategyContext
@@ -33,6 +33,10 @@ from sam_gym.data.streams import Domain, Stream
 from sam_gym.utils.files import wait_for_a_later_name, write_json
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.training import save_state
+
+#: Settings that the feature bank takes.
+_BANK_SETTINGS = "augmentations objects_per_image max_images seed memory_gib disk".split()
 
 
 class Trainer:
@@ -84,17 +88,8 @@ class Trainer:
     def bank(self, stream: Stream) -> FeatureBank:
         """The bank of a stream. It is kept until another stream is asked for."""
         if self._bank is None or self._bank.stream != stream:
-            config = self.config
-            self._bank = FeatureBank(
-                self.backbone,
-                stream,
-                config.augmentations,
-                config.objects_per_image,
-                config.max_images,
-                config.seed,
-                config.memory_gib,
-                config.disk,
-            )
+            settings = {name: getattr(self.config, name) for name in _BANK_SETTINGS}
+            self._bank = FeatureBank(self.backbone, stream, **settings)
         return self._bank
 
     def fit(
@@ -281,8 +276,7 @@ class _Fit:
         if not self.result.zero_shot:
             pretrained = self.trainer.backbone.pretrained
             for prompt in self.config.prompts:
-                row, _ = self._scores(pretrained, prompt)
-                self.result.zero_shot[prompt] = row
+                self.result.zero_shot[prompt], _ = self._scores(pretrained, prompt)
             for domain in self.stream:
                 objects = self.bank.held_out(domain, self.config.split)
                 self.result.narrow[domain.name] = round(narrow_share(objects), 4)
@@ -356,15 +350,15 @@ class _Fit:
     def _save(self) -> None:
         path = self._checkpoint
         if path is not None and self.fabric.is_global_zero:
-            save_checkpoint(
-                path,
-                run_key(self.strategy, self.config),
-                stage=self.stage,
-                step=self.step,
-                strategy=self.strategy.state(),
-                optimizer=self._optimizer_state,
-                result=asdict(self.result),
-            )
+            state = {
+                "key": run_key(self.strategy, self.config),
+                "stage": self.stage,
+                "step": self.step,
+                "strategy": self.strategy.state(),
+                "optimizer": self._optimizer_state,
+                "result": asdict(self.result),
+            }
+            save_state(state, path)
 
     def _restore(self, path: Path) -> None:
         key = run_key(self.strategy, self.config)

@@ -32,7 +32,7 @@ _TRAINING_ONLY = ("categories", "length")
 
 
 @dataclass
-class Config:
+class AgentsBenchmarkConfig:
     """Compare trained agents over seeds with random clicks and the standard click rule.
 
     All play the same held-out episodes. With groups of words, the targets of a group's episodes are
@@ -91,7 +91,7 @@ class Row:
         return columns
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: AgentsBenchmarkConfig) -> dict[str, Any]:
     """Run the benchmark and write its report.
 
     Raises:
@@ -147,7 +147,7 @@ def _named(entries: list[str], option: str) -> dict[str, list[str]]:
     return named
 
 
-def read_run(folder: Path, config: Config) -> tuple[SamSegConfig, Path]:
+def read_run(folder: Path, config: AgentsBenchmarkConfig) -> tuple[SamSegConfig, Path]:
     """Return the env config of a run of train_ppo, on held-out images, and its policy.
 
     Raises:
@@ -172,7 +172,7 @@ def read_run(folder: Path, config: Config) -> tuple[SamSegConfig, Path]:
 
 
 def _players(
-    config: Config, runs: Mapping[str, list[tuple[SamSegConfig, Path]]]
+    config: AgentsBenchmarkConfig, runs: Mapping[str, list[tuple[SamSegConfig, Path]]]
 ) -> Iterator[tuple[str, list[tuple[Agent, SamSegConfig]]]]:
     """Yield the agents of each kind; the baselines play under the first run's env config."""
     for name, members in runs.items():
@@ -182,7 +182,7 @@ def _players(
         yield name, [(BASELINES.get(name)(config.seed), first)]
 
 
-def _play(row: Row, agent: Agent, env_config: SamSegConfig, config: Config) -> None:
+def _play(row: Row, agent: Agent, env_config: SamSegConfig, config: AgentsBenchmarkConfig) -> None:
     """Play the episodes to the end and, with an IoU target, once more until they reach it."""
     whole = evaluate(agent, env_config, episodes=config.episodes, seed=config.seed)
     row.ious.append(float(whole.ious.mean()))
@@ -212,7 +212,9 @@ def gaps_closed(rows: list[Row]) -> dict[str, dict[str, float]]:
     }
 
 
-def _write(config: Config, summary: dict[str, Any], rows: list[Row], out: Path) -> None:
+def _write(
+    config: AgentsBenchmarkConfig, summary: dict[str, Any], rows: list[Row], out: Path
+) -> None:
     files = report.write_results(out, summary, "agents.csv", summary["rows"])
     plot_agents(out / "agents.png", rows)
 

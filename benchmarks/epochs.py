@@ -14,7 +14,7 @@ import tyro
 from adaptation.features import FeatureBank
 from adaptation.objects import ObjectIndices
 from adaptation.steps import Learner, make_batch
-from adaptation.strategies.naive import Naive
+from adaptation.strategies.baselines import Naive
 from adaptation.strategy import StrategyContext
 from adaptation.trainer import falling
 from benchmarks import report
@@ -24,9 +24,20 @@ from sam_gym.backbones.adapters.tuning import TUNINGS, tuned_weights
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.streams import Domain, Stream, make_stream
 
+#: Column -> format of its cells.
+_COLUMNS = {
+    "tune": "{tune}",
+    "steps": "{steps}",
+    "once, s": "{encode_once_seconds:.2f}",
+    "from the bank, s": "{bank_seconds:.2f}",
+    "encoding, s": "{encoding_seconds:.2f}",
+    "ratio": "{ratio:.1f}x",
+    "weights": "{largest_weight_difference:.1e}",
+}
+
 
 @dataclass
-class Config(TimedOptions):
+class EpochsBenchmarkConfig(TimedOptions):
     """Time an epoch of training on features from the bank, and one that encodes every step.
 
     Both see the same augmented images, objects and prompts, and must end with the same weights.
@@ -59,7 +70,7 @@ class EncodingBank(FeatureBank):
         return self.backbone.raw_source(kind).encode_pixels(self.pixels(domain, split, index))
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: EpochsBenchmarkConfig) -> dict[str, Any]:
     """Run the benchmark and write its report.
 
     Raises:
@@ -87,19 +98,7 @@ def run(config: Config) -> dict[str, Any]:
     rows = [_compare(config, backbone, stream, tune) for tune in config.tune]
     summary = {"benchmark": "epochs", "rows": rows} | provenance(config, backbone)
     files = report.write_results(out, summary, "epochs.csv", rows)
-    columns = ["tune", "steps", "once, s", "from the bank, s", "encoding, s", "ratio", "weights"]
-    cells = [
-        [
-            row["tune"],
-            str(row["steps"]),
-            f"{row['encode_once_seconds']:.2f}",
-            f"{row['bank_seconds']:.2f}",
-            f"{row['encoding_seconds']:.2f}",
-            f"{row['ratio']:.1f}x",
-            f"{row['largest_weight_difference']:.1e}",
-        ]
-        for row in rows
-    ]
+    columns, cells = report.formatted(rows, _COLUMNS)
     page = report.Page(
         "Training on embeddings that are computed once",
         f"{backbone.name}: an epoch over {config.images * config.augmentations} augmented images, "
@@ -113,7 +112,9 @@ def run(config: Config) -> dict[str, Any]:
     return summary
 
 
-def _compare(config: Config, backbone: Backbone, stream: Stream, tune: str) -> dict[str, Any]:
+def _compare(
+    config: EpochsBenchmarkConfig, backbone: Backbone, stream: Stream, tune: str
+) -> dict[str, Any]:
     sizes: tuple[Any, ...] = (config.augmentations, config.objects_per_image, None, config.seed)
     bank, anew = FeatureBank(backbone, stream, *sizes), EncodingBank(backbone, stream, *sizes)
     kind = TUNINGS.get(tune).raw
@@ -146,7 +147,7 @@ def _compare(config: Config, backbone: Backbone, stream: Stream, tune: str) -> d
 class _Side:
     """One of the two ways to train, step by step."""
 
-    def __init__(self, config: Config, bank: FeatureBank, tune: str) -> None:
+    def __init__(self, config: EpochsBenchmarkConfig, bank: FeatureBank, tune: str) -> None:
         self.config, self.bank = config, bank
         self.strategy = Naive(StrategyContext(bank, tune, seed=config.seed))
         self.learner = Learner(self.strategy)

@@ -251,33 +251,30 @@ def _growth(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 def _write(summary: dict[str, Any], out: Path) -> None:
     rows, settings = summary["rows"], summary["settings"]
     files = report.write_results(out, summary, "grids.csv", rows)
-    columns = ["grid", "s an image", "reference, s", "ratio", "masks", "reference", "found"]
-    cells = [
-        [
-            row["grid"],
-            f"{row['ours_seconds']:.2f}",
-            f"{row['reference_seconds']:.2f}",
-            f"{row['ratio']:.2f}x",
-            str(row["ours_masks"]),
-            str(row["reference_masks"]),
-            f"{row['found']:.1%}",
-        ]
-        for row in rows
-    ]
+    columns = {
+        "grid": "{grid}",
+        "s an image": "{ours_seconds:.2f}",
+        "reference, s": "{reference_seconds:.2f}",
+        "ratio": "{ratio:.2f}x",
+        "masks": "{ours_masks}",
+        "reference": "{reference_masks}",
+        "found": "{found:.1%}",
+    }
     if settings["memory"]:
-        columns += ["peak, MiB", "reference, MiB"]
-        for row, cell in zip(rows, cells, strict=True):
-            peaks = (row[f"{side}_peak_mib"] for side in _SIDES)
-            cell += ["unknown" if peak is None else f"{peak:.0f}" for peak in peaks]
+        columns |= {"peak, MiB": "{ours_peak}", "reference, MiB": "{reference_peak}"}
+    peaks = [
+        {f"{side}_peak": report.mib(row.get(f"{side}_peak_mib")) for side in _SIDES} for row in rows
+    ]
+    table = report.formatted([row | peak for row, peak in zip(rows, peaks, strict=True)], columns)
     page = report.Page(
         "Everything mode",
         f"{summary['backbone']}: MaskGenerator and segment_anything's SamAutomaticMaskGenerator "
         f"on {settings['images']} images, with the same weights and options.",
     )
     page.cards({f"speed-up, {row['grid']}": f"{row['ratio']:.2f}x" for row in rows})
-    page.table(columns, cells)
+    page.table(*table)
     page.text(
         f"found: share of the reference's masks that match one of ours with an IoU of {_SAME}. "
         "peak: peak memory of a process with one image."
     )
-    page.finish(files, settings, f"everything mode, {summary['backbone']}", columns, cells)
+    page.finish(files, settings, f"everything mode, {summary['backbone']}", *table)

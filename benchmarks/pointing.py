@@ -23,7 +23,7 @@ _SHOWN = 12
 
 
 @dataclass
-class Config:
+class PointingBenchmarkConfig:
     """Play the pointing game: does the maximum of a word's map lie on an object of that category?
 
     Every category of every image counts once. CLIP Surgery is compared with each of its two halves
@@ -51,7 +51,7 @@ class Config:
     """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: PointingBenchmarkConfig) -> dict[str, Any]:
     """Run the benchmark and write its report.
 
     Raises:
@@ -104,7 +104,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _write(
-    config: Config,
+    config: PointingBenchmarkConfig,
     summary: dict[str, Any],
     surgery: ClipSurgery,
     samples: list[Sample],

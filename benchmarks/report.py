@@ -64,6 +64,23 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console().print(table)
 
 
+def mib(number: float | None) -> str:
+    """Return a number of MiB as text."""
+    return "unknown" if number is None else f"{number:.0f}"
+
+
+def formatted(
+    rows: Sequence[Mapping[str, Any]], formats: Mapping[str, str]
+) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of a table.
+
+    Args:
+        rows: numbers by name.
+        formats: column -> format of its cells, for example "{seconds:.2f}".
+    """
+    return list(formats), [[cell.format(**row) for cell in formats.values()] for row in rows]
+
+
 def new_plot(width: float = 9.0, height: float = 4.2) -> tuple[Figure, Axes]:
     """Return a matplotlib figure in the style of the page, without a window system."""
     figure, (axes,) = new_panels(1, width, height)

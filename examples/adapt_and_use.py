@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from adaptation import Trainer
-from adaptation.config import TrainConfig
+from adaptation.options import TrainConfig
 from sam_gym import Predictor
 from sam_gym.data.streams import Stream, make_stream
 from sam_gym.metrics.masks import iou

@@ -40,7 +40,7 @@ def test_python_runs_from_top_to_bottom(
     for large, small in SMALLER.items():
         assert large in code
         code = code.replace(large, small)
-    exec(f"from adaptation.config import TrainConfig\n{code}", {})
+    exec(f"from adaptation.options import TrainConfig\n{code}", {})
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == ["(3, 256, 256)", "(2, 3, 256, 256)"]
 

@@ -1,17 +1,13 @@
-"""The methods, one file each; importing this registers them all."""
+"""The methods; importing this registers them all."""
 
 from adaptation.strategies import (  # noqa: F401
-    coda,
-    dualprompt,
+    baselines,
     er,
     ewc,
-    joint,
-    l2p,
     lwf,
     moda,
-    naive,
+    prompted,
     regcl,
     samcl,
     saom,
-    zero_shot,
 )

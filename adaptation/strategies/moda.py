@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from adaptation.replay import BufferOptions, buffer_bytes, buffered
+from adaptation.strategies.er import BufferOptions, buffer_bytes, buffered
 from adaptation.strategies.experts import Experts, SelectorOptions
 from adaptation.strategy import STRATEGIES, seeded
 from sam_gym.backbones.adapters.routers import TokenRouter, block_inputs, keys_of

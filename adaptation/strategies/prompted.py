@@ -1,4 +1,7 @@
-"""Methods that train a prompt pool of the decoder and no weight of the SAM."""
+"""Methods that train a prompt pool of the decoder and no weight of the SAM.
+
+The pools are in `sam_gym.backbones.adapters.prompt_pools`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from adaptation.losses import MaskLoss
-from adaptation.strategy import Batch, Strategy, StrategyContext, seeded
+from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext, seeded
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.model import ADAPTER_MODULES, Model
 from sam_gym.backbones.adapters.prompt_pools import PromptedModel
@@ -78,3 +81,24 @@ class Prompted(Strategy):
 
     def kept_bytes(self) -> int:
         return bytes_of(self._model.pool.state_dict().values())
+
+
+@STRATEGIES.register("l2p")
+class L2P(Prompted):
+    """Learning to Prompt (Wang et al., CVPR 2022), with prompts as decoder tokens."""
+
+    _pool: ClassVar[str] = "l2p"
+
+
+@STRATEGIES.register("dualprompt")
+class DualPrompt(Prompted):
+    """DualPrompt (Wang et al., ECCV 2022), with prompts as decoder tokens."""
+
+    _pool: ClassVar[str] = "dualprompt"
+
+
+@STRATEGIES.register("coda")
+class CodaPrompt(Prompted):
+    """CODA-Prompt (Smith et al., CVPR 2023), with prompts as decoder tokens."""
+
+    _pool: ClassVar[str] = "coda"

@@ -2,65 +2,216 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from typing import Any
 
-from adaptation.method_flags import options_from_flags
+import numpy as np
+import torch
+import tyro
+
+from adaptation.features import FeatureBank
+from adaptation.method_flags import method_flags, options_from_flags
+from adaptation.options import ModelOptions, StreamOptions, TrainConfig
 from adaptation.results import RunResult
-from adaptation.trainer import Trainer
-from benchmarks.continual.config import Config, grouped, make_jobs, orders_of, with_defaults
+from adaptation.strategy import STRATEGIES
+from adaptation.trainer import Trainer, check_tune
 from benchmarks.continual.report import pictures, write_report
-from benchmarks.continual.summary import summarize
+from benchmarks.options import require_at_least
 from benchmarks.report import output_folder, refuse_unfinished
+from sam_gym.backbones.adapters.tuning import TUNINGS
+from sam_gym.data.streams import Stream, low_res_ceiling
+from sam_gym.utils.registry import unknown_name
+from sam_gym.version import __version__
+
+#: The methods of the paper's table, in its order, and those that came after it.
+PAPER = ("zero_shot", "joint", "naive", "lwf", "ewc", "er", "l2p", "dualprompt", "coda", "moda")
+BEYOND = ("samcl", "regcl")
+#: Options of all registered methods.
+MethodFlags: Any = method_flags(STRATEGIES.names())
 
 
-def run(config: Config) -> dict[str, Any]:
+@dataclass
+class ContinualBenchmarkConfig:
+    """Adapt a SAM to a stream of domains with every method, and measure forgetting.
+
+    The default is the quick setting: one seed, the methods of the paper, box prompts.
+    """
+
+    methods: tuple[str, ...] = ()
+    """Methods to compare (default: those of the paper; with --full: all)."""
+    tune: tuple[str, ...] = ("decoder",)
+    """Tune targets: decoder, hq, hq_small, sam_adapter, lora, lora_decoder. Methods that do not
+    support a target (prompt pools, regcl, samcl) use their default."""
+    seeds: int = 1
+    """Runs of each method, with consecutive seeds."""
+    orders: tuple[str, ...] = ()
+    """Orders of the domains: names with commas, or random:SEED. Each runs with every seed."""
+    full: bool = False
+    """Use the full setting: five seeds, all methods, boxes, one click and five clicks."""
+    resume: bool = False
+    """Resume the interrupted runs in the output folder."""
+    out: str = "runs/continual"
+    """Folder for results.json, tables, heat maps, adapters and report.html."""
+    stream: tyro.conf.OmitArgPrefixes[StreamOptions] = field(default_factory=StreamOptions)
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
+    train: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    method_options: tyro.conf.OmitArgPrefixes[MethodFlags] = field(default_factory=MethodFlags)
+
+
+def with_defaults(config: ContinualBenchmarkConfig) -> ContinualBenchmarkConfig:
+    """Resolve --full and the defaults, and check the values."""
+    if config.full:
+        train = replace(config.train, prompts=("box", "click", "clicks5"))
+        seeds = max(5, config.seeds)
+        methods = config.methods or (*PAPER, *BEYOND)
+        config = replace(config, train=train, seeds=seeds, methods=methods)
+    config = replace(config, methods=config.methods or PAPER)
+    require_at_least(1, seeds=config.seeds)
+    config.train.validate()
+    for name in config.methods:
+        STRATEGIES.get(name)
+    for name in config.tune:
+        if name not in TUNINGS.names():
+            raise unknown_name("tune target", name, TUNINGS.names())
+    if not config.tune:
+        raise ValueError("--tune is empty: name at least one tune target.")
+    return config
+
+
+def jobs_of(config: ContinualBenchmarkConfig) -> dict[str, tuple[str, str]]:
+    """Return label -> method and tune target; with several targets, METHOD+TARGET is the label."""
+    jobs: dict[str, tuple[str, str]] = {}
+    for tune in config.tune:
+        for name in config.methods:
+            method = STRATEGIES.get(name)
+            fits = tune in method.tunes and name != "zero_shot"
+            chosen = tune if fits else method.default_tune
+            check_tune(name, chosen)
+            label = f"{name}+{chosen}" if len(config.tune) > 1 and fits else name
+            jobs.setdefault(label, (name, chosen))
+    return jobs
+
+
+def run(config: ContinualBenchmarkConfig) -> dict[str, Any]:
     """Run the benchmark and write its report.
 
     Raises:
         ValueError, FileNotFoundError: an option, the data or the checkpoint is wrong.
     """
     config = with_defaults(config)
-    jobs = make_jobs(config)
-    streams = {order: config.stream.open(order) for order in orders_of(config)}
+    jobs = jobs_of(config)
+    streams = {order: config.stream.open(order) for order in config.orders or (None,)}
     retention = config.stream.open_retention()
     out = output_folder(config.out)
     refuse_unfinished(out, "runs/*/*/checkpoint.pt", config.resume)
 
     runs: dict[str, list[RunResult]] = {}
     first = next(iter(streams.values()))
-    for number, ((seed, order), group) in enumerate(grouped(jobs)):
+    sheet = None
+    for order, seed in product(streams, range(config.train.seed, config.train.seed + config.seeds)):
         # Methods with the same seed and order share a trainer, and so a feature bank.
-        trainer = Trainer(
-            replace(config.train, seed=seed),
-            config.model.arguments,
-            out / "runs" / _slug(order),
-            retention,
-        )
-        for job in group:
-            options = options_from_flags(config.method_options, job.method)
+        settings, folder = replace(config.train, seed=seed), out / "runs" / _slug(order)
+        trainer = Trainer(settings, config.model.arguments, folder, retention)
+        for label, (method, tune) in jobs.items():
+            options = options_from_flags(config.method_options, method)
             done = trainer.fit(
-                streams[order],
-                job.method,
-                job.tune,
-                method_options=options,
-                resume=config.resume,
+                streams[order], method, tune, method_options=options, resume=config.resume
             )
-            runs.setdefault(job.label, []).append(done)
+            runs.setdefault(label, []).append(done)
             numbers = done.summary(config.train.prompts[0])
             last, forgotten = numbers["last_iou"], numbers["ff_iou"]
             print(
-                f"{job.label:<22} seed {seed}  last {last:5.1f}"
+                f"{label:<22} seed {seed}  last {last:5.1f}"
                 + (f"  forgotten {forgotten:5.1f}" if forgotten is not None else " " * 17)
                 + f"  {done.seconds:6.1f} s",
                 flush=True,
             )
-        if number == 0:
-            sheet = pictures(trainer, first, group, out)
+        sheet = sheet or pictures(trainer, first, jobs)
     summary = summarize(config, first, runs, trainer.bank(first))
-    write_report(config, summary, runs, first, sheet, out)
+    write_report(config, summary, runs, first, sheet or [], out)
     return summary
 
 
 def _slug(order: str | None) -> str:
     return "given" if order is None else order.replace(":", "-").replace(",", "_")[:80]
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float | None] | None:
+    """Mean and standard deviation over runs; None if the number does not apply."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    deviation = float(np.std(known, ddof=1)) if len(known) > 1 else 0.0
+    return {"mean": round(float(np.mean(known)), 3), "std": round(deviation, 3)}
+
+
+def summarize(
+    config: ContinualBenchmarkConfig,
+    stream: Stream,
+    runs: Mapping[str, list[RunResult]],
+    bank: FeatureBank,
+) -> dict[str, Any]:
+    methods: dict[str, Any] = {}
+    for label, own in runs.items():
+        entry: dict[str, Any] = {"tune": own[0].tune, "runs": len(own)}
+        for prompt in config.train.prompts:
+            rows = [run.summary(prompt) for run in own]
+            numbers = {name: spread([row.get(name) for row in rows]) for name in rows[0]}
+            for group, names in _groups(stream).items():
+                ends = [_of_group(run, prompt, names) for run in own]
+                numbers[f"last_iou_{group}"] = spread(ends)
+            if prompt == config.train.prompts[0]:
+                entry |= numbers
+            else:
+                entry[prompt] = numbers
+        entry["trainable_parameters"] = own[0].trainable
+        entry["bytes_per_domain"] = round(float(np.mean([run.kept_bytes for run in own])))
+        entry["seconds"] = spread([run.seconds for run in own])
+        methods[label] = entry
+    some = next(iter(runs.values()))[0]
+    return {
+        "benchmark": "continual",
+        "setting": "full" if config.full else "quick",
+        "prompt": config.train.prompts[0],
+        "domains": [
+            {
+                "name": domain.name,
+                "thin": domain.thin,
+                "ceiling": round(
+                    100
+                    * low_res_ceiling(
+                        domain.split(config.train.split),
+                        bank.backbone.image_size,
+                        bank.backbone.mask_shape[0],
+                        config.train.max_images,
+                    ),
+                    1,
+                ),
+                "narrow_objects": some.narrow[domain.name],
+                "objects": len(bank.held_out(domain, config.train.split).rows),
+            }
+            for domain in stream
+        ],
+        "methods": methods,
+        "by_run": {label: [asdict(run) for run in own] for label, own in runs.items()},
+        "backbone": {"name": bank.backbone.name, "identity": bank.backbone.identity},
+        "threads": torch.get_num_threads(),
+        "versions": {"sam-gym": __version__, "torch": torch.__version__},
+        "settings": asdict(config),
+    }
+
+
+def _groups(stream: Stream) -> dict[str, list[str]]:
+    """Names of compact and thin domains, if both exist."""
+    groups = {
+        name: [domain.name for domain in stream if domain.thin is thin]
+        for name, thin in (("compact", False), ("thin", True))
+    }
+    return groups if all(groups.values()) else {}
+
+
+def _of_group(run: RunResult, prompt: str, names: Sequence[str]) -> float:
+    last = run.scores[prompt]["iou"][-1]
+    return float(np.mean([last[run.domains.index(name)] for name in names]))

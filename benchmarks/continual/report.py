@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,11 +12,13 @@ from adaptation.evaluation import score
 from adaptation.results import RunResult, folder_name
 from adaptation.trainer import Trainer
 from benchmarks import report
-from benchmarks.continual.config import Config, Job, orders_of
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.data.streams import Stream
 from sam_gym.utils.plots import plot_matrix
 from sam_gym.utils.render import draw_episode
+
+if TYPE_CHECKING:
+    from benchmarks.continual.benchmark import ContinualBenchmarkConfig
 
 _COLUMNS = {
     "last_iou": "Last-IoU",
@@ -27,24 +29,26 @@ _COLUMNS = {
     "forward_iou": "forward",
     "retention_iou": "retention",
     "selector_accuracy": "selector",
+    "last_iou_compact": "Last, compact",
+    "last_iou_thin": "Last, thin",
 }
 #: Columns that the terminal shows; it is narrower than a page.
 _BRIEF = ("method", "Last-IoU", "Avg-IoU", "FF-IoU", "Last-BIoU", "retention", "selector")
 
 
 def pictures(
-    trainer: Trainer, stream: Stream, jobs: Sequence[Job], out: Path
+    trainer: Trainer, stream: Stream, jobs: Mapping[str, tuple[str, str]]
 ) -> list[tuple[str, np.ndarray]]:
     """For each domain, the final masks of one object by some methods, beside the truth."""
     bank, split = trainer.bank(stream), trainer.config.split
-    shown = [job for job in jobs if job.method in ("naive", "er", "moda")][:3]
+    shown = [job for job in jobs.items() if job[1][0] in ("naive", "er", "moda")][:3]
     models = {"zero_shot": trainer.backbone.pretrained}
     assert trainer.out is not None
-    for job in shown:
-        folder = trainer.out / folder_name(job.method, job.tune, job.seed)
+    for label, (method, tune) in shown:
+        folder = trainer.out / folder_name(method, tune, trainer.config.seed)
         file = folder / "adapter.safetensors"
-        models[job.label] = trainer.backbone.adapted_model(Adapter.load(file), str(file))
-    rows: dict[str, list[np.ndarray]] = {}
+        models[label] = trainer.backbone.adapted_model(Adapter.load(file), str(file))
+    sheet = []
     for domain in stream:
         objects = bank.held_out(domain, split)
         areas = [mask.mean() for mask in objects.masks]
@@ -56,18 +60,13 @@ def pictures(
             caption = f"{name} {scores.iou[pick]:.2f}"
             mask = scores.masks[pick]
             frames.append(draw_episode(image, mask, caption=caption, height=200))
-        rows[domain.name] = frames
-    return [
-        (
-            f"{name}: ground truth, and masks for a box prompt after the last domain",
-            report.side_by_side(row),
-        )
-        for name, row in rows.items()
-    ]
+        caption = f"{domain.name}: ground truth, and masks for a box prompt after the last domain"
+        sheet.append((caption, report.side_by_side(frames)))
+    return sheet
 
 
 def write_report(
-    config: Config,
+    config: ContinualBenchmarkConfig,
     summary: dict[str, Any],
     runs: Mapping[str, list[RunResult]],
     stream: Stream,
@@ -83,7 +82,7 @@ def write_report(
     page = report.Page(
         "Continual adaptation of a Segment Anything Model",
         f"{quick}{len(stream)} domains one after the other; held-out objects prompted by {prompt}; "
-        f"{config.seeds * len(orders_of(config))} runs of each method, mean and standard "
+        f"{config.seeds * max(1, len(config.orders))} runs of each method, mean and standard "
         "deviation, in %.",
     )
     page.cards(_headlines(summary))
@@ -103,17 +102,16 @@ def write_report(
             )
     page.heading("The domains")
     page.table(
-        ["domain", "kind", "objects", "ceiling", "narrow objects"],
-        [
-            [
-                own["name"],
-                "thin" if own["thin"] else "compact",
-                str(own["objects"]),
-                f"{own['ceiling']:.1f}",
-                f"{100 * own['narrow_objects']:.0f}%",
-            ]
-            for own in summary["domains"]
-        ],
+        *report.formatted(
+            [own | {"kind": "thin" if own["thin"] else "compact"} for own in summary["domains"]],
+            {
+                "domain": "{name}",
+                "kind": "{kind}",
+                "objects": "{objects}",
+                "ceiling": "{ceiling:.1f}",
+                "narrow objects": "{narrow_objects:.0%}",
+            },
+        )
     )
     page.text(
         "Ceiling: score of the true masks at low resolution. Narrow objects consist of boundary "
@@ -123,7 +121,9 @@ def write_report(
         page.photograph(picture, caption)
     page.heading("Stage by domain")
     for label, own in runs.items():
-        matrices = [np.array(run.scores[prompt]["iou"]) / 100 for run in own if _same(run, own[0])]
+        # Matrices can be averaged if the order of domains is the same.
+        alike = [run for run in own if run.domains == own[0].domains]
+        matrices = [np.array(run.scores[prompt]["iou"]) / 100 for run in alike]
         file = out / f"matrix_{label.replace('+', '_')}.png"
         plot_matrix(file, np.mean(matrices, axis=0), own[0].domains, label)
         page.plot(file, f"IoU on every domain after every stage: {label}")
@@ -137,19 +137,10 @@ def write_report(
     )
 
 
-def _same(run: RunResult, other: RunResult) -> bool:
-    """Whether two runs have the same order of domains, so that matrices can be averaged."""
-    return run.domains == other.domains
-
-
 def _shown_columns(summary: Mapping[str, Any]) -> dict[str, str]:
     """Key and title of the columns that apply to at least one method."""
     methods = summary["methods"].values()
-    titles = dict(_COLUMNS) | {
-        "last_iou_compact": "Last, compact",
-        "last_iou_thin": "Last, thin",
-    }
-    return {key: name for key, name in titles.items() if any(own.get(key) for own in methods)}
+    return {key: name for key, name in _COLUMNS.items() if any(own.get(key) for own in methods)}
 
 
 def _shown(number: Mapping[str, float] | None) -> str:
@@ -181,18 +172,13 @@ def _flat(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         for key in _shown_columns(summary):
             number = own.get(key) or {"mean": None, "std": None}
             row |= {key: number["mean"], f"{key}_std": number["std"]}
-        row["trainable_parameters"] = own["trainable_parameters"]
-        row["bytes_per_domain"] = own["bytes_per_domain"]
-        row["seconds"] = own["seconds"]["mean"]
-        rows.append(row)
+        costs = {key: own[key] for key in ("trainable_parameters", "bytes_per_domain")}
+        rows.append(row | costs | {"seconds": own["seconds"]["mean"]})
     return rows
 
 
 def _headlines(summary: Mapping[str, Any]) -> dict[str, str]:
     """Last-IoU of zero_shot, naive, moda and joint."""
     methods = summary["methods"]
-    cards = {}
-    for name in ("zero_shot", "naive", "moda", "joint"):
-        if name in methods:
-            cards[f"Last-IoU, {name}"] = f"{methods[name]['last_iou']['mean']:.1f}"
-    return cards
+    shown = [name for name in ("zero_shot", "naive", "moda", "joint") if name in methods]
+    return {f"Last-IoU, {name}": f"{methods[name]['last_iou']['mean']:.1f}" for name in shown}

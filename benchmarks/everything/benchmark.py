@@ -11,9 +11,8 @@ import numpy as np
 import torch
 import tyro
 
-from adaptation.config import TrainConfig
 from adaptation.method_flags import method_flags, options_from_flags
-from adaptation.options import ModelOptions
+from adaptation.options import ModelOptions, TrainConfig
 from adaptation.results import folder_name
 from adaptation.strategy import STRATEGIES
 from adaptation.trainer import Trainer, check_tune

@@ -85,10 +85,7 @@ def write_report(
         "one prompt per object, derived from the ground truth."
     )
     plot = _plot(results["curves"]["test"], out / "masks_per_object.png")
-    page.plot(
-        plot,
-        "mIoU by masks per object; for each budget, the best thresholds on val",
-    )
+    page.plot(plot, "mIoU by masks per object; for each budget, the best thresholds on val")
     for split, models in results["transfer"].items():
         page.heading(f"On photographs, without training on them ({split})")
         page.table(*_table(models))

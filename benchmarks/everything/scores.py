@@ -29,11 +29,7 @@ from sam_gym.utils.digest import image_digest
 PREDICTED_IOU = tuple(sorted({*(k / 20 for k in range(20)), 0.88, 0.92}))
 STABILITY = tuple(sorted({*(k / 10 for k in range(10)), 0.85, 0.95}))
 #: Options that keep all masks.
-ALL: dict[str, Any] = {
-    "pred_iou_thresh": 0.0,
-    "stability_score_thresh": 0.0,
-    "box_nms_thresh": 1.0,
-}
+ALL: dict[str, Any] = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
 
 
 @dataclass(frozen=True)

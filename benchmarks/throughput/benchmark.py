@@ -45,13 +45,16 @@ def run(config: ThroughputBenchmarkConfig) -> dict[str, Any]:
         total = len(config.num_envs) * len(_KINDS) * (2 * config.repeats + 1)
         task = progress.add_task("stepping", total=total)
         for num_envs in config.num_envs:
-            measured = {}
+            measured, steps = {}, config.steps * num_envs
             for kind in _KINDS:
                 match = Match(config, backbone, plain, num_envs, fresh=kind == "fresh")
                 for number in range(config.repeats + 1):
                     seconds = match.play()
-                    if number:
-                        rows += _rows(config, num_envs, kind, number, seconds)
+                    setting = {"num_envs": num_envs, "images": kind}
+                    for side, elapsed in seconds.items() if number else ():
+                        own = {"side": side, "repeat": number, "env_steps": steps}
+                        speed = {"seconds": elapsed, "env_steps_per_second": steps / elapsed}
+                        rows.append(setting | own | speed)
                     progress.advance(task)
                 profiles = []
                 for _ in range(config.repeats):
@@ -107,28 +110,6 @@ def run(config: ThroughputBenchmarkConfig) -> dict[str, Any]:
                     f"their times cannot be compared: {numbers['agreement']}."
                 )
     return summary
-
-
-def _rows(
-    config: ThroughputBenchmarkConfig,
-    num_envs: int,
-    kind: str,
-    repeat: int,
-    seconds: dict[str, float],
-) -> list[dict[str, Any]]:
-    steps = config.steps * num_envs
-    return [
-        {
-            "num_envs": num_envs,
-            "images": kind,
-            "side": side,
-            "repeat": repeat,
-            "env_steps": steps,
-            "seconds": elapsed,
-            "env_steps_per_second": steps / elapsed,
-        }
-        for side, elapsed in seconds.items()
-    ]
 
 
 def _speed(

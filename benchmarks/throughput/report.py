@@ -22,15 +22,23 @@ _KINDS = {"cached": "-", "fresh": "--"}
 _PHASES = {
     "encode": (report.BLUE, "image encoder, with resizing"),
     "decode": ("#7db8e8", "prompt encoder and mask decoder"),
-    "samples": (
-        report.ORANGE,
-        "waiting for prefetched images and targets",
-    ),
+    "samples": (report.ORANGE, "waiting for prefetched images and targets"),
     "store": ("#efb666", "looking up and gathering embeddings"),
     "clicks": ("#c9603f", "mapping actions to clicks"),
     "score": ("#8a6fb3", "IoU and reward"),
     "observation": ("#5a9e6f", "observations and infos"),
     "rest": ("#b8bec6", "everything else"),
+}
+#: Column of the table of speeds -> format of its cells.
+_COLUMNS = {
+    "envs": "{envs}",
+    "images": "{kind}",
+    "vector, steps/s": "{vector_steps_per_second:.0f}",
+    "reference": "{reference_steps_per_second:.0f}",
+    "scalar loop": "{scalar_steps_per_second:.0f}",
+    "vs reference": "{speedup_vs_reference:.2f}x",
+    "vs scalar": "{speedup_vs_scalar:.2f}x",
+    "outside of the model": "{overhead_share:.1%}",
 }
 
 
@@ -95,43 +103,20 @@ def write_report(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path)
 
 
 def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    columns = [
-        "envs",
-        "images",
-        "vector, steps/s",
-        "reference",
-        "scalar loop",
-        "vs reference",
-        "vs scalar",
-        "outside of the model",
+    rows = [
+        {"envs": num_envs, "kind": kind} | measured[kind]
+        for num_envs, measured in summary["by_num_envs"].items()
+        for kind in _KINDS
     ]
-    rows = []
-    for num_envs, measured in summary["by_num_envs"].items():
-        for kind in _KINDS:
-            numbers = measured[kind]
-            rows.append(
-                [
-                    num_envs,
-                    kind,
-                    *(f"{numbers[f'{s}_steps_per_second']:.0f}" for s in _SIDES),
-                    f"{numbers['speedup_vs_reference']:.2f}x",
-                    f"{numbers['speedup_vs_scalar']:.2f}x",
-                    f"{numbers['overhead_share']:.1%}",
-                ]
-            )
-    return columns, rows
+    return report.formatted(rows, _COLUMNS)
 
 
 def _machine_table(summary: dict[str, Any]) -> list[tuple[str, str]]:
     encoder, decoder = summary["encoder"], summary["decoder"]
     rollout, vit_b = summary["rollout_bytes"], summary["rollout_bytes_vit_b"]
-    peak = summary["peak_memory_mib"]
     return [
         ("encode, images per second", f"{encoder['images_per_second']:.1f}"),
-        (
-            "segment_anything, images per second",
-            f"{encoder['plain_images_per_second']:.1f}",
-        ),
+        ("segment_anything, images per second", f"{encoder['plain_images_per_second']:.1f}"),
         (f"decode, ms per prompt of {decoder['prompts']}", f"{decoder['ms_per_prompt']:.3f}"),
         ("one click, ms", f"{decoder['click_latency_ms']:.2f}"),
         ("decode, fraction of the roofline", f"{decoder['fraction_of_roofline']:.1%}"),
@@ -142,7 +127,7 @@ def _machine_table(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("the same at ViT-B size, full form, MiB", f"{vit_b['full'] / 2**20:.1f}"),
         ("the same at ViT-B size, handle form, MiB", f"{vit_b['handle'] / 2**20:.3f}"),
         ("full form over handle form, at ViT-B size", f"{vit_b['ratio']:.0f}x"),
-        ("peak memory while playing, MiB", "unknown" if peak is None else f"{peak:.0f}"),
+        ("peak memory while playing, MiB", report.mib(summary["peak_memory_mib"])),
         *(
             (f"mask IoU with float32, {what} in {dtype}", f"{value:.4f}")
             for dtype, effect in summary["mask_iou_with_float32"].items()

@@ -12,8 +12,8 @@ import torch
 from segment_anything.modeling import Sam
 
 from adaptation.combined import CombinedOptions
-from adaptation.config import TrainConfig
 from adaptation.features import FeatureBank
+from adaptation.options import TrainConfig
 from adaptation.results import RunResult
 from adaptation.strategy import STRATEGIES, Strategy
 from adaptation.trainer import Trainer

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from adaptation import train
 from adaptation.objects import ObjectIndices
-from adaptation.replay import BufferOptions, buffered
 from adaptation.steps import make_batch
+from adaptation.strategies.er import BufferOptions, buffered
 from adaptation.strategy import STRATEGIES, Strategy
 from adaptation.trainer import falling
 from sam_gym.backbones import load_backbone

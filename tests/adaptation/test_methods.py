@@ -15,8 +15,8 @@ import adaptation.strategies  # noqa: F401  (registers the methods)
 from adaptation.features import FeatureBank
 from adaptation.losses import mask_costs, mask_loss
 from adaptation.objects import ObjectIndices
-from adaptation.replay import buffered
 from adaptation.steps import Learner, make_batch
+from adaptation.strategies.er import buffered
 from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext, check_hooks
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.model import Model, embed

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from adaptation import trainer as loop
 from adaptation.combined import Combined
-from adaptation.config import TrainConfig
 from adaptation.evaluation import narrow_share, score
 from adaptation.features import FeatureBank
+from adaptation.options import TrainConfig
 from adaptation.results import RunResult
 from adaptation.strategies.lwf import LwF
 from adaptation.strategy import Strategy

@@ -11,7 +11,7 @@ import pytest
 
 from agents import train_ppo
 from agents.ppo import config
-from benchmarks.agents import Config, Row, gaps_closed, read_run
+from benchmarks.agents import AgentsBenchmarkConfig, Row, gaps_closed, read_run
 from benchmarks.run import main
 from sam_gym.envs.click import SamSegConfig
 
@@ -59,7 +59,7 @@ def test_held_out_images_are_not_restricted(tmp_path: Path) -> None:
     saved = {"config": {"settings": asdict(SamSegConfig(dataset_kwargs=kwargs))}}
     (tmp_path / "policy.zip").touch()
     (tmp_path / "results.json").write_text(json.dumps(saved))
-    settings, policy = read_run(tmp_path, Config(run=[], words=[], device="cpu"))
+    settings, policy = read_run(tmp_path, AgentsBenchmarkConfig(run=[], words=[], device="cpu"))
     assert settings.dataset_kwargs == {"size": 128}
     assert settings.split == "test" and settings.open_dataset().categories[0] == "cross"
     assert len(settings.open_dataset().categories) == 10 and policy.is_file()

@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,14 @@ import pytest
 from segment_anything.modeling import Sam
 
 from adaptation.strategy import Strategy
-from benchmarks.continual.config import BEYOND, PAPER, Config, make_jobs, with_defaults
-from benchmarks.continual.summary import spread
+from benchmarks.continual.benchmark import (
+    BEYOND,
+    PAPER,
+    ContinualBenchmarkConfig,
+    jobs_of,
+    spread,
+    with_defaults,
+)
 from benchmarks.run import main
 
 NUMBERS = ("last_iou", "avg_iou", "ff_iou", "last_biou", "avg_biou", "ff_biou", "forward_iou")
@@ -108,25 +113,27 @@ def test_an_interrupted_benchmark_goes_on(
     assert without_times(parts) == without_times(whole)
 
 
-def test_orders_and_targets_are_runs_of_their_own() -> None:
-    config = replace(Config(), methods=("naive", "l2p", "zero_shot"), tune=("decoder", "hq"))
-    jobs = make_jobs(with_defaults(replace(config, orders=("random:0", "random:1"), seeds=2)))
-    labels = ["naive+decoder", "l2p", "zero_shot", "naive+hq"]
-    assert [job.label for job in jobs] == labels * 4
-    assert [(job.order, job.seed) for job in jobs[::4]] == [
-        *(("random:0", 0), ("random:0", 1), ("random:1", 0), ("random:1", 1))
-    ]
-    assert {job.tune for job in jobs if job.method == "l2p"} == {"prompts"}
+def test_targets_are_runs_of_their_own() -> None:
+    config = ContinualBenchmarkConfig(methods=("naive", "l2p", "zero_shot"), tune=("decoder", "hq"))
+    assert jobs_of(with_defaults(config)) == {
+        "naive+decoder": ("naive", "decoder"),
+        "l2p": ("l2p", "prompts"),
+        "zero_shot": ("zero_shot", "decoder"),
+        "naive+hq": ("naive", "hq"),
+    }
 
 
 def test_the_quick_and_the_full_setting() -> None:
-    quick, full = with_defaults(Config()), with_defaults(Config(full=True))
+    quick, full = (
+        with_defaults(ContinualBenchmarkConfig()),
+        with_defaults(ContinualBenchmarkConfig(full=True)),
+    )
     assert quick.methods == PAPER and quick.seeds == 1 and quick.train.prompts == ("box",)
     assert full.methods == (*PAPER, *BEYOND) and full.seeds == 5
     assert full.train.prompts == ("box", "click", "clicks5")
 
 
-def testspread() -> None:
+def test_spread() -> None:
     assert spread([1.0, 2.0, 4.0]) == {"mean": 2.333, "std": 1.528}
     assert spread([3.0]) == {"mean": 3.0, "std": 0.0}
     assert spread([None, None]) is None

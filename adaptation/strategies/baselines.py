@@ -1,4 +1,4 @@
-"""The pretrained SAM."""
+"""Reference points: the pretrained SAM, and training without any measure against forgetting."""
 
 from __future__ import annotations
 
@@ -25,3 +25,18 @@ class ZeroShot(Strategy):
 
     def kept_bytes(self) -> int:
         return 0
+
+
+@STRATEGIES.register("naive")
+class Naive(Strategy):
+    """Fine-tunes on each domain in turn; the lower bound of continual learning."""
+
+
+@STRATEGIES.register("joint")
+class Joint(Strategy):
+    """Trains on all domains together, each equally often; the upper bound.
+
+    It takes as many steps as a sequential method on all domains.
+    """
+
+    joint: ClassVar[bool] = True
