@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from adaptation.evaluation import check_prompt, score
 from adaptation.features import FeatureBank
@@ -81,16 +79,14 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
                 numbers[f"{name}_iou"] = round(100 * float(scores.iou.mean()), 2)
                 numbers[f"{name}_biou"] = round(100 * float(scores.biou.mean()), 2)
             own[prompt] = numbers | {"objects": len(scores.iou)}
-    table = Table(title=f"{options.adapter} ({adapter.method}), in %")
     columns = ["zero_shot_iou", "adapted_iou", "zero_shot_biou", "adapted_biou", "objects"]
-    table.add_column("domain")
-    table.add_column("prompt")
-    for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
-    for name, prompts in results.items():
-        for prompt, numbers in prompts.items():
-            table.add_row(name, prompt, *(str(numbers[column]) for column in columns))
-    Console().print(table)
+    rows = [
+        [name, prompt, *(str(numbers[column]) for column in columns)]
+        for name, prompts in results.items()
+        for prompt, numbers in prompts.items()
+    ]
+    titles = ["domain", "prompt", *(column.replace("_", " ") for column in columns)]
+    cli.print_table(f"{options.adapter} ({adapter.method}), in %", titles, rows)
     if options.out is not None:
         write_json(Path(options.out).expanduser(), results)
     return results

@@ -56,15 +56,14 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise `ValueError` for an impossible value."""
         counts = ("steps", "batch_size", "objects_per_augmentation", "augmentations")
-        for name in (*counts, "objects_per_image", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.max_images is not None and self.max_images < 1:
-            raise ValueError(f"max_images must be at least 1, got {self.max_images}.")
-        if not self.memory_gib > 0:
-            raise ValueError(f"memory_gib must be positive, got {self.memory_gib}.")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
+        for name in (*counts, "objects_per_image", "checkpoint_every", "max_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        for name in ("memory_gib", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}.")
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
         if self.split not in ("val", "test"):
@@ -121,7 +120,7 @@ class ModelOptions:
 
     backbone: Annotated[str, tyro.conf.arg(help=backbone_help("SAM"))] = "micro"
     checkpoint: str | None = None
-    """Weights of the backbone (micro: bundled)."""
+    """Its weights (.safetensors or .pth); those of micro are bundled."""
     device: str = "auto"
     """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
     dtype: str = "auto"

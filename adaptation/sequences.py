@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -25,13 +25,7 @@ class LazySequence(Sequence[T], Generic[T]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> LazySequence[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | LazySequence[T]:
+    def __getitem__(self, index: Any) -> Any:
         chosen = range(self._count)[index]
         if isinstance(chosen, range):
             return LazySequence(len(chosen), lambda k: self._get(chosen[k]))

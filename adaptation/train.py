@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from adaptation.method_flags import method_flags, options_from_flags
 from adaptation.options import ModelOptions, StreamOptions, TrainConfig
@@ -101,20 +99,18 @@ def _parse(args: Sequence[str]) -> tuple[AdaptConfig, Any]:
 
 def print_result(result: RunResult) -> None:
     """Print the scores of each domain, and the summary."""
-    console = Console()
     for prompt in result.scores:
-        table = Table(title=f"{result.method} ({result.tune}), IoU by {prompt}, in %")
-        for name in ("domain", "zero-shot", "just learned", "in the end"):
-            table.add_column(name, justify="left" if name == "domain" else "right")
+        rows = []
         matrix = np.array(result.scores[prompt]["iou"])
         for number, name in enumerate(result.domains):
             learned = f"{matrix[number, number]:.1f}" if len(matrix) == len(result.domains) else ""
             before = result.zero_shot[prompt]["iou"][number]
-            table.add_row(name, f"{before:.1f}", learned, f"{matrix[-1, number]:.1f}")
-        console.print(table)
+            rows.append([name, f"{before:.1f}", learned, f"{matrix[-1, number]:.1f}"])
+        title = f"{result.method} ({result.tune}), IoU by {prompt}, in %"
+        cli.print_table(title, ("domain", "zero-shot", "just learned", "in the end"), rows)
         numbers = result.summary(prompt)
         shown = [f"{key} {value:.1f}" for key, value in numbers.items() if value is not None]
-        console.print(", ".join(shown))
+        print(", ".join(shown))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sam_gym.utils.plots import save_figure
+from sam_gym.utils.plots import new_plot, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _COLOURS = {
     "agent": "#1464b4",
@@ -30,7 +29,8 @@ def plot_learning_curve(
     baselines: dict[str, float],
 ) -> Path:
     """Plot the mean IoU over environment steps, with a line for each baseline."""
-    figure, axes = _new_plot()
+    figure, axes = new_plot()
+    axes.set_ylim(0, 1)
     if train:
         axes.plot(*zip(*train, strict=True), color="#9ec5e8", lw=1.5, label="training (exploring)")
     if evaluations:
@@ -58,7 +58,8 @@ def plot_iou_after_steps(path: Path, curves: Mapping[str, Sequence[float]]) -> P
     from matplotlib.ticker import MaxNLocator
 
     longest = max(map(len, curves.values()))
-    figure, axes = _new_plot()
+    figure, axes = new_plot()
+    axes.set_ylim(0, 1)
     for name, curve in curves.items():
         if len(curve) == 1:
             axes.axhline(curve[0], color=_colour(name), ls="--", lw=1.2)
@@ -70,17 +71,6 @@ def plot_iou_after_steps(path: Path, curves: Mapping[str, Sequence[float]]) -> P
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="step of an episode", ylabel="mean IoU after it")
     return save_figure(path, figure)
-
-
-def _new_plot() -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set_ylim(0, 1)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _colour(name: str) -> str:

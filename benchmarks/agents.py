@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 
 from agents.baselines.base import Agent
@@ -18,12 +17,11 @@ from agents.baselines.click import BASELINES
 from agents.evaluate import PolicyAgent, evaluate
 from agents.ppo.config import with_present_names
 from benchmarks import report
-from benchmarks.options import require_at_least
+from benchmarks.options import provenance, require_at_least
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95, with_interval
-from sam_gym.utils.plots import save_figure
+from sam_gym.utils.plots import new_plot, save_figure
 from sam_gym.utils.progress import ProgressBar
-from sam_gym.version import __version__
 
 #: Baselines to compare with, and their colours.
 _REFERENCES = {"random": "#999999", "oracle": "#2e8b57"}
@@ -126,8 +124,7 @@ def run(config: AgentsBenchmarkConfig) -> dict[str, Any]:
         "rows": [row.as_dict() for row in rows],
         "gap_closed": gaps_closed(rows),
         "by_run": [asdict(row) for row in rows],
-        "versions": {"sam-gym": __version__, "torch": torch.__version__},
-        "settings": asdict(config),
+        **provenance(config),
     }
     _write(config, summary, rows, out)
     return summary
@@ -252,7 +249,7 @@ def plot_agents(path: Path, rows: list[Row]) -> None:
     """Plot the mean IoU by kind of agent and group of words: a bar, and a dot per run."""
     groups = list(dict.fromkeys(row.words for row in rows))
     kinds = list(dict.fromkeys(row.name for row in rows if row.name not in _REFERENCES))
-    figure, axes = report.new_plot()
+    figure, axes = new_plot()
     shades = ["#1464b4", "#9ec5e8", "#c08040", "#b04a9a", "#6a7f3f", "#555555"]
     width = 0.8 / max(len(kinds), 1)
     for row in rows:

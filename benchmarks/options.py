@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 
+from adaptation.options import ModelOptions
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.loading import resolve_device, resolve_dtype
-from sam_gym.backbones.spec import BACKBONES, backbone_help
+from sam_gym.backbones.spec import BACKBONES
 from sam_gym.version import __version__
 
 
 @dataclass
-class BackboneOptions:
+class BackboneOptions(ModelOptions):
     """The SAM to measure, and its device."""
 
-    backbone: Annotated[str, tyro.conf.arg(help=backbone_help("SAM to measure"))] = "micro"
-    checkpoint: str | None = None
-    """Its weights (.safetensors or .pth); those of micro are bundled."""
-    device: str = "auto"
-    """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
-    dtype: str = "auto"
-    """Precision: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
     compile: bool = False
     """Use torch.compile; the first calls take a minute or two."""
     seed: int = 0
@@ -33,7 +26,7 @@ class BackboneOptions:
 
     def load(self) -> Backbone:
         """Load the backbone."""
-        return load_backbone(self.backbone, self.checkpoint, self.device, self.dtype, self.compile)
+        return load_backbone(**self.arguments, compile=self.compile)
 
 
 @dataclass
@@ -52,17 +45,23 @@ class TimedOptions(BackboneOptions):
         return Backbone(self.backbone, sam, device, resolve_dtype(self.dtype, device))
 
 
-def provenance(options: BackboneOptions, backbone: Backbone) -> dict[str, Any]:
-    """Return the provenance of results: backbone, device, versions, options."""
-    return {
+def provenance(config: Any, backbone: Backbone | None = None) -> dict[str, Any]:
+    """Return the provenance of results: versions, options, and the backbone with its device.
+
+    Args:
+        config: a dataclass of options.
+        backbone: the SAM that was measured, if there is one.
+    """
+    versions = {"sam-gym": __version__, "torch": torch.__version__}
+    own = {"threads": torch.get_num_threads(), "versions": versions, "settings": asdict(config)}
+    if backbone is None:
+        return own
+    return own | {
         "backbone": backbone.name,
         "backbone_identity": backbone.identity,
         "device": device_name(backbone.device),
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "compiled": backbone.compiled,
-        "threads": torch.get_num_threads(),
-        "versions": {"sam-gym": __version__, "torch": torch.__version__},
-        "settings": asdict(options),
     }
 
 

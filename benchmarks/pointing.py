@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from agents.clip.models import load_clip
 from agents.clip.pointing import Redundant, pointing_game, redundant_feature, word_maps
 from agents.clip.surgery import ClipSurgery, min_max
 from benchmarks import report
-from benchmarks.options import device_name, require_at_least
+from benchmarks.options import device_name, provenance, require_at_least
 from sam_gym.data import DATASETS, Sample
 from sam_gym.utils.progress import track
 from sam_gym.utils.render import draw_heat, save_image, tile
-from sam_gym.version import __version__
 
 _SHOWN = 12
 
@@ -96,8 +94,7 @@ def run(config: PointingBenchmarkConfig) -> dict[str, Any]:
             if name in ("surgery", "plain CLIP")
         },
         "device": device_name(clip.device),
-        "versions": {"sam-gym": __version__, "torch": torch.__version__},
-        "settings": asdict(config),
+        **provenance(config),
     }
     _write(config, summary, surgery, samples, dataset.categories, out)
     return summary

@@ -6,19 +6,16 @@ import base64
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cv2
 import jinja2
 import numpy as np
 
+from sam_gym.utils.cli import print_table
 from sam_gym.utils.files import plain, write_atomic, write_csv, write_json
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-INK, MUTED, BLUE, ORANGE = "#1d2733", "#68727e", "#1e78c8", "#e08a1e"
+INK, BLUE, ORANGE = "#1d2733", "#1e78c8", "#e08a1e"
 
 
 def output_folder(out: str) -> Path:
@@ -51,19 +48,6 @@ def refuse_unfinished(out: Path, checkpoints: str, resume: bool) -> None:
         )
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; the first column is left-aligned, the others right-aligned."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
 def mib(number: float | None) -> str:
     """Return a number of MiB as text."""
     return "unknown" if number is None else f"{number:.0f}"
@@ -79,27 +63,6 @@ def formatted(
         formats: column -> format of its cells, for example "{seconds:.2f}".
     """
     return list(formats), [[cell.format(**row) for cell in formats.values()] for row in rows]
-
-
-def new_plot(width: float = 9.0, height: float = 4.2) -> tuple[Figure, Axes]:
-    """Return a matplotlib figure in the style of the page, without a window system."""
-    figure, (axes,) = new_panels(1, width, height)
-    return figure, axes
-
-
-def new_panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure like that of `new_plot`, with several axes side by side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = list(figure.subplots(1, count, squeeze=False, gridspec_kw={"wspace": 0.08})[0])
-    for axes in panels:
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        axes.tick_params(colors=MUTED)
-        axes.grid(alpha=0.25)
-        axes.set_axisbelow(True)
-    return figure, panels
 
 
 def side_by_side(frames: Sequence[np.ndarray], gap: int = 8) -> np.ndarray:

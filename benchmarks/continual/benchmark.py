@@ -8,7 +8,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 
 from adaptation.features import FeatureBank
@@ -18,12 +17,11 @@ from adaptation.results import RunResult
 from adaptation.strategy import STRATEGIES
 from adaptation.trainer import Trainer, check_tune
 from benchmarks.continual.report import pictures, write_report
-from benchmarks.options import require_at_least
+from benchmarks.options import provenance, require_at_least
 from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.backbones.adapters.tuning import TUNINGS
 from sam_gym.data.streams import Stream, low_res_ceiling
 from sam_gym.utils.registry import unknown_name
-from sam_gym.version import __version__
 
 #: The methods of the paper's table, in its order, and those that came after it.
 PAPER = ("zero_shot", "joint", "naive", "lwf", "ewc", "er", "l2p", "dualprompt", "coda", "moda")
@@ -197,9 +195,7 @@ def summarize(
         "methods": methods,
         "by_run": {label: [asdict(run) for run in own] for label, own in runs.items()},
         "backbone": {"name": bank.backbone.name, "identity": bank.backbone.identity},
-        "threads": torch.get_num_threads(),
-        "versions": {"sam-gym": __version__, "torch": torch.__version__},
-        "settings": asdict(config),
+        **provenance(config),
     }
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 import tyro
 
 from adaptation.method_flags import method_flags, options_from_flags
@@ -19,7 +18,7 @@ from adaptation.trainer import Trainer, check_tune
 from benchmarks.everything.measuring import SHOWN, ZERO_SHOT, Measuring
 from benchmarks.everything.report import write_report
 from benchmarks.everything.scores import Split
-from benchmarks.options import require_at_least
+from benchmarks.options import provenance, require_at_least
 from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.data import DATASETS, Dataset, MissingSplit, make_dataset
@@ -28,7 +27,6 @@ from sam_gym.mask_generation.generator import GeneratorOptions
 from sam_gym.mask_generation.merging import MergeOptions
 from sam_gym.utils.digest import image_digest
 from sam_gym.utils.progress import ProgressBar
-from sam_gym.version import __version__
 
 #: Method -> point grid, columns and rows.
 GRIDS = {"saom_v1": (32, 32), "saom_v2": (64, 64), "panosam": (320, 64)}
@@ -141,9 +139,7 @@ def run(config: EverythingBenchmarkConfig) -> dict[str, Any]:
         "by_run": scores,
         "curves": measuring.curves,
         "backbone": {"name": plain.name, "identity": plain.identity},
-        "threads": torch.get_num_threads(),
-        "versions": {"sam-gym": __version__, "torch": torch.__version__},
-        "settings": asdict(config),
+        **provenance(config),
     }
     write_report(results, splits["test"].samples[:SHOWN], measuring.shown, out)
     return results

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import report
 from benchmarks.everything.measuring import BUDGETS
 from sam_gym.data import Sample
-from sam_gym.utils.plots import save_figure
+from sam_gym.utils.plots import MUTED, new_plot, save_figure
 from sam_gym.utils.render import draw_masks, save_image, tile
 
 _ROWS = {
@@ -105,8 +105,8 @@ def write_report(
 
 def _plot(curves: Mapping[str, Any], path: Path) -> Path:
     """Plot mIoU by masks per object for each model."""
-    figure, axes = report.new_plot()
-    colours = (report.MUTED, report.BLUE, report.ORANGE, report.INK)
+    figure, axes = new_plot()
+    colours = (MUTED, report.BLUE, report.ORANGE, report.INK)
     for colour, (name, runs) in zip(colours, curves.items(), strict=False):
         for number, curve in enumerate(runs):
             points = sorted((point["masks_per_object"], point["miou"]) for point in curve)

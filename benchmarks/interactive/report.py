@@ -16,7 +16,7 @@ from sam_gym.data.cache import SampleCache
 from sam_gym.metrics.masks import number_of_clicks
 from sam_gym.simulation.clicks import Click
 from sam_gym.simulation.interactive import Target, click_out
-from sam_gym.utils.plots import save_figure
+from sam_gym.utils.plots import new_plot, save_figure
 from sam_gym.utils.render import draw_episode, save_image
 
 _SHOWN_CLICKS = (1, 3, 5)
@@ -110,7 +110,7 @@ def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _curve(summary: dict[str, Any]) -> Any:
-    figure, axes = report.new_plot()
+    figure, axes = new_plot()
 
     def line(values: Sequence[float], label: str, colour: str, style: str = "-") -> None:
         axes.plot(range(1, len(values) + 1), values, style, marker="o", ms=4, color=colour)

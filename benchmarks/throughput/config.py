@@ -66,15 +66,7 @@ class ThroughputBenchmarkConfig(BackboneOptions):
 
     def env_settings(self, fresh: bool, obs: str = "handle") -> dict[str, Any]:
         """Return arguments of `SamSeg-v0`; fresh scenes come from an endless dataset."""
-        return {
-            "dataset": "scenes",
-            "split": "test",
-            "dataset_kwargs": {"length": None if fresh else self.images},
-            "backbone": self.backbone,
-            "checkpoint": self.checkpoint,
-            "device": self.device,
-            "dtype": self.dtype,
-            "compile": self.compile,
-            "obs": obs,
-            "max_steps": self.max_steps,
-        }
+        names = ("backbone", "checkpoint", "device", "dtype", "compile", "max_steps")
+        own = {name: getattr(self, name) for name in names}
+        images = {"length": None if fresh else self.images}
+        return own | {"dataset": "scenes", "split": "test", "dataset_kwargs": images, "obs": obs}

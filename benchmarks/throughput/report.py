@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import report
-from sam_gym.utils.plots import save_figure
+from sam_gym.utils.plots import MUTED, new_panels, new_plot, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,7 +154,7 @@ def _growth_caption(summary: dict[str, Any]) -> str:
 
 
 def _speed_plot(summary: dict[str, Any]) -> Figure:
-    figure, axes = report.new_plot()
+    figure, axes = new_plot()
     sizes = _sizes(summary)
     for side, colour in _SIDES.items():
         for kind, dashes in _KINDS.items():
@@ -170,7 +170,7 @@ def _speed_plot(summary: dict[str, Any]) -> Figure:
 
 
 def _growth_plot(summary: dict[str, Any]) -> Figure:
-    figure, (by_envs, by_images) = report.new_panels(2, width=11.0, height=3.8)
+    figure, (by_envs, by_images) = new_panels(2, width=11.0, height=3.8)
     sizes = np.array(_sizes(summary))
     for kind, colour in (("cached", report.BLUE), ("fresh", report.ORANGE)):
         times = _series(summary, kind, "vector_step_ms")
@@ -192,7 +192,7 @@ def _growth_plot(summary: dict[str, Any]) -> Figure:
     by_images.plot(
         growth["images"], growth["step_ms"], "o-", color=report.ORANGE, ms=4, label=label
     )
-    by_images.axvline(growth["capacity"], color=report.MUTED, lw=1, ls=":", label="first eviction")
+    by_images.axvline(growth["capacity"], color=MUTED, lw=1, ls=":", label="first eviction")
     by_images.set(xlabel="images seen", ylabel="ms per vector step")
     _begin_at_zero(by_images)
     _legend_above(by_images, columns=2)
@@ -200,7 +200,7 @@ def _growth_plot(summary: dict[str, Any]) -> Figure:
 
 
 def _phase_plot(measured: dict[str, Any]) -> Figure:
-    figure, axes = report.new_plot(height=2.6)
+    figure, axes = new_plot(height=2.6)
     kinds = list(_KINDS)[::-1]  # a bar plot starts at the bottom
     left = np.zeros(len(kinds))
     for phase, (colour, _) in _PHASES.items():

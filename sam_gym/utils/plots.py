@@ -13,7 +13,31 @@ from numpy.typing import ArrayLike
 from sam_gym.utils.files import write_atomic
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+#: Colour of ticks and secondary lines.
+MUTED = "#68727e"
+
+
+def new_plot(width: float = 9.0, height: float = 4.2) -> tuple[Figure, Axes]:
+    """Return a matplotlib figure with one pair of axes, without a window system."""
+    figure, (axes,) = new_panels(1, width, height)
+    return figure, axes
+
+
+def new_panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure like that of `new_plot`, with several axes side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = list(figure.subplots(1, count, squeeze=False, gridspec_kw={"wspace": 0.08})[0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=MUTED)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    return figure, panels
 
 
 def plot_matrix(

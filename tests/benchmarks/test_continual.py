@@ -123,6 +123,15 @@ def test_targets_are_runs_of_their_own() -> None:
     }
 
 
+def test_every_order_runs_with_every_seed(arguments: list[str], tmp_path: Path) -> None:
+    orders, out = ["cells,vessels", "vessels,cells"], str(tmp_path / "out")
+    some = ["--methods", "zero_shot", "--seeds", "2", "--orders", *orders, "--out", out]
+    runs = main([*arguments, *some])["by_run"]["zero_shot"]
+    assert [(",".join(run["domains"]), run["seed"]) for run in runs] == [
+        (order, seed) for order in orders for seed in (0, 1)
+    ]
+
+
 def test_the_quick_and_the_full_setting() -> None:
     quick, full = (
         with_defaults(ContinualBenchmarkConfig()),

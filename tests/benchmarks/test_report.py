@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import report
 from sam_gym.utils.files import write_atomic, write_csv, write_json
-from sam_gym.utils.plots import save_figure
+from sam_gym.utils.plots import new_plot, save_figure
 
 
 def test_numpy_becomes_plain(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_csv(tmp_path: Path) -> None:
 
 
 def test_page_escapes_and_embeds(tmp_path: Path) -> None:
-    figure, axes = report.new_plot()
+    figure, axes = new_plot()
     axes.plot([0, 1])
     plot = save_figure(tmp_path / "plot.png", figure)
     assert plot.read_bytes().startswith(b"\x89PNG")
