@@ -52,9 +52,9 @@ def run(config: ThroughputBenchmarkConfig) -> dict[str, Any]:
                     seconds = match.play()
                     setting = {"num_envs": num_envs, "images": kind}
                     for side, elapsed in seconds.items() if number else ():
-                        own = {"side": side, "repeat": number, "env_steps": steps}
+                        played = {"side": side, "repeat": number, "env_steps": steps}
                         speed = {"seconds": elapsed, "env_steps_per_second": steps / elapsed}
-                        rows.append(setting | own | speed)
+                        rows.append(setting | played | speed)
                     progress.advance(task)
                 profiles = []
                 for _ in range(config.repeats):
