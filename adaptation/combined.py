@@ -13,6 +13,7 @@ from adaptation.losses import MaskLoss
 from adaptation.objects import Pool
 from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext
 from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.utils.registry import unknown_name
 
 #: Hooks whose results cannot be added up: at most one of the combined methods may override them.
 _EXCLUSIVE = (
@@ -45,7 +46,16 @@ class Combined(Strategy):
     _lead: ClassVar[type[Strategy]]
 
     def __init__(self, context: StrategyContext) -> None:
-        options: CombinedOptions = context.options or CombinedOptions()
+        options = CombinedOptions() if context.options is None else context.options
+        names = [cls.name for cls in self._methods]
+        if not isinstance(options, CombinedOptions):
+            raise TypeError(
+                f"{'+'.join(names)} takes CombinedOptions(parts) as method_options, got "
+                f"{type(options).__qualname__}."
+            )
+        for name in options.parts:
+            if name not in names:
+                raise unknown_name("combined method", name, names)
         self._parts = {
             cls.name: cls(replace(context, options=options.parts.get(cls.name)))
             for cls in self._methods

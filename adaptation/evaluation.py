@@ -145,7 +145,9 @@ def _boxed(
     prompts = Prompts(boxes=boxes, rows=to_device(images, backbone.device))
     logits, _ = backbone.decode(features, prompts)
     return [
-        (backbone.masks_at(own[0], objects.masks[row].shape) > 0).cpu().numpy()
+        (backbone.masks_at(own[0], objects.masks[row].shape) > backbone.mask_threshold)
+        .cpu()
+        .numpy()
         for own, row in zip(logits, rows, strict=True)
     ]
 

@@ -10,7 +10,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterable
-from dataclasses import fields, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from itertools import pairwise
 from typing import Annotated, Any, get_type_hints
 
@@ -26,7 +26,7 @@ def method_flags(methods: Iterable[str]) -> type[Any]:
     declared: dict[tuple[type[Any], str], list[str]] = {}
     for method in dict.fromkeys(part for name in methods for part in name.split("+")):
         options = STRATEGIES.get(method).Options
-        for name in (field.name for field in fields(options)):
+        for name in (each.name for each in fields(options)):
             owner = next(c for c in options.__mro__ if name in inspect.get_annotations(c))
             declared.setdefault((owner, name), []).append(method)
     names = [name for _, name in declared]
@@ -34,10 +34,12 @@ def method_flags(methods: Iterable[str]) -> type[Any]:
     for (owner, name), own in declared.items():
         shared = len(own) > 1
         short = [f"--{name.replace('_', '-')}"] if names.count(name) == 1 and not shared else []
-        text = _field_docs(owner)[name] + (f" ({', '.join(own)})" if shared else "")
+        text = _field_docs(owner).get(name, name) + (f" ({', '.join(own)})" if shared else "")
         kind: Any = get_type_hints(owner)[name]
         flag = Annotated[kind, tyro.conf.arg(help=text, aliases=short)]
-        flags.append((name if shared else _prefixed(own[0], name), flag, getattr(owner, name)))
+        (default,) = (each for each in fields(owner) if each.name == name)
+        value = field(default=default.default, default_factory=default.default_factory)
+        flags.append((name if shared else _prefixed(own[0], name), flag, value))
     return make_dataclass("MethodFlags", flags, frozen=True)
 
 
@@ -49,8 +51,8 @@ def options_from_flags(flags: Any, method: str) -> Any:
     given = vars(flags)
     return options(
         **{
-            field.name: given.get(_prefixed(method, field.name), given.get(field.name))
-            for field in fields(options)
+            each.name: given.get(_prefixed(method, each.name), given.get(each.name))
+            for each in fields(options)
         }
     )
 
@@ -64,8 +66,8 @@ def _field_docs(cls: type[Any]) -> dict[str, str]:
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     return {
-        field.target.id: " ".join(str(below.value.value).split())
-        for field, below in pairwise(definition.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        own.target.id: " ".join(str(below.value.value).split())
+        for own, below in pairwise(definition.body)
+        if isinstance(own, ast.AnnAssign) and isinstance(own.target, ast.Name)
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
     }

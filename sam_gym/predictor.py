@@ -5,6 +5,7 @@ The conventions and numbers are those of `segment_anything.SamPredictor`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,7 +36,8 @@ class Predictions(NamedTuple):
     Attributes:
         masks: bool (P, M, H, W) at the size of the image; float32 logits with `return_logits`.
         scores: float32 (P, M), predicted IoU.
-        low_res_logits: float32 (P, M, hm, wm), which `Predictor.predict` takes as `masks`.
+        low_res_logits: float32 (P, M, hm, wm). `Predictor.predict` takes one of the M masks of
+            each prompt as `masks`.
     """
 
     masks: list[np.ndarray]
@@ -122,6 +124,10 @@ class Predictor:
                 f"set_images takes a list of images, got one array {images.shape}: "
                 "set_images([image])."
             )
+        if isinstance(images, (str, os.PathLike)) or not hasattr(images, "__len__"):
+            raise ValueError(
+                f"set_images takes a list of uint8 arrays (H, W, 3), got {type(images).__name__}."
+            )
         if not len(images):
             raise ValueError("set_images needs at least one image, got an empty list.")
         batches = [
@@ -206,6 +212,7 @@ class Predictor:
             result: arrays with the axis P, filled in place.
         """
         backbone, first = self.backbone, images[0]
+        threshold = backbone.mask_threshold
         batch = self._batched(prompts, images, numbers)
         logits, iou = backbone.decode(
             self.features[first : images[-1] + 1], batch, multimask=multimask
@@ -220,7 +227,7 @@ class Predictor:
                 few = rows[start : start + step]
                 full = backbone.masks_at(logits[few[0] : few[-1] + 1], size)
                 out = result.masks[image]
-                (out[numbers[few]],) = to_host(full > 0 if out.dtype == bool else full)
+                (out[numbers[few]],) = to_host(full > threshold if out.dtype == bool else full)
             result.scores[image][numbers[rows]] = scores[rows]
             result.low_res_logits[image][numbers[rows]] = low_res[rows]
 
@@ -299,9 +306,11 @@ class Predictor:
                 own.single |= single
                 counts[name] = len(value)
             if len(set(counts.values())) > 1:
+                hint = " Choose one mask per prompt." if "masks" in counts else ""
                 raise ValueError(
                     f"The prompts of image {image} differ in number: "
                     f"{', '.join(f'{number} {name}' for name, number in counts.items())}."
+                    f"{hint}"
                 )
             own.count = next(iter(counts.values()), 0)
             _check_labels(own, image)
@@ -314,7 +323,10 @@ def _finite(name: str, value: ArrayLike) -> np.ndarray:
     try:
         array = np.asarray(value, np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be an array of numbers: {error}.") from error
+        raise ValueError(
+            f"{name} must be an array of numbers ({error}). Prompts of one image with fewer points "
+            f"than others are padded, with the label {NO_POINT}."
+        ) from error
     if not np.isfinite(array).all():
         raise ValueError(f"{name} has values that are NaN or infinite.")
     return array

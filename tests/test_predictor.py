@@ -188,6 +188,14 @@ def test_images_come_first(tiny: Backbone, images: list[np.ndarray]) -> None:
         predictor.set_images([])
     with pytest.raises(ValueError, match=r"must be uint8 \(H, W, 3\), got float64"):
         predictor.set_images([images[0] / 255])
+    with pytest.raises(ValueError, match=r"uint8 array \(H, W, 3\), got str.*PIL.Image.open"):
+        predictor.set_images(["photo.jpg"])  # type: ignore[list-item]
+    for wrong in (None, "photo.jpg"):
+        with pytest.raises(ValueError, match="takes a list of uint8 arrays"):
+            predictor.set_images(wrong)  # type: ignore[arg-type]
+    for shape in ((3, 5000, 3), (0, 5, 3)):
+        with pytest.raises(ValueError, match=f"image of {shape[0]} x {shape[1]} pixels .*Crop it"):
+            predictor.set_images([np.zeros(shape, np.uint8)])
 
 
 @pytest.mark.parametrize(
@@ -211,6 +219,18 @@ def test_images_come_first(tiny: Backbone, images: list[np.ndarray]) -> None:
         (
             {"points": [np.zeros((1, 0, 2)), None], "labels": [np.zeros((1, 0)), None]},
             "image 0 has no point, no box and no mask",
+        ),
+        (
+            {"points": [[[[1, 2]], [[1, 2], [3, 4]]], None], "labels": [[[1], [1, 1]], None]},
+            "fewer points than others are padded, with the label -2",
+        ),
+        (
+            {
+                "points": [np.zeros((1, 1, 2)), None],
+                "labels": [np.ones((1, 1)), None],
+                "masks": [np.zeros((3, 16, 16)), None],
+            },
+            "1 points, 1 labels, 3 masks. Choose one mask per prompt",
         ),
         (
             {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,15 +92,20 @@ class ImageFeatures:
             if key not in self.tensors:
                 raise unknown_name("image feature", key, self.tensors)
             return self.tensors[key]
-        if isinstance(key, int):
+        if isinstance(key, (int, np.integer)):
             # Also keeps Python from iterating: a row without its batch axis is no `ImageFeatures`.
             raise TypeError(f"Features are indexed by name or rows: use [{key}:{key + 1}].")
         return self.map(lambda tensor: tensor[key])
 
     def __setitem__(self, rows: Tensor | slice, values: ImageFeatures) -> None:
-        """Overwrite all features of some images, in place."""
+        """Overwrite all features of some images, in place; raises as `cat` does."""
+        self._check_names(values)
         for name, tensor in self.tensors.items():
             tensor[rows] = values[name]
+
+    def _check_names(self, other: ImageFeatures) -> None:
+        if set(other.names) != set(self.names):
+            raise ValueError(f"Features differ: {', '.join(self.names)}; {', '.join(other.names)}.")
 
     @property
     def embedding(self) -> Tensor:
@@ -145,7 +151,13 @@ class ImageFeatures:
 
     @staticmethod
     def cat(parts: Sequence[ImageFeatures]) -> ImageFeatures:
-        """The images of all parts, one after the other; parts have the same features."""
+        """The images of all parts, one after the other.
+
+        Raises:
+            ValueError: the parts have different features.
+        """
+        for part in parts[1:]:
+            parts[0]._check_names(part)
         return ImageFeatures(
             {name: torch.cat([part[name] for part in parts]) for name in parts[0].names}
         )

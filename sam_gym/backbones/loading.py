@@ -190,5 +190,6 @@ def load_backbone(
                 sam = spec.build()
                 load_weights(sam, name, path)
             learned = None if adaptation is None else Adapter.load(adaptation)
-            _loaded[key] = Backbone(name, sam, target, precision, compile, learned)
+            make = Backbone if spec is None or spec.service is None else spec.service
+            _loaded[key] = make(name, sam, target, precision, compile, learned)
         return _loaded[key]

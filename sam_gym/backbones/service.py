@@ -136,7 +136,7 @@ class Backbone:
         fuse_attention(self.sam.image_encoder)
         #: The SAM without the adapter. Its `raw_features` are the features.
         self.pretrained = Model(self.sam, "embedding")
-        self.model, self.adapter = self.pretrained, adapter
+        self.model, self.adapter, self._replaced = self.pretrained, adapter, False
         if adapter is not None:
             adapter.check_fits(name, self.weights_digest)
             self.model = adapter.model(self.sam)
@@ -186,14 +186,22 @@ class Backbone:
     @cached_property
     def identity(self) -> str:
         """Hex digest of the name, the precision and all weights."""
+        label = f"{self.name}/{self.dtype}"
+        if self._replaced:
+            return digest_of(self.model.state_dict(), f"{label}/model")
         state = self.sam.state_dict()
         if self.adapter is not None:
             state |= self.adapter.state
-        return digest_of(state, f"{self.name}/{self.dtype}")
+        return digest_of(state, label)
 
     def with_model(self, model: Model) -> Backbone:
-        """The same service with another model of this SAM, as a trainer has it; not compiled."""
+        """The same service with another model of this SAM, as a trainer has it; not compiled.
+
+        Its identity is that of the model when it is first asked for.
+        """
         own = copy.copy(self)
+        own.__dict__.pop("identity", None)
+        own._replaced = True
         own.model, own.compiled = model, False
         own._encode, own._decode_best = partial(_encode, model), partial(_decode_best, model)
         return own
@@ -276,9 +284,19 @@ class Backbone:
         batch = np.zeros((len(images), self.image_size, self.image_size, 3), np.uint8)
         sizes = []
         for frame, image in zip(batch, images, strict=True):
+            if not isinstance(image, np.ndarray):
+                raise ValueError(
+                    f"An image must be a uint8 array (H, W, 3), got {type(image).__name__}. "
+                    "Of a file: np.array(PIL.Image.open(path).convert('RGB'))."
+                )
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(
                     f"An image must be uint8 (H, W, 3), got {image.dtype} {image.shape}."
+                )
+            if 0 in image.shape or 0 in self.input_size(image.shape[:2]):
+                raise ValueError(
+                    f"An image of {image.shape[0]} x {image.shape[1]} pixels has no pixels left "
+                    f"once its longest side is {self.image_size}. Crop it."
                 )
             resized = self.resize(image)
             height, width = resized.shape[:2]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
-from segment_anything.modeling import Sam
 
 from sam_gym.backbones.encoders import (
     State,
@@ -59,10 +59,12 @@ class BackboneSpec:
         thresholds: predicted IoU and stability score from which everything mode keeps a mask.
         input_size: side of the square input frame in pixels.
         features: names of the tensors that describe an image.
+        service: makes the `BackboneService` of a model whose decoder is not SAM's, from the
+            arguments of `Backbone`; None: `Backbone`.
     """
 
     name: str
-    build: Callable[[], Sam]
+    build: Callable[[], Any]
     description: str
     source: str = ""
     weights: Path | PublishedWeights | None = None
@@ -70,6 +72,7 @@ class BackboneSpec:
     thresholds: tuple[float, float] = (0.88, 0.95)
     input_size: int = 1024
     features: tuple[str, ...] = ("embedding",)
+    service: Callable[..., Any] | None = None
 
     @property
     def megabytes(self) -> float:

@@ -360,13 +360,14 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
 
     def _low_iou(self, index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return the IoU (S,) of low-res masks with the targets of the rows in `index`."""
-        return metrics.batch_iou(logits > 0, self._low_target[index], self._low_valid[index])
+        masks = logits > self.backbone.mask_threshold
+        return metrics.batch_iou(masks, self._low_target[index], self._low_valid[index])
 
     def _full_iou(self, indices: np.ndarray, logits: torch.Tensor) -> np.ndarray:
         """Return the IoU (S,) of masks at the size of their images."""
         ious = []
         for target, row in zip(map(self._target, indices), logits, strict=True):
-            mask = to_host(self.backbone.masks_at(row, target.mask.shape) > 0)[0]
+            mask = self._mask_at(row, target)
             ious.append(metrics.iou(mask, target.mask, target.ignore))
         return np.array(ious)
 
@@ -416,7 +417,12 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
     def mask(self, env_index: int) -> np.ndarray:
         """Return the current mask at the size of the image: bool (H, W)."""
         logits = self.logits[env_index, int(self.num_clicks[env_index])]
-        return to_host(self.backbone.masks_at(logits, self._target(env_index).mask.shape) > 0)[0]
+        return self._mask_at(logits, self._target(env_index))
+
+    def _mask_at(self, logits: torch.Tensor, target: ClickTarget) -> np.ndarray:
+        """Return low-res logits (hm, wm) as a mask of the size of the image: bool (H, W)."""
+        full = self.backbone.masks_at(logits, target.mask.shape)
+        return to_host(full > self.backbone.mask_threshold)[0]
 
     def clicks(self, env_index: int) -> list[tuple[int, int, bool]]:
         """Return the clicks of the episode: (x, y) in pixels of the image, and whether positive."""

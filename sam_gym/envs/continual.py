@@ -44,7 +44,7 @@ class ContinualConfig(ClickConfig):
     boundaries: Literal["announced", "hidden"] = "announced"
     """Report the domain and its first episode in `info`, or nothing that tells the domain."""
     observe_task: bool = False
-    """Add the index of the domain to observations, as `task_id`."""
+    """Add the index of the domain to observations, as `task_id`, whatever `boundaries` says."""
 
     def validate(self) -> None:
         super().validate()
@@ -236,7 +236,10 @@ class ContinualCore(ClickCore):
         }
 
     def _caption(self, env_index: int) -> str:
-        return f"{self.stream.names[self.tasks[env_index]]}: {super()._caption(env_index)}"
+        caption = super()._caption(env_index)
+        if self.config.boundaries == "hidden":
+            return caption
+        return f"{self.stream.names[self.tasks[env_index]]}: {caption}"
 
 
 class _StreamControls:

@@ -334,7 +334,7 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
         logits, own_iou = self.backbone.decode_best(features, prompts, ambiguous)
         shape = (*cells.shape, *self.backbone.mask_shape)
         masks = torch.zeros(shape, dtype=torch.bool, device=device)
-        masks[index, places_index] = logits > 0
+        masks[index, places_index] = logits > self.backbone.mask_threshold
         predicted = torch.full(cells.shape, -1.0, device=device)
         predicted[index, places_index] = own_iou
         return masks, predicted

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class AGem(Strategy):
     class Options(BufferOptions):
         memory_batch: int = 6
         """Objects of the buffer in the reference gradient."""
+        margins: tuple[float, ...] = field(default_factory=tuple)
 
     def make_optimizer(self, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr)

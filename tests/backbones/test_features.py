@@ -38,6 +38,8 @@ def test_names_and_rows() -> None:
         features["embeding"]
     with pytest.raises(TypeError, match=r"use \[0:1\]"):
         next(iter(features))  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"use \[1:2\]"):
+        features[np.int64(1)]  # type: ignore[call-overload]
 
 
 def test_joining_splitting_and_precision() -> None:
@@ -50,6 +52,11 @@ def test_joining_splitting_and_precision() -> None:
     merged = features.merge(hq=torch.zeros(4, 1, 2, 2), route=torch.zeros(4).long())
     assert merged.names == ("embedding", "route", "hq") and not merged["route"].any()
     assert features["route"].any()
+    for parts in ([features, merged], [merged, features]):
+        with pytest.raises(ValueError, match="Features differ"):
+            ImageFeatures.cat(parts)
+    with pytest.raises(ValueError, match="Features differ"):
+        features[slice(0, 4)] = merged
 
 
 def test_specs() -> None:

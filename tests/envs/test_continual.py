@@ -89,6 +89,8 @@ def test_hidden_boundaries_leave_no_trace_of_the_domain(make: Make) -> None:
             assert not {"boundary", "task_id", "domain", "source"} & seen.keys()
             assert not any(name in str(value) for name in DOMAINS for value in seen.values())
         assert "task_id" not in observation and observation["target_category"] == 0
+        caption = hidden.unwrapped.core._caption(0)
+        assert caption.startswith("object") and not any(name in caption for name in DOMAINS)
     assert hidden.unwrapped.task == 2
 
 

@@ -128,13 +128,12 @@ class EmbeddingStore:
             # Only missing images are read, so that a sequence may load them from files.
             chunk = [(key, images[place]) for key, place in todo[first : first + self.batch_size]]
             features = self._features(chunk)
-            new = []
-            for key, _ in chunk:
-                handle = self._new_handle()
+            new = self._new_handles(len(chunk))
+            self._table[torch.tensor(new, device=self.source.device)] = features
+            # Only now, so that no handle of an image ever refers to a row that was not written.
+            for (key, _), handle in zip(chunk, new, strict=True):
                 self._handles[key], self._keys[handle] = handle, key
                 self.pin(handle)
-                new.append(handle)
-            self._table[torch.tensor(new, device=self.source.device)] = features
         counted: set[bytes] = set()
         for key in keys:
             if key in missing and key in counted:
@@ -240,12 +239,19 @@ class EmbeddingStore:
         """End the epoch: images without another pin can be evicted."""
         self._epoch = None
 
-    def _new_handle(self) -> int:
-        if not self._free and len(self._table) < self.capacity:
-            self._grow()
-        if not self._free:
-            self._evict()
-        return self._free.pop()
+    def _new_handles(self, count: int) -> list[int]:
+        new: list[int] = []
+        try:
+            while len(new) < count:
+                if not self._free and len(self._table) < self.capacity:
+                    self._grow()
+                if not self._free:
+                    self._evict()
+                new.append(self._free.pop())
+        except BaseException:
+            self._free += new
+            raise
+        return new
 
     def _grow(self) -> None:
         old = len(self._table)

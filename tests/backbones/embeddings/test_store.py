@@ -158,6 +158,11 @@ def test_failed_acquire_leaves_no_pins(tiny: Backbone, batch_size: int) -> None:
     with pytest.raises(ValueError, match="must be uint8"):
         store.acquire([picture(0), picture(5), np.zeros((64, 64, 3))])
     assert store._pins == {held: 1}
+    # Images of a failed call are not taken for encoded ones.
+    for number in (1, 2, 3, 5):
+        (handle,) = store.acquire([picture(number)])
+        assert_holds(store, handle, number)
+        store.unpin(handle)
     touch(store, 4, 5)
     assert_holds(store, held, 0)
 
