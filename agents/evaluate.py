@@ -25,7 +25,7 @@ from agents.ppo.config import env_of
 from agents.ppo.vec_env import make_vector_env
 from agents.sharing.pull import local_policy
 from agents.sharing.repository import PREFIX
-from agents.tasks import task_of
+from agents.tasks import check_plays, task_of
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95
@@ -115,9 +115,10 @@ def check_fits(policy: SamPolicy, core: BaseCore[Any, Any]) -> None:
         policy: the policy.
         core: of the environment.
     """
-    config = core.config
+    config, here = core.config, cast(Any, core.action_space).n
+    check_plays(policy, config)
     extractor = cast(StoredFeatures, policy.features_extractor)
-    own = policy.action_config(cast(Any, core.action_space).n)
+    own = policy.action_config(here)
     missing = [name for name in own if not hasattr(config, name)]
     if missing:
         raise ValueError(
@@ -134,6 +135,12 @@ def check_fits(policy: SamPolicy, core: BaseCore[Any, Any]) -> None:
     if different:
         raise ValueError(
             f"The policy was trained with {'; '.join(different)}. Pass the options that it had."
+        )
+    trained = cast(Any, policy.action_space).n
+    if trained != here:
+        raise ValueError(
+            f"The policy was trained with {trained} actions, the environment has {here}. "
+            "Pass the --env and the options that it had."
         )
 
 

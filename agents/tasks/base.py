@@ -322,17 +322,40 @@ def task_of(env_id: str) -> Task:
     return TASKS.get(env_id)
 
 
+def tasks_of_policy(policy: SamPolicy) -> list[Task]:
+    """Return the tasks that list a policy."""
+    kind = type(policy)
+    return [
+        task
+        for _, task in TASKS.items()
+        if any(POLICIES.get(name) is kind for name in task.policies if name in POLICIES)
+    ]
+
+
 def task_of_policy(policy: SamPolicy) -> Task:
     """Return the first task that lists a policy.
 
     Raises:
         ValueError: no task lists this policy.
     """
-    kind = type(policy)
-    for _, task in TASKS.items():
-        if any(POLICIES.get(name) is kind for name in task.policies if name in POLICIES):
-            return task
-    raise ValueError(f"{kind.__name__} is a policy of none of: {', '.join(TASKS.names())}.")
+    if tasks := tasks_of_policy(policy):
+        return tasks[0]
+    name = type(policy).__name__
+    raise ValueError(f"{name} is a policy of none of: {', '.join(TASKS.names())}.")
+
+
+def check_plays(policy: SamPolicy, config: EnvConfig) -> None:
+    """Raise `ValueError` if a policy belongs to other environments than the one of a config.
+
+    A policy that no task lists, or an environment without a task, is not checked.
+    """
+    playing = [task.env_id for task in tasks_of_policy(policy)]
+    here = [task.env_id for _, task in TASKS.items() if type(config) is task.config_class]
+    if playing and here and not set(playing) & set(here):
+        raise ValueError(
+            f"{type(policy).__name__} does not play {here[0]}. "
+            f"Pass --env {' or --env '.join(playing)}."
+        )
 
 
 def register(task: type[Task]) -> type[Task]:

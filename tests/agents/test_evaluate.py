@@ -21,11 +21,13 @@ from stable_baselines3 import PPO
 
 from agents import train_ppo
 from agents.baselines.click import BASELINES
-from agents.evaluate import Evaluation, PolicyAgent, evaluate, load_agent, main
+from agents.evaluate import Evaluation, PolicyAgent, check_fits, evaluate, load_agent, main
+from agents.policies.everything import EverythingPolicy
 from agents.policies.implicit import ImplicitPolicy
 from agents.policies.saved import SHIPPED
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.envs.click import SamSegConfig
+from sam_gym.envs.everything import EverythingConfig
 
 
 def settings_of(env: dict[str, Any], **more: Any) -> SamSegConfig:
@@ -250,6 +252,38 @@ def test_a_policy_plays_only_what_it_was_trained_on(
         evaluate(agent, settings_of(tiny_env, grid=10), episodes=2)
     with pytest.raises(ValueError, match=r"stop False \(the environment has True\)"):
         evaluate(agent, settings_of(tiny_env, stop=True), episodes=2)
+
+
+def test_a_policy_plays_only_its_own_environment(
+    tiny_env: dict[str, Any], saved: Callable[..., Path]
+) -> None:
+    own = {key: tiny_env[key] for key in ("backbone", "checkpoint", "device")}
+    everything = EverythingConfig(split="test", obs="handle", grid=8, **own)
+    env, core = make_vector_env("SamEverything-v0", 2, everything)
+    backbone = {"name": "tiny", "checkpoint": own["checkpoint"], "device": "cpu"}
+    features = {"backbone": backbone, "budget": everything.budget}
+    policy = EverythingPolicy(
+        core.observation_space,
+        env.single_action_space,  # type: ignore[arg-type]
+        lambda _: 0.0,
+        features=features,
+        grid=8,
+        stop=True,
+    )
+    clicks = settings_of(tiny_env, grid=8, stop=True)
+    with pytest.raises(ValueError, match="not play SamSeg-v0. Pass --env SamEverything-v0"):
+        evaluate(PolicyAgent(policy), clicks, episodes=2)
+    implicit = PolicyAgent.load(saved(), "cpu")
+    with pytest.raises(
+        ValueError, match="SamEverything-v0. Pass --env SamContinual-v0 or --env SamSeg-v0"
+    ):
+        evaluate(implicit, everything, env_id="SamEverything-v0", episodes=2)
+    _, core = make_vector_env("SamSeg-v0", 1, settings_of(tiny_env))
+    core.action_space = gym.spaces.Discrete(513)
+    implicit.policy.others = ["stop"]  # as if it knew a "stop" that it has no logit for
+    core.config = settings_of(tiny_env, stop=True)
+    with pytest.raises(ValueError, match="with 512 actions, the environment has 513"):
+        check_fits(implicit.policy, core)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
