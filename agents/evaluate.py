@@ -1,6 +1,6 @@
 """Evaluate an agent on held-out data: `python -m agents.evaluate --help`.
 
-All agents play the same episodes (images and targets) under the same rules and are scored at the
+All agents play the same episodes (images and targets) under the same rules. Clicks are scored at the
 size of the image.
 """
 
@@ -341,7 +341,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     default = EvaluateConfig(
         policy=tyro.MISSING, env=env_id, env_config=task.config_class(split="test")
     )
-    config = tyro.cli(EvaluateConfig, args=given, default=default)
+    config = tyro.cli(EvaluateConfig, args=given, prog="python -m agents.evaluate", default=default)
     env_config = task.with_categories(config.env_config, config.categories)
     agent = load_agent(config.policy, config.seed, env_config.device, env_id)
     out = Path(config.out)

@@ -277,7 +277,9 @@ def _parsed(args: Sequence[str], default: TrainPPOConfig) -> TrainPPOConfig:
     ]
     kind: Any = make_dataclass("TrainPPO", shown)
     try:
-        parsed = tyro.cli(kind, args=args, description=getdoc(TrainPPOConfig))
+        parsed = tyro.cli(
+            kind, args=args, prog="python -m agents.train_ppo", description=getdoc(TrainPPOConfig)
+        )
     except SystemExit as end:
         if not end.code:  # --help
             print(EXAMPLES)

@@ -22,6 +22,7 @@ from stable_baselines3 import PPO
 from agents import train_ppo
 from agents.baselines.click import BASELINES
 from agents.evaluate import Evaluation, PolicyAgent, check_fits, evaluate, load_agent, main
+from agents.policies import POLICIES
 from agents.policies.everything import EverythingPolicy
 from agents.policies.implicit import ImplicitPolicy
 from agents.policies.saved import SHIPPED
@@ -295,6 +296,17 @@ def test_agents_in_the_package_play_well(name: str) -> None:
     random = evaluate(load_agent("random"), settings, episodes=16, num_envs=16, seed=5)
     assert played.targets == random.targets
     assert played.ious.mean() > 0.6 > 2 * random.ious.mean()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_agents_in_the_package_are_loaded_by_sb3_too(name: str) -> None:
+    path = SHIPPED[name]
+    policy, own = PPO.load(path, device="cpu").policy, PolicyAgent.load(path, "cpu").policy
+    assert type(policy) is type(own) is POLICIES.get(name)
+    torch.testing.assert_close(policy.state_dict(), own.state_dict(), rtol=0, atol=0)
+    with zipfile.ZipFile(path) as archive:
+        data = json.loads(archive.read("data"))
+    assert data["policy_name"] == name and data["policy_class"]["__module__"] == "agents.policies"
 
 
 def test_saved_policies_name_nothing_that_may_move(

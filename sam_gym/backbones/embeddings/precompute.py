@@ -138,4 +138,8 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
 if __name__ == "__main__":
     from sam_gym.utils import cli
 
-    cli.run(lambda: precompute(tyro.cli(PrecomputeConfig)))
+    cli.run(
+        lambda: precompute(
+            tyro.cli(PrecomputeConfig, prog="python -m sam_gym.backbones.embeddings.precompute")
+        )
+    )
