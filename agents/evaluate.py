@@ -1,7 +1,7 @@
 """Evaluate an agent on held-out data: `python -m agents.evaluate --help`.
 
-All agents play the same episodes (images and targets) under the same rules. Clicks are scored at the
-size of the image.
+All agents play the same episodes (images and targets) under the same rules. Clicks
+are scored at the size of the image.
 """
 
 from __future__ import annotations

@@ -301,7 +301,7 @@ class Task:
             if isinstance(value, bool):
                 given.append(f"--{'' if value else 'no-'}{flag}")
             else:
-                parts = [value] if isinstance(value, list) else [(value,)]
+                parts: Any = [value] if isinstance(value, list) else [(value,)]
                 parts = value.items() if isinstance(value, Mapping) else parts
                 given.append(shlex.join([f"--{flag}", *(str(x) for part in parts for x in part)]))
         if "dataset" in own and DATASETS.get(own["dataset"]).reads_files:
