@@ -25,7 +25,7 @@ from agents.ppo.config import env_of
 from agents.ppo.vec_env import make_vector_env
 from agents.sharing.pull import local_policy
 from agents.sharing.repository import PREFIX
-from agents.tasks import check_plays, task_of
+from agents.tasks import check_plays, names_by_environment, task_of
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95
@@ -288,13 +288,20 @@ def film_episodes(
     return [*frames, frames[-1], frames[-1]]
 
 
+def policy_help() -> str:
+    """Return the help text of `--policy`: bundled agents and the baselines of each environment."""
+    baselines = names_by_environment(lambda task: task.baselines.names())
+    return (
+        f"Path of a policy.zip, hf://USER/NAME[@REVISION], a bundled agent: {', '.join(SHIPPED)}; "
+        f"or a baseline: {baselines}."
+    )
+
+
 @dataclass
 class EvaluateConfig:
     """Evaluate a trained policy or a baseline on held-out data."""
 
-    policy: str
-    """Path of a policy.zip, hf://USER/NAME[@REVISION], implicit, explicit (in the package), or a
-    baseline: random, center, confident, oracle; of SamEverything, random, grid, greedy, oracle."""
+    policy: Annotated[str, tyro.conf.arg(help=policy_help())]
     env: str = "SamSeg-v0"
     """Environment id."""
     out: str = "runs/evaluate"

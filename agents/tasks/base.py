@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -348,6 +348,18 @@ def task_of(env_id: str) -> Task:
         ValueError: no task is registered under this id; lists the valid ids.
     """
     return TASKS.get(env_id)
+
+
+def names_by_environment(names_of: Callable[[Task], Iterable[str]]) -> str:
+    """Return names that tasks have, for help texts, each list with its environments.
+
+    Args:
+        names_of: a task -> its names.
+    """
+    ids: dict[str, list[str]] = {}
+    for env_id, task in TASKS.items():
+        ids.setdefault(", ".join(names_of(task)), []).append(env_id)
+    return "; ".join(f"{names} ({', '.join(own)})" for names, own in ids.items())
 
 
 def tasks_of_policy(policy: SamPolicy) -> list[Task]:

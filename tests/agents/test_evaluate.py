@@ -21,12 +21,21 @@ from stable_baselines3 import PPO
 
 from agents import train_ppo
 from agents.baselines.click import BASELINES
-from agents.evaluate import Evaluation, PolicyAgent, check_fits, evaluate, load_agent, main
+from agents.evaluate import (
+    Evaluation,
+    PolicyAgent,
+    check_fits,
+    evaluate,
+    load_agent,
+    main,
+    policy_help,
+)
 from agents.policies import POLICIES
 from agents.policies.everything import EverythingPolicy
 from agents.policies.implicit import ImplicitPolicy
 from agents.policies.saved import SHIPPED
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
+from agents.tasks import TASKS
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.envs.everything import EverythingConfig
 
@@ -243,6 +252,16 @@ def test_command_line_writes_its_files(tiny_env: dict[str, Any], tmp_path: Path)
     assert (out / "episodes.gif").read_bytes()[:3] == b"GIF"
     assert results["iou_after_steps"][-1] == pytest.approx(mean, abs=1e-3)
     assert (out / "iou_after_steps.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_help_lists_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "usage: python -m agents.evaluate" in shown and policy_help() in shown
+    for _, task in TASKS.items():
+        assert ", ".join(task.baselines.names()) in policy_help() and task.env_id in policy_help()
+    assert "--dataset-kwargs kind night" in shown
 
 
 def test_a_policy_plays_only_what_it_was_trained_on(
