@@ -75,12 +75,9 @@ class TrainConfig:
 
 
 def stream_help() -> str:
-    """Return the help text of `--stream`: streams, and datasets that need nothing but a folder."""
-    datasets = [
-        name
-        for name, spec in DATASETS.items()
-        if {key for key, own in spec.parameters.items() if own.default is own.empty} <= {"root"}
-    ]
+    """Return the help text of `--stream`: streams, and datasets as streams of one domain."""
+    # A dataset "domain" needs its kind: --stream scenes-domains --domains KIND.
+    datasets = [name for name in DATASETS if name != "domain"]
     return (
         f"Stream of domains: {', '.join(STREAMS.names())}, or a dataset as one domain: "
         f"{', '.join(datasets)} (None: folders if --data is given, else scenes-domains)."
