@@ -37,7 +37,7 @@ class EvaluateConfig:
     objects_per_image: int = 8
     """Maximum number of objects per image."""
     max_images: int | None = None
-    """Maximum number of images per domain (default: all)."""
+    """Maximum number of images per domain (None: all)."""
     seed: int = 0
     """Seed of the choice of objects."""
     out: str | None = None

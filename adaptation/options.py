@@ -27,16 +27,16 @@ class TrainConfig:
     """Objects per step, over all processes."""
     objects_per_augmentation: Annotated[int, tyro.conf.arg(aliases=("--objects-per-view",))] = 1
     """Objects that a step draws from each augmented image. Where the encoder is tuned (sam_adapter,
-    lora), 8 means an eighth of the images to encode in a step of the same size."""
+    lora), a step with 8 of them encodes an eighth of the images."""
     learning_rate: float | None = None
-    """Initial learning rate, which falls to a tenth over a domain along a cosine (default: by tune
+    """Initial learning rate, which falls to a tenth over a domain along a cosine (None: by tune
     target: decoder and sam_adapter 3e-4, hq and prompts 1e-3, hq_small 2e-3, LoRA 3e-3)."""
     augmentations: Annotated[int, tyro.conf.arg(aliases=("--views",))] = 4
     """Augmentations per training image: the image itself, then flipped and scaled copies."""
     objects_per_image: int = 8
     """Maximum number of objects of an augmented or held-out image."""
     max_images: int | None = None
-    """Maximum number of images per split (default: all)."""
+    """Maximum number of images per split (None: all)."""
     prompts: tuple[str, ...] = ("box",)
     """Prompts that held-out objects are evaluated with: box, click, clicks5."""
     split: Literal["val", "test"] = "test"
@@ -48,7 +48,7 @@ class TrainConfig:
     memory_gib: float = 8.0
     """Memory for samples and features, in GiB. Features that do not fit are kept in files."""
     disk: str | None = None
-    """Folder that keeps features between runs (default: SAM_GYM_HOME/embeddings, used only for
+    """Folder that keeps features between runs (None: SAM_GYM_HOME/embeddings, used only for
     features that exceed --memory-gib)."""
     seed: int = 0
     """Seed of weights, batches, prompts, augmentations and buffers."""
@@ -74,19 +74,26 @@ class TrainConfig:
             check_prompt(name)
 
 
+def stream_help() -> str:
+    """Return the help text of `--stream`: streams, and datasets as streams of one domain."""
+    # A dataset "domain" needs its kind: --stream scenes-domains --domains KIND.
+    datasets = [name for name in DATASETS if name != "domain"]
+    return (
+        f"Stream of domains: {', '.join(STREAMS.names())}, or a dataset as one domain: "
+        f"{', '.join(datasets)} (None: folders if --data is given, else scenes-domains)."
+    )
+
+
 @dataclass
 class StreamOptions:
     """The domains and their order."""
 
-    stream: str | None = None
-    """Stream of domains: scenes-domains (procedural), folders, or a dataset as one domain: rooms,
-    rooms-panoramas, scenes, coco, folder, entities (default: folders if --data is given, else
-    scenes-domains)."""
+    stream: Annotated[str | None, tyro.conf.arg(help=stream_help())] = None
     data: tuple[str, ...] = ()
     """Folders of domains, each with images/, masks/ (or instances/) and splits.json; or the folder
     of a dataset that reads files."""
     domains: str | None = None
-    """Comma-separated names of procedural domains (default: all)."""
+    """Comma-separated names of procedural domains (None: all)."""
     stream_seed: int = 0
     """Seed of the procedural images, or of the choice of images."""
     retention: str | None = None

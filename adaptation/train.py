@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -24,23 +24,34 @@ import tyro
 from adaptation.method_flags import method_flags, options_from_flags
 from adaptation.options import ModelOptions, StreamOptions, TrainConfig
 from adaptation.results import RunResult, folder_name
+from adaptation.strategies.saom import Saom
 from adaptation.strategy import STRATEGIES
 from adaptation.trainer import Trainer, check_tune
+from sam_gym.backbones.adapters.tuning import tune_help
 from sam_gym.utils import cli
 from sam_gym.utils.plots import plot_matrix
+
+
+def method_help() -> str:
+    """Return the help text of `--method`: the registered methods, by what they learn."""
+    learning = {name: own for name, own in STRATEGIES.items() if own.learns}
+    objects = [name for name, own in learning.items() if issubclass(own, Saom)]
+    domains = [name for name in learning if name not in objects]
+    return (
+        f"Method: {', '.join(domains)} (domains); {', '.join(objects)} (whole objects, with "
+        "--stream rooms or another dataset). A plus sign combines methods: ewc+er. "
+        "`--method NAME --help` lists the method's own options."
+    )
 
 
 @dataclass
 class AdaptConfig:
     """Adapt a SAM to a stream of domains."""
 
-    method: str = "naive"
-    """Method: naive, joint, lwf, ewc, er, l2p, dualprompt, coda, moda, samcl, regcl (domains);
-    saom_v1, saom_v2, panosam (whole objects, with --stream rooms or another dataset). A plus sign
-    combines methods: ewc+er. `--method NAME --help` lists the method's own options."""
-    tune: str | None = None
-    """Tune target: decoder, hq, hq_small, sam_adapter, lora, lora_decoder (default: the method's
-    own)."""
+    method: Annotated[str, tyro.conf.arg(help=method_help())] = "naive"
+    tune: Annotated[
+        str | None, tyro.conf.arg(help=f"{tune_help('Tune target')} (None: the method's own).")
+    ] = None
     out: str = "runs/adaptation"
     """Folder for everything that the run writes."""
     resume: bool = False

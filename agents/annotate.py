@@ -43,9 +43,9 @@ class AnnotateConfig(FolderConfig):
     min_score: float = 0.0
     """Drop masks of a lower score."""
     num_envs: int = 16
-    """Masks that are segmented side by side."""
+    """Number of masks to segment in parallel."""
     max_steps: int | None = None
-    """Actions per mask (default: as in training)."""
+    """Actions per mask (None: as in training)."""
     keep_best: bool = False
     """Keep the previous mask when a click yields one of lower score."""
 

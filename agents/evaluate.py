@@ -1,7 +1,7 @@
 """Evaluate an agent on held-out data: `python -m agents.evaluate --help`.
 
-All agents play the same episodes (images and targets) under the same rules and are scored at the
-size of the image.
+All agents play the same episodes (images and targets) under the same rules. Clicks
+are scored at the size of the image.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from agents.ppo.config import env_of
 from agents.ppo.vec_env import make_vector_env
 from agents.sharing.pull import local_policy
 from agents.sharing.repository import PREFIX
-from agents.tasks import task_of
+from agents.tasks import check_plays, names_by_environment, task_of
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95
@@ -115,9 +115,10 @@ def check_fits(policy: SamPolicy, core: BaseCore[Any, Any]) -> None:
         policy: the policy.
         core: of the environment.
     """
-    config = core.config
+    config, here = core.config, cast(Any, core.action_space).n
+    check_plays(policy, config)
     extractor = cast(StoredFeatures, policy.features_extractor)
-    own = policy.action_config(cast(Any, core.action_space).n)
+    own = policy.action_config(here)
     missing = [name for name in own if not hasattr(config, name)]
     if missing:
         raise ValueError(
@@ -134,6 +135,12 @@ def check_fits(policy: SamPolicy, core: BaseCore[Any, Any]) -> None:
     if different:
         raise ValueError(
             f"The policy was trained with {'; '.join(different)}. Pass the options that it had."
+        )
+    trained = cast(Any, policy.action_space).n
+    if trained != here:
+        raise ValueError(
+            f"The policy was trained with {trained} actions, the environment has {here}. "
+            "Pass the --env and the options that it had."
         )
 
 
@@ -281,13 +288,20 @@ def film_episodes(
     return [*frames, frames[-1], frames[-1]]
 
 
+def policy_help() -> str:
+    """Return the help text of `--policy`: bundled agents and the baselines of each environment."""
+    baselines = names_by_environment(lambda task: task.baselines.names())
+    return (
+        f"Path of a policy.zip, hf://USER/NAME[@REVISION], a bundled agent: {', '.join(SHIPPED)}; "
+        f"or a baseline: {baselines}."
+    )
+
+
 @dataclass
 class EvaluateConfig:
     """Evaluate a trained policy or a baseline on held-out data."""
 
-    policy: str
-    """Path of a policy.zip, hf://USER/NAME[@REVISION], implicit, explicit (in the package), or a
-    baseline: random, center, confident, oracle; of SamEverything, random, grid, greedy, oracle."""
+    policy: Annotated[str, tyro.conf.arg(help=policy_help())]
     env: str = "SamSeg-v0"
     """Environment id."""
     out: str = "runs/evaluate"
@@ -334,7 +348,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     default = EvaluateConfig(
         policy=tyro.MISSING, env=env_id, env_config=task.config_class(split="test")
     )
-    config = tyro.cli(EvaluateConfig, args=given, default=default)
+    config = tyro.cli(EvaluateConfig, args=given, prog="python -m agents.evaluate", default=default)
     env_config = task.with_categories(config.env_config, config.categories)
     agent = load_agent(config.policy, config.seed, env_config.device, env_id)
     out = Path(config.out)

@@ -20,7 +20,7 @@ from adaptation.trainer import falling
 from benchmarks import report
 from benchmarks.options import TimedOptions, provenance, require_at_least
 from sam_gym.backbones import Backbone
-from sam_gym.backbones.adapters.tuning import TUNINGS, tuned_weights
+from sam_gym.backbones.adapters.tuning import TUNINGS, tune_help, tuned_weights
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.streams import Domain, Stream, make_stream
 
@@ -43,8 +43,10 @@ class EpochsBenchmarkConfig(TimedOptions):
     Both see the same augmented images, objects and prompts, and must end with the same weights.
     """
 
-    tune: tuple[str, ...] = ("decoder", "hq")
-    """Tune targets with a frozen encoder: decoder, hq, hq_small, lora_decoder."""
+    tune: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help=f"{tune_help('Tune targets with a frozen encoder', True)}."),
+    ] = ("decoder", "hq")
     images: int = 16
     """Number of training images."""
     augmentations: Annotated[int, tyro.conf.arg(aliases=("--views",))] = 4
@@ -54,7 +56,7 @@ class EpochsBenchmarkConfig(TimedOptions):
     batch_size: int = 4
     """Objects per step."""
     max_steps: int | None = None
-    """Maximum number of steps (default: a whole epoch)."""
+    """Maximum number of steps (None: a whole epoch)."""
     domain: str = "xray"
     """Procedural domain of the images."""
     out: str = "runs/epochs"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
 from agents.clip.models import load_clip
 from agents.clip.pointing import Redundant, pointing_game, redundant_feature, word_maps
 from agents.clip.surgery import ClipSurgery, min_max
 from benchmarks import report
 from benchmarks.options import device_name, provenance, require_at_least
-from sam_gym.data import DATASETS, Sample
+from sam_gym.data import DATASETS, Sample, dataset_help
 from sam_gym.utils.progress import track
 from sam_gym.utils.render import draw_heat, save_image, tile
 
@@ -36,13 +37,12 @@ class PointingBenchmarkConfig:
     clip_pretrained: str | None = None
     """Weights of the CLIP: a tag of open_clip or a file (bundled for clip_micro)."""
     blocks: int | None = None
-    """Number of last blocks with a surgical path (default: that of the model)."""
-    dataset: str = "scenes"
-    """Dataset name: scenes, rooms, rooms-panoramas, coco, folder, entities, domain."""
+    """Number of last blocks with a surgical path (None: that of the model)."""
+    dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "scenes"
     data: str | None = None
     """Root folder of a dataset that reads files."""
     split: str | None = None
-    """Split to measure on (default: the held-out split: test, or val for coco)."""
+    """Split to measure on (None: the held-out split of the dataset)."""
     images: int = 512
     """Maximum number of images, from the beginning of the split."""
     device: str = "auto"

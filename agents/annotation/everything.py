@@ -43,7 +43,7 @@ class AnnotateEverythingConfig(FolderConfig):
 
     backbone: Annotated[str, tyro.conf.arg(help=backbone_help("SAM to use"))] = "micro"
     checkpoint: str | None = None
-    """Weights of the SAM, .safetensors or .pth (default: its own)."""
+    """Weights of the SAM, .safetensors or .pth (None: its own)."""
     adapter: str | None = None
     """Adapter file that adaptation.train wrote."""
     dtype: str = "auto"

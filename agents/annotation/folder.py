@@ -28,7 +28,7 @@ class FolderConfig:
     out: str = "annotations.json"
     """COCO JSON to write."""
     overlays: str | None = None
-    """Folder for overlays (default: beside `out`; "none": no overlays)."""
+    """Folder for overlays (None: beside `out`; "none": no overlays)."""
     coco: str | None = None
     """COCO JSON whose image and category ids to use, so that COCOeval can compare with it."""
     device: str = "auto"

@@ -289,4 +289,4 @@ if __name__ == "__main__":
 
     from sam_gym.utils import cli
 
-    cli.run(lambda: train(tyro.cli(TrainClipConfig)))
+    cli.run(lambda: train(tyro.cli(TrainClipConfig, prog="python -m agents.clip.train")))

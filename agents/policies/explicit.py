@@ -122,7 +122,7 @@ class TextFeatures(ClickFeatures):
         vocabulary: words with a learned modulation in addition to their maps.
         hidden: fraction of the images on which words count as unknown in training.
         allow_unknown: accept words that the CLIP does not know; their maps mean nothing.
-        temperature: weight of the maps of other words: the lower, the less.
+        temperature: of the softmax that weights the maps of other words; a low one ignores them.
         width: feature channels.
         num_heads: number of heads of the cross-attention.
     """

@@ -16,7 +16,7 @@ import tyro
 import yaml
 
 from agents.policies.implicit import SPATIAL, check_head
-from agents.tasks import task_of
+from agents.tasks import names_by_environment, task_of
 from sam_gym.envs.base_core import EnvConfig
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.utils.registry import unknown_name
@@ -39,15 +39,18 @@ examples:
 """
 
 
+def policy_help() -> str:
+    """Return the help text of `--policy`: the policies of each environment."""
+    return f"Policy name: {names_by_environment(lambda task: task.policies)}."
+
+
 @dataclass(kw_only=True)
 class RunOptions:
     """What is trained, on what, and where the results go."""
 
     env: str = "SamSeg-v0"
     """Environment id; it decides which environment options there are."""
-    policy: str = "implicit"
-    """Policy name: implicit (knows a category by its number) or explicit (told in words);
-    everything for SamEverything-v0. Default: the first that plays --env."""
+    policy: Annotated[str, tyro.conf.arg(help=policy_help())] = "implicit"
     out: str = "runs/ppo"
     """Folder for everything that the run writes."""
     resume: bool = False
@@ -94,8 +97,8 @@ class PolicyOptions:
     """Options of the policy."""
 
     know_category: bool = True
-    """Learn the categories of the training by number (implicit), or their words in addition to
-    their maps (explicit)."""
+    """Learn an embedding of each training category. The implicit policy knows the target by it
+    alone; the explicit policy also sees CLIP's similarity map of the category's name."""
     clip: str = "clip_micro"
     """CLIP of the explicit policy: clip_micro, or a model of open_clip (ViT-B-16, ...)."""
     clip_pretrained: str | None = None
@@ -103,12 +106,13 @@ class PolicyOptions:
     allow_unknown_words: bool = False
     """Accept words that clip_micro does not know; their maps mean nothing."""
     temperature: float = 0.33
-    """Weight of the maps of other words in the explicit policy: the lower, the less."""
+    """Temperature of the softmax that weights the maps of other categories in the explicit policy;
+    a low temperature ignores them."""
     recalibrate: bool = False
-    """Let the policy choose places only; a module trained on the targets labels the clicks
-    (AlignSAM's semantic recalibration)."""
+    """Let the policy choose locations only; a recalibration module, trained on the targets, labels
+    the clicks (AlignSAM's semantic recalibration)."""
     recalibration_updates: int | None = None
-    """Updates of that module per environment step (default: 1; for the explicit policy 5)."""
+    """Updates of the recalibration module per environment step (None: 1, explicit policy 5)."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Precision of the policy's features; --dtype sets that of the backbone."""
     gradient_checkpointing: bool = False
@@ -120,16 +124,19 @@ class EvaluationOptions:
     """Evaluations, pictures and films."""
 
     held_out: str | None = None
-    """Split of the final evaluation (default: val for coco, test for all others)."""
+    """Split of the final evaluation (None: the held-out split of the dataset)."""
     final_episodes: int = 256
-    """Episodes of the final evaluation of the agent and of each baseline, and of the evaluation
-    after each domain of a stream; the domains share them evenly."""
+    """Episodes per agent and baseline of the final evaluation, and of the evaluation after each
+    domain of a stream, divided evenly among the domains. See --eval-episodes for those during
+    training."""
     eval_every: int = 10_000
     """Environment steps between evaluations on the validation split."""
     eval_episodes: int = 128
-    """Episodes of each of those evaluations."""
+    """Episodes of each evaluation on the validation split (see --eval-every). --final-episodes is
+    for the final evaluation."""
     policy_plots: Annotated[bool, tyro.conf.arg(aliases=("--views",))] = False
-    """Draw what the policy sees at each of those evaluations, into `out`/policy_plots."""
+    """At each evaluation on the validation split, draw the features and action probabilities of the
+    policy, into `out`/policy_plots."""
     video_every: int = 2_000
     """Finished training episodes between films of a held-out episode, into `out`/videos; 0: no
     films."""
@@ -145,7 +152,7 @@ class TrackingOptions:
     mlflow: bool = False
     """Record the run in MLflow too (pip install 'sam-gym[mlflow]')."""
     mlflow_uri: str | None = None
-    """URI of a server or a database (default: a local store in the folder mlflow beside `out`)."""
+    """URI of a server or a database (None: a local store in the folder mlflow beside `out`)."""
     mlflow_experiment: str = "sam-gym"
     """MLflow experiment of the run, created if it does not exist."""
     register_model: str | None = None
@@ -169,8 +176,7 @@ class TrainPPOConfig(RunOptions, PPOOptions, PolicyOptions, EvaluationOptions, T
     Writes to `out`: policy.zip, results.json, learning_curve.png, iou_after_steps.png,
     episodes.gif, videos, TensorBoard logs, and checkpoints until the run is complete.
 
-    --config NAME or --config FILE.yaml sets defaults and may be repeated. Names: explicit,
-    alignsam, alignsam_explicit, everything (agents); few_clicks, instance (environments).
+    --config NAME or --config FILE.yaml sets defaults and may be repeated.
     """
 
     env_config: EnvConfig = field(default_factory=lambda: SamSegConfig(obs="handle"))
@@ -277,7 +283,10 @@ def _parsed(args: Sequence[str], default: TrainPPOConfig) -> TrainPPOConfig:
     ]
     kind: Any = make_dataclass("TrainPPO", shown)
     try:
-        parsed = tyro.cli(kind, args=args, description=getdoc(TrainPPOConfig))
+        description = f"{getdoc(TrainPPOConfig)} Names: {', '.join(CONFIGS)}."
+        parsed = tyro.cli(
+            kind, args=args, prog="python -m agents.train_ppo", description=description
+        )
     except SystemExit as end:
         if not end.code:  # --help
             print(EXAMPLES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,16 +99,19 @@ class Plan:
 def train(config: TrainPPOConfig) -> dict[str, Any]:
     """Train, evaluate and write everything; return the content of results.json.
 
+    With --resume, a complete run returns what it has written.
+
     Raises:
         ValueError, FileNotFoundError: a name, a value or the data is wrong (before work starts).
         ImportError: MLflow is asked for and not installed (before work starts).
-        FileExistsError: `out` holds an unfinished run and --resume is not given, or a complete run
-            and --resume is given.
+        FileExistsError: `out` holds an unfinished run and --resume is not given.
         ConnectionError: another process of the job has stopped, or MLflow does not answer.
     """
     if config.mlflow:
         require_mlflow(_mlflow_place(config))
     plan = Plan.of(config)
+    if config.resume and (results := _complete_results(config)) is not None:
+        return results
     state = _state_to_resume(config)
     ranks = ProcessGroup.join(plan.training.device)
     with mlflow_run(config, state, ranks) as mlflow:
@@ -279,15 +283,23 @@ def _recalibration(
     return TrainRecalibration(policy, cast(Any, core), updates, config.learning_rate, ranks=ranks)
 
 
+def _complete_results(config: TrainPPOConfig) -> dict[str, Any] | None:
+    """Return the content of results.json if the run is complete, else None."""
+    out = Path(config.out)
+    path = out / "results.json"
+    if checkpoints(out / "checkpoints") or not path.is_file():
+        return None
+    results: dict[str, Any] = json.loads(path.read_text())
+    now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
+    check_same_config(with_present_names(results["config"], str(path)), now)
+    print(f"{out} holds the complete run. Leave out --resume to train again.")
+    return results
+
+
 def _state_to_resume(config: TrainPPOConfig) -> dict[str, Any] | None:
     """Return the checkpoint to resume from, or None to start."""
     folder = Path(config.out) / "checkpoints"
     if not checkpoints(folder):
-        if config.resume and (folder.parent / "results.json").is_file():
-            raise FileExistsError(
-                f"{folder.parent} holds a complete run: there is nothing to resume. Leave out "
-                "--resume to train again, or pass another --out."
-            )
         if config.resume:
             print(f"{folder}: no checkpoint yet. Starting the run.")
         return None

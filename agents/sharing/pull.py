@@ -33,9 +33,9 @@ class HubPullConfig:
     repo: str
     """USER/NAME of the repo."""
     revision: str | None = None
-    """Branch, tag or commit (default: main)."""
+    """Branch, tag or commit (None: main)."""
     out: str | None = None
-    """Folder to copy the files to (default: none; the files stay in the hub's cache)."""
+    """Folder to copy the files to (None: none; the files stay in the hub's cache)."""
 
 
 def pull(config: HubPullConfig) -> Path:

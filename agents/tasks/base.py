@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -37,6 +39,15 @@ FEATURES = {
 }
 
 
+#: Fields of env configs that depend on the machine, or that `_card_evaluation` handles.
+_NOT_OF_THE_AGENT = frozenset(
+    {
+        *("device", "dtype", "compile", "obs", "cache_mib", "store_gib"),
+        *("disk", "disk_dtype", "disk_gib", "split", "data", "checkpoint", "adapter"),
+    }
+)
+
+
 @dataclass(frozen=True)
 class CardFacts:
     """The parts of a model card that depend on the environment.
@@ -49,6 +60,7 @@ class CardFacts:
         limits: bullet points.
         counts: names in `BaseCore.reported` that the results table shows beside the IoU.
         task_name: name of the task in the model index.
+        metric: what the results are, as a sentence begins.
     """
 
     summary: str
@@ -58,6 +70,7 @@ class CardFacts:
     limits: Sequence[str]
     counts: Sequence[str] = ()
     task_name: str = "interactive segmentation"
+    metric: str = "Mean IoU"
 
 
 @dataclass(frozen=True)
@@ -103,9 +116,12 @@ class Task:
             raise unknown_name("feature of a task", feature, FEATURES)
         if feature not in self.supports:
             having = [name for name, task in TASKS.items() if feature in task.supports]
+            what = FEATURES[feature]
+            remedy = (
+                "Leave it out, or pass another --env" if what.startswith("--") else "It does with"
+            )
             raise ValueError(
-                f"{FEATURES[feature]} does not work with {self.env_id}. Leave it out, or take "
-                f"another environment: {', '.join(having)}."
+                f"{what} does not work with {self.env_id}. {remedy}: {', '.join(having)}."
             )
 
     def check_run(self, run: TrainPPOConfig) -> None:
@@ -255,11 +271,18 @@ class Task:
             policy: name of the published policy: hf://USER/NAME.
         """
         own = run.config["env_config"]
+        default = json.loads(json.dumps(asdict(self.config_class())))
+        changed = [
+            name
+            for name in default
+            if name not in _NOT_OF_THE_AGENT
+            if name in ("dataset", "backbone") or own.get(name, default[name]) != default[name]
+        ]
         return CardFacts(
             summary=f"An agent that plays `{self.env_id}` with a Segment Anything Model (SAM).",
             dataset=own.get("dataset", self.env_id),
             facts=self._card_basics(run.config),
-            command=f"python -m agents.evaluate --policy {policy} --env {self.env_id}",
+            command=self._card_evaluation(run, policy, *changed),
             limits=self._card_limits(own),
             task_name="segmentation",
         )
@@ -275,10 +298,15 @@ class Task:
         own, given = run.config["env_config"], []
         for name in options:
             flag, value = name.replace("_", "-"), own[name]
-            is_flag = isinstance(value, bool)
-            given.append(f"--{'' if value else 'no-'}{flag}" if is_flag else f"--{flag} {value}")
-        if DATASETS.get(own["dataset"]).reads_files:
+            if isinstance(value, bool):
+                given.append(f"--{'' if value else 'no-'}{flag}")
+            else:
+                parts: Any = [value] if isinstance(value, list) else [(value,)]
+                parts = value.items() if isinstance(value, Mapping) else parts
+                given.append(shlex.join([f"--{flag}", *(str(x) for part in parts for x in part)]))
+        if "dataset" in own and DATASETS.get(own["dataset"]).reads_files:
             given.append("--data PATH")
+        given += [f"--{name} PATH" for name in ("checkpoint", "adapter") if own[name] is not None]
         command = f"python -m agents.evaluate --policy {policy} {' '.join(given)}"
         return f"{command} --split {run.results['held_out_split']} --env {self.env_id}"
 
@@ -322,17 +350,52 @@ def task_of(env_id: str) -> Task:
     return TASKS.get(env_id)
 
 
+def names_by_environment(names_of: Callable[[Task], Iterable[str]]) -> str:
+    """Return names that tasks have, for help texts, each list with its environments.
+
+    Args:
+        names_of: a task -> its names.
+    """
+    ids: dict[str, list[str]] = {}
+    for env_id, task in TASKS.items():
+        ids.setdefault(", ".join(names_of(task)), []).append(env_id)
+    return "; ".join(f"{names} ({', '.join(own)})" for names, own in ids.items())
+
+
+def tasks_of_policy(policy: SamPolicy) -> list[Task]:
+    """Return the tasks that list a policy."""
+    kind = type(policy)
+    return [
+        task
+        for _, task in TASKS.items()
+        if any(POLICIES.get(name) is kind for name in task.policies if name in POLICIES)
+    ]
+
+
 def task_of_policy(policy: SamPolicy) -> Task:
     """Return the first task that lists a policy.
 
     Raises:
         ValueError: no task lists this policy.
     """
-    kind = type(policy)
-    for _, task in TASKS.items():
-        if any(POLICIES.get(name) is kind for name in task.policies if name in POLICIES):
-            return task
-    raise ValueError(f"{kind.__name__} is a policy of none of: {', '.join(TASKS.names())}.")
+    if tasks := tasks_of_policy(policy):
+        return tasks[0]
+    name = type(policy).__name__
+    raise ValueError(f"{name} is a policy of none of: {', '.join(TASKS.names())}.")
+
+
+def check_plays(policy: SamPolicy, config: EnvConfig) -> None:
+    """Raise `ValueError` if a policy belongs to other environments than the one of a config.
+
+    A policy that no task lists, or an environment without a task, is not checked.
+    """
+    playing = [task.env_id for task in tasks_of_policy(policy)]
+    here = [task.env_id for _, task in TASKS.items() if type(config) is task.config_class]
+    if playing and here and not set(playing) & set(here):
+        raise ValueError(
+            f"{type(policy).__name__} does not play {here[0]}. "
+            f"Pass --env {' or --env '.join(playing)}."
+        )
 
 
 def register(task: type[Task]) -> type[Task]:

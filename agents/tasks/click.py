@@ -149,6 +149,7 @@ class ClickTask(Task):
             command=command,
             limits=limits,
             counts=("clicks",),
+            metric="Mean IoU at the size of the image",
         )
 
     def _card_policy(self, config: Mapping[str, Any]) -> str:

@@ -76,4 +76,5 @@ class EverythingTask(Task):
             limits=self._card_limits(own),
             counts=("points", "found"),
             task_name="everything mode segmentation",
+            metric="Mean IoU on SAM's low-res masks",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -19,7 +19,7 @@ from adaptation.trainer import Trainer, check_tune
 from benchmarks.continual.report import pictures, write_report
 from benchmarks.options import provenance, require_at_least
 from benchmarks.report import output_folder, refuse_unfinished
-from sam_gym.backbones.adapters.tuning import TUNINGS
+from sam_gym.backbones.adapters.tuning import TUNINGS, tune_help
 from sam_gym.data.streams import Stream, low_res_ceiling
 from sam_gym.utils.registry import unknown_name
 
@@ -39,9 +39,12 @@ class ContinualBenchmarkConfig:
 
     methods: tuple[str, ...] = ()
     """Methods to compare (default: those of the paper; with --full: all)."""
-    tune: tuple[str, ...] = ("decoder",)
-    """Tune targets: decoder, hq, hq_small, sam_adapter, lora, lora_decoder. Methods that do not
-    support a target (prompt pools, regcl, samcl) use their default."""
+    tune: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(
+            help=f"{tune_help('Tune targets')}. Methods that do not support a target use their own."
+        ),
+    ] = ("decoder",)
     seeds: int = 1
     """Runs of each method, with consecutive seeds."""
     orders: tuple[str, ...] = ()

@@ -21,7 +21,8 @@ from benchmarks.everything.scores import Split
 from benchmarks.options import provenance, require_at_least
 from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.data import DATASETS, Dataset, MissingSplit, make_dataset
+from sam_gym.backbones.adapters.tuning import tune_help
+from sam_gym.data import DATASETS, Dataset, MissingSplit, dataset_help, make_dataset
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.mask_generation.generator import GeneratorOptions
 from sam_gym.mask_generation.merging import MergeOptions
@@ -64,10 +65,8 @@ class EverythingBenchmarkConfig:
 
     methods: tuple[str, ...] = ("saom_v1",)
     """Methods to compare: saom_v1 (32x32 points), saom_v2 (64x64), panosam (320x64)."""
-    tune: str = "decoder"
-    """Tune target: decoder, hq, hq_small, sam_adapter, lora, lora_decoder."""
-    dataset: str = "rooms"
-    """Dataset name: rooms, rooms-panoramas, scenes, coco, folder, entities, domain."""
+    tune: Annotated[str, tyro.conf.arg(help=f"{tune_help('Tune target')}.")] = "decoder"
+    dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "rooms"
     data: str | None = None
     """Root folder of a dataset that reads files."""
     train_images: int = 2048
@@ -79,11 +78,11 @@ class EverythingBenchmarkConfig:
     transfer: str | None = None
     """Root folder of a COCO dataset to measure the same models on."""
     transfer_annotations: str | None = None
-    """Its annotation file (default: instances_val.json of the root folder)."""
+    """Its annotation file (None: instances_val.json of the root folder)."""
     transfer_limit: int = 40
     """Maximum number of its images."""
     grid: tuple[int, int] | None = None
-    """Columns and rows of the point grid (default: that of the first method)."""
+    """Columns and rows of the point grid (None: that of the first method)."""
     seeds: int = 1
     """Number of runs per method, with consecutive seeds."""
     resume: bool = False

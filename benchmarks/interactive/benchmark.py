@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 
 from benchmarks.interactive.clicking import Item, Result, click_batch, run_grabcut
 from benchmarks.interactive.grabcut import LONGEST_SIDE
 from benchmarks.interactive.report import write_report
 from benchmarks.options import BackboneOptions, provenance, require_at_least
 from benchmarks.report import output_folder
-from sam_gym.data import DATASETS, Dataset
+from sam_gym.data import DATASETS, Dataset, dataset_help
 from sam_gym.data.cache import SampleCache
 from sam_gym.metrics.masks import number_of_clicks, number_of_failures
 from sam_gym.utils.progress import ProgressBar
@@ -32,22 +33,21 @@ class InteractiveBenchmarkConfig(BackboneOptions):
 
     out: str = "runs/interactive"
     """Folder for results.json, objects.csv, pictures and report.html."""
-    dataset: str = "scenes"
-    """Dataset name: scenes, rooms, rooms-panoramas, coco, folder, entities, domain."""
+    dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "scenes"
     data: str | None = None
     """Root folder of a dataset that reads files."""
     split: str | None = None
-    """Split to measure on (default: the held-out split: test, or val for coco)."""
+    """Split to measure on (None: the held-out split of the dataset)."""
     categories: str | None = None
-    """coco: comma-separated names of categories (default: all)."""
+    """coco: comma-separated names of categories (None: all)."""
     objects: Literal["mask", "components", "instances"] | None = None
     """folder: an object is the whole mask (default), one of its components, or an instance."""
     min_area: int | None = None
     """coco, folder: minimum area of an object, in pixels."""
     max_images: int | None = None
-    """Maximum number of images, sampled by the seed (default: all; procedural datasets: 100)."""
+    """Maximum number of images, sampled by the seed (None: all; procedural datasets: 100)."""
     max_objects: int | None = None
-    """Maximum number of objects, sampled by the seed (default: all)."""
+    """Maximum number of objects, sampled by the seed (None: all)."""
     clicks: int = 20
     """Clicks per object; an object that never reaches the IoU counts as this many."""
     batch_size: int = 16

@@ -13,6 +13,7 @@ __all__ = [
     "DatasetSpec",
     "MissingSplit",
     "Sample",
+    "dataset_help",
     "dataset_table",
     "make_dataset",
     "register_dataset",
@@ -44,6 +45,11 @@ def make_dataset(name: str, split: str = "train", **options: Any) -> Dataset:
         FileNotFoundError: a file or folder is missing.
     """
     return DATASETS.get(name).make(split, **options)
+
+
+def dataset_help() -> str:
+    """Return the help text of an option that takes a dataset: the valid names."""
+    return f"Dataset name: {', '.join(DATASETS.names())}."
 
 
 def dataset_table() -> str:

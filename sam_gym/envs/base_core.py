@@ -17,7 +17,7 @@ from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.embeddings.store import MAX_HANDLES, shared_store
 from sam_gym.backbones.service import DTYPES
 from sam_gym.backbones.spec import backbone_help
-from sam_gym.data import DATASETS, Dataset, make_dataset
+from sam_gym.data import DATASETS, Dataset, dataset_help, make_dataset
 from sam_gym.data.cache import SampleCache
 from sam_gym.envs.prefetch import Prefetcher
 from sam_gym.simulation.clicks import cell_centres
@@ -96,12 +96,11 @@ class EnvConfig:
 class DatasetConfig(EnvConfig):
     """Arguments of an environment over one dataset."""
 
-    dataset: str = "scenes"
-    """Dataset name: scenes, rooms, rooms-panoramas, coco, folder, entities, domain."""
+    dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "scenes"
     data: str | None = None
     """Root folder of a dataset that reads files."""
     dataset_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """More options of the dataset, for example {"categories": "person"} or {"length": 2048}."""
+    """More options of the dataset, in Python a dict: --dataset-kwargs kind night length 2048."""
 
     def validate(self) -> None:
         super().validate()

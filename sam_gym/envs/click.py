@@ -73,7 +73,7 @@ class SamSegConfig(ClickConfig, DatasetConfig):
     """Arguments of `SamSeg-v0`, JSON-plain."""
 
     target_categories: str | None = None
-    """Comma-separated categories to segment (default: all that are in an image)."""
+    """Comma-separated categories to segment (None: all that are in an image)."""
 
     def target_indices(self, names: Sequence[str]) -> list[int]:
         if self.target_categories is None:

@@ -32,10 +32,11 @@ class ContinualConfig(ClickConfig):
     data: str | list[str] | None = None
     """Folders of a stream that reads files, as a list or comma-separated."""
     order: str | list[str] | None = None
-    """Order of the domains: all names, as a list or comma-separated, or random:SEED (default: the
+    """Order of the domains: all names, as a list or comma-separated, or random:SEED (None: the
     stream's own order)."""
     stream_kwargs: dict[str, int | float | str] = field(default_factory=dict)
-    """More options of the stream, for example {"domains": "cells,night", "train_images": 256}."""
+    """More options of the stream, in Python a dict: --stream-kwargs domains cells,night
+    train_images 256."""
     episodes_per_domain: int | None = 20
     """Episodes before the next domain; None: change on request only. Training divides its steps
     evenly instead."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import tyro
 from gymnasium import spaces
 from torch import Tensor
 from torch.nn import functional as F
 
 from sam_gym.backbones import Prompts
-from sam_gym.data import Dataset, Sample
+from sam_gym.data import Dataset, Sample, dataset_help
 from sam_gym.envs.base_core import MAX_DRAWS, BaseCore, DatasetConfig, Draw
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.metrics.panoptic import PART_COVERS, PART_INSIDE, matched_ious
@@ -37,8 +38,7 @@ MAPS = ("coverage", "overlap", "predicted_iou")
 class EverythingConfig(DatasetConfig):
     """Arguments of `SamEverything-v0`, JSON-plain."""
 
-    dataset: str = "rooms"
-    """Dataset name: rooms, rooms-panoramas, scenes, coco, folder, entities, domain."""
+    dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "rooms"
     grid: int = 32
     """Points lie on the centres of grid x grid cells of SAM's square input frame."""
     actions: Literal["points", "set"] = "points"

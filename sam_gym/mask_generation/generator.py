@@ -50,9 +50,9 @@ class GeneratorOptions:
     grid: tuple[int, int] = (32, 32)
     """Columns and rows of the point grid."""
     pred_iou_thresh: float | None = None
-    """Minimum predicted IoU (exclusive); 0 keeps all (default: the backbone's; SAM: 0.88)."""
+    """Minimum predicted IoU (exclusive); 0 keeps all (None: the backbone's; SAM: 0.88)."""
     stability_score_thresh: float | None = None
-    """Minimum stability score; 0 keeps all (default: the backbone's; SAM: 0.95)."""
+    """Minimum stability score; 0 keeps all (None: the backbone's; SAM: 0.95)."""
     stability_score_offset: float = 1.0
     """Stability is the IoU of the masks at thresholds this far above and below SAM's."""
     box_nms_thresh: float = 0.7
@@ -70,7 +70,7 @@ class GeneratorOptions:
     output: str = "binary_mask"
     """Format of the masks: binary_mask, uncompressed_rle, coco_rle."""
     points_per_batch: int | None = None
-    """Clicks per decoder call (default: chosen by device)."""
+    """Clicks per decoder call (None: chosen by device)."""
 
     def validate(self) -> None:
         """Raise `ValueError` if an option is out of range."""

@@ -1,6 +1,7 @@
 """The command lines: what they write, and what wrong input is told."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 
 from adaptation import evaluate, train
+from adaptation.options import stream_help
 from adaptation.strategy import STRATEGIES
 from sam_gym.backbones import load_backbone
-from sam_gym.backbones.adapters.tuning import TUNINGS
+from sam_gym.backbones.adapters.tuning import TUNINGS, tune_help
+from sam_gym.data import DATASETS
+from sam_gym.data.streams import STREAMS
 from sam_gym.utils import cli
 
 METHODS = STRATEGIES.names()
@@ -103,6 +107,18 @@ def test_names_in_the_help_are_those_that_there_are(capsys: pytest.CaptureFixtur
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for name in (*METHODS, *TUNINGS.names()):
         assert name in shown or name == "zero_shot"
+    assert stream_help() in shown and "(default: None): " not in shown
+    listed = set(re.findall(r"[\w-]+", stream_help()))
+    assert {*STREAMS.names(), *DATASETS.names()} <= listed | {"domain"}
+    assert "coco, entities" in stream_help()
+    assert not re.search(r"\(default: [^()]*\)\.? \(default:", shown)
+
+
+def test_help_lists_methods_and_tune_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert train.method_help() in shown and tune_help("Tune target") in shown
 
 
 def images_without_masks(root: Path) -> str:

@@ -218,7 +218,9 @@ def test_agents_of_other_tasks_are_refused(tiny_env: dict, photos: Path, tmp_pat
     model = PPO(EverythingPolicy, VectorEnvAdaptor(vector), policy_kwargs=kwargs, device="cpu")
     model.save(tmp_path / "policy.zip")
     vector.close()
-    with pytest.raises(ValueError, match=r"agents.annotate does not work with SamEverything-v0"):
+    with pytest.raises(
+        ValueError, match=r"annotate does not work with SamEverything-v0. It does with"
+    ):
         annotate(config(str(tmp_path / "policy.zip"), photos))
     with pytest.raises(ValueError, match=r"agents.export does not work with SamEverything-v0"):
         ExportablePolicy(PolicyAgent.load(tmp_path / "policy.zip", "cpu").policy)

@@ -21,11 +21,23 @@ from stable_baselines3 import PPO
 
 from agents import train_ppo
 from agents.baselines.click import BASELINES
-from agents.evaluate import Evaluation, PolicyAgent, evaluate, load_agent, main
+from agents.evaluate import (
+    Evaluation,
+    PolicyAgent,
+    check_fits,
+    evaluate,
+    load_agent,
+    main,
+    policy_help,
+)
+from agents.policies import POLICIES
+from agents.policies.everything import EverythingPolicy
 from agents.policies.implicit import ImplicitPolicy
 from agents.policies.saved import SHIPPED
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
+from agents.tasks import TASKS
 from sam_gym.envs.click import SamSegConfig
+from sam_gym.envs.everything import EverythingConfig
 
 
 def settings_of(env: dict[str, Any], **more: Any) -> SamSegConfig:
@@ -242,6 +254,16 @@ def test_command_line_writes_its_files(tiny_env: dict[str, Any], tmp_path: Path)
     assert (out / "iou_after_steps.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_help_lists_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "usage: python -m agents.evaluate" in shown and policy_help() in shown
+    for _, task in TASKS.items():
+        assert ", ".join(task.baselines.names()) in policy_help() and task.env_id in policy_help()
+    assert "--dataset-kwargs kind night" in shown
+
+
 def test_a_policy_plays_only_what_it_was_trained_on(
     tiny_env: dict[str, Any], saved: Callable[..., Path]
 ) -> None:
@@ -250,6 +272,38 @@ def test_a_policy_plays_only_what_it_was_trained_on(
         evaluate(agent, settings_of(tiny_env, grid=10), episodes=2)
     with pytest.raises(ValueError, match=r"stop False \(the environment has True\)"):
         evaluate(agent, settings_of(tiny_env, stop=True), episodes=2)
+
+
+def test_a_policy_plays_only_its_own_environment(
+    tiny_env: dict[str, Any], saved: Callable[..., Path]
+) -> None:
+    own = {key: tiny_env[key] for key in ("backbone", "checkpoint", "device")}
+    everything = EverythingConfig(split="test", obs="handle", grid=8, **own)
+    env, core = make_vector_env("SamEverything-v0", 2, everything)
+    backbone = {"name": "tiny", "checkpoint": own["checkpoint"], "device": "cpu"}
+    features = {"backbone": backbone, "budget": everything.budget}
+    policy = EverythingPolicy(
+        core.observation_space,
+        env.single_action_space,  # type: ignore[arg-type]
+        lambda _: 0.0,
+        features=features,
+        grid=8,
+        stop=True,
+    )
+    clicks = settings_of(tiny_env, grid=8, stop=True)
+    with pytest.raises(ValueError, match="not play SamSeg-v0. Pass --env SamEverything-v0"):
+        evaluate(PolicyAgent(policy), clicks, episodes=2)
+    implicit = PolicyAgent.load(saved(), "cpu")
+    with pytest.raises(
+        ValueError, match="SamEverything-v0. Pass --env SamContinual-v0 or --env SamSeg-v0"
+    ):
+        evaluate(implicit, everything, env_id="SamEverything-v0", episodes=2)
+    _, core = make_vector_env("SamSeg-v0", 1, settings_of(tiny_env))
+    core.action_space = gym.spaces.Discrete(513)
+    implicit.policy.others = ["stop"]  # as if it knew a "stop" that it has no logit for
+    core.config = settings_of(tiny_env, stop=True)
+    with pytest.raises(ValueError, match="with 512 actions, the environment has 513"):
+        check_fits(implicit.policy, core)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -261,6 +315,17 @@ def test_agents_in_the_package_play_well(name: str) -> None:
     random = evaluate(load_agent("random"), settings, episodes=16, num_envs=16, seed=5)
     assert played.targets == random.targets
     assert played.ious.mean() > 0.6 > 2 * random.ious.mean()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_agents_in_the_package_are_loaded_by_sb3_too(name: str) -> None:
+    path = SHIPPED[name]
+    policy, own = PPO.load(path, device="cpu").policy, PolicyAgent.load(path, "cpu").policy
+    assert type(policy) is type(own) is POLICIES.get(name)
+    torch.testing.assert_close(policy.state_dict(), own.state_dict(), rtol=0, atol=0)
+    with zipfile.ZipFile(path) as archive:
+        data = json.loads(archive.read("data"))
+    assert data["policy_name"] == name and data["policy_class"]["__module__"] == "agents.policies"
 
 
 def test_saved_policies_name_nothing_that_may_move(

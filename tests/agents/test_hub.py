@@ -157,7 +157,8 @@ def test_an_agent_of_everything_is_pushed(
     assert measured.dataset_type == "rooms" and "SamEverything-v0" in measured.dataset_name
     assert "| | mean IoU | points |" in card.text and "4 x 4 cells" in card.text
     command = "evaluate --policy hf://me/finder --dataset rooms --backbone tiny --grid 4 --budget 2"
-    assert f"{command} --stop --split test --env SamEverything-v0" in card.text
+    assert f"{command} --stop --checkpoint PATH --split test --env SamEver" in card.text
+    assert "on SAM's low-res masks, with its 95% interval" in card.text
     assert PolicyAgent.load("hf://me/finder", "cpu").policy.grid == 4
 
 

@@ -48,6 +48,17 @@ class Tuning:
 TUNINGS: Registry[Tuning] = Registry("tune target")
 
 
+def tune_help(purpose: str, frozen_encoder: bool = False) -> str:
+    """Return the help text of an option that takes tune targets: its purpose and the valid names.
+
+    Args:
+        purpose: what the option is.
+        frozen_encoder: list only targets that keep the encoder frozen.
+    """
+    names = [name for name, own in TUNINGS.items() if own.raw != "pixels" or not frozen_encoder]
+    return f"{purpose}: {', '.join(names)}"
+
+
 def _copy(sam: Sam, owned: Callable[[str], bool] = lambda name: False) -> Sam:
     """Copy the modules of a SAM, and the weights whose names are `owned`.
 

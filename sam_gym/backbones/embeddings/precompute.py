@@ -13,7 +13,7 @@ import tyro
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.loading import load_backbone, resolve_device
 from sam_gym.backbones.spec import backbone_help
-from sam_gym.data import DATASETS, make_dataset
+from sam_gym.data import DATASETS, dataset_help, make_dataset
 from sam_gym.utils.digest import image_digest
 from sam_gym.utils.progress import track
 
@@ -28,8 +28,7 @@ class PrecomputeConfig:
     them, or if each has its own `--shard`.
     """
 
-    dataset: str = "coco"
-    """Dataset name: scenes, rooms, rooms-panoramas, coco, folder, entities, domain."""
+    dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "coco"
     data: str | None = None
     """Root folder of a dataset that reads files."""
     split: str = "train"
@@ -44,7 +43,7 @@ class PrecomputeConfig:
     dtype: str = "auto"
     """Its precision: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
     folder: str | None = None
-    """Root folder of the embeddings (default: SAM_GYM_HOME/embeddings)."""
+    """Root folder of the embeddings (None: SAM_GYM_HOME/embeddings)."""
     disk_dtype: str = "float32"
     """Precision of the files: float32 (exact), float16 or bfloat16 (half the space)."""
     disk_gib: float = DEFAULT_BYTES / 2**30
@@ -52,7 +51,7 @@ class PrecomputeConfig:
     batch_size: int = 16
     """Images per encoder call."""
     shard: str | None = None
-    """This process's share, as "0/4" for the first of four (default: torchrun's, else all)."""
+    """This process's share, as "0/4" for the first of four (None: torchrun's, else all)."""
 
 
 def share(shard: str | None) -> tuple[int, int]:
@@ -138,4 +137,8 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
 if __name__ == "__main__":
     from sam_gym.utils import cli
 
-    cli.run(lambda: precompute(tyro.cli(PrecomputeConfig)))
+    cli.run(
+        lambda: precompute(
+            tyro.cli(PrecomputeConfig, prog="python -m sam_gym.backbones.embeddings.precompute")
+        )
+    )

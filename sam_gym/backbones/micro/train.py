@@ -54,9 +54,9 @@ class TrainMicroConfig:
     out: str = "runs/micro"
     """Folder for the checkpoint, the weights and the evaluation."""
     photos: str | None = None
-    """Root of a COCO-style dataset to mix in, train split (default: scenes only)."""
+    """Root of a COCO-style dataset to mix in, train split (None: scenes only)."""
     init: str | None = None
-    """Weights of micro to start from (default: random weights)."""
+    """Weights of micro to start from (None: random weights)."""
     steps: int = 2700
     """Optimizer steps."""
     images: int = 12
@@ -404,4 +404,6 @@ if __name__ == "__main__":
 
     from sam_gym.utils import cli
 
-    cli.run(lambda: train(tyro.cli(TrainMicroConfig)))
+    cli.run(
+        lambda: train(tyro.cli(TrainMicroConfig, prog="python -m sam_gym.backbones.micro.train"))
+    )

@@ -1,5 +1,6 @@
 """A run that was stopped comes to the same as one that was not."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -109,8 +110,12 @@ def test_a_run_that_was_not_started_is_started(
     main(arguments(out, *short, "--resume"))
     assert "Resuming at step 32" in capsys.readouterr().out
     assert_same(out, through)
-    with pytest.raises(FileExistsError, match="holds a complete run: there is nothing to resume"):
-        main(arguments(out, *short, "--resume"))
+    written = (out / "results.json").read_bytes()
+    assert main(arguments(out, *short, "--resume")) == json.loads(written)
+    assert "holds the complete run" in capsys.readouterr().out
+    assert (out / "results.json").read_bytes() == written
+    with pytest.raises(ValueError, match="learning_rate .* then, 0.5 now"):
+        main(arguments(out, *short, "--resume", "--learning-rate", "0.5"))
 
 
 def test_only_settings_that_change_nothing_may_differ() -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from agents.ppo.config import CONFIGS, TrainPPOConfig, read_config
-from agents.tasks import task_of
+from agents.ppo.config import CONFIGS, TrainPPOConfig, policy_help, read_config
+from agents.tasks import TASKS, task_of
 
 
 def test_yaml_sets_defaults_that_flags_override(tmp_path: Path) -> None:
@@ -39,7 +39,6 @@ def test_an_agent_and_an_environment_by_name() -> None:
 def test_every_config_in_the_package_is_valid(name: str) -> None:
     config = read_config(["--config", name])
     assert config != TrainPPOConfig()
-    assert name in (TrainPPOConfig.__doc__ or "")
     config.env_config.validate()
 
 
@@ -85,6 +84,16 @@ def test_help_has_groups_and_ends_with_examples(capsys: pytest.CaptureFixture[st
     assert places[0] < printed.index("--total-timesteps") < printed.index("--stream")
     assert printed.index("--stream") < places[2] < printed.index("--learning-rate")
     assert "examples:" in printed[printed.index("tracking options") :]
+    assert "usage: python -m agents.train_ppo" in printed
+    shown = " ".join(printed.replace("│", " ").split())
+    assert policy_help() in shown and ", ".join(CONFIGS) in shown
+    for _, task in TASKS.items():
+        assert ", ".join(task.policies) in policy_help() and task.env_id in policy_help()
+
+
+def test_options_of_the_dataset_are_names_and_values() -> None:
+    env_config: Any = read_config(["--dataset-kwargs", "kind", "night", "length", "4"]).env_config
+    assert env_config.dataset_kwargs == {"kind": "night", "length": 4}
 
 
 def test_procedural_data_has_as_many_images_as_asked_for(tmp_path: Path) -> None:
