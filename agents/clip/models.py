@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from sam_gym.backbones.loading import resolve_device
 from sam_gym.utils.digest import digest_of
 from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.shared import SharedObjects
+from sam_gym.utils.weights import check_finite
 
 CLIP_MICRO = Path(__file__).parents[1] / "weights" / "clip_micro"
 #: Prompt templates of `clip_micro`, which knows few words.
@@ -80,7 +82,7 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clip:
     """A frozen CLIP model with its tokenizer and preprocessing.
 
@@ -147,13 +149,15 @@ class Clip:
         return (images / 255.0 - self.mean) / self.std
 
 
-_loaded: dict[tuple[str, str | None, str], Clip] = {}
+_loaded: SharedObjects[Clip] = SharedObjects()
 
 
 def load_clip(
     name: str = "clip_micro", pretrained: str | None = None, device: str = "auto"
 ) -> Clip:
     """Load a CLIP model; the same arguments return the same object in a process.
+
+    Files that were written since are loaded again; objects that exist keep their weights.
 
     Args:
         name: "clip_micro", or a model of open_clip, for example "ViT-B-16".
@@ -162,18 +166,19 @@ def load_clip(
         device: "auto" (CUDA, then MPS, then CPU), or a torch device.
 
     Raises:
-        ValueError: the name is unknown, or needs `pretrained`.
+        ValueError: the name is unknown, or needs `pretrained`; or weights are not finite.
         FileNotFoundError: the package was installed without the weights of `clip_micro`.
         OSError: the weights could not be downloaded, or do not fit the model.
     """
     target = resolve_device(device)
-    key = (name, pretrained, str(target))
-    if key not in _loaded:
+    file = Path(pretrained or CLIP_MICRO)
+
+    def load() -> Clip:
         if name == "clip_micro":
-            _loaded[key] = read_clip_micro(Path(pretrained or CLIP_MICRO), target)
-        else:
-            _loaded[key] = _load_open_clip(name, pretrained, target)
-    return _loaded[key]
+            return read_clip_micro(file, target)
+        return _load_open_clip(name, pretrained, target)
+
+    return _loaded.get((name, pretrained, target), [file], load)
 
 
 def read_clip_micro(folder: Path, device: torch.device) -> Clip:
@@ -218,6 +223,7 @@ def _clip(
     device: torch.device,
 ) -> Clip:
     model.eval().requires_grad_(False)
+    check_finite(model.state_dict(), name)
     visual = model.visual
     size = visual.image_size
     mean, std = (

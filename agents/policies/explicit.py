@@ -32,10 +32,12 @@ _PEAK = 3.0
 _REGIONS = 8
 
 
-@lru_cache
+_surgery_of = lru_cache(ClipSurgery)
+
+
 def shared_surgery(name: str, pretrained: str | None, device: str) -> ClipSurgery:
-    """Return the surgery of a CLIP; the same object for the same arguments."""
-    return ClipSurgery(load_clip(name, pretrained, device))
+    """Return the surgery of a CLIP; the same object for the same arguments and weights."""
+    return _surgery_of(load_clip(name, pretrained, device))
 
 
 class WordMaps:

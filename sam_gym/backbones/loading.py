@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import threading
+import pickle
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +18,19 @@ from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.service import DTYPES, Backbone
 from sam_gym.backbones.spec import BACKBONES, HUB_PREFIX, BackboneSpec
 from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.shared import SharedObjects
+from sam_gym.utils.weights import check_finite
 
 #: Keys under which training frameworks save a state dict in a checkpoint.
-_WRAPPERS = ("model", "state_dict")
+_WRAPPERS = tuple("model state_dict model_state model_state_dict module sam net network".split())
 #: Prefixes that they put before the name of every weight.
-_PREFIXES = ("module.", "model.", "sam.")
+_PREFIXES = ("module.", "model.", "sam.", "sam_model.", "net.", "network.")
+#: Modules and types of Python whose objects are data; trainings save no others.
+_DATA_MODULES = frozenset({"argparse", "collections", "datetime", "decimal", "enum", "pathlib"})
+_DATA_TYPES = frozenset(f"builtins.{name}" for name in ("dict", "frozenset", "list", "slice"))
+_SAVE_STATE_DICT = "Save the weights alone: torch.save(model.state_dict(), PATH)."
 
-_loaded: dict[tuple[str, str, str, str, bool, str, int], Backbone] = {}
-_lock = threading.Lock()
+_loaded: SharedObjects[Backbone] = SharedObjects()
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -50,8 +59,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read a state dict from a .safetensors or torch file, without running code in the file.
 
-    The usual wrappers are removed: a checkpoint's `model` or `state_dict` entry, and the prefixes
-    `module.`, `model.` and `sam.` if all names have them.
+    The usual wrappers are removed: entries such as `model` or `state_dict` of a checkpoint, and
+    prefixes such as `module.` and `sam.` if all names have them. Whatever else the checkpoint
+    holds (an optimizer's state, an `argparse.Namespace`) is ignored.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -60,36 +70,94 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file.")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return _without_prefixes(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     except Exception as error:  # every format has its own errors for a damaged file
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path}: not a readable checkpoint: it holds {named[1]}, and only weights and "
+                f"plain data are read from files. {_SAVE_STATE_DICT}"
+            ) from error
+        reason = str(error).partition("Weights only load failed")[0]
         raise ValueError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}: {error}). "
+            f"{path}: not a readable checkpoint ({type(error).__name__}: {reason}). "
             "The file may be truncated: compare its size with the published one."
         ) from error
-    state = _unwrapped(state)
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{path}: not a state dict of tensors, got {type(state).__name__}.")
+    state = next(_state_dicts(content), None)
+    if state is None:
+        raise ValueError(
+            f"{path}: not a state dict of tensors, got {_described(content)}. {_SAVE_STATE_DICT}"
+        )
     return _without_prefixes(state)
 
 
-def _unwrapped(state: Any) -> Any:
-    """Return the state dict of a checkpoint that also holds, for example, an optimizer's state."""
-    while isinstance(state, dict):
-        inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)), None)
-        if inner is None:
-            break
-        state = inner
-    return state
+class _Ignored:
+    """Takes the place of numpy objects in a checkpoint; holds nothing."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _IgnoredDict:
+    """Takes the place of other objects in a checkpoint, which may be kinds of dictionaries."""
+
+    def __new__(cls, *args: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _read_torch(path: Path) -> Any:
+    """Read a torch file with `weights_only`; objects of other programs become empty ones.
+
+    Raises:
+        UnpicklingError: the file names functions of Python's own library.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        try:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except ValueError:  # the format before torch 1.6
+            names = ["argparse.Namespace"]
+    replaced: list[Any] = []
+    for name in names:
+        package = name.partition(".")[0]
+        is_data = package in _DATA_MODULES or name in _DATA_TYPES
+        if is_data or package not in sys.stdlib_module_names:
+            replaced.append((_Ignored if package == "numpy" else _IgnoredDict, name))
+    with torch.serialization.safe_globals(replaced):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (AttributeError, TypeError) as error:  # its objects are neither of our two
+            raise pickle.UnpicklingError(f"GLOBAL {','.join(sorted(names))}") from error
+
+
+def _state_dicts(content: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the state dicts in a checkpoint that also holds, for example, an optimizer's state."""
+    if not isinstance(content, dict):
+        return
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        yield content
+    for key in _WRAPPERS:
+        yield from _state_dicts(content.get(key))
+
+
+def _described(content: Any) -> str:
+    if not isinstance(content, dict) or not content:
+        return "nothing that is read from files" if content == {} else type(content).__name__
+    keys = ", ".join(repr(key) for key in list(content)[:5])
+    return f"{type(content).__name__} with the keys {keys}{', ...' * (len(content) > 5)}"
 
 
 def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    while state and (
-        prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None)
-    ):
+    # torch.compile puts its prefix in front of any compiled part of a model.
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
@@ -99,7 +167,8 @@ def load_weights(sam: Sam, name: str, path: Path) -> None:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is unreadable, or its weights differ from those of the model.
+        ValueError: the file is unreadable, or its weights differ from those of the model in name or
+            shape, or are not finite.
     """
     state, convert = read_weights(path), BACKBONES.get(name).convert
     if convert is not None:
@@ -119,10 +188,16 @@ def load_weights(sam: Sam, name: str, path: Path) -> None:
             for kind, items in differences.items()
             if items
         ]
-        raise ValueError(
-            f"{path}: not a checkpoint of {name!r}: weights {'; '.join(found)}. "
-            f"Pass the backbone that this file is for: {', '.join(BACKBONES)}."
+        prefixed = [key for key in extra if missing and key.endswith(f".{missing[0]}")]
+        remedy = (
+            f"Remove the prefix {prefixed[0].removesuffix(missing[0])!r} from its names."
+            if prefixed
+            else f"Pass the backbone that this file is for: {', '.join(BACKBONES)}."
         )
+        raise ValueError(
+            f"{path}: not a checkpoint of {name!r}: weights {'; '.join(found)}. {remedy}"
+        )
+    check_finite({key: state[key] for key in expected}, path)
     sam.load_state_dict(state)
 
 
@@ -149,6 +224,8 @@ def load_backbone(
     adapter: str | None = None,
 ) -> Backbone:
     """Load a backbone; the same arguments return the same object within a process.
+
+    A checkpoint or adapter that was written since is loaded again; objects that exist keep theirs.
 
     Args:
         name: a key of `BACKBONES`, or "hf:OWNER/NAME" (a SAM or SAM-HQ on the Hugging Face hub, or
@@ -179,17 +256,18 @@ def load_backbone(
     elif spec is not None:
         path = _weights_of(spec)
     adaptation = None if adapter is None else Path(adapter).expanduser().resolve()
-    # An adapter may be overwritten by a later training.
-    written = adaptation.stat().st_mtime_ns if adaptation and adaptation.is_file() else 0
-    key = (name, str(path), str(target), str(precision), compile, str(adaptation), written)
-    with _lock:
-        if key not in _loaded:
-            if spec is None or path is None:
-                sam = huggingface.load_from_hub(name.removeprefix(HUB_PREFIX))
-            else:
-                sam = spec.build()
-                load_weights(sam, name, path)
-            learned = None if adaptation is None else Adapter.load(adaptation)
-            make = Backbone if spec is None or spec.service is None else spec.service
-            _loaded[key] = make(name, sam, target, precision, compile, learned)
-        return _loaded[key]
+
+    def load() -> Backbone:
+        if spec is None or path is None:
+            sam = huggingface.load_from_hub(name.removeprefix(HUB_PREFIX))
+            check_finite(sam.state_dict(), name)
+        else:
+            sam = spec.build()
+            load_weights(sam, name, path)
+        learned = None if adaptation is None else Adapter.load(adaptation)
+        make = Backbone if spec is None or spec.service is None else spec.service
+        return make(name, sam, target, precision, compile, learned)
+
+    folder = Path(name.removeprefix(HUB_PREFIX)).expanduser()
+    files = [file for file in (path or folder, adaptation) if file is not None]
+    return _loaded.get((name, path, target, precision, compile, adaptation), files, load)

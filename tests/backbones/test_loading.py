@@ -1,6 +1,8 @@
 """Loading and sharing backbones, and what a bad checkpoint gets told."""
 
+import argparse
 import io
+import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +25,13 @@ from sam_gym.backbones import (
     loading,
 )
 from sam_gym.utils.digest import file_digest
+from sam_gym.utils.shared import SharedObjects
 
 
 @pytest.fixture(autouse=True)
 def empty_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is loaded yet."""
-    monkeypatch.setattr(loading, "_loaded", {})
+    monkeypatch.setattr(loading, "_loaded", SharedObjects())
 
 
 @pytest.fixture
@@ -199,6 +202,96 @@ def test_wrappers_of_checkpoints_are_removed(
     torch.save(wrap(state), tmp_path / "wrapped.pth")
     loaded = load_backbone("micro", str(tmp_path / "wrapped.pth"), "cpu").sam.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+class Attributes(dict):
+    """A dictionary of another program, as Lightning's `AttributeDict`."""
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"model": s, "args": argparse.Namespace(lr=0.1)},
+        lambda s: {"model_state": {f"sam.{k}": v for k, v in s.items()}, "epoch": 3},
+        lambda s: {
+            "model": "vit_b",
+            "model_state_dict": {f"_orig_mod.{k}": v for k, v in s.items()},
+        },
+    ],
+    ids=["namespace", "micro-sam", "compiled"],
+)
+def test_checkpoints_of_other_programs(
+    small_vit_b: None, build_tiny: Callable[[], Sam], tmp_path: Path, wrap: Any, legacy: bool
+) -> None:
+    state = build_tiny().state_dict()
+    path = tmp_path / "other.pth"
+    torch.save(wrap(state), path, _use_new_zipfile_serialization=not legacy)
+    loaded = load_backbone("vit_b", str(path), "cpu").sam.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+def test_objects_beside_the_weights_are_ignored(
+    small_vit_b: None, build_tiny: Callable[[], Sam], tmp_path: Path
+) -> None:
+    settings = argparse.Namespace(out=Path("runs"), best=np.float64(0.5), kind=Attributes(a=1))
+    content = {"state_dict": build_tiny().state_dict(), "hyper_parameters": settings}
+    torch.save(content | {"scores": [np.float32(1.0), np.zeros(3)]}, tmp_path / "objects.ckpt")
+    assert load_backbone("vit_b", str(tmp_path / "objects.ckpt"), "cpu").name == "vit_b"
+
+
+def test_code_beside_the_weights_is_refused(build_tiny: Callable[[], Sam], tmp_path: Path) -> None:
+    proof, path = tmp_path / "proof", tmp_path / "evil.pth"
+    torch.save({"model": build_tiny().state_dict(), "args": Evil(proof)}, path)
+    with pytest.raises(ValueError, match=r"evil\.pth: not a readable checkpoint: it holds getattr"):
+        load_backbone("micro", str(path), "cpu")
+    assert not proof.exists()
+
+
+def test_a_pickled_module_is_refused(build_tiny: Callable[[], Sam], tmp_path: Path) -> None:
+    torch.save(build_tiny(), tmp_path / "module.pth")
+    with pytest.raises(ValueError, match=r"not a state dict.*torch\.save\(model\.state_dict\(\)"):
+        load_backbone("micro", str(tmp_path / "module.pth"), "cpu")
+
+
+def test_an_unknown_prefix_is_named(
+    small_vit_b: None, build_tiny: Callable[[], Sam], tmp_path: Path
+) -> None:
+    state = {f"student.{k}": v for k, v in build_tiny().state_dict().items()}
+    torch.save(state, tmp_path / "student.pth")
+    with pytest.raises(ValueError, match=r"Remove the prefix 'student\.' from its names"):
+        load_backbone("vit_b", str(tmp_path / "student.pth"), "cpu")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(
+    small_vit_b: None, build_tiny: Callable[[], Sam], tmp_path: Path, value: float
+) -> None:
+    state = build_tiny().state_dict()
+    state["mask_decoder.iou_token.weight"][0, 0] = value
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match=r"nan\.pth: 1 of \d+ weights are NaN or infinite"):
+        load_backbone("vit_b", str(tmp_path / "nan.pth"), "cpu")
+
+
+def test_a_file_that_was_written_again_is_loaded_again(
+    small_vit_b: None, build_tiny: Callable[[], Sam], tmp_path: Path
+) -> None:
+    state, path = build_tiny().state_dict(), tmp_path / "tuned.pth"
+    name = "mask_decoder.iou_token.weight"
+    torch.save(state, path)
+    written = path.stat()
+    first = load_backbone("vit_b", str(path), "cpu")
+    path.touch()
+    assert load_backbone("vit_b", str(path), "cpu") is first
+    torch.save(state | {name: 2 * state[name]}, path)
+    os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))  # as rsync and cp -p do
+    second = load_backbone("vit_b", str(path), "cpu")
+    assert torch.equal(second.sam.state_dict()[name], 2 * state[name])
+    assert torch.equal(first.sam.state_dict()[name], state[name])
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="tuned.pth"):
+        load_backbone("vit_b", str(path), "cpu")
 
 
 def test_what_is_wrapped_loads_strictly(micro_checkpoint: str, tmp_path: Path) -> None:

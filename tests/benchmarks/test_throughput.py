@@ -31,6 +31,7 @@ from benchmarks.throughput.playing import (
 from benchmarks.throughput.reference import plain_sam
 from sam_gym.backbones import loading, service
 from sam_gym.backbones.compiled import FixedShapes
+from sam_gym.utils.shared import SharedObjects
 
 
 def arguments(checkpoint: str, out: Path, growth_images: int = 0) -> list[str]:
@@ -279,7 +280,7 @@ def test_warming_up_compiles_all_there_is(
 
     torch._dynamo.reset()
     monkeypatch.setattr(service, "FixedShapes", partial(FixedShapes, backend=backend))
-    monkeypatch.setattr(loading, "_loaded", {})
+    monkeypatch.setattr(loading, "_loaded", SharedObjects())
     model = {key: tiny_env[key] for key in ("backbone", "checkpoint", "device")}
     config = ThroughputBenchmarkConfig(**model, compile=True, max_steps=2, steps=2, images=2)
     backbone = config.load()

@@ -11,6 +11,7 @@ import pytest
 from sam_gym.backbones import load_backbone, loading
 from sam_gym.utils import cli, memory
 from sam_gym.utils.memory import keep_freed_memory
+from sam_gym.utils.shared import SharedObjects
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
 
@@ -57,7 +58,7 @@ def test_only_commands_change_the_allocator(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(memory, "platform", SimpleNamespace(libc_ver=lambda: ("glibc", "2.40")))
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(loading, "_loaded", {})
+    monkeypatch.setattr(loading, "_loaded", SharedObjects())
     keep_freed_memory.cache_clear()
     load_backbone("micro", device="cpu").encode([np.zeros((8, 8, 3), np.uint8)])
     assert not calls

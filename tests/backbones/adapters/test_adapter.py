@@ -41,6 +41,7 @@ from sam_gym.backbones.adapters.tuning import TUNINGS, apply_tuned, trainable, t
 from sam_gym.backbones.decode import decode_tokens
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.utils.digest import digest_of
+from sam_gym.utils.shared import SharedObjects
 
 DOMAINS = ["one", "two", "three"]
 POOLS: dict[str, Any] = {
@@ -352,7 +353,7 @@ def named(
 ) -> dict[str, Any]:
     """What `load_backbone` takes for the tiny SAM; nothing is loaded yet."""
     add_backbone("tiny", build=build_tiny)
-    monkeypatch.setattr(loading, "_loaded", {})
+    monkeypatch.setattr(loading, "_loaded", SharedObjects())
     return {"name": "tiny", "checkpoint": tiny_checkpoint, "device": "cpu"}
 
 
