@@ -279,25 +279,27 @@ class Backbone:
 
     # Inference -----------------------------------------------------------------------------------
 
+    def check_image(self, image: np.ndarray) -> None:
+        """Raise `ValueError` unless an image is uint8 (H, W, 3) and keeps pixels when resized."""
+        if not isinstance(image, np.ndarray):
+            raise ValueError(
+                f"An image must be a uint8 array (H, W, 3), got {type(image).__name__}. "
+                "Of a file: np.array(PIL.Image.open(path).convert('RGB'))."
+            )
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"An image must be uint8 (H, W, 3), got {image.dtype} {image.shape}.")
+        if 0 in image.shape or 0 in self.input_size(image.shape[:2]):
+            raise ValueError(
+                f"An image of {image.shape[0]} x {image.shape[1]} pixels has no pixels left "
+                f"once its longest side is {self.image_size}. Crop it."
+            )
+
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
         """Resize the longest side, normalise and pad: float32 (B, 3, S, S) on the device."""
         batch = np.zeros((len(images), self.image_size, self.image_size, 3), np.uint8)
         sizes = []
         for frame, image in zip(batch, images, strict=True):
-            if not isinstance(image, np.ndarray):
-                raise ValueError(
-                    f"An image must be a uint8 array (H, W, 3), got {type(image).__name__}. "
-                    "Of a file: np.array(PIL.Image.open(path).convert('RGB'))."
-                )
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ValueError(
-                    f"An image must be uint8 (H, W, 3), got {image.dtype} {image.shape}."
-                )
-            if 0 in image.shape or 0 in self.input_size(image.shape[:2]):
-                raise ValueError(
-                    f"An image of {image.shape[0]} x {image.shape[1]} pixels has no pixels left "
-                    f"once its longest side is {self.image_size}. Crop it."
-                )
+            self.check_image(image)
             resized = self.resize(image)
             height, width = resized.shape[:2]
             frame[:height, :width] = resized

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +40,7 @@ class DiskStore:
     so features of another checkpoint are never read. Any number of processes may read and write
     one folder at once: files appear whole and hold their own checksum; a damaged file, or one with
     other features, counts as missing. When the bound is exceeded, the least recently used files are
-    removed.
+    removed. On a disk that is full or read-only, one warning is given, and nothing more is written.
 
     Args:
         source: computes the features.
@@ -49,7 +50,7 @@ class DiskStore:
         max_bytes: bound on all files of this backbone and precision together.
 
     Raises:
-        ValueError: unknown dtype.
+        ValueError: unknown dtype, or the folder is a file.
     """
 
     def __init__(
@@ -61,7 +62,17 @@ class DiskStore:
     ) -> None:
         check_choice("dtype of embeddings on disk", dtype, DTYPES)
         self.folder = (folder or default_folder()) / f"{source.identity}-{dtype}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        #: What stopped the writing, if anything.
+        self.failure: OSError | None = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(
+                f"{self.folder}: no folder for embeddings, since a part of the path is a file "
+                f"({error.strerror}). Pass another folder."
+            ) from error
+        except OSError as error:
+            self._stop_writing(error)
         self.dtype, self.max_bytes = DTYPES[dtype], max_bytes
         #: Shapes and dtypes in the files.
         self.spec = FeatureSpec(
@@ -89,6 +100,9 @@ class DiskStore:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._stop_writing(error)
             return None
         features = self._parse(content)
         if features is None:
@@ -118,13 +132,11 @@ class DiskStore:
         return features if features.spec == self.spec else None
 
     def put(self, key: bytes, features: ImageFeatures) -> ImageFeatures:
-        """Keep the features of one image with this digest; returns them as `get` will.
+        """Keep the features of one image with this digest; returns them as `get` would.
 
         Raises:
             ValueError: they have other shapes, or values that the precision cannot hold.
         """
-        from safetensors.torch import save
-
         kept = features.to("cpu").floating_to(self.dtype).map(Tensor.contiguous)
         if len(kept) != 1 or kept.spec != self.spec:
             raise ValueError(f"Expected one image with {self.spec}, got {len(kept)}, {kept.spec}.")
@@ -134,17 +146,35 @@ class DiskStore:
                     f"The feature {name!r} has values that {self.dtype} cannot hold (largest: "
                     f"{float(features[name].abs().max()):.3g}). Keep it as bfloat16 or float32."
                 )
-        tensors = {name: tensor[0] for name, tensor in kept.tensors.items()}
+        if self.failure is None:
+            try:
+                self._write(self.path(key), {k: v[0] for k, v in kept.tensors.items()})
+            except OSError as error:
+                self._stop_writing(error)
+        return kept.floating_to(torch.float32)
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Write a file with its own checksum, and count its bytes."""
+        from safetensors.torch import save
+
         blank = "0" * 64
         content = save(tensors, metadata={"sha256": blank})
         length = int.from_bytes(content[:8], "little")
         checksum = hashlib.sha256(memoryview(content)[8 + length :]).hexdigest()
         content = content.replace(blank.encode(), checksum.encode(), 1)
-        path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
         self._count(len(content))
-        return kept.floating_to(torch.float32)
+
+    def _stop_writing(self, error: OSError) -> None:
+        """Warn of the first failure; from now on, the features of new images are not kept."""
+        if self.failure is None:
+            self.failure = error
+            warnings.warn(
+                f"{self.folder}: embeddings are not kept on disk any longer ({error}). The run "
+                "goes on and encodes what is missing. Free some space, or pass another folder.",
+                stacklevel=2,
+            )
 
     # Bound -------------------------------------------------------------------------------------
 

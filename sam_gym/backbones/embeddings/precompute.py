@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.loading import load_backbone, resolve_device
 from sam_gym.backbones.spec import backbone_help
-from sam_gym.data import DATASETS, dataset_help, make_dataset
+from sam_gym.data import DATASETS, Sample, dataset_help, make_dataset
 from sam_gym.utils.digest import image_digest
 from sam_gym.utils.progress import track
 
@@ -70,11 +71,21 @@ def share(shard: str | None) -> tuple[int, int]:
     return rank, count
 
 
+@contextmanager
+def _naming(sample: Sample) -> Iterator[None]:
+    """Put the source of a sample before the message of a `ValueError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{sample.source}: {error}") from error
+
+
 def precompute(config: PrecomputeConfig) -> dict[str, int]:
     """Fill the store; returns the numbers of images encoded and found on disk.
 
     Raises:
-        ValueError, FileNotFoundError: an option, the dataset or the checkpoint is wrong.
+        ValueError, FileNotFoundError: an option, an image or the checkpoint is wrong.
+        OSError: the embeddings cannot be written.
     """
     if config.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {config.batch_size}.")
@@ -102,22 +113,27 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
         )
     numbers = range(rank, total, shares)
     counts = {"encoded": 0, "found": 0}
-    waiting: list[tuple[bytes, np.ndarray]] = []
+    waiting: list[tuple[bytes, Sample]] = []
 
     def encode() -> None:
-        features = backbone.encode([image for _, image in waiting]).split(1)
-        for (key, _), own in zip(waiting, features, strict=True):
-            disk.put(key, own)
+        features = backbone.encode([sample.image for _, sample in waiting]).split(1)
+        for (key, sample), own in zip(waiting, features, strict=True):
+            with _naming(sample):
+                disk.put(key, own)
+        if disk.failure is not None:
+            raise OSError(f"{disk.folder}: {disk.failure}. Free some space, or pass --folder.")
         counts["encoded"] += len(waiting)
         waiting.clear()
 
     for number in track(numbers, "encoding"):
-        image = dataset[number].image
-        key = image_digest(image)
+        sample = dataset[number]
+        with _naming(sample):
+            backbone.check_image(sample.image)
+        key = image_digest(sample.image)
         if disk.get(key) is not None:
             counts["found"] += 1
             continue
-        waiting.append((key, image))
+        waiting.append((key, sample))
         if len(waiting) == config.batch_size:
             encode()
     if waiting:

@@ -1,5 +1,6 @@
 """Embeddings on disk: exact, never stale, safe under several writers, bounded."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -12,11 +13,14 @@ import torch
 from safetensors import safe_open
 
 from sam_gym.backbones import Backbone
+from sam_gym.backbones.embeddings import disk as disk_module
+from sam_gym.backbones.embeddings import precompute as precompute_module
 from sam_gym.backbones.embeddings import store
 from sam_gym.backbones.embeddings.disk import DiskStore
 from sam_gym.backbones.embeddings.precompute import PrecomputeConfig, precompute, share
 from sam_gym.backbones.embeddings.store import EmbeddingStore
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.data import Sample
 from sam_gym.envs.click import ClickCore, SamSegConfig
 from sam_gym.utils.digest import image_digest
 
@@ -273,3 +277,78 @@ def test_share(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("3/3", "1", "a/b", "-1/2"):
         with pytest.raises(ValueError, match="shard"):
             share(wrong)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES])
+@pytest.mark.parametrize("call", ["write_atomic", "FileLock"])
+def test_a_disk_that_cannot_be_written_is_told_once(
+    tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
+) -> None:
+    def fail(path: Path, *args: object) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    kept = DiskStore(tiny, tmp_path)
+    kept.put(key_of(0), features_of(0, tiny))
+    disk = DiskStore(tiny, tmp_path)
+    monkeypatch.setattr(disk_module, call, fail)
+    images = [np.full((64, 64, 3), number, np.uint8) for number in range(3)]
+    own = EmbeddingStore(tiny, disk=disk)
+    with pytest.warns(UserWarning, match=f"not kept on disk.*{os.strerror(code)}") as told:
+        handles = own.acquire(images)
+        own.acquire([images[0], 255 - images[0]])
+    assert len(told) == 1 and len(own) == 4
+    gathered = own.gather(torch.tensor(handles)).embedding
+    assert torch.equal(gathered, tiny.encode(images).embedding)
+    assert same(disk.get(key_of(0)), features_of(0, tiny))
+
+
+def test_a_folder_that_cannot_be_made_is_told_once(
+    tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="no folder for embeddings, since a part of the path"):
+        DiskStore(tiny, tmp_path / "file")
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.warns(UserWarning, match="not kept on disk") as told:
+        disk = DiskStore(tiny, tmp_path / "new")
+        assert same(disk.put(key_of(1), features_of(1, tiny)), features_of(1, tiny))
+        assert disk.get(key_of(1)) is None
+    assert len(told) == 1
+
+
+def test_a_file_that_cannot_be_read_counts_as_missing(disk: DiskStore, tiny: Backbone) -> None:
+    disk.path(key_of(1)).mkdir(parents=True)
+    with pytest.warns(UserWarning, match="not kept on disk"):
+        assert disk.get(key_of(1)) is None
+
+
+def test_precompute_ends_on_a_full_disk(
+    micro_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(disk_module, "write_atomic", fail)
+    with pytest.warns(UserWarning), pytest.raises(OSError, match="No space left.*--folder"):
+        precompute(config(micro_checkpoint, tmp_path, limit=1))
+
+
+def test_precompute_names_the_image(
+    micro_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slivers:
+        """Images of which nothing is left in the input frame."""
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Sample:
+            masks = np.ones((1, 1, 3000), bool)
+            return Sample(np.zeros((1, 3000, 3), np.uint8), masks, np.zeros(1, int), "sliver.png")
+
+    monkeypatch.setattr(precompute_module, "make_dataset", lambda *args, **kwargs: Slivers())
+    with pytest.raises(ValueError, match=r"sliver\.png: An image of 1 x 3000 pixels has no"):
+        precompute(config(micro_checkpoint, tmp_path))
