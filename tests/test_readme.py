@@ -55,7 +55,9 @@ def test_tables_are_those_of_the_specifications(marker: str, table: str) -> None
 
 def test_all_names_are_mentioned() -> None:
     # Other tests register methods of their own.
-    methods = {name for name, item in STRATEGIES.items() if item.__module__.startswith("adaptation")}
+    methods = {
+        name for name, item in STRATEGIES.items() if item.__module__.startswith("adaptation")
+    }
     assert {"moda", "ewc"} <= methods
     names = {*ENVIRONMENTS, *methods, *TUNINGS.names(), *REWARDS.names()}
     # The reference of every method, and the default reward.
