@@ -125,4 +125,4 @@ def print_result(result: RunResult) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "Pass --resume to resume from the last checkpoint.")

@@ -62,7 +62,13 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         print("\n".join(f"  {key:<12} {summary}" for key, summary in summaries.items()))
         raise SystemExit(0)
     run, config_class = load(name)
-    return run(tyro.cli(config_class, prog=f"python -m benchmarks.run {name}", args=options))
+    config: Any = tyro.cli(config_class, prog=f"python -m benchmarks.run {name}", args=options)
+    try:
+        return run(config)
+    except KeyboardInterrupt as stop:
+        if hasattr(config, "resume"):
+            stop.add_note("Pass --resume to resume from the last checkpoint.")
+        raise
 
 
 if __name__ == "__main__":

@@ -289,4 +289,7 @@ if __name__ == "__main__":
 
     from sam_gym.utils import cli
 
-    cli.run(lambda: train(tyro.cli(TrainClipConfig, prog="python -m agents.clip.train")))
+    cli.run(
+        lambda: train(tyro.cli(TrainClipConfig, prog="python -m agents.clip.train")),
+        "Run the same command again to resume.",
+    )

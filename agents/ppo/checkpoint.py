@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -26,6 +27,8 @@ from sam_gym.utils.files import write_atomic
 
 #: Number of checkpoints kept: the newest, and the previous one in case the newest is damaged.
 KEPT = 2
+#: Age in seconds from which an unfinished file counts as left by a killed process.
+_UNFINISHED_FOR = 600.0
 #: Options that may change when a run is resumed: paths, memory limits, pictures, tracking,
 #: checkpoint frequency and device.
 FREE_OPTIONS = (
@@ -48,7 +51,7 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> Path:
     """Write a checkpoint atomically and delete outdated ones.
 
     Args:
-        folder: of the run's checkpoints; no other process may write there.
+        folder: of the run's checkpoints.
         state: of the run; its `step` is the number of environment steps.
     """
     buffer = io.BytesIO()
@@ -57,10 +60,19 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{state['step']:012d}.ckpt"
     write_atomic(path, hashlib.sha256(body).digest() + body, durable=True)
-    unfinished = folder.glob(".*.ckpt.*")
+    # Files of killed processes. A requeued job may run beside the one that it replaces.
+    unfinished = [own for own in folder.glob(".*.ckpt.*") if _age(own) > _UNFINISHED_FOR]
     for outdated in [*checkpoints(folder)[KEPT:], *unfinished]:
-        outdated.unlink()
+        outdated.unlink(missing_ok=True)
     return path
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since a file was written; 0 if it has vanished."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def newest_checkpoint(folder: Path) -> dict[str, Any]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -23,6 +22,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-
 from torch.utils.tensorboard import SummaryWriter
 
 from agents.ppo.distributed import ALONE, ProcessGroup
+from sam_gym.utils.cli import stop_at_sigterm
 from sam_gym.utils.files import wait_for_a_later_name
 
 T = TypeVar("T")
@@ -277,9 +277,7 @@ class MlflowRun(KVWriter, BaseCallback):
         self.client.create_model_version(name, f"{files}/policy", self.run_id)
 
     def __enter__(self) -> MlflowRun:
-        self._handler: Any = None
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, _stop)
+        self._handler = stop_at_sigterm()
         return self
 
     def __exit__(
@@ -298,10 +296,6 @@ class MlflowRun(KVWriter, BaseCallback):
             # An error of MLflow must not hide the error that ended the run.
             with suppress(Exception):
                 self.client.set_terminated(self.run_id, status)
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 def _local_uri(folder: Path) -> str:

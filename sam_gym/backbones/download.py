@@ -145,4 +145,7 @@ def main(config: DownloadConfig) -> None:
 if __name__ == "__main__":
     from sam_gym.utils import cli
 
-    cli.run(lambda: main(tyro.cli(DownloadConfig, prog="python -m sam_gym.backbones.download")))
+    cli.run(
+        lambda: main(tyro.cli(DownloadConfig, prog="python -m sam_gym.backbones.download")),
+        "Run the same command again to resume.",
+    )

@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sam_gym.utils.memory import keep_freed_memory
 
 
-def run(main: Callable[[], Any]) -> None:
+class Terminated(KeyboardInterrupt):
+    """Raised where a process is when it receives SIGTERM, as KeyboardInterrupt is at Ctrl-C."""
+
+
+def stop_at_sigterm() -> Any:
+    """Let SIGTERM, which preempted jobs get, end this process as Ctrl-C does.
+
+    Returns:
+        The previous handler; None outside of the main thread, where nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    process = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() == process:
+            raise Terminated
+        # A forked worker has inherited the handler.
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    return signal.signal(signal.SIGTERM, stop)
+
+
+def run(main: Callable[[], Any], resume: str = "Run the same command again.") -> None:
     """Run a command that owns its process.
 
-    Wrong input ends it with its message and status 1, without a traceback. Freed memory is kept for
-    the next tensor (`keep_freed_memory`).
+    Wrong input ends it with its message and status 1, Ctrl-C with status 130, SIGTERM with status
+    143; none of them with a traceback. Freed memory is kept for the next tensor
+    (`keep_freed_memory`).
+
+    Args:
+        main: the command.
+        resume: what to do after an interruption, unless the exception has notes that say it.
     """
     keep_freed_memory()
+    stop_at_sigterm()
     try:
         main()
     except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt as stop:
+        what, status = ("Terminated", 143) if isinstance(stop, Terminated) else ("Interrupted", 130)
+        print(f"{what}. {' '.join(getattr(stop, '__notes__', [resume]))}", file=sys.stderr)
+        raise SystemExit(status) from stop
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

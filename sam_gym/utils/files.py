@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-import threading
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,23 +47,36 @@ def _within(key: object, item: Any) -> Any:
 
 
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> Path:
-    """Write a file atomically: under a temporary name of this thread, then renamed.
+    """Write a file atomically: under a random name beside it, then renamed.
+
+    Any number of processes may write the same file. If writing fails, nothing is left.
 
     Args:
         path: of the file; its folder exists.
         content: text is encoded as UTF-8.
         durable: fsync, so that the file survives a power failure.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    with unfinished.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    unfinished = path.with_name(f"{unfinished_prefix(path.name)}{secrets.token_hex(8)}")
+    try:
+        # "x" follows no link that somebody else has put there.
+        with unfinished.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     if durable:
         _sync_folder(path.parent)
     return path
+
+
+def unfinished_prefix(name: str) -> str:
+    """Return how the names begin under which `write_atomic` writes a file."""
+    # Short, since the name of the file may be as long as the file system allows.
+    return f".{name[:32]}."
 
 
 def _sync_folder(folder: Path) -> None:

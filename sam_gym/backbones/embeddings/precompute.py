@@ -156,5 +156,6 @@ if __name__ == "__main__":
     cli.run(
         lambda: precompute(
             tyro.cli(PrecomputeConfig, prog="python -m sam_gym.backbones.embeddings.precompute")
-        )
+        ),
+        "Run the same command again to resume.",
     )

@@ -405,5 +405,6 @@ if __name__ == "__main__":
     from sam_gym.utils import cli
 
     cli.run(
-        lambda: train(tyro.cli(TrainMicroConfig, prog="python -m sam_gym.backbones.micro.train"))
+        lambda: train(tyro.cli(TrainMicroConfig, prog="python -m sam_gym.backbones.micro.train")),
+        "Run the same command again to resume.",
     )

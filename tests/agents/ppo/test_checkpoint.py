@@ -1,6 +1,7 @@
 """A run that was stopped comes to the same as one that was not."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -73,10 +74,14 @@ def test_a_stopped_run_comes_to_the_same(
 
 
 def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
-    (tmp_path / ".000000000001.ckpt.7.7").write_bytes(b"half a check")
+    left, growing = tmp_path / ".000000000001.ckpt.7", tmp_path / ".000000000001.ckpt.8"
+    for unfinished in (left, growing):
+        unfinished.write_bytes(b"half a check")
+    os.utime(left, (0, 0))
     for step in (5, 50, 500):
         write_checkpoint(tmp_path, {"step": step, "values": torch.arange(step)})
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        growing.name,
         "000000000050.ckpt",
         "000000000500.ckpt",
     ]

@@ -240,7 +240,7 @@ def test_mlflow_is_told_how_a_run_ended(begin: Callable[..., MlflowRun]) -> None
     for end, raised, expected in (
         (failing(ValueError), ValueError, "FAILED"),
         (failing(KeyboardInterrupt), KeyboardInterrupt, "KILLED"),
-        (terminated, SystemExit, "KILLED"),
+        (terminated, KeyboardInterrupt, "KILLED"),
     ):
         with pytest.raises(raised), begin(run_id=run.run_id):
             assert status(run) == "RUNNING"

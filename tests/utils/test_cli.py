@@ -1,0 +1,55 @@
+"""How commands end."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from sam_gym.utils import cli
+
+
+@pytest.fixture(autouse=True)
+def same_handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def noted() -> None:
+    error = KeyboardInterrupt()
+    error.add_note("Pass --resume.")
+    raise error
+
+
+def killed(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "line"),
+    [
+        (killed(signal.SIGINT), 130, "Interrupted. Run it again."),
+        (killed(signal.SIGTERM), 143, "Terminated. Run it again."),
+        (noted, 130, "Interrupted. Pass --resume."),
+    ],
+)
+def test_interrupted_commands_say_in_one_line_how_to_resume(
+    main: Callable[[], None], status: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.run(main, "Run it again.")
+    assert end.value.code == status
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_a_forked_worker_ends_as_usual() -> None:
+    def main() -> None:
+        worker = os.fork()
+        if not worker:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        status = os.waitpid(worker, 0)[1]
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+
+    cli.run(main)
