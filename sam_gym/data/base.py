@@ -34,12 +34,26 @@ def select_categories(wanted: str | Sequence[str] | None, names: Sequence[str]) 
     if wanted is None:
         return tuple(names)
     if isinstance(wanted, str):
-        wanted = [name.strip() for name in wanted.split(",")]
+        wanted = _split_names(wanted, names)
     for name in wanted:
         check_choice("category", name, names)
     if not wanted:
         raise ValueError("categories is empty. Name at least one, or pass None for all.")
     return tuple(dict.fromkeys(wanted))
+
+
+def _split_names(text: str, names: Sequence[str]) -> list[str]:
+    """Split comma-separated names, some of which contain commas themselves."""
+    known = {tuple(part.strip() for part in name.split(",")): name for name in names}
+    parts = [part.strip() for part in text.split(",")]
+    found = []
+    while parts:
+        # The longest known name at the start; an unknown one ends at the first comma.
+        ends = (end for end in range(len(parts), 0, -1) if tuple(parts[:end]) in known)
+        end = next(ends, 1)
+        found.append(known.get(tuple(parts[:end]), parts[0]))
+        del parts[:end]
+    return found
 
 
 @dataclass(frozen=True)

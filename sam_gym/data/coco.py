@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,8 +14,21 @@ import numpy as np
 from pycocotools import mask as rle
 
 from sam_gym.data.base import MissingSplit, Sample, check_index, select_categories
-from sam_gym.data.io import OnError, Records, Reject, read_image, read_json, resolve
+from sam_gym.data.io import (
+    OnError,
+    Records,
+    Reject,
+    flag,
+    read_image,
+    read_json,
+    resolve,
+    whole_number,
+)
 from sam_gym.utils.registry import check_choice
+
+#: Share of crowd regions above which they are reported. In COCO it is 1%; tools that write every
+#: brush mask with iscrowd 1 reach much more.
+MANY_CROWDS = 0.05
 
 
 @dataclass
@@ -22,6 +37,7 @@ class _Image:
 
     id: int | str
     file_name: str
+    path: str
     height: int
     width: int
     masks: list[bytes] = field(default_factory=list)
@@ -42,6 +58,10 @@ class Coco:
     30 us each). Image files are checked when they are read. Images without a usable instance of the
     selected categories are left out. Nothing is cached.
 
+    Polygons of fewer than 3 points are dropped and their object is kept. An object without any
+    pixel or without a segmentation is skipped. Both are counted in `skipped`, with one warning. The
+    pixels in the `bbox` of a skipped object are ignored.
+
     Args:
         split: selects `root/instances_{split}.json`; ignored if `annotations` is given.
         root: folder of the dataset.
@@ -52,14 +72,16 @@ class Coco:
         balance: "category" draws a category, then an image that contains it; "image" draws an
             image and no category.
         on_error: handling of invalid records: "raise", or "skip" to count them in `skipped`, with
-            one warning.
+            one warning. An object of which some polygons are invalid is kept without these.
         include_crowd: treat crowd regions as instances instead of ignored pixels.
 
     Attributes:
         name: "coco".
         categories: names that `Sample.categories` indexes: the selected ones in the order given,
             or all of the file by id; categories without instances are never drawn.
-        skipped: number of skipped records, by reason; includes masks that cover no pixel.
+        skipped: number of skipped records and polygons, by reason.
+        crowds: number of crowd regions of the selected categories that are ignored pixels; with one
+            warning if they are more than 5% of the masks.
 
     Raises:
         FileNotFoundError: the root, the annotation file or an image file is missing.
@@ -90,27 +112,38 @@ class Coco:
         self._balance = balance
         records = Records(self._file, on_error)
 
-        names = _categories(data["categories"], records)
+        names = _categories(data["categories"], _used(data["annotations"]), records)
         self.categories = select_categories(categories, list(names.values()))
         index_of = {name: index for index, name in enumerate(self.categories)}
 
         by_id = _images(data["images"], self._folder, records)
         seen: set[int | str] = set()
+        crowds: Counter[int] = Counter()
         for position, record in enumerate(data["annotations"]):
+            usable = False
             with records.validate(_annotation_name(record, position)):
                 image, category_id, crowd = _annotation(record, by_id, names, seen)
                 category = index_of.get(names[category_id])
                 if category is None:
                     continue
-                counts = _encode(record.get("segmentation"), image.height, image.width)
-                area = rle.area({"size": [image.height, image.width], "counts": counts})
-                if area == 0:
+                height, width = image.height, image.width
+                counts = _encode(record.get("segmentation"), height, width, records)
+                area = counts and rle.area({"size": [height, width], "counts": counts})
+                usable = bool(area)
+                if counts is None:
+                    records.skipped["no segmentation"] += 1
+                elif not area:
                     records.skipped["mask covers no pixel"] += 1
-                elif area < min_area or (crowd and not include_crowd):
+                elif crowd and not include_crowd:
+                    image.ignored.append(counts)
+                    crowds[category] += 1
+                elif area < min_area:
                     image.ignored.append(counts)
                 else:
                     image.masks.append(counts)
                     image.categories.append(category)
+            if not usable:
+                _ignore_box(record, by_id)
 
         self._images = [image for image in by_id.values() if image.masks]
         self._holders: list[list[int]] = [[] for _ in self.categories]
@@ -119,8 +152,16 @@ class Coco:
                 self._holders[category].append(index)
         self._drawable = [c for c, holders in enumerate(self._holders) if holders]
         self.skipped: dict[str, int] = dict(records.skipped)
-        self._check_not_empty(selected=categories is not None, min_area=min_area)
-        records.warn()
+        self.crowds = crowds.total()
+        self._check_not_empty(categories is not None, min_area, crowds, str(records))
+        instances = sum(len(image.masks) for image in self._images)
+        many = self.crowds > MANY_CROWDS * (self.crowds + instances)
+        records.warn(
+            f"crowd regions (iscrowd=1) are ignored pixels: {self.crowds}; "
+            f"{flag('include_crowd', 'True')} makes them instances"
+            if many
+            else ""
+        )
 
     def __len__(self) -> int:
         return len(self._images)
@@ -139,7 +180,7 @@ class Coco:
         check_index(self._file, index, len(self))
         image = self._images[index]
         record = f"image {image.id} of {self._file}"
-        path = os.path.join(self._folder, image.file_name)
+        path = image.path
         pixels = read_image(path, record)
         height, width = pixels.shape[:2]
         if (height, width) != (image.height, image.width):
@@ -172,39 +213,50 @@ class Coco:
         holders = self._holders[category]
         return holders[rng.integers(len(holders))], category
 
-    def _check_not_empty(self, *, selected: bool, min_area: float) -> None:
-        why = f" ({sum(self.skipped.values())} records were skipped)" if self.skipped else ""
-        limits = f"that is not a crowd, of at least {min_area:g} pixels{why}"
-        for name, holders in zip(self.categories, self._holders, strict=True):
+    def _check_not_empty(
+        self, selected: bool, min_area: float, crowds: Counter[int], skipped: str
+    ) -> None:
+        limits = f"that is not a crowd, of at least {min_area:g} pixels"
+        why = f" ({skipped})" if skipped else ""
+        for category, holders in enumerate(self._holders):
             if selected and not holders:
                 raise ValueError(
-                    f"{self._file}: category {name!r} has no instance {limits}. "
-                    "Leave it out of categories=, or lower min_area=."
+                    f"{self._file}: category {self.categories[category]!r} has no instance "
+                    f"{limits}{why}. {_crowd_remedy(crowds[category])}"
+                    f"Leave it out of the categories, or lower {flag('min_area')}."
                 )
         if not self._images:
             raise ValueError(
-                f"{self._file}: no image has an instance {limits}. "
-                "Check that this is the annotation file you meant."
+                f"{self._file}: no image has an instance {limits}{why}. "
+                f"{_crowd_remedy(crowds.total())}"
+                "Check that this is the annotation file you meant, with polygons or RLE."
             )
+
+
+def _crowd_remedy(crowds: int) -> str:
+    if not crowds:
+        return ""
+    option = flag("include_crowd", "True")
+    return f"Crowd regions (iscrowd=1): {crowds}; {option} makes them instances. "
 
 
 def _annotation_file(root: str, split: str) -> str:
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root}: the root folder does not exist. Check root=.")
+        raise FileNotFoundError(f"{root}: the root folder does not exist. Check the path.")
     path = os.path.join(root, f"instances_{split}.json")
     if not os.path.isfile(path):
         found = sorted(glob.glob("instances_*.json", root_dir=root))
         raise MissingSplit(
             f"{path}: no annotation file for split {split!r}. "
             f"Found: {', '.join(found) or 'no instances_*.json'}. "
-            "Pass another split=, or the file as annotations=."
+            f"Choose another split, or pass the file as {flag('annotations', 'FILE')}."
         )
     return path
 
 
 def _load(path: str) -> Any:
     """Load the annotation file; check for COCO's three tables."""
-    data = read_json(path, "annotation file", "annotations")
+    data = read_json(path, "annotation file")
     for key in ("images", "annotations", "categories"):
         table = data.get(key) if isinstance(data, dict) else None
         if not isinstance(table, list):
@@ -219,16 +271,27 @@ def _id(record: Any, key: str) -> int | str:
     if not isinstance(record, dict):
         raise Reject("record is not an object", f"got {type(record).__name__!r}")
     value = record.get(key)
-    if not isinstance(value, int | str):
-        raise Reject(f"{key} is neither number nor string", f"got {value!r}")
-    return value
+    number = value if isinstance(value, str) else whole_number(value)
+    if number is None:
+        raise Reject(f"{key} is neither whole number nor string", f"got {value!r}")
+    return number
 
 
-def _new_id(record: Any, seen: Any) -> int | str:
+def _new_id(record: Any, seen: Container[int | str]) -> int | str:
     value = _id(record, "id")
     if value in seen:
         raise Reject("id is taken by an earlier record", f"id {value!r}")
     return value
+
+
+def _reference(record: Any, key: str, table: Container[int | str]) -> int | str:
+    """Return the id in `table` to which a record refers; one may be text, the other a number."""
+    value = _id(record, key)
+    if value in table:
+        return value
+    digits = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20
+    other = int(value) if digits else str(value)
+    return other if other in table else value
 
 
 def _record_name(kind: str, record: Any, position: int) -> str:
@@ -243,18 +306,32 @@ def _annotation_name(record: Any, position: int) -> str:
     return name
 
 
-def _categories(table: list[Any], records: Records) -> dict[int | str, str]:
-    """Return category names by id, sorted by id."""
-    names: dict[int | str, str] = {}
+def _used(annotations: list[Any]) -> set[str]:
+    """Return the ids of the categories that have annotations, as text."""
+    ids = (record.get("category_id") for record in annotations if isinstance(record, dict))
+    return {str(value if whole_number(value) is None else whole_number(value)) for value in ids}
+
+
+def _categories(table: list[Any], used: set[str], records: Records) -> dict[int | str, str]:
+    """Return category names by id, sorted by id.
+
+    Of categories with the same name, only one may have annotations; the others are dropped. They
+    group categories, as the first one of Roboflow's files.
+    """
+    ids: dict[str, int | str] = {}
+    seen: set[int | str] = set()
     for position, record in enumerate(table):
         with records.validate(_record_name("category", record, position)):
-            category_id = _new_id(record, names)
+            category_id = _new_id(record, seen)
+            seen.add(category_id)
             name = record.get("name")
             if not isinstance(name, str) or not name:
                 raise Reject("name is not a non-empty string", f"got {name!r}")
-            if name in names.values():
+            if name not in ids or str(ids[name]) not in used:
+                ids[name] = category_id
+            elif str(category_id) in used:
                 raise Reject("name is taken by an earlier category", f"name {name!r}")
-            names[category_id] = name
+    names = {category_id: name for name, category_id in ids.items()}
     return dict(sorted(names.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
@@ -263,17 +340,24 @@ def _images(table: list[Any], folder: str, records: Records) -> dict[int | str, 
     for position, record in enumerate(table):
         with records.validate(_record_name("image", record, position)):
             image_id = _new_id(record, images)
-            for key in ("height", "width"):
-                size = record.get(key)
-                if not isinstance(size, int) or size <= 0:
-                    raise Reject(f"{key} is not a positive whole number", f"got {size!r}")
+            height, width = _size(record, "height"), _size(record, "width")
             path = resolve(folder, record.get("file_name"))
             if not os.path.isfile(path):
                 raise Reject("image file is missing", f"looked for {path}", FileNotFoundError)
-            images[image_id] = _Image(
-                image_id, record["file_name"], record["height"], record["width"]
-            )
+            images[image_id] = _Image(image_id, record["file_name"], path, height, width)
     return images
+
+
+def _size(record: dict[str, Any], key: str) -> int:
+    size = whole_number(record.get(key))
+    if size is None or size <= 0:
+        raise Reject(f"{key} is not a positive whole number", f"got {record.get(key)!r}")
+    return size
+
+
+def _missing(value: Any) -> bool:
+    """Return whether a value is null, or NaN, which pandas writes for it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _annotation(
@@ -281,42 +365,113 @@ def _annotation(
 ) -> tuple[_Image, int | str, bool]:
     """Return image, category id and crowd flag of an annotation; add its id to `seen`."""
     seen.add(_new_id(record, seen))
-    image_id, category_id = _id(record, "image_id"), _id(record, "category_id")
-    crowd = record.get("iscrowd", 0)
+    image_id = _reference(record, "image_id", images)
+    category_id = _reference(record, "category_id", names)
+    crowd = record.get("iscrowd")
     if image_id not in images:
         raise Reject("image_id is not among the images", f"got {image_id!r}")
     if category_id not in names:
         raise Reject("category_id is not among the categories", f"got {category_id!r}")
-    if crowd not in (0, 1):
+    if not _missing(crowd) and crowd not in (0, 1, "0", "1"):
         raise Reject("iscrowd is neither 0 nor 1", f"got {crowd!r}")
-    return images[image_id], category_id, bool(crowd)
+    return images[image_id], category_id, crowd in (1, "1")
 
 
-def _encode(segmentation: Any, height: int, width: int) -> bytes:
-    """Return the `counts` of a segmentation as compressed RLE.
+def _ignore_box(record: Any, images: dict[int | str, _Image]) -> None:
+    """Ignore the pixels in the box of a skipped annotation, if its image and box are known."""
+    try:
+        image = images.get(_reference(record, "image_id", images))
+        box = _numbers(record.get("bbox"), "bbox")
+    except Reject:
+        return
+    if image is None or box.shape != (4,) or not (abs(box) < 1e9).all() or (box[2:] < 0).any():
+        return
+    size = np.array([image.width, image.height])
+    start = np.floor(box[:2])
+    end = np.clip(np.maximum(np.ceil(box[:2] + box[2:]), start + 1), 0, size)
+    start = np.clip(start, 0, size)
+    if (start < end).all():
+        (left, top), (right, bottom) = start, end
+        corners = [[left, top, right, top, right, bottom, left, bottom]]
+        (code,) = rle.frPyObjects(corners, image.height, image.width)
+        image.ignored.append(bytes(code["counts"]))
+
+
+def _encode(segmentation: Any, height: int, width: int, records: Records) -> bytes | None:
+    """Return the `counts` of a segmentation as compressed RLE; None without any polygon or RLE.
 
     The input is validated first: pycocotools silently decodes malformed input to garbage.
     """
-    if isinstance(segmentation, list):
-        if not segmentation:
-            raise Reject("segmentation has no polygon")
-        polygons = [_polygon(polygon, height, width) for polygon in segmentation]
-        return bytes(rle.merge(rle.frPyObjects(polygons, height, width))["counts"])
-    if isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
-        size = segmentation["size"]
-        if size != [height, width]:
-            raise Reject(
-                "RLE size is not [height, width] of the image",
-                f"got {size!r}, expected {[height, width]}",
-            )
-        runs = _runs(segmentation["counts"])
-        if runs.sum() != height * width:
-            raise Reject(
-                "RLE counts do not sum to height x width",
-                f"got {runs.sum()}, expected {height * width}",
-            )
-        return bytes(rle.frPyObjects({"size": size, "counts": runs}, height, width)["counts"])
-    raise Reject("segmentation is neither polygon nor RLE", f"got {type(segmentation).__name__!r}")
+    if not segmentation or _missing(segmentation):
+        return None
+    if isinstance(segmentation, dict):
+        return bytes(_rle(segmentation, height, width)["counts"])
+    if not isinstance(segmentation, list):
+        kind = type(segmentation).__name__
+        raise Reject("segmentation is neither polygon nor RLE", f"got {kind!r}")
+    if isinstance(segmentation[0], dict):
+        parts: Any = [_rle(part, height, width) for part in segmentation]
+    else:
+        parts = _polygons(segmentation, height, width, records)
+        if not parts:
+            return None
+        parts = rle.frPyObjects(parts, height, width)
+    return bytes(rle.merge(parts)["counts"])
+
+
+def _rle(segmentation: Any, height: int, width: int) -> Any:
+    """Return an RLE, compressed or not, as compressed RLE."""
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+        kind = type(segmentation).__name__
+        raise Reject("segmentation is neither polygon nor RLE", f"got {kind!r}")
+    size = [height, width]
+    if segmentation["size"] != size:
+        raise Reject(
+            "RLE size is not [height, width] of the image",
+            f"got {segmentation['size']!r}, expected {size}",
+        )
+    runs = _runs(segmentation["counts"])
+    if runs.sum() != height * width:
+        raise Reject(
+            "RLE counts do not sum to height x width",
+            f"got {runs.sum()}, expected {height * width}",
+        )
+    return rle.frPyObjects({"size": size, "counts": runs}, height, width)
+
+
+def _polygons(rings: list[Any], height: int, width: int, records: Records) -> list[np.ndarray]:
+    """Return the valid polygons of an object.
+
+    Polygons of fewer than 3 points are dropped, and so are invalid ones with on_error="skip" if a
+    valid one remains.
+    """
+    polygons: list[np.ndarray] = []
+    invalid: list[Reject] = []
+    specks = 0
+    for ring in rings:
+        if _is_speck(ring):
+            specks += 1
+            continue
+        try:
+            polygons.append(_polygon(ring, height, width))
+        except Reject as reject:
+            if records.on_error == "raise":
+                raise
+            invalid.append(reject)
+    if invalid and not polygons:
+        raise invalid[0]
+    if polygons:
+        records.skipped.update(reject.reason for reject in invalid)
+        if specks:
+            records.skipped["polygon of fewer than 3 points"] += specks
+    return polygons
+
+
+def _is_speck(ring: Any) -> bool:
+    """Return whether a polygon is too short to have an area, as tracing tools write it."""
+    return (
+        isinstance(ring, list) and len(ring) < 6 and all(isinstance(v, int | float) for v in ring)
+    )
 
 
 def _polygon(values: Any, height: int, width: int) -> np.ndarray:
@@ -345,9 +500,9 @@ def _runs(counts: Any) -> np.ndarray:
     else:
         raise Reject("RLE counts are neither list nor string", f"got {type(counts).__name__!r}")
     # The limit keeps sums within int64 and runs within pycocotools' uint32.
-    if runs.dtype.kind != "i" or not ((runs >= 0) & (runs < 2**32)).all():
+    if not runs.size or not ((runs >= 0) & (runs < 2**32) & (runs == np.floor(runs))).all():
         raise Reject("RLE counts are not non-negative whole numbers")
-    return runs
+    return runs.astype(np.int64)
 
 
 def _decompress(counts: str) -> np.ndarray:
@@ -370,9 +525,12 @@ def _decompress(counts: str) -> np.ndarray:
     return runs
 
 
-def _numbers(values: list[Any], what: str) -> np.ndarray:
+def _numbers(values: Any, what: str) -> np.ndarray:
+    """Return a list of numbers as an array; they may be text, as pycocotools reads them too."""
     try:
         array = np.asarray(values)
+        if array.dtype.kind == "U":
+            array = array.astype(np.float64)
     except ValueError:
         array = np.empty(0, dtype=object)
     if array.ndim != 1 or array.dtype.kind not in "if":

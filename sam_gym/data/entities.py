@@ -10,7 +10,16 @@ import numpy as np
 from PIL import Image
 
 from sam_gym.data.base import Sample, check_index
-from sam_gym.data.io import OnError, Records, Reject, read_image, read_json, read_labels, resolve
+from sam_gym.data.io import (
+    OnError,
+    Records,
+    Reject,
+    read_image,
+    read_json,
+    read_labels,
+    resolve,
+    whole_number,
+)
 from sam_gym.utils.registry import check_choice
 
 METADATA = "metadata.json"
@@ -38,12 +47,13 @@ class Entities:
         images: folder of the images in `root`; names in the metadata cannot leave it.
         masks: folder of the masks in `root`; names in the metadata cannot leave it.
         on_error: handling of invalid entries: "raise", or "skip" to count them in `skipped`, with
-            one warning. Reading always raises.
+            one warning. An entry of which some masks are empty is kept without these. Reading
+            always raises.
 
     Attributes:
         name: name of the root folder.
         categories: the classes, sorted by index.
-        skipped: number of skipped entries, by reason.
+        skipped: number of skipped entries and empty masks, by reason.
 
     Raises:
         FileNotFoundError: the root, the metadata file, an image or a mask is missing.
@@ -63,7 +73,7 @@ class Entities:
     ) -> None:
         check_choice("split", split, _LISTS)
         if not os.path.isdir(root):
-            raise FileNotFoundError(f"{root}: the root folder does not exist. Check root=.")
+            raise FileNotFoundError(f"{root}: the root folder does not exist. Check the path.")
         self.name = os.path.basename(os.path.realpath(root))
         path = os.path.join(root, metadata)
         data = _load(path)
@@ -79,16 +89,17 @@ class Entities:
         seen: set[str] = set()
         for number, entry in enumerate(entries):
             with records.validate(_entry_name(key, number, entry)):
-                found = self._validate(entry, *folders)
+                found = self._validate(entry, *folders, records)
                 if found[1] in seen:
                     raise Reject("image is listed twice", f"got {found[0]!r}")
                 seen.add(found[1])
                 self._entries.append(found)
         self.skipped: dict[str, int] = dict(records.skipped)
         if not self._entries:
+            why = str(records) or "the list is empty"
             raise ValueError(
-                f"{path}: list {key!r} has no usable entry ({sum(self.skipped.values())} skipped). "
-                "Check the file, or pass another split=."
+                f"{path}: list {key!r} has no usable entry ({why}). "
+                "Check the file, or choose another split."
             )
         records.warn()
 
@@ -129,7 +140,7 @@ class Entities:
         return int(rng.integers(len(self))), None
 
     def _validate(
-        self, entry: Any, images: list[str], masks: list[str]
+        self, entry: Any, images: list[str], masks: list[str], records: Records
     ) -> tuple[str, str, list[str], list[int]]:
         """Return name and path of the image, paths of the masks, and categories of an entry."""
         if not isinstance(entry, dict):
@@ -142,19 +153,29 @@ class Entities:
         if not names:
             raise Reject("entry has no mask")
         for index in indices:
-            if isinstance(index, bool) or not isinstance(index, int):
+            if whole_number(index) is None:
                 raise Reject("index is not a whole number", f"got {index!r}")
             if index not in self._category_of:
                 known = ", ".join(map(str, self._category_of))
                 raise Reject("index has no class", f"got {index}, classes have {known}")
-        paths = [_find(masks, name, "mask") for name in names]
-        for path in paths:
-            _check_mask(path, image)
-        return entry["image_name"], image, paths, [self._category_of[index] for index in indices]
+        paths: list[str] = []
+        categories: list[int] = []
+        for name, index in zip(names, indices, strict=True):
+            path = _find(masks, name, "mask")
+            if _has_object(path, image):
+                paths.append(path)
+                categories.append(self._category_of[index])
+            elif records.on_error == "raise":
+                raise Reject("mask is empty", path)
+        if not paths:
+            raise Reject("mask is empty")
+        if len(paths) < len(names):
+            records.skipped["mask is empty"] += len(names) - len(paths)
+        return entry["image_name"], image, paths, categories
 
 
 def _load(path: str) -> dict[str, Any]:
-    data = read_json(path, "metadata file", "metadata")
+    data = read_json(path, "metadata file")
     if not isinstance(data, dict):
         raise ValueError(
             f"{path}: expected an object with 'entity classes', 'train_data' and 'val_data', "
@@ -169,21 +190,21 @@ def _classes(path: str, table: Any) -> dict[int, str]:
     if isinstance(table, list):
         pairs = list(enumerate(table))
     elif isinstance(table, dict):
-        by_name = all(isinstance(value, int) for value in table.values())
+        by_name = all(isinstance(value, int | float) for value in table.values())
         pairs = [(value, key) if by_name else (key, value) for key, value in table.items()]
     classes: dict[int, str] = {}
     for index, name in pairs:
         if isinstance(index, str) and index.isascii() and index.isdigit():
             index = int(index)
-        valid = isinstance(index, int) and not isinstance(index, bool) and index >= 0
-        if not valid or not isinstance(name, str) or not name:
+        number = whole_number(index)
+        if number is None or number < 0 or not isinstance(name, str) or not name:
             raise ValueError(
                 f"{path}: 'entity classes' holds {index!r} for {name!r}; expected a list of names, "
                 "or an object of name -> index or index -> name, with indices from 0."
             )
-        if index in classes or name in classes.values():
-            raise ValueError(f"{path}: 'entity classes' holds {name!r} or index {index} twice.")
-        classes[index] = name
+        if number in classes or name in classes.values():
+            raise ValueError(f"{path}: 'entity classes' holds {name!r} or index {number} twice.")
+        classes[number] = name
     if not classes:
         raise ValueError(
             f"{path}: 'entity classes' must be a list of names, or an object of name -> index or "
@@ -200,7 +221,7 @@ def _entries(path: str, data: dict[str, Any], split: str) -> tuple[str, list[Any
     if not isinstance(data.get(key), list):
         raise ValueError(
             f"{path}: no list {key!r} of entries for split {split!r} "
-            f"(got {type(data.get(key)).__name__!r}). Add it, or pass another split=."
+            f"(got {type(data.get(key)).__name__!r}). Add it, or choose another split."
         )
     return key, data[key]
 
@@ -227,7 +248,8 @@ def _find(folders: Sequence[str], name: object, kind: str) -> str:
     raise Reject(f"{kind} file is missing", f"looked for {looked}", FileNotFoundError)
 
 
-def _check_mask(path: str, image: str) -> None:
+def _has_object(path: str, image: str) -> bool:
+    """Validate a mask file; return whether it has pixels of an object."""
     try:
         labels = read_labels(path, "mask")
         with Image.open(image) as header:
@@ -237,8 +259,7 @@ def _check_mask(path: str, image: str) -> None:
     if labels.shape != size[::-1]:
         detail = f"{image} is {size[0]} x {size[1]}, {path} is {_width_by_height(labels)}"
         raise Reject("image and mask differ in size", detail)
-    if not labels.any():
-        raise Reject("mask is empty", path)
+    return bool(labels.any())
 
 
 def _width_by_height(pixels: np.ndarray) -> str:

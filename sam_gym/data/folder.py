@@ -15,6 +15,7 @@ from sam_gym.data.io import (
     OnError,
     Records,
     Reject,
+    flag,
     read_image,
     read_json,
     read_labels,
@@ -79,7 +80,7 @@ class Folder:
         masks = os.path.join(root, "instances" if target == "instances" else "masks")
         for folder in (images, masks):
             if not os.path.isdir(folder):
-                raise FileNotFoundError(f"{folder}: the folder does not exist. Check root=.")
+                raise FileNotFoundError(f"{folder}: the folder does not exist. Check the path.")
 
         files = _image_files(images)
         listed = _stems(root, split)
@@ -98,9 +99,10 @@ class Folder:
                 self._pairs.append((stem, image, mask))
         self.skipped: dict[str, int] = dict(records.skipped)
         if not self._pairs:
+            why = str(records) or "none is listed"
             raise ValueError(
-                f"{root}: split {split!r} has no usable image ({sum(self.skipped.values())} "
-                "skipped). Check the images folder and splits.json."
+                f"{root}: split {split!r} has no usable image ({why}). "
+                "Check the images folder and splits.json."
             )
         records.warn()
 
@@ -140,7 +142,7 @@ class Folder:
             least = f" of at least {self._min_area} pixels" if small.any() else ""
             raise ValueError(
                 f"{mask_path}: {record}: the mask has no object{least}. "
-                "Fix the file, drop the image, or lower min_area=."
+                f"Fix the file, drop the image, or lower {flag('min_area')}."
             )
         ignore = small if ignore is None else ignore | small
         return Sample(
@@ -171,12 +173,12 @@ def _stems(root: str, split: str) -> list[str] | None:
     path = os.path.join(root, "splits.json")
     if not os.path.isfile(path):
         return None
-    splits = read_json(path, "list of splits", "root")
+    splits = read_json(path, "list of splits")
     stems = splits.get(split) if isinstance(splits, dict) else None
     if not isinstance(stems, list) or not all(isinstance(stem, str) for stem in stems):
         raise ValueError(
             f"{path}: split {split!r} is not a list of stems (got {type(stems).__name__!r}). "
-            f"Add the list, or pass another split= ({', '.join(SPLITS)})."
+            f"Add the list, or choose another split ({', '.join(SPLITS)})."
         )
     return stems
 

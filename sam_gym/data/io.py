@@ -38,6 +38,11 @@ class Reject(Exception):
         self.reason, self.detail, self.error = reason, detail, error
 
 
+def flag(option: str, value: str = "VALUE") -> str:
+    """Name an option of a dataset in a message, as an argument and as command lines take it."""
+    return f"{option}={value} (--dataset-kwargs {option} {value})"
+
+
 class Records:
     """Raises at the first invalid record, or skips and counts invalid records.
 
@@ -65,43 +70,56 @@ class Records:
                 detail = f" ({reject.detail})" if reject.detail else ""
                 raise reject.error(
                     f"{self.file}: {record}: {reject.reason}{detail}. Fix or drop it, "
-                    'or pass on_error="skip" to count and skip such records.'
+                    'or pass on_error="skip" (--on-error skip) to count and skip such records.'
                 ) from None
             self.skipped[reject.reason] += 1
 
-    def warn(self) -> None:
-        """Warn once, with totals, if records were skipped."""
-        if self.skipped:
-            reasons = "; ".join(f"{n} x {reason}" for reason, n in self.skipped.most_common())
-            total = self.skipped.total()
-            warnings.warn(f"{self.file}: skipped {total} records: {reasons}.", stacklevel=3)
+    def __str__(self) -> str:
+        """The skipped records in total and by reason; empty without any."""
+        if not self.skipped:
+            return ""
+        reasons = "; ".join(f"{n} x {reason}" for reason, n in self.skipped.most_common())
+        return f"skipped {self.skipped.total()} records: {reasons}"
+
+    def warn(self, note: str = "") -> None:
+        """Warn once, with totals, if records were skipped, or if there is a note."""
+        told = ". ".join(text for text in (str(self), note) if text)
+        if told:
+            warnings.warn(f"{self.file}: {told}.", stacklevel=3)
 
 
-def read_json(path: str, kind: str, option: str) -> Any:
-    """Read a JSON file.
+def read_json(path: str, kind: str) -> Any:
+    """Read a JSON file in UTF-8, or in UTF-16 or UTF-32; a byte order mark may come first.
 
     Args:
         path: the file.
         kind: what the file is, for messages.
-        option: option of the dataset that names it, for messages.
 
     Raises:
         FileNotFoundError: the file is missing.
         ValueError: the file is not JSON.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: the {kind} does not exist. Check {option}=.")
+        raise FileNotFoundError(f"{path}: the {kind} does not exist. Check the path.")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             return json.load(file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}). Fetch or export it again.") from error
 
 
+def whole_number(value: Any) -> int | None:
+    """Return a whole number, which pandas writes as 1.0, as int; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def resolve(folder: str, name: object) -> str:
     """Return the path of the file `name` inside `folder`.
 
-    `folder` is trusted and may be a symbolic link; `name` comes from a file and is not trusted.
+    `folder` is trusted and may be a symbolic link; `name` comes from a file and is not trusted. A
+    backslash separates folders, as Windows writes it, unless a file has it in its name.
 
     Raises:
         Reject: `name` is not a file name, is absolute, contains `..`, or links out of `folder`.
@@ -111,6 +129,8 @@ def resolve(folder: str, name: object) -> str:
     parts = name.replace("\\", "/").split("/")
     inside = os.path.join(os.path.realpath(folder), "")
     path = os.path.join(folder, name)
+    if "\\" in name and not os.path.exists(path):
+        path = os.path.join(folder, *parts)
     leaves = ".." in parts or not parts[0] or os.path.isabs(name) or os.path.splitdrive(name)[0]
     if leaves or not os.path.realpath(path).startswith(inside):
         raise Reject("file name leaves its folder", f"got {name!r}, confined to {folder}")

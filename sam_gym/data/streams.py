@@ -369,10 +369,10 @@ def _layout(root: str) -> Literal["components", "instances"]:
     try:
         found = set(os.listdir(root))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{root}: the folder does not exist. Check data=.") from None
+        raise FileNotFoundError(f"{root}: the folder does not exist. Check the path.") from None
     except OSError as error:
         raise ValueError(
-            f"{root}: not a folder that can be read ({error.strerror}). Check data=."
+            f"{root}: not a folder that can be read ({error.strerror}). Check the path."
         ) from error
     layout = "A domain is a folder with images/, splits.json and masks/ or instances/."
     within = {name for name in found if os.path.isdir(os.path.join(root, name))}
@@ -399,7 +399,7 @@ def _median_area(masks: str) -> float:
 def _disjoint_splits(root: str) -> dict[str, list[str]]:
     """Return the stems of each split, validated by `Folder`; check that splits are disjoint."""
     path = os.path.join(root, "splits.json")
-    splits = read_json(path, "list of splits", "data")
+    splits = read_json(path, "list of splits")
     seen: dict[str, str] = {}
     for split in SPLITS:
         for stem in splits[split]:

@@ -90,7 +90,10 @@ def root(tmp_path: Path) -> str:
 
 
 def test_is_a_registered_dataset(root: str) -> None:
-    dataset = make_dataset("coco", root=root)
+    with pytest.warns(
+        UserWarning, match="crowd regions .* are ignored pixels: 1; include_crowd=True"
+    ):
+        dataset = make_dataset("coco", root=root)
     assert isinstance(dataset, Dataset)
     assert (dataset.name, len(dataset)) == ("coco", 3)
     assert dataset.categories == ("cat", "dog", "bird")
@@ -237,8 +240,276 @@ def test_category_whose_only_mask_has_no_pixel_is_never_drawn(tmp_path: Path) ->
         dataset = Coco(root=root)
     rng = np.random.default_rng(0)
     assert {dataset.draw(rng)[1] for _ in range(50)} == {0}
-    with pytest.raises(ValueError, match="category 'dog' has no instance .*1 records were skipped"):
+    with pytest.raises(
+        ValueError, match="category 'dog' has no instance .*1 x mask covers no pixel"
+    ):
         Coco(root=root, categories="dog")
+
+
+# Files of other tools
+
+
+BOX = {"bbox": [30.2, 29.5, 9.8, 5.5]}  # columns 30 to 39, rows 29 to 34
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        ([], "no segmentation"),
+        (None, "no segmentation"),
+        ({}, "no segmentation"),
+        (float("nan"), "no segmentation"),
+        ([[]], "no segmentation"),
+        ([[31, 31], [31, 31, 33, 31]], "no segmentation"),
+        (NO_PIXEL, "mask covers no pixel"),
+    ],
+)
+def test_object_without_a_mask_is_ignored(
+    tmp_path: Path, segmentation: object, reason: str
+) -> None:
+    """As supervision, fiftyone, Label Studio, datumaro, SAHI and globox write some objects."""
+    data = tiny()
+    data["annotations"].append(annotation(6, 12, 2, segmentation, **BOX))
+    with pytest.warns(UserWarning, match=f"skipped 1 records: 1 x {reason}"):
+        dataset = Coco(root=write(tmp_path, data))
+    assert dataset.skipped == {reason: 1}
+    assert len(dataset[1].masks) == 1
+    np.testing.assert_array_equal(dataset[1].ignore, blob(29, 30, 6, 10))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"segmentation": "x"},
+        {"segmentation": [[[31, 31], [36, 31], [36, 36]]]},
+        {"segmentation": {"size": [1, 1], "counts": [1]}},
+        {"category_id": 99},
+        {"iscrowd": "no"},
+        {"id": 1},
+    ],
+)
+def test_skipped_object_is_ignored(tmp_path: Path, changes: dict) -> None:
+    data = tiny()
+    data["annotations"].append(annotation(6, 12, 2, SQUARE, **BOX) | changes)
+    with pytest.warns(UserWarning, match="skipped 1 records"):
+        dataset = Coco(root=write(tmp_path, data), on_error="skip")
+    np.testing.assert_array_equal(dataset[1].ignore, blob(29, 30, 6, 10))
+
+
+@pytest.mark.parametrize(
+    ("box", "ignored"),
+    [
+        ([50, 35, 100, 100], blob(35, 50, 5, 10)),
+        ([5, 30, 20, 0], blob(30, 5, 1, 20)),
+        ([30.0, 30.0, 1e300, 2], None),
+        ([-50, 0, 10, 10], None),
+        ([1, 2, 3], None),
+        ([1, 2, -3, 4], None),
+        ([1, 2, None, 4], None),
+        ("x", None),
+        (None, None),
+    ],
+)
+def test_box_of_a_skipped_object(tmp_path: Path, box: object, ignored: np.ndarray | None) -> None:
+    data = tiny()
+    data["annotations"].append(annotation(6, 12, 2, [], bbox=box))
+    with pytest.warns(UserWarning, match="no segmentation"):
+        found = Coco(root=write(tmp_path, data))[1].ignore
+    if ignored is None:
+        assert found is None
+    else:
+        np.testing.assert_array_equal(found, ignored)
+
+
+@pytest.mark.parametrize("specks", [[[26, 26]], [[26, 26, 27, 27]], [[]], [[1.0], [2, 2, 3]]])
+def test_polygons_of_fewer_than_three_points_are_dropped(tmp_path: Path, specks: list) -> None:
+    """As detectron2 and mmdetection do."""
+    data = tiny()
+    data["annotations"].append(annotation(6, 12, 2, [*specks, *SQUARE, *specks]))
+    count = 2 * len(specks)
+    reason = "polygon of fewer than 3 points"
+    with pytest.warns(UserWarning, match=f"skipped {count} records: {count} x {reason}"):
+        dataset = Coco(root=write(tmp_path, data))
+    assert dataset.skipped == {reason: count}
+    np.testing.assert_array_equal(dataset[1].masks[1], reference(SQUARE))
+    assert dataset[1].ignore is None
+
+
+@pytest.mark.parametrize("ring", [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 1e9, 5, 6], "x", [["x"] * 6], 5])
+def test_an_invalid_polygon_costs_itself_only(tmp_path: Path, ring: object) -> None:
+    data = tiny()
+    data["annotations"].append(annotation(6, 12, 2, [*SQUARE, ring]))
+    root = write(tmp_path, data)
+    with pytest.raises(ValueError, match="annotation 6 of image 12: polygon"):
+        Coco(root=root)
+    with pytest.warns(UserWarning, match="skipped 1 records: 1 x polygon"):
+        dataset = Coco(root=root, on_error="skip")
+    np.testing.assert_array_equal(dataset[1].masks[1], reference(SQUARE))
+
+
+def test_crowds_only(tmp_path: Path) -> None:
+    """As CVAT and datumaro write brush masks."""
+    data = tiny()
+    for record in data["annotations"]:
+        record["iscrowd"] = int(record["category_id"] == 1)
+    root = write(tmp_path, data)
+    advice = r"include_crowd=True \(--dataset-kwargs include_crowd True\) makes them instances"
+    with pytest.raises(ValueError, match=rf"category 'cat' .*Crowd regions .*: 4; {advice}"):
+        Coco(root=root, categories="cat")
+    with pytest.warns(UserWarning, match=f"are ignored pixels: 4; {advice}"):
+        assert Coco(root=root).crowds == 4
+    data["annotations"][1]["iscrowd"] = 1
+    with pytest.raises(ValueError, match=f"no image has an instance .*: 5; {advice}"):
+        Coco(root=write(tmp_path, data))
+    assert len(Coco(root=root, include_crowd=True)) == 3
+
+
+def test_few_crowds_are_usual(tmp_path: Path) -> None:
+    data = tiny()
+    data["annotations"] += [annotation(i, 12, 1, SQUARE) for i in range(10, 30)]
+    dataset = Coco(root=write(tmp_path, data))  # a warning would be an error
+    assert dataset.crowds == 1
+
+
+def test_boxes_only(tmp_path: Path) -> None:
+    data = tiny()
+    for record in data["annotations"]:
+        record["segmentation"] = []
+    root = write(tmp_path, data)
+    with pytest.raises(ValueError, match="no image has .* .skipped 5 records: 5 x no segmentation"):
+        Coco(root=root)
+
+
+@pytest.mark.parametrize("first", [0, 50])
+def test_a_category_without_annotations_never_takes_a_name(tmp_path: Path, first: int) -> None:
+    """Roboflow's files begin with a category that groups the others."""
+    data = tiny()
+    data["categories"].insert(0, {"id": first, "name": "dog", "supercategory": "none"})
+    data["categories"].append({"id": 60, "name": "dog"})
+    dataset = Coco(root=write(tmp_path, data))
+    assert dataset.categories == ("cat", "dog", "bird")
+    assert dataset.skipped == {}
+    assert dataset[0].categories.tolist() == [0, 1]
+
+
+def test_two_categories_of_one_name(tmp_path: Path) -> None:
+    data = tiny()
+    data["categories"][2]["name"] = "dog"
+    root = write(tmp_path, data)
+    with pytest.raises(ValueError, match="category 1: name is taken by an earlier category"):
+        Coco(root=root)
+    with pytest.warns(UserWarning, match="4 x category_id is not among"):
+        assert len(Coco(root=root, on_error="skip")) == 1
+
+
+def floats(value: object) -> object:
+    """The same JSON with every whole number as float, as pandas writes it."""
+    if isinstance(value, dict):
+        return {key: floats(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [floats(own) for own in value]
+    return float(value) if isinstance(value, int) else value
+
+
+def texts(data: dict, table: str) -> dict:
+    """The same file with the ids in a table, or those that refer to it, as text."""
+    key = {"images": "image_id", "categories": "category_id"}.get(table, "id")
+    rows = "annotations" if table in ("images", "categories") else "images"
+    data[rows] = [row | {key: str(row[key])} for row in data[rows]]
+    return data
+
+
+def without(data: dict, *keys: str) -> dict:
+    for record in data["annotations"]:
+        for key in keys:
+            record.pop(key, None)
+    return data
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        floats,
+        lambda data: texts(data, "images"),
+        lambda data: texts(data, "categories"),
+        lambda data: texts(data, "ids of images"),
+        lambda data: json.loads(json.dumps(data).replace('"iscrowd": 0', '"iscrowd": null')),
+        lambda data: json.loads(json.dumps(data).replace('"iscrowd": 0', '"iscrowd": NaN')),
+        lambda data: json.loads(json.dumps(data).replace('"iscrowd": 1', '"iscrowd": true')),
+        lambda data: json.loads(json.dumps(data).replace('"iscrowd": 1', '"iscrowd": "1"')),
+        lambda data: without(data, "area", "bbox"),
+    ],
+)
+def test_dialects_read_the_same(tmp_path: Path, change: object) -> None:
+    root = write(tmp_path, tiny())
+    with pytest.warns(UserWarning, match="crowd"):
+        expected = Coco(root=root)
+        found = Coco(root=write(tmp_path, change(tiny())))  # type: ignore[operator]
+    assert found.categories == expected.categories
+    for index in range(3):
+        one, other = found[index], expected[index]
+        np.testing.assert_array_equal(one.masks, other.masks)
+        np.testing.assert_array_equal(one.categories, other.categories)
+        np.testing.assert_array_equal(one.ignore, other.ignore)
+        assert one.source == other.source
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[str(value) for value in TRIANGLE[0]]],
+        [uncompressed(blob(0, 0, 9, 9)), uncompressed(blob(20, 20, 9, 9))],
+    ],
+)
+def test_segmentations_that_pycocotools_reads(tmp_path: Path, segmentation: object) -> None:
+    data = tiny()
+    data["annotations"] = [annotation(1, 11, 1, segmentation)]
+    mask = Coco(root=write(tmp_path, data))[0].masks[0]
+    np.testing.assert_array_equal(mask, reference(segmentation))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_encodings(tmp_path: Path, encoding: str) -> None:
+    data = tiny()
+    data["categories"][1]["name"] = "café"
+    del data["annotations"][4]
+    root = write(tmp_path, data)
+    text = json.dumps(data, ensure_ascii=False)
+    (tmp_path / "instances_train.json").write_text(text, encoding=encoding)
+    assert Coco(root=root).categories == ("cat", "café", "bird")
+
+
+def test_backslashes_in_file_names(tmp_path: Path) -> None:
+    data = tiny()
+    del data["annotations"][4]
+    root = write(tmp_path, data)
+    (tmp_path / "images" / "day 1").mkdir()
+    (tmp_path / "images" / "12.png").rename(tmp_path / "images" / "day 1" / "12.png")
+    (tmp_path / "images" / "13.png").rename(tmp_path / "images" / "a\\13.png")
+    for image, name in zip(
+        data["images"], (".\\11.png", "day 1\\12.png", "a\\13.png"), strict=True
+    ):
+        image["file_name"] = name
+    (tmp_path / "instances_train.json").write_text(json.dumps(data))
+    dataset = Coco(root=root)
+    assert [dataset[index].image.shape for index in range(3)] == [(HEIGHT, WIDTH, 3)] * 3
+
+
+def test_commas_in_category_names(tmp_path: Path) -> None:
+    data = tiny()
+    data["categories"][1]["name"] = "dog, brown"
+    data["categories"][2]["name"] = "dog"
+    del data["annotations"][4]
+    root = write(tmp_path, data)
+    for given, names in {
+        "dog, brown": ("dog, brown",),
+        "dog,brown": ("dog, brown",),
+        "dog,dog, brown": ("dog", "dog, brown"),
+        "dog, brown ,dog": ("dog, brown", "dog"),
+    }.items():
+        assert Coco(root=root, categories=given).categories == names
+    with pytest.raises(ValueError, match="Unknown category 'brown'"):
+        Coco(root=root, categories="dog, brown, brown")
 
 
 # Bad files
@@ -248,7 +519,9 @@ def test_missing_root_and_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="root folder does not exist"):
         Coco(root=str(tmp_path / "nowhere"))
     root = write(tmp_path, tiny(), "instances_val.json")
-    with pytest.raises(FileNotFoundError, match="'test'. Found: instances_val.json. .*split="):
+    with pytest.raises(
+        FileNotFoundError, match="'test'. Found: instances_val.json. .*another split"
+    ):
         Coco("test", root=root)
     with pytest.raises(FileNotFoundError, match="annotation file does not exist"):
         Coco(root=root, annotations=str(tmp_path / "other.json"))
@@ -295,8 +568,8 @@ def with_counts(counts: object) -> dict:
 
 BAD_RECORDS = [
     ("images", 1, {"id": 11}, "image 11: id is taken by an earlier record"),
-    ("images", 1, {"id": [1]}, "image .*: id is neither number nor string"),
-    ("images", 1, {"id": None}, "image None: id is neither number nor string"),
+    ("images", 1, {"id": [1]}, "image .*: id is neither whole number nor string"),
+    ("images", 1, {"id": None}, "image None: id is neither whole number nor string"),
     ("images", 1, {"height": 0}, "image 12: height is not a positive whole number .got 0"),
     ("images", 1, {"width": "60"}, "image 12: width is not a positive whole number"),
     ("images", 1, {"file_name": None}, "image 12: file name is not a non-empty string"),
@@ -309,20 +582,20 @@ BAD_RECORDS = [
     ("images", 1, {"file_name": "link.png"}, "image 12: file name leaves its folder"),
     ("categories", 1, {"id": 9}, "category 9: id is taken"),
     ("categories", 1, {"name": 5}, "category 2: name is not a non-empty string"),
-    ("categories", 1, {"name": "bird"}, "category 2: name is taken by an earlier category"),
+    ("images", 1, {"id": True}, "image True: id is neither whole number nor string"),
+    ("images", 1, {"id": 1.5}, "image 1.5: id is neither whole number nor string"),
+    ("images", 1, {"height": 40.5}, "image 12: height is not a positive whole number .got 40.5"),
     ("annotations", 2, {"id": 1}, "annotation 1 of image 12: id is taken"),
     ("annotations", 2, {"image_id": 99}, "annotation 3 of image 99: image_id is not among"),
-    ("annotations", 2, {"image_id": {}}, "image_id is neither number nor string"),
+    ("annotations", 2, {"image_id": {}}, "image_id is neither whole number nor string"),
     ("annotations", 2, {"category_id": 99}, "annotation 3 of image 12: category_id is not among"),
     ("annotations", 2, {"iscrowd": "no"}, "annotation 3 of image 12: iscrowd is neither 0 nor 1"),
     ("annotations", 2, {"segmentation": "x"}, "segmentation is neither polygon nor RLE .got 'str'"),
-    ("annotations", 2, {"segmentation": None}, "neither polygon nor RLE .got 'NoneType'"),
     ("annotations", 2, {"segmentation": {"counts": []}}, "neither polygon nor RLE .got 'dict'"),
-    ("annotations", 2, {"segmentation": []}, "segmentation has no polygon"),
-    ("annotations", 2, {"segmentation": [[1, 2, 3, 4]]}, "polygon is not .*got 4 numbers"),
+    ("annotations", 2, {"segmentation": [["x"], SQUARE[0]]}, "polygon is not .*got 1 numbers"),
     ("annotations", 2, {"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "polygon is not .*got 7 numbers"),
     ("annotations", 2, {"segmentation": [1, 2, 3, 4, 5, 6]}, "polygon is not a list .*got 1"),
-    ("annotations", 2, {"segmentation": [["1"] * 6]}, "polygon holds something other than numbers"),
+    ("annotations", 2, {"segmentation": [["x"] * 6]}, "polygon holds something other than numbers"),
     ("annotations", 2, {"segmentation": [[[1]] * 6]}, "polygon holds something other than numbers"),
     ("annotations", 2, {"segmentation": [[1, [2], 3, 4, 5, 6]]}, "something other than numbers"),
     ("annotations", 2, {"segmentation": [[1, 2, None, 4, 5, 6]]}, "something other than numbers"),
@@ -337,8 +610,8 @@ BAD_RECORDS = [
     ),
     ("annotations", 2, with_counts([]), "counts are not non-negative whole numbers"),
     ("annotations", 2, with_counts([2500, -100]), "counts are not non-negative whole numbers"),
-    ("annotations", 2, with_counts([2400.0]), "counts are not non-negative whole numbers"),
-    ("annotations", 2, with_counts(["2400"]), "RLE counts holds something other than numbers"),
+    ("annotations", 2, with_counts([2399.5, 0.5]), "counts are not non-negative whole numbers"),
+    ("annotations", 2, with_counts(["x"]), "RLE counts holds something other than numbers"),
     ("annotations", 2, with_counts(2400), "RLE counts are neither list nor string .got 'int'"),
     ("annotations", 2, with_counts(""), "not COCO's compressed form"),
     ("annotations", 2, with_counts("\x7f\x10"), "not COCO's compressed form"),
@@ -388,7 +661,8 @@ def test_message_in_full(tmp_path: Path) -> None:
         Coco(root=write(tmp_path, data))
     assert str(caught.value) == (
         "instances_train.json: annotation 4711 of image 12: segmentation is neither polygon nor "
-        "RLE (got 'str'). Fix or drop it, or pass on_error=\"skip\" to count and skip such records."
+        "RLE (got 'str'). Fix or drop it, or pass on_error=\"skip\" (--on-error skip) to count and "
+        "skip such records."
     )
 
 

@@ -167,7 +167,10 @@ BAD_FILES: list[tuple[object, str]] = [
     ({CLASSES: {"a": 0, "b": 0}}, "'entity classes' holds 'b' or index 0 twice"),
     ({CLASSES: ["a"]}, "no list 'train_data' of entries for split 'train' .got 'NoneType'"),
     ({CLASSES: ["a"], "train_data": {}}, "no list 'train_data' .* .got 'dict'"),
-    ({CLASSES: ["a"], "train_data": []}, "list 'train_data' has no usable entry .0 skipped"),
+    (
+        {CLASSES: ["a"], "train_data": []},
+        "list 'train_data' has no usable entry .the list is empty",
+    ),
 ]
 
 
@@ -243,11 +246,6 @@ BAD_ENTRIES: list[tuple[Callable[[Path], object], type[Exception], str]] = [
         "image and mask differ in size .*images/train_000001.png is 50 x 30, .* is 49 x 30",
     ),
     (
-        write_mask(np.zeros((HEIGHT, WIDTH), np.uint8)),
-        ValueError,
-        "mask is empty .*masks/train_000001_001.png",
-    ),
-    (
         write_mask(np.zeros((HEIGHT, WIDTH, 3), np.uint8)),
         ValueError,
         "file is no image, or a mask is not grey .*train_000001_001.png.*one channel.*got 3",
@@ -294,8 +292,33 @@ def test_message_in_full(root: Path) -> None:
     assert str(caught.value) == (
         f"{root}/metadata.json: entry 1 of 'train_data', image 'train_000001.png': index has no "
         "class (got 9, classes have 0, 1, 2). Fix or drop it, "
-        'or pass on_error="skip" to count and skip such records.'
+        'or pass on_error="skip" (--on-error skip) to count and skip such records.'
     )
+
+
+def test_an_empty_mask_costs_itself_only(root: Path) -> None:
+    write_mask(np.zeros((HEIGHT, WIDTH), np.uint8))(root)
+    with pytest.raises(ValueError, match="mask is empty .*masks/train_000001_001.png"):
+        Entities(root=str(root))
+    with pytest.warns(UserWarning, match="skipped 1 records: 1 x mask is empty"):
+        dataset = Entities(root=str(root), on_error="skip")
+    assert [len(dataset[index].masks) for index in range(3)] == [
+        len(tiny(number).masks) - (number == 1) for number in range(3)
+    ]
+
+
+def test_indices_as_floats(root: Path) -> None:
+    expected = [Entities(root=str(root))[index].categories.tolist() for index in range(3)]
+
+    def as_floats(data: dict[str, Any]) -> None:
+        data["entity classes"] = {name: float(i) for i, name in enumerate(CATEGORIES)}
+        for entry in data["train_data"]:
+            entry["entity_indices"] = [float(index) for index in entry["entity_indices"]]
+
+    change(root, as_floats)
+    dataset = Entities(root=str(root))
+    assert dataset.categories == tuple(CATEGORIES)
+    assert [dataset[index].categories.tolist() for index in range(3)] == expected
 
 
 def test_files_that_go_bad_later(root: Path) -> None:

@@ -251,7 +251,7 @@ def test_message_in_full(root: Path) -> None:
         Folder(root=str(root))
     assert str(caught.value) == (
         f"{root}: image 'b' of split 'test': mask file is missing (looked for {root}/masks/b.png). "
-        'Fix or drop it, or pass on_error="skip" to count and skip such records.'
+        'Fix or drop it, or pass on_error="skip" (--on-error skip) to count and skip such records.'
     )
 
 

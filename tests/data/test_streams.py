@@ -274,7 +274,7 @@ def a_file(root: Path) -> None:
         (lose_masks, "blocks: found images, labels, splits.json. A domain is a folder with"),
         (cut_mask, "test1.png: domain blocks: the file is truncated or not an image"),
         (ones_for_objects, "val0.png: .* expected values 0 .* found 0, 1"),
-        (no_folder, "blocks: the folder does not exist. Check data="),
+        (no_folder, "blocks: the folder does not exist. Check the path"),
         (empty, "blocks: found nothing. A domain is a folder with"),
         (a_file, "blocks: not a folder that can be read"),
     ],
