@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -35,6 +35,10 @@ from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.training import save_state
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+_NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 #: Settings that the feature bank takes.
 _BANK_SETTINGS = "augmentations objects_per_image max_images seed memory_gib disk".split()
 
@@ -63,8 +67,6 @@ class Trainer:
         retention: Domain | None = None,
         progress: bool = True,
     ) -> None:
-        from lightning_fabric import Fabric
-
         self.config = config or TrainConfig()
         self.config.validate()
         self.backbone = load_backbone(**(backbone or {}))
@@ -76,7 +78,7 @@ class Trainer:
             raise ValueError(
                 f"batch_size {self.config.batch_size} does not divide among {world} processes."
             )
-        self.fabric = Fabric(
+        self.fabric = _fabric()(
             accelerator="cpu" if device.type == "cpu" else device.type,
             devices=1 if world == 1 else "auto" if device.type == "cuda" else world,
             strategy="auto" if world == 1 else "ddp_find_unused_parameters_true",
@@ -120,6 +122,20 @@ class Trainer:
         check_tune(strategy, tune)
         context = StrategyContext(self.bank(stream), tune, method_options, self.config.seed)
         return _Fit(self, method(context)).run(resume)
+
+
+def _fabric() -> type[Fabric]:
+    """Import Fabric without the environment variable that it sets for the whole process.
+
+    With PYTORCH_NVML_BASED_CUDA_CHECK, every step of Adam searches for the NVML library, which
+    takes milliseconds on machines without an NVIDIA driver.
+    """
+    before = os.environ.get(_NVML_CHECK)
+    from lightning_fabric import Fabric
+
+    if before is None:
+        os.environ.pop(_NVML_CHECK, None)
+    return Fabric
 
 
 def check_tune(strategy: str, tune: str) -> None:

@@ -1,6 +1,7 @@
 """The loop: seeds, stops and checkpoints, streams, settings, several processes."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -228,6 +229,20 @@ def test_a_step_may_take_several_objects_of_a_view(
     make_trainer(steps=2, objects_per_augmentation=4).fit(stream, method)
     # Four objects of the domain, and as many of the buffer once there is one.
     assert views == ([1, 1, 2, 2, 2, 2] if method == "er" else [1] * 6)
+
+
+def test_fabric_does_not_slow_down_the_optimizers_of_the_process(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    for name in [name for name in sys.modules if name.split(".")[0] == "lightning_fabric"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delenv(variable, raising=False)
+    make_trainer()
+    assert "lightning_fabric" in sys.modules and variable not in os.environ
+    monkeypatch.setenv(variable, "1")
+    make_trainer()
+    assert os.environ[variable] == "1"
 
 
 def test_the_learning_rate_falls_over_a_domain() -> None:
