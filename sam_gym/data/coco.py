@@ -181,7 +181,7 @@ class Coco:
         image = self._images[index]
         record = f"image {image.id} of {self._file}"
         path = image.path
-        pixels = read_image(path, record)
+        pixels = read_image(path, record, (image.height, image.width))
         height, width = pixels.shape[:2]
         if (height, width) != (image.height, image.width):
             raise ValueError(

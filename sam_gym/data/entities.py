@@ -14,7 +14,7 @@ from sam_gym.data.io import (
     OnError,
     Records,
     Reject,
-    read_image,
+    read_annotated,
     read_json,
     read_labels,
     resolve,
@@ -117,17 +117,11 @@ class Entities:
         check_index(self.name, index, len(self))
         name, image_path, mask_paths, categories = self._entries[index]
         record = f"image {name!r} of {self.name}"
-        image = read_image(image_path, record)
-        masks = np.zeros((len(mask_paths), *image.shape[:2]), bool)
-        for mask, path in zip(masks, mask_paths, strict=True):
-            labels = read_labels(path, record)
-            if labels.shape != mask.shape or not labels.any():
-                raise ValueError(
-                    f"{path}: {record}: the mask is {_width_by_height(labels)} pixels with "
-                    f"{np.count_nonzero(labels)} of the object, the image is "
-                    f"{_width_by_height(image)}. Restore the original files."
-                )
-            mask[:] = labels > 0
+        image, labels = read_annotated(image_path, mask_paths, record)
+        masks = np.stack([label > 0 for label in labels])
+        if not masks.any(axis=(1, 2)).all():
+            path = mask_paths[masks.any(axis=(1, 2)).argmin()]
+            raise ValueError(f"{path}: {record}: the mask is empty. Restore the original file.")
         return Sample(
             image=image,
             masks=masks,

@@ -16,9 +16,8 @@ from sam_gym.data.io import (
     Records,
     Reject,
     flag,
-    read_image,
+    read_annotated,
     read_json,
-    read_labels,
     resolve,
 )
 from sam_gym.utils.registry import check_choice
@@ -123,13 +122,7 @@ class Folder:
         check_index(self.name, index, len(self))
         stem, image_path, mask_path = self._pairs[index]
         record = f"image {stem!r} of {self.name}"
-        image = read_image(image_path, record)
-        labels = read_labels(mask_path, record)
-        if image.shape[:2] != labels.shape:
-            raise ValueError(
-                f"{mask_path}: {record}: the mask is {labels.shape[1]} x {labels.shape[0]} pixels, "
-                f"the image {image.shape[1]} x {image.shape[0]}. Export one of them again."
-            )
+        image, (labels,) = read_annotated(image_path, [mask_path], record)
         ignore = None
         if self._target != "instances":
             _check_values(labels, mask_path, record)

@@ -6,13 +6,13 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 
+from sam_gym.data.images import Unreadable, decode_image, decode_labels, read_header
 from sam_gym.utils.registry import check_choice
 
 OnError = Literal["raise", "skip"]
@@ -137,59 +137,101 @@ def resolve(folder: str, name: object) -> str:
     return path
 
 
-def read_image(path: str, record: str) -> np.ndarray:
-    """Read a colour or grey image as uint8 (H, W, 3), RGB.
+def read_image(path: str, record: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Read a colour or grey image as uint8 (H, W, 3), RGB, without its alpha channel.
 
-    The EXIF orientation is not applied: masks and annotated sizes refer to the stored pixels, as in
-    pycocotools.
+    The image is upright, as viewers and annotation tools show it: turned and flipped by its EXIF
+    orientation. Annotations may refer to the stored pixels instead: a quarter turn is left out if
+    the annotated `size` tells so. Flips and half turns always follow the tag.
+
+    16-bit images whose values fit into 8, 10, 12 or 14 bits are scaled as images of so many bits,
+    with a warning.
 
     Args:
         path: the image file.
         record: name of the record, for messages.
+        size: annotated (height, width), or None.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: the file is not an image, or is truncated.
+        ValueError: the file is not an image, is truncated, or holds samples without a known range.
     """
-    bgr = _decode(path, record, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+    with _naming(path, record):
+        pixels, bits = decode_image(_read(path), size)
+    if bits:
+        warnings.warn(
+            f"{os.path.dirname(path)}: images of 16 bits whose values fit into {bits} are scaled "
+            f"as images of {bits} bits. Convert the files to 8 bits to choose another scale.",
+            stacklevel=2,
+        )
+    return pixels
 
 
-def read_labels(path: str, record: str) -> np.ndarray:
-    """Read a mask or label image unchanged: uint8 or uint16 (H, W).
+def read_labels(path: str, record: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Read a mask or label image, upright and otherwise unchanged: uint8 or uint16 (H, W).
+
+    Args:
+        path: the mask file.
+        record: name of the record, for messages.
+        size: (height, width) of its image, or None; see `read_image`.
 
     Raises:
         FileNotFoundError: the file is missing.
         ValueError: the file is not an image, is truncated, or is not one channel of 8 or 16 bits.
     """
-    labels = _decode(path, record, cv2.IMREAD_UNCHANGED)
-    if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
-        channels = 1 if labels.ndim == 2 else labels.shape[2]
-        raise ValueError(
-            f"{path}: {record}: expected one channel of uint8 or uint16 labels, got {channels} "
-            f"of {labels.dtype}. Save it as grey PNG of 8 or 16 bits, without a palette."
-        )
-    return labels
+    with _naming(path, record):
+        return decode_labels(_read(path), size)
 
 
-def _decode(path: str, record: str, flags: int) -> np.ndarray:
+def read_annotated(
+    path: str, label_paths: Sequence[str], record: str
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Read an image and its label images as `read_image` and `read_labels` do, in one size.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file cannot be read, or the sizes differ.
+    """
+    with _naming(path, record):
+        size = read_header(path).size
+    labels = [read_labels(label_path, record, size) for label_path in label_paths]
+    image = read_image(path, record, labels[0].shape)
+    height, width = image.shape[:2]
+    for label_path, label in zip(label_paths, labels, strict=True):
+        if label.shape != (height, width):
+            raise ValueError(
+                f"{label_path}: {record}: the mask is {label.shape[1]} x {label.shape[0]} pixels, "
+                f"the image {width} x {height}. Export one of them again."
+            )
+    return image, labels
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """Read (height, width) of an image, upright, from the header of its file.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: the file is not an image.
+    """
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        return read_header(path).size
+    except Unreadable as error:
+        raise ValueError(f"{path}: {error}.") from None
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+@contextmanager
+def _naming(path: str, record: str) -> Iterator[None]:
+    """Name file and record in errors from the body."""
+    try:
+        yield
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: {record}: the file is missing. Restore it, or drop the record."
         ) from None
-    array = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-    if array is None or _is_cut_jpeg(data):
-        raise ValueError(
-            f"{path}: {record}: the file is truncated or not an image. "
-            "Fetch or export it again, or drop the record."
-        )
-    return array
-
-
-def _is_cut_jpeg(data: bytes) -> bool:
-    """Detect a truncated JPEG, whose missing part OpenCV silently fills with grey."""
-    start_of_scan, end_of_image = b"\xff\xda", b"\xff\xd9"
-    return data.startswith(b"\xff\xd8") and data.rfind(end_of_image) < data.rfind(start_of_scan)
+    except Unreadable as error:
+        raise ValueError(f"{path}: {record}: {error}, or drop the record.") from None

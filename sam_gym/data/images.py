@@ -1,0 +1,232 @@
+"""Formats of image files: size, orientation, pixels."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import cv2
+import numpy as np
+from PIL import ExifTags, Image, TiffImagePlugin, TiffTags
+
+#: EXIF orientation -> stored pixels to upright ones.
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored),
+}
+#: Orientations that swap height and width -> the orientation that undoes them.
+_QUARTER_TURNS = {5: 5, 6: 8, 7: 7, 8: 6}
+
+#: Formats that both Pillow and OpenCV read, apart from TIFF.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "SUN")
+#: What Pillow raises for a header that it cannot read.
+_INVALID = (SyntaxError, OSError, ValueError, LookupError, TypeError, EOFError, struct.error)
+_NOT_AN_IMAGE = "the file is truncated or not an image. Fetch or export it again"
+#: OpenCV's limit.
+_MAX_PIXELS = 2**30
+
+_BIG_TIFF = 43
+_SEPARATE = 2
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_SAMPLE_FORMATS = {1: "uint", 2: "int", 3: "float", 4: "uint", 5: "complex int", 6: "complex"}
+
+
+class Unreadable(ValueError):
+    """What is wrong with an image file, without the name of the file."""
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What an image file tells before its pixels are decoded.
+
+    Attributes:
+        stored_size: (height, width) of the stored pixels.
+        orientation: EXIF orientation, 1 to 8: how viewers turn and flip the stored pixels.
+        tags: tags of a TIFF file, else None.
+    """
+
+    stored_size: tuple[int, int]
+    orientation: int = 1
+    tags: TiffImagePlugin.ImageFileDirectory_v2 | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the upright image."""
+        height, width = self.stored_size
+        return (width, height) if self.orientation in _QUARTER_TURNS else (height, width)
+
+    def fit(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """Return the size that `read_image` and `read_labels` give for their argument `size`."""
+        return self.stored_size if size == self.stored_size else self.size
+
+
+def read_header(path: str) -> ImageHeader:
+    """Read size and orientation of an image file; its pixels are not decoded.
+
+    Raises:
+        OSError: the file cannot be opened.
+        Unreadable: the file is not an image.
+    """
+    with open(path, "rb") as file:
+        return _header(file)
+
+
+def decode_image(data: bytes, size: tuple[int, int] | None = None) -> tuple[np.ndarray, int]:
+    """Decode the content of an image file; see `sam_gym.data.io.read_image`.
+
+    Returns:
+        uint8 (H, W, 3), RGB, and the number of bits per sample that were scaled to 8, or 0.
+
+    Raises:
+        Unreadable: the file is no image, is truncated, or has samples without a known range.
+    """
+    header = _header(io.BytesIO(data))
+    if header.tags is not None:
+        _check_samples(header.tags)
+        data = _mark_alpha_as_associated(data)
+    bgr = _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION, header)
+    bits = 0
+    if bgr.max() < 64:
+        bgr, bits = _scale_low_bits(data, header, bgr)
+    return _turn(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), header, size), bits
+
+
+def decode_labels(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Decode the content of a mask or label file; see `sam_gym.data.io.read_labels`.
+
+    Raises:
+        Unreadable: the file is no image, is truncated, or is not one channel of 8 or 16 bits.
+    """
+    header = _header(io.BytesIO(data))
+    labels = _decode(data, cv2.IMREAD_UNCHANGED, header)
+    if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
+        channels = 1 if labels.ndim == 2 else labels.shape[2]
+        raise Unreadable(
+            f"expected one channel of uint8 or uint16 labels, got {channels} of {labels.dtype}. "
+            "Save it as grey PNG of 8 or 16 bits, without a palette"
+        )
+    return _turn(labels, header, size)
+
+
+def _turn(pixels: np.ndarray, header: ImageHeader, size: tuple[int, int] | None) -> np.ndarray:
+    """Turn decoded pixels upright, or leave out a quarter turn; OpenCV returns TIFF upright."""
+    orientation = header.orientation
+    decoded_upright = header.tags is not None
+    if header.fit(size) == header.size:
+        turn = 1 if decoded_upright else orientation
+    else:
+        turn = _QUARTER_TURNS[orientation] if decoded_upright else 1
+    return np.ascontiguousarray(_TURNS[turn](pixels))
+
+
+def _header(file: BinaryIO) -> ImageHeader:
+    try:
+        start = file.read(16)
+        file.seek(0)
+        if start.startswith(_TIFF):
+            return _tiff_header(file, start)
+        image = _open(file, start)
+        return ImageHeader(image.size[::-1], _orientation(image))
+    except _INVALID:
+        # Pillow lacks formats that OpenCV reads.
+        file.seek(0)
+        return ImageHeader(_decode(file.read(), cv2.IMREAD_UNCHANGED).shape[:2])
+
+
+def _open(file: BinaryIO, start: bytes) -> Image.Image:
+    """Do what `Image.open` does, without its limit on the number of pixels."""
+    Image.init()
+    for name in _FORMATS:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory is not None and accept is not None and accept(start) is True:
+            return factory(file, "")
+    raise Image.UnidentifiedImageError
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        # PNG's own `getexif` decodes the pixels.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except _INVALID:
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _tiff_header(file: BinaryIO, start: bytes) -> ImageHeader:
+    big = _BIG_TIFF in start[2:4]
+    tags = TiffImagePlugin.ImageFileDirectory_v2(start if big else start[:8])
+    file.seek(tags.next)
+    tags.load(file)
+    orientation = tags.get(ExifTags.Base.Orientation, 1)
+    size = tags[ExifTags.Base.ImageLength], tags[ExifTags.Base.ImageWidth]
+    return ImageHeader(size, orientation if orientation in _TURNS else 1, tags)
+
+
+def _decode(data: bytes, flags: int, header: ImageHeader | None = None) -> np.ndarray:
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    except cv2.error as error:
+        raise Unreadable(f"OpenCV cannot decode the file ({error.err}). Export it again") from None
+    if pixels is not None and not _is_cut_jpeg(data):
+        return pixels
+    if header is not None and np.prod(header.size, dtype=np.int64) > _MAX_PIXELS:
+        height, width = header.size
+        raise Unreadable(f"{width} x {height} pixels are more than OpenCV reads. Scale it down")
+    bands = (
+        1
+        if header is None or header.tags is None
+        else header.tags.get(ExifTags.Base.SamplesPerPixel, 1)
+    )
+    if bands > 4:
+        raise Unreadable(f"the file has {bands} bands. Save three of them as an RGB image")
+    raise Unreadable(_NOT_AN_IMAGE)
+
+
+def _is_cut_jpeg(data: bytes) -> bool:
+    """Detect a truncated JPEG, whose missing part OpenCV silently fills with grey."""
+    start_of_scan, end_of_image = b"\xff\xda", b"\xff\xd9"
+    return data.startswith(b"\xff\xd8") and data.rfind(end_of_image) < data.rfind(start_of_scan)
+
+
+def _check_samples(tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
+    """Refuse signed and floating-point samples, and more than 16 bits: their range is unknown."""
+    bits = np.max(tags.get(ExifTags.Base.BitsPerSample, 1))
+    kind = _SAMPLE_FORMATS.get(np.max(tags.get(ExifTags.Base.SampleFormat, 1)), "unknown")
+    if kind != "uint" or bits > 16:
+        raise Unreadable(
+            f"expected samples of uint8 or uint16, got {kind}{bits}, whose range is unknown. "
+            "Scale it to 8 bits"
+        )
+
+
+def _mark_alpha_as_associated(data: bytes) -> bytes:
+    """Change the tag of a TIFF file's alpha channel: libtiff multiplies colours by another one."""
+    order = "<" if data.startswith(b"I") else ">"
+    count = "Q" if _BIG_TIFF in data[2:4] else "I"
+    entry = struct.pack(f"{order}HH{count}", ExifTags.Base.ExtraSamples, TiffTags.SHORT, 1)
+    unassociated, associated = (struct.pack(f"{order}H", value) for value in (2, 1))
+    return data.replace(entry + unassociated, entry + associated, 1)
+
+
+def _scale_low_bits(data: bytes, header: ImageHeader, bgr: np.ndarray) -> tuple[np.ndarray, int]:
+    """Scale a dark image that holds fewer bits than its samples of 16 bits could."""
+    tags = header.tags or {}
+    planes = tags.get(ExifTags.Base.PlanarConfiguration) == _SEPARATE
+    if planes and np.max(tags.get(ExifTags.Base.BitsPerSample, 1)) > 8:
+        # OpenCV mixes up the planes.
+        raise Unreadable("low 16-bit values in separate planes cannot be read. Scale it to 8 bits")
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+    wide = _decode(data, flags, header)
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if wide.max() < 2**bits)
+    if wide.dtype != np.uint16 or not wide.any() or bits == 16:
+        return bgr, 0
+    return (wide >> (bits - 8)).astype(np.uint8), bits
