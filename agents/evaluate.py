@@ -181,15 +181,26 @@ class PolicyAgent:
         return cls(load_policy(file, device))
 
     @torch.no_grad()
-    def act(self, core: BaseCore[Any, Any], observations: dict[str, np.ndarray]) -> np.ndarray:
+    def act(self, core: BaseCore[Any, Any], observations: dict[str, Any]) -> Any:
+        """Return the actions of a vector environment, int64 (B,), or that of a scalar one.
+
+        Args:
+            core: of the environment, `env.unwrapped.core`.
+            observations: of the environment, with `obs="full"` or `obs="handle"`.
+
+        Raises:
+            ValueError: the policy plays another environment.
+        """
         check_fits(self.policy, core)
         self.policy.set_training_mode(False)
         self.policy.set_categories(core.dataset.categories)
         core.compute_features()
+        tensors, is_batch = self.policy.obs_to_tensor(observations)
         with self.policy.playing():
             act = self.policy.get_action_and_value
-            action, *_ = act(observations, deterministic=self.deterministic)
-        return action.cpu().numpy()
+            action, *_ = act(tensors, deterministic=self.deterministic)
+        actions = action.cpu().numpy()
+        return actions if is_batch else actions[0]
 
 
 def evaluate(

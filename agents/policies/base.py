@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import gymnasium as gym
+import numpy as np
 import torch
 from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -26,6 +27,8 @@ PRECISIONS = ("32-true", "bf16-mixed")
 #: Logit of an impossible action; finite, so that exported policies can be compared.
 NEVER = -1e9
 _COMPUTATION = ("precision", "gradient_checkpointing")
+#: What stands for the image in each form of observations -> its axes.
+_IMAGE_AXES = {"handle": 1, "sam_image_embeddings": 3}
 
 
 class StoredFeatures(BaseFeaturesExtractor):
@@ -171,6 +174,33 @@ class SamPolicy(ActorCriticPolicy):
             num_actions: of that environment.
         """
         raise NotImplementedError
+
+    def obs_to_tensor(self, observation: Any) -> tuple[PyTorchObs, bool]:
+        """Return observations as a batch of tensors, and whether they were a batch.
+
+        They may have either form, `obs="full"` or `obs="handle"`, whatever the policy was trained
+        on, and come from a scalar or a vector environment.
+
+        Raises:
+            ValueError: they have neither form, or are of another SAM.
+        """
+        form = next((name for name in _IMAGE_AXES if name in observation), None)
+        if form is None:
+            got = ", ".join(observation) if isinstance(observation, dict) else type(observation)
+            raise ValueError(
+                f"Expected an observation with {' or '.join(map(repr, _IMAGE_AXES))}, got {got}. "
+                'Make the environment with obs="full" or obs="handle".'
+            )
+        shape = np.shape(observation[form])
+        is_batch = len(shape) > _IMAGE_AXES[form]
+        own = cast(StoredFeatures, self.features_extractor).backbone.embedding_shape
+        if form != "handle" and shape[-3:] != own:
+            raise ValueError(
+                f"The policy was trained with embeddings of shape {own}, got {shape[-3:]}. Make "
+                "the environment with the backbone that it had."
+            )
+        tensors = self.to_tensors(observation)
+        return tensors if is_batch else {k: v[None] for k, v in tensors.items()}, is_batch
 
     # SB3 would preprocess observations (one-hot, float images); the extractor takes them raw.
 

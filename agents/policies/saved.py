@@ -14,6 +14,7 @@ import gymnasium as gym
 
 from agents.policies import POLICIES, SamPolicy
 from sam_gym.backbones.loading import resolve_device
+from sam_gym.utils.weights import check_finite
 
 #: Name of a bundled agent -> its file; docs/results.md has the commands that trained them.
 SHIPPED = {
@@ -129,5 +130,6 @@ def _rebuilt(path: Path, data: dict[str, Any], device: str) -> SamPolicy:
             f"{own[reduce].shape[1]}. Policies on HQ backbones and adapters with a "
             "router, where further features used to be channels, must be trained again"
         )
+    check_finite(weights, "policy")
     policy.load_state_dict(weights)
     return policy.to(resolve_device(device))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3 import PPO
+from stable_baselines3.common.evaluation import evaluate_policy
 
 from agents import train_ppo
 from agents.baselines.click import BASELINES
@@ -147,10 +148,17 @@ def saved(tiny_env: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
     backbone = {"name": "tiny", "checkpoint": tiny_env["checkpoint"], "device": "cpu"}
     features = {"backbone": backbone, "vocabulary": names, "categories": names, "max_steps": 5}
 
-    def save(policy: Any = ImplicitPolicy, **arguments: Any) -> Path:
+    def save(
+        policy: Any = ImplicitPolicy, obs: str = "handle", nan: bool = False, **arguments: Any
+    ) -> Path:
         if policy is ImplicitPolicy:
             arguments["policy_kwargs"] = {"features": features, "grid": 16}
-        model = PPO(policy, VectorEnvAdaptor(vector), device="cpu", **arguments)
+        env: Any = VectorEnvAdaptor(vector)
+        if obs == "full":
+            env = gym.make("SamSeg-v0", **tiny_env)
+        model = PPO(policy, env, device="cpu", **arguments)
+        if nan:
+            torch.nn.init.constant_(model.policy.value_net.bias, torch.nan)
         model.save(tmp_path / "policy.zip")
         return tmp_path / "policy.zip"
 
@@ -304,6 +312,61 @@ def test_a_policy_plays_only_its_own_environment(
     core.config = settings_of(tiny_env, stop=True)
     with pytest.raises(ValueError, match="with 512 actions, the environment has 513"):
         check_fits(implicit.policy, core)
+
+
+@pytest.mark.parametrize("trained_on", ["handle", "full"])
+def test_a_trained_policy_plays_both_forms_scalar_and_vector(
+    tiny_env: dict[str, Any], saved: Callable[..., Path], trained_on: str
+) -> None:
+    path = saved(obs=trained_on)
+    model, agent = PPO.load(path, device="cpu"), PolicyAgent.load(path, "cpu")
+    chosen = []
+    for obs in ("full", "handle"):
+        env = gym.make("SamSeg-v0", **tiny_env, obs=obs, split="test")
+        single, _ = env.reset(seed=0)
+        action, _ = model.predict(single, deterministic=True)
+        assert action.shape == () and env.action_space.contains(action[()])
+        assert agent.act(env.unwrapped.core, single) == action
+        env.step(agent.act(env.unwrapped.core, single))
+        envs, core = make_vector_env("SamSeg-v0", 2, settings_of(tiny_env))
+        batch, _ = envs.reset(seed=0)
+        actions, _ = model.predict(batch, deterministic=True)
+        assert actions.shape == (2,) and actions.tolist() == agent.act(core, batch).tolist()
+        chosen.append((int(action), int(actions[0])))
+    assert len({*chosen[0], *chosen[1]}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Evaluation environment is not wrapped")
+def test_sb3_evaluates_a_policy_on_the_default_environment(
+    tiny_env: dict[str, Any], saved: Callable[..., Path]
+) -> None:
+    model = PPO.load(saved(), device="cpu")
+    rewards, lengths = evaluate_policy(
+        model, gym.make("SamSeg-v0", **tiny_env), 2, return_episode_rewards=True
+    )
+    assert len(rewards) == 2 and lengths == [5, 5]
+
+
+def test_observations_that_a_policy_cannot_read_are_refused(saved: Callable[..., Path]) -> None:
+    policy = PolicyAgent.load(saved(), "cpu").policy
+    with pytest.raises(ValueError, match="'handle' or 'sam_image_embeddings', got pixels"):
+        policy.predict({"pixels": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"shape \(32, 4, 4\), got \(256, 64, 64\)"):
+        policy.predict({"sam_image_embeddings": np.zeros((256, 64, 64), np.float32)})
+
+
+def test_a_policy_is_read_from_its_file_each_time(saved: Callable[..., Path]) -> None:
+    path = saved()
+    first = PolicyAgent.load(path, "cpu").policy.state_dict()
+    saved(seed=3)
+    second = PolicyAgent.load(path, "cpu").policy.state_dict()
+    assert any(not torch.equal(first[name], value) for name, value in second.items())
+
+
+def test_policies_with_nan_weights_are_refused(saved: Callable[..., Path]) -> None:
+    path = saved(nan=True)
+    with pytest.raises(ValueError, match=r"policy\.zip: not a readable .* 1 of .* NaN or infinite"):
+        PolicyAgent.load(path, "cpu")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
