@@ -1,6 +1,7 @@
 """Gymnasium environments over one batched Segment Anything Model.
 
-Importing registers the environment ids. Public names, and with them torch, load on first use.
+Importing registers the environment ids, and limits torch to one thread in forked processes, where
+its thread pool does not work. Public names, and with them torch, load on first use.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
+from sam_gym.utils.processes import survive_forks
 from sam_gym.version import __version__
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ ENVIRONMENTS = {
 for _id, (_scalar, _vector) in ENVIRONMENTS.items():
     if _id not in gym.registry:
         gym.register(_id, entry_point=_scalar, vector_entry_point=_vector)
+
+survive_forks()
 
 #: Module -> the public names that are imported from it when they are first used.
 _LAZY = {

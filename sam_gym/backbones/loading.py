@@ -47,6 +47,18 @@ def resolve_device(device: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def check_after_fork(device: torch.device) -> None:
+    """Raise `ValueError` if this process was forked from one that had used the accelerator."""
+    is_in_bad_fork = getattr(getattr(torch, device.type, None), "_is_in_bad_fork", bool)
+    if is_in_bad_fork():
+        raise ValueError(
+            f"This process was forked from one that had used {device.type}, so it cannot use it. "
+            "Start workers with 'spawn' (AsyncVectorEnv: context='spawn'; SubprocVecEnv: "
+            "start_method='spawn'), pass device='cpu', or play all sub-environments in one "
+            "process: gymnasium.make_vec(..., vectorization_mode='vector_entry_point')."
+        )
+
+
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Return a torch dtype by name; "auto" is bfloat16 on CUDA and float32 elsewhere."""
     if dtype == "auto":
@@ -239,14 +251,16 @@ def load_backbone(
         adapter: path of an adapter file, as `python -m adaptation.train` writes it.
 
     Raises:
-        ValueError: unknown name, device or dtype; the checkpoint or adapter does not fit; or the
-            backbone has no weights and no checkpoint was passed.
+        ValueError: unknown name, device or dtype; the checkpoint or adapter does not fit; the
+            backbone has no weights and no checkpoint was passed; or the process was forked from
+            one that had used the accelerator.
         FileNotFoundError: the checkpoint or the adapter does not exist.
         ConnectionError: the published weights could not be downloaded.
         ImportError: the name begins with "hf:" and transformers is not installed.
     """
     spec = None if name.startswith(HUB_PREFIX) else BACKBONES.get(name)
     target = resolve_device(device)
+    check_after_fork(target)
     precision = resolve_dtype(dtype, target)
     path: Path | None = None
     if checkpoint is not None:

@@ -355,3 +355,11 @@ def test_shipped_weights(shipped: Backbone) -> None:
     assert shipped.name == "micro" and not shipped.sam.training
     assert 0 < BACKBONES.get("micro").megabytes < 16
     assert all(torch.isfinite(value).all() for value in shipped.sam.state_dict().values())
+
+
+def test_a_fork_of_a_process_with_cuda_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    message = r"forked from one that had used cuda.*context='spawn'.*device='cpu'.*'vector_entry_p"
+    with pytest.raises(ValueError, match=message):
+        load_backbone("micro", device="cuda")
+    assert load_backbone("micro", device="cpu").device.type == "cpu"
