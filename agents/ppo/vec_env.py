@@ -54,6 +54,7 @@ class VectorEnvAdaptor(VecEnv):
         self.env = env
         self.render_mode = env.render_mode
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        self.metadata = env.metadata
         self._next_seed: int | None = None
         self._actions: np.ndarray = np.empty(0)
 

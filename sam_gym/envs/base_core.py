@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -24,6 +25,9 @@ from sam_gym.simulation.clicks import cell_centres
 from sam_gym.utils.lowres import frame_mask, low_res
 from sam_gym.utils.registry import check_choice
 from sam_gym.utils.transfer import to_device, to_host
+
+#: Height of the picture in a frame, without its caption, in pixels.
+FRAME_HEIGHT = 384
 
 #: Maximum number of draws in search of a target that is large enough.
 MAX_DRAWS = 200
@@ -483,10 +487,39 @@ class BaseCore(Generic[C, T]):
         """
         raise NotImplementedError
 
-    def render(self, env_index: int, height: int = 384) -> np.ndarray:
+    def render(self, env_index: int, height: int = FRAME_HEIGHT) -> np.ndarray:
         """Draw a sub-environment, `height` pixels high, with a caption: uint8 (H, W, 3), RGB."""
         raise NotImplementedError
+
+    @cached_property
+    def frame_width(self) -> int:
+        """Width of all frames: that of the dataset's first image, `FRAME_HEIGHT` pixels high.
+
+        At most three times as wide or high as the other side.
+        """
+        width = _drawn_width(self.dataset[0].image)
+        return min(max(width, FRAME_HEIGHT // 3), 3 * FRAME_HEIGHT)
+
+    def frame(self, env_index: int) -> np.ndarray:
+        """Draw a sub-environment in a frame of fixed size, with black bars if the image needs them.
+
+        Returns:
+            uint8 (FRAME_HEIGHT and what `render` adds for a caption, `frame_width`, 3), RGB.
+        """
+        from sam_gym.utils.render import letterbox
+
+        image, height = self._target(env_index).image, FRAME_HEIGHT
+        if _drawn_width(image) > self.frame_width:
+            height = max(1, self.frame_width * image.shape[0] // image.shape[1])
+        drawn = self.render(env_index, height)
+        caption = drawn.shape[0] - height
+        return letterbox(drawn, FRAME_HEIGHT + caption, self.frame_width)
 
     def ground_truth(self, env_index: int) -> T:
         """Return the target. Only for rewards, metrics and oracles."""
         return self._target(env_index)
+
+
+def _drawn_width(image: np.ndarray) -> int:
+    """Return the width of an image that is drawn `FRAME_HEIGHT` pixels high."""
+    return round(image.shape[1] * (FRAME_HEIGHT / image.shape[0]))

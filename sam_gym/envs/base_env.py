@@ -78,10 +78,11 @@ class BaseEnv(gym.Env[Any, Any]):
         )
 
     def render(self) -> np.ndarray | None:
+        """Draw the episode: uint8 (H, W, 3), RGB, of one shape for all images; see `BaseCore.frame`."""
         if self.render_mode is None:
             gym.logger.warn('Call gym.make(..., render_mode="rgb_array") to render.')
             return None
-        frame = self.core.render(0)
+        frame = self.core.frame(0)
         if self.render_mode == "human":
             show(self.env_id, frame)
             return None
@@ -283,10 +284,11 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
             self.render()
 
     def render(self) -> tuple[np.ndarray, ...] | None:
+        """Draw all sub-environments: uint8 (H, W, 3) each, RGB, of one shape."""
         if self.render_mode is None:
             gym.logger.warn('Call gym.make_vec(..., render_mode="rgb_array") to render.')
             return None
-        frames = tuple(self.core.render(i) for i in range(self.num_envs))
+        frames = tuple(self.core.frame(i) for i in range(self.num_envs))
         if self.render_mode == "human":
             from sam_gym.utils.render import tile
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sam_gym.backbones import NO_POINT, Prompts
 from sam_gym.data import Dataset
 from sam_gym.data.base import select_categories
-from sam_gym.envs.base_core import MAX_DRAWS, BaseCore, DatasetConfig, Draw, EnvConfig
+from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, DatasetConfig, Draw, EnvConfig
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.envs.rewards import REWARDS, Transition
 from sam_gym.metrics import masks as metrics
@@ -434,7 +434,7 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
             )
         ]
 
-    def render(self, env_index: int, height: int = 384) -> np.ndarray:
+    def render(self, env_index: int, height: int = FRAME_HEIGHT) -> np.ndarray:
         """Draw the episode, `height` pixels high and a caption. The target has a white outline.
 
         Returns:

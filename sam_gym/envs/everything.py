@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sam_gym.backbones import Prompts
 from sam_gym.data import Dataset, Sample, dataset_help
-from sam_gym.envs.base_core import MAX_DRAWS, BaseCore, DatasetConfig, Draw
+from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, DatasetConfig, Draw
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.metrics.panoptic import PART_COVERS, PART_INSIDE, matched_ious
 from sam_gym.utils.registry import check_choice
@@ -475,7 +475,7 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
         """Return the image pixel (x, y) of the point of a cell."""
         return self.to_image(env_index, *self._clip_to_image(env_index, *self.centre_of(cell)))
 
-    def render(self, env_index: int, height: int = 384) -> np.ndarray:
+    def render(self, env_index: int, height: int = FRAME_HEIGHT) -> np.ndarray:
         """Draw the episode, `height` pixels high and a caption. Objects have white outlines.
 
         Returns:

@@ -145,7 +145,7 @@ def draw_heat(
 def _enlarged(image: np.ndarray, height: int) -> tuple[np.ndarray, tuple[int, int], float]:
     """Resize to float32 (height, W', 3); returns the image, (W', height), and the scale."""
     scale = height / image.shape[0]
-    size = (round(image.shape[1] * scale), height)
+    size = (max(1, round(image.shape[1] * scale)), height)
     canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
     return canvas, size, scale
 
@@ -213,6 +213,22 @@ def tile(frames: Sequence[np.ndarray], columns: int) -> np.ndarray:
         top, left = y * height, x * width
         sheet[top : top + frame.shape[0], left : left + frame.shape[1]] = frame
     return sheet
+
+
+def letterbox(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Centre a frame on black; shrink it if it does not fit.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    scale = min(1.0, height / frame.shape[0], width / frame.shape[1])
+    if scale < 1:
+        size = [max(1, int(side * scale)) for side in frame.shape[1::-1]]
+        frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+    canvas = np.zeros((height, width, 3), np.uint8)
+    top, left = (height - frame.shape[0]) // 2, (width - frame.shape[1]) // 2
+    canvas[top : top + frame.shape[0], left : left + frame.shape[1]] = frame
+    return canvas
 
 
 def save_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
