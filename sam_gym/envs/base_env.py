@@ -78,7 +78,7 @@ class BaseEnv(gym.Env[Any, Any]):
         )
 
     def render(self) -> np.ndarray | None:
-        """Draw the episode: uint8 (H, W, 3), RGB, of one shape for all images; see `BaseCore.frame`."""
+        """Draw the episode: uint8 (H, W, 3), RGB, of one shape for all images."""
         if self.render_mode is None:
             gym.logger.warn('Call gym.make(..., render_mode="rgb_array") to render.')
             return None
