@@ -8,7 +8,13 @@ from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import (
+    AsyncVectorEnv,
+    AutoresetMode,
+    SyncVectorEnv,
+    VectorEnv,
+    VectorWrapper,
+)
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs
 
 from sam_gym.envs.base_core import BaseCore, EnvConfig
@@ -83,15 +89,14 @@ class VectorEnvAdaptor(VecEnv):
 
     def step_wait(self) -> tuple[VecEnvObs, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         observations, rewards, terminated, truncated, infos = self.env.step(self._actions)
-        final_obs, final_info = infos.pop("final_obs", None), infos.pop("final_info", None)
         rows = _split(infos, self.num_envs)
         done = terminated | truncated
-        if final_obs is not None and final_info is not None:
-            final_rows = _split(final_info, self.num_envs)
-            for i in np.flatnonzero(done):
-                rows[i] = final_rows[i]
-                rows[i]["terminal_observation"] = final_obs[i]
-                rows[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
+        for i in np.flatnonzero(done):
+            final, last = rows[i].pop("final_info", {}), rows[i].pop("final_obs", None)
+            # What only wrappers know, such as episode statistics, stands beside `final_info`.
+            rows[i] |= final
+            rows[i]["terminal_observation"] = last
+            rows[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
         return observations, rewards.astype(np.float32), done, rows
 
     def close(self) -> None:
@@ -101,20 +106,43 @@ class VectorEnvAdaptor(VecEnv):
         frames = self.env.render()
         return [None] * self.num_envs if frames is None else list(cast(Any, frames))
 
+    def _owner(self, name: str) -> Any:
+        """Return the outermost wrapper that has an attribute, or else the innermost environment."""
+        env = self.env
+        while isinstance(env, VectorWrapper) and not hasattr(env, name):
+            env = env.env
+        return env
+
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
+        """Return an attribute of each sub-environment, or the one that they share."""
+        owner = self._owner(attr_name)
+        if isinstance(owner, (SyncVectorEnv, AsyncVectorEnv)):
+            values = owner.get_attr(attr_name)
+            return [values[i] for i in self._get_indices(indices)]
+        value = getattr(owner, attr_name)
+        return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """Set an attribute where it is found; raise `NotImplementedError` for some indices only."""
         if indices is not None:
             raise NotImplementedError(
                 "The environments of a batched core share their attributes: pass indices=None."
             )
-        setattr(self.env, attr_name, value)
+        owner = self._owner(attr_name)
+        if isinstance(owner, (SyncVectorEnv, AsyncVectorEnv)):
+            owner.set_attr(attr_name, [value] * self.num_envs)
+        else:
+            setattr(owner, attr_name, value)
 
     def env_method(
         self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any
     ) -> list[Any]:
-        result = getattr(self.env, method_name)(*args, **kwargs)
+        """Call a method of each sub-environment, or once the one that they share."""
+        owner = self._owner(method_name)
+        if isinstance(owner, (SyncVectorEnv, AsyncVectorEnv)):
+            results = owner.call(method_name, *args, **kwargs)
+            return [results[i] for i in self._get_indices(indices)]
+        result = getattr(owner, method_name)(*args, **kwargs)
         return [result for _ in self._get_indices(indices)]
 
     def env_is_wrapped(
@@ -123,11 +151,21 @@ class VectorEnvAdaptor(VecEnv):
         return [False for _ in self._get_indices(indices)]
 
 
-def _split(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Split vector infos into a dict per sub-environment."""
+def _split(infos: dict[str, Any] | list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Split vector infos, nested ones too, into a dict per sub-environment.
+
+    `_KEY` marks the sub-environments that have `KEY`; without it, all do.
+    """
+    if isinstance(infos, list):  # from gymnasium's DictInfoToList
+        return infos
     rows: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, values in infos.items():
-        if not key.startswith("_"):
-            for i in np.flatnonzero(infos[f"_{key}"]):
-                rows[i][key] = values[i]
+        if key.startswith("_") and key[1:] in infos:
+            continue
+        if isinstance(values, dict):
+            values = _split(values, count)
+        elif f"_{key}" not in infos and getattr(values, "shape", ())[:1] != (count,):
+            values = [values] * count
+        for i in np.flatnonzero(infos.get(f"_{key}", np.ones(count, bool))):
+            rows[i][key] = values[i]
     return rows

@@ -5,6 +5,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
 
 import sam_gym  # noqa: F401
 from agents.ppo.vec_env import VectorEnvAdaptor
@@ -63,3 +65,104 @@ def test_attributes_are_shared_by_all_environments(tiny_env: dict[str, Any]) -> 
     assert env.get_attr("num_envs") == [3, 3, 3]
     with pytest.raises(NotImplementedError, match="share"):
         env.set_attr("anything", 1, indices=[0])
+
+
+def test_statistics_of_episodes_reach_the_infos(tiny_env: dict[str, Any]) -> None:
+    env = RecordEpisodeStatistics(make(tiny_env | {"max_steps": 2}))
+    for wrapped in (env, DictInfoToList(env)):
+        adaptor = VectorEnvAdaptor(wrapped)
+        adaptor.seed(0)
+        adaptor.reset()
+        assert "iou" in adaptor.reset_infos[0]
+        *_, infos = adaptor.step(np.zeros(3, int))
+        assert not any("episode" in info for info in infos)
+        _, _, done, infos = adaptor.step(np.zeros(3, int))
+        assert done.all() and [info["episode"]["l"] for info in infos] == [2, 2, 2]
+        assert infos[0]["clicks"] == 2 and infos[0]["episode"]["r"] == pytest.approx(
+            infos[0]["iou"], abs=1e-6
+        )
+        assert "final_info" not in infos[0] and "terminal_observation" in infos[0]
+
+
+class Nested(gym.Env):
+    """Episodes of one step with nested infos; the second of two lacks one of them."""
+
+    observation_space, action_space = gym.spaces.Discrete(9), gym.spaces.Discrete(2)
+
+    def __init__(self, number: int) -> None:
+        self.number, self.bonus = number, 0
+
+    def twice(self, value: int) -> int:
+        return 2 * value + self.number
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        return 0, {"scores": {"iou": 0.25}, "_private": 1}
+
+    def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        more = {} if self.number else {"deep": {"er": np.arange(2)}}
+        return 1, 0.0, action == 1, False, {"scores": {"iou": 0.75} | more, "_private": 2}
+
+
+def nested() -> gym.vector.VectorEnv:
+    mode = AutoresetMode.SAME_STEP
+    return SyncVectorEnv([lambda: Nested(0), lambda: Nested(1)], autoreset_mode=mode)
+
+
+def test_nested_infos_are_split() -> None:
+    env = VectorEnvAdaptor(nested())
+    env.reset()
+    assert env.reset_infos == [{"scores": {"iou": 0.25}, "_private": 1}] * 2
+    *_, infos = env.step(np.array([0, 1]))
+    assert infos[0]["scores"]["iou"] == infos[1]["scores"]["iou"] == 0.75
+    assert infos[0]["scores"]["deep"]["er"].tolist() == [0, 1]
+    assert "deep" not in infos[1]["scores"] and infos[1]["_private"] == 2
+    assert infos[1]["terminal_observation"] == 1
+
+
+class Shared(gym.vector.VectorWrapper):
+    """Adds infos without a mask."""
+
+    bonus = 7
+
+    def step(self, actions: np.ndarray) -> Any:
+        *results, infos = super().step(actions)
+        return *results, infos | {"round": 3, "name": "ab", "each": np.array([5, 6])}
+
+
+def test_infos_without_a_mask_belong_to_all() -> None:
+    env = VectorEnvAdaptor(Shared(nested()))
+    env.reset()
+    *_, infos = env.step(np.array([0, 1]))
+    assert [(info["round"], info["name"], info["each"]) for info in infos] == [
+        (3, "ab", 5),
+        (3, "ab", 6),
+    ]
+
+
+def test_attributes_and_methods_are_found_behind_wrappers(tiny_env: dict[str, Any]) -> None:
+    settings = {name: value for name, value in tiny_env.items() if name != "dataset_kwargs"}
+    more = {"autoreset_mode": "SameStep", "episodes_per_domain": None}
+    env = RecordEpisodeStatistics(
+        gym.make_vec(
+            "SamContinual-v0", 2, vectorization_mode="vector_entry_point", **more, **settings
+        )
+    )
+    adaptor = VectorEnvAdaptor(env)
+    assert adaptor.get_attr("stream")[1] is env.unwrapped.core.stream
+    assert adaptor.get_attr("episode_count", indices=1) == [0]  # the wrapper's own
+    assert adaptor.env_method("set_task", 1) == [None, None]
+    assert env.unwrapped.core.requested.tolist() == [1, 1]
+    adaptor.set_attr("render_fps", 3)
+    assert env.unwrapped.render_fps == 3
+    with pytest.raises(AttributeError, match="'nothing'"):
+        adaptor.get_attr("nothing")
+
+
+def test_attributes_and_methods_of_separate_environments() -> None:
+    env = VectorEnvAdaptor(Shared(nested()))
+    assert env.get_attr("number") == [0, 1] and env.get_attr("number", indices=[1]) == [1]
+    assert env.env_method("twice", 5) == [10, 11] and env.env_method("twice", 5, indices=0) == [10]
+    env.set_attr("number", 4)
+    assert env.env_method("twice", value=5) == [14, 14]
+    assert env.get_attr("bonus") == [7, 7]
