@@ -23,6 +23,7 @@ SMALLER = {
     "num_envs=64": "num_envs=2",
     "grid=(32, 32)": "grid=(4, 4)",
     "Trainer(out=": "Trainer(TrainConfig(steps=1, max_images=1), out=",
+    'fit("SamContinual-v0"': 'fit(make_stream(domains="cells,night")',
 }
 
 
@@ -40,7 +41,10 @@ def test_python_runs_from_top_to_bottom(
     for large, small in SMALLER.items():
         assert large in code
         code = code.replace(large, small)
-    exec(f"from adaptation.options import TrainConfig\n{code}", {})
+    imports = (
+        "from adaptation.options import TrainConfig\nfrom sam_gym.data.streams import make_stream"
+    )
+    exec(f"{imports}\n{code}", {})
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == ["(3, 256, 256)", "(2, 3, 256, 256)"]
 
