@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sam_gym.backbones import NO_POINT, BackboneService, Prompts, load_backbone
+from sam_gym.backbones.decode import unknown_label
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.utils.transfer import to_device, to_host
 
@@ -22,6 +23,8 @@ IMAGES_PER_CALL = 8
 PROMPTS_PER_CALL = 64
 #: Pixels of the masks that are upsampled together.
 PIXELS_PER_CALL = 2**26
+#: Bound on the values of prompts: in pixels of the input frame, float32 has to hold them.
+_LARGEST = 1e30
 _LABELS = (1, 0, -1, NO_POINT)
 
 #: One array per image, or None for an image without prompts of that kind.
@@ -321,14 +324,17 @@ class Predictor:
 def _finite(name: str, value: ArrayLike) -> np.ndarray:
     """Convert an argument to float64; raise `ValueError` unless it is numeric and finite."""
     try:
-        array = np.asarray(value, np.float64)
+        given = np.asarray(value)
+        if given.size and given.dtype.kind not in "biuf":
+            raise TypeError(f"got {given.dtype}")
+        array = given.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{name} must be an array of numbers ({error}). Prompts of one image with fewer points "
             f"than others are padded, with the label {NO_POINT}."
         ) from error
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} has values that are NaN or infinite.")
+    if not (np.abs(array) < _LARGEST).all():
+        raise ValueError(f"{name} has values that are NaN, infinite or above {_LARGEST:g}.")
     return array
 
 
@@ -346,10 +352,7 @@ def _check_labels(own: _ImagePrompts, image: int) -> None:
         )
     unknown = ~np.isin(own.labels, _LABELS)
     if unknown.any():
-        raise ValueError(
-            f"labels[{image}] must be 1 (foreground), 0 (background), -1 (SAM's padding) or "
-            f"{NO_POINT} (no point), got {own.labels[unknown][0]:g}."
-        )
+        raise ValueError(unknown_label(f"labels[{image}]", own.labels[unknown][0]))
     own.labels = own.labels.astype(np.int64)
     if own.boxes is None and own.masks is None and (own.labels == NO_POINT).all(axis=1).any():
         raise ValueError(f"A prompt of image {image} has no point, no box and no mask.")

@@ -215,6 +215,10 @@ def test_images_come_first(tiny: Backbone, images: list[np.ndarray]) -> None:
         ({"masks": [np.full((16, 16), np.inf), None]}, r"masks\[0\] has values that are NaN"),
         ({"points": [[[1, 2]], None], "labels": [[2], None]}, r"labels\[0\] must be 1.*got 2"),
         ({"points": [[[1, 2]], None], "labels": [[0.5], None]}, "got 0.5"),
+        ({"points": [[[1, 2]], None], "labels": [[-3], None]}, "got -3"),
+        ({"points": [[[1, 2]], None], "labels": [[np.nan], None]}, r"labels\[0\] has values.*NaN"),
+        ({"points": [[[1, 1e38]], None], "labels": [[1], None]}, r"points\[0\].*above 1e\+30"),
+        ({"points": [[["1", "2"]], None], "labels": [[1], None]}, r"must be an array of numbers"),
         ({"points": [[["a", 2]], None]}, r"points\[0\] must be an array of numbers"),
         (
             {"points": [np.zeros((1, 0, 2)), None], "labels": [np.zeros((1, 0)), None]},

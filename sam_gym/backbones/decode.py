@@ -28,6 +28,19 @@ NO_POINT = -2
 PADDING_POINT = -1
 
 
+def unknown_label(name: str, label: float) -> str:
+    """Return the message for a label that is none.
+
+    Args:
+        name: of the argument.
+        label: the value.
+    """
+    return (
+        f"{name} must be 1 (foreground), 0 (background), {PADDING_POINT} (SAM's padding) or "
+        f"{NO_POINT} (no point), got {label:g}."
+    )
+
+
 @dataclass(frozen=True)
 class Prompts:
     """P prompt sets, in pixels of the model's input frame (see `Backbone.to_input_frame`).
@@ -56,6 +69,50 @@ class Prompts:
             if item is not None:
                 return len(item)
         raise ValueError("A prompt needs at least points, boxes or masks; all of them are None.")
+
+    def check(self, num_images: int, mask_shape: tuple[int, int]) -> None:
+        """Raise `ValueError` for wrong shapes, dtypes or labels, and values that are not finite.
+
+        Reads values, so that a GPU has to finish first: not for every step of an environment.
+
+        Args:
+            num_images: images that the prompts are for.
+            mask_shape: (hm, wm) of a low-res mask.
+        """
+        count = len(self)
+        if (self.points is None) != (self.labels is None):
+            given, missing = "points", "labels"
+            if self.points is None:
+                given, missing = missing, given
+            raise ValueError(f"{given} were given without {missing}.")
+        many = None if self.points is None else self.points.shape[1:2]
+        shapes: dict[str, tuple[Any, ...]] = {
+            "points": (*(many or ()), 2),
+            "labels": tuple(many or ()),
+            "boxes": (4,),
+            "masks": mask_shape,
+        }
+        for name, value in vars(self).items():
+            if value is None:
+                continue
+            expected = (count, *shapes.get(name, ()))
+            if value.shape != expected:
+                raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}.")
+            if name in ("has_box", "has_mask"):
+                if value.dtype != torch.bool:
+                    raise ValueError(f"{name} must be bool, got {value.dtype}.")
+            elif name in ("labels", "rows"):
+                if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+                    raise ValueError(f"{name} must be integers, got {value.dtype}.")
+            elif not value.isfinite().all():
+                raise ValueError(f"{name} has values that are NaN or infinite.")
+        if self.labels is not None:
+            unknown = self.labels[(self.labels > 1) | (self.labels < NO_POINT)]
+            if len(unknown):
+                raise ValueError(unknown_label("labels", unknown[0].item()))
+        rows = self.rows
+        if rows is not None and count and not 0 <= int(rows.min()) <= int(rows.max()) < num_images:
+            raise ValueError(f"rows must be from 0 to {num_images - 1}, the number of an image.")
 
     def take(self, index: Tensor) -> Prompts:
         """Select prompt sets by index, int64 (K,)."""

@@ -341,7 +341,11 @@ class Backbone:
 
         Returns:
             Mask logits float32 (P, M, hm, wm) and predicted IoU float32 (P, M); M is 3 or 1.
+
+        Raises:
+            ValueError: prompts have a wrong shape, dtype or value (see `Prompts.check`).
         """
+        prompts.check(len(features), self.mask_shape)
         with self.autocast():
             tokens = self.model.decode(features, prompts)
             chosen = slice(1, None) if multimask else slice(0, 1)
@@ -353,6 +357,8 @@ class Backbone:
         self, features: ImageFeatures, prompts: Prompts, multimask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Decode one mask per prompt set: the best of three by predicted IoU, or the single one.
+
+        Environments call it in every step: the values of prompts are not checked.
 
         Args:
             features: of B images, from `encode`.

@@ -1,7 +1,7 @@
 """The batched decoder against segment_anything's own predictor, prompt set by prompt set."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from segment_anything import SamPredictor
 
 from sam_gym.backbones import NO_POINT, Backbone, Prompts
-from sam_gym.backbones.decode import decode_tokens
+from sam_gym.backbones.decode import PADDING_POINT, decode_tokens
 from sam_gym.backbones.hq import encode_pixels
 
 #: How far logits may be from the predictor's, in units of the standard deviation of its logits.
@@ -275,3 +275,50 @@ def test_prompts_that_do_not_fit_are_refused(tiny: Backbone) -> None:
         tiny.decode(embeddings, Prompts(points[:2]))
     with pytest.raises(ValueError, match="at least points, boxes or masks"):
         tiny.decode(embeddings, Prompts())
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": torch.tensor([[2]])}, r"labels must be 1 \(foreground\), 0 .*got 2"),
+        ({"labels": torch.tensor([[-3]])}, "no point.*got -3"),
+        ({"labels": torch.tensor([[1.0]])}, "labels must be integers, got torch.float32"),
+        ({"labels": torch.tensor([[True]])}, "labels must be integers, got torch.bool"),
+        ({"labels": torch.tensor([[1, 0]])}, r"labels must have shape \(1, 1\), got \(1, 2\)"),
+        ({"labels": None}, "points were given without labels"),
+        ({"points": None}, "labels were given without points"),
+        ({"points": torch.tensor([[[NAN, 1.0]]])}, "points has values that are NaN"),
+        (
+            {"points": torch.tensor([[[float("inf"), 1.0]]])},
+            "points has values that are NaN or inf",
+        ),
+        ({"points": torch.zeros(1, 1, 3)}, r"points must have shape \(1, 1, 2\), got \(1, 1, 3\)"),
+        ({"points": torch.zeros(1, 2)}, r"points must have shape"),
+        ({"boxes": torch.tensor([[0.0, 0.0, NAN, 9.0]])}, "boxes has values that are NaN"),
+        ({"boxes": torch.zeros(2, 4)}, r"boxes must have shape \(1, 4\), got \(2, 4\)"),
+        ({"masks": torch.full((1, 16, 16), NAN)}, "masks has values that are NaN"),
+        ({"masks": torch.zeros(1, 64, 64)}, r"masks must have shape \(1, 16, 16\)"),
+        ({"has_mask": torch.tensor([1])}, "has_mask must be bool, got torch.int64"),
+        ({"rows": torch.tensor([1])}, "rows must be from 0 to 0"),
+        ({"rows": torch.tensor([-1])}, "rows must be from 0 to 0"),
+    ],
+)
+def test_prompts_with_impossible_values_are_refused(
+    tiny: Backbone, changes: dict[str, torch.Tensor], message: str
+) -> None:
+    features = tiny.encode([np.zeros((64, 64, 3), np.uint8)])
+    valid = Prompts(
+        points=torch.tensor([[[5.0, 9.0]]]),
+        labels=torch.tensor([[1]]),
+        boxes=torch.tensor([[1.0, 2.0, 30.0, 40.0]]),
+        masks=torch.zeros(1, 16, 16),
+        has_mask=torch.tensor([True]),
+        rows=torch.tensor([0]),
+    )
+    for label in (1, 0, PADDING_POINT, NO_POINT):
+        tiny.decode(features, replace(valid, labels=torch.tensor([[label]])))
+    with pytest.raises(ValueError, match=message):
+        tiny.decode(features, replace(valid, **changes))

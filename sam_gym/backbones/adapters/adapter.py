@@ -18,6 +18,7 @@ from torch import Tensor
 from sam_gym.backbones.adapters.class_head import CLASS_HEADS
 from sam_gym.backbones.adapters.model import ADAPTER_MODULES, Model
 from sam_gym.backbones.adapters.tuning import TUNINGS, apply_tuned, bytes_of, check_names
+from sam_gym.utils.weights import check_finite
 
 #: Metadata key, and the versions that are read; the last is written.
 _KEY, _VERSIONS = "sam_gym_adapter", (1, 2)
@@ -101,7 +102,7 @@ class Adapter:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is damaged, or no adapter.
+            ValueError: it is damaged, or no adapter, or weights are not finite.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -113,6 +114,7 @@ class Adapter:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, ValueError, OSError) as error:
             raise ValueError(f"{path}: not a readable adapter file ({error}).") from error
+        check_finite(tensors, path)
         if not isinstance(about, dict) or about.get("version") not in _VERSIONS:
             raise ValueError(
                 f"{path}: not an adapter of this version (python -m adaptation.train writes them)."

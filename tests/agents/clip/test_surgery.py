@@ -1,7 +1,9 @@
 """CLIP Surgery against open_clip's own output and against the paper's formulas written out."""
 
 import copy
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,11 @@ import open_clip
 import pytest
 import torch
 from open_clip.transformer import VisionTransformer
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from agents.clip.models import Clip, WordTokenizer, load_clip
+from agents.clip.models import CLIP_MICRO, Clip, WordTokenizer, load_clip
 from agents.clip.surgery import (
     ClipSurgery,
     check_operable,
@@ -20,6 +23,7 @@ from agents.clip.surgery import (
     min_max,
     surgical_tokens,
 )
+from agents.policies.explicit import shared_surgery
 
 TEXT = {"context_length": 12, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
 VISION = {"image_size": 32, "patch_size": 8, "width": 24, "layers": 3, "head_width": 8}
@@ -223,3 +227,19 @@ def test_weights_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     message = r"ViT-B-16: the weights 'openai' could not be loaded.*download"
     with pytest.raises(OSError, match=message):
         load_clip("ViT-B-16", "openai", "cpu")
+
+
+def test_weights_that_were_written_again_are_loaded_again(tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(CLIP_MICRO, folder)
+    arguments: Any = {"name": "clip_micro", "pretrained": str(folder), "device": "cpu"}
+    first = shared_surgery(**arguments)
+    assert shared_surgery(**arguments) is first
+    file = folder / "open_clip_model.safetensors"
+    state = load_file(file)
+    save_file(state | {"logit_scale": state["logit_scale"] + 1}, file)
+    second = shared_surgery(**arguments)
+    assert second.clip.identity != first.clip.identity
+    save_file(state | {"logit_scale": state["logit_scale"] * torch.nan}, file)
+    with pytest.raises(ValueError, match="weights are NaN or infinite .*logit_scale"):
+        shared_surgery(**arguments)

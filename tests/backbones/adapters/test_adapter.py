@@ -357,6 +357,14 @@ def named(
     return {"name": "tiny", "checkpoint": tiny_checkpoint, "device": "cpu"}
 
 
+def test_weights_that_are_not_finite_are_refused(named: dict[str, Any], tmp_path: Path) -> None:
+    adapter = make_adapter(load_backbone(**named), "decoder", "")
+    next(iter(adapter.experts[0].values())).view(-1)[0] = torch.nan
+    path = adapter.save(tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match=r"nan\.safetensors: 1 of \d+ weights are NaN"):
+        load_backbone(**named, adapter=str(path))
+
+
 @pytest.mark.parametrize(("tune", "router"), KINDS, ids=["-".join(kind) for kind in KINDS])
 def test_a_file_gives_the_adapter_back(
     named: dict[str, Any], tune: str, router: str, tmp_path: Path
