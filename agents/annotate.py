@@ -13,8 +13,7 @@ from typing import Any
 
 import tyro
 
-from agents.annotation.files import image_files
-from agents.annotation.folder import FolderConfig, annotate_folder
+from agents.annotation.folder import FolderConfig, FolderRun, annotate_folder
 from agents.evaluate import PolicyAgent
 from agents.sharing.pull import PolicyOption
 from agents.tasks import task_of_policy
@@ -28,7 +27,7 @@ EVERYTHING = "--everything"
 class AnnotateConfig(FolderConfig):
     """Annotate a folder of images with a trained agent and write COCO JSON.
 
-    The agent segments every category in every image. An annotation has the agent's mask (RLE), a
+    The agent segments every category in every image. An annotation has the agent's mask, a
     `score` (SAM's predicted IoU) and the number of `clicks`. Files that cannot be read are reported
     and skipped. Run the same command again to resume an interrupted run.
 
@@ -61,11 +60,11 @@ def annotate(config: AnnotateConfig) -> dict[str, Any]:
     names = [name.strip() for name in config.categories.split(",") if name.strip()]
     if not names:
         raise ValueError("--categories is empty: name what to look for, for example star,ring.")
-    files = image_files(config.images)
+    run = FolderRun.prepare(config)
     agent = PolicyAgent.load(config.policy, config.device)
     task = task_of_policy(agent.policy)
     task.require("annotate")
-    return annotate_folder(config, files, task.make_annotator(agent, names, config))
+    return annotate_folder(run, task.make_annotator(agent, names, config))
 
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:

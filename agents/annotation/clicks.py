@@ -13,6 +13,7 @@ from agents.policies import SamPolicy
 from sam_gym.data import Sample
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.envs.click import ClickCore, ClickTarget, SamSegConfig
+from sam_gym.utils.digest import digest_of
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import draw_episode
 
@@ -89,9 +90,15 @@ class ClickAnnotator:
         )
         self.core = ClickCore(config, num_envs, _NoDataset(categories))
         self.backbone = self.core.backbone
+        label = repr((policy.features, policy.others, policy.features_extractor.identity))
+        self.identity = digest_of(policy.state_dict(), label)
 
     def keys(self, file: str) -> list[Key]:
         return [(file, category) for category in range(len(self.categories))]
+
+    def label(self, key: Key) -> str:
+        file, category = key
+        return f"{file}__{self.categories[category]}"
 
     def stream(self, items: Iterator[tuple[Key, np.ndarray]]) -> Iterator[AnnotatedItem]:
         try:
@@ -120,7 +127,7 @@ class ClickAnnotator:
 
     def _annotated(self, env_index: int, key: Key, image: np.ndarray) -> AnnotatedItem:
         """Annotation of a sub-environment's mask, if it has pixels and a sufficient score."""
-        core, (file, category) = self.core, key
+        core, (_, category) = self.core, key
         name, count = self.categories[category], int(core.num_clicks[env_index])
         mask, clicks = core.mask(env_index), core.clicks(env_index)
         score = float(core.predicted_ious[env_index, count])
@@ -132,7 +139,7 @@ class ClickAnnotator:
             return draw_episode(image, mask, clicks, caption=caption)
 
         annotations, size = [annotation] if keep else [], image.shape[:2]
-        return AnnotatedItem(key, size, annotations, f"{file}__{name}", draw if keep else None)
+        return AnnotatedItem(key, size, annotations, draw if keep else None)
 
 
 def check_categories(policy: SamPolicy, categories: Sequence[str]) -> None:

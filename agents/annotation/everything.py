@@ -10,13 +10,19 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from agents.annotation.files import image_files
-from agents.annotation.folder import AnnotatedItem, FolderConfig, Key, annotate_folder
+from agents.annotation.folder import (
+    AnnotatedItem,
+    FolderConfig,
+    FolderRun,
+    Key,
+    annotate_folder,
+)
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.spec import backbone_help
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 from sam_gym.mask_generation.masks import Masks
+from sam_gym.utils.digest import text_digest
 from sam_gym.utils.render import draw_masks
 
 #: The only category of a model without a class head.
@@ -25,7 +31,7 @@ OBJECT = "object"
 
 @dataclass(frozen=True)
 class Generator(GeneratorOptions):
-    """Options of everything mode; masks are always written as COCO RLE."""
+    """Options of everything mode; masks are collected as COCO RLE."""
 
     output: tyro.conf.Suppress[str] = "coco_rle"
 
@@ -35,7 +41,7 @@ class AnnotateEverythingConfig(FolderConfig):
     """Annotate a folder of images with the masks of everything in them and write COCO JSON.
 
     Prompts SAM with a grid of points, keeps masks of high predicted IoU and stability, and removes
-    duplicates. An annotation has the mask (RLE), a `score` (SAM's predicted IoU) and a
+    duplicates. An annotation has the mask, a `score` (SAM's predicted IoU) and a
     `stability_score`. Its category is that of the adapter's class head, with its `category_score`,
     or else "object"; classes that --coco lacks get new ids. Files that cannot be read are reported
     and skipped. Run the same command again to resume an interrupted run.
@@ -66,13 +72,15 @@ class EverythingAnnotator:
         self.generator, self.description = generator, description
         self.backbone = generator.backbone
         self.categories: Sequence[str] = generator.names or (OBJECT,)
-        self.settings = {
-            "thresholds": generator.thresholds,
-            "weights": generator.backbone.identity,
-        }
+        self.settings = {"thresholds": generator.thresholds}
+        self.identity = text_digest(generator.backbone.identity, *self.categories)
 
     def keys(self, file: str) -> list[Key]:
         return [(file,)]
+
+    def label(self, key: Key) -> str:
+        (file,) = key
+        return file
 
     def stream(self, items: Iterator[tuple[Key, np.ndarray]]) -> Iterator[AnnotatedItem]:
         waiting: deque[tuple[Key, np.ndarray]] = deque()
@@ -93,7 +101,7 @@ def _annotated(key: Key, image: np.ndarray, masks: Masks) -> AnnotatedItem:
         drawn = map(masks.mask, range(len(masks)))
         return draw_masks(image, drawn, caption=f"{file}  {len(masks)} masks")
 
-    return AnnotatedItem(key, masks.size, list(_annotations(masks)), file, draw)
+    return AnnotatedItem(key, masks.size, list(_annotations(masks)), draw)
 
 
 def _annotations(masks: Masks) -> Iterator[dict[str, Any]]:
@@ -118,13 +126,13 @@ def annotate_everything(config: AnnotateEverythingConfig) -> dict[str, Any]:
         ValueError, FileNotFoundError: an option, the weights or the folder is wrong.
     """
     config.generator.validate()
-    files = image_files(config.images)
+    run = FolderRun.prepare(config)
     backbone = load_backbone(
         config.backbone, config.checkpoint, config.device, config.dtype, adapter=config.adapter
     )
     generator = MaskGenerator(backbone, config.generator)
     annotator = EverythingAnnotator(generator, f"everything that {config.backbone} finds")
-    content = annotate_folder(config, files, annotator)
+    content = annotate_folder(run, annotator)
     if content["images"] and not content["annotations"]:
         predicted_iou, stability = generator.thresholds
         print(

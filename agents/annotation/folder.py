@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from agents.annotation.files import CocoIds, ImageReader, OverlayWriter, PartialResults
+from agents.annotation.files import (
+    CocoIds,
+    ImageFolder,
+    ImageReader,
+    OutputPaths,
+    OverlayWriter,
+    PartialResults,
+    overlay_names,
+)
 from sam_gym.backbones import BackboneService
-from sam_gym.data.coco_writer import CocoWriter
+from sam_gym.data.coco_writer import CocoWriter, Segmentation
 from sam_gym.utils.files import write_json
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.text import printable
 
 #: What is annotated in one go: an image file, followed by whatever tells items of it apart.
 Key = tuple[Any, ...]
@@ -26,11 +35,14 @@ class FolderConfig:
     images: str
     """Folder of images, searched recursively."""
     out: str = "annotations.json"
-    """COCO JSON to write."""
+    """COCO JSON to write; beside it, annotations_results.json with the results for COCOeval."""
     overlays: str | None = None
     """Folder for overlays (None: beside `out`; "none": no overlays)."""
+    segmentation: Segmentation = "rle"
+    """Masks in `out`: "rle", or "polygons" that cover the same pixels, for tools without RLE."""
     coco: str | None = None
-    """COCO JSON whose image and category ids to use, so that COCOeval can compare with it."""
+    """COCO JSON whose image and category ids to use. To evaluate with pycocotools:
+    truth = COCO(FILE), COCOeval(truth, truth.loadRes("annotations_results.json"), "segm")."""
     device: str = "auto"
     """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda."""
 
@@ -43,14 +55,12 @@ class AnnotatedItem:
         key: key of the item.
         size: (H, W) of its image.
         annotations: as of `mask_annotation`, each with its `category` by name.
-        name: name of the overlay.
         draw: draws the overlay, uint8 (H', W', 3), or None if there is nothing to show.
     """
 
     key: Key
     size: tuple[int, int]
     annotations: list[dict[str, Any]]
-    name: str
     draw: Callable[[], np.ndarray] | None
 
 
@@ -69,22 +79,52 @@ class Annotator(Protocol):
     description: str
     #: What a run must share, beside its options, to be resumed.
     settings: dict[str, Any]
+    #: Digest of the models; results of others are dropped.
+    identity: str
 
     def keys(self, file: str) -> list[Key]:
         """Keys of the items of an image file."""
+
+    def label(self, key: Key) -> str:
+        """Name of an item's overlay."""
 
     def stream(self, items: Iterator[tuple[Key, np.ndarray]]) -> Iterator[AnnotatedItem]:
         """Annotate items, given with their images uint8 (H, W, 3), in order."""
 
 
-def annotate_folder(
-    config: FolderConfig, files: Sequence[str], annotator: Annotator
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class FolderRun:
+    """An annotation run, checked before a model is loaded.
+
+    Attributes:
+        config: the command's options.
+        outputs: paths that are written.
+        folder: the images.
+    """
+
+    config: FolderConfig
+    outputs: OutputPaths
+    folder: ImageFolder
+
+    @classmethod
+    def prepare(cls, config: FolderConfig) -> FolderRun:
+        """Check the output paths and list the images.
+
+        Raises:
+            ValueError, OSError: an option is wrong, or there is no image.
+        """
+        outputs = OutputPaths.prepare(config.out, config.overlays)
+        written = outputs.existing()
+        if config.coco is not None and os.path.realpath(config.coco) in written:
+            raise ValueError(f"--out {config.out} would overwrite --coco. Name another file.")
+        return cls(config, outputs, ImageFolder.search(config.images, written))
+
+
+def annotate_folder(run: FolderRun, annotator: Annotator) -> dict[str, Any]:
     """Annotate images and write COCO JSON and overlays; resume an interrupted run.
 
     Args:
-        config: the command's options.
-        files: image files, as `image_files` lists them.
+        run: options and files.
         annotator: annotates the images.
 
     Returns:
@@ -93,47 +133,83 @@ def annotate_folder(
     Raises:
         ValueError: an option is wrong, or an unfinished run has other settings.
     """
-    ids = CocoIds(config.coco, files, annotator.categories, annotator.new_categories)
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    overlays = OverlayWriter(config.overlays, out)
-    settings = asdict(config) | annotator.settings
-    results = PartialResults(out.with_suffix(".partial.jsonl"), settings)
-    keys = [key for file in ids.images for key in annotator.keys(file)]
+    config, outputs, folder = run.config, run.outputs, run.folder
+    ids = CocoIds(config.coco, folder.images, annotator.categories, annotator.new_categories)
+    settings = asdict(config) | annotator.settings | {"coco": ids.digest}
+    results = PartialResults(outputs.partial, settings)
+    names = overlay_names(
+        {key: annotator.label(key) for file in ids.images for key in annotator.keys(file)}
+    )
+    reader = ImageReader(folder.root, annotator.backbone, ids.sizes)
     if results.done:
-        print(f"Resuming: {len(results.done)} of {len(keys)} are done.")
-    reader = ImageReader(config.images, annotator.backbone)
+        digests = {file: reader.digest(file) for file in {key[0] for key in results.done}}
+        dropped = results.keep_only(
+            lambda key, result: (
+                key in names
+                and result["digest"] == [annotator.identity, digests[key[0]]]
+                and result["overlay"] in (None, names[key])
+            )
+        )
+        if dropped:
+            print(f"Dropped {dropped} results: the model or their images have changed.")
+        if results.done:
+            print(f"Resuming: {len(results.done)} of {len(names)} are done.")
+    overlays = OverlayWriter(outputs)
     with ProgressBar() as bar:
-        task = bar.add_task("annotating", total=len(keys), completed=len(results.done))
+        task = bar.add_task("annotating", total=len(names), completed=len(results.done))
+        digest_of: dict[Key, str] = {}
 
         def readable() -> Iterator[tuple[Key, np.ndarray]]:
-            for key in [key for key in keys if key not in results.done]:
-                image = reader.read(key[0])
-                if image is None:
+            for key in [key for key in names if key not in results.done]:
+                read = reader.read(key[0])
+                if read is None:
                     bar.advance(task)
                 else:
+                    image, digest_of[key] = read
                     yield key, image
 
         for item in annotator.stream(readable()):
-            results.add(item.key, {"size": item.size, "annotations": item.annotations})
-            if item.draw is not None and overlays.folder is not None:
-                overlays.write(item.name, item.draw())
+            key, overlay = item.key, None
+            if item.draw is not None and outputs.has_overlays:
+                overlay = names[key]
+                overlays.write(overlay, item.draw())
+            result = {"size": item.size, "annotations": item.annotations}
+            digest = [annotator.identity, digest_of.pop(key)]
+            results.add(key, result | {"overlay": overlay, "digest": digest})
             bar.advance(task)
 
-    writer = CocoWriter(ids.categories, annotator.description)
+    writer = CocoWriter(ids.categories, annotator.description, config.segmentation)
     for (file, *_), result in sorted(results.done.items()):
-        if file in ids.images:
-            writer.add(ids.images[file], file, result["size"], result["annotations"])
+        writer.add(ids.images[file], file, result["size"], result["annotations"])
     content = writer.content
-    write_json(out, content)
+    write_json(outputs.results, writer.results)
+    write_json(outputs.annotations, content)
+    overlays.keep_only({result["overlay"] for result in results.done.values()} - {None})
     results.finish()
-    for file in files:
-        if file not in ids.images:
-            print(f"skipped {file}: not in {config.coco}")
-    for file, reason in reader.broken.items():
-        print(f"skipped {file}: {reason}")
-    counts = f"{len(content['annotations'])} masks in {len(content['images'])} images"
-    print(f"{counts}, {len(reader.broken)} files skipped: {out}")
-    if overlays.folder is not None:
-        print(f"Overlays: {overlays.folder}")
+    _report(run, ids, reader.broken, overlays.failed, content)
     return content
+
+
+def _report(
+    run: FolderRun,
+    ids: CocoIds,
+    broken: Mapping[str, str],
+    failed: Mapping[str, str],
+    content: Mapping[str, Any],
+) -> None:
+    """Print what was skipped, what was written and how to evaluate it."""
+    config, outputs, folder = run.config, run.outputs, run.folder
+    unknown = {f: f"not in {config.coco}" for f in folder.images if f not in ids.images}
+    skipped = folder.skipped | unknown | broken
+    lines = [f"skipped {file}: {reason}" for file, reason in skipped.items()]
+    lines += [f"no overlay {name}: {reason}" for name, reason in failed.items()]
+    lines += folder.ignored()
+    if ids.absent:
+        lines.append(f"{ids.absent} images of {config.coco} are not in {config.images}")
+    counts = f"{len(content['annotations'])} masks in {len(content['images'])} images"
+    lines.append(f"{counts}, {len(skipped)} files skipped: {outputs.annotations}")
+    lines.append(f"Results for COCOeval: {outputs.results}")
+    if outputs.has_overlays:
+        lines.append(f"Overlays: {outputs.overlays}")
+    for line in lines:
+        print(printable(line))

@@ -53,6 +53,11 @@ class StoredFeatures(BaseFeaturesExtractor):
         #: Whether the policy is being trained (see `SamPolicy.playing`).
         self.learning = False
 
+    @property
+    def identity(self) -> str:
+        """Hex digest of the frozen models that the features depend on."""
+        return self.backbone.identity
+
     def embedding(self, observations: dict[str, Tensor]) -> Tensor:
         """Return the embedding (B, C, h, w) of full or handle observations."""
         if "handle" in observations:

@@ -173,6 +173,10 @@ class TextFeatures(ClickFeatures):
         self._maps = WordMaps(surgery, self.backbone, words, allow_unknown=self._allow_unknown)
         self.store.register_feature(self._maps.name, self._maps)
 
+    @property
+    def identity(self) -> str:
+        return f"{super().identity}/{shared_surgery(**self._clip).clip.identity}"
+
     def forward(self, observations: Any) -> Tensor:
         embedding, mask = self._image(observations)
         word = self._known_words(embedding, observations)

@@ -2,11 +2,96 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pycocotools import mask as rle
+
+#: Forms of masks: compressed RLE, or polygons.
+Segmentation = Literal["rle", "polygons"]
+_OF_RESULTS = ("segmentation", "score")
+
+
+def polygons(mask: np.ndarray) -> list[list[int]]:
+    """Return the outlines of a mask as COCO polygons, which pycocotools fills with the same pixels.
+
+    Outlines run along the edges of pixels. Each 4-connected region is one polygon: a cut of zero
+    width connects each hole, whose outline has the opposite direction, with the outline above.
+
+    Args:
+        mask: bool (H, W).
+
+    Returns:
+        Polygons [x0, y0, x1, y1, ...], clockwise, in pixels; empty if no pixel is set.
+    """
+    x, y, below, after = _outlines(mask)
+    edges, is_done = range(0, len(x), 2), [False] * len(x)
+    starts, cuts = [], []
+    for left in edges:
+        if is_done[left]:
+            continue
+        # The first edge of an outline is one of its topmost: the mask lies below it, or above if
+        # it is the outline of a hole.
+        if below[left]:
+            starts.append(left)
+        else:
+            run = mask[: y[left], x[left]][::-1]
+            top = y[left] - (len(run) if run.all() else int(run.argmin()))
+            cuts.append((top, -x[left], left))
+        corner = left
+        while not is_done[corner]:
+            is_done[corner] = True
+            corner = after[corner]
+
+    places = [(y[left], x[left]) for left in edges]
+    for top, _, left in sorted(cuts):
+        # From the edge above the hole, down to the hole, around it, and back.
+        above = 2 * bisect.bisect_right(places, (top, x[left])) - 2
+        down, up = len(x), len(x) + 1
+        x += [x[left], x[left], x[left]]
+        y += [top, y[left], top]
+        after += [left, up + 1, after[above]]
+        after[above], after[left + 1] = down, up
+
+    found = []
+    for start in starts:
+        polygon, corner = [x[start], y[start]], after[start]
+        while corner != start:
+            if [x[corner], y[corner]] != polygon[-2:]:
+                polygon += [x[corner], y[corner]]
+            corner = after[corner]
+        found.append(polygon)
+    return found
+
+
+def _outlines(mask: np.ndarray) -> tuple[list[int], list[int], list[bool], list[int]]:
+    """Return the corners of a mask's outlines, row by row.
+
+    Two corners lie where two pixels touch diagonally.
+
+    Returns:
+        x; y; whether the mask lies below the corner's horizontal edge, or above; and the index of
+        the next corner, clockwise around the mask. Corners 2 * i and 2 * i + 1 are the left and
+        the right end of a horizontal edge.
+    """
+    padded = np.pad(mask.astype(bool), 1)
+    nw, ne, sw, se = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
+    touching = (nw == se) & (ne == sw) & (nw != ne)
+    y, x = np.nonzero(nw ^ ne ^ sw ^ se | touching)
+    count = 1 + touching[y, x]
+    y, x = y.repeat(count), x.repeat(count)
+    corners = np.arange(len(x))
+    # Of two corners at one place, the left one belongs to the pixel on the left.
+    right = np.append(False, (np.diff(x) == 0) & (np.diff(y) == 0))[: len(x)]
+    north = np.where(touching[y, x], nw[y, x] ^ right, (nw != ne)[y, x])
+    columns = np.lexsort((~north, y, x)).reshape(-1, 2)
+    vertical = np.empty_like(corners)
+    vertical[columns] = columns[:, ::-1]
+    below = se[y, x][::2].repeat(2)
+    after = np.where((corners % 2 == 0) == below, corners ^ 1, vertical)
+    return x.tolist(), y.tolist(), below.tolist(), after.tolist()
 
 
 def mask_annotation(mask: np.ndarray | Mapping[str, Any], **values: Any) -> dict[str, Any]:
@@ -42,20 +127,33 @@ class CocoWriter:
     Args:
         category_ids: category name -> id.
         description: text of the file's `info`.
+        segmentation: form of the masks in the file.
+
+    Attributes:
+        content: of the COCO file.
+        results: the annotations in COCO's format of results: with masks as compressed RLE, and
+            without boxes and areas, since `COCO.loadRes` computes areas from boxes if there are
+            any, and COCOeval sorts masks into small, medium and large by them.
     """
 
-    def __init__(self, category_ids: Mapping[str, int], description: str = "") -> None:
-        self._category_ids = category_ids
+    def __init__(
+        self,
+        category_ids: Mapping[str, int | str],
+        description: str = "",
+        segmentation: Segmentation = "rle",
+    ) -> None:
+        self._category_ids, self._segmentation = category_ids, segmentation
         self.content: dict[str, Any] = {
             "info": {"description": description},
             "images": [],
             "categories": [{"id": id, "name": name} for name, id in category_ids.items()],
             "annotations": [],
         }
+        self.results: list[dict[str, Any]] = []
 
     def add(
         self,
-        image_id: int,
+        image_id: int | str,
         file_name: str,
         size: tuple[int, int],
         annotations: Iterable[Mapping[str, Any]],
@@ -74,6 +172,9 @@ class CocoWriter:
             image = {"id": image_id, "file_name": file_name, "height": height, "width": width}
             images.append(image)
         for annotation in annotations:
-            ids = {"id": len(written) + 1, "image_id": image_id}
-            ids["category_id"] = self._category_ids[annotation["category"]]
-            written.append(ids | {k: v for k, v in annotation.items() if k != "category"})
+            ids = {"image_id": image_id, "category_id": self._category_ids[annotation["category"]]}
+            own = {key: value for key, value in annotation.items() if key != "category"}
+            self.results.append(ids | {k: v for k, v in own.items() if k in _OF_RESULTS})
+            if self._segmentation == "polygons":
+                own["segmentation"] = polygons(rle.decode(own["segmentation"]))
+            written.append({"id": len(written) + 1} | ids | own)

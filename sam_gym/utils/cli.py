@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sam_gym.utils.memory import keep_freed_memory
+from sam_gym.utils.text import printable
 
 
 class Terminated(KeyboardInterrupt):
@@ -52,7 +53,9 @@ def run(main: Callable[[], Any], resume: str = "Run the same command again.") ->
     try:
         main()
     except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
+        # Names of files may hold control characters.
+        message = "\n".join(map(printable, str(error).splitlines()))
+        raise SystemExit(f"error: {message}") from error
     except KeyboardInterrupt as stop:
         what, status = ("Terminated", 143) if isinstance(stop, Terminated) else ("Interrupted", 130)
         print(f"{what}. {' '.join(getattr(stop, '__notes__', [resume]))}", file=sys.stderr)

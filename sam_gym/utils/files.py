@@ -89,10 +89,11 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_json(path: Path, results: Mapping[str, Any]) -> Path:
+def write_json(path: Path, results: Mapping[str, Any] | Sequence[Any]) -> Path:
     """Write results as JSON; raises the errors of `plain`."""
-    text = json.dumps(plain(results), indent=2, allow_nan=False, ensure_ascii=False)
-    return write_atomic(path, text + "\n")
+    text = json.dumps(plain(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    # Names of files that are no UTF-8 have lone surrogates, which only JSON's escapes can hold.
+    return write_atomic(path, text.encode(errors="backslashreplace"))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

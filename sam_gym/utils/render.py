@@ -7,10 +7,15 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
 
+from sam_gym.utils.text import printable
+
+#: Maximum width of drawn images in pixels; JPEG holds no more than 65,500.
+_MAX_WIDTH = 2**14
 MASK_COLOUR = (30, 144, 255)
 TARGET_COLOUR = (255, 255, 255)
 POSITIVE_COLOUR = (40, 200, 64)
@@ -38,7 +43,8 @@ def draw_episode(
         target: bool (H, W), outlined in white, or None.
         caption: one line below the picture; no line if empty.
         cue: (x, y) of a cue click, drawn as a yellow ring.
-        height: of the drawn image in pixels; the width keeps the aspect ratio.
+        height: of the drawn image in pixels; the width keeps the aspect ratio. Very wide images are
+            drawn less high.
 
     Returns:
         uint8 (height [+ caption], W', 3), RGB.
@@ -75,7 +81,8 @@ def draw_masks(
         points: (x, y) in pixels of the image, in order.
         targets: bool (N, H, W), outlined in white, or None.
         caption: one line below the picture; no line if empty.
-        height: of the drawn image in pixels; the width keeps the aspect ratio.
+        height: of the drawn image in pixels; the width keeps the aspect ratio. Very wide images are
+            drawn less high.
 
     Returns:
         uint8 (height [+ caption], W', 3), RGB.
@@ -123,7 +130,8 @@ def draw_heat(
         peak: mark the maximum.
         target: bool (H, W), outlined in white, or None.
         caption: one line below the picture; no line if empty.
-        height: of the drawn image in pixels; the width keeps the aspect ratio.
+        height: of the drawn image in pixels; the width keeps the aspect ratio. Very wide images are
+            drawn less high.
 
     Returns:
         uint8 (height [+ caption], W', 3), RGB.
@@ -143,9 +151,12 @@ def draw_heat(
 
 
 def _enlarged(image: np.ndarray, height: int) -> tuple[np.ndarray, tuple[int, int], float]:
-    """Resize to float32 (height, W', 3); returns the image, (W', height), and the scale."""
-    scale = height / image.shape[0]
-    size = (max(1, round(image.shape[1] * scale)), height)
+    """Resize to float32 (H', W', 3); returns the image, (W', H'), and the scale.
+
+    H' is `height`, or less for an image so wide that W' would exceed `_MAX_WIDTH`.
+    """
+    scale = min(height / image.shape[0], _MAX_WIDTH / image.shape[1])
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
     return canvas, size, scale
 
@@ -191,7 +202,7 @@ def _captioned(canvas: np.ndarray, text: str) -> np.ndarray:
     """Add a line of text below a picture, in letters that fit; nothing if it is empty."""
     if not text:
         return canvas
-    width, scale = canvas.shape[1], 0.5
+    text, width, scale = printable(text), canvas.shape[1], 0.5
     while scale > 0.25 and cv2.getTextSize(text, _FONT, scale, 1)[0][0] > width - 12:
         scale -= 0.02
     strip = np.full((30, width, 3), 24, np.uint8)
@@ -233,8 +244,14 @@ def letterbox(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def save_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     """Write uint8 (H, W, 3) RGB; raises `OSError` if the file cannot be written."""
-    if not cv2.imwrite(os.fspath(path), image[..., ::-1]):
-        raise OSError(f"{path}: could not be written.")
+    # OpenCV's own writer ends the process at some names.
+    encoded, data = cv2.imencode(os.path.splitext(path)[1], image[..., ::-1])
+    if not encoded:
+        raise OSError(f"{path}: could not be encoded ({image.shape[1]} x {image.shape[0]} pixels).")
+    try:
+        Path(path).write_bytes(data.tobytes())
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror}).") from error
 
 
 def save_gif(

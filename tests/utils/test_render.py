@@ -1,5 +1,6 @@
 """Pictures are checked where their colours follow from the rules."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,20 @@ def test_saved_image_reads_back(tmp_path: Path, image: np.ndarray) -> None:
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "picture.png")), image)
     with pytest.raises(OSError, match=r"picture\.png: could not be written"):
         save_image(tmp_path / "no" / "picture.png", image)
+    with pytest.raises(OSError, match=r"could not be encoded \(70000 x 1 pixels\)"):
+        save_image(tmp_path / "wide.jpg", np.zeros((1, 70_000, 3), np.uint8))
+
+
+def test_names_that_are_no_utf8(tmp_path: Path, image: np.ndarray, mask: np.ndarray) -> None:
+    name = os.fsdecode(b"caf\xe9\x1b.png")  # at which OpenCV's writer and its font crash
+    save_image(tmp_path / name, draw_episode(image, mask, caption=name))
+    assert (tmp_path / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("size", [(2, 3000), (3000, 2)])
+def test_thin_images_are_drawn(size: tuple[int, int]) -> None:
+    frame = draw_episode(np.zeros((*size, 3), np.uint8), np.ones(size, bool), [(1, 1, True)])
+    assert min(frame.shape[:2]) >= 1 and max(frame.shape) <= 2**14
 
 
 def test_saved_gif_plays_all_frames(tmp_path: Path) -> None:
