@@ -32,8 +32,8 @@ class EvaluateConfig:
     """Adapter file (adapter.safetensors) that `adaptation.train` has written."""
     prompts: tuple[str, ...] = ("box",)
     """Prompts: box, click, clicks5."""
-    split: Literal["val", "test"] = "test"
-    """Split to evaluate on."""
+    split: Literal["val", "test"] | None = None
+    """Split to evaluate on (None: test, or val if there is none, as in coco)."""
     objects_per_image: int = 8
     """Maximum number of objects per image."""
     max_images: int | None = None
@@ -64,6 +64,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     backbone = load_backbone(**options.model.arguments)
     model, plain = backbone.adapted_model(adapter, options.adapter), backbone.pretrained
     stream = options.stream.open()
+    split = options.split or stream.held_out_split
     extra = options.stream.open_retention()
     bank = FeatureBank(
         backbone, stream, 1, options.objects_per_image, options.max_images, options.seed
@@ -75,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         for prompt in options.prompts:
             numbers = {}
             for name, which in (("zero_shot", plain), ("adapted", model)):
-                scores = score(which, bank, domain, prompt, options.split)
+                scores = score(which, bank, domain, prompt, split)
                 numbers[f"{name}_iou"] = round(100 * float(scores.iou.mean()), 2)
                 numbers[f"{name}_biou"] = round(100 * float(scores.biou.mean()), 2)
             own[prompt] = numbers | {"objects": len(scores.iou)}
@@ -86,7 +87,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         for prompt, numbers in prompts.items()
     ]
     titles = ["domain", "prompt", *(column.replace("_", " ") for column in columns)]
-    cli.print_table(f"{options.adapter} ({adapter.method}), in %", titles, rows)
+    cli.print_table(f"{options.adapter} ({adapter.method}) on {split}, in %", titles, rows)
     if options.out is not None:
         write_json(Path(options.out).expanduser(), results)
     return results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -39,8 +39,8 @@ class TrainConfig:
     """Maximum number of images per split (None: all)."""
     prompts: tuple[str, ...] = ("box",)
     """Prompts that held-out objects are evaluated with: box, click, clicks5."""
-    split: Literal["val", "test"] = "test"
-    """Split to evaluate on. Tune on val."""
+    split: Literal["val", "test"] | None = None
+    """Split to evaluate on (None: test, or val if there is none, as in coco). Tune on val."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Precision of training; --dtype is that of the frozen encoder."""
     checkpoint_every: int = 200
@@ -66,7 +66,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {value}.")
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
-        if self.split not in ("val", "test"):
+        if self.split not in (None, "val", "test"):
             raise unknown_name("split to evaluate on", self.split, ("val", "test"))
         if not self.prompts:
             raise ValueError("prompts is empty: name at least one of box, click, clicks5.")
@@ -92,6 +92,8 @@ class StreamOptions:
     data: tuple[str, ...] = ()
     """Folders of domains, each with images/, masks/ (or instances/) and splits.json; or the folder
     of a dataset that reads files."""
+    dataset_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """More options of a dataset: --dataset-kwargs annotations FILE split_seed 0."""
     domains: str | None = None
     """Comma-separated names of procedural domains (None: all)."""
     stream_seed: int = 0
@@ -105,7 +107,9 @@ class StreamOptions:
         if name in DATASETS and name not in STREAMS:
             if len(self.data) > 1:
                 raise ValueError(f"--stream {name} is one dataset: give one folder as --data.")
-            return dataset_stream(name, *self.data)
+            return dataset_stream(name, *self.data, **self.dataset_kwargs)
+        if self.dataset_kwargs:
+            raise ValueError("--dataset-kwargs is for --stream DATASET: drop it, or name one.")
         options: dict[str, Any] = {"seed": self.stream_seed}
         if self.domains is not None:
             if name != "scenes-domains":

@@ -35,6 +35,7 @@ class RunResult:
         seconds: of training, without evaluation.
         narrow: domain -> share of held-out objects that consist of boundary pixels only.
         seed: of the run.
+        split: that the scores are of.
     """
 
     method: str
@@ -49,6 +50,7 @@ class RunResult:
     seconds: float = 0.0
     narrow: dict[str, float] = field(default_factory=dict)
     seed: int = 0
+    split: str = "test"
 
     def summary(self, prompt: str) -> dict[str, float | None]:
         """Compute the metrics for one prompt; see `sam_gym.metrics.continual`.

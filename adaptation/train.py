@@ -117,7 +117,7 @@ def print_result(result: RunResult) -> None:
             learned = f"{matrix[number, number]:.1f}" if len(matrix) == len(result.domains) else ""
             before = result.zero_shot[prompt]["iou"][number]
             rows.append([name, f"{before:.1f}", learned, f"{matrix[-1, number]:.1f}"])
-        title = f"{result.method} ({result.tune}), IoU by {prompt}, in %"
+        title = f"{result.method} ({result.tune}), IoU by {prompt} on {result.split}, in %"
         cli.print_table(title, ("domain", "zero-shot", "just learned", "in the end"), rows)
         numbers = result.summary(prompt)
         shown = [f"{key} {value:.1f}" for key, value in numbers.items() if value is not None]

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from adaptation.streams import find_stream
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.adapters.tuning import TUNINGS
+from sam_gym.data.splits import shared_images
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.utils.files import wait_for_a_later_name, write_json
 from sam_gym.utils.progress import ProgressBar
@@ -154,13 +155,26 @@ class _Fit:
     """One method on one stream."""
 
     def __init__(self, trainer: Trainer, strategy: Strategy) -> None:
-        self.trainer, self.config, self.fabric = trainer, trainer.config, trainer.fabric
-        self.strategy = strategy
+        self.trainer, self.fabric, self.strategy = trainer, trainer.fabric, strategy
         self.bank = strategy.context.bank
         self.stream = self.bank.stream
+        split = trainer.config.split or self.stream.held_out_split
+        self.config = replace(trainer.config, split=split)
+        self.split: str = split
         self.result = RunResult(
-            strategy.name, strategy.context.tune, self.stream.names, seed=self.config.seed
+            strategy.name,
+            strategy.context.tune,
+            self.stream.names,
+            seed=self.config.seed,
+            split=split,
         )
+        retention = trainer.retention
+        for domain in self.stream if retention is not None else ():
+            if shared := shared_images(domain.split("train"), retention.split(split)):
+                raise ValueError(
+                    f"{shared} images of the retention set are training images of {domain.name!r}. "
+                    "Pass another retention set (--retention)."
+                )
         #: Finished stages, and steps of the current one.
         self.stage = self.step = 0
         self._optimizer_state: Any = None
@@ -294,7 +308,7 @@ class _Fit:
             for prompt in self.config.prompts:
                 self.result.zero_shot[prompt], _ = self._scores(pretrained, prompt)
             for domain in self.stream:
-                objects = self.bank.held_out(domain, self.config.split)
+                objects = self.bank.held_out(domain, self.split)
                 self.result.narrow[domain.name] = round(narrow_share(objects), 4)
 
     def _scores(self, model: Model, prompt: str) -> tuple[dict[str, list[float]], list[float]]:
@@ -302,7 +316,7 @@ class _Fit:
         row: dict[str, list[float]] = {measure: [] for measure in MEASURES}
         routed = []
         for domain in self.stream:
-            scores = score(model, self.bank, domain, prompt, self.config.split)
+            scores = score(model, self.bank, domain, prompt, self.split)
             for measure in MEASURES:
                 row[measure].append(100 * float(getattr(scores, measure).mean()))
             if scores.routed is not None:
@@ -319,11 +333,11 @@ class _Fit:
                 rows.append(row[measure])
             result.routed = float(np.mean(routed)) if routed else None
             for name, value in zip(self.stream.names, row["iou"], strict=True):
-                self._record(f"{self.config.split}/{prompt}/{name}", value)
+                self._record(f"{self.split}/{prompt}/{name}", value)
         if self.stage == self.stages - 1 and self.trainer.retention is not None:
             for prompt in self.config.prompts:
                 domain = self.trainer.retention
-                scores = score(model, self.bank, domain, prompt, self.config.split)
+                scores = score(model, self.bank, domain, prompt, self.split)
                 result.retention[prompt] = 100 * float(scores.iou.mean())
 
     # Files -------------------------------------------------------------------------------------

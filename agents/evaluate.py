@@ -26,6 +26,7 @@ from agents.ppo.vec_env import make_vector_env
 from agents.sharing.pull import local_policy
 from agents.sharing.repository import PREFIX
 from agents.tasks import check_plays, names_by_environment, task_of
+from sam_gym.data.splits import check_held_out
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95
@@ -362,6 +363,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     config = tyro.cli(EvaluateConfig, args=given, prog="python -m agents.evaluate", default=default)
     env_config = task.with_categories(config.env_config, config.categories)
     agent = load_agent(config.policy, config.seed, env_config.device, env_id)
+    if config.policy not in (*task.baselines.names(), *SHIPPED):
+        check_held_out(env_config.open_dataset(), env_config.split)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     counts: dict[str, Any] = {"episodes": config.episodes, "num_envs": config.num_envs}

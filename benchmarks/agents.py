@@ -18,6 +18,7 @@ from agents.evaluate import PolicyAgent, evaluate
 from agents.ppo.config import with_present_names
 from benchmarks import report
 from benchmarks.options import provenance, require_at_least
+from sam_gym.data.splits import check_held_out
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95, with_interval
 from sam_gym.utils.plots import new_plot, save_figure
@@ -149,7 +150,8 @@ def read_run(folder: Path, config: AgentsBenchmarkConfig) -> tuple[SamSegConfig,
 
     Raises:
         FileNotFoundError: the folder does not hold a finished run.
-        ValueError: results.json is not that of a click agent on one dataset.
+        ValueError: results.json is not that of a click agent on one dataset, or held-out images may
+            be training images.
     """
     results, policy = folder / "results.json", folder / "policy.zip"
     for path in (results, policy):
@@ -165,7 +167,9 @@ def read_run(folder: Path, config: AgentsBenchmarkConfig) -> tuple[SamSegConfig,
         raise ValueError(f"{results}: not the results of train_ppo on SamSeg-v0.")
     kwargs = {k: v for k, v in own["dataset_kwargs"].items() if k not in _TRAINING_ONLY}
     held_out = {"split": config.split, "dataset_kwargs": kwargs, "iou_target": None}
-    return SamSegConfig(**own | held_out | {"device": config.device}), policy
+    env_config = SamSegConfig(**own | held_out | {"device": config.device})
+    check_held_out(env_config.open_dataset(), env_config.split)
+    return env_config, policy
 
 
 def _players(

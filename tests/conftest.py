@@ -208,6 +208,34 @@ def no_display(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def squares(tmp_path: Path) -> Path:
+    """Twelve images of a bright square: `images/`, `masks/`, and `all.json` in COCO format."""
+    import cv2
+
+    root = tmp_path / "squares"
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    x, y, side = 20, 15, 30
+    image, mask = np.full((64, 80, 3), 40, np.uint8), np.zeros((64, 80), np.uint8)
+    image[y : y + side, x : x + side], mask[y : y + side, x : x + side] = 200, 255
+    tables: dict[str, list[Any]] = {"images": [], "annotations": []}
+    polygon = [x, y, x + side, y, x + side, y + side, x, y + side]
+    for i in range(12):
+        image[0, 0] = i
+        cv2.imwrite(str(root / "images" / f"{i}.png"), image)
+        cv2.imwrite(str(root / "masks" / f"{i}.png"), mask)
+        tables["images"].append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 80})
+        tables["annotations"].append(
+            {"id": i, "image_id": i, "category_id": 1, "iscrowd": 0, "segmentation": [polygon]}
+            | {"bbox": [x, y, side, side], "area": side**2}
+        )
+    (root / "all.json").write_text(
+        json.dumps(tables | {"categories": [{"id": 1, "name": "square"}]})
+    )
+    return root
+
+
+@pytest.fixture
 def two_photos(tmp_path: Path) -> Path:
     """Root of a `folder` dataset with a wide and a tall image, some pixels ignored."""
     import cv2

@@ -60,6 +60,7 @@ def write_results(
         files.append(plot_matrix(out / "forgetting.png", walk.matrix, walk.names, title))
     results |= {
         "held_out_split": held_out.split,
+        "shared_images": plan.shared_images,
         "training_seconds": round(trained - monitor.started, 1),
         "total_seconds": round(time.monotonic() - monitor.started, 1),
         "config": asdict(config),

@@ -28,6 +28,7 @@ from agents.ppo.stages import PerStageSchedule, Stages, StreamCallback
 from agents.ppo.tracking import MlflowRun, make_logger, require_mlflow
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.tasks import Task, task_of
+from sam_gym.data.splits import check_held_out, shared_images
 from sam_gym.data.streams import Stream
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.utils.files import write_atomic
@@ -51,6 +52,8 @@ class Plan:
         validation: env config of the evaluations during training.
         held_out: env config of the final evaluation.
         stream: the domains, held so that no environment opens them again; None without.
+        shared_images: number of training images among those of the final evaluation; 0 unless that
+            is asked for on the training split.
     """
 
     config: TrainPPOConfig
@@ -59,13 +62,15 @@ class Plan:
     validation: EnvConfig
     held_out: EnvConfig
     stream: Stream | None
+    shared_images: int
 
     @classmethod
     def of(cls, config: TrainPPOConfig) -> Plan:
         """Validate a config, and the data that it names.
 
         Raises:
-            ValueError, FileNotFoundError: a name, a value or the data is wrong.
+            ValueError, FileNotFoundError: a name, a value or the data is wrong, or held-out images
+                are training images.
         """
         config.validate()
         POLICIES.get(config.policy)
@@ -74,9 +79,19 @@ class Plan:
         training = task.training_config(config)
         training.validate()
         validation, held_out = (task.held_out_config(config, split) for split in ("val", None))
-        plan = cls(config, task, training, validation, held_out, task.stream(training))
-        held_out.open_dataset()
-        validation.open_dataset()
+        stream = task.stream(training)  # held, so that it is opened once
+        train, shared = training.open_dataset(), 0
+        for own in (validation, held_out):
+            if own.split == training.split != "train":
+                raise ValueError(
+                    f"The agent would be trained and evaluated on split {own.split!r}: its results "
+                    "would be results on training images. Pass another --split or --held-out "
+                    "('val' is for the evaluations during training)."
+                )
+            images = own.open_dataset()
+            check_held_out(images, own.split, train)
+            shared = shared_images(train, images)
+        plan = cls(config, task, training, validation, held_out, stream, shared)
         if plan.stages is not None:
             plan.stages.validate()
             first = config.total_timesteps // plan.stages.count

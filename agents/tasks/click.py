@@ -127,7 +127,8 @@ class ClickTask(Task):
         if own["target"] == "instance":
             facts.append("**Target**: one instance, shown by a cue click.")
             limits.append("It needs a cue click for each target, so `annotate` cannot use it.")
-            command = self._card_evaluation(run, policy, *_ENVIRONMENT, *_OTHER_ACTIONS)
+            options = [*_ENVIRONMENT, *_OTHER_ACTIONS, *filter(own.get, ["dataset_kwargs"])]
+            command = self._card_evaluation(run, policy, *options)
         else:
             named = ",".join(words[:2]) or "NAME,NAME"
             command = (

@@ -104,12 +104,14 @@ def run(config: ContinualBenchmarkConfig) -> dict[str, Any]:
     config = with_defaults(config)
     jobs = jobs_of(config)
     streams = {order: config.stream.open(order) for order in config.orders or (None,)}
+    first = next(iter(streams.values()))
+    split = config.train.split or first.held_out_split
+    config = replace(config, train=replace(config.train, split=split))
     retention = config.stream.open_retention()
     out = output_folder(config.out)
     refuse_unfinished(out, "runs/*/*/checkpoint.pt", config.resume)
 
     runs: dict[str, list[RunResult]] = {}
-    first = next(iter(streams.values()))
     sheet = None
     for order, seed in product(streams, range(config.train.seed, config.train.seed + config.seeds)):
         # Methods with the same seed and order share a trainer, and so a feature bank.
@@ -172,9 +174,11 @@ def summarize(
         entry["seconds"] = spread([run.seconds for run in own])
         methods[label] = entry
     some = next(iter(runs.values()))[0]
+    split = some.split
     return {
         "benchmark": "continual",
         "setting": "full" if config.full else "quick",
+        "split": split,
         "prompt": config.train.prompts[0],
         "domains": [
             {
@@ -183,7 +187,7 @@ def summarize(
                 "ceiling": round(
                     100
                     * low_res_ceiling(
-                        domain.split(config.train.split),
+                        domain.split(split),
                         bank.backbone.image_size,
                         bank.backbone.mask_shape[0],
                         config.train.max_images,
@@ -191,7 +195,7 @@ def summarize(
                     1,
                 ),
                 "narrow_objects": some.narrow[domain.name],
-                "objects": len(bank.held_out(domain, config.train.split).rows),
+                "objects": len(bank.held_out(domain, split).rows),
             }
             for domain in stream
         ],

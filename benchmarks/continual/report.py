@@ -40,7 +40,7 @@ def pictures(
     trainer: Trainer, stream: Stream, jobs: Mapping[str, tuple[str, str]]
 ) -> list[tuple[str, np.ndarray]]:
     """For each domain, the final masks of one object by some methods, beside the truth."""
-    bank, split = trainer.bank(stream), trainer.config.split
+    bank, split = trainer.bank(stream), trainer.config.split or stream.held_out_split
     shown = [job for job in jobs.items() if job[1][0] in ("naive", "er", "moda")][:3]
     models = {"zero_shot": trainer.backbone.pretrained}
     assert trainer.out is not None
@@ -81,7 +81,8 @@ def write_report(
     quick = "" if config.full else "Quick setting: few seeds, short training. "
     page = report.Page(
         "Continual adaptation of a Segment Anything Model",
-        f"{quick}{len(stream)} domains one after the other; held-out objects prompted by {prompt}; "
+        f"{quick}{len(stream)} domains one after the other; held-out objects (of "
+        f"{summary['split']}) prompted by {prompt}; "
         f"{config.seeds * max(1, len(config.orders))} runs of each method, mean and standard "
         "deviation, in %.",
     )

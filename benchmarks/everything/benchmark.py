@@ -23,6 +23,7 @@ from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.tuning import tune_help
 from sam_gym.data import DATASETS, Dataset, MissingSplit, dataset_help, make_dataset
+from sam_gym.data.splits import check_held_out, shared_images
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.mask_generation.generator import GeneratorOptions
 from sam_gym.mask_generation.merging import MergeOptions
@@ -69,6 +70,8 @@ class EverythingBenchmarkConfig:
     dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "rooms"
     data: str | None = None
     """Root folder of a dataset that reads files."""
+    dataset_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """More options of the dataset: --dataset-kwargs annotations FILE split_seed 0."""
     train_images: int = 2048
     """Maximum number of training images."""
     val_images: int = 24
@@ -175,16 +178,17 @@ def _open(config: EverythingBenchmarkConfig) -> tuple[Stream, dict[str, Split]]:
     procedural = DATASETS.get(config.dataset).procedural
 
     def dataset(split: str, limit: int) -> Dataset:
-        return make_dataset(
-            config.dataset, split, **root, **({"length": limit} if procedural else {})
-        )
+        options = ({"length": limit} if procedural else {}) | config.dataset_kwargs
+        return make_dataset(config.dataset, split, **root, **options)
 
     train, val = dataset("train", config.train_images), dataset("val", config.val_images)
+    check_held_out(val, "val", train)
     splits = {"val": Split.of(val, config.val_images)}
     try:
         test = dataset("test", config.test_images)
     except MissingSplit:
         test = val
+    check_held_out(test, "test", train)
     splits["test"] = Split.of(test, config.test_images, but=splits["val"])
     for name, split in splits.items():
         if image_digest(train[0].image) in split.digests:
@@ -193,6 +197,11 @@ def _open(config: EverythingBenchmarkConfig) -> tuple[Stream, dict[str, Split]]:
         photographs = make_dataset(
             "coco", "val", root=config.transfer, annotations=config.transfer_annotations
         )
+        if shared := shared_images(train, photographs):
+            raise ValueError(
+                f"--transfer {config.transfer}: {shared} of its images are training images. Pass "
+                "another folder, or other --transfer-annotations."
+            )
         splits["transfer"] = Split.of(photographs, config.transfer_limit)
     domain = Domain(config.dataset, False, {"train": train, "val": splits["val"]})
     return Stream(config.dataset, (domain,)), splits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -87,11 +87,20 @@ class MissingSplit(FileNotFoundError):
     """The data lacks the split, as COCO lacks an annotated test split."""
 
 
+class Unsplit(NamedTuple):
+    """Why every split of some data holds the same images, and how to give it splits (a clause)."""
+
+    reason: str
+    remedy: str
+
+
 @runtime_checkable
 class Dataset(Protocol):
     """The interface of datasets for environments, trainers and benchmarks.
 
     A dataset validates its annotations on construction, so that bad input fails before work starts.
+    One that reads files also has `files`, the paths of its image files, and `unsplit`, an `Unsplit`
+    if all splits are the same images, else None: see `sam_gym.data.splits`.
     """
 
     name: str

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from pycocotools import mask as rle
 
-from sam_gym.data.base import MissingSplit, Sample, check_index, select_categories
+from sam_gym.data.base import MissingSplit, Sample, Unsplit, check_index, select_categories
 from sam_gym.data.io import (
     OnError,
     Records,
@@ -24,6 +24,7 @@ from sam_gym.data.io import (
     resolve,
     whole_number,
 )
+from sam_gym.data.splits import seeded_part
 from sam_gym.utils.registry import check_choice
 
 #: Share of crowd regions above which they are reported. In COCO it is 1%; tools that write every
@@ -63,9 +64,11 @@ class Coco:
     pixels in the `bbox` of a skipped object are ignored.
 
     Args:
-        split: selects `root/instances_{split}.json`; ignored if `annotations` is given.
+        split: selects `root/instances_{split}.json`, or a part of `annotations` with `split_seed`.
         root: folder of the dataset.
-        annotations: path of another annotation file.
+        annotations: path of another annotation file. **Every split is all its images**, unless
+            `split_seed` is given.
+        split_seed: seed that splits the images of `annotations` (80% train, 10% val, 10% test).
         images: folder of the image files in `root`; names in the JSON cannot leave it.
         categories: names to select, as a sequence or comma-separated; None: all.
         min_area: minimum area of an instance in pixels; smaller instances are ignored pixels.
@@ -82,6 +85,7 @@ class Coco:
         skipped: number of skipped records and polygons, by reason.
         crowds: number of crowd regions of the selected categories that are ignored pixels; with one
             warning if they are more than 5% of the masks.
+        unsplit: why every split is all images; None if they differ.
 
     Raises:
         FileNotFoundError: the root, the annotation file or an image file is missing.
@@ -97,6 +101,7 @@ class Coco:
         *,
         root: str,
         annotations: str | None = None,
+        split_seed: int | None = None,
         images: str = "images",
         categories: str | Sequence[str] | None = None,
         min_area: float = 0.0,
@@ -105,6 +110,11 @@ class Coco:
         include_crowd: bool = False,
     ) -> None:
         check_choice("balance", balance, ("category", "image"))
+        if split_seed is not None and annotations is None:
+            raise ValueError(
+                f"split_seed={split_seed!r} splits the file that annotations= names: pass both, or "
+                "neither to read instances_train.json and instances_val.json."
+            )
         path = annotations or _annotation_file(root, split)
         data = _load(path)
         self._file = os.path.basename(path)
@@ -145,6 +155,16 @@ class Coco:
             if not usable:
                 _ignore_box(record, by_id)
 
+        self.unsplit: Unsplit | None = None
+        if split_seed is not None:
+            files = [image.file_name for image in by_id.values()]
+            part = seeded_part(files, split, split_seed, path)
+            by_id = {key: image for key, image in by_id.items() if image.file_name in part}
+        elif annotations is not None:
+            self.unsplit = Unsplit(
+                f"{path}: annotations= names one file for every split",
+                "Leave it out and name the files instances_train.json and instances_val.json",
+            )
         self._images = [image for image in by_id.values() if image.masks]
         self._holders: list[list[int]] = [[] for _ in self.categories]
         for index, image in enumerate(self._images):
@@ -165,6 +185,11 @@ class Coco:
 
     def __len__(self) -> int:
         return len(self._images)
+
+    @property
+    def files(self) -> list[str]:
+        """Paths of the image files."""
+        return [os.path.join(self._folder, image.file_name) for image in self._images]
 
     def __getitem__(self, index: int) -> Sample:
         """Return the image at `index` with its instances.

@@ -106,6 +106,11 @@ class Entities:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def files(self) -> list[str]:
+        """Paths of the image files."""
+        return [path for _, path, *_ in self._entries]
+
     def __getitem__(self, index: int) -> Sample:
         """Return the image at `index` with its objects.
 

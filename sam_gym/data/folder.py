@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from sam_gym.data.base import SPLITS, Sample, check_index
+from sam_gym.data.base import SPLITS, Sample, Unsplit, check_index
 from sam_gym.data.io import (
     IMAGE_SUFFIXES,
     OnError,
@@ -20,6 +20,7 @@ from sam_gym.data.io import (
     read_json,
     resolve,
 )
+from sam_gym.data.splits import ALL, seeded_part
 from sam_gym.utils.registry import check_choice
 
 BACKGROUND, IGNORE, OBJECT = 0, 128, 255
@@ -32,13 +33,15 @@ class Folder:
 
     Mask values are 0 for background, 255 for the object and 128 for ignored pixels; other values
     are errors. `root/splits.json` lists the stems of each split under "train", "val" and "test";
-    other keys are ignored. **Without this file, every split is all images**, sorted by stem.
+    other keys are ignored. **Without this file, every split is all images**, sorted by stem, unless
+    `split_seed` is given.
 
     Construction checks existence, names and sizes; contents are checked when files are read.
 
     Args:
-        split: "train", "val" or "test".
+        split: "train", "val" or "test"; or "all" for all images, whatever splits.json says.
         root: folder of the dataset.
+        split_seed: seed that splits the images (80% train, 10% val, 10% test) without splits.json.
         target: definition of an instance. "mask": the whole object mask. "components": each
             8-connected component of it. "instances": each id of `root/instances/STEM.png` (uint8
             or uint16, 0 is background; `root/masks` is not read).
@@ -52,6 +55,7 @@ class Folder:
         name: name of the root folder.
         categories: the only category.
         skipped: number of skipped images, by reason.
+        unsplit: why every split is all images; None if they differ.
 
     Raises:
         FileNotFoundError: the root, one of its folders, an image or a mask is missing.
@@ -64,12 +68,13 @@ class Folder:
         split: str = "test",
         *,
         root: str,
+        split_seed: int | None = None,
         target: Literal["mask", "components", "instances"] = "mask",
         min_area: int = 0,
         category: str = "object",
         on_error: OnError = "raise",
     ) -> None:
-        check_choice("split", split, SPLITS)
+        check_choice("split", split, (*SPLITS, ALL))
         check_choice("target", target, _TARGETS)
         self.name = os.path.basename(os.path.realpath(root))
         self.categories = (category,)
@@ -83,6 +88,19 @@ class Folder:
 
         files = _image_files(images)
         listed = _stems(root, split)
+        self.unsplit: Unsplit | None = None
+        if split_seed is not None:
+            if os.path.exists(os.path.join(root, "splits.json")):
+                raise ValueError(
+                    f"{root}: split_seed={split_seed!r} is for folders without splits.json. "
+                    "Leave it out, or remove the file."
+                )
+            listed = sorted(seeded_part(files, split, split_seed, root))
+        elif listed is None and split != ALL:
+            self.unsplit = Unsplit(
+                f"{root}: splits.json is missing, so every split is all images",
+                'Write {"train": [stems], "val": [...], "test": [...]} to it',
+            )
         records = Records(root, on_error)
         self._pairs: list[tuple[str, str, str]] = []
         seen: set[str] = set()
@@ -107,6 +125,11 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+    @property
+    def files(self) -> list[str]:
+        """Paths of the image files."""
+        return [image for _, image, _ in self._pairs]
 
     def __getitem__(self, index: int) -> Sample:
         """Return the image at `index` with its instances, all of category 0.
@@ -162,9 +185,9 @@ def _image_files(folder: str) -> dict[str, list[str]]:
 
 
 def _stems(root: str, split: str) -> list[str] | None:
-    """Return the stems that splits.json lists for `split`; None without the file."""
+    """Return the stems that splits.json lists for `split`; None for all: without the file too."""
     path = os.path.join(root, "splits.json")
-    if not os.path.isfile(path):
+    if split == ALL or not os.path.isfile(path):
         return None
     splits = read_json(path, "list of splits")
     stems = splits.get(split) if isinstance(splits, dict) else None

@@ -26,6 +26,7 @@ from sam_gym.data import make_dataset
 from sam_gym.data.base import SPLITS, Dataset, MissingSplit, Sample, check_index
 from sam_gym.data.folder import BACKGROUND, IGNORE, OBJECT, Folder
 from sam_gym.data.io import read_json, read_labels
+from sam_gym.data.splits import check_held_out
 from sam_gym.data.synthetic.domains.dataset import DOMAINS, ProceduralDomain
 from sam_gym.metrics.masks import iou
 from sam_gym.utils.lowres import frame_mask, low_res
@@ -47,11 +48,19 @@ class Domain:
         name: name for reports; not part of observations.
         thin: whether its objects are thin or branching; such domains are reported separately.
         datasets: the dataset of each split, "train", "val" and "test".
+
+    Raises:
+        ValueError: images of another split are training images.
     """
 
     name: str
     thin: bool
     datasets: Mapping[str, Dataset]
+
+    def __post_init__(self) -> None:
+        if "train" in self.datasets:
+            for split, dataset in self.datasets.items():
+                check_held_out(dataset, split, self.datasets["train"])
 
     def split(self, name: str) -> Dataset:
         """Return the dataset of a split; raise `ValueError` if it is missing."""
@@ -76,6 +85,11 @@ class Stream:
     def names(self) -> tuple[str, ...]:
         """Return the names of the domains, in order."""
         return tuple(domain.name for domain in self.domains)
+
+    @property
+    def held_out_split(self) -> Literal["val", "test"]:
+        """Split to report results on: "test", or "val" if a domain has no test, as COCO."""
+        return "test" if all("test" in domain.datasets for domain in self) else "val"
 
     def __len__(self) -> int:
         return len(self.domains)
@@ -162,7 +176,8 @@ def dataset_stream(dataset: str, data: str | None = None, **kwargs: Any) -> Stre
         **kwargs: further options of the dataset.
 
     Raises:
-        ValueError: the name or an option is unknown, or the data does not validate.
+        ValueError: the name or an option is unknown, the data does not validate, or training images
+            are among the held-out ones.
         FileNotFoundError: its training split is missing.
     """
     root = {} if data is None else {"root": data}
@@ -319,6 +334,11 @@ class _Subset:
     def __init__(self, folder: Folder, indices: Sequence[int]) -> None:
         self.name, self.categories = folder.name, folder.categories
         self._folder, self._indices = folder, tuple(indices)
+
+    @property
+    def files(self) -> list[str]:
+        files = self._folder.files
+        return [files[index] for index in self._indices]
 
     def __len__(self) -> int:
         return len(self._indices)

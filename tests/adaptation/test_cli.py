@@ -170,3 +170,47 @@ def test_evaluate_refuses_what_does_not_fit(sam: list[str], tmp_path: Path) -> N
 def test_a_wrong_command_ends_with_one_line() -> None:
     with pytest.raises(SystemExit, match=r"^error: Unknown method 'mda'\. .*zero_shot\.$"):
         cli.run(lambda: train.main(["--method", "mda"]))
+
+
+def test_a_dataset_without_splits_is_refused_or_split_by_seed(
+    sam: list[str], squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--steps", "1", "--batch-size", "2", "--augmentations", "1", "--out", str(tmp_path)]
+    one = ["--dataset-kwargs", "annotations", str(squares / "all.json")]
+    coco = [*sam, *few, "--stream", "coco", "--data", str(squares)]
+    for command in ([*coco, *one], [*sam, *few, "--stream", "folder", "--data", str(squares)]):
+        with pytest.raises(ValueError, match="12 of 12 images of split 'val' are training images"):
+            train.main(command)
+    result = train.main([*coco, *one, "split_seed", "1", "--method", "naive"])
+    assert result.split == "test"
+    with pytest.raises(ValueError, match="--dataset-kwargs is for --stream DATASET"):
+        train.main([*sam, *few, *one])
+
+
+def test_coco_is_evaluated_on_val(
+    sam: list[str], squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """COCO has no annotated test split."""
+    data = json.loads((squares / "all.json").read_text())
+    for split, images in {"train": data["images"][:8], "val": data["images"][8:]}.items():
+        own = [a for a in data["annotations"] if a["image_id"] in {i["id"] for i in images}]
+        path = squares / f"instances_{split}.json"
+        path.write_text(json.dumps(data | {"images": images, "annotations": own}))
+    coco = [*sam, "--stream", "coco", "--data", str(squares), "--objects-per-image", "2"]
+    few = ["--steps", "1", "--batch-size", "2", "--augmentations", "1", "--method", "saom_v1"]
+    result = train.main([*coco, *few, "--out", str(tmp_path)])
+    assert result.split == "val" and "on val" in capsys.readouterr().out
+    folder = tmp_path / "saom_v1-decoder-0"
+    assert json.loads((folder / "run.json").read_text())["split"] == "val"
+    numbers = evaluate.main([*coco, "--adapter", str(folder / "adapter.safetensors")])
+    assert numbers["coco"]["box"]["objects"] == 4
+    with pytest.raises(ValueError, match="retention"):
+        train.main([*coco, *few, "--retention", str(retention_of_training_images(squares))])
+
+
+def retention_of_training_images(squares: Path) -> Path:
+    root = squares.parent / "retention"
+    root.mkdir()
+    (root / "images").symlink_to(squares / "images")
+    (root / "instances_val.json").write_bytes((squares / "instances_train.json").read_bytes())
+    return root

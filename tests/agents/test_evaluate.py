@@ -262,6 +262,31 @@ def test_command_line_writes_its_files(tiny_env: dict[str, Any], tmp_path: Path)
     assert (out / "iou_after_steps.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("dataset", ["folder", "coco"])
+def test_a_trained_agent_does_not_play_images_that_may_be_training_images(
+    saved: Callable[..., Path],
+    tiny_env: dict[str, Any],
+    squares: Path,
+    tmp_path: Path,
+    dataset: str,
+) -> None:
+    policy = saved()
+    arguments = ["--dataset", dataset, "--data", str(squares), "--backbone", "tiny"]
+    arguments += ["--checkpoint", tiny_env["checkpoint"], "--device", "cpu", "--episodes", "2"]
+    arguments += ["--num-envs", "2", "--out", str(tmp_path / "out")]
+    options = ["--dataset-kwargs"]
+    if dataset == "coco":
+        options += ["annotations", str(squares / "all.json")]
+    unsplit = [*arguments, *options] if dataset == "coco" else arguments
+    with pytest.raises(ValueError, match="of split 'test' may be training images"):
+        main([*unsplit, "--policy", str(policy)])
+    assert not (tmp_path / "out").exists()
+    # The advice of the error, and what nothing was trained for.
+    main([*arguments, *options, "split_seed", "1", "--policy", str(policy)])
+    main([*unsplit, "--policy", str(policy), "--split", "all"])
+    main([*unsplit, "--policy", "random"])
+
+
 def test_help_lists_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])

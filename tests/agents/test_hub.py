@@ -137,6 +137,17 @@ def test_the_card_of_other_kinds_of_agents(run: Path) -> None:
     assert "license: mit" in text
 
 
+def test_the_card_claims_unseen_images_only_where_they_were_compared(run: Path) -> None:
+    made = TrainingRun.read(run)
+    assert made.results["shared_images"] == 0
+    # Former versions trained and reported on the same files, without a word.
+    made.results["config"]["env_config"] |= {"dataset": "folder", "checkpoint": None}
+    for shared, unseen in ((None, False), (0, True), (3, False)):
+        made.results.pop("shared_images", None)
+        made.results.update({} if shared is None else {"shared_images": shared})
+        assert ("never saw" in model_card(made, "me/clicker", "mit")) is unseen
+
+
 def test_an_agent_of_everything_is_pushed(
     hub: Hub,
     tmp_path: Path,

@@ -8,7 +8,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.evaluate import PolicyAgent
+from agents.ppo.config import TrainPPOConfig
+from agents.ppo.run import Plan
 from agents.train_ppo import main
+from sam_gym.envs.click import SamSegConfig
 
 
 def arguments(env: dict[str, Any], out: Path) -> list[str]:
@@ -57,3 +60,41 @@ def test_wrong_input_is_an_error_before_work_starts(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         main(["--dataset", "coco", "--data", str(tmp_path / "nothing"), *out])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "folder"}, r"splits\.json is missing, .*12 of 12 images of split 'val'"),
+        ({"dataset": "coco", "annotations": "all.json"}, r"all\.json: annotations= names one file"),
+        ({"split": "test"}, "trained and evaluated on split 'test'.* --split or --held-out"),
+        ({"split": "val"}, "trained and evaluated on split 'val'"),
+    ],
+)
+def test_training_images_are_not_held_out(
+    tiny_env: dict[str, Any], squares: Path, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan.of(TrainPPOConfig(env_config=env_config(tiny_env, squares, options)))
+
+
+@pytest.mark.parametrize("options", [{"dataset": "folder"}, {"annotations": "all.json"}])
+def test_a_seed_holds_images_out(
+    tiny_env: dict[str, Any], squares: Path, options: dict[str, str]
+) -> None:
+    own = env_config(tiny_env, squares, {"dataset": "coco", "split_seed": 1} | options)
+    plan = Plan.of(TrainPPOConfig(env_config=own))
+    assert plan.shared_images == 0
+    train, held_out = (config.open_dataset() for config in (plan.training, plan.held_out))
+    assert len(train) + len(held_out) + len(plan.validation.open_dataset()) >= 12
+    # Results on the training split are labelled as such.
+    assert Plan.of(TrainPPOConfig(env_config=own, held_out="train")).shared_images == len(train)
+
+
+def env_config(tiny_env: dict[str, Any], root: Path, options: dict[str, Any]) -> SamSegConfig:
+    own = {k: v for k, v in options.items() if k in ("dataset", "split")}
+    more = {k: v for k, v in options.items() if k not in own}
+    if "annotations" in more:
+        more["annotations"] = str(root / more["annotations"])
+    data = {"data": str(root)} if "dataset" in own else {}
+    return SamSegConfig(**(tiny_env | own | data | {"dataset_kwargs": more}))

@@ -96,6 +96,19 @@ def test_files_are_read_and_photographs_are_measured(
         main([*arguments, *more, "--val-images", "3", "--out", str(tmp_path / "other")])
 
 
+def test_training_images_are_not_measured(
+    arguments: list[str], squares: Path, tmp_path: Path
+) -> None:
+    more = [*arguments, "--data", str(squares), "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="12 of 12 images of split 'val' are training images"):
+        main([*more, "--dataset", "folder"])
+    own = ["--dataset-kwargs", "annotations", str(squares / "all.json"), "split_seed", "1"]
+    transfer = ["--transfer", str(squares), "--transfer-annotations", str(squares / "all.json")]
+    with pytest.raises(ValueError, match="--transfer .*squares: 7 of its images are training"):
+        main([*more, "--dataset", "coco", *own, *transfer])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
