@@ -53,7 +53,9 @@ class AdaptConfig:
         str | None, tyro.conf.arg(help=f"{tune_help('Tune target')} (None: the method's own).")
     ] = None
     out: str = "runs/adaptation"
-    """Folder for everything that the run writes."""
+    """Folder for everything that the run writes, in a folder METHOD-TUNE-SEED of it."""
+    overwrite: bool = False
+    """Replace the run in that folder. Without --overwrite, a run in it is an error."""
     resume: bool = False
     """Resume an interrupted run from the checkpoint in --out. Bit-exact on a CPU."""
     order: str | None = None
@@ -78,7 +80,12 @@ def main(args: Sequence[str] | None = None) -> RunResult:
     retention = config.stream.open_retention()
     trainer = Trainer(config.train, config.model.arguments, out, retention)
     result = trainer.fit(
-        stream, config.method, tune, method_options=method_options, resume=config.resume
+        stream,
+        config.method,
+        tune,
+        method_options=method_options,
+        resume=config.resume,
+        overwrite=config.overwrite,
     )
     if trainer.fabric.is_global_zero:
         folder = out / folder_name(result.method, result.tune, result.seed)

@@ -18,7 +18,7 @@ import numpy as np
 
 import adaptation.strategies  # noqa: F401  (registers the methods)
 from adaptation.checkpoint import load_checkpoint, run_key
-from adaptation.evaluation import narrow_share, score
+from adaptation.evaluation import PROMPTS, narrow_share, score
 from adaptation.features import FeatureBank
 from adaptation.objects import ObjectIndices
 from adaptation.options import TrainConfig
@@ -34,6 +34,7 @@ from sam_gym.data.streams import Domain, Stream
 from sam_gym.utils.files import wait_for_a_later_name, write_json
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.runs import refuse_finished, remove_files
 from sam_gym.utils.training import save_state
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ if TYPE_CHECKING:
 _NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 #: Settings that the feature bank takes.
 _BANK_SETTINGS = "augmentations objects_per_image max_images seed memory_gib disk".split()
+
+#: Files that a run writes into its folder; the command line adds heat maps.
+_WRITTEN = (
+    *("run.json", "adapter.safetensors", "checkpoint.pt", "tensorboard/events.out.tfevents.*"),
+    *(f"{prompt}.png" for prompt in PROMPTS),
+)
 
 
 class Trainer:
@@ -103,6 +110,7 @@ class Trainer:
         *,
         method_options: Any = None,
         resume: bool = False,
+        overwrite: bool = False,
     ) -> RunResult:
         """Learn the domains of a stream one after the other, and evaluate all of them after each.
 
@@ -112,17 +120,22 @@ class Trainer:
             tune: tune target, a key of `TUNINGS`; None: the method's default.
             method_options: an instance of the method's `Options`; None: its defaults.
             resume: continue from the checkpoint in `out`, if there is one.
+            overwrite: replace the run in `out`, if there is one.
 
         Raises:
-            ValueError: a name is unknown, or the checkpoint belongs to another run.
+            ValueError: a name is unknown, the checkpoint belongs to another run, or a run is to be
+                both continued and replaced.
+            FileExistsError: `out` holds such a run, and it is neither continued nor replaced.
             TypeError: the options are those of another method.
         """
+        if resume and overwrite:
+            raise ValueError("resume continues a run, overwrite replaces it: pass one of them.")
         stream = find_stream(stream)
         method = STRATEGIES.get(strategy)
         tune = method.default_tune if tune is None else tune
         check_tune(strategy, tune)
         context = StrategyContext(self.bank(stream), tune, method_options, self.config.seed)
-        return _Fit(self, method(context)).run(resume)
+        return _Fit(self, method(context)).run(resume, overwrite)
 
 
 def _fabric() -> type[Fabric]:
@@ -196,9 +209,11 @@ class _Fit:
         own = self.config.learning_rate
         return self.strategy.learning_rate if own is None else own
 
-    def run(self, resume: bool) -> RunResult:
+    def run(self, resume: bool, overwrite: bool) -> RunResult:
         path = self._checkpoint
         if path is not None:
+            if not resume:
+                self._start_over(path, overwrite)
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume and path.is_file():
                 self._restore(path)
@@ -350,6 +365,21 @@ class _Fit:
     @property
     def _checkpoint(self) -> Path | None:
         return None if self._folder is None else self._folder / "checkpoint.pt"
+
+    def _start_over(self, checkpoint: Path, overwrite: bool) -> None:
+        """Remove the run in the folder, or refuse to; then all processes go on."""
+        folder = checkpoint.parent
+        if not overwrite:
+            refuse_finished(folder, "run.json")
+            if checkpoint.is_file():
+                raise FileExistsError(
+                    f"{folder} holds an unfinished run. Pass --resume (resume=True) to continue "
+                    "it, --overwrite (overwrite=True) to start over, or another --out (out=)."
+                )
+        self.fabric.barrier()
+        if self.fabric.is_global_zero:
+            remove_files(folder, _WRITTEN)
+        self.fabric.barrier()
 
     def _finish(self) -> None:
         learned = len(self.stream) if self.strategy.learns else 1

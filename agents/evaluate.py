@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, cast
 
 import numpy as np
@@ -24,7 +24,7 @@ from agents.policies.saved import SHIPPED, load_policy
 from agents.ppo.config import env_of
 from agents.ppo.vec_env import make_vector_env
 from agents.sharing.pull import local_policy
-from agents.sharing.repository import PREFIX
+from agents.sharing.repository import POLICY, PREFIX, RESULTS
 from agents.tasks import check_plays, names_by_environment, task_of
 from sam_gym.data.splits import check_held_out
 from sam_gym.envs.base_core import BaseCore, EnvConfig
@@ -34,6 +34,7 @@ from sam_gym.utils import cli
 from sam_gym.utils.files import write_csv, write_json
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import save_gif, tile
+from sam_gym.utils.runs import refuse_finished
 
 #: Approximate maximum number of frames of a film.
 MAX_FRAMES = 32
@@ -316,8 +317,11 @@ class EvaluateConfig:
     policy: Annotated[str, tyro.conf.arg(help=policy_help())]
     env: str = "SamSeg-v0"
     """Environment id."""
-    out: str = "runs/evaluate"
-    """Folder for results.json, episodes.csv, iou_after_steps.png and episodes.gif."""
+    out: str | None = None
+    """Folder for results.json, episodes.csv, iou_after_steps.png and episodes.gif (None:
+    runs/evaluate/ENV-POLICY-SEED)."""
+    overwrite: bool = False
+    """Replace the results in `out`. Without --overwrite, a finished evaluation is an error."""
     episodes: int = 256
     """Episodes to play."""
     num_envs: int = 64
@@ -329,6 +333,16 @@ class EvaluateConfig:
     env_config: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: SamSegConfig(split="test")
     )
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the results: `out`, or its default."""
+        on_hub = self.policy.startswith(PREFIX)
+        path = PurePath(self.policy.partition("@")[0] if on_hub else self.policy)
+        # runs/ppo/policy.zip is called ppo, and hf://USER/NAME is called NAME.
+        name = path.parent.name if path.name == POLICY else path.name
+        name = (name or path.name).removesuffix(".zip")
+        return Path(self.out or f"runs/evaluate/{self.env}-{name}-{self.seed}")
 
 
 def load_agent(
@@ -362,10 +376,12 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     )
     config = tyro.cli(EvaluateConfig, args=given, prog="python -m agents.evaluate", default=default)
     env_config = task.with_categories(config.env_config, config.categories)
+    if not config.overwrite:
+        refuse_finished(config.folder, RESULTS)
     agent = load_agent(config.policy, config.seed, env_config.device, env_id)
     if config.policy not in (*task.baselines.names(), *SHIPPED):
         check_held_out(env_config.open_dataset(), env_config.split)
-    out = Path(config.out)
+    out = config.folder
     out.mkdir(parents=True, exist_ok=True)
     counts: dict[str, Any] = {"episodes": config.episodes, "num_envs": config.num_envs}
     result = evaluate(agent, env_config, env_id=env_id, seed=config.seed, **counts)

@@ -17,7 +17,7 @@ from agents.baselines.click import BASELINES
 from agents.evaluate import PolicyAgent, evaluate
 from agents.ppo.config import with_present_names
 from benchmarks import report
-from benchmarks.options import provenance, require_at_least
+from benchmarks.options import OutputOptions, provenance, require_at_least
 from sam_gym.data.splits import check_held_out
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95, with_interval
@@ -31,7 +31,7 @@ _TRAINING_ONLY = ("categories", "length")
 
 
 @dataclass
-class AgentsBenchmarkConfig:
+class AgentsBenchmarkConfig(OutputOptions):
     """Compare trained agents over seeds with random clicks and the standard click rule.
 
     All play the same held-out episodes. With groups of words, the targets of a group's episodes are
@@ -97,7 +97,7 @@ def run(config: AgentsBenchmarkConfig) -> dict[str, Any]:
         ValueError, FileNotFoundError: an option or a run is wrong.
     """
     require_at_least(2, episodes=config.episodes)
-    out = report.output_folder(config.out)
+    out = report.output_folder(config.out, config.overwrite)
     runs = {
         name: [read_run(Path(folder), config) for folder in folders]
         for name, folders in _named(config.run, "--run").items()

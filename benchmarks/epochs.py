@@ -95,7 +95,7 @@ def run(config: EpochsBenchmarkConfig) -> dict[str, Any]:
     stream = make_stream(
         "scenes-domains", domains=config.domain, train_images=config.images, seed=config.seed
     )
-    out = report.output_folder(config.out)
+    out = report.output_folder(config.out, config.overwrite)
     backbone = config.load()
     rows = [_compare(config, backbone, stream, tune) for tune in config.tune]
     summary = {"benchmark": "epochs", "rows": rows} | provenance(config, backbone)

@@ -96,7 +96,7 @@ def run(config: GeneratorBenchmarkConfig) -> dict[str, Any]:
         RuntimeError: the sides do not find the same masks.
     """
     config.validate()
-    out = report.output_folder(config.out)
+    out = report.output_folder(config.out, config.overwrite)
     backbone = config.load()
     images = _images(config)
     steps = config.images * config.repeats + len(_SIDES) * config.memory

@@ -15,8 +15,17 @@ from sam_gym.backbones.spec import BACKBONES
 from sam_gym.version import __version__
 
 
+@dataclass(kw_only=True)
+class OutputOptions:
+    """What happens to results that are there already."""
+
+    overwrite: bool = False
+    """Replace the results in the output folder. Without --overwrite, finished results are an
+    error."""
+
+
 @dataclass
-class BackboneOptions(ModelOptions):
+class BackboneOptions(ModelOptions, OutputOptions):
     """The SAM to measure, and its device."""
 
     compile: bool = False

@@ -13,7 +13,7 @@ from agents.clip.models import load_clip
 from agents.clip.pointing import Redundant, pointing_game, redundant_feature, word_maps
 from agents.clip.surgery import ClipSurgery, min_max
 from benchmarks import report
-from benchmarks.options import device_name, provenance, require_at_least
+from benchmarks.options import OutputOptions, device_name, provenance, require_at_least
 from sam_gym.data import DATASETS, Sample, dataset_help
 from sam_gym.utils.progress import track
 from sam_gym.utils.render import draw_heat, save_image, tile
@@ -22,7 +22,7 @@ _SHOWN = 12
 
 
 @dataclass
-class PointingBenchmarkConfig:
+class PointingBenchmarkConfig(OutputOptions):
     """Play the pointing game: does the maximum of a word's map lie on an object of that category?
 
     Every category of every image counts once. CLIP Surgery is compared with each of its two halves
@@ -56,7 +56,7 @@ def run(config: PointingBenchmarkConfig) -> dict[str, Any]:
         ValueError, FileNotFoundError: an option, the data or the weights are wrong.
     """
     require_at_least(1, images=config.images)
-    out = report.output_folder(config.out)
+    out = report.output_folder(config.out, config.overwrite)
     clip = load_clip(config.clip, config.clip_pretrained, config.device)
     surgery, plain = ClipSurgery(clip, config.blocks), ClipSurgery(clip, 0)
     spec = DATASETS.get(config.dataset)

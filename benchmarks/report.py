@@ -14,37 +14,54 @@ import numpy as np
 
 from sam_gym.utils.cli import print_table
 from sam_gym.utils.files import plain, write_atomic, write_csv, write_json
+from sam_gym.utils.runs import refuse_finished, remove_files
 
 INK, BLUE, ORANGE = "#1d2733", "#1e78c8", "#e08a1e"
 
 
-def output_folder(out: str) -> Path:
+def output_folder(
+    out: str, overwrite: bool, *, resume: bool = False, pictures: Sequence[str] = ()
+) -> Path:
     """Create the folder for the results, before work starts.
 
+    Args:
+        out: its path.
+        overwrite: replace finished results in it.
+        resume: continue the run in it, finished or not.
+        pictures: glob patterns of the pictures whose number and names depend on the options;
+            those of replaced results are removed.
+
     Raises:
-        ValueError: it cannot be created, or not be written to.
+        ValueError: it cannot be created, or not be written to; or both options are given.
+        FileExistsError: it holds finished results.
     """
     folder = Path(out).expanduser()
+    if resume and overwrite:
+        raise ValueError("--resume continues a run, --overwrite replaces it: pass one of them.")
+    if not (resume or overwrite):
+        refuse_finished(folder, "results.json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {out}: cannot create the folder ({error.strerror}).") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--out {out}: the folder is not writable.")
+    if overwrite:
+        remove_files(folder, ("results.json", "report.html", *pictures))
     return folder
 
 
-def refuse_unfinished(out: Path, checkpoints: str, resume: bool) -> None:
-    """Raise `ValueError` if the folder holds an unfinished run that would be overwritten.
+def refuse_unfinished(out: Path, checkpoints: str) -> None:
+    """Raise `FileExistsError` if the folder holds an unfinished run.
 
     Args:
         out: folder of the run.
         checkpoints: glob pattern of checkpoints in that folder.
-        resume: whether the run resumes from them.
     """
-    if not resume and any(out.glob(checkpoints)) and not (out / "results.json").is_file():
-        raise ValueError(
-            f"{out} holds an unfinished run. Pass --resume to continue it, or another --out."
+    if any(out.glob(checkpoints)):
+        raise FileExistsError(
+            f"{out} holds an unfinished run. Pass --resume to continue it, --overwrite to start "
+            "over, or another --out."
         )
 
 

@@ -33,7 +33,8 @@ def main(
     """
     chosen = make_stream("scenes-domains").domains[domain]
     trainer = Trainer(TrainConfig(steps=steps, max_images=max_images), out=out)
-    result = trainer.fit(Stream(chosen.name, (chosen,)), strategy="naive", tune="decoder")
+    stream = Stream(chosen.name, (chosen,))
+    result = trainer.fit(stream, strategy="naive", tune="decoder", overwrite=True)
     adapter = out / f"{result.method}-{result.tune}-{result.seed}" / "adapter.safetensors"
 
     held_out = chosen.split("test")

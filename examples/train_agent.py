@@ -36,6 +36,7 @@ def main(
         batch_size=4 * num_envs,
         final_episodes=episodes,
         out=str(out),
+        overwrite=True,
     )
     train(config)
 

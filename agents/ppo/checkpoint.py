@@ -32,7 +32,7 @@ _UNFINISHED_FOR = 600.0
 #: Options that may change when a run is resumed: paths, memory limits, pictures, tracking,
 #: checkpoint frequency and device.
 FREE_OPTIONS = (
-    *("out", "resume", "checkpoint_every", "policy_plots", "video_every"),
+    *("out", "overwrite", "resume", "checkpoint_every", "policy_plots", "video_every"),
     *("mlflow", "mlflow_uri", "mlflow_experiment", "register_model"),
     *("env_config.data", "env_config.device"),
     *("env_config.cache_mib", "env_config.store_gib", "env_config.disk_gib"),

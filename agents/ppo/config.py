@@ -51,8 +51,10 @@ class RunOptions:
     env: str = "SamSeg-v0"
     """Environment id; it decides which environment options there are."""
     policy: Annotated[str, tyro.conf.arg(help=policy_help())] = "implicit"
-    out: str = "runs/ppo"
-    """Folder for everything that the run writes."""
+    out: str | None = None
+    """Folder for everything that the run writes (None: runs/ENV-POLICY-SEED)."""
+    overwrite: bool = False
+    """Replace the run in `out`. Without --overwrite, a finished run in `out` is an error."""
     resume: bool = False
     """Resume from the newest checkpoint in `out`, bit-exact on a CPU, or start if there is none.
     The other options must be the same. Without --resume, an `out` with checkpoints is an error."""
@@ -181,9 +183,16 @@ class TrainPPOConfig(RunOptions, PPOOptions, PolicyOptions, EvaluationOptions, T
 
     env_config: EnvConfig = field(default_factory=lambda: SamSegConfig(obs="handle"))
 
+    @property
+    def folder(self) -> Path:
+        """Folder of the run: `out`, or its default."""
+        return Path(self.out or f"runs/{self.env}-{self.policy}-{self.seed}")
+
     def validate(self) -> None:
         """Raise `ValueError` for values that cannot work, whatever the environment."""
         name, updates = self.register_model, self.recalibration_updates
+        if self.resume and self.overwrite:
+            raise ValueError("--resume continues a run, --overwrite replaces it: pass one of them.")
         if not self.mlflow and (name or self.mlflow_uri):
             raise ValueError("--register-model and --mlflow-uri take effect with --mlflow only.")
         if name is not None and (not name.strip() or set(name) & set("/:")):

@@ -42,7 +42,7 @@ def write_results(
         The content of results.json, and the files written.
     """
     config, task, held_out = plan.config, plan.task, plan.held_out
-    out, trained = Path(config.out), time.monotonic()
+    out, trained = config.folder, time.monotonic()
     outcomes = _final_evaluation(plan, agent, outcome)
     results: dict[str, Any] = {name: own.summary() for name, own in outcomes.items()}
     curves = {name: own.curve.round(4).tolist() for name, own in outcomes.items()}

@@ -27,18 +27,28 @@ from agents.ppo.results import write_results
 from agents.ppo.stages import PerStageSchedule, Stages, StreamCallback
 from agents.ppo.tracking import MlflowRun, make_logger, require_mlflow
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
+from agents.sharing.repository import CARD, POLICY, RESULTS, TAG
 from agents.tasks import Task, task_of
 from sam_gym.data.splits import check_held_out, shared_images
 from sam_gym.data.streams import Stream
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.utils.files import write_atomic
 from sam_gym.utils.render import save_gif, save_image
+from sam_gym.utils.runs import refuse_finished, remove_files
 from sam_gym.version import __version__
 
 T = TypeVar("T")
 
 #: Options that `PPO` takes as they are.
 _OF_PPO = ("n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "clip_range", "ent_coef")
+
+
+#: Files that a run writes into its folder.
+_WRITTEN = (
+    *(POLICY, RESULTS, "learning_curve.png", "iou_after_steps.png", "episodes.gif"),
+    *("forgetting.png", "policy_plots/step-*.png", "videos/step-*.gif", "checkpoints/*.ckpt"),
+    "tensorboard/**/events.out.tfevents.*",
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ def train(config: TrainPPOConfig) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: a name, a value or the data is wrong (before work starts).
         ImportError: MLflow is asked for and not installed (before work starts).
-        FileExistsError: `out` holds an unfinished run and --resume is not given.
+        FileExistsError: `out` holds a run, and neither --resume nor --overwrite is given.
         ConnectionError: another process of the job has stopped, or MLflow does not answer.
     """
     if config.mlflow:
@@ -204,7 +214,7 @@ class HeldOutEpisodes:
         return path
 
     def _file(self, folder: str, name: str) -> Path:
-        path = Path(self.plan.config.out) / folder / name
+        path = self.plan.config.folder / folder / name
         path.parent.mkdir(exist_ok=True)
         return path
 
@@ -212,13 +222,15 @@ class HeldOutEpisodes:
 def _train(
     plan: Plan, state: dict[str, Any] | None, ranks: ProcessGroup, mlflow: MlflowRun | None
 ) -> dict[str, Any]:
-    config, out, stages = plan.config, Path(plan.config.out), plan.stages
+    config, out, stages = plan.config, plan.config.folder, plan.stages
     vector, core = make_vector_env(config.env, ranks.share(config.num_envs), plan.training)
     env = VecMonitor(VectorEnvAdaptor(vector))
     model = make_model(config, plan.training, env, core, ranks, stages)
     agent = PolicyAgent(cast(SamPolicy, model.policy))
     held_out = HeldOutEpisodes(plan, agent, tuple(core.dataset.categories))
     out.mkdir(parents=True, exist_ok=True)
+    if state is None and ranks.is_first:
+        _clear(out)
 
     monitor = MonitorCallback(
         config.total_timesteps,
@@ -275,7 +287,7 @@ def _train(
     # SB3 has written the last step itself, before the last update.
     model.logger.dump(model.num_timesteps + 1)
     model.logger.close()
-    policy = out / "policy.zip"
+    policy = out / POLICY
     _save(model, policy)
     env.close()
 
@@ -300,28 +312,40 @@ def _recalibration(
 
 def _complete_results(config: TrainPPOConfig) -> dict[str, Any] | None:
     """Return the content of results.json if the run is complete, else None."""
-    out = Path(config.out)
-    path = out / "results.json"
+    out = config.folder
+    path = out / RESULTS
     if checkpoints(out / "checkpoints") or not path.is_file():
         return None
     results: dict[str, Any] = json.loads(path.read_text())
     now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
     check_same_config(with_present_names(results["config"], str(path)), now)
-    print(f"{out} holds the complete run. Leave out --resume to train again.")
+    print(f"{out} holds the complete run. Pass --overwrite instead of --resume to train again.")
     return results
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier run has left in the folder: its model card would be untrue."""
+    remove_files(out, _WRITTEN)
+    card = out / CARD
+    if card.is_file() and f"library_name: {TAG}" in card.read_text(errors="replace"):
+        card.unlink()
 
 
 def _state_to_resume(config: TrainPPOConfig) -> dict[str, Any] | None:
     """Return the checkpoint to resume from, or None to start."""
-    folder = Path(config.out) / "checkpoints"
+    folder = config.folder / "checkpoints"
+    if config.overwrite:
+        return None
     if not checkpoints(folder):
+        for finished in (RESULTS, POLICY):
+            refuse_finished(config.folder, finished)
         if config.resume:
             print(f"{folder}: no checkpoint yet. Starting the run.")
         return None
     if not config.resume:
         raise FileExistsError(
             f"{folder} holds the checkpoints of a run that is not finished. Pass --resume to "
-            "resume it, delete the folder to start over, or pass another --out."
+            "resume it, --overwrite to start over, or another --out."
         )
     state = newest_checkpoint(folder)
     check_same_config(with_present_names(state["settings"], str(folder)), asdict(config))
@@ -359,7 +383,7 @@ def _save(model: DistributedPPO, path: Path) -> None:
 
 
 def _mlflow_place(config: TrainPPOConfig) -> str | Path:
-    return config.mlflow_uri or Path(config.out).absolute().parent / "mlflow"
+    return config.mlflow_uri or config.folder.absolute().parent / "mlflow"
 
 
 @contextmanager
@@ -380,7 +404,7 @@ def mlflow_run(
     with MlflowRun(
         _mlflow_place(config),
         config.mlflow_experiment,
-        name=Path(config.out).absolute().name,
+        name=config.folder.absolute().name,
         params={k: v for k, v in flat(asdict(config)).items() if k != "mlflow_uri"},
         tags={"sam_gym.version": __version__, "env": config.env, "policy": config.policy}
         | {"backbone": config.env_config.backbone},

@@ -13,7 +13,7 @@ from agents.sharing.repository import POLICY, RESULTS, RUN_FILES
 
 #: Options that tell where a run wrote and how it was started.
 _PRIVATE = (
-    *("out", "resume", "disk"),
+    *("out", "overwrite", "resume", "disk"),
     *("mlflow", "mlflow_uri", "mlflow_experiment", "register_model"),
 )
 

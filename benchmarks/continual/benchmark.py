@@ -17,7 +17,7 @@ from adaptation.results import RunResult
 from adaptation.strategy import STRATEGIES
 from adaptation.trainer import Trainer, check_tune
 from benchmarks.continual.report import pictures, write_report
-from benchmarks.options import provenance, require_at_least
+from benchmarks.options import OutputOptions, provenance, require_at_least
 from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.backbones.adapters.tuning import TUNINGS, tune_help
 from sam_gym.data.streams import Stream, low_res_ceiling
@@ -31,7 +31,7 @@ MethodFlags: Any = method_flags(STRATEGIES.names())
 
 
 @dataclass
-class ContinualBenchmarkConfig:
+class ContinualBenchmarkConfig(OutputOptions):
     """Adapt a SAM to a stream of domains with every method, and measure forgetting.
 
     The default is the quick setting: one seed, the methods of the paper, box prompts.
@@ -53,8 +53,9 @@ class ContinualBenchmarkConfig:
     """Use the full setting: five seeds, all methods, boxes, one click and five clicks."""
     resume: bool = False
     """Resume the interrupted runs in the output folder."""
-    out: str = "runs/continual"
-    """Folder for results.json, tables, heat maps, adapters and report.html."""
+    out: str | None = None
+    """Folder for results.json, tables, heat maps, adapters and report.html (None: runs/continual,
+    or runs/continual-full with --full)."""
     stream: tyro.conf.OmitArgPrefixes[StreamOptions] = field(default_factory=StreamOptions)
     model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
     train: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
@@ -108,8 +109,14 @@ def run(config: ContinualBenchmarkConfig) -> dict[str, Any]:
     split = config.train.split or first.held_out_split
     config = replace(config, train=replace(config.train, split=split))
     retention = config.stream.open_retention()
-    out = output_folder(config.out)
-    refuse_unfinished(out, "runs/*/*/checkpoint.pt", config.resume)
+    out = output_folder(
+        config.out or f"runs/continual{'-full' if config.full else ''}",
+        config.overwrite,
+        resume=config.resume,
+        pictures=["matrix_*.png"],
+    )
+    if not (config.resume or config.overwrite):
+        refuse_unfinished(out, "runs/*/*/checkpoint.pt")
 
     runs: dict[str, list[RunResult]] = {}
     sheet = None
@@ -120,7 +127,12 @@ def run(config: ContinualBenchmarkConfig) -> dict[str, Any]:
         for label, (method, tune) in jobs.items():
             options = options_from_flags(config.method_options, method)
             done = trainer.fit(
-                streams[order], method, tune, method_options=options, resume=config.resume
+                streams[order],
+                method,
+                tune,
+                method_options=options,
+                resume=config.resume,
+                overwrite=config.overwrite,
             )
             runs.setdefault(label, []).append(done)
             numbers = done.summary(config.train.prompts[0])

@@ -18,7 +18,7 @@ from adaptation.trainer import Trainer, check_tune
 from benchmarks.everything.measuring import SHOWN, ZERO_SHOT, Measuring
 from benchmarks.everything.report import write_report
 from benchmarks.everything.scores import Split
-from benchmarks.options import provenance, require_at_least
+from benchmarks.options import OutputOptions, provenance, require_at_least
 from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.tuning import tune_help
@@ -53,7 +53,7 @@ class FineTuning(TrainConfig):
 
 
 @dataclass
-class EverythingBenchmarkConfig:
+class EverythingBenchmarkConfig(OutputOptions):
     """Fine-tune everything mode to whole objects, and compare it with the pretrained SAM.
 
     Prompts hold no ground truth: a point grid is decoded, masks are filtered, duplicates removed,
@@ -108,8 +108,9 @@ def run(config: EverythingBenchmarkConfig) -> dict[str, Any]:
     grid = config.grid or GRIDS[config.methods[0]]
     GeneratorOptions(grid=grid).validate()
     stream, splits = _open(config)
-    out = output_folder(config.out)
-    refuse_unfinished(out, "runs/*/checkpoint.pt", config.resume)
+    out = output_folder(config.out, config.overwrite, resume=config.resume)
+    if not (config.resume or config.overwrite):
+        refuse_unfinished(out, "runs/*/checkpoint.pt")
     plain = load_backbone(**config.model.arguments)
     backbones: dict[str, list[Backbone]] = {ZERO_SHOT: [plain]}
     seconds: dict[str, list[float]] = {}
@@ -214,7 +215,14 @@ def _trained(
     settings = replace(config.train, seed=seed, max_images=config.train_images)
     trainer = Trainer(settings, config.model.arguments, out / "runs")
     options = options_from_flags(config.method_options, method)
-    result = trainer.fit(stream, method, config.tune, method_options=options, resume=config.resume)
+    result = trainer.fit(
+        stream,
+        method,
+        config.tune,
+        method_options=options,
+        resume=config.resume,
+        overwrite=config.overwrite,
+    )
     folder = out / "runs" / folder_name(method, config.tune, seed)
     adapter = str(folder / "adapter.safetensors")
     return load_backbone(**config.model.arguments, adapter=adapter), result.seconds

@@ -82,7 +82,7 @@ def run(config: InteractiveBenchmarkConfig) -> dict[str, Any]:
         ValueError, FileNotFoundError: an option, the data or the checkpoint is wrong.
     """
     config.validate()
-    out = output_folder(config.out)
+    out = output_folder(config.out, config.overwrite, pictures=["pictures/*.png"])
     dataset = open_dataset(config)
     backbone = config.load()
     samples = SampleCache(dataset, 2**30)

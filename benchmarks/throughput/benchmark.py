@@ -35,7 +35,7 @@ def run(config: ThroughputBenchmarkConfig) -> dict[str, Any]:
         RuntimeError: the sides disagree on their masks or rewards.
     """
     config.validate()
-    out = output_folder(config.out)
+    out = output_folder(config.out, config.overwrite)
     backbone = config.load()
     plain = plain_sam(backbone)
     rows: list[dict[str, Any]] = []

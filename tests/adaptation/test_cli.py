@@ -214,3 +214,23 @@ def retention_of_training_images(squares: Path) -> Path:
     (root / "images").symlink_to(squares / "images")
     (root / "instances_val.json").write_bytes((squares / "instances_train.json").read_bytes())
     return root
+
+
+def test_a_run_is_replaced_on_request_only(sam: list[str], tmp_path: Path) -> None:
+    few = ["--domains", "night", "--max-images", "1", "--steps", "1", "--batch-size", "2"]
+    command = [*sam, *few, "--augmentations", "1", "--out", str(tmp_path)]
+    train.main([*command, "--prompts", "box", "click"])
+    folder = tmp_path / "naive-decoder-0"
+    before = (folder / "run.json").read_bytes()
+    with pytest.raises(FileExistsError, match=r"holds a finished run \(run.json\).*--overwrite"):
+        train.main([*command, "--learning-rate", "0.1"])
+    (folder / "run.json").rename(folder / "moved.json")
+    with pytest.raises(FileExistsError, match="unfinished run. Pass --resume .*--overwrite"):
+        train.main(command)
+    assert (folder / "moved.json").read_bytes() == before
+    with pytest.raises(ValueError, match="pass one of them"):
+        train.main([*command, "--overwrite", "--resume"])
+    train.main([*command, "--learning-rate", "0.1", "--overwrite"])
+    assert (folder / "run.json").read_bytes() != before
+    assert not (folder / "click.png").exists() and (folder / "box.png").exists()
+    assert len(list((folder / "tensorboard").iterdir())) == 1

@@ -23,6 +23,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from agents import train_ppo
 from agents.baselines.click import BASELINES
 from agents.evaluate import (
+    EvaluateConfig,
     Evaluation,
     PolicyAgent,
     check_fits,
@@ -260,6 +261,24 @@ def test_command_line_writes_its_files(tiny_env: dict[str, Any], tmp_path: Path)
     assert (out / "episodes.gif").read_bytes()[:3] == b"GIF"
     assert results["iou_after_steps"][-1] == pytest.approx(mean, abs=1e-3)
     assert (out / "iou_after_steps.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(FileExistsError, match="out holds a finished run"):
+        main([*arguments, "--seed", "1"])
+    assert json.loads((out / "results.json").read_text()) == results
+
+
+@pytest.mark.parametrize(
+    ("policy", "name"),
+    [
+        ("oracle", "oracle"),
+        ("runs/mine/policy.zip", "mine"),
+        ("policy.zip", "policy"),
+        ("best.zip", "best"),
+        ("hf://USER/NAME@v1.0", "NAME"),
+    ],
+)
+def test_the_default_folder_names_environment_policy_and_seed(policy: str, name: str) -> None:
+    folder = EvaluateConfig(policy, seed=2).folder
+    assert str(folder) == f"runs/evaluate/SamSeg-v0-{name}-2"
 
 
 @pytest.mark.parametrize("dataset", ["folder", "coco"])
@@ -283,8 +302,8 @@ def test_a_trained_agent_does_not_play_images_that_may_be_training_images(
     assert not (tmp_path / "out").exists()
     # The advice of the error, and what nothing was trained for.
     main([*arguments, *options, "split_seed", "1", "--policy", str(policy)])
-    main([*unsplit, "--policy", str(policy), "--split", "all"])
-    main([*unsplit, "--policy", "random"])
+    main([*unsplit, "--policy", str(policy), "--split", "all", "--overwrite"])
+    main([*unsplit, "--policy", "random", "--overwrite"])
 
 
 def test_help_lists_the_tables(capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,6 +148,41 @@ def test_the_card_claims_unseen_images_only_where_they_were_compared(run: Path) 
         assert ("never saw" in model_card(made, "me/clicker", "mit")) is unseen
 
 
+def test_a_finished_run_is_replaced_as_a_whole_and_on_request_only(
+    run: Path,
+    arguments: Callable[..., list[str]],
+    build_tiny: Callable[[], Any],
+    add_backbone: Callable[..., None],
+) -> None:
+    add_backbone("tiny", build=build_tiny)
+    pushed(run, card_only=True)
+    (run / "notes.txt").write_text("mine")
+    (run / "videos").mkdir(exist_ok=True)
+    (run / "videos" / "step-99999999.gif").write_bytes(b"GIF")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    again = arguments(run, "--total-timesteps", "32", "--eval-every", "32", "--seed", "1")
+    again += ["--max-steps", "2"]
+    with pytest.raises(
+        FileExistsError, match=r"holds a finished run \(results.json\).*--overwrite"
+    ):
+        train_ppo.main(again)
+    with pytest.raises(ValueError, match="pass one of them"):
+        train_ppo.main([*again, "--resume", "--overwrite"])
+    (run / "results.json").rename(run / "moved.json")
+    with pytest.raises(FileExistsError, match=r"holds a finished run \(policy.zip\)"):
+        train_ppo.main(again)
+    (run / "moved.json").rename(run / "results.json")
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    results = train_ppo.main([*again, "--overwrite"])
+    assert results["config"]["seed"] == 1
+    assert (run / "policy.zip").read_bytes() != before[run / "policy.zip"]
+    # Nothing of the former run stays, its model card neither; other files do.
+    assert not (run / "README.md").exists() and not list(run.glob("videos/step-99999999.gif"))
+    assert len(list((run / "tensorboard").rglob("events*"))) == 1
+    assert (run / "notes.txt").read_text() == "mine"
+
+
 def test_an_agent_of_everything_is_pushed(
     hub: Hub,
     tmp_path: Path,

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.evaluate import PolicyAgent
-from agents.ppo.config import TrainPPOConfig
+from agents.ppo.config import TrainPPOConfig, read_config
 from agents.ppo.run import Plan
 from agents.train_ppo import main
 from sam_gym.envs.click import SamSegConfig
@@ -98,3 +98,23 @@ def env_config(tiny_env: dict[str, Any], root: Path, options: dict[str, Any]) ->
         more["annotations"] = str(root / more["annotations"])
     data = {"data": str(root)} if "dataset" in own else {}
     return SamSegConfig(**(tiny_env | own | data | {"dataset_kwargs": more}))
+
+
+def test_the_default_folder_names_environment_policy_and_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for args, name in (
+        ([], "SamSeg-v0-implicit-0"),
+        (["--policy", "explicit", "--seed", "3"], "SamSeg-v0-explicit-3"),
+        (["--env", "SamEverything-v0"], "SamEverything-v0-everything-0"),
+        (["--out", "elsewhere"], "elsewhere"),
+    ):
+        assert read_config(args).folder.name == name
+    # Refused before any work, and so is a former run of which a policy is left.
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "SamSeg-v0-implicit-0"
+    folder.mkdir(parents=True)
+    (folder / "policy.zip").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="runs/SamSeg-v0-implicit-0 holds a finished run"):
+        main([])
+    assert (folder / "policy.zip").read_bytes() == b"mine"

@@ -107,10 +107,19 @@ def test_an_interrupted_benchmark_goes_on(
         with pytest.raises(KeyboardInterrupt):
             main([*arguments, *methods, "--out", str(out)])
     assert not (out / "results.json").exists()
-    with pytest.raises(ValueError, match="holds an unfinished run. Pass --resume"):
+    with pytest.raises(FileExistsError, match="holds an unfinished run. Pass --resume"):
         main([*arguments, *methods, "--out", str(out)])
     parts = main([*arguments, *methods, "--out", str(out), "--resume"])
     assert without_times(parts) == without_times(whole)
+    # Finished results are replaced as a whole, and on request only.
+    with pytest.raises(FileExistsError, match="parts holds a finished run"):
+        main([*arguments, "--methods", "naive", "--out", str(out)])
+    assert json.loads((out / "results.json").read_text())["methods"].keys() == {"naive", "er"}
+    again = main([*arguments, "--methods", "naive", "--out", str(out), "--overwrite"])
+    assert again["methods"]["naive"] | {"seconds": None} == (
+        whole["methods"]["naive"] | {"seconds": None}
+    )
+    assert not (out / "matrix_er.png").exists()
 
 
 def test_targets_are_runs_of_their_own() -> None:

@@ -72,8 +72,10 @@ def test_a_finished_fine_tuning_is_not_repeated(arguments: list[str], tmp_path: 
     for name, own in first["models"].items():
         for key in ("miou", "macc", "ar100", "masks_per_object"):
             assert own[key] == again["models"][name][key]
+    with pytest.raises(FileExistsError, match="holds a finished run .results.json.*--overwrite"):
+        main([*arguments, "--out", str(tmp_path)])
     (tmp_path / "results.json").unlink()
-    with pytest.raises(ValueError, match="holds an unfinished run. Pass --resume"):
+    with pytest.raises(FileExistsError, match="holds an unfinished run. Pass --resume"):
         main([*arguments, "--out", str(tmp_path)])
 
 
