@@ -17,6 +17,7 @@ from agents.annotation.folder import FolderConfig, FolderRun, annotate_folder
 from agents.evaluate import PolicyAgent
 from agents.sharing.pull import PolicyOption
 from agents.tasks import task_of_policy
+from sam_gym.data.base import split_names
 from sam_gym.utils import cli
 
 #: The option that selects everything mode instead of an agent.
@@ -57,13 +58,15 @@ def annotate(config: AnnotateConfig) -> dict[str, Any]:
     """
     if config.num_envs < 1:
         raise ValueError(f"--num-envs must be at least 1, got {config.num_envs}.")
-    names = [name.strip() for name in config.categories.split(",") if name.strip()]
-    if not names:
+    if not config.categories.strip(" ,"):
         raise ValueError("--categories is empty: name what to look for, for example star,ring.")
     run = FolderRun.prepare(config)
     agent = PolicyAgent.load(config.policy, config.device)
     task = task_of_policy(agent.policy)
     task.require("annotate")
+    features = agent.policy.features
+    names = split_names(config.categories, features.get("vocabulary") or features["categories"])
+    names = [name for name in names if name]
     return annotate_folder(run, task.make_annotator(agent, names, config))
 
 

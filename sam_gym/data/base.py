@@ -34,7 +34,7 @@ def select_categories(wanted: str | Sequence[str] | None, names: Sequence[str]) 
     if wanted is None:
         return tuple(names)
     if isinstance(wanted, str):
-        wanted = _split_names(wanted, names)
+        wanted = split_names(wanted, names)
     for name in wanted:
         check_choice("category", name, names)
     if not wanted:
@@ -42,7 +42,7 @@ def select_categories(wanted: str | Sequence[str] | None, names: Sequence[str]) 
     return tuple(dict.fromkeys(wanted))
 
 
-def _split_names(text: str, names: Sequence[str]) -> list[str]:
+def split_names(text: str, names: Sequence[str]) -> list[str]:
     """Split comma-separated names, some of which contain commas themselves."""
     known = {tuple(part.strip() for part in name.split(",")): name for name in names}
     parts = [part.strip() for part in text.split(",")]

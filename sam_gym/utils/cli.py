@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -50,6 +51,8 @@ def run(main: Callable[[], Any], resume: str = "Run the same command again.") ->
     """
     keep_freed_memory()
     stop_at_sigterm()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: text must not end a run
     try:
         main()
     except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:

@@ -43,6 +43,14 @@ def test_interrupted_commands_say_in_one_line_how_to_resume(
     assert capsys.readouterr().err.splitlines() == [line]
 
 
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    def main() -> None:
+        raise ValueError("a\x1b[2J\udcff.png: not an image.\nFetch it again.")
+
+    with pytest.raises(SystemExit, match="^error: a.x1b.2J.udcff.png: not an image.\nFetch it"):
+        cli.run(main)
+
+
 def test_a_forked_worker_ends_as_usual() -> None:
     def main() -> None:
         worker = os.fork()
