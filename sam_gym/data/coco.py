@@ -18,6 +18,8 @@ from sam_gym.data.io import (
     OnError,
     Records,
     Reject,
+    check_all,
+    check_image,
     flag,
     read_image,
     read_json,
@@ -55,8 +57,9 @@ class _Image:
 class Coco:
     """A dataset in COCO format: polygons, uncompressed RLE and compressed RLE.
 
-    Construction validates every record of the JSON and rasterises every selected mask to RLE (about
-    30 us each). Image files are checked when they are read. Images without a usable instance of the
+    Construction validates every record of the JSON, compares it with the headers of the image files
+    (about 0.1 ms each), and rasterises every selected mask to RLE (about 30 us each). Images are
+    upright, see `sam_gym.data.io.read_image`. Images without a usable instance of the
     selected categories are left out. Nothing is cached.
 
     Polygons of fewer than 3 points are dropped and their object is kept. An object without any
@@ -122,11 +125,13 @@ class Coco:
         self._balance = balance
         records = Records(self._file, on_error)
 
-        names = _categories(data["categories"], _used(data["annotations"]), records)
+        names = _categories(data["categories"], _used(data["annotations"], "category_id"), records)
         self.categories = select_categories(categories, list(names.values()))
         index_of = {name: index for index, name in enumerate(self.categories)}
 
-        by_id = _images(data["images"], self._folder, records)
+        selected = {str(key) for key, name in names.items() if name in index_of}
+        annotated = _used(data["annotations"], "image_id", selected)
+        by_id = _images(data["images"], self._folder, annotated, records)
         seen: set[int | str] = set()
         crowds: Counter[int] = Counter()
         for position, record in enumerate(data["annotations"]):
@@ -205,12 +210,11 @@ class Coco:
         check_index(self._file, index, len(self))
         image = self._images[index]
         record = f"image {image.id} of {self._file}"
-        path = image.path
-        pixels = read_image(path, record, (image.height, image.width))
+        pixels = read_image(image.path, record, (image.height, image.width))
         height, width = pixels.shape[:2]
         if (height, width) != (image.height, image.width):
             raise ValueError(
-                f"{path}: {record}: the file is {width} x {height} pixels, the JSON says "
+                f"{image.path}: {record}: the file is {width} x {height} pixels, the JSON says "
                 f"{image.width} x {image.height}. Restore the original file, or drop the image."
             )
         masks = image.decode(image.masks)
@@ -331,10 +335,19 @@ def _annotation_name(record: Any, position: int) -> str:
     return name
 
 
-def _used(annotations: list[Any]) -> set[str]:
-    """Return the ids of the categories that have annotations, as text."""
-    ids = (record.get("category_id") for record in annotations if isinstance(record, dict))
-    return {str(value if whole_number(value) is None else whole_number(value)) for value in ids}
+def _used(annotations: list[Any], key: str, categories: set[str] | None = None) -> set[str]:
+    """Return the ids of categories or images that have annotations of some categories, as text."""
+    return {
+        _as_text(record.get(key))
+        for record in annotations
+        if isinstance(record, dict)
+        and (categories is None or _as_text(record.get("category_id")) in categories)
+    }
+
+
+def _as_text(value: Any) -> str:
+    number = whole_number(value)
+    return str(value if number is None else number)
 
 
 def _categories(table: list[Any], used: set[str], records: Records) -> dict[int | str, str]:
@@ -360,7 +373,17 @@ def _categories(table: list[Any], used: set[str], records: Records) -> dict[int 
     return dict(sorted(names.items(), key=lambda item: (isinstance(item[0], str), item[0])))
 
 
-def _images(table: list[Any], folder: str, records: Records) -> dict[int | str, _Image]:
+def _images(
+    table: list[Any], folder: str, annotated: set[str], records: Records
+) -> dict[int | str, _Image]:
+    """Return images by id, without those whose file cannot be used.
+
+    Args:
+        table: records of the images.
+        folder: folder of the files.
+        annotated: ids, as text, of the images whose files are checked beyond their existence.
+        records: of the file.
+    """
     images: dict[int | str, _Image] = {}
     for position, record in enumerate(table):
         with records.validate(_record_name("image", record, position)):
@@ -370,6 +393,13 @@ def _images(table: list[Any], folder: str, records: Records) -> dict[int | str, 
             if not os.path.isfile(path):
                 raise Reject("image file is missing", f"looked for {path}", FileNotFoundError)
             images[image_id] = _Image(image_id, record["file_name"], path, height, width)
+    read = [image for image_id, image in images.items() if str(image_id) in annotated]
+    checked = check_all(lambda image: check_image(image.path, (image.height, image.width)), read)
+    for image, result in zip(read, checked, strict=True):
+        with records.validate(f"image {image.id}"):
+            if isinstance(result, Reject):
+                del images[image.id]
+                raise result
     return images
 
 

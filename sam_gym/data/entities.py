@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from sam_gym.data.base import Sample, check_index
 from sam_gym.data.io import (
     OnError,
     Records,
     Reject,
+    check_all,
+    check_annotated,
     read_annotated,
     read_json,
-    read_labels,
     resolve,
     whole_number,
 )
@@ -38,7 +38,8 @@ class Entities:
     of each). Files are looked up in `images` and `masks`, then in the root. **Split "test" is
     "test_data" if the file has it, else "val_data".**
 
-    Construction validates everything and reads every mask once; images are read on access.
+    Construction validates everything, reads every mask once, and checks that image files are
+    whole; images are decoded on access. They are upright, see `sam_gym.data.io.read_image`.
 
     Args:
         split: "train", "val" or "test".
@@ -84,16 +85,21 @@ class Entities:
         key, entries = _entries(path, data, split)
         folders = [os.path.join(root, images), root], [os.path.join(root, masks), root]
         records = Records(path, on_error)
-        #: Per image: name, path, paths of the masks, categories.
-        self._entries: list[tuple[str, str, list[str], list[int]]] = []
-        seen: set[str] = set()
+        listed: dict[str, tuple[str, tuple[str, str, list[str], list[int]]]] = {}
         for number, entry in enumerate(entries):
             with records.validate(_entry_name(key, number, entry)):
-                found = self._validate(entry, *folders, records)
-                if found[1] in seen:
+                found = self._validate(entry, *folders)
+                if found[1] in listed:
                     raise Reject("image is listed twice", f"got {found[0]!r}")
-                seen.add(found[1])
-                self._entries.append(found)
+                listed[found[1]] = _entry_name(key, number, entry), found
+        #: Per image: name, path, paths of the masks, categories.
+        self._entries: list[tuple[str, str, list[str], list[int]]] = []
+        checked = check_all(_have_objects, [found[1:3] for _, found in listed.values()])
+        for (record, found), result in zip(listed.values(), checked, strict=True):
+            with records.validate(record):
+                if isinstance(result, Reject):
+                    raise result
+                self._entries.append(_without_empty(*found, result, records))
         self.skipped: dict[str, int] = dict(records.skipped)
         if not self._entries:
             why = str(records) or "the list is empty"
@@ -139,7 +145,7 @@ class Entities:
         return int(rng.integers(len(self))), None
 
     def _validate(
-        self, entry: Any, images: list[str], masks: list[str], records: Records
+        self, entry: Any, images: list[str], masks: list[str]
     ) -> tuple[str, str, list[str], list[int]]:
         """Return name and path of the image, paths of the masks, and categories of an entry."""
         if not isinstance(entry, dict):
@@ -157,20 +163,8 @@ class Entities:
             if index not in self._category_of:
                 known = ", ".join(map(str, self._category_of))
                 raise Reject("index has no class", f"got {index}, classes have {known}")
-        paths: list[str] = []
-        categories: list[int] = []
-        for name, index in zip(names, indices, strict=True):
-            path = _find(masks, name, "mask")
-            if _has_object(path, image):
-                paths.append(path)
-                categories.append(self._category_of[index])
-            elif records.on_error == "raise":
-                raise Reject("mask is empty", path)
-        if not paths:
-            raise Reject("mask is empty")
-        if len(paths) < len(names):
-            records.skipped["mask is empty"] += len(names) - len(paths)
-        return entry["image_name"], image, paths, categories
+        paths = [_find(masks, name, "mask") for name in names]
+        return entry["image_name"], image, paths, [self._category_of[index] for index in indices]
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -247,19 +241,29 @@ def _find(folders: Sequence[str], name: object, kind: str) -> str:
     raise Reject(f"{kind} file is missing", f"looked for {looked}", FileNotFoundError)
 
 
-def _has_object(path: str, image: str) -> bool:
-    """Validate a mask file; return whether it has pixels of an object."""
-    try:
-        labels = read_labels(path, "mask")
-        with Image.open(image) as header:
-            size = header.size
-    except (ValueError, OSError) as error:
-        raise Reject("file is no image, or a mask is not grey", str(error)) from None
-    if labels.shape != size[::-1]:
-        detail = f"{image} is {size[0]} x {size[1]}, {path} is {_width_by_height(labels)}"
-        raise Reject("image and mask differ in size", detail)
-    return bool(labels.any())
+def _have_objects(files: tuple[str, list[str]]) -> list[bool]:
+    """Check the files of an image and its masks; return whether each mask has an object."""
+    image, masks = files
+    return [bool(labels.any()) for labels in check_annotated(image, masks)]
 
 
-def _width_by_height(pixels: np.ndarray) -> str:
-    return f"{pixels.shape[1]} x {pixels.shape[0]}"
+def _without_empty(
+    name: str,
+    image: str,
+    paths: list[str],
+    categories: list[int],
+    have_objects: list[bool],
+    records: Records,
+) -> tuple[str, str, list[str], list[int]]:
+    """Return an entry without its empty masks, which are counted or raise `Reject`."""
+    empty = have_objects.count(False)
+    if empty == len(paths) or (empty and records.on_error == "raise"):
+        raise Reject("mask is empty", paths[have_objects.index(False)])
+    if empty:
+        records.skipped["mask is empty"] += empty
+    return (
+        name,
+        image,
+        [path for path, has in zip(paths, have_objects, strict=True) if has],
+        [category for category, has in zip(categories, have_objects, strict=True) if has],
+    )

@@ -7,7 +7,6 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from sam_gym.data.base import SPLITS, Sample, Unsplit, check_index
 from sam_gym.data.io import (
@@ -15,6 +14,8 @@ from sam_gym.data.io import (
     OnError,
     Records,
     Reject,
+    check_all,
+    check_annotated,
     flag,
     read_annotated,
     read_json,
@@ -36,7 +37,8 @@ class Folder:
     other keys are ignored. **Without this file, every split is all images**, sorted by stem, unless
     `split_seed` is given.
 
-    Construction checks existence, names and sizes; contents are checked when files are read.
+    Construction checks names, sizes, whether files are whole, and the contents of the masks;
+    images are decoded when they are read. They are upright, see `sam_gym.data.io.read_image`.
 
     Args:
         split: "train", "val" or "test"; or "all" for all images, whatever splits.json says.
@@ -60,7 +62,8 @@ class Folder:
     Raises:
         FileNotFoundError: the root, one of its folders, an image or a mask is missing.
         ValueError: an option is unknown, splits.json is invalid, the sizes of an image and its mask
-            differ, a file is not an image, a name leaves the root, or no image is left.
+            differ, a file is not an image or not whole, a mask has no object or other values, a
+            name leaves the root, or no image is left.
     """
 
     def __init__(
@@ -102,18 +105,23 @@ class Folder:
                 'Write {"train": [stems], "val": [...], "test": [...]} to it',
             )
         records = Records(root, on_error)
-        self._pairs: list[tuple[str, str, str]] = []
-        seen: set[str] = set()
+        listed_pairs: dict[str, tuple[str, str]] = {}
         for stem in sorted(files) if listed is None else listed:
-            with records.validate(f"image {stem!r} of split {split!r}"):
+            with records.validate(_record(stem, split)):
                 mask = resolve(masks, f"{stem}.png")
-                if stem in seen:
+                if stem in listed_pairs:
                     raise Reject("image is listed twice")
                 image = _only(files.get(stem, []), os.path.join(images, f"{stem}.*"))
                 resolve(images, os.path.basename(image))  # refuses a link out of the folder
-                _check_sizes(image, mask)
-                seen.add(stem)
-                self._pairs.append((stem, image, mask))
+                listed_pairs[stem] = image, mask
+        #: Per image: stem, path, path of the mask.
+        self._pairs: list[tuple[str, str, str]] = []
+        checked = check_all(self._check, list(listed_pairs.values()))
+        for (stem, pair), reject in zip(listed_pairs.items(), checked, strict=True):
+            with records.validate(_record(stem, split)):
+                if reject is not None:
+                    raise reject
+                self._pairs.append((stem, *pair))
         self.skipped: dict[str, int] = dict(records.skipped)
         if not self._pairs:
             why = str(records) or "none is listed"
@@ -139,28 +147,16 @@ class Folder:
         Raises:
             IndexError: `index` is outside `range(len(self))`.
             FileNotFoundError: a file is missing.
-            ValueError: a file is corrupt, sizes differ, the mask has values other than 0, 128 and
-                255, or it has no object.
+            ValueError: a file is corrupt, or has changed since construction.
         """
         check_index(self.name, index, len(self))
         stem, image_path, mask_path = self._pairs[index]
         record = f"image {stem!r} of {self.name}"
         image, (labels,) = read_annotated(image_path, [mask_path], record)
-        ignore = None
-        if self._target != "instances":
-            _check_values(labels, mask_path, record)
-            ignore = labels == IGNORE
-            labels = (labels == OBJECT).astype(np.uint8)
-        if self._target == "components":
-            labels = cv2.connectedComponents(labels, connectivity=8)[1]
-        masks, small = _split(labels, 0 if self._target == "mask" else self._min_area)
-        if not len(masks):
-            least = f" of at least {self._min_area} pixels" if small.any() else ""
-            raise ValueError(
-                f"{mask_path}: {record}: the mask has no object{least}. "
-                f"Fix the file, drop the image, or lower {flag('min_area')}."
-            )
-        ignore = small if ignore is None else ignore | small
+        with Records(mask_path, "raise").validate(record):
+            instances, kept, ignore = self._instances(labels)
+        masks = instances == kept[:, None, None]
+        ignore |= (instances > 0) & ~masks.any(axis=0)
         return Sample(
             image=image,
             masks=masks,
@@ -172,6 +168,47 @@ class Folder:
     def draw(self, rng: np.random.Generator) -> tuple[int, int | None]:
         """Draw an image uniformly; the category is None: there is only one."""
         return int(rng.integers(len(self))), None
+
+    def _check(self, pair: tuple[str, str]) -> None:
+        """Check the files of an image and its mask; raises `Reject`."""
+        image, mask = pair
+        (labels,) = check_annotated(image, [mask])
+        try:
+            self._instances(labels)
+        except Reject as reject:
+            raise Reject(reject.reason, f"{mask}{reject.detail and ': '}{reject.detail}") from None
+
+    def _instances(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Split the labels of a mask file into instances.
+
+        Returns:
+            The instance of each pixel, integers (H, W), 0 for none; the instances to keep, int64
+            (N,); the ignored pixels, bool (H, W).
+
+        Raises:
+            Reject: a value is none of a mask, or there is no instance to keep.
+        """
+        ignore = np.zeros(labels.shape, bool)
+        if self._target != "instances":
+            _check_values(labels)
+            ignore = labels == IGNORE
+            labels = (labels == OBJECT).astype(np.uint8)
+        if self._target == "components":
+            labels = cv2.connectedComponents(labels, connectivity=8)[1]
+        areas = np.bincount(labels.ravel())
+        areas[BACKGROUND] = 0
+        least = 1 if self._target == "mask" else max(self._min_area, 1)
+        kept = np.flatnonzero(areas >= least)
+        if not len(kept):
+            if not areas.any():
+                raise Reject("mask has no object")
+            detail = f"the largest has {areas.max()}; lower {flag('min_area')}"
+            raise Reject(f"mask has no object of at least {least} pixels", detail)
+        return labels, kept, ignore
+
+
+def _record(stem: str, split: str) -> str:
+    return f"image {stem!r} of split {split!r}"
 
 
 def _image_files(folder: str) -> dict[str, list[str]]:
@@ -207,40 +244,11 @@ def _only(paths: list[str], pattern: str) -> str:
     return paths[0]
 
 
-def _check_sizes(image: str, mask: str) -> None:
-    if not os.path.isfile(mask):
-        raise Reject("mask file is missing", f"looked for {mask}", FileNotFoundError)
-    (width, height), mask_size = _size(image), _size(mask)
-    if (width, height) != mask_size:
-        detail = f"{image} is {width} x {height}, {mask} is {mask_size[0]} x {mask_size[1]}"
-        raise Reject("image and mask differ in size", detail)
-
-
-def _size(path: str) -> tuple[int, int]:
-    """Read width and height from the header."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError:
-        raise Reject("file is not an image", path) from None
-
-
-def _check_values(labels: np.ndarray, path: str, record: str) -> None:
-    values = np.unique(labels)
-    strange = np.setdiff1d(values, (BACKGROUND, IGNORE, OBJECT))
-    if strange.size:
+def _check_values(labels: np.ndarray) -> None:
+    values = np.flatnonzero(np.bincount(labels.ravel()))
+    if np.setdiff1d(values, (BACKGROUND, IGNORE, OBJECT)).size:
         shown = ", ".join(map(str, values[:8].tolist())) + (", ..." if values.size > 8 else "")
-        raise ValueError(
-            f"{path}: {record}: expected values 0 (background), 128 (ignore) and 255 (object), "
-            f"found {shown}. Convert the mask to these values"
-            " (a JPEG or a resized mask is not exact)."
+        raise Reject(
+            "mask has values other than 0 (background), 128 (ignore) and 255 (object)",
+            f"found {shown}; a JPEG or a resized mask is not exact",
         )
-
-
-def _split(labels: np.ndarray, min_area: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split labels into masks bool (N, H, W) of at least `min_area` pixels, and the rest (H, W)."""
-    areas = np.bincount(labels.ravel())
-    areas[BACKGROUND] = 0
-    kept = np.flatnonzero(areas >= max(min_area, 1))
-    masks = labels == kept[:, None, None]
-    return masks, (labels > 0) & ~masks.any(axis=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,19 +30,43 @@ _QUARTER_TURNS = {5: 5, 6: 8, 7: 7, 8: 6}
 #: Formats that both Pillow and OpenCV read, apart from TIFF.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "SUN")
 #: What Pillow raises for a header that it cannot read.
-_INVALID = (SyntaxError, OSError, ValueError, LookupError, TypeError, EOFError, struct.error)
-_NOT_AN_IMAGE = "the file is truncated or not an image. Fetch or export it again"
+_INVALID = (
+    SyntaxError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,  # of the WebP plugin itself
+)
+_NOT_AN_IMAGE = "the file is truncated or not an image", "Fetch or export it again"
 #: OpenCV's limit.
 _MAX_PIXELS = 2**30
 
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 _BIG_TIFF = 43
 _SEPARATE = 2
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+#: Tags of the offsets and lengths of the pixels in the file.
+_TIFF_DATA = (
+    (ExifTags.Base.StripOffsets, ExifTags.Base.StripByteCounts),
+    (ExifTags.Base.TileOffsets, ExifTags.Base.TileByteCounts),
+)
 _SAMPLE_FORMATS = {1: "uint", 2: "int", 3: "float", 4: "uint", 5: "complex int", 6: "complex"}
 
 
 class Unreadable(ValueError):
-    """What is wrong with an image file, without the name of the file."""
+    """What is wrong with an image file, without its name.
+
+    Attributes:
+        problem: the same text for all such files.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}. {remedy}")
+        self.problem, self.remedy = problem, remedy
 
 
 @dataclass(frozen=True)
@@ -80,6 +105,25 @@ def read_header(path: str) -> ImageHeader:
         return _header(file)
 
 
+def check_file(path: str) -> ImageHeader:
+    """Check that an image file is whole and of a kind that is read; return its header.
+
+    The pixels of JPEG, PNG, WebP and TIFF files are not decoded.
+
+    Raises:
+        OSError: the file cannot be opened.
+        Unreadable: what `decode_image` raises for damage that shows without decoding.
+    """
+    with open(path, "rb") as file:
+        header = _header(file)
+        if header.tags is not None:
+            _check_samples(header.tags)
+        if not _is_whole(file, header):
+            file.seek(0)
+            _decode(file.read(), cv2.IMREAD_UNCHANGED)
+    return header
+
+
 def decode_image(data: bytes, size: tuple[int, int] | None = None) -> tuple[np.ndarray, int]:
     """Decode the content of an image file; see `sam_gym.data.io.read_image`.
 
@@ -93,9 +137,9 @@ def decode_image(data: bytes, size: tuple[int, int] | None = None) -> tuple[np.n
     if header.tags is not None:
         _check_samples(header.tags)
         data = _mark_alpha_as_associated(data)
-    bgr = _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION, header)
+    bgr = _decode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     bits = 0
-    if bgr.max() < 64:
+    if bgr.max() <= 64:
         bgr, bits = _scale_low_bits(data, header, bgr)
     return _turn(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), header, size), bits
 
@@ -107,12 +151,12 @@ def decode_labels(data: bytes, size: tuple[int, int] | None = None) -> np.ndarra
         Unreadable: the file is no image, is truncated, or is not one channel of 8 or 16 bits.
     """
     header = _header(io.BytesIO(data))
-    labels = _decode(data, cv2.IMREAD_UNCHANGED, header)
+    labels = _decode(data, cv2.IMREAD_UNCHANGED)
     if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
         channels = 1 if labels.ndim == 2 else labels.shape[2]
         raise Unreadable(
-            f"expected one channel of uint8 or uint16 labels, got {channels} of {labels.dtype}. "
-            "Save it as grey PNG of 8 or 16 bits, without a palette"
+            f"expected one channel of uint8 or uint16 labels, got {channels} of {labels.dtype}",
+            "Save it as grey PNG of 8 or 16 bits, without a palette",
         )
     return _turn(labels, header, size)
 
@@ -133,13 +177,18 @@ def _header(file: BinaryIO) -> ImageHeader:
         start = file.read(16)
         file.seek(0)
         if start.startswith(_TIFF):
-            return _tiff_header(file, start)
-        image = _open(file, start)
-        return ImageHeader(image.size[::-1], _orientation(image))
+            header = _tiff_header(file, start)
+        else:
+            image = _open(file, start)
+            header = ImageHeader(image.size[::-1], _orientation(image))
     except _INVALID:
         # Pillow lacks formats that OpenCV reads.
         file.seek(0)
         return ImageHeader(_decode(file.read(), cv2.IMREAD_UNCHANGED).shape[:2])
+    height, width = header.stored_size
+    if height * width > _MAX_PIXELS:
+        raise Unreadable(f"{width} x {height} pixels are more than OpenCV reads", "Scale it down")
+    return header
 
 
 def _open(file: BinaryIO, start: bytes) -> Image.Image:
@@ -171,30 +220,44 @@ def _tiff_header(file: BinaryIO, start: bytes) -> ImageHeader:
     return ImageHeader(size, orientation if orientation in _TURNS else 1, tags)
 
 
-def _decode(data: bytes, flags: int, header: ImageHeader | None = None) -> np.ndarray:
+def _decode(data: bytes, flags: int) -> np.ndarray:
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     except cv2.error as error:
-        raise Unreadable(f"OpenCV cannot decode the file ({error.err}). Export it again") from None
+        raise Unreadable(f"OpenCV cannot decode the file: {error.err}", "Export it again") from None
     if pixels is not None and not _is_cut_jpeg(data):
         return pixels
-    if header is not None and np.prod(header.size, dtype=np.int64) > _MAX_PIXELS:
-        height, width = header.size
-        raise Unreadable(f"{width} x {height} pixels are more than OpenCV reads. Scale it down")
-    bands = (
-        1
-        if header is None or header.tags is None
-        else header.tags.get(ExifTags.Base.SamplesPerPixel, 1)
-    )
-    if bands > 4:
-        raise Unreadable(f"the file has {bands} bands. Save three of them as an RGB image")
-    raise Unreadable(_NOT_AN_IMAGE)
+    raise Unreadable(*_NOT_AN_IMAGE)
+
+
+def _is_whole(file: BinaryIO, header: ImageHeader) -> bool:
+    """Return whether a file certainly has its end, as its format tells."""
+    size = file.seek(0, os.SEEK_END)
+    if header.tags is not None:
+        ends = [
+            offset + length
+            for offsets, lengths in _TIFF_DATA
+            for offset, length in zip(
+                np.ravel(header.tags.get(offsets, ())),
+                np.ravel(header.tags.get(lengths, ())),
+                strict=False,
+            )
+        ]
+        return bool(ends) and max(ends) <= size
+    file.seek(0)
+    start = file.read(12)
+    file.seek(max(0, size - 2**16))
+    end = file.read()
+    if start.startswith(b"\x89PNG"):
+        return b"IEND" in end
+    if start.startswith(b"RIFF"):
+        return int.from_bytes(start[4:8], "little") + 8 <= size
+    return start.startswith(b"\xff\xd8") and end.rfind(_END_OF_IMAGE) > end.rfind(_START_OF_SCAN)
 
 
 def _is_cut_jpeg(data: bytes) -> bool:
     """Detect a truncated JPEG, whose missing part OpenCV silently fills with grey."""
-    start_of_scan, end_of_image = b"\xff\xda", b"\xff\xd9"
-    return data.startswith(b"\xff\xd8") and data.rfind(end_of_image) < data.rfind(start_of_scan)
+    return data.startswith(b"\xff\xd8") and data.rfind(_END_OF_IMAGE) < data.rfind(_START_OF_SCAN)
 
 
 def _check_samples(tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
@@ -203,9 +266,12 @@ def _check_samples(tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
     kind = _SAMPLE_FORMATS.get(np.max(tags.get(ExifTags.Base.SampleFormat, 1)), "unknown")
     if kind != "uint" or bits > 16:
         raise Unreadable(
-            f"expected samples of uint8 or uint16, got {kind}{bits}, whose range is unknown. "
-            "Scale it to 8 bits"
+            f"expected samples of uint8 or uint16, got {kind}{bits}, whose range is unknown",
+            "Scale it to 8 bits",
         )
+    bands = tags.get(ExifTags.Base.SamplesPerPixel, 1)
+    if bands > 4:
+        raise Unreadable(f"the file has {bands} bands", "Save three of them as an RGB image")
 
 
 def _mark_alpha_as_associated(data: bytes) -> bytes:
@@ -223,9 +289,11 @@ def _scale_low_bits(data: bytes, header: ImageHeader, bgr: np.ndarray) -> tuple[
     planes = tags.get(ExifTags.Base.PlanarConfiguration) == _SEPARATE
     if planes and np.max(tags.get(ExifTags.Base.BitsPerSample, 1)) > 8:
         # OpenCV mixes up the planes.
-        raise Unreadable("low 16-bit values in separate planes cannot be read. Scale it to 8 bits")
+        raise Unreadable(
+            "low 16-bit values in separate planes cannot be read", "Scale it to 8 bits"
+        )
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
-    wide = _decode(data, flags, header)
+    wide = _decode(data, flags)
     bits = next(bits for bits in (8, 10, 12, 14, 16) if wide.max() < 2**bits)
     if wide.dtype != np.uint16 or not wide.any() or bits == 16:
         return bgr, 0

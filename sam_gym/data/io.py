@@ -6,19 +6,33 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from sam_gym.data.images import Unreadable, decode_image, decode_labels, read_header
+from sam_gym.data.images import (
+    ImageHeader,
+    Unreadable,
+    check_file,
+    decode_image,
+    decode_labels,
+    read_header,
+)
 from sam_gym.utils.registry import check_choice
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 OnError = Literal["raise", "skip"]
 
 #: Suffixes of image files.
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+#: Number of files that a thread checks in one go.
+_CHUNK = 16
 
 
 class Reject(Exception):
@@ -193,17 +207,70 @@ def read_annotated(
         ValueError: a file cannot be read, or the sizes differ.
     """
     with _naming(path, record):
-        size = read_header(path).size
-    labels = [read_labels(label_path, record, size) for label_path in label_paths]
-    image = read_image(path, record, labels[0].shape)
-    height, width = image.shape[:2]
+        header = read_header(path)
+    labels = [read_labels(label_path, record, header.size) for label_path in label_paths]
     for label_path, label in zip(label_paths, labels, strict=True):
-        if label.shape != (height, width):
-            raise ValueError(
-                f"{label_path}: {record}: the mask is {label.shape[1]} x {label.shape[0]} pixels, "
-                f"the image {width} x {height}. Export one of them again."
-            )
-    return image, labels
+        with Records(label_path, "raise").validate(record):
+            check_size(path, header, label.shape, "mask")
+    return read_image(path, record, labels[0].shape), labels
+
+
+def check_annotated(path: str, label_paths: Sequence[str]) -> list[np.ndarray]:
+    """Check an image file as `check_image` does; read and return its label images.
+
+    Raises:
+        Reject: a file is missing or cannot be read, or the sizes differ.
+    """
+    header = check_image(path)
+    labels = []
+    for label_path in label_paths:
+        with _rejecting(label_path, "mask file"):
+            labels.append(decode_labels(_read(label_path), header.size))
+        check_size(path, header, labels[-1].shape, label_path)
+        if labels[-1].shape != labels[0].shape:
+            raise Reject("masks differ in size", f"{label_path} and {label_paths[0]}")
+    return labels
+
+
+def check_image(path: str, size: tuple[int, int] | None = None) -> ImageHeader:
+    """Check that an image file is whole and has the annotated size; the pixels are not decoded.
+
+    Raises:
+        Reject: the file is missing, is truncated, cannot be read, or has another size.
+    """
+    with _rejecting(path, "image file"):
+        header = check_file(path)
+    if size is not None:
+        check_size(path, header, size, "record")
+    return header
+
+
+def check_size(path: str, header: ImageHeader, size: tuple[int, ...], annotation: str) -> None:
+    """Reject an image file that has another size, upright or stored, than its annotation."""
+    if header.fit(size) != size:
+        (height, width), (expected_height, expected_width) = header.size, size
+        raise Reject(
+            "image and annotation differ in size",
+            f"{path} is {width} x {height}, {annotation} is {expected_width} x {expected_height}",
+        )
+
+
+def check_all(check: Callable[[T], R], items: Sequence[T]) -> Iterator[R | Reject]:
+    """Check items in threads; yield results, or the `Reject` that was raised, in order."""
+
+    def check_some(start: int) -> list[R | Reject]:
+        return [_attempt(check, item) for item in items[start : start + _CHUNK]]
+
+    with ThreadPoolExecutor() as pool:
+        for results in pool.map(check_some, range(0, len(items), _CHUNK)):
+            yield from results
+
+
+def _attempt(check: Callable[[T], R], item: T) -> R | Reject:
+    try:
+        return check(item)
+    except Reject as reject:
+        return reject
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -235,3 +302,16 @@ def _naming(path: str, record: str) -> Iterator[None]:
         ) from None
     except Unreadable as error:
         raise ValueError(f"{path}: {record}: {error}, or drop the record.") from None
+
+
+@contextmanager
+def _rejecting(path: str, kind: str) -> Iterator[None]:
+    """Turn errors of a file from the body into a `Reject`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise Reject(f"{kind} is missing", f"looked for {path}", FileNotFoundError) from None
+    except Unreadable as error:
+        raise Reject(f"{kind} cannot be read: {error.problem}", path) from None
+    except OSError as error:
+        raise Reject(f"{kind} cannot be read: {error.strerror}", path) from None

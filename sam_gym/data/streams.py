@@ -19,13 +19,12 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from sam_gym.data import make_dataset
 from sam_gym.data.base import SPLITS, Dataset, MissingSplit, Sample, check_index
 from sam_gym.data.folder import BACKGROUND, IGNORE, OBJECT, Folder
-from sam_gym.data.io import read_json, read_labels
+from sam_gym.data.io import check_image, check_size, image_size, read_json, read_labels
 from sam_gym.data.splits import check_held_out
 from sam_gym.data.synthetic.domains.dataset import DOMAINS, ProceduralDomain
 from sam_gym.metrics.masks import iou
@@ -351,11 +350,21 @@ class _Subset:
         return int(rng.integers(len(self))), None
 
 
+class _DomainFolder(Folder):
+    """A folder with images without an object, which domains leave out."""
+
+    def _check(self, pair: tuple[str, str]) -> None:
+        image, mask = pair
+        check_size(image, check_image(image), check_image(mask).size, mask)
+
+
 def _folder_domain(root: str, min_area: float, max_images: int | None, seed: int) -> Domain:
     target = _layout(root)
     masks = os.path.join(root, "instances" if target == "instances" else "masks")
     least = max(1, math.ceil(min_area * _median_area(masks)))
-    whole = {split: Folder(split, root=root, target=target, min_area=least) for split in SPLITS}
+    whole = {
+        split: _DomainFolder(split, root=root, target=target, min_area=least) for split in SPLITS
+    }
     stems = _disjoint_splits(root)
     datasets: dict[str, Dataset] = {}
     empty = 0
@@ -411,8 +420,8 @@ def _median_area(masks: str) -> float:
     """Return the median area of the masks in a folder, in pixels, from their headers."""
     areas = []
     for name in os.listdir(masks):
-        with suppress(OSError), Image.open(os.path.join(masks, name)) as image:
-            areas.append(image.size[0] * image.size[1])
+        with suppress(OSError, ValueError):
+            areas.append(math.prod(image_size(os.path.join(masks, name))))
     return float(np.median(areas)) if areas else 0.0
 
 

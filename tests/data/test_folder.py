@@ -223,8 +223,8 @@ BAD_STEMS = [
     ("no mask", FileNotFoundError, "image 'b' of split 'test': mask file is missing .*masks/b.png"),
     ("two images", ValueError, "several image files have this stem .*b.jpg, .*b.png"),
     ("size", ValueError, "differ in size .*images/b.png is 50 x 30, .*masks/b.png is 50 x 29"),
-    ("not an image", ValueError, "file is not an image .*images/b.png"),
-    ("empty mask file", ValueError, "file is not an image .*masks/b.png"),
+    ("not an image", ValueError, "file cannot be read: the file is truncated or .*images/b.png"),
+    ("empty mask file", ValueError, "file cannot be read: the file is truncated or .*masks/b.png"),
     ("listed twice", ValueError, "image 'b' of split 'test': image is listed twice"),
     ("mask link", ValueError, "image 'b' .*: file name leaves its folder .*'b.png'"),
     ("image link", ValueError, "image 'b' .*: file name leaves its folder .*'b.png'"),
@@ -267,24 +267,32 @@ def values(*found: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("mask", "match"),
     [
-        (values(1), r"masks/a.png: image 'a' of leaves: .*found 0, 1, 128, 255\. Convert"),
-        (values(*range(1, 9)), r"found 0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\. Convert"),
-        (np.zeros((HEIGHT, WIDTH), np.uint8), "masks/a.png: .*the mask has no object. Fix"),
-        (np.full((HEIGHT, WIDTH), 128, np.uint8), "the mask has no object"),
-        (cv2.merge([tiny_mask()] * 3), "masks/a.png: .*one channel .*got 3 of uint8"),
+        (
+            values(1),
+            r"other than 0 .* and 255 .object. .*masks/a.png: found 0, 1, 128, 255; a JPEG",
+        ),
+        (values(*range(1, 9)), r"found 0, 1, 2, 3, 4, 5, 6, 7, \.\.\.; a JPEG"),
+        (np.zeros((HEIGHT, WIDTH), np.uint8), "mask has no object .*masks/a.png"),
+        (np.full((HEIGHT, WIDTH), 128, np.uint8), "mask has no object"),
+        (cv2.merge([tiny_mask()] * 3), "one channel .*got 3 of uint8 .*masks/a.png"),
     ],
 )
 def test_bad_mask(root: Path, mask: np.ndarray, match: str) -> None:
-    cv2.imwrite(str(root / "masks" / "a.png"), mask)
     dataset = Folder(root=str(root))
-    with pytest.raises(ValueError, match=match):
+    cv2.imwrite(str(root / "masks" / "a.png"), mask)
+    with pytest.raises(ValueError, match="masks/a.png: image 'a' of leaves: .* 255|one channel|no"):
         dataset[0]
+    with pytest.raises(ValueError, match=f"image 'a' of split 'test': .*{match}"):
+        Folder(root=str(root))
+    with pytest.warns(UserWarning, match="leaves: skipped 1 records: 1 x mask"):
+        dataset = Folder(root=str(root), on_error="skip")
+    assert [dataset[index].source for index in range(2)] == ["leaves/b", "leaves/c"]
 
 
 def test_no_component_is_large_enough(root: Path) -> None:
-    dataset = Folder(root=str(root), target="components", min_area=1000)
-    with pytest.raises(ValueError, match="no object of at least 1000 pixels.*lower min_area"):
-        dataset[0]
+    match = "no object of at least 1000 pixels .*largest has [0-9]+; lower min_area=VALUE"
+    with pytest.raises(ValueError, match=match):
+        Folder(root=str(root), target="components", min_area=1000)
 
 
 def test_files_that_go_bad_later(root: Path) -> None:
@@ -295,7 +303,7 @@ def test_files_that_go_bad_later(root: Path) -> None:
     sound = mask.read_bytes()
     cv2.imwrite(str(mask), tiny_mask()[1:])
     with pytest.raises(
-        ValueError, match="masks/a.png: .*mask is 50 x 29 pixels, the image 50 x 30"
+        ValueError, match="masks/a.png: .*differ in size .*a.png is 50 x 30, mask is 50 x 29"
     ):
         dataset[0]
     mask.write_bytes(sound[: len(sound) // 2])
