@@ -232,13 +232,13 @@ def check_annotated(path: str, label_paths: Sequence[str]) -> list[np.ndarray]:
     return labels
 
 
-def check_image(path: str, size: tuple[int, int] | None = None) -> ImageHeader:
+def check_image(path: str, size: tuple[int, int] | None = None, kind: str = "image") -> ImageHeader:
     """Check that an image file is whole and has the annotated size; the pixels are not decoded.
 
     Raises:
         Reject: the file is missing, is truncated, cannot be read, or has another size.
     """
-    with _rejecting(path, "image file"):
+    with _rejecting(path, f"{kind} file"):
         header = check_file(path)
     if size is not None:
         check_size(path, header, size, "record")

@@ -355,7 +355,7 @@ class _DomainFolder(Folder):
 
     def _check(self, pair: tuple[str, str]) -> None:
         image, mask = pair
-        check_size(image, check_image(image), check_image(mask).size, mask)
+        check_size(image, check_image(image), check_image(mask, kind="mask").size, mask)
 
 
 def _folder_domain(root: str, min_area: float, max_images: int | None, seed: int) -> Domain:
