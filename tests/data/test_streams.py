@@ -276,7 +276,7 @@ def a_file(root: Path) -> None:
             cut_mask,
             "image 'test1' .*mask file cannot be read: the file is truncated or not an image",
         ),
-        (ones_for_objects, "val0.png: .* values other than 0 .* found 0, 1"),
+        (ones_for_objects, "val0.png: .* values other than 0 .*found 0, 1"),
         (no_folder, "blocks: the folder does not exist. Check the path"),
         (empty, "blocks: found nothing. A domain is a folder with"),
         (a_file, "blocks: not a folder that can be read"),
