@@ -181,6 +181,8 @@ class BaseCore(Generic[C, T]):
 
     #: Names of the arrays with a row per sub-environment that `get_state` saves.
     episode_arrays: tuple[str, ...] = ("steps",)
+    #: Names of `reset(options=...)`, besides `reset_mask` of vector environments.
+    reset_options: tuple[str, ...] = ("index",)
     #: Keys of `info`, besides `iou`, that evaluations report at the end of an episode.
     reported: tuple[str, ...] = ()
     action_space: spaces.Space
@@ -198,6 +200,10 @@ class BaseCore(Generic[C, T]):
         self._centres = cell_centres(np.arange(grid**2), grid, (side, side))
         self.handles = np.full(num_envs, -1, np.int64)
         self.targets: list[T | None] = [None] * num_envs
+        #: Image that a reset chose for the episode, within its domain; -1: the image was drawn.
+        self._chosen = [-1] * num_envs
+        #: Images chosen for the next episodes of sub-environments.
+        self._chosen_next: dict[int, int] = {}
         #: State of each random generator before the target was drawn.
         self._starts: list[dict[str, Any] | None] = [None] * num_envs
         self.steps = np.zeros(num_envs, np.int64)
@@ -206,7 +212,9 @@ class BaseCore(Generic[C, T]):
         """Look up the backbone and the store of this process; start with an empty sample cache."""
         config = self.config
         self.samples = SampleCache(self.dataset, config.cache_mib * 2**20)
-        self.prefetcher = Prefetcher(self._draw)
+        self.prefetcher = Prefetcher(self._draw_episode)
+        #: Image in which the current draw is to find its target; -1: any.
+        self._draws_of = -1
         self._misses = 0
         self.backbone = load_backbone(
             config.backbone,
@@ -246,10 +254,48 @@ class BaseCore(Generic[C, T]):
 
     # Episodes ----------------------------------------------------------------------------------
 
+    def take_options(
+        self, indices: Sequence[int], seeded: Sequence[int], options: Mapping[str, Any]
+    ) -> None:
+        """Handle the options of an explicit reset; arguments as for `prepare_reset`.
+
+        Raises:
+            ValueError: an option is impossible.
+        """
+        self.prepare_reset(indices, seeded, options)
+        if options.get("index") is not None:
+            self._choose(options["index"], indices)
+
+    def _choose(self, images: Any, indices: Sequence[int]) -> None:
+        """Choose images for the next episodes: an index within the domain, or int (num_envs,)."""
+        wanted = self.per_environment("an index", images)[indices]
+        for index, domain in zip(wanted.tolist(), self._next_domains(indices), strict=True):
+            count = len(self._image_range(domain))
+            if not 0 <= index < count:
+                raise ValueError(
+                    f"Index {index} is out of range: {self._domain_name(domain)} has images 0 to "
+                    f"{count - 1}."
+                )
+        self._chosen_next |= zip(indices, wanted.tolist(), strict=True)
+
+    def per_environment(self, name: str, value: Any) -> np.ndarray:
+        """Return an integer, or one for each sub-environment, as int64 (num_envs,).
+
+        Raises:
+            ValueError: it is neither; the message calls it `name`.
+        """
+        array = np.asarray(value)
+        if array.shape not in ((), (self.num_envs,)) or array.dtype.kind not in "iu":
+            raise ValueError(
+                f"Expected {name} as an integer, or {self.num_envs} integers, one for each "
+                f"sub-environment, got {value!r}."
+            )
+        return np.broadcast_to(array, (self.num_envs,)).astype(np.int64)
+
     def prepare_reset(
         self, indices: Sequence[int], seeded: Sequence[int], options: Mapping[str, Any]
     ) -> None:
-        """Handle the options of an explicit reset; autoresets do not call this.
+        """Handle the task's own options of an explicit reset; autoresets do not call this.
 
         Args:
             indices: sub-environments that will be reset.
@@ -265,6 +311,8 @@ class BaseCore(Generic[C, T]):
             rngs: the generator of each, which draws its target.
         """
         starts: list[Any] = [rng.bit_generator.state for rng in rngs]
+        for i in indices:
+            self._chosen[i] = self._chosen_next.pop(i, -1)
         self._begin(indices, self._draw_all(indices, rngs))
         for i, start in zip(indices, starts, strict=True):
             self._starts[i] = start
@@ -294,7 +342,7 @@ class BaseCore(Generic[C, T]):
         """
         return [
             {name: getattr(self, name)[i].copy() for name in self.episode_arrays}
-            | {"start": self._starts[i]}
+            | {"start": self._starts[i], "chosen": self._chosen[i]}
             for i in range(self.num_envs)
         ]
 
@@ -314,6 +362,7 @@ class BaseCore(Generic[C, T]):
                     "Call reset() before get_state()."
                 )
             rng.bit_generator.state = row["start"]
+            self._chosen_next[i] = row.get("chosen", -1)
         self.reset(range(self.num_envs), rngs)
         for name in self.episode_arrays:
             getattr(self, name)[:] = np.stack([row[name] for row in state])
@@ -344,13 +393,22 @@ class BaseCore(Generic[C, T]):
         self, indices: Sequence[int], rngs: Sequence[np.random.Generator]
     ) -> list[Draw[T]]:
         """Draw a target for each sub-environment, and prefetch the next ones if that saves time."""
-        draws = self.prefetcher.take(indices, rngs, self._next_domains(indices))
+        chosen = [self._chosen[i] for i in indices]
+        draws = self.prefetcher.take(indices, rngs, self._next_domains(indices), chosen)
         self._enter_domains(indices)
         # A cached sample takes less time than handing the draw to a thread.
         missed, self._misses = self.samples.misses > self._misses, self.samples.misses
         if missed and self.num_envs > 1:
-            self.prefetcher.begin(indices, rngs, self._next_domains(indices))
+            self.prefetcher.begin(indices, rngs, self._next_domains(indices), [-1] * len(indices))
         return draws
+
+    def _draw_episode(self, rng: np.random.Generator, domain: int, chosen: int) -> Draw[T]:
+        """Draw a target as `_draw` does, in the image `chosen` of the domain unless it is -1."""
+        self._draws_of = chosen  # draws never run concurrently
+        try:
+            return self._draw(rng, domain)
+        finally:
+            self._draws_of = -1
 
     def _next_domains(self, indices: Sequence[int]) -> list[int]:
         """Return the domain of each sub-environment's next episode; 0 without a stream."""
@@ -360,9 +418,20 @@ class BaseCore(Generic[C, T]):
         """Advance some sub-environments to the domains of their next episodes."""
 
     def _draw_image(self, rng: np.random.Generator, domain: int) -> tuple[int, int | None]:
+        """Draw an image of a domain, as `Dataset.draw` does, or return the chosen one."""
+        if self._draws_of >= 0:
+            return self._image_range(domain)[self._draws_of], None
+        return self._draw_from(domain, rng)
+
+    def _draw_from(self, domain: int, rng: np.random.Generator) -> tuple[int, int | None]:
         """Draw an image of a domain, as `Dataset.draw` does."""
         del domain
         return self.dataset.draw(rng)
+
+    def _image_range(self, domain: int) -> range:
+        """Return the indices of a domain's images in the dataset."""
+        del domain
+        return range(len(self.dataset))
 
     def _domain_name(self, domain: int) -> str:
         """Return the name of a domain for messages."""
@@ -371,8 +440,11 @@ class BaseCore(Generic[C, T]):
 
     def _no_target_error(self, domain: int) -> ValueError:
         """Return the error for data in which `MAX_DRAWS` draws found no target."""
+        name = self._domain_name(domain)
+        if self._draws_of >= 0:
+            name += f", image {self._draws_of}"
         return ValueError(
-            f"{self._domain_name(domain)}: {MAX_DRAWS} draws found no target that covers at least "
+            f"{name}: {MAX_DRAWS} draws found no target that covers at least "
             f"{self.config.min_target:.2%} of the frame. Lower min_target or take other categories."
         )
 

@@ -57,8 +57,14 @@ class BaseEnv(gym.Env[Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Begin an episode; `options={"index": i}` chooses image `i` of the dataset.
+
+        Raises:
+            ValueError: an option is unknown or impossible.
+        """
+        _check_options(options, self.core.reset_options)
         super().reset(seed=seed)
-        self.core.prepare_reset([0], [] if seed is None else [0], options or {})
+        self.core.take_options([0], [] if seed is None else [0], options or {})
         self.core.reset([0], [self.np_random])
         if self.render_mode == "human":
             self.render()
@@ -150,7 +156,18 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Begin new episodes; `options={"reset_mask": bool (num_envs,)}` selects some."""
+        """Begin new episodes.
+
+        Args:
+            seed: sub-environment `i` gets `seed + i`, or the `i`-th of a sequence.
+            options: `{"reset_mask": bool (num_envs,)}` resets some sub-environments only;
+                `{"index": i}` chooses image `i` of the dataset for all, and int (num_envs,) one
+                for each.
+
+        Raises:
+            ValueError: an option is unknown or impossible.
+        """
+        _check_options(options, (*self.core.reset_options, "reset_mask"))
         mask = np.ones(self.num_envs, bool)
         if options and "reset_mask" in options:
             mask = np.asarray(options["reset_mask"], bool)
@@ -160,7 +177,7 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
                 )
         seeds = self._seeds(seed)
         seeded = [i for i, own in enumerate(seeds) if own is not None and mask[i]]
-        self.core.prepare_reset(np.flatnonzero(mask).tolist(), seeded, options or {})
+        self.core.take_options(np.flatnonzero(mask).tolist(), seeded, options or {})
         for i in seeded:
             self._rngs[i] = seeding.np_random(seeds[i])[0]
         self._begin(np.flatnonzero(mask))
@@ -299,6 +316,13 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
 
     def close_extras(self, **kwargs: Any) -> None:
         self.core.close()
+
+
+def _check_options(options: dict[str, Any] | None, valid: Sequence[str]) -> None:
+    """Raise `ValueError` if an option of a reset is unknown."""
+    for name in options or {}:
+        if name not in valid:
+            raise unknown_name("reset option", name, valid)
 
 
 def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:

@@ -507,7 +507,7 @@ class SamSegEnv(BaseEnv):
     ## Starting State
 
     No clicks and an empty mask. The environment's random generator draws the image and the target
-    from the dataset.
+    from the dataset. `reset(options={"index": i})` takes image `i` instead.
 
     ## Episode End
 

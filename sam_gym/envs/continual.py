@@ -128,6 +128,7 @@ class ContinualCore(ClickCore):
 
     config: ContinualConfig
     dataset: StreamDataset
+    reset_options = ("index", "task")
     episode_arrays = (*EPISODE_ARRAYS, "tasks", "played", "requested", "boundaries")
 
     def __init__(self, config: ContinualConfig, num_envs: int) -> None:
@@ -156,19 +157,14 @@ class ContinualCore(ClickCore):
         Raises:
             ValueError: not an index, or out of range.
         """
-        wanted, count = np.asarray(tasks), len(self.stream)
-        if wanted.shape not in ((), (self.num_envs,)) or wanted.dtype.kind not in "iu":
-            raise ValueError(
-                f"Expected a task as an integer, or {self.num_envs} integers, one for each "
-                f"sub-environment, got {tasks!r}."
-            )
+        wanted, count = self.per_environment("a task", tasks), len(self.stream)
         if wanted.min() < 0 or wanted.max() >= count:
             raise ValueError(
                 f"Task {tasks} is out of range: expected 0 to {count - 1} "
                 f"({', '.join(self.stream.names)})."
             )
         index = np.arange(self.num_envs) if indices is None else np.asarray(indices)
-        self.requested[index] = np.broadcast_to(wanted, (self.num_envs,))[index]
+        self.requested[index] = wanted[index]
 
     def advance(self) -> None:
         """Request the domain after the current or requested one; after the last, see `cycle`."""
@@ -201,8 +197,12 @@ class ContinualCore(ClickCore):
         self.tasks[index], self.boundaries[index] = upcoming, moved
         self.requested[index] = -1
 
-    def _draw_image(self, rng: np.random.Generator, domain: int) -> tuple[int, int | None]:
+    def _draw_from(self, domain: int, rng: np.random.Generator) -> tuple[int, int | None]:
         return self.dataset.draw_from(domain, rng)
+
+    def _image_range(self, domain: int) -> range:
+        first = int(self.dataset.firsts[domain])
+        return range(first, first + len(self.dataset.parts[domain]))
 
     def _domain_name(self, domain: int) -> str:
         return f"{self.stream.name}, domain {self.stream.names[domain]!r}"
@@ -312,6 +312,7 @@ class SamContinualEnv(_StreamControls, SamSegEnv):
     `env.unwrapped.advance()`, `env.unwrapped.set_task(k)` and `reset(options={"task": k})` request
     a domain. It begins at the next reset, seeded or not, and the schedule continues from there.
     With `episodes_per_domain=None`, nothing else changes the domain.
+    `reset(options={"index": i})` takes image `i` of the domain.
 
     ## Episode End
 

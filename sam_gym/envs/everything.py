@@ -556,7 +556,8 @@ class SamEverythingEnv(BaseEnv):
     ## Starting State
 
     No points and no masks. The environment's random generator draws the image from the dataset.
-    Objects that cover less than `min_target` of the frame do not count.
+    `reset(options={"index": i})` takes image `i` instead. Objects that cover less than `min_target`
+    of the frame do not count.
 
     ## Episode End
 

@@ -190,11 +190,11 @@ def test_the_first_episode_of_the_next_domain_is_prefetched(make_vec: Make) -> N
     env = make_vec(cache_mib=0)
     env.reset(seed=0)
     assert [pending.arguments for pending in env.unwrapped.core.prefetcher.pending.values()] == [
-        (0,)
+        (0, -1)
     ] * 3
     env.step(np.zeros(3, int))
     assert [pending.arguments for pending in env.unwrapped.core.prefetcher.pending.values()] == [
-        (1,)
+        (1, -1)
     ] * 3
     env.close()
 
