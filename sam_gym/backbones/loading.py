@@ -79,19 +79,25 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         FileNotFoundError: the file does not exist.
         ValueError: the file is truncated, corrupt or not a state dict.
     """
+    if path.is_dir():
+        raise ValueError(
+            f"{path}: a folder, not a checkpoint file. A folder of transformers is a backbone by "
+            f"itself: '{HUB_PREFIX}PATH'."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file.")
     try:
-        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     except Exception as error:  # every format has its own errors for a damaged file
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"{path}: not a readable checkpoint: it holds {named[1]}, and only weights and "
                 f"plain data are read from files. {_SAVE_STATE_DICT}"
             ) from error
-        reason = str(error).partition("Weights only load failed")[0]
+        # Without torch's advice to load the file unsafely.
+        reason = re.split("Weights only load failed|In PyTorch 2.6", str(error))[0].strip()
         raise ValueError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}: {reason}). "
+            f"{path}: not a readable checkpoint ({type(error).__name__}{reason and f': {reason}'}). "
             "The file may be truncated: compare its size with the published one."
         ) from error
     state = next(_state_dicts(content), None)
@@ -117,6 +123,12 @@ class _IgnoredDict:
         return OrderedDict()
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Return whether a file, of any name, has the header of safetensors: a length and JSON."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -130,7 +142,7 @@ def _read_torch(path: Path) -> Any:
         UnpicklingError: the file names functions of Python's own library.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _load_plain(path)
     except pickle.UnpicklingError:
         try:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -144,17 +156,25 @@ def _read_torch(path: Path) -> Any:
             replaced.append((_Ignored if package == "numpy" else _IgnoredDict, name))
     with torch.serialization.safe_globals(replaced):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return _load_plain(path)
         except (AttributeError, TypeError) as error:  # its objects are neither of our two
             raise pickle.UnpicklingError(f"GLOBAL {','.join(sorted(names))}") from error
+
+
+def _load_plain(path: Path) -> Any:
+    # Of a file, since torch takes the suffix of a path for the format.
+    with path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _state_dicts(content: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the state dicts in a checkpoint that also holds, for example, an optimizer's state."""
     if not isinstance(content, dict):
         return
-    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        yield content
+    tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    # Settings may lie among the weights, and a tensor of a metric beside a wrapped state dict.
+    if tensors and (len(tensors) == len(content) or any("." in str(key) for key in tensors)):
+        yield tensors
     for key in _WRAPPERS:
         yield from _state_dicts(content.get(key))
 

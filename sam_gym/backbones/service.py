@@ -32,6 +32,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _POINTS = 8
 
 
+def check_rgb(image: object) -> None:
+    """Raise `ValueError` unless an image is a uint8 array (H, W, 3)."""
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"An image must be a uint8 array (H, W, 3), got {type(image).__name__}. "
+            "Of a file: np.array(PIL.Image.open(path).convert('RGB'))."
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"An image must be uint8 (H, W, 3), got {image.dtype} {image.shape}.")
+
+
 class FeatureSource(Protocol):
     """Computes image features; all that an `EmbeddingStore` or `DiskStore` needs."""
 
@@ -281,13 +292,7 @@ class Backbone:
 
     def check_image(self, image: np.ndarray) -> None:
         """Raise `ValueError` unless an image is uint8 (H, W, 3) and keeps pixels when resized."""
-        if not isinstance(image, np.ndarray):
-            raise ValueError(
-                f"An image must be a uint8 array (H, W, 3), got {type(image).__name__}. "
-                "Of a file: np.array(PIL.Image.open(path).convert('RGB'))."
-            )
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"An image must be uint8 (H, W, 3), got {image.dtype} {image.shape}.")
+        check_rgb(image)
         if 0 in image.shape or 0 in self.input_size(image.shape[:2]):
             raise ValueError(
                 f"An image of {image.shape[0]} x {image.shape[1]} pixels has no pixels left "

@@ -24,7 +24,7 @@ from torchvision.ops import nms
 
 from sam_gym.backbones.decode import MaskTokens, Prompts
 from sam_gym.backbones.features import ImageFeatures
-from sam_gym.backbones.service import BackboneService
+from sam_gym.backbones.service import BackboneService, check_rgb
 from sam_gym.backbones.spec import BackboneSpec, find_spec
 from sam_gym.mask_generation.masks import OUTPUTS, Collected, Masks, run_lengths, to_counts
 from sam_gym.simulation.clicks import relative_grid
@@ -207,6 +207,7 @@ class MaskGenerator:
     def _crops(self, images: Iterable[np.ndarray]) -> Iterator[_Crop]:
         options = self.options
         for image in images:
+            check_rgb(image)
             size = image.shape[:2]
             boxes, layers = generate_crop_boxes(
                 size, options.crop_n_layers, options.crop_overlap_ratio

@@ -212,14 +212,15 @@ class Attributes(dict):
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda s: {"model": s, "args": argparse.Namespace(lr=0.1)},
+        lambda s: {"model": s, "args": argparse.Namespace(lr=0.1), "best": torch.tensor(0.5)},
+        lambda s: s | {"args": argparse.Namespace(lr=0.1)},
         lambda s: {"model_state": {f"sam.{k}": v for k, v in s.items()}, "epoch": 3},
         lambda s: {
             "model": "vit_b",
             "model_state_dict": {f"_orig_mod.{k}": v for k, v in s.items()},
         },
     ],
-    ids=["namespace", "micro-sam", "compiled"],
+    ids=["namespace", "namespace among weights", "micro-sam", "compiled"],
 )
 def test_checkpoints_of_other_programs(
     small_vit_b: None, build_tiny: Callable[[], Sam], tmp_path: Path, wrap: Any, legacy: bool
@@ -307,6 +308,18 @@ def test_what_is_wrapped_loads_strictly(micro_checkpoint: str, tmp_path: Path) -
     )
     with pytest.raises(ValueError, match=r"1 unexpected \(first: head.weight\)"):
         load_backbone("micro", str(tmp_path / "more.safetensors"), "cpu")
+
+
+def test_the_content_of_a_file_decides_and_not_its_name(
+    small_vit_b: None, build_tiny: Callable[[], Sam], tmp_path: Path
+) -> None:
+    state = build_tiny().state_dict()
+    save_file(state, tmp_path / "weights.pth")
+    torch.save(state, tmp_path / "weights.safetensors")
+    for name in ("weights.pth", "weights.safetensors"):
+        assert load_backbone("vit_b", str(tmp_path / name), "cpu").name == "vit_b"
+    with pytest.raises(ValueError, match="a folder, not a checkpoint file.*'hf:PATH'"):
+        load_backbone("vit_b", str(tmp_path), "cpu")
 
 
 def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:

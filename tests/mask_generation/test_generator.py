@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as rle
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import Sam
@@ -327,3 +328,17 @@ def test_options_that_cannot_work_are_refused(
     assert isinstance(Masks.none((2, 3)).coco(), list)
     with pytest.raises(ValueError, match="Did you mean 'binary_mask'"):
         Masks.none((2, 3)).records("binary")
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.new("RGB", (9, 9)), r"a uint8 array \(H, W, 3\), got Image"),
+        ("photo.jpg", "got str"),
+        (np.zeros((9, 9), np.uint8), r"got uint8 \(9, 9\)"),
+        (np.full((9, 9, 3), np.nan, np.float32), r"got float32 \(9, 9, 3\)"),
+    ],
+)
+def test_what_is_no_rgb_image_is_refused(tiny: Backbone, image: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskGenerator(tiny).generate(image)
