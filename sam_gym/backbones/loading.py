@@ -95,9 +95,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
                 f"plain data are read from files. {_SAVE_STATE_DICT}"
             ) from error
         # Without torch's advice to load the file unsafely.
+        kind = type(error).__name__
         reason = re.split("Weights only load failed|In PyTorch 2.6", str(error))[0].strip()
         raise ValueError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}{reason and f': {reason}'}). "
+            f"{path}: not a readable checkpoint ({': '.join(filter(None, [kind, reason]))}). "
             "The file may be truncated: compare its size with the published one."
         ) from error
     state = next(_state_dicts(content), None)
