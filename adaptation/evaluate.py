@@ -6,7 +6,6 @@ python -m adaptation.evaluate --adapter PATH --data FOLDER1 FOLDER2 --prompts bo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +13,15 @@ from typing import Any, Literal
 
 import tyro
 
-from adaptation.evaluation import check_prompt, score
+from adaptation.evaluation import score
 from adaptation.features import FeatureBank
-from adaptation.options import ModelOptions, StreamOptions
+from adaptation.options import ModelOptions, PromptName, StreamOptions
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.utils import cli
-from sam_gym.utils.files import write_json
+from sam_gym.utils.files import output_file, write_json
 from sam_gym.utils.progress import track
+from sam_gym.utils.settings import Count, Seed
 
 
 @dataclass
@@ -30,15 +30,15 @@ class EvaluateConfig:
 
     adapter: str
     """Adapter file (adapter.safetensors) that `adaptation.train` has written."""
-    prompts: tuple[str, ...] = ("box",)
-    """Prompts: box, click, clicks5."""
+    prompts: tuple[PromptName, ...] = ("box",)
+    """Prompts to evaluate with."""
     split: Literal["val", "test"] | None = None
     """Split to evaluate on (None: test, or val if there is none, as in coco)."""
-    objects_per_image: int = 8
+    objects_per_image: Count = 8
     """Maximum number of objects per image."""
-    max_images: int | None = None
+    max_images: Count | None = None
     """Maximum number of images per domain (None: all)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the choice of objects."""
     out: str | None = None
     """JSON file for the results."""
@@ -52,14 +52,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: a name, a value, the data or the adapter is wrong.
     """
-    options = tyro.cli(
-        EvaluateConfig,
-        args=sys.argv[1:] if args is None else args,
-        prog="python -m adaptation.evaluate",
-        description=__doc__,
-    )
-    for prompt in options.prompts:
-        check_prompt(prompt)
+    options = cli.parse(EvaluateConfig, "python -m adaptation.evaluate", args, description=__doc__)
+    out = None if options.out is None else output_file(options.out)
     adapter = Adapter.load(Path(options.adapter).expanduser())
     backbone = load_backbone(**options.model.arguments)
     model, plain = backbone.adapted_model(adapter, options.adapter), backbone.pretrained
@@ -88,8 +82,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     ]
     titles = ["domain", "prompt", *(column.replace("_", " ") for column in columns)]
     cli.print_table(f"{options.adapter} ({adapter.method}) on {split}, in %", titles, rows)
-    if options.out is not None:
-        write_json(Path(options.out).expanduser(), results)
+    if out is not None:
+        write_json(out, results)
     return results
 
 

@@ -35,7 +35,7 @@ def method_flags(methods: Iterable[str]) -> type[Any]:
         shared = len(own) > 1
         short = [f"--{name.replace('_', '-')}"] if names.count(name) == 1 and not shared else []
         text = _field_docs(owner).get(name, name) + (f" ({', '.join(own)})" if shared else "")
-        kind: Any = get_type_hints(owner)[name]
+        kind: Any = get_type_hints(owner, include_extras=True)[name]
         flag = Annotated[kind, tyro.conf.arg(help=text, aliases=short)]
         (default,) = (each for each in fields(owner) if each.name == name)
         value = field(default=default.default, default_factory=default.default_factory)

@@ -7,71 +7,57 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from adaptation.evaluation import check_prompt
 from sam_gym.backbones.spec import backbone_help
 from sam_gym.data import DATASETS
 from sam_gym.data.coco import Coco
 from sam_gym.data.streams import STREAMS, Domain, Stream, dataset_stream, make_stream
-from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.settings import Count, Positive, Seed, check_settings
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+#: Prompt of an evaluation; see `adaptation.evaluation.PROMPTS`.
+PromptName = Literal["box", "click", "clicks5"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of the training, the same for every method."""
 
-    steps: int = 60
+    steps: Count = 60
     """Optimizer steps per domain."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Objects per step, over all processes."""
-    objects_per_augmentation: Annotated[int, tyro.conf.arg(aliases=("--objects-per-view",))] = 1
+    objects_per_augmentation: Annotated[Count, tyro.conf.arg(aliases=("--objects-per-view",))] = 1
     """Objects that a step draws from each augmented image. Where the encoder is tuned (sam_adapter,
     lora), a step with 8 of them encodes an eighth of the images."""
-    learning_rate: float | None = None
+    learning_rate: Positive | None = None
     """Initial learning rate, which falls to a tenth over a domain along a cosine (None: by tune
     target: decoder and sam_adapter 3e-4, hq and prompts 1e-3, hq_small 2e-3, LoRA 3e-3)."""
-    augmentations: Annotated[int, tyro.conf.arg(aliases=("--views",))] = 4
+    augmentations: Annotated[Count, tyro.conf.arg(aliases=("--views",))] = 4
     """Augmentations per training image: the image itself, then flipped and scaled copies."""
-    objects_per_image: int = 8
+    objects_per_image: Count = 8
     """Maximum number of objects of an augmented or held-out image."""
-    max_images: int | None = None
+    max_images: Count | None = None
     """Maximum number of images per split (None: all)."""
-    prompts: tuple[str, ...] = ("box",)
-    """Prompts that held-out objects are evaluated with: box, click, clicks5."""
+    prompts: tuple[PromptName, ...] = ("box",)
+    """Prompts that held-out objects are evaluated with."""
     split: Literal["val", "test"] | None = None
     """Split to evaluate on (None: test, or val if there is none, as in coco). Tune on val."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Precision of training; --dtype is that of the frozen encoder."""
-    checkpoint_every: int = 200
+    checkpoint_every: Count = 200
     """Steps between checkpoints. A checkpoint is also written after each domain."""
-    memory_gib: float = 8.0
+    memory_gib: Positive = 8.0
     """Memory for samples and features, in GiB. Features that do not fit are kept in files."""
     disk: str | None = None
     """Folder that keeps features between runs (None: SAM_GYM_HOME/embeddings, used only for
     features that exceed --memory-gib)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, batches, prompts, augmentations and buffers."""
 
     def validate(self) -> None:
         """Raise `ValueError` for an impossible value."""
-        counts = ("steps", "batch_size", "objects_per_augmentation", "augmentations")
-        for name in (*counts, "objects_per_image", "checkpoint_every", "max_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        for name in ("memory_gib", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}.")
-        if self.precision not in PRECISIONS:
-            raise unknown_name("precision", self.precision, PRECISIONS)
-        if self.split not in (None, "val", "test"):
-            raise unknown_name("split to evaluate on", self.split, ("val", "test"))
+        check_settings(self)
         if not self.prompts:
             raise ValueError("prompts is empty: name at least one of box, click, clicks5.")
-        for name in self.prompts:
-            check_prompt(name)
 
 
 def stream_help() -> str:
@@ -96,7 +82,7 @@ class StreamOptions:
     """More options of a dataset: --dataset-kwargs annotations FILE split_seed 0."""
     domains: str | None = None
     """Comma-separated names of procedural domains (None: all)."""
-    stream_seed: int = 0
+    stream_seed: Seed = 0
     """Seed of the procedural images, or of the choice of images."""
     retention: str | None = None
     """Folder of a COCO dataset whose val split is evaluated at the end and never trained on."""

@@ -22,6 +22,7 @@ from sam_gym.backbones.adapters.tuning import TUNINGS, bytes_of, trainable, tune
 from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.utils.registry import Registry, unknown_name
+from sam_gym.utils.settings import check_settings
 
 
 class StrategyRegistry(Registry[type["Strategy"]]):
@@ -149,6 +150,7 @@ class Strategy:
                 f"{type(self).__name__} takes {self.Options.__qualname__} as method_options, "
                 f"got {type(options).__qualname__}."
             )
+        check_settings(options)
         self.context, self.options = context, options
         #: Index of the current domain; -1 before the first.
         self.task = -1

@@ -105,10 +105,10 @@ def _parse(args: Sequence[str]) -> tuple[AdaptConfig, Any]:
     method = finder.parse_known_args(args)[0].method
     options = [("method_options", method_flags([method]))]
     parsed: Any = make_dataclass("Config", options, bases=(AdaptConfig,), kw_only=True)
-    config: Any = tyro.cli(
+    config = cli.parse(
         parsed,
-        args=args,
-        prog="python -m adaptation.train",
+        "python -m adaptation.train",
+        args,
         description=__doc__,
         config=(tyro.conf.OmitArgPrefixes,),
     )

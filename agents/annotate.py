@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
-
 from agents.annotation.folder import FolderConfig, FolderRun, annotate_folder
 from agents.evaluate import PolicyAgent
 from agents.sharing.pull import PolicyOption
 from agents.tasks import task_of_policy
 from sam_gym.data.base import split_names
 from sam_gym.utils import cli
+from sam_gym.utils.settings import Count, check_settings
 
 #: The option that selects everything mode instead of an agent.
 EVERYTHING = "--everything"
@@ -42,9 +41,9 @@ class AnnotateConfig(FolderConfig):
     """Comma-separated categories to segment."""
     min_score: float = 0.0
     """Drop masks of a lower score."""
-    num_envs: int = 16
+    num_envs: Count = 16
     """Number of masks to segment in parallel."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Actions per mask (None: as in training)."""
     keep_best: bool = False
     """Keep the previous mask when a click yields one of lower score."""
@@ -56,8 +55,7 @@ def annotate(config: AnnotateConfig) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: an option, the policy or the folder is wrong.
     """
-    if config.num_envs < 1:
-        raise ValueError(f"--num-envs must be at least 1, got {config.num_envs}.")
+    check_settings(config)
     if not config.categories.strip(" ,"):
         raise ValueError("--categories is empty: name what to look for, for example star,ring.")
     run = FolderRun.prepare(config)
@@ -77,7 +75,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         from agents.annotation import everything
 
         return everything.main([arg for arg in args if arg != EVERYTHING])
-    return annotate(tyro.cli(AnnotateConfig, args=args, prog="python -m agents.annotate"))
+    return annotate(cli.parse(AnnotateConfig, "python -m agents.annotate", args))
 
 
 if __name__ == "__main__":

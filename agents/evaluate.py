@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from sam_gym.utils.files import write_csv, write_json
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import save_gif, tile
 from sam_gym.utils.runs import refuse_finished
+from sam_gym.utils.settings import Count, Seed, checked
 
 #: Approximate maximum number of frames of a film.
 MAX_FRAMES = 32
@@ -205,15 +206,16 @@ class PolicyAgent:
         return actions if is_batch else actions[0]
 
 
+@checked
 def evaluate(
     agent: Agent,
     env_config: EnvConfig,
     *,
     env_id: str = "SamSeg-v0",
-    episodes: int = 256,
-    num_envs: int = 64,
-    seed: int = 0,
-    score: str = "full",
+    episodes: Count = 256,
+    num_envs: Count = 64,
+    seed: Seed = 0,
+    score: Literal["low", "full"] = "full",
 ) -> Evaluation:
     """Play episodes and record their outcomes.
 
@@ -229,6 +231,9 @@ def evaluate(
         num_envs: maximum number of sub-environments.
         seed: of the episodes.
         score: "full" (IoU at the size of the image) or "low", if the environment has the choice.
+
+    Raises:
+        ValueError: an argument is wrong, or the agent does not play the environment.
     """
     task = task_of(env_id)
     env_config = task.env_config_for(agent, task.scored_at(env_config, score))
@@ -269,8 +274,14 @@ def evaluate(
     )
 
 
+@checked
 def film_episodes(
-    agent: Agent, env_config: EnvConfig, *, env_id: str = "SamSeg-v0", count: int = 6, seed: int = 0
+    agent: Agent,
+    env_config: EnvConfig,
+    *,
+    env_id: str = "SamSeg-v0",
+    count: Count = 6,
+    seed: Seed = 0,
 ) -> list[np.ndarray]:
     """Return frames uint8 (H, W, 3) of episodes side by side; the last frame is repeated.
 
@@ -322,11 +333,11 @@ class EvaluateConfig:
     runs/evaluate/ENV-POLICY-SEED)."""
     overwrite: bool = False
     """Replace the results in `out`. Without --overwrite, a finished evaluation is an error."""
-    episodes: int = 256
+    episodes: Count = 256
     """Episodes to play."""
-    num_envs: int = 64
+    num_envs: Count = 64
     """Number of sub-environments."""
-    seed: int = 1000
+    seed: Seed = 1000
     """Seed of the episodes."""
     categories: str | None = None
     """Comma-separated categories: the only objects in scenes, the targets in coco."""
@@ -374,7 +385,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     default = EvaluateConfig(
         policy=tyro.MISSING, env=env_id, env_config=task.config_class(split="test")
     )
-    config = tyro.cli(EvaluateConfig, args=given, prog="python -m agents.evaluate", default=default)
+    config = cli.parse(EvaluateConfig, "python -m agents.evaluate", given, default=default)
     env_config = task.with_categories(config.env_config, config.categories)
     if not config.overwrite:
         refuse_finished(config.folder, RESULTS)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 
 from agents.evaluate import PolicyAgent
@@ -21,6 +20,7 @@ from agents.sharing.pull import PolicyOption
 from agents.tasks import task_of_policy
 from sam_gym.utils import cli
 from sam_gym.utils.files import write_json
+from sam_gym.utils.settings import Count, check_settings
 
 #: Absolute and relative tolerance between the outputs of an exported policy and the original.
 TOLERANCE = 1e-4
@@ -39,9 +39,9 @@ class ExportConfig:
     policy: PolicyOption
     out: str = "runs/export"
     """Folder for policy.onnx, policy.pt2 and inputs.json."""
-    batch: int = 4
+    batch: Count = 4
     """Batch size of the latency measurement."""
-    repeats: int = 20
+    repeats: Count = 20
     """Timed calls; the median is reported."""
 
 
@@ -92,8 +92,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     except ImportError as error:
         message = 'Exporting needs more packages: pip install "sam-gym[export]".'
         raise ImportError(message) from error
-    if config.batch < 1 or config.repeats < 1:
-        raise ValueError("--batch and --repeats must be at least 1.")
+    check_settings(config)
     policy = PolicyAgent.load(config.policy, "cpu").policy
     policy.set_training_mode(False)
     policy.precision = "32-true"  # runtimes lack bfloat16
@@ -173,7 +172,7 @@ def _median_seconds(work: Callable[..., Any], inputs: Sequence[Tensor], repeats:
 
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line."""
-    return export(tyro.cli(ExportConfig, args=args, prog="python -m agents.export"))
+    return export(cli.parse(ExportConfig, "python -m agents.export", args))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import tyro
 from agents.sharing.pull import HubPullConfig, pull
 from agents.sharing.push import HubPushConfig, push
 from sam_gym.utils import cli
+from sam_gym.utils.settings import check_settings
 
 
 def main(args: Sequence[str] | None = None) -> str:
@@ -28,6 +29,7 @@ def main(args: Sequence[str] | None = None) -> str:
         description=__doc__,
         args=args,
     )
+    check_settings(config, cli.option)
     return push(config) if isinstance(config, HubPushConfig) else str(pull(config))
 
 

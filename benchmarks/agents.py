@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -17,12 +17,13 @@ from agents.baselines.click import BASELINES
 from agents.evaluate import PolicyAgent, evaluate
 from agents.ppo.config import with_present_names
 from benchmarks import report
-from benchmarks.options import OutputOptions, provenance, require_at_least
+from benchmarks.options import OutputOptions, provenance
 from sam_gym.data.splits import check_held_out
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95, with_interval
 from sam_gym.utils.plots import new_plot, save_figure
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.settings import Seed, check_settings, real, whole
 
 #: Baselines to compare with, and their colours.
 _REFERENCES = {"random": "#999999", "oracle": "#2e8b57"}
@@ -46,11 +47,11 @@ class AgentsBenchmarkConfig(OutputOptions):
     """Folder for results.json, agents.csv, a plot and report.html."""
     split: str = "test"
     """Split to evaluate on."""
-    episodes: int = 512
+    episodes: Annotated[int, whole(2)] = 512
     """Episodes per run and group."""
-    seed: int = 1000
+    seed: Seed = 1000
     """Seed of the episodes."""
-    iou_target: float | None = None
+    iou_target: Annotated[float, real(above=0, high=1)] | None = None
     """Play again until this IoU, and count the clicks; an episode that fails counts max_steps."""
     device: str = "auto"
     """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
@@ -96,7 +97,7 @@ def run(config: AgentsBenchmarkConfig) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: an option or a run is wrong.
     """
-    require_at_least(2, episodes=config.episodes)
+    check_settings(config)
     out = report.output_folder(config.out, config.overwrite)
     runs = {
         name: [read_run(Path(folder), config) for folder in folders]

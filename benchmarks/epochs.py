@@ -18,11 +18,12 @@ from adaptation.strategies.baselines import Naive
 from adaptation.strategy import StrategyContext
 from adaptation.trainer import falling
 from benchmarks import report
-from benchmarks.options import TimedOptions, provenance, require_at_least
+from benchmarks.options import TimedOptions, provenance
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.adapters.tuning import TUNINGS, tune_help, tuned_weights
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.streams import Domain, Stream, make_stream
+from sam_gym.utils.settings import Count, check_settings
 
 #: Column -> format of its cells.
 _COLUMNS = {
@@ -47,15 +48,15 @@ class EpochsBenchmarkConfig(TimedOptions):
         tuple[str, ...],
         tyro.conf.arg(help=f"{tune_help('Tune targets with a frozen encoder', True)}."),
     ] = ("decoder", "hq")
-    images: int = 16
+    images: Count = 16
     """Number of training images."""
-    augmentations: Annotated[int, tyro.conf.arg(aliases=("--views",))] = 4
+    augmentations: Annotated[Count, tyro.conf.arg(aliases=("--views",))] = 4
     """Augmentations per training image: the image itself, then flipped and scaled copies."""
-    objects_per_image: int = 1
+    objects_per_image: Count = 1
     """Objects per augmented image; the released code has one mask per image."""
-    batch_size: int = 4
+    batch_size: Count = 4
     """Objects per step."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Maximum number of steps (None: a whole epoch)."""
     domain: str = "xray"
     """Procedural domain of the images."""
@@ -78,14 +79,7 @@ def run(config: EpochsBenchmarkConfig) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: an option or the checkpoint is wrong.
     """
-    require_at_least(
-        1,
-        images=config.images,
-        augmentations=config.augmentations,
-        batch_size=config.batch_size,
-        objects_per_image=config.objects_per_image,
-        max_steps=config.max_steps,
-    )
+    check_settings(config)
     for name in config.tune:
         if TUNINGS.get(name).raw == "pixels":
             raise ValueError(

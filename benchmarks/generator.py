@@ -17,7 +17,7 @@ from pycocotools import mask as rle
 from segment_anything import SamAutomaticMaskGenerator
 
 from benchmarks import report
-from benchmarks.options import TimedOptions, provenance, require_at_least
+from benchmarks.options import TimedOptions, provenance
 from benchmarks.throughput.machine import peak_memory_mib
 from benchmarks.throughput.reference import check_comparable, plain_sam
 from sam_gym.backbones import Backbone
@@ -26,6 +26,7 @@ from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 from sam_gym.simulation.clicks import relative_grid
 from sam_gym.utils.files import plain
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.settings import Count, Natural, Share, check_settings
 from sam_gym.utils.transfer import synchronise
 
 #: Masks of this IoU count as equal.
@@ -47,21 +48,21 @@ class GeneratorBenchmarkConfig(TimedOptions):
     """Folder for results.json, grids.csv and report.html."""
     grids: tuple[str, ...] = ("32x32", "64x64", "320x64")
     """Point grids, COLUMNSxROWS, one or several."""
-    images: int = 4
+    images: Count = 4
     """Number of images, the first of the split."""
-    repeats: int = 1
+    repeats: Count = 1
     """Timed repeats per image; results are medians."""
     dataset: str = "scenes"
     """Procedural dataset of the images."""
     split: str = "test"
     """Split of the dataset to use."""
-    pred_iou_thresh: float = 0.6
+    pred_iou_thresh: Share = 0.6
     """Minimum predicted IoU; low, since micro predicts a lower IoU than SAM."""
-    stability_score_thresh: float = 0.8
+    stability_score_thresh: Share = 0.8
     """Minimum stability score of a mask."""
-    crop_n_layers: int = 0
+    crop_n_layers: Natural = 0
     """Number of layers of crops."""
-    min_mask_region_area: int = 0
+    min_mask_region_area: Natural = 0
     """Remove islands and holes of fewer pixels."""
     memory: bool = True
     """Measure the peak memory of each side in a separate process."""
@@ -69,7 +70,7 @@ class GeneratorBenchmarkConfig(TimedOptions):
     def validate(self) -> None:
         """Raise `ValueError` if an option is out of range."""
         check_comparable(self.backbone)
-        require_at_least(1, images=self.images, repeats=self.repeats)
+        check_settings(self)
         if not self.grids:
             raise ValueError("--grids needs at least one grid, for example 32x32.")
         for grid in self.grids:

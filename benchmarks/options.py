@@ -12,6 +12,7 @@ from adaptation.options import ModelOptions
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.loading import resolve_device, resolve_dtype
 from sam_gym.backbones.spec import BACKBONES
+from sam_gym.utils.settings import Seed
 from sam_gym.version import __version__
 
 
@@ -30,7 +31,7 @@ class BackboneOptions(ModelOptions, OutputOptions):
 
     compile: bool = False
     """Use torch.compile; the first calls take a minute or two."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all random choices."""
 
     def load(self) -> Backbone:
@@ -79,11 +80,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({platform.machine()})"
-
-
-def require_at_least(minimum: int, **values: int | None) -> None:
-    """Raise `ValueError` for an option below its minimum; None is not checked."""
-    for name, value in values.items():
-        if value is not None and value < minimum:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} must be at least {minimum}, got {value}.")

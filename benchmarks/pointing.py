@@ -13,10 +13,11 @@ from agents.clip.models import load_clip
 from agents.clip.pointing import Redundant, pointing_game, redundant_feature, word_maps
 from agents.clip.surgery import ClipSurgery, min_max
 from benchmarks import report
-from benchmarks.options import OutputOptions, device_name, provenance, require_at_least
+from benchmarks.options import OutputOptions, device_name, provenance
 from sam_gym.data import DATASETS, Sample, dataset_help
 from sam_gym.utils.progress import track
 from sam_gym.utils.render import draw_heat, save_image, tile
+from sam_gym.utils.settings import Count, Natural, check_settings
 
 _SHOWN = 12
 
@@ -36,14 +37,14 @@ class PointingBenchmarkConfig(OutputOptions):
     """CLIP to measure: clip_micro, or a model of open_clip (ViT-B-16, ...)."""
     clip_pretrained: str | None = None
     """Weights of the CLIP: a tag of open_clip or a file (bundled for clip_micro)."""
-    blocks: int | None = None
+    blocks: Natural | None = None
     """Number of last blocks with a surgical path (None: that of the model)."""
     dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "scenes"
     data: str | None = None
     """Root folder of a dataset that reads files."""
     split: str | None = None
     """Split to measure on (None: the held-out split of the dataset)."""
-    images: int = 512
+    images: Count = 512
     """Maximum number of images, from the beginning of the split."""
     device: str = "auto"
     """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
@@ -55,7 +56,7 @@ def run(config: PointingBenchmarkConfig) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: an option, the data or the weights are wrong.
     """
-    require_at_least(1, images=config.images)
+    check_settings(config)
     out = report.output_folder(config.out, config.overwrite)
     clip = load_clip(config.clip, config.clip_pretrained, config.device)
     surgery, plain = ClipSurgery(clip, config.blocks), ClipSurgery(clip, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import jinja2
 import numpy as np
 
 from sam_gym.utils.cli import print_table
-from sam_gym.utils.files import plain, write_atomic, write_csv, write_json
+from sam_gym.utils.files import make_folder, plain, write_atomic, write_csv, write_json
 from sam_gym.utils.runs import refuse_finished, remove_files
 
 INK, BLUE, ORANGE = "#1d2733", "#1e78c8", "#e08a1e"
@@ -40,12 +39,7 @@ def output_folder(
         raise ValueError("--resume continues a run, --overwrite replaces it: pass one of them.")
     if not (resume or overwrite):
         refuse_finished(folder, "results.json")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot create the folder ({error.strerror}).") from error
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {out}: the folder is not writable.")
+    make_folder(out)
     if overwrite:
         remove_files(folder, ("results.json", "report.html", *pictures))
     return folder

@@ -15,8 +15,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
-import tyro
-
 from sam_gym.utils import cli
 from sam_gym.utils.registry import load_entry_point, unknown_name
 
@@ -62,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         print("\n".join(f"  {key:<12} {summary}" for key, summary in summaries.items()))
         raise SystemExit(0)
     run, config_class = load(name)
-    config: Any = tyro.cli(config_class, prog=f"python -m benchmarks.run {name}", args=options)
+    config: Any = cli.parse(config_class, f"python -m benchmarks.run {name}", options)
     try:
         return run(config)
     except KeyboardInterrupt as stop:

@@ -11,13 +11,14 @@ import numpy as np
 from adaptation.features import FeatureBank
 from adaptation.objects import Pool
 from adaptation.strategy import STRATEGIES, Strategy
+from sam_gym.utils.settings import Count
 
 
 @dataclass(frozen=True)
 class BufferOptions:
     """Options of methods that keep images of past domains."""
 
-    buffer_images: int = 10
+    buffer_images: Count = 10
     """Images of each past domain that are kept."""
 
 

@@ -14,6 +14,7 @@ from adaptation.objects import ObjectIndices
 from adaptation.steps import make_batch
 from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext
 from sam_gym.backbones.adapters.tuning import bytes_of
+from sam_gym.utils.settings import Count, NotNegative
 
 
 @STRATEGIES.register("ewc")
@@ -28,10 +29,10 @@ class EWC(Strategy):
 
     @dataclass(frozen=True)
     class Options:
-        weight: float = 1000.0
+        weight: NotNegative = 1000.0
         """Weight of the penalty, chosen on val. CoSAM's release has 10, which has no effect with a
         Fisher information of single objects."""
-        fisher_samples: int = 64
+        fisher_samples: Count = 64
         """Objects of a domain from which its Fisher information is estimated."""
 
     def __init__(self, context: StrategyContext) -> None:

@@ -14,13 +14,14 @@ from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.adapters.routers import RoutedModel, Router
 from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
+from sam_gym.utils.settings import Natural
 
 
 @dataclass(frozen=True)
 class SelectorOptions:
     """Options of methods that train a selector."""
 
-    selector_steps: int = 150
+    selector_steps: Natural = 150
     """Optimizer steps of the selector after each domain."""
 
 

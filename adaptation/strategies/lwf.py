@@ -14,6 +14,7 @@ from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext
 from sam_gym.backbones.adapters.model import embed
 from sam_gym.backbones.adapters.tuning import tuned_weights
 from sam_gym.backbones.decode import decode_tokens
+from sam_gym.utils.settings import NotNegative
 
 
 @STRATEGIES.register("lwf")
@@ -26,7 +27,7 @@ class LwF(Strategy):
 
     @dataclass(frozen=True)
     class Options:
-        weight: float = 3.0
+        weight: NotNegative = 3.0
         """Weight of the distillation loss."""
 
     def __init__(self, context: StrategyContext) -> None:

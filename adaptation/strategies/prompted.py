@@ -19,6 +19,7 @@ from sam_gym.backbones.adapters.model import ADAPTER_MODULES, Model
 from sam_gym.backbones.adapters.prompt_pools import PromptedModel
 from sam_gym.backbones.adapters.tuning import bytes_of
 from sam_gym.backbones.decode import MaskTokens
+from sam_gym.utils.settings import NotNegative
 
 
 class Prompted(Strategy):
@@ -26,7 +27,7 @@ class Prompted(Strategy):
 
     @dataclass(frozen=True)
     class Options:
-        key_weight: float = 1.0
+        key_weight: NotNegative = 1.0
         """Weight of the loss of the prompt pool."""
 
     tunes: ClassVar[tuple[str, ...]] = ("prompts",)

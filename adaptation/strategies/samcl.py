@@ -14,6 +14,7 @@ from adaptation.strategies.experts import Experts, SelectorOptions
 from adaptation.strategy import STRATEGIES, StrategyContext, seeded
 from sam_gym.backbones.adapters.routers import EmbeddingRouter, pooled_embedding
 from sam_gym.backbones.adapters.tuning import bytes_of
+from sam_gym.utils.settings import Count
 
 _LEARNING_RATE = 3e-3
 
@@ -30,7 +31,7 @@ class SAMCL(Experts):
 
     @dataclass(frozen=True)
     class Options(SelectorOptions):
-        buffer_embeddings: int = 32
+        buffer_embeddings: Count = 32
         """Pooled embeddings of each domain that are kept."""
 
     tunes: ClassVar[tuple[str, ...]] = ("hq_small", "hq", "lora", "lora_decoder")

@@ -21,6 +21,7 @@ from sam_gym.backbones.adapters.class_head import ClassHead
 from sam_gym.backbones.adapters.model import Model, embed
 from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
 from sam_gym.backbones.decode import MaskTokens, Prompts
+from sam_gym.utils.settings import NotNegative, Share
 from sam_gym.utils.transfer import to_device
 
 
@@ -39,12 +40,12 @@ class Saom(Strategy):
 
     @dataclass(frozen=True)
     class Options:
-        class_weight: float = 0.5
+        class_weight: NotNegative = 0.5
         """Weight of the class loss."""
-        inside: float = 1.0
+        inside: Share = 1.0
         """Fraction of prompts at a random grid point inside their object; 0: all by nearest
         neighbour, as in the paper."""
-        background: float = 0.4
+        background: Share = 0.4
         """Fraction of prompts on no object; the target of their predicted IoU is 0. Use 0 if images
         contain objects that are not annotated."""
 

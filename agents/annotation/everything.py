@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -22,8 +22,10 @@ from sam_gym.backbones.spec import backbone_help
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 from sam_gym.mask_generation.masks import Masks
+from sam_gym.utils import cli
 from sam_gym.utils.digest import text_digest
 from sam_gym.utils.render import draw_masks
+from sam_gym.utils.settings import check_settings
 
 #: The only category of a model without a class head.
 OBJECT = "object"
@@ -33,7 +35,7 @@ OBJECT = "object"
 class Generator(GeneratorOptions):
     """Options of everything mode; masks are collected as COCO RLE."""
 
-    output: tyro.conf.Suppress[str] = "coco_rle"
+    output: tyro.conf.Suppress[Literal["coco_rle"]] = "coco_rle"
 
 
 @dataclass(kw_only=True)
@@ -125,6 +127,7 @@ def annotate_everything(config: AnnotateEverythingConfig) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: an option, the weights or the folder is wrong.
     """
+    check_settings(config)
     config.generator.validate()
     run = FolderRun.prepare(config)
     backbone = load_backbone(
@@ -145,4 +148,4 @@ def annotate_everything(config: AnnotateEverythingConfig) -> dict[str, Any]:
 def main(args: Sequence[str]) -> dict[str, Any]:
     """Run the command line, without --everything."""
     prog = "python -m agents.annotate --everything"
-    return annotate_everything(tyro.cli(AnnotateEverythingConfig, args=args, prog=prog))
+    return annotate_everything(cli.parse(AnnotateEverythingConfig, prog, args))

@@ -36,7 +36,16 @@ from sam_gym.backbones import load_backbone
 from sam_gym.backbones.loading import resolve_device
 from sam_gym.backbones.micro.muon import muon_and_adamw
 from sam_gym.data.synthetic.scenes import Scenes
-from sam_gym.utils.files import write_json
+from sam_gym.utils.files import make_folder, write_json
+from sam_gym.utils.settings import (
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    check_settings,
+)
 from sam_gym.utils.training import SmallTrainer, save_half
 
 MEAN, STD = 0.45, 0.25
@@ -51,39 +60,39 @@ class TrainClipConfig:
 
     out: str = "runs/clip_micro"
     """Folder for the checkpoint, the model and its evaluation."""
-    scenes: int = 12000
+    scenes: Count = 12000
     """Number of training scenes."""
-    steps: int = 2400
+    steps: Count = 2400
     """Optimizer steps."""
-    images: int = 32
+    images: Count = 32
     """Images per step."""
-    captions: int = 40
+    captions: Count = 40
     """Captions per step, each compared with every image."""
-    image_size: int = 128
+    image_size: Count = 128
     """Height and width of the input, in pixels."""
-    patch_size: int = 8
+    patch_size: Count = 8
     """Height and width of a patch."""
-    width: int = 128
+    width: Count = 128
     """Channels of the image tower."""
-    layers: int = 4
+    layers: Count = 4
     """Blocks of the image tower."""
-    learning_rate: float = 2e-3
+    learning_rate: Positive = 2e-3
     """Peak learning rate of Muon, after a linear warm-up, before a cosine decay."""
-    vector_learning_rate: float = 1e-3
+    vector_learning_rate: Positive = 1e-3
     """Peak learning rate of AdamW, for vectors and embeddings."""
-    teacher_weight: float = 1.0
+    teacher_weight: NotNegative = 1.0
     """Weight of the distillation loss."""
-    patch_weight: float = 1.0
+    patch_weight: NotNegative = 1.0
     """Weight of the patch loss."""
-    patch_share: float = 0.04
+    patch_share: Share = 0.04
     """Share of the patches that are trained on a caption: those most similar to it."""
-    evaluate: int = 256
+    evaluate: Count = 256
     """Held-out scenes of the pointing game that selects the settings of CLIP Surgery."""
-    save_every: int = 200
+    save_every: Count = 200
     """Steps between checkpoints."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of captions, flips and initial weights."""
-    workers: int = 2
+    workers: Natural = 2
     """Processes that draw the scenes."""
     device: str = "auto"
     """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda."""
@@ -262,9 +271,9 @@ def best_choice(choices: Sequence[SurgeryChoice]) -> SurgeryChoice:
 
 def train(config: TrainClipConfig) -> dict[str, Any]:
     """Train or resume, and write the model and `evaluation.json`; returns the evaluation."""
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_settings(config)
     device = resolve_device(config.device)
+    out = make_folder(config.out)
     trainer = ClipTrainer(config, device)
     trainer.resume(out)
     data = make_training_set(
@@ -285,11 +294,9 @@ def train(config: TrainClipConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import tyro
-
     from sam_gym.utils import cli
 
     cli.run(
-        lambda: train(tyro.cli(TrainClipConfig, prog="python -m agents.clip.train")),
+        lambda: train(cli.parse(TrainClipConfig, "python -m agents.clip.train")),
         "Run the same command again to resume.",
     )

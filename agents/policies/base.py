@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import gymnasium as gym
 import numpy as np
@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.embeddings.store import shared_store
-from sam_gym.utils.registry import Registry, unknown_name
+from sam_gym.utils.registry import Registry
+from sam_gym.utils.settings import checked
 
 #: Policy name, as `--policy` takes it -> class.
 POLICIES: Registry[type[SamPolicy]] = Registry("policy")
-PRECISIONS = ("32-true", "bf16-mixed")
 #: Logit of an impossible action; finite, so that exported policies can be compared.
 NEVER = -1e9
 _COMPUTATION = ("precision", "gradient_checkpointing")
@@ -123,6 +123,7 @@ class SamPolicy(ActorCriticPolicy):
     #: Arguments that a saved policy holds, in addition to SB3's.
     arguments: tuple[str, ...] = ("features", *_COMPUTATION)
 
+    @checked
     def __init__(
         self,
         observation_space: gym.spaces.Dict,
@@ -130,12 +131,10 @@ class SamPolicy(ActorCriticPolicy):
         lr_schedule: Schedule,
         *,
         features: dict[str, Any],
-        precision: str = "32-true",
+        precision: Literal["32-true", "bf16-mixed"] = "32-true",
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise unknown_name("precision", precision, PRECISIONS)
         self.precision, self.gradient_checkpointing = precision, gradient_checkpointing
         self.features = features
         kwargs |= {

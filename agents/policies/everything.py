@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from agents.policies.base import NEVER, POLICIES, SamPolicy, StoredFeatures, mix_planes, pooled
 from sam_gym.envs.everything import MAPS
+from sam_gym.utils.settings import Count, checked
 
 
 class EverythingFeatures(StoredFeatures):
@@ -27,12 +28,13 @@ class EverythingFeatures(StoredFeatures):
         width: feature channels.
     """
 
+    @checked
     def __init__(
         self,
         observation_space: gym.spaces.Dict,
         backbone: dict[str, Any],
-        budget: int,
-        width: int = 48,
+        budget: Count,
+        width: Count = 48,
     ) -> None:
         super().__init__(observation_space, backbone, width)
         self.budget = budget

@@ -23,6 +23,7 @@ from agents.policies.base import POLICIES
 from agents.policies.implicit import ClickFeatures, ImplicitPolicy
 from sam_gym.backbones import BackboneService
 from sam_gym.utils.digest import text_digest
+from sam_gym.utils.settings import Count, Positive, Share, checked
 
 #: Planes of `TextFeatures.map_planes`, and of `relations` to two of them and to the mask.
 _MAP_PLANES, _RELATIONS = 4, 3
@@ -129,27 +130,26 @@ class TextFeatures(ClickFeatures):
         num_heads: number of heads of the cross-attention.
     """
 
+    @checked
     def __init__(
         self,
         observation_space: gym.spaces.Dict,
         backbone: dict[str, Any],
         categories: Sequence[str],
-        max_steps: int,
+        max_steps: Count,
         clip: dict[str, Any],
         vocabulary: Sequence[str] = (),
-        hidden: float = 0.15,
+        hidden: Share = 0.15,
         allow_unknown: bool = False,
-        temperature: float = 0.33,
-        width: int = 48,
-        num_heads: int = 4,
+        temperature: Positive = 0.33,
+        width: Count = 48,
+        num_heads: Count = 4,
     ) -> None:
         self._clip, self._allow_unknown = clip, allow_unknown
         self._maps: WordMaps | None = None
         self._words: tuple[str, ...] = ()
         super().__init__(observation_space, backbone, vocabulary, categories, max_steps, width)
         self.hidden = hidden
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}.")
         self.temperature = temperature
         self.around = nn.Sequential(
             nn.Conv2d(_MAP_PLANES + _RELATIONS, width // 2, 3, padding=1), nn.ReLU()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.policies.base import NEVER, POLICIES, SamPolicy, StoredFeatures, mix_planes, pooled
+from sam_gym.utils.settings import Count, checked
 
 #: Name of the only action head, in files of earlier versions.
 SPATIAL = "spatial"
@@ -46,14 +47,15 @@ class ClickFeatures(StoredFeatures):
         width: feature channels.
     """
 
+    @checked
     def __init__(
         self,
         observation_space: gym.spaces.Dict,
         backbone: dict[str, Any],
         vocabulary: Sequence[str],
         categories: Sequence[str],
-        max_steps: int,
-        width: int = 48,
+        max_steps: Count,
+        width: Count = 48,
     ) -> None:
         super().__init__(observation_space, backbone, width)
         channels = self.backbone.embedding_shape[0]

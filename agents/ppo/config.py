@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import partial
 from inspect import getdoc
@@ -19,7 +19,18 @@ from agents.policies.implicit import SPATIAL, check_head
 from agents.tasks import names_by_environment, task_of
 from sam_gym.envs.base_core import EnvConfig
 from sam_gym.envs.click import SamSegConfig
+from sam_gym.utils import cli
 from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.settings import (
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    check_settings,
+    whole,
+)
 
 #: Configs in the package, by name, as `--config` takes them.
 CONFIGS = {
@@ -58,15 +69,15 @@ class RunOptions:
     resume: bool = False
     """Resume from the newest checkpoint in `out`, bit-exact on a CPU, or start if there is none.
     The other options must be the same. Without --resume, an `out` with checkpoints is an error."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the environment, the policy and PPO."""
-    total_timesteps: int = 50_000
+    total_timesteps: Count = 50_000
     """Environment steps to train for; the domains of a stream share them evenly."""
-    num_envs: int = 64
+    num_envs: Count = 64
     """Number of sub-environments, over all processes."""
     categories: str | None = None
     """Comma-separated categories: the only objects in scenes, the targets in coco."""
-    train_images: int = 2048
+    train_images: Count = 2048
     """Number of different procedural images to train on; each is encoded once."""
 
 
@@ -74,23 +85,23 @@ class RunOptions:
 class PPOOptions:
     """Hyperparameters of PPO and of imitation."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Adam's learning rate; falls linearly to a tenth, once per domain of a stream."""
-    n_steps: int = 16
+    n_steps: Count = 16
     """Steps per sub-environment and rollout."""
-    batch_size: int = 256
+    batch_size: Annotated[int, whole(2)] = 256
     """Minibatch size, over all processes; a multiple of num_envs."""
-    n_epochs: int = 4
+    n_epochs: Count = 4
     """Passes over each rollout."""
-    gamma: float = 0.8
+    gamma: Share = 0.8
     """Discount; low, since episodes are short and every click should pay at once."""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """Lambda of generalised advantage estimation."""
-    clip_range: float = 0.2
+    clip_range: Positive = 0.2
     """PPO's clip range."""
-    ent_coef: float = 0.004
+    ent_coef: NotNegative = 0.004
     """Weight of the entropy bonus."""
-    warm_start: int = 0
+    warm_start: Natural = 0
     """Number of steps, of total_timesteps, that imitate the oracle, which sees the ground truth."""
 
 
@@ -107,13 +118,13 @@ class PolicyOptions:
     """Weights of the CLIP: a tag of open_clip or a file (clip_micro brings its own)."""
     allow_unknown_words: bool = False
     """Accept words that clip_micro does not know; their maps mean nothing."""
-    temperature: float = 0.33
+    temperature: Positive = 0.33
     """Temperature of the softmax that weights the maps of other categories in the explicit policy;
     a low temperature ignores them."""
     recalibrate: bool = False
     """Let the policy choose locations only; a recalibration module, trained on the targets, labels
     the clicks (AlignSAM's semantic recalibration)."""
-    recalibration_updates: int | None = None
+    recalibration_updates: Count | None = None
     """Updates of the recalibration module per environment step (None: 1, explicit policy 5)."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Precision of the policy's features; --dtype sets that of the backbone."""
@@ -127,19 +138,19 @@ class EvaluationOptions:
 
     held_out: str | None = None
     """Split of the final evaluation (None: the held-out split of the dataset)."""
-    final_episodes: int = 256
+    final_episodes: Count = 256
     """Episodes per agent and baseline of the final evaluation, and of the evaluation after each
     domain of a stream, divided evenly among the domains. See --eval-episodes for those during
     training."""
-    eval_every: int = 10_000
+    eval_every: Count = 10_000
     """Environment steps between evaluations on the validation split."""
-    eval_episodes: int = 128
+    eval_episodes: Count = 128
     """Episodes of each evaluation on the validation split (see --eval-every). --final-episodes is
     for the final evaluation."""
     policy_plots: Annotated[bool, tyro.conf.arg(aliases=("--views",))] = False
     """At each evaluation on the validation split, draw the features and action probabilities of the
     policy, into `out`/policy_plots."""
-    video_every: int = 2_000
+    video_every: Natural = 2_000
     """Finished training episodes between films of a held-out episode, into `out`/videos; 0: no
     films."""
 
@@ -148,7 +159,7 @@ class EvaluationOptions:
 class TrackingOptions:
     """Checkpoints and experiment tracking."""
 
-    checkpoint_every: int = 5_000
+    checkpoint_every: Count = 5_000
     """Environment steps between checkpoints, rounded up to whole rollouts. The first one follows
     the first rollout."""
     mlflow: bool = False
@@ -190,6 +201,7 @@ class TrainPPOConfig(RunOptions, PPOOptions, PolicyOptions, EvaluationOptions, T
 
     def validate(self) -> None:
         """Raise `ValueError` for values that cannot work, whatever the environment."""
+        check_settings(self)
         name, updates = self.register_model, self.recalibration_updates
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run, --overwrite replaces it: pass one of them.")
@@ -199,11 +211,9 @@ class TrainPPOConfig(RunOptions, PPOOptions, PolicyOptions, EvaluationOptions, T
             raise ValueError(f"register_model must be a name without '/' and ':', got {name!r}.")
         if updates is not None and not self.recalibrate:
             raise ValueError("--recalibration-updates takes effect with --recalibrate only.")
-        if updates is not None and updates < 1:
-            raise ValueError(f"recalibration_updates must be at least 1, got {updates}.")
-        if not 0 <= self.warm_start <= self.total_timesteps:
+        if self.warm_start > self.total_timesteps:
             raise ValueError(
-                f"warm_start must be from 0 to total_timesteps ({self.total_timesteps}), "
+                f"warm_start must be at most total_timesteps ({self.total_timesteps}), "
                 f"got {self.warm_start}."
             )
 
@@ -259,10 +269,7 @@ def read_config(args: Sequence[str] | None = None) -> TrainPPOConfig:
             raise ValueError("--config needs a name or the path of a YAML file.")
         path = _config_path(rest[at + 1])
         del rest[at : at + 2]
-        content = yaml.safe_load(path.read_text()) or {}
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: expected 'name: value' lines, got {type(content).__name__}.")
-        contents.append((str(path), with_present_names(content, str(path))))
+        contents.append((str(path), with_present_names(_read_yaml(path), str(path))))
     default = TrainPPOConfig()
     envs = [str(content["env"]) for _, content in contents if "env" in content]
     env = env_of(rest) or (envs[-1] if envs else default.env)
@@ -293,9 +300,7 @@ def _parsed(args: Sequence[str], default: TrainPPOConfig) -> TrainPPOConfig:
     kind: Any = make_dataclass("TrainPPO", shown)
     try:
         description = f"{getdoc(TrainPPOConfig)} Names: {', '.join(CONFIGS)}."
-        parsed = tyro.cli(
-            kind, args=args, prog="python -m agents.train_ppo", description=description
-        )
+        parsed = cli.parse(kind, "python -m agents.train_ppo", args, description=description)
     except SystemExit as end:
         if not end.code:  # --help
             print(EXAMPLES)
@@ -303,6 +308,8 @@ def _parsed(args: Sequence[str], default: TrainPPOConfig) -> TrainPPOConfig:
     values = {
         f.name: getattr(getattr(parsed, n), f.name) for n in _GROUPS for f in fields(_GROUPS[n])
     }
+    if parsed.environment.obs != "handle":
+        raise ValueError("--obs: training observes handles. Leave it out.")
     return TrainPPOConfig(**values, env_config=parsed.environment)
 
 
@@ -323,6 +330,34 @@ def _config_path(name: str) -> Path:
     raise unknown_name("config", name, [*CONFIGS, "PATH/FILE.yaml"])
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as YAML 1.2 does, and refuses names that are given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a readable YAML file ({reason}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected 'name: value' lines, got {type(content).__name__}.")
+    return {str(name): value for name, value in content.items()}
+
+
 def _updated(config: Any, content: dict[str, Any], path: str) -> Any:
     """A dataclass with values of a YAML file; names of nested dataclasses may stand at the top."""
     valid = {f.name for f in fields(config)}
@@ -332,7 +367,7 @@ def _updated(config: Any, content: dict[str, Any], path: str) -> Any:
         if name in nested and isinstance(value, dict):
             changes[name] = _updated(changes.get(name, getattr(config, name)), value, path)
         elif name in valid:
-            changes[name] = _checked(name, getattr(config, name), value, path)
+            changes[name] = value
         else:
             home = [n for n in nested if name in {f.name for f in fields(getattr(config, n))}]
             if not home:
@@ -340,15 +375,9 @@ def _updated(config: Any, content: dict[str, Any], path: str) -> Any:
                 raise ValueError(f"{path}: {unknown_name('option', name, valid | inner)}")
             base = changes.get(home[0], getattr(config, home[0]))
             changes[home[0]] = _updated(base, {name: value}, path)
-    return replace(config, **changes)
-
-
-def _checked(name: str, default: Any, value: Any, path: str) -> Any:
-    """A value of a YAML file, of the type of the default; YAML takes 1e-4 for a text."""
-    if isinstance(default, float) and isinstance(value, (int, str)) and value is not True:
-        with suppress(ValueError):
-            value = float(value)
-    if default is not None and value is not None and type(value) is not type(default):
-        kind = type(default).__name__
-        raise ValueError(f"{path}: {name} must be of type {kind}, got {value!r}.")
-    return value
+    updated = replace(config, **changes)
+    try:
+        check_settings(updated)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return updated

@@ -17,11 +17,12 @@ from adaptation.results import RunResult
 from adaptation.strategy import STRATEGIES
 from adaptation.trainer import Trainer, check_tune
 from benchmarks.continual.report import pictures, write_report
-from benchmarks.options import OutputOptions, provenance, require_at_least
+from benchmarks.options import OutputOptions, provenance
 from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.backbones.adapters.tuning import TUNINGS, tune_help
 from sam_gym.data.streams import Stream, low_res_ceiling
 from sam_gym.utils.registry import unknown_name
+from sam_gym.utils.settings import Count, check_settings
 
 #: The methods of the paper's table, in its order, and those that came after it.
 PAPER = ("zero_shot", "joint", "naive", "lwf", "ewc", "er", "l2p", "dualprompt", "coda", "moda")
@@ -45,7 +46,7 @@ class ContinualBenchmarkConfig(OutputOptions):
             help=f"{tune_help('Tune targets')}. Methods that do not support a target use their own."
         ),
     ] = ("decoder",)
-    seeds: int = 1
+    seeds: Count = 1
     """Runs of each method, with consecutive seeds."""
     orders: tuple[str, ...] = ()
     """Orders of the domains: names with commas, or random:SEED. Each runs with every seed."""
@@ -70,7 +71,7 @@ def with_defaults(config: ContinualBenchmarkConfig) -> ContinualBenchmarkConfig:
         methods = config.methods or (*PAPER, *BEYOND)
         config = replace(config, train=train, seeds=seeds, methods=methods)
     config = replace(config, methods=config.methods or PAPER)
-    require_at_least(1, seeds=config.seeds)
+    check_settings(config)
     config.train.validate()
     for name in config.methods:
         STRATEGIES.get(name)

@@ -11,14 +11,14 @@ import numpy as np
 import tyro
 
 from adaptation.method_flags import method_flags, options_from_flags
-from adaptation.options import ModelOptions, TrainConfig
+from adaptation.options import ModelOptions, PromptName, TrainConfig
 from adaptation.results import folder_name
 from adaptation.strategy import STRATEGIES
 from adaptation.trainer import Trainer, check_tune
 from benchmarks.everything.measuring import SHOWN, ZERO_SHOT, Measuring
 from benchmarks.everything.report import write_report
 from benchmarks.everything.scores import Split
-from benchmarks.options import OutputOptions, provenance, require_at_least
+from benchmarks.options import OutputOptions, provenance
 from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.tuning import tune_help
@@ -29,6 +29,7 @@ from sam_gym.mask_generation.generator import GeneratorOptions
 from sam_gym.mask_generation.merging import MergeOptions
 from sam_gym.utils.digest import image_digest
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.settings import Count, Positive, check_settings
 
 #: Method -> point grid, columns and rows.
 GRIDS = {"saom_v1": (32, 32), "saom_v2": (64, 64), "panosam": (320, 64)}
@@ -39,16 +40,16 @@ MethodFlags: Any = method_flags(GRIDS)
 class FineTuning(TrainConfig):
     """Options of the fine-tuning."""
 
-    steps: int = 3000
+    steps: Count = 3000
     """Number of optimizer steps per method."""
-    batch_size: int = 48
+    batch_size: Count = 48
     """Objects per step, over all processes."""
-    augmentations: Annotated[int, tyro.conf.arg(aliases=("--views",))] = 1
+    augmentations: Annotated[Count, tyro.conf.arg(aliases=("--views",))] = 1
     """Augmentations per training image: the image itself, then flipped and scaled copies."""
-    max_images: tyro.conf.Suppress[int | None] = None
+    max_images: tyro.conf.Suppress[Count | None] = None
     split: tyro.conf.Suppress[Literal["val", "test"]] = "val"
-    prompts: tyro.conf.Suppress[tuple[str, ...]] = ("click",)
-    learning_rate: float | None = 1e-3
+    prompts: tyro.conf.Suppress[tuple[PromptName, ...]] = ("click",)
+    learning_rate: Positive | None = 1e-3
     """Adam's learning rate; decays to a tenth along a cosine."""
 
 
@@ -72,21 +73,21 @@ class EverythingBenchmarkConfig(OutputOptions):
     """Root folder of a dataset that reads files."""
     dataset_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     """More options of the dataset: --dataset-kwargs annotations FILE split_seed 0."""
-    train_images: int = 2048
+    train_images: Count = 2048
     """Maximum number of training images."""
-    val_images: int = 24
+    val_images: Count = 24
     """Number of images to choose thresholds on."""
-    test_images: int = 32
+    test_images: Count = 32
     """Number of images to report on."""
     transfer: str | None = None
     """Root folder of a COCO dataset to measure the same models on."""
     transfer_annotations: str | None = None
     """Its annotation file (None: instances_val.json of the root folder)."""
-    transfer_limit: int = 40
+    transfer_limit: Count = 40
     """Maximum number of its images."""
-    grid: tuple[int, int] | None = None
+    grid: tuple[Count, Count] | None = None
     """Columns and rows of the point grid (None: that of the first method)."""
-    seeds: int = 1
+    seeds: Count = 1
     """Number of runs per method, with consecutive seeds."""
     resume: bool = False
     """Resume the fine-tunings in the output folder."""
@@ -149,14 +150,7 @@ def run(config: EverythingBenchmarkConfig) -> dict[str, Any]:
 
 
 def _check(config: EverythingBenchmarkConfig) -> None:
-    require_at_least(
-        1,
-        seeds=config.seeds,
-        train_images=config.train_images,
-        val_images=config.val_images,
-        test_images=config.test_images,
-        transfer_limit=config.transfer_limit,
-    )
+    check_settings(config)
     config.train.validate()
     if config.transfer is None and config.transfer_annotations is not None:
         raise ValueError("--transfer-annotations needs --transfer, the root folder.")

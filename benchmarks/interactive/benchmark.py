@@ -12,12 +12,13 @@ import tyro
 from benchmarks.interactive.clicking import Item, Result, click_batch, run_grabcut
 from benchmarks.interactive.grabcut import LONGEST_SIDE
 from benchmarks.interactive.report import write_report
-from benchmarks.options import BackboneOptions, provenance, require_at_least
+from benchmarks.options import BackboneOptions, provenance
 from benchmarks.report import output_folder
 from sam_gym.data import DATASETS, Dataset, dataset_help
 from sam_gym.data.cache import SampleCache
 from sam_gym.metrics.masks import number_of_clicks, number_of_failures
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.settings import Count, Natural, check_settings
 
 #: Default number of images of an endless procedural dataset.
 SCENES = 100
@@ -42,37 +43,24 @@ class InteractiveBenchmarkConfig(BackboneOptions):
     """coco: comma-separated names of categories (None: all)."""
     objects: Literal["mask", "components", "instances"] | None = None
     """folder: an object is the whole mask (default), one of its components, or an instance."""
-    min_area: int | None = None
+    min_area: Natural | None = None
     """coco, folder: minimum area of an object, in pixels."""
-    max_images: int | None = None
+    max_images: Count | None = None
     """Maximum number of images, sampled by the seed (None: all; procedural datasets: 100)."""
-    max_objects: int | None = None
+    max_objects: Count | None = None
     """Maximum number of objects, sampled by the seed (None: all)."""
-    clicks: int = 20
+    clicks: Count = 20
     """Clicks per object; an object that never reaches the IoU counts as this many."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Number of objects per decoder call."""
     baseline: bool = True
     """Also give the same clicks to cv2.grabCut."""
-    baseline_clicks: int = 5
+    baseline_clicks: Count = 5
     """Clicks per object for grabCut, which is slow."""
-    baseline_objects: int = 50
+    baseline_objects: Count = 50
     """Number of objects for grabCut, sampled by the seed."""
-    pictures: int = 9
+    pictures: Natural = 9
     """Objects to draw, evenly spaced by rank from best to worst."""
-
-    def validate(self) -> None:
-        """Raise `ValueError` if an option is out of range."""
-        require_at_least(
-            1,
-            clicks=self.clicks,
-            batch_size=self.batch_size,
-            max_images=self.max_images,
-            max_objects=self.max_objects,
-            baseline_clicks=self.baseline_clicks,
-            baseline_objects=self.baseline_objects,
-        )
-        require_at_least(0, pictures=self.pictures, seed=self.seed, min_area=self.min_area)
 
 
 def run(config: InteractiveBenchmarkConfig) -> dict[str, Any]:
@@ -81,7 +69,7 @@ def run(config: InteractiveBenchmarkConfig) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: an option, the data or the checkpoint is wrong.
     """
-    config.validate()
+    check_settings(config)
     out = output_folder(config.out, config.overwrite, pictures=["pictures/*.png"])
     dataset = open_dataset(config)
     backbone = config.load()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from benchmarks.options import BackboneOptions, require_at_least
+from benchmarks.options import BackboneOptions
 from benchmarks.throughput.reference import check_comparable
+from sam_gym.utils.settings import Count, Natural, check_settings, whole
 
 #: Maximum number of environments when growth over images is measured.
 _GROWTH_NUM_ENVS = 64
@@ -25,33 +26,25 @@ class ThroughputBenchmarkConfig(BackboneOptions):
 
     out: str = "runs/throughput"
     """Folder for results.json, repeats.csv, plots and report.html."""
-    num_envs: tuple[int, ...] = (1, 8, 64, 256)
+    num_envs: tuple[Count, ...] = (1, 8, 64, 256)
     """Environments per side, one or several numbers."""
-    max_steps: int = 5
+    max_steps: Annotated[int, whole(1, 100)] = 5
     """Steps per episode."""
-    steps: int = 5
+    steps: Count = 5
     """Steps per repeat, a multiple of max_steps, so that all repeats have equally many resets."""
-    repeats: int = 5
+    repeats: Count = 5
     """Timed repeats after one warm-up; results are medians."""
-    images: int = 64
+    images: Count = 64
     """Number of images in the cached setting."""
-    growth_images: int = 1024
+    growth_images: Natural = 1024
     """Fresh images over which the growth of the step time is measured; 0: skip."""
 
     def validate(self) -> None:
         """Raise `ValueError` if an option is out of range."""
+        check_settings(self)
         if not self.num_envs:
             raise ValueError("--num-envs needs at least one number.")
         check_comparable(self.backbone)
-        require_at_least(
-            1,
-            num_envs=min(self.num_envs),
-            max_steps=self.max_steps,
-            steps=self.steps,
-            repeats=self.repeats,
-            images=self.images,
-        )
-        require_at_least(0, seed=self.seed, growth_images=self.growth_images)
         if self.steps % self.max_steps:
             raise ValueError(
                 f"--steps must be a multiple of --max-steps ({self.max_steps}), got {self.steps}: "

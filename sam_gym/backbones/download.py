@@ -146,6 +146,6 @@ if __name__ == "__main__":
     from sam_gym.utils import cli
 
     cli.run(
-        lambda: main(tyro.cli(DownloadConfig, prog="python -m sam_gym.backbones.download")),
+        lambda: main(cli.parse(DownloadConfig, "python -m sam_gym.backbones.download")),
         "Run the same command again to resume.",
     )

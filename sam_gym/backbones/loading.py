@@ -34,14 +34,30 @@ _loaded: SharedObjects[Backbone] = SharedObjects()
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """Return a torch device by name; "auto" is CUDA, then MPS, then CPU."""
+    """Return a torch device by name; "auto" is CUDA, then MPS, then CPU.
+
+    Raises:
+        ValueError: the name is unknown, or this machine has no such device.
+    """
     if device != "auto":
         try:
-            return torch.device(device)
-        except RuntimeError as error:
+            found = torch.device(device)
+        except (RuntimeError, TypeError):
+            found = None
+        counts = {
+            "cpu": 1,
+            "mps": int(torch.backends.mps.is_available()),
+            "cuda": torch.cuda.device_count(),
+        }
+        if found is None or found.type not in counts:
+            raise ValueError(f"Unknown device {device!r}: expected auto, cpu, mps, cuda or cuda:N.")
+        if (found.index or 0) >= counts[found.type]:
+            here = [f"{count} {kind}" for kind, count in counts.items() if count]
             raise ValueError(
-                f"Unknown device {device!r}: expected auto, cpu, mps, cuda or cuda:N."
-            ) from error
+                f"Device {device!r} is not available here (devices: {', '.join(here)}). Take the "
+                "device auto or cpu."
+            )
+        return found
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

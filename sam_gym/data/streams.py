@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
@@ -30,6 +30,7 @@ from sam_gym.data.synthetic.domains.dataset import DOMAINS, ProceduralDomain
 from sam_gym.metrics.masks import iou
 from sam_gym.utils.lowres import frame_mask, low_res
 from sam_gym.utils.registry import Registry, unknown_name
+from sam_gym.utils.settings import Count, Natural, checked, real
 
 #: A folder domain is thin if the low-res ceiling of its objects (`low_res_ceiling`) is below this.
 THIN_BELOW = 0.7
@@ -189,14 +190,15 @@ def dataset_stream(dataset: str, data: str | None = None, **kwargs: Any) -> Stre
 
 
 @STREAMS.register("scenes-domains")
+@checked
 def scenes_domains(
     *,
     domains: str | Sequence[str] | None = None,
-    train_images: int = 64,
-    val_images: int = 16,
-    test_images: int = 32,
+    train_images: Count = 64,
+    val_images: Count = 16,
+    test_images: Count = 32,
     size: int = 256,
-    seed: int = 0,
+    seed: Natural = 0,
 ) -> Stream:
     """Make a stream of procedural domains (see `sam_gym.data.synthetic.domains.dataset`).
 
@@ -216,9 +218,6 @@ def scenes_domains(
         raise ValueError("domains is empty. Name at least one, or pass None for all.")
     _refuse_repeated(kinds, "domains", "Name each once.")
     lengths = {"train": train_images, "val": val_images, "test": test_images}
-    for split, length in lengths.items():
-        if length < 1:
-            raise ValueError(f"{split}_images must be at least 1, got {length}.")
     made = []
     for kind in kinds:
         datasets = {
@@ -230,12 +229,13 @@ def scenes_domains(
 
 
 @STREAMS.register("folders")
+@checked
 def folders(
     *,
     data: str | Sequence[str] | None,
-    min_area: float = 0.0005,
-    max_images: int | None = None,
-    seed: int = 0,
+    min_area: Annotated[float, real(0, below=1)] = 0.0005,
+    max_images: Count | None = None,
+    seed: Natural = 0,
 ) -> Stream:
     """Make a stream of folders, one domain each, in the layout of `sam_gym.data.folder.Folder`.
 
@@ -262,12 +262,6 @@ def folders(
             f"Stream 'folders' needs folders, got data={data!r}. "
             "Pass data=['PATH', ...], or one string with commas."
         )
-    if not 0.0 <= min_area < 1.0:
-        raise ValueError(
-            f"min_area is a share of the image's area, 0 <= share < 1, got {min_area}."
-        )
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"max_images must be at least 1 (or None for all), got {max_images}.")
     names = [os.path.basename(os.path.realpath(root)) for root in roots]
     for name, count in Counter(names).items():
         if count > 1:
@@ -387,7 +381,7 @@ def _folder_domain(root: str, min_area: float, max_images: int | None, seed: int
     if empty:
         warnings.warn(
             f"{root}: left out {empty} images without an object of at least {least} pixels.",
-            stacklevel=5,
+            stacklevel=6,
         )
     thin = low_res_ceiling(datasets["val"], max_images=_CEILING_IMAGES) < THIN_BELOW
     return Domain(whole["train"].name, thin, datasets)

@@ -16,14 +16,13 @@ from gymnasium import spaces
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.embeddings.store import MAX_HANDLES, shared_store
-from sam_gym.backbones.service import DTYPES
 from sam_gym.backbones.spec import backbone_help
 from sam_gym.data import DATASETS, Dataset, dataset_help, make_dataset
 from sam_gym.data.cache import SampleCache
 from sam_gym.envs.prefetch import Prefetcher
 from sam_gym.simulation.clicks import cell_centres
 from sam_gym.utils.lowres import frame_mask, low_res
-from sam_gym.utils.registry import check_choice
+from sam_gym.utils.settings import Count, Natural, Positive, Share, check_settings, checked, whole
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Height of the picture in a frame, without its caption, in pixels.
@@ -31,6 +30,9 @@ FRAME_HEIGHT = 384
 
 #: Maximum number of draws in search of a target that is large enough.
 MAX_DRAWS = 200
+
+
+Grid = Annotated[int, whole(2, 64)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,28 +54,25 @@ class EnvConfig:
     """Compile the backbone: faster steps after a warm-up of a minute or two."""
     obs: Literal["full", "handle"] = "full"
     """Observations with image and embedding, or with a small handle of the embedding."""
-    grid: int = 16
+    grid: Grid = 16
     """Prompts lie on the centres of grid x grid cells of SAM's square input frame."""
-    min_target: float = 0.002
+    min_target: Share = 0.002
     """Minimum target area, as a fraction of the frame."""
-    cache_mib: int = 1024
+    cache_mib: Natural = 1024
     """Memory for cached samples, in MiB."""
-    store_gib: float = 1.0
+    store_gib: Positive = 1.0
     """Memory for cached embeddings, in GiB."""
     disk: str | None = None
     """Folder for embeddings on disk, kept between runs; "home" for SAM_GYM_HOME/embeddings."""
-    disk_dtype: str = "float32"
-    """Precision of embeddings on disk: float32, float16, bfloat16."""
-    disk_gib: float = DEFAULT_BYTES / 2**30
+    disk_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of embeddings on disk."""
+    disk_gib: Positive = DEFAULT_BYTES / 2**30
     """Maximum size of the files of this backbone and precision, in GiB; evicts the least recently
     used."""
 
     def validate(self) -> None:
         """Raise `ValueError` for an impossible value."""
-        check_choice("obs", self.obs, ("full", "handle"))
-        check_choice("disk_dtype", self.disk_dtype, DTYPES)
-        if not 2 <= self.grid <= 64:
-            raise ValueError(f"grid must be from 2 to 64, got {self.grid}.")
+        check_settings(self)
         if self.obs == "handle" and multiprocessing.current_process().daemon:
             raise ValueError(
                 "obs='handle' refers to embeddings in this process, so it does not work in the "
@@ -188,10 +187,9 @@ class BaseCore(Generic[C, T]):
     action_space: spaces.Space
     observation_space: spaces.Dict
 
-    def __init__(self, config: C, num_envs: int, dataset: Dataset | None = None) -> None:
+    @checked
+    def __init__(self, config: C, num_envs: Count, dataset: Dataset | None = None) -> None:
         config.validate()
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}.")
         self.config, self.num_envs = config, num_envs
         self.dataset = config.open_dataset() if dataset is None else dataset
         self._open_services()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, DatasetCon
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.envs.rewards import REWARDS, Transition
 from sam_gym.metrics import masks as metrics
-from sam_gym.utils.registry import check_choice
+from sam_gym.utils.settings import NotNegative, real, whole
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Arrays of a `ClickCore` that `get_state` saves, beside the mask logits.
@@ -33,9 +33,9 @@ class ClickConfig(EnvConfig):
     """Target: all instances of a category, or one instance shown by a cue click."""
     reward: str = "iou_gain"
     """Reward name: iou_gain, dice_gain, click_correct, foreground, shaped."""
-    max_steps: int = 5
+    max_steps: Annotated[int, whole(1, 100)] = 5
     """Actions per episode, after which it is truncated."""
-    iou_target: float | None = None
+    iou_target: Annotated[float, real(above=0, high=1)] | None = None
     """Terminate when the true IoU reaches this value."""
     stop: bool = False
     """Add an action that ends the episode."""
@@ -43,20 +43,14 @@ class ClickConfig(EnvConfig):
     """Add an action that removes the last click."""
     keep_best: bool = False
     """Keep the previous mask when a click yields one of lower predicted IoU."""
-    click_cost: float = 0.0
+    click_cost: NotNegative = 0.0
     """Cost of every click and undo, subtracted from the reward."""
     score: Literal["low", "full"] = "low"
     """Compute the IoU on SAM's low-res mask, or at the size of the image (slower)."""
 
     def validate(self) -> None:
         super().validate()
-        check_choice("target", self.target, ("category", "instance"))
-        check_choice("score", self.score, ("low", "full"))
         REWARDS.get(self.reward)
-        if not 1 <= self.max_steps <= 100:
-            raise ValueError(f"max_steps must be from 1 to 100, got {self.max_steps}.")
-        if self.iou_target is not None and not 0 < self.iou_target <= 1:
-            raise ValueError(f"iou_target must be in (0, 1], got {self.iou_target}.")
 
     @property
     def max_episode_steps(self) -> int:

@@ -13,9 +13,7 @@ from gymnasium import spaces
 from sam_gym.data.base import Dataset, Sample
 from sam_gym.data.streams import Stream, make_stream
 from sam_gym.envs.click import EPISODE_ARRAYS, ClickConfig, ClickCore, SamSegEnv, SamSegVectorEnv
-from sam_gym.utils.registry import check_choice
-
-BOUNDARIES = ("announced", "hidden")
+from sam_gym.utils.settings import Count
 
 #: Streams in use, by their arguments: opening a stream of files reads all its masks.
 _OPEN: WeakValueDictionary[str, Stream] = WeakValueDictionary()
@@ -37,7 +35,7 @@ class ContinualConfig(ClickConfig):
     stream_kwargs: dict[str, int | float | str] = field(default_factory=dict)
     """More options of the stream, in Python a dict: --stream-kwargs domains cells,night
     train_images 256."""
-    episodes_per_domain: int | None = 20
+    episodes_per_domain: Count | None = 20
     """Episodes before the next domain; None: change on request only. Training divides its steps
     evenly instead."""
     cycle: bool = False
@@ -49,12 +47,6 @@ class ContinualConfig(ClickConfig):
 
     def validate(self) -> None:
         super().validate()
-        check_choice("boundaries", self.boundaries, BOUNDARIES)
-        if self.episodes_per_domain is not None and self.episodes_per_domain < 1:
-            raise ValueError(
-                "episodes_per_domain must be at least 1, or None to change domains on request "
-                f"only, got {self.episodes_per_domain}."
-            )
         for name, own in (("name", "stream"), ("data", "data"), ("order", "order")):
             if name in self.stream_kwargs:
                 raise ValueError(f"stream_kwargs may not hold {name!r}: use {own}= instead.")

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from sam_gym.backbones import Prompts
 from sam_gym.data import Dataset, Sample, dataset_help
-from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, DatasetConfig, Draw
+from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, DatasetConfig, Draw, Grid
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.metrics.panoptic import PART_COVERS, PART_INSIDE, matched_ious
-from sam_gym.utils.registry import check_choice
+from sam_gym.utils.settings import Count, NotNegative, Share
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Arrays of an `EverythingCore` that `get_state` saves, beside the kept masks.
@@ -39,39 +39,31 @@ class EverythingConfig(DatasetConfig):
     """Arguments of `SamEverything-v0`, JSON-plain."""
 
     dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "rooms"
-    grid: int = 32
+    grid: Grid = 32
     """Points lie on the centres of grid x grid cells of SAM's square input frame."""
     actions: Literal["points", "set"] = "points"
     """One point per step, or a set of points per step."""
-    budget: int = 32
+    budget: Count = 32
     """Maximum number of points per episode, which is truncated then."""
     stop: bool = True
     """Add an action that ends the episode; with sets, the empty set."""
-    keep_iou: float = 0.4
+    keep_iou: Share = 0.4
     """Minimum predicted IoU of a mask that is kept."""
-    duplicate_iou: float = 0.7
+    duplicate_iou: Share = 0.7
     """Minimum IoU with a kept mask at which a new mask is a duplicate."""
-    point_cost: float = 0.001
+    point_cost: NotNegative = 0.001
     """Cost of every point, subtracted from the reward."""
-    duplicate_cost: float = 0.002
+    duplicate_cost: NotNegative = 0.002
     """Cost of every duplicate."""
-    part_cost: float = 0.01
+    part_cost: NotNegative = 0.01
     """Cost of every kept mask of a part of an object."""
 
     def validate(self) -> None:
         super().validate()
-        check_choice("actions", self.actions, ("points", "set"))
-        if not 1 <= self.budget <= self.grid**2:
+        if self.budget > self.grid**2:
             raise ValueError(
-                f"budget must be from 1 to the {self.grid**2} points of the grid, "
-                f"got {self.budget}."
+                f"budget must be at most the {self.grid**2} points of the grid, got {self.budget}."
             )
-        for name in ("keep_iou", "duplicate_iou"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}.")
-        for name in ("point_cost", "duplicate_cost", "part_cost"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
 
     @property
     def max_episode_steps(self) -> int:

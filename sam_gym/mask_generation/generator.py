@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ from sam_gym.backbones.decode import MaskTokens, Prompts
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.service import BackboneService, check_rgb
 from sam_gym.backbones.spec import BackboneSpec, find_spec
-from sam_gym.mask_generation.masks import OUTPUTS, Collected, Masks, run_lengths, to_counts
+from sam_gym.mask_generation.masks import Collected, Masks, run_lengths, to_counts
 from sam_gym.simulation.clicks import relative_grid
 from sam_gym.utils.progress import ProgressBar
-from sam_gym.utils.registry import check_choice
+from sam_gym.utils.settings import Count, Natural, NotNegative, Share, check_settings
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Embedding cells per decoder call, and pixels of masks upsampled at once, by type of device. On a
@@ -47,48 +47,34 @@ _CROPS = 8
 class GeneratorOptions:
     """Options of everything mode, named as in segment_anything."""
 
-    grid: tuple[int, int] = (32, 32)
+    grid: tuple[Count, Count] = (32, 32)
     """Columns and rows of the point grid."""
-    pred_iou_thresh: float | None = None
+    pred_iou_thresh: Share | None = None
     """Minimum predicted IoU (exclusive); 0 keeps all (None: the backbone's; SAM: 0.88)."""
-    stability_score_thresh: float | None = None
+    stability_score_thresh: Share | None = None
     """Minimum stability score; 0 keeps all (None: the backbone's; SAM: 0.95)."""
-    stability_score_offset: float = 1.0
+    stability_score_offset: NotNegative = 1.0
     """Stability is the IoU of the masks at thresholds this far above and below SAM's."""
-    box_nms_thresh: float = 0.7
+    box_nms_thresh: Share = 0.7
     """Box IoU above which the mask of the lower predicted IoU is a duplicate."""
-    crop_n_layers: int = 0
+    crop_n_layers: Natural = 0
     """Layers of crops; layer i has 4**i crops."""
-    crop_nms_thresh: float = 0.7
+    crop_nms_thresh: Share = 0.7
     """Box IoU above which masks of two crops are duplicates; that of the smaller crop stays."""
-    crop_overlap_ratio: float = 512 / 1500
+    crop_overlap_ratio: Share = 512 / 1500
     """Overlap of the crops of layer 1, as a fraction of the image's shorter side."""
-    crop_n_points_downscale_factor: int = 1
+    crop_n_points_downscale_factor: Count = 1
     """The grid in crops of layer i is coarser by this factor to the power of i."""
-    min_mask_region_area: int = 0
+    min_mask_region_area: Natural = 0
     """Remove islands and fill holes of fewer pixels than this."""
-    output: str = "binary_mask"
-    """Format of the masks: binary_mask, uncompressed_rle, coco_rle."""
-    points_per_batch: int | None = None
+    output: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask"
+    """Format of the masks."""
+    points_per_batch: Count | None = None
     """Clicks per decoder call (None: chosen by device)."""
 
     def validate(self) -> None:
         """Raise `ValueError` if an option is out of range."""
-        check_choice("output", self.output, OUTPUTS)
-        shares = "pred_iou_thresh stability_score_thresh box_nms_thresh crop_nms_thresh"
-        for name in (*shares.split(), "crop_overlap_ratio"):
-            if getattr(self, name) is not None:
-                _require(self, name, 0.0, 1.0)
-        _require(self, "stability_score_offset", 0.0)
-        for name in ("crop_n_layers", "min_mask_region_area"):
-            _require(self, name, 0)
-        _require(self, "crop_n_points_downscale_factor", 1)
-        if self.points_per_batch is not None:
-            _require(self, "points_per_batch", 1)
-        if len(self.grid) != 2 or min(self.grid) < 1:
-            raise ValueError(
-                f"grid must be two numbers of at least 1, columns and rows, got {self.grid}."
-            )
+        check_settings(self)
         if min(self.layer_grid(self.crop_n_layers)) < 1:
             raise ValueError(
                 f"A grid of {self.grid[0]} x {self.grid[1]} has no points in crops of layer "
@@ -111,14 +97,6 @@ class GeneratorOptions:
         columns, rows = self.grid
         coarser = self.crop_n_points_downscale_factor**layer
         return int(columns / coarser), int(rows / coarser)
-
-
-def _require(options: GeneratorOptions, name: str, least: float, most: float | None = None) -> None:
-    value = getattr(options, name)
-    if not value >= least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
-    if most is not None and value > most:
-        raise ValueError(f"{name} must be at most {most}, got {value}.")
 
 
 class _Crop(NamedTuple):

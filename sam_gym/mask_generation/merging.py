@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import cv2
 import numpy as np
@@ -10,19 +11,20 @@ import numpy as np
 from sam_gym.mask_generation.masks import Masks, to_counts
 from sam_gym.metrics.panoptic import Overlaps, encoded
 from sam_gym.utils.lowres import low_res
+from sam_gym.utils.settings import Natural, Share, real
 
 
 @dataclass(frozen=True)
 class MergeOptions:
     """Thresholds of merging."""
 
-    merge_similarity: float = 0.8
+    merge_similarity: Annotated[float, real(-1, 1)] = 0.8
     """Minimum cosine similarity of the mean embeddings of merged neighbours."""
-    merge_reach: int = 3
+    merge_reach: Natural = 3
     """Maximum distance between neighbours, in pixels."""
-    merge_inside: float = 0.85
+    merge_inside: Share = 0.85
     """Remove a mask if at least this fraction of it lies in a larger one."""
-    merge_largest: float = 0.5
+    merge_largest: Share = 0.5
     """Masks of more than this fraction of the image count as background and absorb no parts."""
 
 

@@ -8,10 +8,38 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+import tyro
 
 from sam_gym.utils.memory import keep_freed_memory
+from sam_gym.utils.settings import check_settings
 from sam_gym.utils.text import printable
+
+T = TypeVar("T")
+
+
+def option(name: str) -> str:
+    """Return the option of a field: --num-envs of num_envs."""
+    return f"--{name.replace('_', '-')}"
+
+
+def parse(options: type[T], prog: str, args: Sequence[str] | None = None, **tyro_options: Any) -> T:
+    """Parse a command line and check its values.
+
+    Args:
+        options: dataclass of the options.
+        prog: command, for `--help`.
+        args: command line without the program; None: that of the process.
+        **tyro_options: see `tyro.cli`.
+
+    Raises:
+        SystemExit: after --help, or if the command line cannot be parsed.
+        ValueError: a value is out of range, NaN or infinite.
+    """
+    parsed = tyro.cli(options, prog=prog, args=args, **tyro_options)
+    check_settings(parsed, option)
+    return parsed
 
 
 class Terminated(KeyboardInterrupt):

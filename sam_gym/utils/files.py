@@ -111,6 +111,31 @@ def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
+def make_folder(out: str) -> Path:
+    """Create the folder for the results, before work starts.
+
+    Raises:
+        ValueError: it cannot be created, or not be written to.
+    """
+    folder = Path(out).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot create the folder ({error.strerror}).") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {out}: the folder is not writable.")
+    return folder
+
+
+def output_file(out: str) -> Path:
+    """Create the folder of a file for results, before work starts; raises as `make_folder`."""
+    path = Path(out).expanduser()
+    if path.is_dir() or out.endswith(("/", os.sep)):
+        raise ValueError(f"--out {out}: this is a folder. Pass the path of a file in it.")
+    make_folder(str(path.parent))
+    return path
+
+
 def wait_for_a_later_name(folder: Path) -> None:
     """Wait until a new event file would sort after the existing ones.
 

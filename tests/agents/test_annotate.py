@@ -340,7 +340,7 @@ def test_everything_resumes_after_an_interruption(
 
 
 def test_everything_with_wrong_inputs(everything: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="pred_iou_thresh must be at most 1"):
+    with pytest.raises(ValueError, match="--pred-iou-thresh must be from 0 to 1, got 7.0"):
         main([*everything, "--pred-iou-thresh", "7"])
     with pytest.raises(FileNotFoundError, match="no such folder"):
         main([*everything, "--images", str(tmp_path / "nowhere")])

@@ -265,7 +265,7 @@ def test_the_environment_says_which_policy_plays_it() -> None:
         (("--recalibrate",), "--recalibrate does not work with SamEverything-v0"),
         (("--views",), "--policy-plots does not work with SamEverything-v0"),
         (("--actions", "set"), "PPO chooses one point in a step"),
-        (("--budget", "5000"), "budget must be from 1 to the 1024 points"),
+        (("--budget", "5000"), "budget must be at most the 1024 points"),
     ],
 )
 def test_wrong_input_is_an_error_before_work_starts(

@@ -79,6 +79,8 @@ def test_half_precision_files_load_as_float32(micro_checkpoint: str, tmp_path: P
         ({"name": "mirco"}, r"Unknown backbone 'mirco'\. Did you mean 'micro'\?"),
         ({"name": "vit-b"}, r"Did you mean 'vit_b'\? Valid names: .*micro, .*vit_h, vit_l\."),
         ({"device": "gpu:x"}, r"Unknown device 'gpu:x': expected auto, cpu"),
+        ({"device": "meta"}, r"Unknown device 'meta': expected auto, cpu"),
+        ({"device": "cuda:99"}, r"'cuda:99' is not available here \(devices: 1 cpu"),
         ({"dtype": "flaot32"}, r"Unknown dtype 'flaot32'\. Did you mean 'float32'\?"),
     ],
 )

@@ -55,10 +55,10 @@ def test_crops_and_small_regions(tmp_path: Path) -> None:
     "option, message",
     [
         (("--grids", "32"), "'32' is not a grid; write COLUMNSxROWS"),
-        (("--grids", "0x4"), "two numbers of at least 1"),
+        (("--grids", "0x4"), "grid must be at least 1, got 0"),
         (("--backbone", "hq_vit_b"), "does not support this backbone"),
         (("--repeats", "0"), "--repeats must be at least 1"),
-        (("--pred-iou-thresh", "3"), "pred_iou_thresh must be at most 1"),
+        (("--pred-iou-thresh", "3"), "--pred-iou-thresh must be from 0 to 1"),
     ],
 )
 def test_options_that_cannot_work_are_refused(

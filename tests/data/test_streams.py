@@ -293,7 +293,7 @@ def test_damaged_folders(blocks: Path, damage, message: str) -> None:
     [
         ({"data": None}, "needs folders, got data=None"),
         ({"data": " , "}, "needs folders, got data=' , '"),
-        ({"min_area": 1.0}, "min_area is a share"),
+        ({"min_area": 1.0}, "min_area must be at least 0 and below 1, got 1.0"),
         ({"max_images": 0}, "max_images must be at least 1"),
         ({"min_aera": 0.1}, r"'min_aera'\. Did you mean 'min_area'"),
     ],

@@ -650,8 +650,8 @@ def test_seeds_of_a_vector(make_vec: Callable[..., SamSegVectorEnv]) -> None:
         ({"grid": 1}, "grid must be from 2 to 64, got 1"),
         ({"grid": 65}, "grid must be from 2 to 64, got 65"),
         ({"max_steps": 0}, "max_steps must be from 1 to 100, got 0"),
-        ({"iou_target": 0.0}, r"iou_target must be in \(0, 1\], got 0\.0"),
-        ({"iou_target": 1.1}, r"iou_target must be in \(0, 1\], got 1\.1"),
+        ({"iou_target": 0.0}, r"iou_target must be positive and at most 1, got 0\.0"),
+        ({"iou_target": 1.1}, r"iou_target must be positive and at most 1, got 1\.1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

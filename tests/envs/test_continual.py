@@ -278,7 +278,7 @@ def test_a_domain_without_targets_is_named(make: Make) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"episodes_per_domain": 0}, "episodes_per_domain must be at least 1, or None"),
+        ({"episodes_per_domain": 0}, "episodes_per_domain must be at least 1, got 0"),
         ({"boundaries": "hiden"}, "Did you mean 'hidden'"),
         ({"stream": "scene-domains"}, "Did you mean 'scenes-domains'"),
         ({"stream_kwargs": {"order": "a"}}, "may not hold 'order': use order= instead"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from sam_gym.backbones.adapters.class_head import CLASS_HEADS
 from sam_gym.backbones.adapters.model import ADAPTER_MODULES, Model
 from sam_gym.backbones.adapters.tuning import TUNINGS, apply_tuned, bytes_of, check_names
+from sam_gym.utils.settings import check_settings
 from sam_gym.utils.weights import check_finite
 
 #: Metadata key, and the versions that are read; the last is written.
@@ -112,25 +113,36 @@ class Adapter:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {}).get(_KEY, "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, ValueError, OSError) as error:
+        except (SafetensorError, ValueError, OSError, RecursionError) as error:
             raise ValueError(f"{path}: not a readable adapter file ({error}).") from error
         check_finite(tensors, path)
         if not isinstance(about, dict) or about.get("version") not in _VERSIONS:
             raise ValueError(
                 f"{path}: not an adapter of this version (python -m adaptation.train writes them)."
             )
-        experts: list[dict[str, Tensor]] = [{} for _ in range(about.pop("num_experts"))]
-        others: dict[str, dict[str, Tensor]] = {"router": {}, "head": {}}
-        about.pop("version")
-        for name, value in tensors.items():
-            part, _, own = name.partition(".")
-            part = _RENAMED.get(part, part)
-            if part in others:
-                others[part][own] = value
-            else:
-                experts[int(part.removeprefix("expert"))][own] = value
         about = {_RENAMED.get(name, name): value for name, value in about.items()}
-        return cls(**about, experts=experts, weights=others["router"], head=others["head"])
+        about.pop("version")
+        parts: dict[str, dict[str, Tensor]] = {"router": {}, "head": {}}
+        try:
+            count = about.pop("num_experts")
+            if not 0 <= count <= len(tensors) + 1:
+                raise ValueError(f"num_experts is {count}")
+            names = [f"expert{number}" for number in range(count)]
+            parts |= {name: {} for name in names}
+            for name, value in tensors.items():
+                part, _, own = name.partition(".")
+                parts[_RENAMED.get(part, part)][own] = value
+            experts = [parts[name] for name in names]
+            adapter = cls(**about, experts=experts, weights=parts["router"], head=parts["head"])
+            check_settings(adapter)
+            if not adapter.router and count != 1:
+                raise ValueError(f"{count} experts without a router")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: not an adapter that python -m adaptation.train has written "
+                f"({type(error).__name__}: {error})."
+            ) from error
+        return adapter
 
     def model(self, sam: Sam, source: str = "adapter") -> Model:
         """Build the adapted model: frozen, sharing with `sam` everything that was not tuned.
@@ -146,7 +158,13 @@ class Adapter:
         raw = TUNINGS.get(self.tune).raw if experts else "embedding"
         if self.router:
             make = ADAPTER_MODULES.get(self.router).from_weights
-            module = make(sam, self.weights, len(experts))
+            try:
+                module = make(sam, self.weights, len(experts))
+            except (KeyError, IndexError, RuntimeError) as error:
+                raise ValueError(
+                    f"{source}: its weights are not those of the router {self.router!r} "
+                    f"({type(error).__name__}: {error})."
+                ) from error
             model = _loaded(module, self.weights, source).wrap(sam, experts, raw)
         else:
             model = Model(experts[0], raw)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -17,6 +17,7 @@ from sam_gym.backbones.spec import backbone_help
 from sam_gym.data import DATASETS, Sample, dataset_help, make_dataset
 from sam_gym.utils.digest import image_digest
 from sam_gym.utils.progress import track
+from sam_gym.utils.settings import Count, Positive, check_settings
 
 
 @dataclass
@@ -34,7 +35,7 @@ class PrecomputeConfig:
     """Root folder of a dataset that reads files."""
     split: str = "train"
     """Dataset split: train, val, test."""
-    limit: int | None = None
+    limit: Count | None = None
     """Maximum number of images (procedural datasets are endless: their default is 2048)."""
     backbone: Annotated[str, tyro.conf.arg(help=backbone_help("Backbone"))] = "micro"
     checkpoint: str | None = None
@@ -45,11 +46,11 @@ class PrecomputeConfig:
     """Its precision: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
     folder: str | None = None
     """Root folder of the embeddings (None: SAM_GYM_HOME/embeddings)."""
-    disk_dtype: str = "float32"
-    """Precision of the files: float32 (exact), float16 or bfloat16 (half the space)."""
-    disk_gib: float = DEFAULT_BYTES / 2**30
+    disk_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the files; float16 and bfloat16 take half the space."""
+    disk_gib: Positive = DEFAULT_BYTES / 2**30
     """Bound on the files of this backbone and precision, in GiB."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images per encoder call."""
     shard: str | None = None
     """This process's share, as "0/4" for the first of four (None: torchrun's, else all)."""
@@ -87,10 +88,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
         ValueError, FileNotFoundError: an option, an image or the checkpoint is wrong.
         OSError: the embeddings cannot be written.
     """
-    if config.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {config.batch_size}.")
-    if config.limit is not None and config.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {config.limit}.")
+    check_settings(config)
     rank, shares = share(config.shard)
     kwargs: dict[str, Any] = {} if config.data is None else {"root": config.data}
     if DATASETS.get(config.dataset).procedural:
@@ -155,7 +153,7 @@ if __name__ == "__main__":
 
     cli.run(
         lambda: precompute(
-            tyro.cli(PrecomputeConfig, prog="python -m sam_gym.backbones.embeddings.precompute")
+            cli.parse(PrecomputeConfig, "python -m sam_gym.backbones.embeddings.precompute")
         ),
         "Run the same command again to resume.",
     )

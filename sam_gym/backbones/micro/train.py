@@ -35,8 +35,17 @@ from sam_gym.data.synthetic.scenes import Scenes
 from sam_gym.metrics.masks import batch_iou
 from sam_gym.simulation.clicks import interior_distance
 from sam_gym.simulation.interactive import Target, click_out
-from sam_gym.utils.files import write_json
+from sam_gym.utils.files import make_folder, write_json
 from sam_gym.utils.lowres import low_res
+from sam_gym.utils.settings import (
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    check_settings,
+)
 from sam_gym.utils.training import SmallTrainer, save_half
 
 MASK = SIZE // 4
@@ -57,37 +66,37 @@ class TrainMicroConfig:
     """Root of a COCO-style dataset to mix in, train split (None: scenes only)."""
     init: str | None = None
     """Weights of micro to start from (None: random weights)."""
-    steps: int = 2700
+    steps: Count = 2700
     """Optimizer steps."""
-    images: int = 12
+    images: Count = 12
     """Images per step."""
-    targets: int = 4
+    targets: Count = 4
     """Prompted targets per image."""
-    max_rounds: int = 6
+    max_rounds: Natural = 6
     """Maximum number of corrections without gradients before the last one."""
-    learning_rate: float = 2e-3
+    learning_rate: Positive = 2e-3
     """Peak learning rate of Muon, for matrices and convolutions."""
-    vector_learning_rate: float = 8e-4
+    vector_learning_rate: Positive = 8e-4
     """Peak learning rate of AdamW, for everything else."""
-    weight_decay: float = 0.03
+    weight_decay: NotNegative = 0.03
     """Weight decay of the parameters that Muon optimizes; the others have none."""
-    warmup: int = 150
+    warmup: Natural = 150
     """Steps of linear warm-up."""
-    decay: float = 0.3
+    decay: Share = 0.3
     """Final fraction of the steps over which the learning rate falls to zero."""
-    ema: float = 0.998
+    ema: Share = 0.998
     """Decay of the moving average of the weights. The average is saved."""
-    semantic_weight: float = 1.0
+    semantic_weight: NotNegative = 1.0
     """Weight of the semantic head's cross-entropy."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data, prompts and initial weights."""
-    workers: int = 1
+    workers: Natural = 1
     """Data loader processes."""
-    save_every: int = 100
+    save_every: Count = 100
     """Steps between checkpoints."""
     device: str = "auto"
     """Where to train: auto, cpu, cuda, mps."""
-    evaluate: int = 200
+    evaluate: Natural = 200
     """Objects of held-out scenes to segment with simulated clicks at the end."""
 
 
@@ -377,9 +386,9 @@ def train(config: TrainMicroConfig) -> dict[str, float]:
     """Train or resume training, and write the weights and `evaluation.json`."""
     # OpenCV's threads do not survive a fork: a data worker would wait for them forever.
     cv2.setNumThreads(0)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_settings(config)
     device = resolve_device(config.device)
+    out = make_folder(config.out)
     photos: list[Sample] = []
     if config.photos:
         from sam_gym.data import make_dataset
@@ -400,11 +409,9 @@ def train(config: TrainMicroConfig) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    import tyro
-
     from sam_gym.utils import cli
 
     cli.run(
-        lambda: train(tyro.cli(TrainMicroConfig, prog="python -m sam_gym.backbones.micro.train")),
+        lambda: train(cli.parse(TrainMicroConfig, "python -m sam_gym.backbones.micro.train")),
         "Run the same command again to resume.",
     )

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 
 from sam_gym.utils.registry import check_choice
+from sam_gym.utils.settings import Count, Natural, checked
 
 #: Split name -> first word of the seed, which makes the splits disjoint.
 SPLITS = {"train": 1, "val": 2, "test": 3}
@@ -30,16 +31,13 @@ class Procedural:
     #: Name of an image in messages.
     noun = "image"
 
+    @checked
     def __init__(
-        self, split: str, length: int | None, size: int, largest: int = 1024, seed: int = 0
+        self, split: str, length: Count | None, size: int, largest: int = 1024, seed: Natural = 0
     ) -> None:
         check_choice("split", split, SPLITS)
-        if length is not None and length < 1:
-            raise ValueError(f"length must be at least 1, got {length}.")
         if not 64 <= size <= largest:
             raise ValueError(f"size must be from 64 to {largest} pixels, got {size}.")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}.")
         self.split, self.length, self.size, self.seed = split, length, size, seed
 
     def __len__(self) -> int:

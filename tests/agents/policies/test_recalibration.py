@@ -164,7 +164,7 @@ def test_targets_are_shares_of_what_is_scored(made: Callable[..., Any]) -> None:
     [
         (("--recalibration-updates", "2"), "with --recalibrate only"),
         (("--recalibrate", "--recalibration-updates", "0"), "must be at least 1, got 0"),
-        (("--warm-start", "1000"), "warm_start must be from 0 to total_timesteps"),
+        (("--warm-start", "1000"), "warm_start must be at most total_timesteps"),
     ],
 )
 def test_wrong_options_are_refused_before_work(

@@ -53,14 +53,50 @@ def test_wrong_configs_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a name or the path"):
         read_config(["--config"])
     (tmp_path / "text.yaml").write_text("recalibrate: 'no'\n")
-    with pytest.raises(ValueError, match="recalibrate must be of type bool, got 'no'"):
+    with pytest.raises(ValueError, match="recalibrate must be True or False, got 'no'"):
         read_config(["--config", str(tmp_path / "text.yaml")])
     (tmp_path / "half.yaml").write_text("settings: {grid: 9.5}\n")
-    with pytest.raises(ValueError, match="grid must be of type int, got 9.5"):
+    with pytest.raises(ValueError, match="grid must be a whole number, got 9.5"):
         read_config(["--config", str(tmp_path / "half.yaml")])
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="expected 'name: value' lines, got list"):
         read_config(["--config", str(tmp_path / "list.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("seed:\n\tb: 1", r"not a readable YAML file \(.*line 2"),
+        ("seed: [1", "not a readable YAML file"),
+        ("[" * 5000, "not a readable YAML file"),
+        (b"seed: \xff", "not a readable YAML file"),
+        ("seed: 1\nseed: 2", "seed is given twice"),
+        ("1: 2", "Unknown option '1'"),
+        ("seed:", "seed must be a whole number, got None"),
+        ("seed: '3'", "seed must be a whole number, got '3'"),
+        ("learning_rate: '1e-4'", "learning_rate must be a finite number, got '1e-4'"),
+        ("learning_rate: .nan", "learning_rate must be a finite number, got nan"),
+        ("learning_rate: true", "learning_rate must be a finite number, got True"),
+        ("gamma: 5", "gamma must be from 0 to 1, got 5"),
+        ("iou_target: high", "iou_target must be a finite number or None, got 'high'"),
+        ("env_config: 3", "env_config must be EnvConfig, got 3"),
+        ("obs: full", "training observes handles"),
+    ],
+)
+def test_wrong_yaml(content: str | bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        read_config(["--config", str(path)])
+    assert "\n" not in str(error.value) and (str(path) in str(error.value) or "obs" in content)
+
+
+def test_numbers_in_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-4\ngamma: 1\nbatch_size: 64\niou_target: 9e-1\n")
+    config = read_config(["--config", str(path)])
+    assert (config.learning_rate, config.gamma, config.batch_size) == (1e-4, 1, 64)
+    assert config.env_config.iou_target == 0.9  # type: ignore[attr-defined]
 
 
 def test_former_names_are_read(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -445,6 +446,25 @@ def test_files_that_are_no_adapters_are_refused(named: dict[str, Any], tmp_path:
     save_file({"a": torch.zeros(2)}, plain, {"sam_gym_adapter": json.dumps({"version": 99})})
     with pytest.raises(ValueError, match="not an adapter of this version"):
         Adapter.load(plain)
+    about = json.loads(
+        safe_open(tmp_path / "whole.safetensors", "pt").metadata()["sam_gym_adapter"]
+    )
+    odd: list[tuple[dict[str, Any], str]] = [
+        ({"num_experts": None}, "num_experts"),
+        ({"num_experts": 10**12}, "num_experts is 1000000000000"),
+        ({"num_experts": 0}, "expert0"),
+        ({"num_experts": "2"}, "TypeError"),
+        ({"later": 1}, "unexpected keyword argument 'later'"),
+        ({"tune": None}, "missing 1 required positional argument: 'tune'"),
+        ({"tune": 3}, "tune must be text, got 3"),
+        ({"classes": "star"}, "classes must be a list, got 'star'"),
+        ({"num_experts": 2}, "2 experts without a router"),
+    ]
+    for changes, message in odd:
+        changed = {name: value for name, value in (about | changes).items() if value is not None}
+        save_file(adapter.state, plain, {"sam_gym_adapter": json.dumps(changed)})
+        with pytest.raises(ValueError, match=rf"weights.safetensors: not an adapter.*{message}"):
+            Adapter.load(plain)
     with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors: no such adapter file"):
         load_backbone(**named, adapter=str(tmp_path / "nowhere.safetensors"))
     with pytest.raises(FileNotFoundError, match="no such adapter file"):

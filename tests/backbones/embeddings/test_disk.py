@@ -265,7 +265,7 @@ def test_shards_make_up_the_whole(micro_checkpoint: str, tmp_path: Path) -> None
 def test_precompute_refuses_what_would_evict_itself(micro_checkpoint: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--disk-gib"):
         precompute(config(micro_checkpoint, tmp_path, disk_gib=4 * 2**17 / 2**30))
-    with pytest.raises(ValueError, match="--limit"):
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         precompute(config(micro_checkpoint, tmp_path, limit=0))
 
 

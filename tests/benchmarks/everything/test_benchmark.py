@@ -120,7 +120,7 @@ def test_training_images_are_not_measured(
         (["--transfer-annotations", "a.json"], "needs --transfer"),
         (["--tune", "decodr"], "Did you mean 'decoder'"),
         (["--dataset", "romms"], "Did you mean 'rooms'"),
-        (["--grid", "0", "6"], "grid must be two numbers of at least 1"),
+        (["--grid", "0", "6"], "--grid must be at least 1"),
         (["--test-images", "0"], "--test-images must be at least 1"),
         (["--dataset", "coco"], "reads files: pass its folder"),
     ],

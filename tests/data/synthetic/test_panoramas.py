@@ -50,7 +50,7 @@ def test_draw_stays_inside() -> None:
         ({"split": "tran"}, "Unknown split 'tran'"),
         ({"height": 32}, "size must be from 64 to 1024 pixels, got 32"),
         ({"width": 200}, "width must be from 256 to 2048 pixels, got 200"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": -1}, "seed must be at least 0"),
         ({"categories": "sofs"}, "Unknown category 'sofs'. Did you mean 'sofa'"),
     ],
 )

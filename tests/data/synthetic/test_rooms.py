@@ -156,7 +156,7 @@ def test_endless_by_default() -> None:
         ({"split": "trian"}, r"Unknown split 'trian'\. Did you mean 'train'\?"),
         ({"length": 0}, "length must be at least 1, got 0"),
         ({"size": 63}, "size must be from 64 to 1024 pixels, got 63"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"categories": "tabel"}, r"Unknown category 'tabel'\. Did you mean 'table'\?"),
         ({"categories": []}, "categories is empty"),
     ],
