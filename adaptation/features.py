@@ -169,7 +169,8 @@ class FeatureBank:
         if key not in self._samples:
             # Two splits (training, held-out) of each domain and of the retention set.
             share = int(_SAMPLES * self._bytes) // (2 * (len(self.stream) + 1))
-            self._samples[key] = SampleCache(domain.split(split), share)
+            check = self.backbone.check_image
+            self._samples[key] = SampleCache(domain.split(split), share, check)
         return self._samples[key][index]
 
     def _read(self, domain: Domain, split: str) -> Iterator[tuple[int, Sample]]:

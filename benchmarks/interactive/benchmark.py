@@ -73,7 +73,7 @@ def run(config: InteractiveBenchmarkConfig) -> dict[str, Any]:
     out = output_folder(config.out, config.overwrite, pictures=["pictures/*.png"])
     dataset = open_dataset(config)
     backbone = config.load()
-    samples = SampleCache(dataset, 2**30)
+    samples = SampleCache(dataset, 2**30, backbone.check_image)
     items = find_objects(config, dataset, samples)
 
     results: list[Result] = []

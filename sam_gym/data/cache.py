@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -17,10 +18,16 @@ class SampleCache:
     Args:
         dataset: source of the samples.
         max_bytes: maximum size of the cache; 0 caches nothing.
+        check: raises `ValueError` for an image that cannot be used; called once an image is read.
     """
 
-    def __init__(self, dataset: Dataset, max_bytes: int) -> None:
-        self.dataset, self.max_bytes = dataset, max_bytes
+    def __init__(
+        self,
+        dataset: Dataset,
+        max_bytes: int,
+        check: Callable[[np.ndarray], None] | None = None,
+    ) -> None:
+        self.dataset, self.max_bytes, self._check = dataset, max_bytes, check
         self._kept: OrderedDict[int, tuple[Sample, np.ndarray]] = OrderedDict()
         self._bytes = 0
         #: Number of samples read from the dataset.
@@ -35,7 +42,11 @@ class SampleCache:
         return self._bytes
 
     def __getitem__(self, index: int) -> Sample:
-        """Return the sample at `index`, with its digest and without its parts."""
+        """Return the sample at `index`, with its digest and without its parts.
+
+        Raises:
+            ValueError: the dataset or `check` raises it; the message names the sample.
+        """
         if index in self._kept:
             self._kept.move_to_end(index)
             sample, packed = self._kept[index]
@@ -43,6 +54,11 @@ class SampleCache:
             return replace(sample, masks=masks)
         self.misses += 1
         sample = self.dataset[index]
+        if self._check is not None:
+            try:
+                self._check(sample.image)
+            except ValueError as error:
+                raise ValueError(f"{sample.source}: {error}") from error
         sample = replace(sample, parts=None, digest=image_digest(sample.image))
         packed = np.packbits(sample.masks, axis=-1)
         size = sample.image.nbytes + packed.nbytes

@@ -22,6 +22,7 @@ from sam_gym.data.images import (
     read_header,
 )
 from sam_gym.utils.registry import check_choice
+from sam_gym.utils.text import printable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -99,7 +100,7 @@ class Records:
         """Warn once, with totals, if records were skipped, or if there is a note."""
         told = ". ".join(text for text in (str(self), note) if text)
         if told:
-            warnings.warn(f"{self.file}: {told}.", stacklevel=3)
+            warnings.warn(printable(f"{self.file}: {told}."), stacklevel=3)
 
 
 def read_json(path: str, kind: str) -> Any:
@@ -173,9 +174,10 @@ def read_image(path: str, record: str, size: tuple[int, int] | None = None) -> n
     with _naming(path, record):
         pixels, bits = decode_image(_read(path), size)
     if bits:
+        folder = printable(os.path.dirname(path))
         warnings.warn(
-            f"{os.path.dirname(path)}: images of 16 bits whose values fit into {bits} are scaled "
-            f"as images of {bits} bits. Convert the files to 8 bits to choose another scale.",
+            f"{folder}: images of 16 bits whose values fit into {bits} are scaled as images of "
+            f"{bits} bits. Convert the files to 8 bits to choose another scale.",
             stacklevel=2,
         )
     return pixels

@@ -209,7 +209,6 @@ class BaseCore(Generic[C, T]):
     def _open_services(self) -> None:
         """Look up the backbone and the store of this process; start with an empty sample cache."""
         config = self.config
-        self.samples = SampleCache(self.dataset, config.cache_mib * 2**20)
         self.prefetcher = Prefetcher(self._draw_episode)
         #: Image in which the current draw is to find its target; -1: any.
         self._draws_of = -1
@@ -222,6 +221,8 @@ class BaseCore(Generic[C, T]):
             config.compile,
             config.adapter,
         )
+        check = self.backbone.check_image
+        self.samples = SampleCache(self.dataset, config.cache_mib * 2**20, check)
         disk = None
         if config.disk is not None:
             folder = None if config.disk == "home" else Path(config.disk).expanduser()

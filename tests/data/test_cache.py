@@ -88,3 +88,19 @@ def test_what_does_not_fit_is_read_again(dataset: Counted, bound: int) -> None:
     cache = SampleCache(dataset, bound)
     np.testing.assert_array_equal(cache[1].image, cache[1].image)
     assert dataset.reads == [1, 1] and len(cache) == 0
+
+
+def test_images_are_checked_when_they_are_read(dataset: Counted) -> None:
+    checked: list[tuple[int, ...]] = []
+
+    def check(image: np.ndarray) -> None:
+        checked.append(image.shape)
+        if len(checked) == 2:
+            raise ValueError("too thin")
+
+    cache = SampleCache(dataset, 2**20, check)
+    for _ in range(2):
+        assert cache[3].source == "counted/3"
+    assert checked == [(HEIGHT, WIDTH, 3)]
+    with pytest.raises(ValueError, match="counted/4: too thin"):
+        cache[4]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import gymnasium as gym
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -310,3 +311,18 @@ def test_sizes_are_compared_before_anything_is_rasterised(tmp_path: Path) -> Non
     root = write_coco(tmp_path, a=(10**9, 10**9))
     with pytest.raises(ValueError, match="a.jpg is 56 x 40, record is 1000000000 x 1000000000"):
         Coco(root=root)
+
+
+def test_images_that_lose_their_height(tmp_path: Path, micro_checkpoint: str) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        save(tmp_path / folder / "thin.png", np.full((2, 3000), 255, np.uint8))
+    env = gym.make(
+        "SamSeg-v0",
+        checkpoint=micro_checkpoint,
+        device="cpu",
+        dataset="folder",
+        data=str(tmp_path),
+    )
+    with pytest.raises(ValueError, match="/thin: An image of 2 x 3000 pixels has no pixels left"):
+        env.reset(seed=0)
