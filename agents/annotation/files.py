@@ -212,6 +212,16 @@ def _is_image(path: str, suffix: str) -> bool:
     return True
 
 
+def _frames(path: Path) -> int:
+    """Return the number of frames of an animation, or of pages of a TIFF file."""
+    try:
+        with Image.open(path) as image:
+            # The further pictures of a phone's JPEG are previews.
+            return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except Exception:  # Pillow's readers raise many classes; OpenCV has read the file
+        return 1
+
+
 class ImageReader:
     """Read images and remember those that cannot be read.
 
@@ -224,6 +234,7 @@ class ImageReader:
 
     Attributes:
         broken: file -> why it cannot be used.
+        frames: file -> number of frames or pages, of which the first is read, if there are several.
     """
 
     def __init__(
@@ -234,6 +245,7 @@ class ImageReader:
     ) -> None:
         self.folder, self.backbone, self.sizes = Path(folder), backbone, sizes
         self.broken: dict[str, str] = {}
+        self.frames: dict[str, int] = {}
         self._last: tuple[str, np.ndarray, str] | None = None
 
     def read(self, file: str) -> tuple[np.ndarray, str] | None:
@@ -256,6 +268,8 @@ class ImageReader:
         except (ValueError, OSError) as error:
             self.broken[file] = str(error)
             return None
+        if (frames := _frames(self.folder / file)) > 1:
+            self.frames[file] = frames
         self._last = (file, image, digest)
         return image, digest
 

@@ -186,23 +186,26 @@ def annotate_folder(run: FolderRun, annotator: Annotator) -> dict[str, Any]:
     write_json(outputs.annotations, content)
     overlays.keep_only({result["overlay"] for result in results.done.values()} - {None})
     results.finish()
-    _report(run, ids, reader.broken, overlays.failed, content)
+    _report(run, ids, reader, overlays, content)
     return content
 
 
 def _report(
     run: FolderRun,
     ids: CocoIds,
-    broken: Mapping[str, str],
-    failed: Mapping[str, str],
+    reader: ImageReader,
+    overlays: OverlayWriter,
     content: Mapping[str, Any],
 ) -> None:
     """Print what was skipped, what was written and how to evaluate it."""
     config, outputs, folder = run.config, run.outputs, run.folder
     unknown = {f: f"not in {config.coco}" for f in folder.images if f not in ids.images}
-    skipped = folder.skipped | unknown | broken
+    skipped = folder.skipped | unknown | reader.broken
     lines = [f"skipped {file}: {reason}" for file, reason in skipped.items()]
-    lines += [f"no overlay {name}: {reason}" for name, reason in failed.items()]
+    lines += [f"no overlay {name}: {reason}" for name, reason in overlays.failed.items()]
+    lines += [
+        f"only the first of {n} frames of {file} is read" for file, n in reader.frames.items()
+    ]
     lines += folder.ignored()
     if ids.absent:
         lines.append(f"{ids.absent} images of {config.coco} are not in {config.images}")

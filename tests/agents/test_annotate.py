@@ -154,6 +154,15 @@ def test_an_interrupted_run_resumes(
     assert annotate(again) == whole and "Resuming: 2 of" in capsys.readouterr().out
 
 
+def test_the_identity_of_an_agent_covers_its_weights(policy: str) -> None:
+    agent = PolicyAgent.load(policy, "cpu")
+    before = ClickAnnotator(agent, ["star"], 1).identity
+    assert ClickAnnotator(PolicyAgent.load(policy, "cpu"), ["ring"], 1).identity == before
+    with torch.no_grad():
+        next(agent.policy.parameters()).add_(1.0)
+    assert ClickAnnotator(agent, ["star"], 1).identity != before
+
+
 def test_ids_of_a_coco_file(policy: str, photos: Path) -> None:
     known = {
         "images": [{"id": 77, "file_name": "a.png"}],

@@ -106,6 +106,17 @@ def test_every_file_is_annotated_or_named(photos: Path, capsys: pytest.CaptureFi
     assert "3 files skipped" in printed
 
 
+def test_further_frames_are_named(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = [Image.new("RGB", (9, 8), colour) for colour in ("red", "green", "blue")]
+    for name in ("film.gif", "pages.tif"):
+        frames[0].save(photos / name, save_all=True, append_images=frames[1:])
+    assert {"film.gif", "pages.tif"} <= set(names(run(photos)))
+    printed = capsys.readouterr().out
+    for name in ("film.gif", "pages.tif"):
+        assert f"only the first of 3 frames of {name} is read" in printed
+    assert "frames of a.png" not in printed
+
+
 def test_links_that_leave_the_folder_are_skipped(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
