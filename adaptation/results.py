@@ -52,6 +52,14 @@ class RunResult:
     seed: int = 0
     split: str = "test"
 
+    @property
+    def only_stage(self) -> str | None:
+        """Name of the stage of a method that learns nothing, or all domains at once, for plots."""
+        if not self.trainable:
+            return "pretrained"
+        stages = len(next(iter(self.scores.values()))["iou"])
+        return "all domains at once" if stages < len(self.domains) else None
+
     def summary(self, prompt: str) -> dict[str, float | None]:
         """Compute the metrics for one prompt; see `sam_gym.metrics.continual`.
 

@@ -92,7 +92,8 @@ def main(args: Sequence[str] | None = None) -> RunResult:
         for prompt in result.scores:
             matrix = np.array(result.scores[prompt]["iou"]) / 100
             title = f"{result.method}, {prompt}"
-            plot_matrix(folder / f"{prompt}.png", matrix, result.domains, title)
+            path = folder / f"{prompt}.png"
+            plot_matrix(path, matrix, result.domains, title, row=result.only_stage)
         print_result(result)
         print(f"Everything is in {folder}.")
     return result

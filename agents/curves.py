@@ -26,9 +26,18 @@ def plot_learning_curve(
     path: Path,
     train: list[tuple[int, float]],
     evaluations: list[tuple[int, float]],
-    baselines: dict[str, float],
+    baselines: Mapping[str, float],
+    split: str,
 ) -> Path:
-    """Plot the mean IoU over environment steps, with a line for each baseline."""
+    """Plot the mean IoU over environment steps, with a line for each baseline.
+
+    Args:
+        path: of the PNG.
+        train: environment steps and mean IoU of recent training episodes.
+        evaluations: environment steps and mean IoU of held-out episodes.
+        baselines: baseline -> mean IoU of the same held-out episodes.
+        split: of the held-out episodes.
+    """
     figure, axes = new_plot()
     axes.set_ylim(0, 1)
     if train:
@@ -36,14 +45,16 @@ def plot_learning_curve(
     if evaluations:
         steps, values = zip(*evaluations, strict=True)
         axes.plot(
-            steps, values, "o-", color=_colour("agent"), lw=2.5, ms=4, label="agent, held-out"
+            steps, values, "o-", color=_colour("agent"), lw=2.5, ms=4, label=f"agent, {split}"
         )
+    if baselines:
+        axes.plot([], [], "--", color="black", lw=1.2, label=f"baselines, {split}")
     for name, value in baselines.items():
         axes.axhline(value, color=_colour(name), ls="--", lw=1.2)
     _name_at_the_right(axes, baselines)
     axes.set(xlabel="environment steps", ylabel="mean IoU at the end of an episode")
     if train or evaluations:
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False)
     return save_figure(path, figure)
 
 

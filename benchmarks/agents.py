@@ -233,10 +233,12 @@ def _write(
         + [with_interval(row[name], row[f"{name}_ci95"]) for name in numbers]
         for row in summary["rows"]
     ]
+    any_spread = any(row["runs"] > 1 for row in summary["rows"])
     page = report.Page(
         "Agents over seeds",
-        f"{config.episodes} held-out episodes per run and group of words; half-widths of 95% "
-        "intervals over runs (Student's t).",
+        f"{config.episodes} held-out episodes per run and group of words"
+        + "; half-widths of 95% intervals over runs (Student's t)" * any_spread
+        + ".",
     )
     page.cards(
         {

@@ -97,11 +97,12 @@ def run(config: EpochsBenchmarkConfig) -> dict[str, Any]:
     columns, cells = report.formatted(rows, _COLUMNS)
     page = report.Page(
         "Training on embeddings that are computed once",
-        f"{backbone.name}: an epoch over {config.images * config.augmentations} augmented images, "
+        f"{backbone.name}: an epoch over "
+        f"{report.counted(config.images * config.augmentations, 'augmented image')}, "
         "with features from the bank and with an encoder that runs in every step. Same images, "
         "objects and prompts.",
     )
-    page.cards({f"less time an epoch, {row['tune']}": f"{row['ratio']:.1f}x" for row in rows})
+    page.cards({f"speed-up of an epoch, {row['tune']}": f"{row['ratio']:.1f}x" for row in rows})
     page.table(columns, cells)
     page.text("weights: the largest difference of a tuned weight after the epoch.")
     page.finish(files, asdict(config), f"epochs, {backbone.name}", columns, cells)

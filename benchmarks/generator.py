@@ -270,7 +270,7 @@ def _write(summary: dict[str, Any], out: Path) -> None:
     page = report.Page(
         "Everything mode",
         f"{summary['backbone']}: MaskGenerator and segment_anything's SamAutomaticMaskGenerator "
-        f"on {settings['images']} images, with the same weights and options.",
+        f"on {report.counted(settings['images'], 'image')}, with the same weights and options.",
     )
     page.cards({f"speed-up, {row['grid']}": f"{row['ratio']:.2f}x" for row in rows})
     page.table(*table)

@@ -126,7 +126,8 @@ def _write(
     page = report.Page(
         f"Pointing game of {title}",
         "Does the maximum of a word's map lie on an object of that category? "
-        f"{summary['words']} words in {summary['images']} images.",
+        f"{report.counted(summary['words'], 'word')} in "
+        f"{report.counted(summary['images'], 'image')}.",
     )
     accuracy = summary["accuracy"] | {"chance": summary["chance"]}
     shown = {"CLIP Surgery": "surgery", "plain CLIP": "plain CLIP", "chance": "chance"}

@@ -64,6 +64,17 @@ def mib(number: float | None) -> str:
     return "unknown" if number is None else f"{number:.0f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, for example "1 run" or "2 runs"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def over_runs(runs: int, what: str = "") -> str:
+    """Return a clause on what numbers are: of one run, or mean and deviation over several."""
+    spread = ", mean and standard deviation" if runs > 1 else ""
+    return f"{counted(runs, 'run')}{what}{spread}"
+
+
 def formatted(
     rows: Sequence[Mapping[str, Any]], formats: Mapping[str, str]
 ) -> tuple[list[str], list[list[str]]]:

@@ -36,6 +36,8 @@ from sam_gym.utils.settings import (
 CONFIGS = {
     path.stem: path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 }
+#: Seed of the evaluation episodes during training.
+VALIDATION_SEED = 1
 #: Former field name -> present one; YAML files, results and checkpoints may hold either.
 FORMER_NAMES = {"settings": "env_config", "views": "policy_plots"}
 EXAMPLES = """\

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from agents.curves import plot_iou_after_steps, plot_learning_curve
 from agents.evaluate import Evaluation, PolicyAgent, evaluate, film_episodes
 from agents.ppo.callbacks import MonitorCallback
+from agents.ppo.config import VALIDATION_SEED
 from agents.ppo.stages import StreamCallback
 from sam_gym.metrics.masks import with_interval
 from sam_gym.utils.files import write_json
@@ -66,12 +67,16 @@ def write_results(
         "config": asdict(config),
         "train_curve": monitor.train_curve,
         "eval_curve": monitor.eval_curve,
+        "eval_baselines": _baselines_on_validation(plan),
         "iou_after_steps": curves,
     }
     write_json(out / "results.json", results)
-    references = {name: results[name]["mean_iou"] for name in task.baselines.names()}
     plot_learning_curve(
-        out / "learning_curve.png", monitor.train_curve, monitor.eval_curve, references
+        out / "learning_curve.png",
+        monitor.train_curve,
+        monitor.eval_curve,
+        results["eval_baselines"],
+        plan.validation.split,
     )
     plot_iou_after_steps(out / "iou_after_steps.png", curves)
     save_gif(out / "episodes.gif", film_episodes(agent, held_out, env_id=config.env, seed=3))
@@ -94,6 +99,23 @@ def _final_evaluation(
         row = outcomes[name].summary()
         print(f"  {name:10s} mean IoU {with_interval(row['mean_iou'], row['ci95'])}")
     return outcomes
+
+
+def _baselines_on_validation(plan: Plan) -> dict[str, float]:
+    """Return the mean IoU of each baseline on the episodes that the learning curve is made of."""
+    config = plan.config
+    return {
+        name: float(
+            evaluate(
+                make(config.seed),
+                plan.validation,
+                env_id=config.env,
+                episodes=config.eval_episodes,
+                seed=VALIDATION_SEED,
+            ).ious.mean()
+        )
+        for name, make in plan.task.baselines.items()
+    }
 
 
 def _gap_closed(results: dict[str, Any]) -> float | None:

@@ -20,7 +20,7 @@ from agents.policies.plots import draw_policy_plots
 from agents.policies.recalibration import TrainRecalibration
 from agents.ppo.callbacks import MonitorCallback, PinRolloutsCallback
 from agents.ppo.checkpoint import Checkpoint, check_same_config, checkpoints, newest_checkpoint
-from agents.ppo.config import TrainPPOConfig, flat, with_present_names
+from agents.ppo.config import VALIDATION_SEED, TrainPPOConfig, flat, with_present_names
 from agents.ppo.distributed import ALONE, CountAllProcesses, DistributedPPO, ProcessGroup
 from agents.ppo.imitation import imitate
 from agents.ppo.results import write_results
@@ -193,7 +193,7 @@ class HeldOutEpisodes:
     def validate(self) -> float:
         """Return the mean IoU on the validation split."""
         episodes = self.plan.config.eval_episodes
-        played = self._play(evaluate, self.plan.validation, episodes=episodes, seed=1)
+        played = self._play(evaluate, self.plan.validation, episodes=episodes, seed=VALIDATION_SEED)
         return float(played.ious.mean())
 
     def final(self) -> Evaluation:

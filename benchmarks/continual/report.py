@@ -78,21 +78,21 @@ def write_report(
     cells = _cells(summary)
     columns = ["method", *_shown_columns(summary).values(), "parameters", "KB a domain", "train s"]
 
+    count = config.seeds * max(1, len(config.orders))
     quick = "" if config.full else "Quick setting: few seeds, short training. "
     page = report.Page(
         "Continual adaptation of a Segment Anything Model",
-        f"{quick}{len(stream)} domains one after the other; held-out objects (of "
+        f"{quick}{report.counted(len(stream), 'domain')} one after the other; held-out objects (of "
         f"{summary['split']}) prompted by {prompt}; "
-        f"{config.seeds * max(1, len(config.orders))} runs of each method, mean and standard "
-        "deviation, in %.",
+        f"{report.over_runs(count, ' of each method')}, in %.",
     )
     page.cards(_headlines(summary))
     page.table(columns, cells)
     page.text(
         "Last: mean over domains after the last stage. Avg: mean over stages of the mean over the "
         "domains learned so far. FF: mean drop of a domain from just after it was learned to the "
-        "end (below 0: it improved). forward: gain on a domain before it is learned, over the "
-        "pretrained SAM. selector: share of held-out images routed to their own expert."
+        "end (below 0: it improved). forward: IoU on a domain before it is learned, minus that of "
+        "the pretrained SAM. selector: share of held-out images routed to their own expert."
     )
     for name, own in summary["methods"].items():
         for other in config.train.prompts[1:]:
@@ -126,8 +126,10 @@ def write_report(
         alike = [run for run in own if run.domains == own[0].domains]
         matrices = [np.array(run.scores[prompt]["iou"]) / 100 for run in alike]
         file = out / f"matrix_{label.replace('+', '_')}.png"
-        plot_matrix(file, np.mean(matrices, axis=0), own[0].domains, label)
-        page.plot(file, f"IoU on every domain after every stage: {label}")
+        row = own[0].only_stage
+        plot_matrix(file, np.mean(matrices, axis=0), own[0].domains, label, row=row)
+        when = "after every stage" if row is None else row
+        page.plot(file, f"IoU on every domain, {when}: {label}")
     brief = [columns.index(name) for name in columns if name in _BRIEF]
     page.finish(
         files,

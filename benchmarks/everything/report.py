@@ -63,9 +63,10 @@ def write_report(
     grid = "x".join(map(str, results["grid"]))
     page = report.Page(
         "Everything mode: whole objects",
-        f"{results['dataset']}, {results['images']['test']} test images with "
-        f"{results['objects']['test']} objects; a grid of {grid} points, no ground truth in the "
-        "prompts. In %; mean and standard deviation over runs.",
+        f"{results['dataset']}, {report.counted(results['images']['test'], 'test image')} with "
+        f"{report.counted(results['objects']['test'], 'object')}; a grid of {grid} points, no "
+        "ground truth in the prompts. In %; "
+        f"{report.over_runs(results['settings']['seeds'], ' of each fine-tuning')}.",
     )
     page.cards(_headlines(results["models"]))
     page.table(*_table(results["models"]))
@@ -144,6 +145,6 @@ def _headlines(models: Mapping[str, Any]) -> dict[str, str]:
     before = models["zero_shot"]
     for name, own in models.items():
         if name not in ("zero_shot", "merged") and before["miou"]:
-            gain = 100 * (own["miou"] / before["miou"] - 1)
-            cards[f"mIoU gain of {name}"] = f"{gain:+.0f}%"
+            change = 100 * (own["miou"] / before["miou"] - 1)
+            cards[f"change of mIoU by {name}"] = f"{change:+.0f}%"
     return cards

@@ -38,8 +38,9 @@ def write_report(
 
     page = report.Page(
         f"{backbone.name} on {summary['dataset']}: interactive segmentation",
-        f"A simulated user segments {summary['n']} objects of {summary['dataset']} "
-        f"({summary['split']}) with {backbone.name}, {clicks} clicks each. Each click is the "
+        f"A simulated user segments {report.counted(summary['n'], 'object')} of "
+        f"{summary['dataset']} ({summary['split']}) with {backbone.name}, "
+        f"{report.counted(clicks, 'click')} each. Each click is the "
         "innermost pixel of the widest error region; IoU at image size.",
     )
     page.cards(_headline(summary))
@@ -58,7 +59,8 @@ def write_report(
             f"cv2.grabCut gets {backbone.name}'s clicks, which are placed on {backbone.name}'s "
             f"errors, not its own. It runs on images of at most {LONGEST_SIDE} pixels a side and "
             "starts from its previous mask at every click. Its column and the next cover the same "
-            f"{grabcut['n']} objects and at most {grabcut['clicks']} clicks."
+            f"{report.counted(grabcut['n'], 'object')} and at most "
+            f"{report.counted(grabcut['clicks'], 'click')}."
         )
     if settings["pictures"]:
         page.heading("Objects from best to worst")
@@ -116,7 +118,11 @@ def _curve(summary: dict[str, Any]) -> Any:
         axes.plot(range(1, len(values) + 1), values, style, marker="o", ms=4, color=colour)
         axes.lines[-1].set_label(label)
 
-    line(summary["miou_at_k"], f"{summary['backbone']} ({summary['n']} objects)", report.BLUE)
+    line(
+        summary["miou_at_k"],
+        f"{summary['backbone']} ({report.counted(summary['n'], 'object')})",
+        report.BLUE,
+    )
     grabcut = summary["grabcut"]
     if grabcut:
         if grabcut["n"] != summary["n"]:

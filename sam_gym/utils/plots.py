@@ -41,7 +41,12 @@ def new_panels(count: int, width: float, height: float) -> tuple[Figure, list[Ax
 
 
 def plot_matrix(
-    path: Path, matrix: ArrayLike, names: Sequence[str], title: str, score: str = "mean IoU"
+    path: Path,
+    matrix: ArrayLike,
+    names: Sequence[str],
+    title: str,
+    score: str = "mean IoU",
+    row: str | None = None,
 ) -> Path:
     """Draw the scores of all stages and domains as a heat map.
 
@@ -53,6 +58,8 @@ def plot_matrix(
         names: of the domains.
         title: above the map.
         score: name of the score.
+        row: name of the only row of a model that does not learn the domains in turn; None: one row
+            per learned domain.
     """
     from matplotlib.figure import Figure
 
@@ -68,15 +75,19 @@ def plot_matrix(
         value = scores[stage, domain]
         style: dict[str, Any] = {
             "color": "white" if value < 0.6 else "black",
-            "weight": "bold" if stage == domain else "normal",
+            "weight": "bold" if row is None and stage == domain else "normal",
         }
         axes.text(domain, stage, f"{value:.2f}", ha="center", va="center", size=9, **style)
-    steps = np.arange(min(stages, domains) + 1) - 0.5
-    axes.autoscale(False)
-    axes.plot(np.repeat(steps[1:], 2), np.repeat(steps, 2)[1:-1], color="white", lw=2)
     axes.set_xticks(range(domains), names, rotation=40, ha="right")
-    axes.set_yticks(range(stages), names[:stages])
-    axes.set(xlabel="evaluated on", ylabel="after learning", title=title)
+    axes.set(xlabel="evaluated on", title=title)
+    if row is None:
+        steps = np.arange(min(stages, domains) + 1) - 0.5
+        axes.autoscale(False)
+        axes.plot(np.repeat(steps[1:], 2), np.repeat(steps, 2)[1:-1], color="white", lw=2)
+        axes.set_yticks(range(stages), names[:stages])
+        axes.set_ylabel("after learning")
+    else:
+        axes.set_yticks(range(stages), [row])
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label=score, fraction=0.05, shrink=0.9)
     return save_figure(path, figure)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import report
+from benchmarks.continual.report import _COLUMNS, _cells, _shown_columns
+from benchmarks.everything.report import _headlines as everything_headlines
 from sam_gym.utils.files import write_atomic, write_csv, write_json
 from sam_gym.utils.plots import new_plot, save_figure
 
@@ -114,3 +116,36 @@ def test_side_by_side() -> None:
     row = report.side_by_side(frames, gap=2)
     assert row.shape == (3, 11, 3)
     assert (row[:, 4:6] == 255).all() and not row[:, :4].any() and not row[:, 6:].any()
+
+
+def test_numbers_have_their_nouns() -> None:
+    assert [report.counted(n, "run") for n in (0, 1, 2, 1000)] == [
+        *("0 runs", "1 run", "2 runs", "1,000 runs")
+    ]
+    assert report.over_runs(1, " of each method") == "1 run of each method"
+    assert report.over_runs(3) == "3 runs, mean and standard deviation"
+
+
+def test_the_widest_table_fits_a_window_of_1400_pixels() -> None:
+    """Cells of numbers do not wrap; headings and names do, at spaces."""
+    shown = {key: {"mean": 45.3, "std": 12.1} for key in _COLUMNS}
+    methods = {"samcl+lora_decoder": shown | {"tune": "lora_decoder", "seconds": shown["last_iou"]}}
+    methods["samcl+lora_decoder"] |= {"trainable_parameters": 4_058_340, "bytes_per_domain": 10**8}
+    summary = {"methods": methods}
+    columns = ["method", *_shown_columns(summary).values(), "parameters", "KB a domain", "train s"]
+    assert len(columns) == 14
+    (cells,) = _cells(summary)
+    template = (Path(report.__file__).parent / "templates" / "report.html.j2").read_text()
+    padding = int(template.partition("th, td { padding: 6px ")[2].partition("px")[0])
+    assert "max-width: calc(100vw - 48px)" in template
+    width = 0.0
+    for name, cell in zip(columns, cells, strict=True):
+        words = name.split() + (cell.split() if name == "method" else [cell])
+        width += 7.8 * max(map(len, words)) + 2 * padding
+    assert width < 1400 - 48
+
+
+def test_a_worse_model_gains_nothing() -> None:
+    cards = everything_headlines({"zero_shot": {"miou": 50.0}, "saom_v1": {"miou": 29.0}})
+    assert cards["change of mIoU by saom_v1"] == "-42%"
+    assert not any("gain" in name for name in cards)

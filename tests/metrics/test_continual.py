@@ -1,11 +1,13 @@
 """Continual metrics against numbers worked out by hand and against their formulas in loops."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sam_gym.metrics import continual as continual_metrics
+from sam_gym.utils import plots
 from sam_gym.utils.plots import plot_matrix
 
 #: After a, b and c (rows) on a, b and c (columns).
@@ -56,3 +58,19 @@ def test_heat_map(tmp_path: Path) -> None:
     assert path.read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="a name for each of 3 domains, got 2"):
         plot_matrix(tmp_path / "map.png", HAND, ["a", "b"], "title")
+
+
+def test_the_only_row_of_a_map_is_not_after_learning_a_domain(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda path, figure: drawn.append(figure) or path)
+    names = ["a", "b", "c"]
+    plot_matrix(tmp_path / "map.png", HAND, names, "title")
+    plot_matrix(tmp_path / "map.png", HAND[:1], names, "title", row="pretrained")
+    (each, *_), (only, *_) = (figure.axes for figure in drawn)
+    rows = [[text.get_text() for text in axes.get_yticklabels()] for axes in (each, only)]
+    assert rows == [names, ["pretrained"]]
+    assert (each.get_ylabel(), only.get_ylabel()) == ("after learning", "")
+    assert len(each.lines) == 1 and not only.lines
+    assert {text.get_weight() for text in only.texts} == {"normal"}
