@@ -390,7 +390,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     if not config.overwrite:
         refuse_finished(config.folder, RESULTS)
     agent = load_agent(config.policy, config.seed, env_config.device, env_id)
-    if config.policy not in (*task.baselines.names(), *SHIPPED):
+    trained_on_other_data = config.policy in (*task.baselines.names(), *SHIPPED)
+    if not trained_on_other_data or env_config.adapter is not None:
         check_held_out(env_config.open_dataset(), env_config.split)
     out = config.folder
     out.mkdir(parents=True, exist_ok=True)
