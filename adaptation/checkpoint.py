@@ -11,6 +11,7 @@ import torch
 
 from adaptation.options import TrainConfig
 from adaptation.strategy import Strategy
+from sam_gym.utils.training import read_state
 
 #: Settings that change no result, so a run may be resumed with other ones.
 _FREE = ("checkpoint_every", "memory_gib", "disk")
@@ -47,7 +48,7 @@ def load_checkpoint(
         ValueError: the file is damaged, or belongs to another run.
     """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = read_state(path, device)
     except Exception as error:  # a damaged file raises errors of every kind
         raise ValueError(
             f"{path}: not a readable checkpoint ({type(error).__name__}). Remove the file to "

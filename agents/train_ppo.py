@@ -20,4 +20,4 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(recorded(main))
+    cli.run(recorded(main), "Pass --resume to resume from the last checkpoint.")

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.embeddings.store import shared_store
+from sam_gym.utils.digest import digest_of
 from sam_gym.utils.registry import Registry
 from sam_gym.utils.settings import checked
 
@@ -57,6 +58,15 @@ class StoredFeatures(BaseFeaturesExtractor):
     def identity(self) -> str:
         """Hex digest of the frozen models that the features depend on."""
         return self.backbone.identity
+
+    def frozen_weights(self) -> dict[str, str]:
+        """Return digests of weights: "backbone", and "adapter" if it has one."""
+        backbone: Any = self.backbone
+        adapter = getattr(backbone, "adapter", None)
+        # The identity would depend on the precision, so on the device.
+        digest = getattr(backbone, "weights_digest", None) or self.backbone.identity
+        own = {} if adapter is None else {"adapter": digest_of(adapter.state)}
+        return {"backbone": digest} | own
 
     def embedding(self, observations: dict[str, Tensor]) -> Tensor:
         """Return the embedding (B, C, h, w) of full or handle observations."""
@@ -259,6 +269,10 @@ class SamPolicy(ActorCriticPolicy):
 
     def predict_values(self, obs: PyTorchObs) -> Tensor:
         return self.value_net(self.mlp_extractor.forward_critic(self.extract_features(obs)))
+
+    def frozen_weights(self) -> dict[str, str]:
+        """Return the digests of the frozen models that the features come from, by what they are."""
+        return cast(StoredFeatures, self.features_extractor).frozen_weights()
 
     def set_categories(self, categories: Sequence[str]) -> None:
         """Set the names of the environment's categories."""

@@ -162,6 +162,11 @@ class TextFeatures(ClickFeatures):
         # Without attention at first: the branches are only added.
         nn.init.zeros_(self.attention.out_proj.weight)
 
+    def frozen_weights(self) -> dict[str, str]:
+        """Return digests of weights: "CLIP", in addition to those of the SAM."""
+        clip = shared_surgery(**self._clip).clip
+        return super().frozen_weights() | {"CLIP": clip.identity}
+
     def set_categories(self, categories: Sequence[str]) -> None:
         """Set the words that the numbers in `target_category` stand for."""
         super().set_categories(categories)

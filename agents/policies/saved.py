@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import json
-import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
-
-import gymnasium as gym
+from typing import Any
 
 from agents.policies import POLICIES, SamPolicy
+from agents.policies.spaces import space_from_json, space_from_pickle
 from sam_gym.backbones.loading import resolve_device
+from sam_gym.utils.pickles import Call, read_pickle, to_plain
+from sam_gym.utils.training import read_state
 from sam_gym.utils.weights import check_finite
 
 #: Name of a bundled agent -> its file; docs/results.md has the commands that trained them.
@@ -23,65 +24,87 @@ SHIPPED = {
 }
 
 
+#: Largest sizes in bytes to which the entries of a policy.zip are unpacked: spaces of pixels are
+#: large in `data` when they are pickled.
+_LIMITS = {"data": 2**28, "policy.pth": 2**30}
+#: Largest value of the arguments of policies that decide how large a model is.
+_MAX_ARGUMENT, _SIZES = 4096, ("width", "grid", "num_heads")
+#: Largest number of actions that are no clicks.
+_MAX_OTHERS = 64
+#: Class in files of earlier versions, which had no `policy_name` -> its name in `POLICIES`.
+FORMER_CLASSES = {
+    "agents.policies.ImplicitPolicy": "implicit",
+    "agents.explicit.ExplicitPolicy": "explicit",
+    "agents.everything.EverythingPolicy": "everything",
+}
+
+
 def read_data(path: Path) -> dict[str, Any]:
     """Return the attributes of the model in a policy.zip; pickled ones stay pickled.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: the file is not a model that stable-baselines3 saved.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            return dict(json.loads(archive.read("data")))
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
+        return dict(json.loads(_entry(path, "data")))
+    except OSError:
+        raise
+    except Exception as error:  # a zip can be damaged in many ways
         raise _unreadable(path, error) from error
+
+
+def _entry(path: Path, name: str) -> bytes:
+    """Unpack an entry of a zip, unless it is too large."""
+    with zipfile.ZipFile(path) as archive:
+        size = archive.getinfo(name).file_size
+        if size > _LIMITS[name]:
+            raise ValueError(f"'{name}' unpacks to {size:,} bytes, more than {_LIMITS[name]:,}")
+        return archive.read(name)
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path}: not a readable policy ({type(error).__name__}: {error}).")
 
 
-#: Functions of numpy that occur in pickled spaces: of arrays, numbers and generators.
-_OF_NUMPY = {
-    "numpy": {"dtype", "ndarray"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy._core.numeric": {"_frombuffer"},
-    "numpy.random._pickle": {"__bit_generator_ctor", "__generator_ctor"},
-    "numpy.random._pcg64": {"PCG64"},
-    "numpy.random.bit_generator": {"SeedSequence", "__pyx_unpickle_SeedSequence"},
-}
-#: Class in files of earlier versions, which had no `policy_name` -> its name in `POLICIES`.
-FORMER_CLASSES = {
-    ("agents.policies", "ImplicitPolicy"): "implicit",
-    ("agents.explicit", "ExplicitPolicy"): "explicit",
-    ("agents.everything", "EverythingPolicy"): "everything",
-}
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles spaces and registered policies; anything else is an error and never runs."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in FORMER_CLASSES:
-            return POLICIES.get(FORMER_CLASSES[module, name])
-        for _, policy in POLICIES.items():
-            if (module, name) == (policy.__module__, policy.__qualname__):
-                return policy
-        space = getattr(gym.spaces, name, None)
-        if isinstance(space, type) and issubclass(space, gym.Space) and space.__module__ == module:
-            return space
-        # numpy 1 says "core" where numpy 2 says "_core".
-        if name in _OF_NUMPY.get(module.replace("numpy.core.", "numpy._core."), ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(
-            f"{module}.{name} is neither a space nor a policy of {', '.join(POLICIES.names())}"
-        )
-
-
-def _plain(value: Any) -> Any:
-    """Return a value of a policy.zip, unpickled if JSON cannot hold it."""
+def _unpickled(value: Any) -> bytes | None:
+    """Return the pickle in a value that JSON cannot hold, else None."""
     if isinstance(value, dict) and ":serialized:" in value:
-        return _PlainUnpickler(io.BytesIO(base64.b64decode(value[":serialized:"]))).load()
-    return value
+        return base64.b64decode(value[":serialized:"])
+    return None
+
+
+def _class_of(data: Mapping[str, Any]) -> type[SamPolicy]:
+    """Return the registered class of a saved policy."""
+    if data.get("policy_name") is not None:
+        return POLICIES.get(data["policy_name"])
+    pickled = _unpickled(data["policy_class"])
+    found = data["policy_class"] if pickled is None else read_pickle(pickled)
+    name = found.name if isinstance(found, Call) else str(found)
+    if name in FORMER_CLASSES:
+        return POLICIES.get(FORMER_CLASSES[name])
+    for _, policy in POLICIES.items():
+        if name == f"{policy.__module__}.{policy.__qualname__}":
+            return policy
+    raise ValueError(f"{name} is no policy of {', '.join(POLICIES.names())}")
+
+
+def _space_of(data: Mapping[str, Any], kind: str) -> Any:
+    """Return the "observation" or the "action" space of a saved policy."""
+    if "policy_spaces" in data:
+        return space_from_json(data["policy_spaces"][kind])
+    # Files of earlier versions, and of stable-baselines3 without `DistributedPPO`.
+    return space_from_pickle(base64.b64decode(data[f"{kind}_space"][":serialized:"]))
+
+
+def _arguments_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a saved policy."""
+    pickled = _unpickled(data["policy_kwargs"])
+    arguments = data["policy_kwargs"] if pickled is None else to_plain(read_pickle(pickled))
+    for name, value in (arguments | arguments["features"]).items():
+        if name in _SIZES and not (isinstance(value, int) and 0 < value <= _MAX_ARGUMENT):
+            raise ValueError(f"{name} must be from 1 to {_MAX_ARGUMENT}, got {value!r}")
+    return arguments
 
 
 def load_policy(path: Path, device: str) -> SamPolicy:
@@ -108,21 +131,17 @@ def load_policy(path: Path, device: str) -> SamPolicy:
 
 
 def _rebuilt(path: Path, data: dict[str, Any], device: str) -> SamPolicy:
-    from stable_baselines3.common.save_util import load_from_zip_file
-
-    _, parameters, _ = load_from_zip_file(path, device="cpu", load_data=False)
-    observations, actions, arguments = (
-        _plain(data[name]) for name in ("observation_space", "action_space", "policy_kwargs")
-    )
-    name = data.get("policy_name")
-    policy_class = _plain(data["policy_class"]) if name is None else POLICIES.get(name)
-    if policy_class not in map(POLICIES.get, POLICIES.names()):
-        raise ValueError(f"expected a registered policy, got {policy_class!r}")
+    policy_class, arguments = _class_of(data), _arguments_of(data)
+    observations, actions = (_space_of(data, kind) for kind in ("observation", "action"))
+    grid = arguments.get("grid")
+    if grid is not None and not 0 <= actions.n - grid**2 <= grid**2 + _MAX_OTHERS:
+        raise ValueError(f"{actions.n} actions on a grid of {grid}")
+    weights = read_state(io.BytesIO(_entry(path, "policy.pth")))
     for model in ("backbone", "clip"):
         if model in arguments["features"]:
             arguments["features"][model]["device"] = device
     policy = policy_class(observations, actions, lambda _: 0.0, **arguments)
-    weights, own = cast(Any, parameters["policy"]), policy.state_dict()
+    own = policy.state_dict()
     reduce = "features_extractor.reduce.weight"
     if reduce in weights and reduce in own and weights[reduce].shape != own[reduce].shape:
         raise ValueError(

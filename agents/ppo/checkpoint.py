@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,8 +21,10 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecMonitor
 
+from agents.policies import SamPolicy
 from agents.ppo.config import flat
 from agents.ppo.distributed import DistributedPPO
+from agents.ppo.encoding import encoded, unpacked
 from agents.ppo.sb3 import progress, rollout_start, set_progress, set_rollout_start
 from agents.ppo.vec_env import VectorEnvAdaptor
 from sam_gym.utils.files import write_atomic
@@ -29,6 +33,8 @@ from sam_gym.utils.files import write_atomic
 KEPT = 2
 #: Age in seconds from which an unfinished file counts as left by a killed process.
 _UNFINISHED_FOR = 600.0
+#: Largest number of threads of a run; torch would try any number.
+_MAX_THREADS = 1024
 #: Options that may change when a run is resumed: paths, memory limits, pictures, tracking,
 #: checkpoint frequency and device.
 FREE_OPTIONS = (
@@ -37,6 +43,9 @@ FREE_OPTIONS = (
     *("env_config.data", "env_config.device"),
     *("env_config.cache_mib", "env_config.store_gib", "env_config.disk_gib"),
 )
+#: A state that takes more seconds than this is not taken after every rollout, but once in so many
+#: times its duration.
+_SLOW, _RARELY = 0.1, 50.0
 #: Attributes of SB3's logger with values not written yet: those of an update are written after the
 #: next rollout.
 _PENDING = ("name_to_value", "name_to_count", "name_to_excluded")
@@ -52,10 +61,12 @@ def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> Path:
 
     Args:
         folder: of the run's checkpoints.
-        state: of the run; its `step` is the number of environment steps.
+        state: of the run; its `step` is the number of environment steps, and its `settings` decide
+            whether the run can be resumed.
     """
     buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
+    buffer.write(json.dumps(state.get("settings", {})).encode() + b"\n")
+    torch.save(encoded({k: own for k, own in state.items() if k != "settings"}), buffer)
     body = buffer.getvalue()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{state['step']:012d}.ckpt"
@@ -75,22 +86,54 @@ def _age(path: Path) -> float:
         return 0.0
 
 
-def newest_checkpoint(folder: Path) -> dict[str, Any]:
-    """Return the newest intact checkpoint; print the paths of damaged ones.
+def newest_checkpoint(
+    folder: Path, check: Callable[[dict[str, Any]], None] = lambda settings: None
+) -> dict[str, Any]:
+    """Return the newest intact checkpoint; print the paths of damaged ones. No code in them runs.
+
+    Args:
+        folder: of the run's checkpoints.
+        check: takes the settings of the run, before its state is read; raises an error if the run
+            cannot be resumed.
 
     Raises:
         FileNotFoundError: there is no intact checkpoint.
+        ValueError: the newest intact one holds no state of a run.
     """
     for path in checkpoints(folder):
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:  # another process has written newer ones
+            continue
         digest, body = content[:32], content[32:]
-        if hashlib.sha256(body).digest() == digest:
-            return torch.load(io.BytesIO(body), map_location="cpu", weights_only=False)
-        print(f"{path} is damaged: trying the checkpoint before it.")
+        if hashlib.sha256(body).digest() != digest:
+            print(f"{path} is damaged: trying the checkpoint before it.")
+            continue
+        with _described(path):
+            # Earlier versions kept the settings with the rest.
+            header, _, packed = body.partition(b"\n") if body[:1] == b"{" else (b"", b"", body)
+            state = {"settings": json.loads(header)} if header else unpacked(packed)
+            settings = dict(state["settings"])
+        check(settings)
+        with _described(path):
+            return unpacked(packed) | state if header else state
     raise FileNotFoundError(
         f"{folder}: no checkpoint to resume from. Delete the folder and start the run without "
         "--resume."
     )
+
+
+@contextmanager
+def _described(path: Path) -> Iterator[None]:
+    """Turn errors about the content of a checkpoint into one of one line."""
+    try:
+        yield
+    except Exception as error:  # torch raises errors of many kinds
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path}: not a checkpoint of train_ppo ({type(error).__name__}: {reason}). Delete it "
+            "to resume from the checkpoint before it."
+        ) from error
 
 
 def check_same_config(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -99,7 +142,8 @@ def check_same_config(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Args:
         then, now: configs as nested dicts, of the checkpoint and of this run.
     """
-    before, after = flat(then), flat(now)
+    # Tuples become lists, as in files.
+    before, after = (flat(json.loads(json.dumps(config))) for config in (then, now))
     changed = [
         f"{name} ({before.get(name)!r} then, {after.get(name)!r} now)"
         for name in sorted(before.keys() | after.keys())
@@ -132,6 +176,7 @@ class Checkpoint(BaseCallback):
         every: environment steps between checkpoints; the first one follows the first rollout.
         env: the sub-environments of this rank.
         parts: name -> other part of the run with a state.
+        on_write: called after each checkpoint.
     """
 
     model: DistributedPPO
@@ -143,23 +188,61 @@ class Checkpoint(BaseCallback):
         every: int,
         env: VecMonitor,
         parts: Mapping[str, HasState],
+        on_write: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
+        self.on_write = on_write
         self.folder, self.config, self.every = folder, config, every
         self.env, self.parts = env, parts
         self.envs = cast(VectorEnvAdaptor, env.venv)
         self._due = 1
+        #: The state to write if the run is interrupted; None: there is none, or it is written.
+        self._last: dict[str, Any] | None = None
+        #: When the next one is taken.
+        self._next = 0.0
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_start(self) -> None:
         step = self.model.num_timesteps
-        if step >= self._due:
+        if not step:
+            return
+        started, ranks = time.perf_counter(), self.model.ranks
+        is_due = step >= self._due
+        if not is_due and not ranks.gather(started >= self._next)[0]:
+            return
+        if is_due:
             self._due = (step // self.every + 1) * self.every
-            state = self.get_state()
-            if self.model.ranks.is_first:
-                write_checkpoint(self.folder, state)
+        state = encoded(self.get_state())
+        ended = time.perf_counter()
+        if ended - started > _SLOW:
+            self._next = ended + _RARELY * (ended - started)
+        if ranks.is_first:
+            self._last = state
+            if is_due:
+                self._write_last()
+
+    def _write_last(self) -> None:
+        if self._last is not None:
+            write_checkpoint(self.folder, self._last)
+            self._last = None
+            self.on_write()
+
+    @contextmanager
+    def written_when_interrupted(self) -> Iterator[None]:
+        """Write a checkpoint of the last finished rollout if Ctrl-C or SIGTERM ends the context.
+
+        Where taking a state is slow, it may be that of an earlier rollout, some seconds ago.
+        """
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            self._write_last()
+            newest = next(iter(checkpoints(self.folder)), None)
+            where = f" at step {int(newest.stem)}" if newest else " from its start"
+            stop.add_note(f"Pass --resume to resume {self.folder.parent}{where}.")
+            raise
 
     def get_state(self) -> dict[str, Any]:
         """Return the state of the whole run; all ranks must call this."""
@@ -168,6 +251,7 @@ class Checkpoint(BaseCallback):
             "step": model.num_timesteps,
             "settings": dict(self.config),
             "threads": torch.get_num_threads(),
+            "weights": _frozen_weights(model),
             "parameters": model.get_parameters(),
             "progress": progress(model),
             "pending": {name: dict(getattr(model.logger, name)) for name in _PENDING},
@@ -201,8 +285,21 @@ class Checkpoint(BaseCallback):
             state: of the checkpoint.
 
         Raises:
-            ValueError: the dataset has changed.
+            ValueError: the dataset, or the weights of a frozen model, have changed; or the state is
+                not that of such a run.
         """
+        _check_same_weights(state.get("weights", {}), _frozen_weights(model))
+        try:
+            self._restore(model, state)
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.folder}: the checkpoint does not fit this run ({type(error).__name__}: "
+                f"{error})."
+            ) from error
+
+    def _restore(self, model: DistributedPPO, state: Mapping[str, Any]) -> None:
+        if not 0 < state["threads"] <= _MAX_THREADS:
+            raise ValueError(f"{self.folder}: a checkpoint of {state['threads']} threads.")
         # Sums are split over threads: their number changes the last bits.
         torch.set_num_threads(state["threads"])
         model.set_parameters(state["parameters"], device=model.device)
@@ -227,6 +324,21 @@ class Checkpoint(BaseCallback):
             generator.bit_generator.state = row["generator"]
 
 
+def _frozen_weights(model: DistributedPPO) -> dict[str, str]:
+    return cast(SamPolicy, model.policy).frozen_weights()
+
+
+def _check_same_weights(then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise `ValueError` if a frozen model has other weights than in the checkpoint."""
+    changed = [name for name in then if then[name] != now.get(name)]
+    if changed:
+        raise ValueError(
+            f"The run cannot be resumed with other weights of the {' and the '.join(changed)}: a "
+            "file has changed since the run was started. Restore it, or start another run with "
+            "another --out."
+        )
+
+
 def _rng_state(device: torch.device) -> dict[str, Any]:
     """Return the state of the process-wide random generators."""
     return {
@@ -239,6 +351,8 @@ def _rng_state(device: torch.device) -> dict[str, Any]:
 
 def _set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
+    if not 0 <= state["numpy"][2] <= len(state["numpy"][1]):  # numpy does not check its position
+        raise ValueError(f"The checkpoint has no state of numpy's generator: {state['numpy'][2]}.")
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:

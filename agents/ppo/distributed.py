@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from agents.policies.base import POLICIES
+from agents.policies.spaces import space_to_json
 from agents.ppo.rng import PerEnvCategorical, PerEnvRolloutBuffer, env_generators
 from sam_gym.backbones.loading import resolve_device
 
@@ -233,6 +234,11 @@ class DistributedPPO(PPO):
         self.policy_name = next(
             (name for name, known in POLICIES.items() if known is type(self.policy)), None
         )
+        #: Its spaces in JSON, from which it is loaded again: SB3 pickles them.
+        self.policy_spaces = {
+            "observation": space_to_json(self.observation_space),
+            "action": space_to_json(self.action_space),
+        }
 
     def _excluded_save_params(self) -> list[str]:
         own = ["ranks", "first_env", "generators", "_episodes"]

@@ -255,12 +255,17 @@ def _train(
     }
     callbacks: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
     checkpoint = Checkpoint(
-        out / "checkpoints", asdict(config), config.checkpoint_every, env, callbacks
+        out / "checkpoints",
+        asdict(config),
+        config.checkpoint_every,
+        env,
+        callbacks,
+        *([] if mlflow is None else [mlflow.on_checkpoint]),
     )
     if ranks.is_first:
         what = f"{config.policy} on {config.env} ({core.dataset.name}) with {core.backbone}"
         print(f"Resuming at step {state['step']}: {what}." if state else f"Training {what}.")
-    with _encoded_alone(core):
+    with checkpoint.written_when_interrupted(), _encoded_alone(core):
         done = state["step"] if state else -1
         model.set_logger(make_logger(out / "tensorboard", done, ranks, mlflow=mlflow))
         if state:
@@ -284,16 +289,17 @@ def _train(
             return {}
         monitor.evaluate_now()
         outcome = None if walk is None else walk.evaluate_now()
-    # SB3 has written the last step itself, before the last update.
-    model.logger.dump(model.num_timesteps + 1)
-    model.logger.close()
-    policy = out / POLICY
-    _save(model, policy)
-    env.close()
+    with checkpoint.written_when_interrupted():
+        # SB3 has written the last step itself, before the last update.
+        model.logger.dump(model.num_timesteps + 1)
+        model.logger.close()
+        policy = out / POLICY
+        _save(model, policy)
+        env.close()
 
-    results, files = write_results(plan, agent, outcome, monitor, walk, core.dataset.name)
-    if mlflow is not None:
-        mlflow.finish(files, policy, config.register_model)
+        results, files = write_results(plan, agent, outcome, monitor, walk, core.dataset.name)
+        if mlflow is not None:
+            mlflow.finish(files, policy, config.register_model)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     *others, last = [policy.name, *(file.name for file in files)]
     print(f"Wrote {', '.join(others)} and {last} to {out}.")
@@ -317,8 +323,7 @@ def _complete_results(config: TrainPPOConfig) -> dict[str, Any] | None:
     if checkpoints(out / "checkpoints") or not path.is_file():
         return None
     results: dict[str, Any] = json.loads(path.read_text())
-    now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
-    check_same_config(with_present_names(results["config"], str(path)), now)
+    check_same_config(with_present_names(results["config"], str(path)), asdict(config))
     print(f"{out} holds the complete run. Pass --overwrite instead of --resume to train again.")
     return results
 
@@ -347,9 +352,11 @@ def _state_to_resume(config: TrainPPOConfig) -> dict[str, Any] | None:
             f"{folder} holds the checkpoints of a run that is not finished. Pass --resume to "
             "resume it, --overwrite to start over, or another --out."
         )
-    state = newest_checkpoint(folder)
-    check_same_config(with_present_names(state["settings"], str(folder)), asdict(config))
-    return state
+
+    def check(settings: dict[str, Any]) -> None:
+        check_same_config(with_present_names(settings, str(folder)), asdict(config))
+
+    return newest_checkpoint(folder, check)
 
 
 @contextmanager

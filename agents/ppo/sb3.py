@@ -7,6 +7,7 @@ here, not a run that silently starts over.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,14 +41,15 @@ def set_rollout_start(model: OnPolicyAlgorithm, observations: Any, starts: np.nd
 
 def progress(model: OnPolicyAlgorithm) -> dict[str, Any]:
     """Return the counters and episode statistics of a model, for `set_progress`."""
-    return {name: _get(model, name) for name in _PROGRESS}
+    state = {name: _get(model, name) for name in _PROGRESS}
+    return {k: list(own) if isinstance(own, deque) else own for k, own in state.items()}
 
 
 def set_progress(model: OnPolicyAlgorithm, state: Mapping[str, Any]) -> None:
     """Set what `progress` has returned."""
     for name, value in state.items():
-        _get(model, name)
-        setattr(model, name, value)
+        now = _get(model, name)
+        setattr(model, name, deque(value, now.maxlen) if isinstance(now, deque) else value)
 
 
 def _get(model: OnPolicyAlgorithm, name: str) -> Any:

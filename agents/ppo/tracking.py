@@ -219,9 +219,12 @@ class MlflowRun(KVWriter, BaseCallback):
         """Do nothing: results follow, and the context manager ends the run."""
 
     def get_state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint; held points are sent when the next rollout starts."""
-        self._in_checkpoint = len(self._held)
+        """Return the state for a checkpoint; call `on_checkpoint` when it is written."""
         return {"run_id": self.run_id, "held": list(self._held)}
+
+    def on_checkpoint(self) -> None:
+        """Send all held points when the next rollout starts: a checkpoint contains them."""
+        self._in_checkpoint = len(self._held)
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore the state that `get_state` returned; the run is that of `run_id`."""

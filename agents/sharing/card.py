@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from agents.sharing import markdown
 from agents.sharing.repository import PREFIX, RESULTS, TAG
 from agents.sharing.run import TrainingRun
 from agents.tasks import CardFacts, task_of
@@ -67,6 +68,9 @@ def _model_card(run: TrainingRun, repo: str, license: str) -> str:
     card = ModelCard.from_template(
         metadata,
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        text=markdown.text,
+        code=markdown.code,
+        block=markdown.block,
         name=metadata.model_name,
         env=config["env"],
         facts=facts,
@@ -96,7 +100,7 @@ def _rows(results: dict[str, Any], facts: CardFacts) -> list[list[str]]:
     agents = [(n, row) for n, row in results.items() if isinstance(row, dict) and "mean_iou" in row]
     return [
         [
-            _SHOWN.get(name, name),
+            _SHOWN.get(name, markdown.text(name)),
             with_interval(row["mean_iou"], row["ci95"]),
             *(f"{row[f'mean_{count}']:.1f}" for count in facts.counts),
         ]

@@ -13,6 +13,7 @@ import torch
 
 from agents.baselines.base import Agent
 from agents.policies import POLICIES, SamPolicy
+from agents.sharing.markdown import code, one_line
 from sam_gym.data import DATASETS
 from sam_gym.data.streams import Stream
 from sam_gym.envs.base_core import BaseCore, DatasetConfig, EnvConfig
@@ -303,18 +304,19 @@ class Task:
             else:
                 parts: Any = [value] if isinstance(value, list) else [(value,)]
                 parts = value.items() if isinstance(value, Mapping) else parts
-                given.append(shlex.join([f"--{flag}", *(str(x) for part in parts for x in part)]))
+                given.append(shell_option(flag, *(x for part in parts for x in part)))
         if "dataset" in own and DATASETS.get(own["dataset"]).reads_files:
             given.append("--data PATH")
         given += [f"--{name} PATH" for name in ("checkpoint", "adapter") if own[name] is not None]
         command = f"python -m agents.evaluate --policy {policy} {' '.join(given)}"
-        return f"{command} --split {run.results['held_out_split']} --env {self.env_id}"
+        split = shell_option("split", run.results["held_out_split"])
+        return f"{command} {split} --env {self.env_id}"
 
     def _card_basics(self, config: Mapping[str, Any]) -> list[str]:
         return [
-            f"**Policy**: `{config['policy']}`{self._card_policy(config)}.",
-            f"**Backbone**: `{config['env_config']['backbone']}`, frozen; its weights are not in "
-            "this repo.",
+            f"**Policy**: {code(config['policy'])}{self._card_policy(config)}.",
+            f"**Backbone**: {code(config['env_config']['backbone'])}, frozen; its weights are not "
+            "in this repo.",
         ]
 
     def _card_policy(self, config: Mapping[str, Any]) -> str:
@@ -327,14 +329,22 @@ class Task:
             limits.append("It was trained on procedural drawings, never on photographs.")
         if own["backbone"].endswith("micro"):
             limits.append(
-                f"`{own['backbone']}` is a demonstration model, far from SAM on photographs."
+                f"{code(own['backbone'])} is a demonstration model, far from SAM on photographs."
             )
         if own["checkpoint"] is not None:
             limits.append(
-                f"Its SAM had the weights of a file, `{PurePath(own['checkpoint']).name}`: the "
+                f"Its SAM had the weights of a file, {code(PurePath(own['checkpoint']).name)}: the "
                 "agent loads only where that file lies at the same path."
             )
         return limits
+
+
+def shell_option(flag: str, *values: object) -> str:
+    """Return an option of a shell command; a value cannot become another option or command."""
+    words = [one_line(value) for value in values]
+    if len(words) == 1 and words[0].startswith("-"):
+        return shlex.quote(f"--{flag}={words[0]}")
+    return shlex.join([f"--{flag}", *words])
 
 
 #: Environment id -> task.

@@ -10,7 +10,16 @@ import torch
 
 from agents.baselines.click import BASELINES
 from agents.policies import POLICIES, ExplicitPolicy
-from agents.tasks.base import C, CardFacts, ExportInput, Task, backbone_arguments, register
+from agents.sharing.markdown import code, text
+from agents.tasks.base import (
+    C,
+    CardFacts,
+    ExportInput,
+    Task,
+    backbone_arguments,
+    register,
+    shell_option,
+)
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.click import SamSegConfig
 
@@ -121,22 +130,24 @@ class ClickTask(Task):
         config = run.config
         own, words = config["env_config"], run.features.get("categories", [])
         facts, limits = self._card_basics(config), self._card_limits(own)
-        actions = [f"clicks on {own['grid']} x {own['grid']} cells"]
+        actions = [f"clicks on {text(own['grid'])} x {text(own['grid'])} cells"]
         actions += [name for name in _OTHER_ACTIONS if own[name]]
-        facts.append(f"**Actions**: {', '.join(actions)}; at most {own['max_steps']} per mask.")
+        facts.append(
+            f"**Actions**: {', '.join(actions)}; at most {text(own['max_steps'])} per mask."
+        )
         if own["target"] == "instance":
             facts.append("**Target**: one instance, shown by a cue click.")
             limits.append("It needs a cue click for each target, so `annotate` cannot use it.")
             options = [*_ENVIRONMENT, *_OTHER_ACTIONS, *filter(own.get, ["dataset_kwargs"])]
             command = self._card_evaluation(run, policy, *options)
         else:
-            named = ",".join(words[:2]) or "NAME,NAME"
+            named = shell_option("categories", ",".join(words[:2]) or "NAME,NAME")
             command = (
                 f"python -m agents.annotate --policy {policy} --images PATH/photos "
-                f'--categories "{named}" --out annotations.json'
+                f"{named} --out annotations.json"
             )
             if words:
-                facts.append(f"**Categories in training**: {', '.join(words)}.")
+                facts.append(f"**Categories in training**: {', '.join(map(text, words))}.")
             if config["policy"] == "implicit":
                 limits.append("Categories that it was not trained on tell it nothing.")
         return CardFacts(
@@ -156,5 +167,5 @@ class ClickTask(Task):
     def _card_policy(self, config: Mapping[str, Any]) -> str:
         return {
             "implicit": ", which knows a category by its number",
-            "explicit": f", which is told in words, through the CLIP `{config.get('clip')}`",
+            "explicit": f", which is told in words, through the CLIP {code(config.get('clip'))}",
         }.get(config["policy"], "")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from agents.baselines.everything import BASELINES
+from agents.sharing.markdown import text
 from agents.tasks.base import CardFacts, Task, backbone_arguments, register
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.everything import EverythingConfig
@@ -69,8 +70,8 @@ class EverythingTask(Task):
             dataset=own["dataset"],
             facts=[
                 *self._card_basics(run.config),
-                f"**Actions**: points on {own['grid']} x {own['grid']} cells{stop}; at most "
-                f"{own['budget']} per image.",
+                f"**Actions**: points on {text(own['grid'])} x {text(own['grid'])} cells{stop}; "
+                f"at most {text(own['budget'])} per image.",
             ],
             command=self._card_evaluation(run, policy, *options),
             limits=self._card_limits(own),

@@ -7,7 +7,7 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -285,7 +285,7 @@ def _mark_alpha_as_associated(data: bytes) -> bytes:
 
 def _scale_low_bits(data: bytes, header: ImageHeader, bgr: np.ndarray) -> tuple[np.ndarray, int]:
     """Scale a dark image that holds fewer bits than its samples of 16 bits could."""
-    tags = header.tags or {}
+    tags: Any = header.tags or {}
     planes = tags.get(ExifTags.Base.PlanarConfiguration) == _SEPARATE
     if planes and np.max(tags.get(ExifTags.Base.BitsPerSample, 1)) > 8:
         # OpenCV mixes up the planes.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class SmallTrainer:
 
     def load(self, path: Path) -> None:
         """Restore a checkpoint."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = read_state(path, self.device)
         self.step = state["step"]
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
@@ -123,9 +124,31 @@ class SmallTrainer:
 
 def save_state(state: Mapping[str, Any], path: Path) -> None:
     """Write a file for `torch.load` atomically."""
-    buffer = io.BytesIO()
+    buffer = BytesIO()
     torch.save(dict(state), buffer)
     write_atomic(path, buffer.getvalue())
+
+
+def read_state(file: Path | BytesIO, device: torch.device | str = "cpu") -> Any:
+    """Read a file of `torch.save`: no code in it runs, and it unpacks to no more than its size.
+
+    Args:
+        file: its path, or its content.
+        device: where tensors go.
+
+    Raises:
+        ValueError: it would unpack to more.
+        Exception: of many kinds, where the file is damaged.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
+        if unpacked > size:  # torch.save compresses nothing
+            raise ValueError(f"{size:,} bytes that unpack to {unpacked:,}")
+    if isinstance(file, BytesIO):
+        file.seek(0)
+    return torch.load(file, map_location=device, weights_only=True)
 
 
 def save_half(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -33,6 +33,7 @@ from agents.evaluate import (
     policy_help,
 )
 from agents.policies import POLICIES
+from agents.policies import saved as saved_policies
 from agents.policies.everything import EverythingPolicy
 from agents.policies.implicit import ImplicitPolicy
 from agents.policies.saved import SHIPPED
@@ -228,9 +229,14 @@ def test_nothing_in_a_zip_runs(saved: Callable[..., Path], tmp_path: Path) -> No
                 changed = json.dumps(data | {name: trap}).encode()
                 archive.writestr(file, changed if file == "data" else own)
 
-    for name in ("policy_class", "observation_space", "action_space", "policy_kwargs"):
+    for name, reason in (
+        ("policy_class", "mkdir is no policy of "),
+        ("observation_space", "mkdir is no space of a policy"),
+        ("action_space", "mkdir is no space of a policy"),
+        ("policy_kwargs", "mkdir makes no numbers, lists or arrays"),
+    ):
         put(name)
-        with pytest.raises(ValueError, match="mkdir is neither a space nor a policy of"):
+        with pytest.raises(ValueError, match=reason):
             PolicyAgent.load(path, "cpu")
     put("_last_obs")
     PolicyAgent.load(path, "cpu")
@@ -239,11 +245,41 @@ def test_nothing_in_a_zip_runs(saved: Callable[..., Path], tmp_path: Path) -> No
     assert sprung.exists()
 
 
+def changed(path: Path, **data: Any) -> Path:
+    """Write a policy.zip anew with other entries in its data."""
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    content["data"] = json.dumps(json.loads(content["data"]) | data).encode()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, own in content.items():
+            archive.writestr(name, own)
+    return path
+
+
+def test_zips_unpack_to_what_a_policy_needs(
+    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = changed(saved())  # compressed anew
+    assert isinstance(PolicyAgent.load(path, "cpu").policy, ImplicitPolicy)
+    for name in ("data", "policy.pth"):
+        with monkeypatch.context() as patch:
+            patch.setitem(saved_policies._LIMITS, name, 1000)
+            with pytest.raises(ValueError, match=f"'{name}' unpacks to .* bytes, more than 1,000"):
+                PolicyAgent.load(path, "cpu")
+    with zipfile.ZipFile(path) as archive:
+        arguments = json.loads(archive.read("data"))["policy_kwargs"]
+    spaces = {"observation": {"dict": {}}, "action": {"discrete": 9**9, "start": 0}}
+    changed(path, policy_spaces=spaces)
+    with pytest.raises(ValueError, match="387420489 actions on a grid of 16"):
+        PolicyAgent.load(path, "cpu")
+    changed(path, policy_kwargs=arguments | {"grid": 10**6})
+    with pytest.raises(ValueError, match="grid must be from 1 to 4096, got 1000000"):
+        PolicyAgent.load(path, "cpu")
+
+
 def test_only_click_policies_are_loaded(saved: Callable[..., Path]) -> None:
     path = saved("MultiInputPolicy")
-    with pytest.raises(
-        ValueError, match="MultiInputActorCriticPolicy is neither a space nor a pol"
-    ):
+    with pytest.raises(ValueError, match="MultiInputActorCriticPolicy is no policy of "):
         PolicyAgent.load(path, "cpu")
 
 
@@ -449,6 +485,7 @@ def test_saved_policies_name_nothing_that_may_move(
     with zipfile.ZipFile(path) as archive:
         data = json.loads(archive.read("data"))
     assert data["policy_name"] == "implicit"
+    assert data["policy_spaces"]["action"] == {"discrete": 512, "start": 0}
     pickled = b"".join(
         base64.b64decode(value[":serialized:"])
         for value in data.values()

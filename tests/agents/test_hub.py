@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from agents.sharing.pull import HubPullConfig, pull
 from agents.sharing.push import HubPushConfig, push
 from agents.sharing.repository import RUN_FILES
 from agents.sharing.run import TrainingRun
+from agents.tasks.base import shell_option
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.utils import cli
 
@@ -215,6 +218,27 @@ def test_strings_of_a_run_stay_text(run: Path) -> None:
     assert "{{ 6 * 7 }}, {% raw %}" in card and "42" not in ModelCard(card).data.to_yaml()
     assert ModelCard(card).data.license == "mit\ntags: [x]"
     assert "sam-gym" in (ModelCard(card).data.tags or [])
+
+
+def test_names_in_a_card_are_inert(run: Path) -> None:
+    made = TrainingRun.read(run)
+    hostile = "$(touch x)'`id`;\n```\n---\n<img src=x onerror=y> [a](b)"
+    made.features["categories"] = [hostile, "--out=x", "soccer_ball"]
+    made.results["config"]["env_config"]["backbone"] = hostile
+    made.results["held_out_split"] = "test; touch x"
+    made.results["<b>bold</b>"] = made.results["agent"]
+    card = model_card(made, "me/clicker", hostile)
+    assert ModelCard(card).data.license == hostile
+    # Whatever is not code:
+    parts = re.split(r"^(`{3,}).*?^\1$", ModelCard(card).text, flags=re.DOTALL | re.MULTILINE)
+    outside = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", "".join(parts[::2]))
+    assert "<" not in outside and "&lt;b&gt;bold" in outside and r"soccer\_ball" in outside
+    assert "\n---\n" not in outside and r"\[a\](b)" in outside
+    (command,) = (line for line in card.splitlines() if line.startswith("python -m agents.annot"))
+    words = shlex.split(command)
+    named = f"{' '.join(hostile.split())},--out=x"
+    assert words[words.index("--categories") + 1] == named and "touch" not in words
+    assert shell_option("split", "-x; y") == "'--split=-x; y'"
 
 
 def test_a_run_with_former_option_names_is_pushed(run: Path) -> None:

@@ -10,10 +10,13 @@ from sam_gym.utils import cli
 
 
 @pytest.fixture(autouse=True)
-def same_handler() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
+def usual_handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    # Jobs in the background of a script ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def noted() -> None:

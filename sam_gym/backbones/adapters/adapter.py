@@ -7,11 +7,12 @@ frozen weights), the state of the module that routes or prompts by image, and th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 
@@ -159,23 +160,28 @@ class Adapter:
         if self.router:
             make = ADAPTER_MODULES.get(self.router).from_weights
             try:
-                module = make(sam, self.weights, len(experts))
+                module = _loaded(
+                    lambda: make(sam, self.weights, len(experts)), self.weights, source
+                )
             except (KeyError, IndexError, RuntimeError) as error:
                 raise ValueError(
                     f"{source}: its weights are not those of the router {self.router!r} "
                     f"({type(error).__name__}: {error})."
                 ) from error
-            model = _loaded(module, self.weights, source).wrap(sam, experts, raw)
+            model = module.wrap(sam, experts, raw)
         else:
             model = Model(experts[0], raw)
         if self.classes:
             make_head = CLASS_HEADS.get(self.head_type)
-            head = make_head(sam.prompt_encoder.embed_dim, self.classes)
-            model.head = _loaded(head, self.head, source)
+            channels = sam.prompt_encoder.embed_dim
+            model.head = _loaded(lambda: make_head(channels, self.classes), self.head, source)
         return model.to(next(sam.parameters()).device).eval()
 
 
-def _loaded(module: Any, weights: Mapping[str, Tensor], source: str) -> Any:
-    check_names(module.state_dict(), weights, source)
+def _loaded(make: Callable[[], Any], weights: Mapping[str, Tensor], source: str) -> Any:
+    """Make a module and load its weights, once its sizes are known to be theirs."""
+    with torch.device("meta"):
+        check_names(make().state_dict(), weights, source)
+    module = make()
     module.load_state_dict(weights)
     return module.requires_grad_(False)

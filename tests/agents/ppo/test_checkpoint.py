@@ -1,18 +1,25 @@
 """A run that was stopped comes to the same as one that was not."""
 
+import hashlib
+import io
 import json
 import os
+import random
 import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from agents.ppo.checkpoint import (
+    Checkpoint,
+    _set_rng_state,
     check_same_config,
     checkpoints,
     newest_checkpoint,
@@ -20,6 +27,7 @@ from agents.ppo.checkpoint import (
 )
 from agents.ppo.config import TrainPPOConfig
 from agents.train_ppo import main
+from sam_gym.utils.training import read_state
 
 Arguments = Callable[..., list[str]]
 
@@ -112,15 +120,118 @@ def test_a_run_that_was_not_started_is_started(
     printed = killed(start_training, "--die-at", "40", *arguments(out, *short, "--resume"))
     assert "no checkpoint yet. Starting the run." in printed
     assert [path.stem for path in checkpoints(out / "checkpoints")] == ["000000000032"]
+    weights = Path(tiny_env["checkpoint"])
+    before = weights.read_bytes()
+    with pytest.raises(ValueError, match="with other weights of the backbone: a file has changed"):
+        torch.save({k: 1.01 * v for k, v in read_state(weights).items()}, weights)
+        main(arguments(out, *short, "--resume"))
+    weights.write_bytes(before)
     main(arguments(out, *short, "--resume"))
     assert "Resuming at step 32" in capsys.readouterr().out
     assert_same(out, through)
+
+    stopped = tmp_path / "stopped"
+    process = start_training("--stop-at", "76", *arguments(stopped, *short))
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 130 and "Traceback" not in printed
+    last = printed.splitlines()[-1]
+    assert last == f"Interrupted. Pass --resume to resume {stopped} at step 64."
+    assert [path.stem for path in checkpoints(stopped / "checkpoints")] == [
+        "000000000064",
+        "000000000032",
+    ]
+    main(arguments(stopped, *short, "--resume"))
+    assert_same(stopped, through)
+
     written = (out / "results.json").read_bytes()
     assert main(arguments(out, *short, "--resume")) == json.loads(written)
     assert "holds the complete run" in capsys.readouterr().out
     assert (out / "results.json").read_bytes() == written
     with pytest.raises(ValueError, match="learning_rate .* then, 0.5 now"):
         main(arguments(out, *short, "--resume", "--learning-rate", "0.5"))
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def put(folder: Path, body: bytes) -> None:
+    (folder / "000000000005.ckpt").write_bytes(hashlib.sha256(body).digest() + body)
+
+
+def test_nothing_in_a_checkpoint_runs(tmp_path: Path) -> None:
+    sprung, content = tmp_path / "sprung", io.BytesIO()
+    torch.save({"step": 5, "settings": {}, "trap": Trap(sprung)}, content)
+    for header in (b"", b"{}\n"):
+        put(tmp_path, header + content.getvalue())
+        with pytest.raises(ValueError, match="not a checkpoint of train_ppo .*Delete it to resume"):
+            newest_checkpoint(tmp_path)
+    assert not sprung.exists()
+
+
+def test_settings_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    def check(settings: dict[str, Any]) -> None:
+        assert settings == {"seed": 3}
+        raise ValueError("another seed")
+
+    put(tmp_path, b'{"seed": 3}\nno state at all')
+    with pytest.raises(ValueError, match="another seed"):
+        newest_checkpoint(tmp_path, check)
+
+
+def test_a_state_of_another_kind_is_one_line(tmp_path: Path) -> None:
+    model = SimpleNamespace(policy=SimpleNamespace(frozen_weights=dict))
+    checkpoint = Checkpoint(tmp_path, {}, 1, SimpleNamespace(venv=None), {})  # type: ignore[arg-type]
+    for state, reason in (
+        ({}, "does not fit this run .KeyError: 'threads'"),
+        ({"threads": 10**9}, "a checkpoint of 1000000000 threads"),
+        ({"weights": {"CLIP": "1"}}, "other weights of the CLIP"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            checkpoint.restore(model, state)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no state of numpy's generator: 700"):
+        numpy = ("MT19937", np.zeros(624, np.uint32), 700, 0, 0.0)
+        _set_rng_state({"python": random.getstate(), "numpy": numpy}, torch.device("cpu"))
+
+
+def test_a_state_is_read_as_it_was(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    state: dict[str, Any] = {
+        "step": 5,
+        "numbers": [np.float32(0.1), np.int64(-3), np.bool_(True), 2**120, 0.1, None, "text"],
+        "arrays": (np.arange(6.0).reshape(2, 3).T, np.zeros((0, 3), np.uint8), np.array(7)),
+        "rng": np.random.get_state(),
+        "generator": rng.bit_generator.state,
+        "tensors": {0: torch.arange(3), "x": torch.ones(2, dtype=torch.bfloat16)},
+    }
+    write_checkpoint(tmp_path, state)
+    found = newest_checkpoint(tmp_path)
+    assert list(found) == [*state, "settings"]
+
+    def same(one: Any, other: Any) -> None:
+        assert type(one) is type(other)
+        if isinstance(one, dict):
+            assert list(one) == list(other)
+            one, other = list(one.values()), list(other.values())
+        if isinstance(one, list | tuple):
+            for pair in zip(one, other, strict=True):
+                same(*pair)
+        elif isinstance(one, np.ndarray | np.generic):
+            assert one.dtype == other.dtype and one.shape == other.shape and (one == other).all()
+        elif isinstance(one, torch.Tensor):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+        else:
+            assert one == other
+
+    same(state | {"settings": {}}, found)
+    with pytest.raises(TypeError, match="cannot hold PosixPath"):
+        write_checkpoint(tmp_path, {"step": 6, "path": tmp_path})
 
 
 def test_only_settings_that_change_nothing_may_differ() -> None:

@@ -200,7 +200,9 @@ def test_a_point_is_sent_once_whenever_the_run_was_killed(
     after_sending.on_rollout_start()
     record(after_sending, 20, 3.0)
     assert in_mlflow(run) == {"loss": [(10, 1.0)]}
-    after_sending.get_state()
+    after_sending.on_rollout_start()
+    assert in_mlflow(run) == {"loss": [(10, 1.0)]}
+    after_sending.on_checkpoint()
     after_sending.on_rollout_start()
     assert in_mlflow(run) == {"loss": [(10, 1.0), (20, 3.0)]}
 
@@ -210,7 +212,7 @@ def test_only_scalars_that_tensorboard_gets_are_points(begin: Callable[..., Mlfl
     values = {"a": math.nan, "b": "text", "c": 1.0, "d": np.float32(0.5), "e": np.zeros(2), "f": 3}
     excluded = dict.fromkeys(values, ("",)) | {"c": ("tensorboard",)}
     run.write(values, excluded, 7)
-    run.get_state()
+    run.on_checkpoint()
     run.on_rollout_start()
     points = in_mlflow(run)
     assert math.isnan(points.pop("a")[0][1])

@@ -20,6 +20,7 @@ from torch import Tensor
 import sam_gym  # noqa: F401  (registers the environments)
 from sam_gym.backbones import Backbone, Prompts, load_backbone, loading
 from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.backbones.adapters.class_head import CLASS_HEADS
 from sam_gym.backbones.adapters.model import ADAPTER_MODULES, Model
 from sam_gym.backbones.adapters.prompt_pools import (
     CodaPool,
@@ -469,6 +470,35 @@ def test_files_that_are_no_adapters_are_refused(named: dict[str, Any], tmp_path:
         load_backbone(**named, adapter=str(tmp_path / "nowhere.safetensors"))
     with pytest.raises(FileNotFoundError, match="no such adapter file"):
         load_backbone(**named, adapter=str(tmp_path))
+
+
+def test_metadata_cannot_make_an_adapter_large(named: dict[str, Any], tmp_path: Path) -> None:
+    backbone = load_backbone(**named)
+    assert isinstance(backbone, Backbone)
+    weights = expert(backbone.sam, "decoder", 1)
+    adapter = Adapter("tiny", backbone.weights_digest, "naive", "decoder", ["one"], [weights])
+    path = tmp_path / "adapter.safetensors"
+    about = {"backbone": "tiny", "identity": "", "method": "", "tune": "decoder", "domains": []}
+    metadata = about | {"version": 2, "num_experts": 10**12}
+    save_file(weights, path, {"sam_gym_adapter": json.dumps(metadata)})
+    with pytest.raises(ValueError, match="num_experts is 1000000000000"):
+        Adapter.load(path)
+    # The sizes of a module are compared before it is made.
+    sizes: list[int] = []
+
+    class Huge(torch.nn.Module):
+        def __init__(self, channels: int, classes: list[str]) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(channels, len(classes)))
+            if self.weight.device.type != "meta":
+                sizes.append(self.weight.numel())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CLASS_HEADS, "get", lambda name: Huge)
+        adapter.classes, adapter.head = ["x"] * 1000, {"weight": torch.zeros(1, 1)}
+        with pytest.raises(ValueError, match="does not fit"):
+            adapter.model(backbone.sam)
+    assert not sizes
 
 
 def test_adapters_of_another_sam_are_refused(
