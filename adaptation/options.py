@@ -10,6 +10,7 @@ import tyro
 from sam_gym.backbones.spec import backbone_help
 from sam_gym.data import DATASETS
 from sam_gym.data.coco import Coco
+from sam_gym.data.options import ReadingOptions
 from sam_gym.data.streams import STREAMS, Domain, Stream, dataset_stream, make_stream
 from sam_gym.utils.settings import Count, Positive, Seed, check_settings
 
@@ -70,8 +71,8 @@ def stream_help() -> str:
     )
 
 
-@dataclass
-class StreamOptions:
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions(ReadingOptions):
     """The domains and their order."""
 
     stream: Annotated[str | None, tyro.conf.arg(help=stream_help())] = None
@@ -93,10 +94,9 @@ class StreamOptions:
         if name in DATASETS and name not in STREAMS:
             if len(self.data) > 1:
                 raise ValueError(f"--stream {name} is one dataset: give one folder as --data.")
-            return dataset_stream(name, *self.data, **self.dataset_kwargs)
-        if self.dataset_kwargs:
-            raise ValueError("--dataset-kwargs is for --stream DATASET: drop it, or name one.")
-        options: dict[str, Any] = {"seed": self.stream_seed}
+            return dataset_stream(name, *self.data, **self.options_of(name))
+        options: dict[str, Any] = {"seed": self.stream_seed, "on_error": self.on_error}
+        options |= self.dataset_kwargs
         if self.domains is not None:
             if name != "scenes-domains":
                 raise ValueError("--domains chooses procedural domains: drop it, or drop --data.")
@@ -107,11 +107,11 @@ class StreamOptions:
         """Open the retention set as a domain without training images."""
         if self.retention is None:
             return None
-        coco = Coco("val", root=self.retention)
+        coco = Coco("val", root=self.retention, on_error=self.on_error)
         return Domain("retention", False, {"val": coco, "test": coco})
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """The SAM and its device."""
 

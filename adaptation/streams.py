@@ -40,4 +40,4 @@ def find_stream(where: str | Stream | gym.Env[Any, Any]) -> Stream:
     config: Any = getattr(getattr(where.unwrapped, "core", None), "config", None)
     if not hasattr(config, "dataset"):
         raise ValueError(f"{where} has neither a stream of domains nor a dataset.")
-    return dataset_stream(config.dataset, config.data, **config.dataset_kwargs)
+    return dataset_stream(config.dataset, config.data, **config.options_of(config.dataset))

@@ -18,6 +18,7 @@ from agents.evaluate import PolicyAgent, evaluate
 from agents.ppo.config import with_present_names
 from benchmarks import report
 from benchmarks.options import OutputOptions, provenance
+from sam_gym.data.io import OnError
 from sam_gym.data.splits import check_held_out
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95, with_interval
@@ -31,7 +32,7 @@ _REFERENCES = {"random": "#999999", "oracle": "#2e8b57"}
 _TRAINING_ONLY = ("categories", "length")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class AgentsBenchmarkConfig(OutputOptions):
     """Compare trained agents over seeds with random clicks and the standard click rule.
 
@@ -53,6 +54,9 @@ class AgentsBenchmarkConfig(OutputOptions):
     """Seed of the episodes."""
     iou_target: Annotated[float, real(above=0, high=1)] | None = None
     """Play again until this IoU, and count the clicks; an episode that fails counts max_steps."""
+    on_error: OnError | None = None
+    """Stop at the first invalid record or file of the dataset, or skip and count them (None: as in
+    training)."""
     device: str = "auto"
     """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda, cuda:N."""
 
@@ -167,7 +171,9 @@ def read_run(folder: Path, config: AgentsBenchmarkConfig) -> tuple[SamSegConfig,
     }:
         raise ValueError(f"{results}: not the results of train_ppo on SamSeg-v0.")
     kwargs = {k: v for k, v in own["dataset_kwargs"].items() if k not in _TRAINING_ONLY}
-    held_out = {"split": config.split, "dataset_kwargs": kwargs, "iou_target": None}
+    held_out: dict[str, Any] = {"split": config.split, "dataset_kwargs": kwargs, "iou_target": None}
+    if config.on_error is not None:
+        held_out["on_error"] = config.on_error
     env_config = SamSegConfig(**own | held_out | {"device": config.device})
     check_held_out(env_config.open_dataset(), env_config.split)
     return env_config, policy

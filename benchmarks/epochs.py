@@ -37,7 +37,7 @@ _COLUMNS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class EpochsBenchmarkConfig(TimedOptions):
     """Time an epoch of training on features from the bank, and one that encodes every step.
 

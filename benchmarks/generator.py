@@ -21,7 +21,8 @@ from benchmarks.options import TimedOptions, provenance
 from benchmarks.throughput.machine import peak_memory_mib
 from benchmarks.throughput.reference import check_comparable, plain_sam
 from sam_gym.backbones import Backbone
-from sam_gym.data import make_dataset
+from sam_gym.data import DATASETS
+from sam_gym.data.options import DatasetOptions
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 from sam_gym.simulation.clicks import relative_grid
 from sam_gym.utils.files import plain
@@ -36,8 +37,8 @@ _LEAST_FOUND = 0.95
 _SIDES = ("ours", "reference")
 
 
-@dataclass
-class GeneratorBenchmarkConfig(TimedOptions):
+@dataclass(frozen=True, kw_only=True)
+class GeneratorBenchmarkConfig(DatasetOptions, TimedOptions):
     """Compare everything mode with segment_anything's SamAutomaticMaskGenerator: time and memory.
 
     Both process the same images with the same weights and options, and their masks are compared.
@@ -52,8 +53,6 @@ class GeneratorBenchmarkConfig(TimedOptions):
     """Number of images, the first of the split."""
     repeats: Count = 1
     """Timed repeats per image; results are medians."""
-    dataset: str = "scenes"
-    """Procedural dataset of the images."""
     split: str = "test"
     """Split of the dataset to use."""
     pred_iou_thresh: Share = 0.6
@@ -130,7 +129,8 @@ def run(config: GeneratorBenchmarkConfig) -> dict[str, Any]:
 
 
 def _images(config: GeneratorBenchmarkConfig) -> list[np.ndarray]:
-    dataset = make_dataset(config.dataset, config.split, length=config.images)
+    procedural = DATASETS.get(config.dataset).procedural
+    dataset = config.make_dataset(config.split, **({"length": config.images} if procedural else {}))
     return [dataset[index].image for index in range(config.images)]
 
 

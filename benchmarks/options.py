@@ -16,7 +16,7 @@ from sam_gym.utils.settings import Seed
 from sam_gym.version import __version__
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """What happens to results that are there already."""
 
@@ -25,7 +25,7 @@ class OutputOptions:
     error."""
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class BackboneOptions(ModelOptions, OutputOptions):
     """The SAM to measure, and its device."""
 
@@ -39,7 +39,7 @@ class BackboneOptions(ModelOptions, OutputOptions):
         return load_backbone(**self.arguments, compile=self.compile)
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class TimedOptions(BackboneOptions):
     """Options of benchmarks that only measure times."""
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 
 from agents.clip.models import load_clip
 from agents.clip.pointing import Redundant, pointing_game, redundant_feature, word_maps
 from agents.clip.surgery import ClipSurgery, min_max
 from benchmarks import report
 from benchmarks.options import OutputOptions, device_name, provenance
-from sam_gym.data import DATASETS, Sample, dataset_help
+from sam_gym.data import DATASETS, Sample
+from sam_gym.data.options import DatasetOptions
 from sam_gym.utils.progress import track
 from sam_gym.utils.render import draw_heat, save_image, tile
 from sam_gym.utils.settings import Count, Natural, check_settings
@@ -22,8 +22,8 @@ from sam_gym.utils.settings import Count, Natural, check_settings
 _SHOWN = 12
 
 
-@dataclass
-class PointingBenchmarkConfig(OutputOptions):
+@dataclass(frozen=True, kw_only=True)
+class PointingBenchmarkConfig(DatasetOptions, OutputOptions):
     """Play the pointing game: does the maximum of a word's map lie on an object of that category?
 
     Every category of every image counts once. CLIP Surgery is compared with each of its two halves
@@ -39,9 +39,6 @@ class PointingBenchmarkConfig(OutputOptions):
     """Weights of the CLIP: a tag of open_clip or a file (bundled for clip_micro)."""
     blocks: Natural | None = None
     """Number of last blocks with a surgical path (None: that of the model)."""
-    dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "scenes"
-    data: str | None = None
-    """Root folder of a dataset that reads files."""
     split: str | None = None
     """Split to measure on (None: the held-out split of the dataset)."""
     images: Count = 512
@@ -60,10 +57,8 @@ def run(config: PointingBenchmarkConfig) -> dict[str, Any]:
     out = report.output_folder(config.out, config.overwrite)
     clip = load_clip(config.clip, config.clip_pretrained, config.device)
     surgery, plain = ClipSurgery(clip, config.blocks), ClipSurgery(clip, 0)
-    spec = DATASETS.get(config.dataset)
-    split = config.split or spec.held_out_split
-    root = {} if config.data is None else {"root": config.data}
-    dataset = spec.make(split, **root)
+    split = config.split or DATASETS.get(config.dataset).held_out_split
+    dataset = config.make_dataset(split)
     surgery.clip.check_known(dataset.categories)
     samples = [dataset[index] for index in range(min(config.images, len(dataset)))]
 

@@ -46,6 +46,8 @@ FREE_OPTIONS = (
 #: A state that takes more seconds than this is not taken after every rollout, but once in so many
 #: times its duration.
 _SLOW, _RARELY = 0.1, 50.0
+#: Options that earlier checkpoints lack -> the value that they stand for.
+ADDED_OPTIONS = {"env_config.on_error": "raise"}
 #: Attributes of SB3's logger with values not written yet: those of an update are written after the
 #: next rollout.
 _PENDING = ("name_to_value", "name_to_count", "name_to_excluded")
@@ -144,6 +146,7 @@ def check_same_config(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     # Tuples become lists, as in files.
     before, after = (flat(json.loads(json.dumps(config))) for config in (then, now))
+    before |= {n: v for n, v in ADDED_OPTIONS.items() if n in after and n not in before}
     changed = [
         f"{name} ({before.get(name)!r} then, {after.get(name)!r} now)"
         for name in sorted(before.keys() | after.keys())

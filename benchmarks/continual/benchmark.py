@@ -31,7 +31,7 @@ BEYOND = ("samcl", "regcl")
 MethodFlags: Any = method_flags(STRATEGIES.names())
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class ContinualBenchmarkConfig(OutputOptions):
     """Adapt a SAM to a stream of domains with every method, and measure forgetting.
 

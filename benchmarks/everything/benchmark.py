@@ -23,6 +23,7 @@ from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.tuning import tune_help
 from sam_gym.data import DATASETS, Dataset, MissingSplit, dataset_help, make_dataset
+from sam_gym.data.options import DatasetOptions
 from sam_gym.data.splits import check_held_out, shared_images
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.mask_generation.generator import GeneratorOptions
@@ -53,8 +54,8 @@ class FineTuning(TrainConfig):
     """Adam's learning rate; decays to a tenth along a cosine."""
 
 
-@dataclass
-class EverythingBenchmarkConfig(OutputOptions):
+@dataclass(frozen=True, kw_only=True)
+class EverythingBenchmarkConfig(DatasetOptions, OutputOptions):
     """Fine-tune everything mode to whole objects, and compare it with the pretrained SAM.
 
     Prompts hold no ground truth: a point grid is decoded, masks are filtered, duplicates removed,
@@ -69,10 +70,6 @@ class EverythingBenchmarkConfig(OutputOptions):
     """Methods to compare: saom_v1 (32x32 points), saom_v2 (64x64), panosam (320x64)."""
     tune: Annotated[str, tyro.conf.arg(help=f"{tune_help('Tune target')}.")] = "decoder"
     dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "rooms"
-    data: str | None = None
-    """Root folder of a dataset that reads files."""
-    dataset_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """More options of the dataset: --dataset-kwargs annotations FILE split_seed 0."""
     train_images: Count = 2048
     """Maximum number of training images."""
     val_images: Count = 24
@@ -169,12 +166,10 @@ def _check(config: EverythingBenchmarkConfig) -> None:
 
 def _open(config: EverythingBenchmarkConfig) -> tuple[Stream, dict[str, Split]]:
     """Open the training stream and the splits to measure on: val, test and others."""
-    root = {} if config.data is None else {"root": config.data}
     procedural = DATASETS.get(config.dataset).procedural
 
     def dataset(split: str, limit: int) -> Dataset:
-        options = ({"length": limit} if procedural else {}) | config.dataset_kwargs
-        return make_dataset(config.dataset, split, **root, **options)
+        return config.make_dataset(split, **({"length": limit} if procedural else {}))
 
     train, val = dataset("train", config.train_images), dataset("val", config.val_images)
     check_held_out(val, "val", train)
@@ -190,7 +185,11 @@ def _open(config: EverythingBenchmarkConfig) -> tuple[Stream, dict[str, Split]]:
             raise ValueError(f"{config.dataset}: an image of train is also in {name}.")
     if config.transfer is not None:
         photographs = make_dataset(
-            "coco", "val", root=config.transfer, annotations=config.transfer_annotations
+            "coco",
+            "val",
+            root=config.transfer,
+            annotations=config.transfer_annotations,
+            on_error=config.on_error,
         )
         if shared := shared_images(train, photographs):
             raise ValueError(

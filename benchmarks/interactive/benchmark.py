@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from benchmarks.interactive.clicking import Item, Result, click_batch, run_grabcut
 from benchmarks.interactive.grabcut import LONGEST_SIDE
 from benchmarks.interactive.report import write_report
 from benchmarks.options import BackboneOptions, provenance
 from benchmarks.report import output_folder
-from sam_gym.data import DATASETS, Dataset, dataset_help
+from sam_gym.data import DATASETS, Dataset
 from sam_gym.data.cache import SampleCache
+from sam_gym.data.options import DatasetOptions
 from sam_gym.metrics.masks import number_of_clicks, number_of_failures
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.settings import Count, Natural, check_settings
@@ -24,8 +24,8 @@ from sam_gym.utils.settings import Count, Natural, check_settings
 SCENES = 100
 
 
-@dataclass
-class InteractiveBenchmarkConfig(BackboneOptions):
+@dataclass(frozen=True, kw_only=True)
+class InteractiveBenchmarkConfig(DatasetOptions, BackboneOptions):
     """Measure the number of clicks (NoC) that a SAM needs per object, and compare with cv2.grabCut.
 
     The standard protocol: each click is the innermost pixel of the widest error region, IoU is
@@ -34,9 +34,6 @@ class InteractiveBenchmarkConfig(BackboneOptions):
 
     out: str = "runs/interactive"
     """Folder for results.json, objects.csv, pictures and report.html."""
-    dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "scenes"
-    data: str | None = None
-    """Root folder of a dataset that reads files."""
     split: str | None = None
     """Split to measure on (None: the held-out split of the dataset)."""
     categories: str | None = None
@@ -110,7 +107,6 @@ def open_dataset(config: InteractiveBenchmarkConfig) -> Dataset:
     spec = DATASETS.get(config.dataset)
     # Option of the command -> the dataset's option, and its value.
     given = {
-        "--data": ("root", config.data),
         "--categories": ("categories", config.categories),
         "--objects": ("target", config.objects),
         "--min-area": ("min_area", config.min_area),
@@ -122,9 +118,10 @@ def open_dataset(config: InteractiveBenchmarkConfig) -> Dataset:
                 takers = [other.name for _, other in DATASETS.items() if name in other.parameters]
                 raise ValueError(f"{option} is for {', '.join(takers)}, not for {config.dataset}.")
             options[name] = value
-    if spec.reads_files and config.data is None:
-        raise ValueError(f"Dataset {config.dataset!r} reads files: pass --data FOLDER.")
-    return spec.make(_split(config), **options)
+    if config.data is not None and not spec.reads_files:
+        takers = [name for name, other in DATASETS.items() if other.reads_files]
+        raise ValueError(f"--data is for {', '.join(takers)}, not for {config.dataset}.")
+    return config.make_dataset(_split(config), **options)
 
 
 def find_objects(

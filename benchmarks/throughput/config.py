@@ -13,7 +13,7 @@ from sam_gym.utils.settings import Count, Natural, check_settings, whole
 _GROWTH_NUM_ENVS = 64
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class ThroughputBenchmarkConfig(BackboneOptions):
     """Measure environment steps per second against one SamPredictor per environment.
 

@@ -150,7 +150,10 @@ class DatasetSpec:
             if option not in takes:
                 raise unknown_name(f"option of dataset {self.name!r}", option, takes)
         if self.reads_files and "root" not in options:
-            raise ValueError(f"Dataset {self.name!r} reads files: pass its folder (data='PATH').")
+            raise ValueError(
+                f"Dataset {self.name!r} reads files: pass its folder "
+                "(--data PATH; environments: data='PATH'; make_dataset: root='PATH')."
+            )
         for name, parameter in takes.items():
             if parameter.default is parameter.empty and name not in options:
                 raise ValueError(f"Dataset {self.name!r} needs the option {name!r}.")

@@ -139,6 +139,10 @@ class Folder:
         """Paths of the image files."""
         return [image for _, image, _ in self._pairs]
 
+    def mask_path(self, index: int) -> str:
+        """Return the path of the mask at `index`."""
+        return self._pairs[index][2]
+
     def __getitem__(self, index: int) -> Sample:
         """Return the image at `index` with its instances, all of category 0.
 

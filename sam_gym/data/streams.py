@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from sam_gym.data import make_dataset
 from sam_gym.data.base import SPLITS, Dataset, MissingSplit, Sample, check_index
 from sam_gym.data.folder import BACKGROUND, IGNORE, OBJECT, Folder
-from sam_gym.data.io import check_image, check_size, image_size, read_json, read_labels
+from sam_gym.data.io import OnError, check_image, check_size, image_size, read_json, read_labels
 from sam_gym.data.splits import check_held_out
 from sam_gym.data.synthetic.domains.dataset import DOMAINS, ProceduralDomain
 from sam_gym.metrics.masks import iou
@@ -138,6 +138,7 @@ def make_stream(
     name: str = "scenes-domains",
     data: Sequence[str] | str | None = None,
     order: str | Sequence[str] | None = None,
+    on_error: OnError = "raise",
     **kwargs: Any,
 ) -> Stream:
     """Make a registered stream.
@@ -146,6 +147,7 @@ def make_stream(
         name: one of `STREAMS`.
         data: folders of a stream that reads files, as a sequence or comma-separated.
         order: see `Stream.ordered`.
+        on_error: handling of invalid files of a stream that reads files: "raise" or "skip".
         **kwargs: options of the stream; see its function below.
 
     Raises:
@@ -154,6 +156,8 @@ def make_stream(
     """
     factory = STREAMS.get(name)
     takes = inspect.signature(factory).parameters
+    if on_error != "raise" and "data" in takes:
+        kwargs["on_error"] = on_error
     for option in kwargs:
         if option not in takes:
             raise unknown_name(f"option of stream {name!r}", option, takes)
@@ -233,6 +237,7 @@ def scenes_domains(
 def folders(
     *,
     data: str | Sequence[str] | None,
+    on_error: OnError = "raise",
     min_area: Annotated[float, real(0, below=1)] = 0.0005,
     max_images: Count | None = None,
     seed: Natural = 0,
@@ -245,6 +250,7 @@ def folders(
 
     Args:
         data: the folders, as a sequence or comma-separated.
+        on_error: handling of invalid images, as for `Folder`.
         min_area: minimum area of an object, as a fraction of the area of the folder's median
             image; smaller objects are ignored pixels.
         max_images: maximum number of images per split, sampled with `seed` (None: all).
@@ -271,7 +277,8 @@ def folders(
                 "folder. Rename one, or leave it out."
             )
     return Stream(
-        "folders", tuple(_folder_domain(root, min_area, max_images, seed) for root in roots)
+        "folders",
+        tuple(_folder_domain(root, on_error, min_area, max_images, seed) for root in roots),
     )
 
 
@@ -352,14 +359,17 @@ class _DomainFolder(Folder):
         check_size(image, check_image(image), check_image(mask, kind="mask").size, mask)
 
 
-def _folder_domain(root: str, min_area: float, max_images: int | None, seed: int) -> Domain:
+def _folder_domain(
+    root: str, on_error: OnError, min_area: float, max_images: int | None, seed: int
+) -> Domain:
     target = _layout(root)
     masks = os.path.join(root, "instances" if target == "instances" else "masks")
     least = max(1, math.ceil(min_area * _median_area(masks)))
     whole = {
-        split: _DomainFolder(split, root=root, target=target, min_area=least) for split in SPLITS
+        split: _DomainFolder(split, root=root, target=target, min_area=least, on_error=on_error)
+        for split in SPLITS
     }
-    stems = _disjoint_splits(root)
+    _check_disjoint_splits(root)
     datasets: dict[str, Dataset] = {}
     empty = 0
     for number, (split, folder) in enumerate(whole.items()):
@@ -367,8 +377,7 @@ def _folder_domain(root: str, min_area: float, max_images: int | None, seed: int
         for index in np.random.default_rng([seed, number]).permutation(len(folder)):
             if len(kept) == max_images:
                 break
-            path = os.path.join(masks, f"{stems[split][index]}.png")
-            if _has_object(folder, int(index), path, target, least):
+            if _has_object(folder, int(index), target, least):
                 kept.append(int(index))
             else:
                 empty += 1
@@ -419,8 +428,8 @@ def _median_area(masks: str) -> float:
     return float(np.median(areas)) if areas else 0.0
 
 
-def _disjoint_splits(root: str) -> dict[str, list[str]]:
-    """Return the stems of each split, validated by `Folder`; check that splits are disjoint."""
+def _check_disjoint_splits(root: str) -> None:
+    """Check that no stem, as validated by `Folder`, is in two splits."""
     path = os.path.join(root, "splits.json")
     splits = read_json(path, "list of splits")
     seen: dict[str, str] = {}
@@ -432,16 +441,15 @@ def _disjoint_splits(root: str) -> dict[str, list[str]]:
                     "Keep it in one of them, or test data leaks into training."
                 )
             seen[stem] = split
-    return {split: splits[split] for split in SPLITS}
 
 
-def _has_object(folder: Folder, index: int, path: str, target: str, least: int) -> bool:
-    """Return whether an image has an object of `least` pixels; reads only the mask at `path`.
+def _has_object(folder: Folder, index: int, target: str, least: int) -> bool:
+    """Return whether an image has an object of `least` pixels; reads only its mask.
 
     Raises:
         ValueError: the file is corrupt or has values that a mask may not have.
     """
-    labels = read_labels(path, f"domain {folder.name}")
+    labels = read_labels(folder.mask_path(index), f"domain {folder.name}")
     if target == "components":
         present = np.flatnonzero(np.bincount(labels.ravel()))
         if np.setdiff1d(present, (BACKGROUND, IGNORE, OBJECT)).size:

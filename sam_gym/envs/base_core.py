@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
@@ -17,8 +17,9 @@ from sam_gym.backbones import load_backbone
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.embeddings.store import MAX_HANDLES, shared_store
 from sam_gym.backbones.spec import backbone_help
-from sam_gym.data import DATASETS, Dataset, dataset_help, make_dataset
+from sam_gym.data import DATASETS, Dataset
 from sam_gym.data.cache import SampleCache
+from sam_gym.data.options import DatasetOptions
 from sam_gym.envs.prefetch import Prefetcher
 from sam_gym.simulation.clicks import cell_centres
 from sam_gym.utils.lowres import frame_mask, low_res
@@ -96,25 +97,12 @@ class EnvConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetConfig(EnvConfig):
+class DatasetConfig(DatasetOptions, EnvConfig):
     """Arguments of an environment over one dataset."""
-
-    dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "scenes"
-    data: str | None = None
-    """Root folder of a dataset that reads files."""
-    dataset_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """More options of the dataset, in Python a dict: --dataset-kwargs kind night length 2048."""
-
-    def validate(self) -> None:
-        super().validate()
-        for name, own in (("split", "split"), ("root", "data")):
-            if name in self.dataset_kwargs:
-                raise ValueError(f"dataset_kwargs may not hold {name!r}: use {own}= instead.")
 
     def open_dataset(self) -> Dataset:
         """Open the dataset; raises as `make_dataset` does."""
-        root = {} if self.data is None else {"root": self.data}
-        return make_dataset(self.dataset, self.split, **root, **self.dataset_kwargs)
+        return self.make_dataset(self.split)
 
     @property
     def held_out_split(self) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium import spaces
 
 from sam_gym.data.base import Dataset, Sample
+from sam_gym.data.io import OnError
 from sam_gym.data.streams import Stream, make_stream
 from sam_gym.envs.click import EPISODE_ARRAYS, ClickConfig, ClickCore, SamSegEnv, SamSegVectorEnv
 from sam_gym.utils.settings import Count
@@ -29,6 +30,8 @@ class ContinualConfig(ClickConfig):
     """Stream name: scenes-domains, folders."""
     data: str | list[str] | None = None
     """Folders of a stream that reads files, as a list or comma-separated."""
+    on_error: OnError = "raise"
+    """Stop at the first invalid image of such a stream, or skip and count them."""
     order: str | list[str] | None = None
     """Order of the domains: all names, as a list or comma-separated, or random:SEED (None: the
     stream's own order)."""
@@ -47,17 +50,19 @@ class ContinualConfig(ClickConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name, own in (("name", "stream"), ("data", "data"), ("order", "order")):
+        own_names = {"name": "stream", "data": "data", "order": "order", "on_error": "on_error"}
+        for name, own in own_names.items():
             if name in self.stream_kwargs:
                 raise ValueError(f"stream_kwargs may not hold {name!r}: use {own}= instead.")
 
     def open_stream(self) -> Stream:
         """Open the stream, or return the open one while it is referenced; raises as `make_stream`
         does."""
-        key = repr((self.stream, self.data, self.order, sorted(self.stream_kwargs.items())))
+        given = (self.stream, self.data, self.order, self.on_error)
+        key = repr((*given, sorted(self.stream_kwargs.items())))
         stream = _OPEN.get(key)
         if stream is None:
-            stream = make_stream(self.stream, self.data, self.order, **self.stream_kwargs)
+            stream = make_stream(*given, **self.stream_kwargs)
             _OPEN[key] = stream
         return stream
 

@@ -73,7 +73,7 @@ def test_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     ("args", "message"),
     [
         (["interactive", "--dataset", "foldr"], "Did you mean 'folder'?"),
-        (["interactive", "--dataset", "folder"], "pass --data"),
+        (["interactive", "--dataset", "folder"], "pass its folder (--data PATH"),
         (["interactive", "--dataset", "folder", "--data", "nowhere"], "nowhere"),
         (["interactive", "--categories", "person"], "Unknown category"),
         (["interactive", "--split", "tset"], "Did you mean 'test'?"),

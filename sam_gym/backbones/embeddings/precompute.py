@@ -7,21 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.loading import load_backbone, resolve_device
 from sam_gym.backbones.spec import backbone_help
-from sam_gym.data import DATASETS, Sample, dataset_help, make_dataset
+from sam_gym.data import DATASETS, Sample, dataset_help
+from sam_gym.data.options import DatasetOptions
 from sam_gym.utils.digest import image_digest
 from sam_gym.utils.progress import track
 from sam_gym.utils.settings import Count, Positive, check_settings
 
 
-@dataclass
-class PrecomputeConfig:
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig(DatasetOptions):
     """Encode all images of a dataset and keep their features on disk.
 
     Environments with the same backbone, weights and `dtype` read them when `disk=` is the same
@@ -31,8 +32,6 @@ class PrecomputeConfig:
     """
 
     dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "coco"
-    data: str | None = None
-    """Root folder of a dataset that reads files."""
     split: str = "train"
     """Dataset split: train, val, test."""
     limit: Count | None = None
@@ -90,10 +89,9 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
     """
     check_settings(config)
     rank, shares = share(config.shard)
-    kwargs: dict[str, Any] = {} if config.data is None else {"root": config.data}
-    if DATASETS.get(config.dataset).procedural:
-        kwargs["length"] = config.limit or 2048
-    dataset = make_dataset(config.dataset, config.split, **kwargs)
+    procedural = DATASETS.get(config.dataset).procedural
+    length = {"length": config.limit or 2048} if procedural else {}
+    dataset = config.make_dataset(config.split, **length)
     device = config.device
     if device == "auto" and "LOCAL_RANK" in os.environ and resolve_device().type == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -31,6 +31,7 @@ from sam_gym.backbones.micro.model import build_micro
 from sam_gym.backbones.micro.muon import muon_and_adamw
 from sam_gym.backbones.service import Backbone
 from sam_gym.data.base import Sample
+from sam_gym.data.options import ReadingOptions
 from sam_gym.data.synthetic.scenes import Scenes
 from sam_gym.metrics.masks import batch_iou
 from sam_gym.simulation.clicks import interior_distance
@@ -52,8 +53,8 @@ MASK = SIZE // 4
 CELL = SIZE // MASK
 
 
-@dataclass
-class TrainMicroConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainMicroConfig(ReadingOptions):
     """Train micro, the bundled SAM.
 
     Run the same command again to resume from `--out`. `--steps` may change in between, which moves
@@ -393,7 +394,8 @@ def train(config: TrainMicroConfig) -> dict[str, float]:
     if config.photos:
         from sam_gym.data import make_dataset
 
-        dataset = make_dataset("coco", "train", root=config.photos)
+        options = config.options_of("coco")
+        dataset = make_dataset("coco", "train", root=config.photos, **options)
         photos = [dataset[i] for i in range(len(dataset))]
     trainer = MicroTrainer(config, device)
     trainer.resume(out)
