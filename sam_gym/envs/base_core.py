@@ -15,11 +15,12 @@ from gymnasium import spaces
 
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
-from sam_gym.backbones.embeddings.store import MAX_HANDLES, shared_store
+from sam_gym.backbones.embeddings.store import shared_store
 from sam_gym.backbones.spec import backbone_help
 from sam_gym.data import DATASETS, Dataset
 from sam_gym.data.cache import SampleCache
 from sam_gym.data.options import DatasetOptions
+from sam_gym.envs.handles import HandleSpace
 from sam_gym.envs.prefetch import Prefetcher
 from sam_gym.simulation.clicks import cell_centres
 from sam_gym.utils.lowres import frame_mask, low_res
@@ -233,7 +234,7 @@ class BaseCore(Generic[C, T]):
         """Return the spaces of the image's observation entries, which all tasks share."""
         size, shape = self.backbone.image_size, self.backbone.embedding_shape
         if self.config.obs == "handle":
-            return {"handle": spaces.Box(0, MAX_HANDLES - 1, (1,), np.int32)}
+            return {"handle": HandleSpace()}
         return {
             "image": spaces.Box(0, 255, (size, size, 3), np.uint8),
             "sam_image_embeddings": spaces.Box(-np.inf, np.inf, shape, np.float32),
@@ -534,9 +535,10 @@ class BaseCore(Generic[C, T]):
             return {"handle": self.handles[indices].astype(np.int32)[:, None]}
         handles = to_device(self.handles[indices], self.device)
         images = [self._target(i).image for i in indices]
+        embeddings = self.store.gather(handles, "embedding", check=False)
         return {
             "image": np.stack([self.backbone.framed(image) for image in images]),
-            "sam_image_embeddings": to_host(self.store.gather(handles, "embedding"))[0],
+            "sam_image_embeddings": to_host(embeddings)[0],
         }
 
     def info(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:

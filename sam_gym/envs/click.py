@@ -337,7 +337,8 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
         first = counts == 1
         previous = self.logits[index, counts - 1]
         prompts = Prompts(points=points, labels=labels, masks=previous, has_mask=~first)
-        logits, predicted = self.backbone.decode_best(self.store.gather(handles), prompts, first)
+        features = self.store.gather(handles, check=False)
+        logits, predicted = self.backbone.decode_best(features, prompts, first)
         if self.config.keep_best:
             best = to_device(self.predicted_ious[indices, count - 1], self.device)
             worse = ~first & (predicted < best)

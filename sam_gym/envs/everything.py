@@ -321,7 +321,7 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
             labels=torch.ones((len(rows), 1), dtype=torch.int64, device=device),
             rows=index if cells.shape[1] > 1 else None,
         )
-        features = self.store.gather(to_device(handles, device))
+        features = self.store.gather(to_device(handles, device), check=False)
         ambiguous = torch.ones(len(rows), dtype=torch.bool, device=device)
         logits, own_iou = self.backbone.decode_best(features, prompts, ambiguous)
         shape = (*cells.shape, *self.backbone.mask_shape)

@@ -36,11 +36,11 @@ class FeatureTable:
 class EmbeddingStore:
     """A bounded LRU cache of the features of one backbone, keyed by image content.
 
-    A *handle* is the index of an image in the store; it is recycled once the image has been
-    evicted. A pinned image is never evicted: environments pin the images of their current episodes,
-    and `pin_new_epoch` pins everything that is handed out until the epoch is over.
-    `register_feature` keeps a further feature under the same handle, for example similarity maps of
-    words.
+    A *handle* is the number of an image in the store. An image that is encoded again after its
+    eviction gets another, so `gather` recognises stale ones. A pinned image is never evicted:
+    environments pin the images of their current episodes, and `pin_new_epoch` pins everything that
+    is handed out until the epoch is over. `register_feature` keeps a further feature under the same
+    handle, for example similarity maps of words.
 
     Args:
         source: computes missing features, a backbone for example.
@@ -59,7 +59,11 @@ class EmbeddingStore:
         self.source, self.batch_size, self.disk = source, batch_size, disk
         self._table = source.feature_spec.empty(0, source.device)
         self._handles: OrderedDict[bytes, int] = OrderedDict()
-        self._keys: dict[int, bytes] = {}
+        #: Handle of each image in memory -> its row of the table.
+        self._rows: dict[int, int] = {}
+        #: The same as a tensor on the device, int32; -1: not in memory.
+        self._row_of = torch.full((64,), -1, dtype=torch.int32, device=source.device)
+        self._next_handle = 0
         self._free: list[int] = []
         self._pins: dict[int, int] = {}
         self._epoch: set[int] | None = None
@@ -128,11 +132,14 @@ class EmbeddingStore:
             # Only missing images are read, so that a sequence may load them from files.
             chunk = [(key, images[place]) for key, place in todo[first : first + self.batch_size]]
             features = self._features(chunk)
-            new = self._new_handles(len(chunk))
-            self._table[torch.tensor(new, device=self.source.device)] = features
+            rows = self._new_rows(len(chunk))
+            index = torch.tensor(rows, dtype=torch.int32, device=self.source.device)
+            self._table[index] = features
             # Only now, so that no handle of an image ever refers to a row that was not written.
-            for (key, _), handle in zip(chunk, new, strict=True):
-                self._handles[key], self._keys[handle] = handle, key
+            new = [self._new_handle() for _ in rows]
+            self._row_of[torch.tensor(new, device=self.source.device)] = index
+            for (key, _), handle, row in zip(chunk, new, rows, strict=True):
+                self._handles[key], self._rows[handle] = handle, row
                 self.pin(handle)
         counted: set[bytes] = set()
         for key in keys:
@@ -172,7 +179,8 @@ class EmbeddingStore:
                 if table is not None:
                     grown[: len(table)] = table
                 feature.table = table = grown
-            table[torch.tensor(chunk, device=table.device)] = values
+            rows = [self._rows[handle] for handle in chunk]
+            table[torch.tensor(rows, device=table.device)] = values
             feature.known.update(chunk)
 
     def _features(self, chunk: Sequence[tuple[bytes, np.ndarray]]) -> ImageFeatures:
@@ -192,22 +200,42 @@ class EmbeddingStore:
         return ImageFeatures.cat([own for own in found if own is not None]).to(device)
 
     @overload
-    def gather(self, handles: Tensor) -> ImageFeatures: ...
+    def gather(
+        self, handles: Tensor, name: None = None, *, check: bool = True
+    ) -> ImageFeatures: ...
 
     @overload
-    def gather(self, handles: Tensor, name: str) -> Tensor: ...
+    def gather(self, handles: Tensor, name: str, *, check: bool = True) -> Tensor: ...
 
-    def gather(self, handles: Tensor, name: str | None = None) -> ImageFeatures | Tensor:
+    def gather(
+        self, handles: Tensor, name: str | None = None, *, check: bool = True
+    ) -> ImageFeatures | Tensor:
         """Features of integer handles (B,), on the device.
 
         Args:
-            handles: of images that are still in use.
+            handles: of images that are in memory.
             name: return only this feature, of the backbone or a registered one: (B, ...).
+            check: make sure that no handle is stale, which waits for the device. Only a caller that
+                has pinned the images may pass False.
 
         Raises:
             KeyError: no such feature was registered before these images were acquired.
+            ValueError: a handle is stale, or was never one.
         """
-        index = handles.to(self.source.device, torch.long)
+        numbers = handles.to(self.source.device, torch.long)
+        if not check:
+            index = self._row_of[numbers]
+        else:
+            known = (numbers >= 0) & (numbers < len(self._row_of))
+            index = torch.where(known, self._row_of[torch.where(known, numbers, 0)], -1)
+            if (index < 0).any():
+                stale = numbers[index < 0].tolist()
+                raise ValueError(
+                    f"{len(stale)} of {len(numbers)} handles are stale (first: {stale[0]}): the "
+                    "embedding store has evicted their images. Call store.pin_new_epoch() before "
+                    "each rollout (env.unwrapped.core.store), or raise the store's bound (now "
+                    f"{self.max_bytes / 2**30:.2f} GiB; environments: store_gib=)."
+                )
         if name is None:
             return self._table[index]
         if name in self._table:
@@ -239,7 +267,7 @@ class EmbeddingStore:
         """End the epoch: images without another pin can be evicted."""
         self._epoch = None
 
-    def _new_handles(self, count: int) -> list[int]:
+    def _new_rows(self, count: int) -> list[int]:
         new: list[int] = []
         try:
             while len(new) < count:
@@ -253,6 +281,15 @@ class EmbeddingStore:
             raise
         return new
 
+    def _new_handle(self) -> int:
+        """Return a number that was not used before, as long as there is one."""
+        while self._next_handle in self._rows:
+            self._next_handle = (self._next_handle + 1) % MAX_HANDLES
+        handle, self._next_handle = self._next_handle, (self._next_handle + 1) % MAX_HANDLES
+        if handle >= len(self._row_of):
+            self._row_of = torch.cat([self._row_of, torch.full_like(self._row_of, -1)])
+        return handle
+
     def _grow(self) -> None:
         old = len(self._table)
         new = min(max(64, 2 * old), self.capacity)
@@ -265,10 +302,11 @@ class EmbeddingStore:
         held = self._epoch or ()
         for key, handle in self._handles.items():
             if handle not in self._pins and handle not in held:
-                del self._handles[key], self._keys[handle]
+                del self._handles[key]
+                self._row_of[handle] = -1
                 for feature in self._registered.values():
                     feature.known.discard(handle)
-                self._free.append(handle)
+                self._free.append(self._rows.pop(handle))
                 return
         raise MemoryError(
             f"The embedding store is full: all of its {self.capacity} embeddings are in use. "

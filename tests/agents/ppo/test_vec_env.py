@@ -1,5 +1,6 @@
 """The SB3 adaptor keeps SB3's contract."""
 
+import pickle
 from typing import Any
 
 import gymnasium as gym
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
+from stable_baselines3 import PPO
 
 import sam_gym  # noqa: F401
 from agents.ppo.vec_env import VectorEnvAdaptor
+from sam_gym.backbones.embeddings.store import MAX_HANDLES
 
 
 def make(settings: dict[str, Any], mode: str = "SameStep", count: int = 3) -> gym.vector.VectorEnv:
@@ -166,3 +169,18 @@ def test_attributes_and_methods_of_separate_environments() -> None:
     env.set_attr("number", 4)
     assert env.env_method("twice", value=5) == [14, 14]
     assert env.get_attr("bonus") == [7, 7]
+
+
+def test_policies_that_cannot_read_handles_are_refused(tiny_env: dict[str, Any]) -> None:
+    env = VectorEnvAdaptor(make(tiny_env))
+    with pytest.raises(
+        ValueError, match=r"not an input of a network.*agents\.policies.*obs='full'"
+    ):
+        PPO("MultiInputPolicy", env)
+    space = env.observation_space["handle"]
+    assert type(pickle.loads(pickle.dumps(space))) is gym.spaces.Box  # in saved policies
+    assert (
+        pickle.loads(pickle.dumps(space))
+        == space
+        == gym.spaces.Box(0, MAX_HANDLES - 1, (1,), np.int32)
+    )

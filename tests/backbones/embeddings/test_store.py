@@ -84,13 +84,39 @@ def test_least_recently_used_goes_first(tiny: Backbone) -> None:
     assert store.encoded == 5
 
 
-def test_handles_are_recycled(tiny: Backbone) -> None:
+def test_rows_are_recycled_and_handles_are_not(tiny: Backbone) -> None:
     store = make_store(tiny, 3)
-    first, *_ = touch(store, 1, 2, 3)
-    (recycled,) = touch(store, 4)
-    assert recycled == first
-    assert_holds(store, recycled, 4)
-    assert set(touch(store, *range(40))) == {0, 1, 2} and len(store) == 3
+    handles = touch(store, *range(40))
+    assert len(set(handles)) == 40 and len(store) == len(store._table) == 3
+    for number in (37, 38, 39):
+        assert_holds(store, handles[number], number)
+
+
+def test_stale_handles_are_refused(tiny: Backbone) -> None:
+    store = make_store(tiny, 2)
+    first, second, third = touch(store, 1, 2, 3)
+    message = rf"2 of 3 handles are stale \(first: {first}\).*pin_new_epoch\(\).*store_gib="
+    with pytest.raises(ValueError, match=message):
+        store.gather(torch.tensor([first, third, first], dtype=torch.int32), "embedding")
+    for impossible in (-1, third + 1, MAX_HANDLES - 1, 2**40):
+        with pytest.raises(ValueError, match="1 of 2 handles are stale"):
+            store.gather(torch.tensor([second, impossible]))
+    (again,) = touch(store, 1)
+    assert again != first
+    assert_holds(store, again, 1)
+    store.gather(torch.tensor([again, third], dtype=torch.float32))  # as SB3 hands them over
+
+
+def test_numbers_start_again_without_meeting_an_image_in_memory(
+    tiny: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sam_gym.backbones.embeddings.store.MAX_HANDLES", 8)
+    store = make_store(tiny, 3)
+    (kept,) = store.acquire([picture(0)])
+    handles = touch(store, *range(1, 30))
+    assert kept not in handles and set(handles) == set(range(8)) - {kept}
+    assert_holds(store, kept, 0)
+    assert_holds(store, handles[-1], 29)
 
 
 def test_pinned_stays(tiny: Backbone) -> None:
@@ -181,7 +207,7 @@ def test_capacity_is_a_bound(tiny: Backbone) -> None:
     store = make_store(tiny, 70)
     handles = touch(store, *range(200))
     assert len(store) == 70 and len(store._table) == 70
-    assert 0 <= min(handles) and max(handles) == 69
+    assert handles == list(range(200))
 
 
 def test_capacity_has_limits(tiny: Backbone) -> None:

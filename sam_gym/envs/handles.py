@@ -1,0 +1,35 @@
+"""The space of embedding handles in observations."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.spaces.utils import flatdim
+
+from sam_gym.backbones.embeddings.store import MAX_HANDLES
+
+
+class HandleSpace(Box):
+    """The handle of an image in the embedding store: int32 (1,).
+
+    Handles are names, not quantities. So this space does not flatten, and policies that would feed
+    the number to a network, as those of stable-baselines3 do, are refused.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(0, MAX_HANDLES - 1, (1,), np.int32)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Files of policies name only gymnasium's own spaces.
+        return Box(0, MAX_HANDLES - 1, (1,), np.int32).__reduce_ex__(protocol)
+
+
+@flatdim.register
+def _(space: HandleSpace) -> NoReturn:
+    raise ValueError(
+        "An embedding handle is not an input of a network: it names an embedding in the store, "
+        "which the policies of agents.policies gather. Use one of them (python -m "
+        "agents.train_ppo), or make the environment with obs='full'."
+    )
