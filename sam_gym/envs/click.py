@@ -492,7 +492,7 @@ class SamSegEnv(BaseEnv):
     | `cue_click`            | float32 (2,) in [0, 1]         | only for `target="instance"`      |
 
     With `obs="handle"` (for training) the first and third are replaced by `handle`, int32 (1,),
-    the index of the embedding in the store of this process, and the mask is uint8 (h, w).
+    the number of the embedding in the store of this process, and the mask is uint8 (h, w).
 
     ## Rewards
 

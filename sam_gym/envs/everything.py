@@ -533,8 +533,8 @@ class SamEverythingEnv(BaseEnv):
     | `tried`                | float32 (grid, grid)        | 1 at cells that were tried            |
     | `num_points`           | Discrete(budget + 1)        | points used                           |
 
-    With `obs="handle"` (for training) the first two are replaced by `handle`, int32 (1,), the index
-    of the embedding in the store of this process. The maps are uint8 (h, w), and `tried` is uint8
+    With `obs="handle"` (for training) the first two are replaced by `handle`, int32 (1,), the
+    number of the embedding in the store of this process. The maps are uint8 (h, w), and `tried` is uint8
     (grid, grid), 0 or 255.
 
     ## Rewards
