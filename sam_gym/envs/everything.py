@@ -534,8 +534,8 @@ class SamEverythingEnv(BaseEnv):
     | `num_points`           | Discrete(budget + 1)        | points used                           |
 
     With `obs="handle"` (for training) the first two are replaced by `handle`, int32 (1,), the
-    number of the embedding in the store of this process. The maps are uint8 (h, w), and `tried` is uint8
-    (grid, grid), 0 or 255.
+    number of the embedding in the store of this process. The maps are uint8 (h, w), and `tried` is
+    uint8 (grid, grid), 0 or 255.
 
     ## Rewards
 
