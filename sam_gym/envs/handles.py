@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from gymnasium.spaces import Box
@@ -21,9 +21,9 @@ class HandleSpace(Box):
     def __init__(self) -> None:
         super().__init__(0, MAX_HANDLES - 1, (1,), np.int32)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce__(self) -> tuple[type[Box], tuple[int, int, tuple[int], str]]:
         # Files of policies name only gymnasium's own spaces.
-        return Box(0, MAX_HANDLES - 1, (1,), np.int32).__reduce_ex__(protocol)
+        return Box, (0, MAX_HANDLES - 1, (1,), "int32")
 
 
 @flatdim.register
