@@ -108,6 +108,9 @@ def _space(call: Any) -> spaces.Space:
         return spaces.Dict({str(key): _space(own) for key, own in state["spaces"].items()})
     if name == "gymnasium.spaces.discrete.Discrete":
         return _discrete(to_plain(state["n"]), to_plain(state["start"]))
+    if name == "gymnasium.spaces.box.Box" and state is None:  # `HandleSpace`
+        low, high, shape, dtype = call.args
+        return _box(shape, number_dtype(dtype), low, high)
     if name == "gymnasium.spaces.box.Box":
         low, high = (to_plain(state[end]) for end in ("low", "high"))
         return _box(state["_shape"], to_dtype(state["dtype"]), low, high)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.policies import MultiInputActorCriticPolicy
 
 from agents import train_ppo
 from agents.baselines.click import BASELINES
@@ -278,7 +279,8 @@ def test_zips_unpack_to_what_a_policy_needs(
 
 
 def test_only_click_policies_are_loaded(saved: Callable[..., Path]) -> None:
-    path = saved("MultiInputPolicy")
+    pickled = base64.b64encode(pickle.dumps(MultiInputActorCriticPolicy)).decode()
+    path = changed(saved(), policy_class={":serialized:": pickled})
     with pytest.raises(ValueError, match="MultiInputActorCriticPolicy is no policy of "):
         PolicyAgent.load(path, "cpu")
 

@@ -9,9 +9,11 @@ import pytest
 from gymnasium import spaces
 
 from agents.policies.spaces import space_from_json, space_from_pickle, space_to_json
+from sam_gym.envs.handles import HandleSpace
 
 SPACES: list[spaces.Space] = [
     spaces.Discrete(3, start=1),
+    HandleSpace(),
     spaces.Box(0, 255, (4, 4, 3), np.uint8),
     spaces.Box(-np.inf, np.inf, (2, 3), np.float32),
     spaces.Box(np.array([0, -np.inf], np.float32), np.array([1, 5], np.float32)),
