@@ -257,15 +257,17 @@ def check_size(path: str, header: ImageHeader, size: tuple[int, ...], annotation
         )
 
 
-def check_all(check: Callable[[T], R], items: Sequence[T]) -> Iterator[R | Reject]:
-    """Check items in threads; yield results, or the `Reject` that was raised, in order."""
+def check_all(check: Callable[[T], R], items: Sequence[T]) -> list[R | Reject]:
+    """Check items in threads; return results, or the `Reject` that was raised, in order."""
 
     def check_some(start: int) -> list[R | Reject]:
         return [_attempt(check, item) for item in items[start : start + _CHUNK]]
 
+    # No generator: if one is left in the middle, garbage collection closes its pool in any thread,
+    # which may be one that is just starting and holds a lock that the pool waits for.
     with ThreadPoolExecutor() as pool:
-        for results in pool.map(check_some, range(0, len(items), _CHUNK)):
-            yield from results
+        chunks = list(pool.map(check_some, range(0, len(items), _CHUNK)))
+    return [result for chunk in chunks for result in chunk]
 
 
 def _attempt(check: Callable[[T], R], item: T) -> R | Reject:

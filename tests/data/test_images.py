@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -296,6 +297,15 @@ def test_coco_checks_files_at_construction(
         "instances_train/a.jpg",
         "instances_train/c.jpg",
     ]
+
+
+def test_no_thread_outlives_the_checks(tmp_path: Path) -> None:
+    root = write_coco(tmp_path, a=(HEIGHT, WIDTH), b=(HEIGHT, WIDTH))
+    cut(tmp_path / "images" / "a.jpg")
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="truncated") as caught:  # keeps the frames alive
+        Coco(root=root)
+    assert caught.tb is not None and threading.active_count() == before
 
 
 def test_coco_does_not_check_images_without_annotations(tmp_path: Path) -> None:
