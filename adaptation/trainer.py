@@ -182,7 +182,9 @@ class _Fit:
             split=split,
         )
         retention = trainer.retention
-        for domain in self.stream if retention is not None else ():
+        for domain in self.stream:
+            if retention is None:
+                break
             if shared := shared_images(domain.split("train"), retention.split(split)):
                 raise ValueError(
                     f"{shared} images of the retention set are training images of {domain.name!r}. "

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from sam_gym.backbones import BackboneService
-from sam_gym.data.io import IMAGE_SUFFIXES, image_size, read_image, read_json
+from sam_gym.data.io import IMAGE_SUFFIXES, image_size, read_image, read_json, whole_number
 from sam_gym.utils.digest import file_digest, text_digest
 from sam_gym.utils.files import plain, write_atomic
 from sam_gym.utils.registry import unknown_name
@@ -414,9 +414,9 @@ class CocoIds:
         self.images = {file: record["id"] for file, record in records.items()}
         self.absent = len(known) - len(records)
         for file, record in records.items():
-            size = record.get("height"), record.get("width")
-            if all(isinstance(side, int | float) for side in size):
-                self.sizes[file] = size
+            height, width = (whole_number(record.get(side)) for side in ("height", "width"))
+            if height is not None and width is not None:
+                self.sizes[file] = (height, width)
         for name in categories:
             if name not in names and not new_categories:
                 raise unknown_name(f"category of {coco}", name, names)

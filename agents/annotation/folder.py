@@ -173,9 +173,9 @@ def annotate_folder(run: FolderRun, annotator: Annotator) -> dict[str, Any]:
             if item.draw is not None and outputs.has_overlays:
                 overlay = names[key]
                 overlays.write(overlay, item.draw())
-            result = {"size": item.size, "annotations": item.annotations}
             digest = [annotator.identity, digest_of.pop(key)]
-            results.add(key, result | {"overlay": overlay, "digest": digest})
+            masks = {"size": item.size, "annotations": item.annotations}
+            results.add(key, {**masks, "overlay": overlay, "digest": digest})
             bar.advance(task)
 
     writer = CocoWriter(ids.categories, annotator.description, config.segmentation)

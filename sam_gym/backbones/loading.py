@@ -37,7 +37,8 @@ def resolve_device(device: str = "auto") -> torch.device:
     """Return a torch device by name; "auto" is CUDA, then MPS, then CPU.
 
     Raises:
-        ValueError: the name is unknown, or this machine has no such device.
+        ValueError: the name is unknown, this machine has no such device, or this process was
+            forked from one that had used it.
     """
     if device != "auto":
         try:
@@ -51,6 +52,7 @@ def resolve_device(device: str = "auto") -> torch.device:
         }
         if found is None or found.type not in counts:
             raise ValueError(f"Unknown device {device!r}: expected auto, cpu, mps, cuda or cuda:N.")
+        _check_after_fork(found)
         if (found.index or 0) >= counts[found.type]:
             here = [f"{count} {kind}" for kind, count in counts.items() if count]
             raise ValueError(
@@ -58,12 +60,13 @@ def resolve_device(device: str = "auto") -> torch.device:
                 "device auto or cpu."
             )
         return found
+    _check_after_fork(torch.device("cuda"))
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def check_after_fork(device: torch.device) -> None:
+def _check_after_fork(device: torch.device) -> None:
     """Raise `ValueError` if this process was forked from one that had used the accelerator."""
     is_in_bad_fork = getattr(getattr(torch, device.type, None), "_is_in_bad_fork", bool)
     if is_in_bad_fork():
@@ -297,7 +300,6 @@ def load_backbone(
     """
     spec = None if name.startswith(HUB_PREFIX) else BACKBONES.get(name)
     target = resolve_device(device)
-    check_after_fork(target)
     precision = resolve_dtype(dtype, target)
     path: Path | None = None
     if checkpoint is not None:

@@ -247,7 +247,7 @@ def check_image(path: str, size: tuple[int, int] | None = None, kind: str = "ima
     return header
 
 
-def check_size(path: str, header: ImageHeader, size: tuple[int, ...], annotation: str) -> None:
+def check_size(path: str, header: ImageHeader, size: tuple[int, int], annotation: str) -> None:
     """Reject an image file that has another size, upright or stored, than its annotation."""
     if header.fit(size) != size:
         (height, width), (expected_height, expected_width) = header.size, size

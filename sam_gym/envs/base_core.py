@@ -101,6 +101,10 @@ class EnvConfig:
 class DatasetConfig(DatasetOptions, EnvConfig):
     """Arguments of an environment over one dataset."""
 
+    def validate(self) -> None:
+        super().validate()
+        self.options_of(self.dataset)
+
     def open_dataset(self) -> Dataset:
         """Open the dataset; raises as `make_dataset` does."""
         return self.make_dataset(self.split)

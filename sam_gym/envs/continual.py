@@ -58,11 +58,12 @@ class ContinualConfig(ClickConfig):
     def open_stream(self) -> Stream:
         """Open the stream, or return the open one while it is referenced; raises as `make_stream`
         does."""
-        given = (self.stream, self.data, self.order, self.on_error)
-        key = repr((*given, sorted(self.stream_kwargs.items())))
+        options: dict[str, Any] = {"on_error": self.on_error} | self.stream_kwargs
+        given = (self.stream, self.data, self.order)
+        key = repr((*given, sorted(options.items())))
         stream = _OPEN.get(key)
         if stream is None:
-            stream = make_stream(*given, **self.stream_kwargs)
+            stream = make_stream(*given, **options)
             _OPEN[key] = stream
         return stream
 

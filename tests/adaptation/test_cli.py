@@ -184,7 +184,7 @@ def test_a_dataset_without_splits_is_refused_or_split_by_seed(
             train.main(command)
     result = train.main([*coco, *one, "split_seed", "1", "--method", "naive"])
     assert result.split == "test"
-    with pytest.raises(ValueError, match="--dataset-kwargs is for --stream DATASET"):
+    with pytest.raises(ValueError, match="Unknown option of stream 'scenes-domains' 'annotations'"):
         train.main([*sam, *few, *one])
 
 

@@ -223,7 +223,7 @@ def test_wrong_inputs(policy: str, photos: Path, tmp_path: Path) -> None:
 def test_agents_of_other_tasks_are_refused(tiny_env: dict, photos: Path, tmp_path: Path) -> None:
     vector, _ = make_vector_env("SamEverything-v0", 2, EverythingConfig(obs="handle", **tiny_env))
     backbone = {"name": "tiny", "checkpoint": tiny_env["checkpoint"], "device": "cpu"}
-    kwargs = {"features": {"backbone": backbone, "budget": 4}, "grid": 16, "stop": True}
+    kwargs = {"features": {"backbone": backbone, "budget": 4}, "grid": 32, "stop": True}
     model = PPO(EverythingPolicy, VectorEnvAdaptor(vector), policy_kwargs=kwargs, device="cpu")
     model.save(tmp_path / "policy.zip")
     vector.close()

@@ -237,7 +237,7 @@ def test_training_from_end_to_end_and_a_stopped_one_comes_to_the_same(
     assert played.summary()["mean_iou"] == stored["agent"]["mean_iou"]
     with pytest.raises(ValueError, match=r"trained with grid 8 \(the environment has 16\)"):
         evaluate(agent, replace(fitting, grid=16), env_id=ENV, episodes=2)
-    with pytest.raises(ValueError, match="another environment, with actions"):
+    with pytest.raises(ValueError, match="does not play SamSeg-v0. Pass --env SamEverything-v0"):
         clicks = {name: getattr(settings, name) for name in ("backbone", "checkpoint", "device")}
         evaluate(agent, SamSegConfig(**clicks, grid=8, stop=True), episodes=2)
 

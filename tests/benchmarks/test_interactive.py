@@ -118,6 +118,7 @@ def test_subsets_are_seeded(micro_checkpoint: str, tmp_path: Path) -> None:
     def sources(seed: int) -> list[tuple[str, str]]:
         out = tmp_path / f"out{seed}"
         options = ["--max-images", "2", "--max-objects", "3", "--no-baseline", "--pictures", "0"]
+        options.append("--overwrite")
         main(arguments(micro_checkpoint, out, *options, "--clicks", "1", "--seed", str(seed)))
         return [(row["source"], row["instance"]) for row in rows_of(out)]
 

@@ -14,13 +14,13 @@ from safetensors import safe_open
 
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.embeddings import disk as disk_module
-from sam_gym.backbones.embeddings import precompute as precompute_module
 from sam_gym.backbones.embeddings import store
 from sam_gym.backbones.embeddings.disk import DiskStore
 from sam_gym.backbones.embeddings.precompute import PrecomputeConfig, precompute, share
 from sam_gym.backbones.embeddings.store import EmbeddingStore
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data import Sample
+from sam_gym.data.options import DatasetOptions
 from sam_gym.envs.click import ClickCore, SamSegConfig
 from sam_gym.utils.digest import image_digest
 
@@ -349,6 +349,6 @@ def test_precompute_names_the_image(
             masks = np.ones((1, 1, 3000), bool)
             return Sample(np.zeros((1, 3000, 3), np.uint8), masks, np.zeros(1, int), "sliver.png")
 
-    monkeypatch.setattr(precompute_module, "make_dataset", lambda *args, **kwargs: Slivers())
+    monkeypatch.setattr(DatasetOptions, "make_dataset", lambda *args, **kwargs: Slivers())
     with pytest.raises(ValueError, match=r"sliver\.png: An image of 1 x 3000 pixels has no"):
         precompute(config(micro_checkpoint, tmp_path))
