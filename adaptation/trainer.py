@@ -141,8 +141,8 @@ class Trainer:
 def _fabric() -> type[Fabric]:
     """Import Fabric without the environment variable that it sets for the whole process.
 
-    With PYTORCH_NVML_BASED_CUDA_CHECK, every step of Adam searches for the NVML library, which
-    takes milliseconds on machines without an NVIDIA driver.
+    With PYTORCH_NVML_BASED_CUDA_CHECK, every step of Adam searches for the NVML library on machines
+    without an NVIDIA driver, which takes up to milliseconds.
     """
     before = os.environ.get(_NVML_CHECK)
     from lightning_fabric import Fabric

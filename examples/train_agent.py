@@ -34,6 +34,7 @@ def main(
         total_timesteps=total_timesteps,
         num_envs=num_envs,
         batch_size=4 * num_envs,
+        eval_episodes=episodes,
         final_episodes=episodes,
         out=str(out),
         overwrite=True,

@@ -25,6 +25,7 @@ def write_results(
     plan: Plan,
     agent: PolicyAgent,
     outcome: Evaluation | None,
+    eval_baselines: dict[str, float],
     monitor: MonitorCallback,
     walk: StreamCallback | None,
     title: str,
@@ -35,6 +36,7 @@ def write_results(
         plan: the run.
         agent: the policy.
         outcome: of its final evaluation, if that was made already.
+        eval_baselines: from `baselines_on_validation`.
         monitor: has the curves of the training.
         walk: has the results after each domain, of a run over a stream.
         title: name of the training data, for a heading.
@@ -67,7 +69,7 @@ def write_results(
         "config": asdict(config),
         "train_curve": monitor.train_curve,
         "eval_curve": monitor.eval_curve,
-        "eval_baselines": _baselines_on_validation(plan),
+        "eval_baselines": eval_baselines,
         "iou_after_steps": curves,
     }
     write_json(out / "results.json", results)
@@ -75,7 +77,7 @@ def write_results(
         out / "learning_curve.png",
         monitor.train_curve,
         monitor.eval_curve,
-        results["eval_baselines"],
+        eval_baselines,
         plan.validation.split,
     )
     plot_iou_after_steps(out / "iou_after_steps.png", curves)
@@ -101,7 +103,7 @@ def _final_evaluation(
     return outcomes
 
 
-def _baselines_on_validation(plan: Plan) -> dict[str, float]:
+def baselines_on_validation(plan: Plan) -> dict[str, float]:
     """Return the mean IoU of each baseline on the episodes that the learning curve is made of."""
     config = plan.config
     return {

@@ -23,7 +23,7 @@ from agents.ppo.checkpoint import Checkpoint, check_same_config, checkpoints, ne
 from agents.ppo.config import VALIDATION_SEED, TrainPPOConfig, flat, with_present_names
 from agents.ppo.distributed import ALONE, CountAllProcesses, DistributedPPO, ProcessGroup
 from agents.ppo.imitation import imitate
-from agents.ppo.results import write_results
+from agents.ppo.results import baselines_on_validation, write_results
 from agents.ppo.stages import PerStageSchedule, Stages, StreamCallback
 from agents.ppo.tracking import MlflowRun, make_logger, require_mlflow
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
@@ -289,6 +289,7 @@ def _train(
             return {}
         monitor.evaluate_now()
         outcome = None if walk is None else walk.evaluate_now()
+        references = baselines_on_validation(plan)
     with checkpoint.written_when_interrupted():
         # SB3 has written the last step itself, before the last update.
         model.logger.dump(model.num_timesteps + 1)
@@ -297,7 +298,9 @@ def _train(
         _save(model, policy)
         env.close()
 
-        results, files = write_results(plan, agent, outcome, monitor, walk, core.dataset.name)
+        results, files = write_results(
+            plan, agent, outcome, references, monitor, walk, core.dataset.name
+        )
         if mlflow is not None:
             mlflow.finish(files, policy, config.register_model)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -9,7 +9,7 @@ import pytest
 from agents import curves
 from agents.evaluate import evaluate
 from agents.ppo.config import VALIDATION_SEED, TrainPPOConfig
-from agents.ppo.results import _baselines_on_validation
+from agents.ppo.results import baselines_on_validation
 from agents.ppo.run import Plan
 from sam_gym.envs.click import SamSegConfig
 
@@ -52,7 +52,7 @@ def test_baselines_of_a_learning_curve_play_the_episodes_of_the_agent(
     lists = {"train": ["0", "1"], "val": ["2", "3"], "test": ["4", "5"]}
     (squares / "splits.json").write_text(json.dumps(lists))
     plan = Plan.of(TrainPPOConfig(env_config=own, eval_episodes=2))
-    found = _baselines_on_validation(plan)
+    found = baselines_on_validation(plan)
     assert set(found) == set(plan.task.baselines.names())
     again = evaluate(
         plan.task.baselines.get("oracle")(0), plan.validation, episodes=2, seed=VALIDATION_SEED
