@@ -97,8 +97,8 @@ def reported(out: Path) -> dict[str, Any]:
     return {key: value for key, value in results.items() if key not in _VARYING}
 
 
-#: Baselines on the validation episodes are not part of what a run learns; a borderline click of the
-#: oracle has been seen to differ between two evaluations.
+#: `eval_baselines` is not part of what a run learns. The oracle's value has differed between a run
+#: and its resumed twin; the cause is not known.
 _VARYING = ("training_seconds", "total_seconds", "config", "eval_baselines")
 
 
