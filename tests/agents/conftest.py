@@ -97,9 +97,7 @@ def reported(out: Path) -> dict[str, Any]:
     return {key: value for key, value in results.items() if key not in _VARYING}
 
 
-#: `eval_baselines` is not part of what a run learns. The oracle's value has differed between a run
-#: and its resumed twin; the cause is not known.
-_VARYING = ("training_seconds", "total_seconds", "config", "eval_baselines")
+_VARYING = ("training_seconds", "total_seconds", "config")
 
 
 @pytest.fixture(scope="session")
