@@ -37,35 +37,25 @@ from sam_gym.backbones.loading import resolve_device
 from sam_gym.backbones.micro.muon import muon_and_adamw
 from sam_gym.data.synthetic.scenes import Scenes
 from sam_gym.utils.files import make_folder, write_json
-from sam_gym.utils.settings import (
-    Count,
-    Natural,
-    NotNegative,
-    Positive,
-    Seed,
-    Share,
-    check_settings,
-)
-from sam_gym.utils.training import SmallTrainer, save_half
+from sam_gym.utils.settings import Count, Natural, NotNegative, Share, check_settings
+from sam_gym.utils.training import SmallTrainer, SmallTrainerConfig, save_half
 
 MEAN, STD = 0.45, 0.25
 
 
-@dataclass
-class TrainClipConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainClipConfig(SmallTrainerConfig):
     """Train the bundled CLIP, clip_micro, on captioned scenes.
 
     Run the same command again to resume an interrupted run.
     """
 
     out: str = "runs/clip_micro"
-    """Folder for the checkpoint, the model and its evaluation."""
+    workers: Natural = 2
     scenes: Count = 12000
     """Number of training scenes."""
     steps: Count = 2400
-    """Optimizer steps."""
     images: Count = 32
-    """Images per step."""
     captions: Count = 40
     """Captions per step, each compared with every image."""
     image_size: Count = 128
@@ -76,10 +66,6 @@ class TrainClipConfig:
     """Channels of the image tower."""
     layers: Count = 4
     """Blocks of the image tower."""
-    learning_rate: Positive = 2e-3
-    """Peak learning rate of Muon, after a linear warm-up, before a cosine decay."""
-    vector_learning_rate: Positive = 1e-3
-    """Peak learning rate of AdamW, for vectors and embeddings."""
     teacher_weight: NotNegative = 1.0
     """Weight of the distillation loss."""
     patch_weight: NotNegative = 1.0
@@ -88,14 +74,6 @@ class TrainClipConfig:
     """Share of the patches that are trained on a caption: those most similar to it."""
     evaluate: Count = 256
     """Held-out scenes of the pointing game that selects the settings of CLIP Surgery."""
-    save_every: Count = 200
-    """Steps between checkpoints."""
-    seed: Seed = 0
-    """Seed of captions, flips and initial weights."""
-    workers: Natural = 2
-    """Processes that draw the scenes."""
-    device: str = "auto"
-    """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda."""
 
 
 def model_config(config: TrainClipConfig, tokenizer: WordTokenizer) -> dict[str, Any]:

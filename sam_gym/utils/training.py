@@ -6,7 +6,7 @@ import json
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,34 @@ from torch import Tensor, nn
 
 from sam_gym.utils.files import write_atomic, write_json
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.settings import Count, Natural, Positive, Seed
 
 #: Steps averaged into a row of the log.
 LOG_EVERY = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallTrainerConfig:
+    """Options of the small trainings. Subclasses set their own defaults."""
+
+    out: str
+    """Folder for the checkpoint, the weights and the evaluation."""
+    steps: Count
+    """Optimizer steps."""
+    images: Count
+    """Images per step."""
+    learning_rate: Positive = 2e-3
+    """Peak learning rate of Muon, for matrices and convolutions."""
+    vector_learning_rate: Positive = 1e-3
+    """Peak learning rate of AdamW, for everything else."""
+    save_every: Count = 100
+    """Steps between checkpoints."""
+    seed: Seed = 0
+    """Seed of data and initial weights."""
+    workers: Natural = 1
+    """Processes that prepare the data."""
+    device: str = "auto"
+    """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda."""
 
 
 class SmallTrainer:
@@ -28,8 +53,7 @@ class SmallTrainer:
     A subclass sets the attributes, and defines `schedule` and `train_step`.
 
     Attributes:
-        config: dataclass with `steps`, `save_every`, and the peaks `learning_rate` and
-            `vector_learning_rate` of the two optimizers.
+        config: a `SmallTrainerConfig`.
         device: of the models.
         parts: name in checkpoints -> module or parameter.
         parameters: all that is trained.

@@ -78,9 +78,10 @@ def wrong_values(hint: Any) -> list[Any]:
 def example(config: type) -> Any:
     """An instance of a config, with something for fields without a default."""
     hints = get_type_hints(config, include_extras=True)
+    values = {list: [], int: 1, str: "something"}
     return config(
         **{
-            own.name: [] if list in kinds(hints[own.name]) else "something"
+            own.name: next(values[kind] for kind in values if kind in kinds(hints[own.name]))
             for own in fields(config)
             if own.default is MISSING and own.default_factory is MISSING
         }

@@ -72,7 +72,7 @@ def muon_and_adamw(
 
     Args:
         matrices, rest: parameters.
-        config: has `learning_rate` and `vector_learning_rate`.
+        config: a `SmallTrainerConfig`.
         weight_decay: of the matrices.
     """
     adamw = torch.optim.AdamW(

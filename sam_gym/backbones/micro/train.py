@@ -38,23 +38,15 @@ from sam_gym.simulation.clicks import interior_distance
 from sam_gym.simulation.interactive import Target, click_out
 from sam_gym.utils.files import make_folder, write_json
 from sam_gym.utils.lowres import low_res
-from sam_gym.utils.settings import (
-    Count,
-    Natural,
-    NotNegative,
-    Positive,
-    Seed,
-    Share,
-    check_settings,
-)
-from sam_gym.utils.training import SmallTrainer, save_half
+from sam_gym.utils.settings import Count, Natural, NotNegative, Positive, Share, check_settings
+from sam_gym.utils.training import SmallTrainer, SmallTrainerConfig, save_half
 
 MASK = SIZE // 4
 CELL = SIZE // MASK
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainMicroConfig(ReadingOptions):
+class TrainMicroConfig(SmallTrainerConfig, ReadingOptions):
     """Train micro, the bundled SAM.
 
     Run the same command again to resume from `--out`. `--steps` may change in between, which moves
@@ -62,23 +54,17 @@ class TrainMicroConfig(ReadingOptions):
     """
 
     out: str = "runs/micro"
-    """Folder for the checkpoint, the weights and the evaluation."""
     photos: str | None = None
     """Root of a COCO-style dataset to mix in, train split (None: scenes only)."""
     init: str | None = None
     """Weights of micro to start from (None: random weights)."""
     steps: Count = 2700
-    """Optimizer steps."""
     images: Count = 12
-    """Images per step."""
     targets: Count = 4
     """Prompted targets per image."""
     max_rounds: Natural = 6
     """Maximum number of corrections without gradients before the last one."""
-    learning_rate: Positive = 2e-3
-    """Peak learning rate of Muon, for matrices and convolutions."""
     vector_learning_rate: Positive = 8e-4
-    """Peak learning rate of AdamW, for everything else."""
     weight_decay: NotNegative = 0.03
     """Weight decay of the parameters that Muon optimizes; the others have none."""
     warmup: Natural = 150
@@ -89,14 +75,6 @@ class TrainMicroConfig(ReadingOptions):
     """Decay of the moving average of the weights. The average is saved."""
     semantic_weight: NotNegative = 1.0
     """Weight of the semantic head's cross-entropy."""
-    seed: Seed = 0
-    """Seed of data, prompts and initial weights."""
-    workers: Natural = 1
-    """Data loader processes."""
-    save_every: Count = 100
-    """Steps between checkpoints."""
-    device: str = "auto"
-    """Where to train: auto, cpu, cuda, mps."""
     evaluate: Natural = 200
     """Objects of held-out scenes to segment with simulated clicks at the end."""
 
