@@ -60,7 +60,8 @@ def resolve_device(device: str = "auto") -> torch.device:
                 "device auto or cpu."
             )
         return found
-    _check_after_fork(torch.device("cuda"))
+    if torch.cuda.device_count():  # without a GPU, even having looked for one counts as a use
+        _check_after_fork(torch.device("cuda"))
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -378,3 +378,13 @@ def test_a_fork_of_a_process_with_cuda_is_told_what_to_do(monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match=message):
         load_backbone("micro", device="cuda")
     assert load_backbone("micro", device="cpu").device.type == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=message):
+        load_backbone("micro")
+
+
+def test_a_fork_without_a_gpu_chooses_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)  # the parent looked for a GPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_backbone("micro").device.type in ("cpu", "mps")
