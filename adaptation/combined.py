@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from adaptation.features import Pool
 from adaptation.losses import MaskLoss
-from adaptation.objects import Pool
 from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.utils.registry import unknown_name
@@ -152,6 +152,9 @@ def combined(name: str) -> type[Combined]:
     default = lead.default_tune if lead.default_tune in tunes else tunes[0]
     attributes = {"name": name, "tunes": tunes, "default_tune": default}
     return type(name, (Combined,), attributes | {"_methods": methods, "_lead": lead})
+
+
+STRATEGIES.combine = combined
 
 
 def _overrides(cls: type[Strategy], hook: str) -> bool:

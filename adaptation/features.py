@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from adaptation.augmentation import Augmentation, box_of, low_res_target
-from adaptation.objects import Pool
 from adaptation.sequences import CompressedArrays, LazySequence
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.embeddings.disk import DiskStore
@@ -69,6 +69,20 @@ class AugmentedImages:
     def firsts(self) -> np.ndarray:
         """The first frame of each image: the unaugmented one, if it shows an object."""
         return np.unique(self.image, return_index=True)[1]
+
+
+class Pool(NamedTuple):
+    """Augmented images of a domain from which objects are drawn.
+
+    Attributes:
+        task: index of the domain.
+        images: its augmented images.
+        allowed: int64 (A,), indices of the augmented images that may be drawn.
+    """
+
+    task: int
+    images: AugmentedImages
+    allowed: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -4,30 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from adaptation.features import FeatureBank, Pool
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.utils.transfer import to_device
-
-if TYPE_CHECKING:
-    from adaptation.features import AugmentedImages, FeatureBank
-
-
-class Pool(NamedTuple):
-    """Augmented images of a domain from which objects are drawn.
-
-    Attributes:
-        task: index of the domain.
-        images: its augmented images.
-        allowed: int64 (A,), indices of the augmented images that may be drawn.
-    """
-
-    task: int
-    images: AugmentedImages
-    allowed: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,9 +13,9 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from adaptation.features import FeatureBank
+from adaptation.features import FeatureBank, Pool
 from adaptation.losses import MaskLoss, mask_loss
-from adaptation.objects import BatchTargets, Pool
+from adaptation.objects import BatchTargets
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.model import Model, embed
 from sam_gym.backbones.adapters.tuning import TUNINGS, bytes_of, trainable, tuned_weights
@@ -27,6 +27,9 @@ from sam_gym.utils.settings import check_settings
 
 class StrategyRegistry(Registry[type["Strategy"]]):
     """Method name -> strategy class. `get("ewc+er")` combines methods, see `Combined`."""
+
+    #: Makes the class of "METHOD+METHOD"; set by `adaptation.combined`.
+    combine: Callable[[str], type[Strategy]]
 
     def add(self, name: str, item: type[Strategy]) -> type[Strategy]:
         """Register a strategy.
@@ -43,11 +46,7 @@ class StrategyRegistry(Registry[type["Strategy"]]):
         return item
 
     def get(self, name: str) -> type[Strategy]:
-        if "+" not in name:
-            return super().get(name)
-        from adaptation.combined import combined
-
-        return combined(name)
+        return self.combine(name) if "+" in name else super().get(name)
 
 
 STRATEGIES = StrategyRegistry("method")

@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 from sam_gym.utils import cli
-from sam_gym.utils.registry import load_entry_point, unknown_name
+from sam_gym.utils.registry import Registry, load_entry_point
 
 #: Benchmark name -> "module:function". The function takes a config dataclass as its argument
 #: `config` and returns the content of results.json.
-BENCHMARKS = {
+BENCHMARKS: Registry[str] = Registry("benchmark")
+for _name, _entry_point in {
     "agents": "benchmarks.agents:run",
     "continual": "benchmarks.continual.benchmark:run",
     "epochs": "benchmarks.epochs:run",
@@ -29,14 +30,13 @@ BENCHMARKS = {
     "interactive": "benchmarks.interactive.benchmark:run",
     "pointing": "benchmarks.pointing:run",
     "throughput": "benchmarks.throughput.benchmark:run",
-}
+}.items():
+    BENCHMARKS.add(_name, _entry_point)
 
 
 def load(name: str) -> tuple[Callable[[Any], dict[str, Any]], type]:
     """Import a benchmark; returns its function and the class of its config."""
-    if name not in BENCHMARKS:
-        raise unknown_name("benchmark", name, BENCHMARKS)
-    run = load_entry_point(BENCHMARKS[name])
+    run = load_entry_point(BENCHMARKS.get(name))
     return run, get_type_hints(run)["config"]
 
 

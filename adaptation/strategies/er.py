@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from adaptation.features import FeatureBank
-from adaptation.objects import Pool
+from adaptation.features import FeatureBank, Pool
 from adaptation.strategy import STRATEGIES, Strategy
 from sam_gym.utils.settings import Count
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agents.curves import plot_iou_after_steps, plot_learning_curve
 from agents.evaluate import Evaluation, PolicyAgent, evaluate, film_episodes
 from agents.ppo.callbacks import MonitorCallback
 from agents.ppo.config import VALIDATION_SEED
+from agents.ppo.plan import Plan
 from agents.ppo.stages import StreamCallback
 from sam_gym.metrics.masks import with_interval
 from sam_gym.utils.files import write_json
 from sam_gym.utils.plots import plot_matrix
 from sam_gym.utils.render import save_gif
-
-if TYPE_CHECKING:
-    from agents.ppo.run import Plan
 
 
 def write_results(

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,14 +23,13 @@ from agents.ppo.checkpoint import Checkpoint, check_same_config, checkpoints, ne
 from agents.ppo.config import VALIDATION_SEED, TrainPPOConfig, flat, with_present_names
 from agents.ppo.distributed import ALONE, CountAllProcesses, DistributedPPO, ProcessGroup
 from agents.ppo.imitation import imitate
+from agents.ppo.plan import Plan
 from agents.ppo.results import baselines_on_validation, write_results
 from agents.ppo.stages import PerStageSchedule, Stages, StreamCallback
 from agents.ppo.tracking import MlflowRun, make_logger, require_mlflow
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.sharing.repository import CARD, POLICY, RESULTS, TAG
-from agents.tasks import Task, task_of
-from sam_gym.data.splits import check_held_out, shared_images
-from sam_gym.data.streams import Stream
+from agents.tasks import task_of
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.utils.files import write_atomic
 from sam_gym.utils.render import save_gif, save_image
@@ -49,76 +48,6 @@ _WRITTEN = (
     *("forgetting.png", "policy_plots/step-*.png", "videos/step-*.gif", "checkpoints/*.ckpt"),
     "tensorboard/**/events.out.tfevents.*",
 )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A validated run: what it trains on, and what it is evaluated on.
-
-    Attributes:
-        config: of the run.
-        task: of the environment.
-        training: env config of the training episodes.
-        validation: env config of the evaluations during training.
-        held_out: env config of the final evaluation.
-        stream: the domains, held so that no environment opens them again; None without.
-        shared_images: number of training images among those of the final evaluation; 0 unless that
-            is asked for on the training split.
-    """
-
-    config: TrainPPOConfig
-    task: Task
-    training: EnvConfig
-    validation: EnvConfig
-    held_out: EnvConfig
-    stream: Stream | None
-    shared_images: int
-
-    @classmethod
-    def of(cls, config: TrainPPOConfig) -> Plan:
-        """Validate a config, and the data that it names.
-
-        Raises:
-            ValueError, FileNotFoundError: a name, a value or the data is wrong, or held-out images
-                are training images.
-        """
-        config.validate()
-        POLICIES.get(config.policy)
-        task = task_of(config.env)
-        task.check_run(config)
-        training = task.training_config(config)
-        training.validate()
-        validation, held_out = (task.held_out_config(config, split) for split in ("val", None))
-        stream = task.stream(training)  # held, so that it is opened once
-        train, shared = training.open_dataset(), 0
-        for own in (validation, held_out):
-            if own.split == training.split != "train":
-                raise ValueError(
-                    f"The agent would be trained and evaluated on split {own.split!r}: its results "
-                    "would be results on training images. Pass another --split or --held-out "
-                    "('val' is for the evaluations during training)."
-                )
-            images = own.open_dataset()
-            check_held_out(images, own.split, train)
-            shared = shared_images(train, images)
-        plan = cls(config, task, training, validation, held_out, stream, shared)
-        if plan.stages is not None:
-            plan.stages.validate()
-            first = config.total_timesteps // plan.stages.count
-            if config.warm_start > first:
-                raise ValueError(
-                    f"warm_start must be from 0 to the steps of the first of {plan.stages.count} "
-                    f"domains ({first}), got {config.warm_start}."
-                )
-        return plan
-
-    @property
-    def stages(self) -> Stages | None:
-        """When each domain of the stream is learned."""
-        if self.stream is None:
-            return None
-        rollout = self.config.n_steps * self.config.num_envs
-        return Stages(self.config.total_timesteps, rollout, len(self.stream))
 
 
 def train(config: TrainPPOConfig) -> dict[str, Any]:

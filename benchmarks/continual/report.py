@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,13 +12,11 @@ from adaptation.evaluation import score
 from adaptation.results import RunResult, folder_name
 from adaptation.trainer import Trainer
 from benchmarks import report
+from benchmarks.continual.config import ContinualBenchmarkConfig
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.data.streams import Stream
 from sam_gym.utils.plots import plot_matrix
 from sam_gym.utils.render import draw_episode
-
-if TYPE_CHECKING:
-    from benchmarks.continual.benchmark import ContinualBenchmarkConfig
 
 _COLUMNS = {
     "last_iou": "Last-IoU",

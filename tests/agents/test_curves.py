@@ -9,8 +9,8 @@ import pytest
 from agents import curves
 from agents.evaluate import evaluate
 from agents.ppo.config import VALIDATION_SEED, TrainPPOConfig
+from agents.ppo.plan import Plan
 from agents.ppo.results import baselines_on_validation
-from agents.ppo.run import Plan
 from sam_gym.envs.click import SamSegConfig
 
 

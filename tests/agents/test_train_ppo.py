@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents.evaluate import PolicyAgent
 from agents.ppo.config import TrainPPOConfig, read_config
-from agents.ppo.run import Plan
+from agents.ppo.plan import Plan
 from agents.train_ppo import main
 from sam_gym.envs.click import SamSegConfig
 

@@ -11,14 +11,8 @@ import pytest
 from segment_anything.modeling import Sam
 
 from adaptation.strategy import Strategy
-from benchmarks.continual.benchmark import (
-    BEYOND,
-    PAPER,
-    ContinualBenchmarkConfig,
-    jobs_of,
-    spread,
-    with_defaults,
-)
+from benchmarks.continual.benchmark import jobs_of, spread
+from benchmarks.continual.config import BEYOND, PAPER, ContinualBenchmarkConfig, with_defaults
 from benchmarks.run import main
 
 NUMBERS = ("last_iou", "avg_iou", "ff_iou", "last_biou", "avg_biou", "ff_biou", "forward_iou")
@@ -148,6 +142,7 @@ def test_the_quick_and_the_full_setting() -> None:
     )
     assert quick.methods == PAPER and quick.seeds == 1 and quick.train.prompts == ("box",)
     assert full.methods == (*PAPER, *BEYOND) and full.seeds == 5
+    assert set(BEYOND) >= {"samcl", "regcl"} and not set(BEYOND) & {"saom_v1", "saom_v2", "panosam"}
     assert full.train.prompts == ("box", "click", "clicks5")
 
 

@@ -39,7 +39,7 @@ def options_of(config: Any) -> list[Field[Any]]:
     return found
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", BENCHMARKS.names())
 def test_help_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([name, "--help"])
