@@ -83,7 +83,7 @@ def _class_of(data: Mapping[str, Any]) -> type[SamPolicy]:
     name = found.name if isinstance(found, Call) else str(found)
     if name in FORMER_CLASSES:
         return POLICIES.get(FORMER_CLASSES[name])
-    for _, policy in POLICIES.items():
+    for policy in POLICIES.values():
         if name == f"{policy.__module__}.{policy.__qualname__}":
             return policy
     raise ValueError(f"{name} is no policy of {', '.join(POLICIES.names())}")

@@ -133,7 +133,7 @@ class Task:
                 f"{self.env_id} needs an env_config of class {name}, got "
                 f"{type(run.env_config).__name__}. Pass env_config={name}()."
             )
-        elsewhere = {name for _, task in TASKS.items() for name in task.policies}
+        elsewhere = {name for task in TASKS.values() for name in task.policies}
         if run.policy in elsewhere.difference(self.policies):
             raise ValueError(
                 f"The policy {run.policy!r} does not play {self.env_id}. Policies that do: "
@@ -377,7 +377,7 @@ def tasks_of_policy(policy: SamPolicy) -> list[Task]:
     kind = type(policy)
     return [
         task
-        for _, task in TASKS.items()
+        for task in TASKS.values()
         if any(POLICIES.get(name) is kind for name in task.policies if name in POLICIES)
     ]
 
@@ -400,7 +400,7 @@ def check_plays(policy: SamPolicy, config: EnvConfig) -> None:
     A policy that no task lists, or an environment without a task, is not checked.
     """
     playing = [task.env_id for task in tasks_of_policy(policy)]
-    here = [task.env_id for _, task in TASKS.items() if type(config) is task.config_class]
+    here = [task.env_id for task in TASKS.values() if type(config) is task.config_class]
     if playing and here and not set(playing) & set(here):
         raise ValueError(
             f"{type(policy).__name__} does not play {here[0]}. "

@@ -115,7 +115,7 @@ def open_dataset(config: InteractiveBenchmarkConfig) -> Dataset:
     for option, (name, value) in given.items():
         if value is not None:
             if name not in spec.parameters:
-                takers = [other.name for _, other in DATASETS.items() if name in other.parameters]
+                takers = [other.name for other in DATASETS.values() if name in other.parameters]
                 raise ValueError(f"{option} is for {', '.join(takers)}, not for {config.dataset}.")
             options[name] = value
     if config.data is not None and not spec.reads_files:

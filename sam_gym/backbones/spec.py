@@ -102,7 +102,7 @@ def find_spec(name: str) -> BackboneSpec | None:
 
 def backbones_by_size() -> list[BackboneSpec]:
     """Return all specifications, sorted by the size of the weights."""
-    return sorted((spec for _, spec in BACKBONES.items()), key=lambda spec: spec.megabytes)
+    return sorted((spec for spec in BACKBONES.values()), key=lambda spec: spec.megabytes)
 
 
 def backbone_help(purpose: str) -> str:

@@ -63,5 +63,8 @@ class Registry(Generic[T]):
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._items))
 
+    def values(self) -> tuple[T, ...]:
+        return tuple(item for _, item in self.items())
+
     def items(self) -> tuple[tuple[str, T], ...]:
         return tuple(sorted(self._items.items()))
