@@ -15,6 +15,7 @@ from gymnasium.vector import (
     VectorEnv,
     VectorWrapper,
 )
+from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs
 
 from sam_gym.envs.base_core import BaseCore, EnvConfig
@@ -47,10 +48,15 @@ class VectorEnvAdaptor(VecEnv):
         env: the vector environment.
 
     Raises:
-        ValueError: the environment has another autoreset mode.
+        ValueError: the environment has another autoreset mode, or is no vector environment.
     """
 
     def __init__(self, env: VectorEnv) -> None:
+        if not isinstance(env, VectorEnv):
+            raise ValueError(
+                f"Expected a vector environment, got {type(env).__name__}. Make one with "
+                "gymnasium.make_vec; stable-baselines3 takes a scalar environment as it is."
+            )
         mode = env.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
             raise ValueError(
@@ -65,10 +71,35 @@ class VectorEnvAdaptor(VecEnv):
         self._actions: np.ndarray = np.empty(0)
 
     def reset(self) -> VecEnvObs:
-        observations, infos = self.env.reset(seed=self._next_seed)
+        observations, infos = self.env.reset(seed=self._next_seed, options=self._merged_options())
         self._next_seed = None
+        self._reset_options()
         self.reset_infos = _split(infos, self.num_envs)
         return observations
+
+    def _merged_options(self) -> dict[str, Any] | None:
+        """Return the options of `set_options` as those of one reset.
+
+        Raises:
+            ValueError: sub-environments cannot have the options that they got.
+        """
+        first, count = self._options[0], len(self._options)
+        if all(own is first for own in self._options):
+            return first or None
+        names = {name for own in self._options for name in own}
+        if not names:
+            return None
+        if count != self.num_envs or any(own.keys() != names for own in self._options):
+            raise ValueError(
+                f"Expected one dict for all sub-environments, or {self.num_envs} dicts with the "
+                f"same keys, got {self._options}."
+            )
+        if isinstance(self.env.unwrapped, (SyncVectorEnv, AsyncVectorEnv)):
+            raise ValueError(
+                f"{type(self.env.unwrapped).__name__} takes one dict of options for all "
+                f"sub-environments, got {self._options}."
+            )
+        return {name: [own[name] for own in self._options] for name in first}
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
         """Seed the next reset; sub-environment `i` gets `seed + i`."""
@@ -123,32 +154,58 @@ class VectorEnvAdaptor(VecEnv):
         return [value for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
-        """Set an attribute where it is found; raise `NotImplementedError` for some indices only."""
-        if indices is not None:
+        """Set an attribute where it is found.
+
+        Raises:
+            NotImplementedError: of some sub-environments of a batched core only.
+        """
+        owner, chosen = self._owner(attr_name), self._get_indices(indices)
+        if isinstance(owner, SyncVectorEnv):
+            for i in chosen:
+                owner.envs[i].set_wrapper_attr(attr_name, value)
+            return
+        if isinstance(owner, AsyncVectorEnv):
+            values = [value] * self.num_envs if indices is None else [*owner.get_attr(attr_name)]
+            for i in chosen:
+                values[i] = value
+            owner.set_attr(attr_name, values)
+        elif {*chosen} != {*range(self.num_envs)}:
             raise NotImplementedError(
                 "The environments of a batched core share their attributes: pass indices=None."
             )
-        owner = self._owner(attr_name)
-        if isinstance(owner, (SyncVectorEnv, AsyncVectorEnv)):
-            owner.set_attr(attr_name, [value] * self.num_envs)
         else:
             setattr(owner, attr_name, value)
 
     def env_method(
         self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any
     ) -> list[Any]:
-        """Call a method of each sub-environment, or once the one that they share."""
-        owner = self._owner(method_name)
-        if isinstance(owner, (SyncVectorEnv, AsyncVectorEnv)):
+        """Call a method of each sub-environment, or once the one that they share.
+
+        Raises:
+            NotImplementedError: of some workers of an `AsyncVectorEnv` only.
+        """
+        owner, chosen = self._owner(method_name), self._get_indices(indices)
+        if isinstance(owner, SyncVectorEnv):
+            return [owner.envs[i].get_wrapper_attr(method_name)(*args, **kwargs) for i in chosen]
+        if isinstance(owner, AsyncVectorEnv):
+            if {*chosen} != {*range(self.num_envs)}:
+                raise NotImplementedError(
+                    "AsyncVectorEnv calls methods of all sub-environments: pass indices=None."
+                )
             results = owner.call(method_name, *args, **kwargs)
-            return [results[i] for i in self._get_indices(indices)]
+            return [results[i] for i in chosen]
         result = getattr(owner, method_name)(*args, **kwargs)
-        return [result for _ in self._get_indices(indices)]
+        return [result for _ in chosen]
 
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None
     ) -> list[bool]:
-        return [False for _ in self._get_indices(indices)]
+        inner = self.env.unwrapped
+        envs = inner.envs if isinstance(inner, SyncVectorEnv) else [None] * self.num_envs
+        return [
+            envs[i] is not None and is_wrapped(envs[i], wrapper_class)
+            for i in self._get_indices(indices)
+        ]
 
 
 def _split(infos: dict[str, Any] | list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

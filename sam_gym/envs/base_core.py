@@ -75,7 +75,9 @@ class EnvConfig:
     def validate(self) -> None:
         """Raise `ValueError` for an impossible value."""
         check_settings(self)
-        if self.obs == "handle" and multiprocessing.current_process().daemon:
+        process = multiprocessing.current_process()
+        # gymnasium's workers have such names; they need not be daemons.
+        if self.obs == "handle" and (process.daemon or process.name.startswith("Worker<")):
             raise ValueError(
                 "obs='handle' refers to embeddings in this process, so it does not work in the "
                 "workers of AsyncVectorEnv or SubprocVecEnv. Use gymnasium.make_vec(..., "

@@ -730,6 +730,15 @@ def test_reset_comes_first(make: Make, make_vec: Callable[..., SamSegVectorEnv])
         make_vec().step(np.zeros(3, int))
 
 
+def test_handles_are_refused_in_workers_that_are_no_daemons(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`AsyncVectorEnv(..., daemon=False)`."""
+    monkeypatch.setattr(multiprocessing.current_process(), "name", "Worker<AsyncVectorEnv>-1")
+    with pytest.raises(ValueError, match="refers to embeddings in this process"):
+        SamSegConfig(obs="handle").validate()
+
+
 @pytest.mark.slow
 def test_handles_are_refused_in_worker_processes() -> None:
     """The workers of AsyncVectorEnv and SubprocVecEnv are daemons, as those of a pool are."""

@@ -226,6 +226,12 @@ class EmbeddingStore:
         if not check:
             index = self._row_of[numbers]
         else:
+            if handles.is_floating_point() and (numbers != handles.to(numbers.device)).any():
+                raise ValueError(
+                    f"Handles are whole numbers, got {handles.flatten()[:3].tolist()}. Leave the "
+                    "handle out where observations are normalised or scaled (VecNormalize: "
+                    "norm_obs=False, or norm_obs_keys without 'handle')."
+                )
             known = (numbers >= 0) & (numbers < len(self._row_of))
             index = torch.where(known, self._row_of[torch.where(known, numbers, 0)], -1)
             if (index < 0).any():

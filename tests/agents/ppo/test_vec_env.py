@@ -1,5 +1,6 @@
 """The SB3 adaptor keeps SB3's contract."""
 
+import copy
 import pickle
 from typing import Any
 
@@ -7,8 +8,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import FlattenObservation, FrameStackObservation
 from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
 from stable_baselines3 import PPO
+from stable_baselines3.common.monitor import Monitor
 
 import sam_gym  # noqa: F401
 from agents.ppo.vec_env import VectorEnvAdaptor
@@ -63,6 +66,51 @@ def test_seed_makes_the_next_reset_repeatable(tiny_env: dict[str, Any]) -> None:
     assert runs[0] != [info["source"] for info in env.reset_infos]
 
 
+def test_options_of_the_next_reset(tiny_env: dict[str, Any]) -> None:
+    env = VectorEnvAdaptor(make(tiny_env))
+    for options in ({"index": 4}, [{"index": 4}, {"index": 4}, {"index": 4}]):
+        env.set_options(options)
+        env.reset()
+        assert {info["source"] for info in env.reset_infos} == {"scenes/train/4"}
+    env.set_options([{"index": 1}, {"index": 0}, {"index": 5}])
+    env.reset()
+    assert [info["source"][-1] for info in env.reset_infos] == ["1", "0", "5"]
+    env.seed(0)
+    env.reset()  # options hold for one reset
+    drawn = [info["source"] for info in env.reset_infos]
+    env.set_options([{"index": 1}, {}, {}])
+    with pytest.raises(ValueError, match=r"3 dicts with the same keys, got \[\{'index': 1"):
+        env.reset()
+    env.set_options()
+    env.seed(0)
+    env.reset()
+    assert [info["source"] for info in env.reset_infos] == drawn
+    env.set_options({"indx": 1})
+    with pytest.raises(ValueError, match="Did you mean 'index'"):
+        env.reset()
+
+
+def test_options_of_separate_environments() -> None:
+    env = VectorEnvAdaptor(nested())
+    env.set_options({"level": 1})
+    env.reset()
+    env.set_options([{"level": 1}, {"level": 2}])
+    with pytest.raises(ValueError, match="SyncVectorEnv takes one dict"):
+        env.reset()
+
+
+def test_a_scalar_environment_is_refused(tiny_env: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"vector environment, got .*gymnasium\.make_vec"):
+        VectorEnvAdaptor(gym.make("SamSeg-v0", **tiny_env))
+
+
+def test_wrappers_of_separate_environments_are_found() -> None:
+    envs = SyncVectorEnv(
+        [lambda: Monitor(Nested(0)), lambda: Nested(1)], autoreset_mode=AutoresetMode.SAME_STEP
+    )
+    assert VectorEnvAdaptor(envs).env_is_wrapped(Monitor) == [True, False]
+
+
 def test_attributes_are_shared_by_all_environments(tiny_env: dict[str, Any]) -> None:
     env = VectorEnvAdaptor(make(tiny_env))
     assert env.get_attr("num_envs") == [3, 3, 3]
@@ -97,6 +145,9 @@ class Nested(gym.Env):
 
     def twice(self, value: int) -> int:
         return 2 * value + self.number
+
+    def move(self) -> None:
+        self.number += 1
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[int, dict[str, Any]]:
         super().reset(seed=seed)
@@ -166,6 +217,10 @@ def test_attributes_and_methods_of_separate_environments() -> None:
     env = VectorEnvAdaptor(Shared(nested()))
     assert env.get_attr("number") == [0, 1] and env.get_attr("number", indices=[1]) == [1]
     assert env.env_method("twice", 5) == [10, 11] and env.env_method("twice", 5, indices=0) == [10]
+    env.env_method("move", indices=[1])
+    assert env.get_attr("number") == [0, 2]  # the other one did not move
+    env.set_attr("number", 3, indices=1)
+    assert env.get_attr("number") == [0, 3]
     env.set_attr("number", 4)
     assert env.env_method("twice", value=5) == [14, 14]
     assert env.get_attr("bonus") == [7, 7]
@@ -177,7 +232,13 @@ def test_policies_that_cannot_read_handles_are_refused(tiny_env: dict[str, Any])
         ValueError, match=r"not an input of a network.*agents\.policies.*obs='full'"
     ):
         PPO("MultiInputPolicy", env)
+    flat = gym.make("SamSeg-v0", obs="handle", **tiny_env)
+    with pytest.raises(ValueError, match="not an input of a network"):
+        FlattenObservation(flat)
+    with pytest.raises(ValueError, match="not an input of a network"):
+        PPO("MultiInputPolicy", FrameStackObservation(flat, 2))
     space = env.observation_space["handle"]
+    assert type(copy.deepcopy(space)) is type(space)
     assert type(pickle.loads(pickle.dumps(space))) is gym.spaces.Box  # in saved policies
     assert (
         pickle.loads(pickle.dumps(space))

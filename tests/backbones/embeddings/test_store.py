@@ -105,6 +105,10 @@ def test_stale_handles_are_refused(tiny: Backbone) -> None:
     assert again != first
     assert_holds(store, again, 1)
     store.gather(torch.tensor([again, third], dtype=torch.float32))  # as SB3 hands them over
+    with pytest.raises(
+        ValueError, match=r"whole numbers, got \[0\.5.*norm_obs_keys without 'handle'"
+    ):
+        store.gather(torch.tensor([0.5, 1.0]))
 
 
 def test_numbers_start_again_without_meeting_an_image_in_memory(
