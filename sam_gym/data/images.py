@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,22 +30,17 @@ _QUARTER_TURNS = {5: 5, 6: 8, 7: 7, 8: 6}
 
 #: Formats that both Pillow and OpenCV read, apart from TIFF.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "SUN")
-#: What Pillow raises for a header that it cannot read.
-_INVALID = (
-    SyntaxError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,  # of the WebP plugin itself
-)
 _NOT_AN_IMAGE = "the file is truncated or not an image", "Fetch or export it again"
+_CONVERT = "Convert it to PNG or JPEG"
+#: Brands of HEIF files, which neither of the two reads, behind "ftyp".
+_HEIF = (b"heic", b"heix", b"heim", b"hevc", b"mif1", b"msf1")
 #: OpenCV's limit.
 _MAX_PIXELS = 2**30
 
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+#: A marker of a JPEG: no restart, and no byte of the pixels.
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_END_OF_PNG = b"IEND\xaeB`\x82"
 _BIG_TIFF = 43
 _SEPARATE = 2
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -53,6 +49,11 @@ _TIFF_DATA = (
     (ExifTags.Base.StripOffsets, ExifTags.Base.StripByteCounts),
     (ExifTags.Base.TileOffsets, ExifTags.Base.TileByteCounts),
 )
+#: Compressions of TIFF files that OpenCV reads; it returns black images for some others.
+_TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, 7, 8, 32773, 32946)
+#: Bits per sample -> colour spaces of TIFF files that OpenCV certainly reads, in one plane.
+_PLAIN_TIFFS = {8: (0, 1, 2, 3, 5, 6), 16: (0, 1, 2)}
+_GREY = (0, 1)
 _SAMPLE_FORMATS = {1: "uint", 2: "int", 3: "float", 4: "uint", 5: "complex int", 6: "complex"}
 
 
@@ -108,7 +109,7 @@ def read_header(path: str) -> ImageHeader:
 def check_file(path: str) -> ImageHeader:
     """Check that an image file is whole and of a kind that is read; return its header.
 
-    The pixels of JPEG, PNG, WebP and TIFF files are not decoded.
+    The pixels of JPEG, PNG, WebP and usual TIFF files are not decoded.
 
     Raises:
         OSError: the file cannot be opened.
@@ -120,7 +121,7 @@ def check_file(path: str) -> ImageHeader:
             _check_samples(header.tags)
         if not _is_whole(file, header):
             file.seek(0)
-            _decode(file.read(), cv2.IMREAD_UNCHANGED)
+            decode_image(file.read())
     return header
 
 
@@ -151,6 +152,8 @@ def decode_labels(data: bytes, size: tuple[int, int] | None = None) -> np.ndarra
         Unreadable: the file is no image, is truncated, or is not one channel of 8 or 16 bits.
     """
     header = _header(io.BytesIO(data))
+    if header.tags is not None:
+        _check_compression(header.tags)
     labels = _decode(data, cv2.IMREAD_UNCHANGED)
     if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
         channels = 1 if labels.ndim == 2 else labels.shape[2]
@@ -181,8 +184,7 @@ def _header(file: BinaryIO) -> ImageHeader:
         else:
             image = _open(file, start)
             header = ImageHeader(image.size[::-1], _orientation(image))
-    except _INVALID:
-        # Pillow lacks formats that OpenCV reads.
+    except Exception:  # Pillow's readers raise many classes, and lack formats that OpenCV reads
         file.seek(0)
         return ImageHeader(_decode(file.read(), cv2.IMREAD_UNCHANGED).shape[:2])
     height, width = header.stored_size
@@ -205,7 +207,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         # PNG's own `getexif` decodes the pixels.
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except _INVALID:
+    except Exception:  # as in `_header`
         return 1
     return value if value in _TURNS else 1
 
@@ -227,7 +229,21 @@ def _decode(data: bytes, flags: int) -> np.ndarray:
         raise Unreadable(f"OpenCV cannot decode the file: {error.err}", "Export it again") from None
     if pixels is not None and not _is_cut_jpeg(data):
         return pixels
-    raise Unreadable(*_NOT_AN_IMAGE)
+    raise Unreadable(*_why(data))
+
+
+def _why(data: bytes) -> tuple[str, str]:
+    """Return why OpenCV cannot decode a file, and what to do about it."""
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF:
+        return "HEIF files are not read", _CONVERT
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return f"{image.format} files of mode {image.mode} are not read", _CONVERT
+    except Exception:  # as in `_header`
+        if data.startswith(_TIFF):
+            return f"{_NOT_AN_IMAGE[0]} in a supported kind of TIFF", _CONVERT
+        return _NOT_AN_IMAGE
 
 
 def _is_whole(file: BinaryIO, header: ImageHeader) -> bool:
@@ -243,13 +259,13 @@ def _is_whole(file: BinaryIO, header: ImageHeader) -> bool:
                 strict=False,
             )
         ]
-        return bool(ends) and max(ends) <= size
+        return _is_plain(header.tags) and bool(ends) and max(ends) <= size
     file.seek(0)
     start = file.read(12)
     file.seek(max(0, size - 2**16))
     end = file.read()
     if start.startswith(b"\x89PNG"):
-        return b"IEND" in end
+        return _END_OF_PNG in end
     if start.startswith(b"RIFF"):
         return int.from_bytes(start[4:8], "little") + 8 <= size
     return start.startswith(b"\xff\xd8") and end.rfind(_END_OF_IMAGE) > end.rfind(_START_OF_SCAN)
@@ -257,11 +273,21 @@ def _is_whole(file: BinaryIO, header: ImageHeader) -> bool:
 
 def _is_cut_jpeg(data: bytes) -> bool:
     """Detect a truncated JPEG, whose missing part OpenCV silently fills with grey."""
-    return data.startswith(b"\xff\xd8") and data.rfind(_END_OF_IMAGE) < data.rfind(_START_OF_SCAN)
+    start = b"\xff\xd8"
+    if not data.startswith(start) or data.rfind(_END_OF_IMAGE) > data.rfind(_START_OF_SCAN):
+        return False
+    # Phones append videos, which hold any bytes: look for the end of the image itself.
+    place = len(start)
+    while marker := _MARKER.search(data, place):
+        if marker[0] == _END_OF_IMAGE:
+            return False
+        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return True
 
 
 def _check_samples(tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
-    """Refuse signed and floating-point samples, and more than 16 bits: their range is unknown."""
+    """Refuse samples without a known range (signed, float, more than 16 bits) or colour."""
+    _check_compression(tags)
     bits = np.max(tags.get(ExifTags.Base.BitsPerSample, 1))
     kind = _SAMPLE_FORMATS.get(np.max(tags.get(ExifTags.Base.SampleFormat, 1)), "unknown")
     if kind != "uint" or bits > 16:
@@ -270,8 +296,25 @@ def _check_samples(tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
             "Scale it to 8 bits",
         )
     bands = tags.get(ExifTags.Base.SamplesPerPixel, 1)
-    if bands > 4:
-        raise Unreadable(f"the file has {bands} bands", "Save three of them as an RGB image")
+    if bands > 4 or (bands > 2 and tags.get(ExifTags.Base.PhotometricInterpretation) in _GREY):
+        raise Unreadable(
+            f"the file has {bands} bands that are not marked as RGB",
+            "Save three of them as an RGB image",
+        )
+
+
+def _check_compression(tags: TiffImagePlugin.ImageFileDirectory_v2) -> None:
+    compression = tags.get(ExifTags.Base.Compression, 1)
+    if compression not in _TIFF_COMPRESSIONS:
+        name = TiffImagePlugin.COMPRESSION_INFO.get(compression, compression)
+        raise Unreadable(f"TIFF files with compression {name} are not read", _CONVERT)
+
+
+def _is_plain(tags: TiffImagePlugin.ImageFileDirectory_v2) -> bool:
+    """Return whether a TIFF file is of a usual kind, which OpenCV certainly reads."""
+    kinds = _PLAIN_TIFFS.get(np.max(tags.get(ExifTags.Base.BitsPerSample, 1)), ())
+    planes = tags.get(ExifTags.Base.PlanarConfiguration) == _SEPARATE
+    return tags.get(ExifTags.Base.PhotometricInterpretation) in kinds and not planes
 
 
 def _mark_alpha_as_associated(data: bytes) -> bytes:
@@ -294,6 +337,8 @@ def _scale_low_bits(data: bytes, header: ImageHeader, bgr: np.ndarray) -> tuple[
         )
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     wide = _decode(data, flags)
+    if wide.dtype.kind == "f":
+        raise Unreadable(f"samples of {wide.dtype} have no known range", "Scale it to 8 bits")
     bits = next(bits for bits in (8, 10, 12, 14, 16) if wide.max() < 2**bits)
     if wide.dtype != np.uint16 or not wide.any() or bits == 16:
         return bgr, 0

@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import threading
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 
 from sam_gym.data.coco import Coco
 from sam_gym.data.entities import Entities
@@ -168,6 +169,67 @@ def test_cut_files_are_found_without_decoding(tmp_path: Path, name: str, data: b
         path.write_bytes(data[:length])
         with pytest.raises(Unreadable, match="truncated or not an image"):
             check_file(str(path))
+
+
+def test_what_phones_append_does_no_harm(tmp_path: Path) -> None:
+    for name in ("jpeg", "progressive jpeg"):
+        whole = formats()[name]
+        for appended in (b"\xff\xda", b"\xff\xd9\xff\xda", whole[:-100]):
+            path = tmp_path / name
+            path.write_bytes(whole + appended)
+            assert check_file(str(path)).size == (HEIGHT, WIDTH)
+            assert read_image(str(path), "image").shape == (HEIGHT, WIDTH, 3)
+
+
+def tiff(**tags: int) -> bytes:
+    """A TIFF file of three bands with some tags changed."""
+    buffer = io.BytesIO()
+    Image.fromarray(photo()).save(buffer, "TIFF")
+    data = bytearray(buffer.getvalue())
+    for name, value in tags.items():
+        tag = int(ExifTags.Base[name])
+        place = data.index(struct.pack("<HHI", tag, 3, 3 if name == "BitsPerSample" else 1))
+        if name == "BitsPerSample":
+            place = int.from_bytes(data[place + 8 : place + 12], "little") - 8
+            data[place + 8 : place + 14] = struct.pack("<HHH", value, value, value)
+        else:
+            data[place + 8 : place + 10] = struct.pack("<H", value)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "match"),
+    [
+        ("a.tif", tiff(Compression=50000), "compression zstd are not read. Convert it"),
+        ("a.tif", tiff(Compression=34712), "compression 34712 are not read"),  # OpenCV: black
+        ("a.tif", tiff(PhotometricInterpretation=1), "has 3 bands that are not marked as RGB"),
+        ("a.tif", tiff(BitsPerSample=12), "not an image in a supported kind of TIFF"),
+        ("a.tga", None, "TGA files of mode RGB are not read"),
+        ("a.heic", b"\0\0\0\x18ftypheic" + bytes(50), "HEIF files are not read"),
+        ("a.pfm", b"PF\n4 4\n-1\n" + np.full(48, 0.5, "<f4").tobytes(), "float32 have no known"),
+    ],
+)
+def test_kinds_that_are_not_read(tmp_path: Path, name: str, data: bytes | None, match: str) -> None:
+    path = tmp_path / name
+    if data is None:
+        Image.fromarray(photo()).save(path)
+    else:
+        path.write_bytes(data)
+    with pytest.raises(Unreadable, match=match):
+        check_file(str(path))
+    with pytest.raises(ValueError, match=f"{name}: image: .*{match}"):
+        read_image(str(path), "image")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_damaged_avif(tmp_path: Path) -> None:
+    """Pillow raises RuntimeError."""
+    buffer = io.BytesIO()
+    Image.fromarray(photo()).save(buffer, "AVIF")
+    path = tmp_path / "a.avif"
+    path.write_bytes(buffer.getvalue().replace(b"iinf", b"free", 1))
+    with pytest.raises(ValueError, match="truncated or not an image"):
+        read_image(str(path), "image")
 
 
 def test_padding_does_no_harm(tmp_path: Path) -> None:
