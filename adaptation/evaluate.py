@@ -42,6 +42,8 @@ class EvaluateConfig:
     """Seed of the choice of objects."""
     out: str | None = None
     """JSON file for the results."""
+    overwrite: bool = False
+    """Replace the file `out`. Without --overwrite, a file there is an error."""
     stream: tyro.conf.OmitArgPrefixes[StreamOptions] = field(default_factory=StreamOptions)
     model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
 
@@ -51,9 +53,10 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
     Raises:
         ValueError, FileNotFoundError: a name, a value, the data or the adapter is wrong.
+        FileExistsError: the file for the results exists.
     """
     options = cli.parse(EvaluateConfig, "python -m adaptation.evaluate", args, description=__doc__)
-    out = None if options.out is None else output_file(options.out)
+    out = None if options.out is None else output_file(options.out, options.overwrite)
     adapter = Adapter.load(Path(options.adapter).expanduser())
     backbone = load_backbone(**options.model.arguments)
     model, plain = backbone.adapted_model(adapter, options.adapter), backbone.pretrained

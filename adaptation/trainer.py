@@ -31,7 +31,7 @@ from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.adapters.tuning import TUNINGS
 from sam_gym.data.splits import shared_images
 from sam_gym.data.streams import Domain, Stream
-from sam_gym.utils.files import wait_for_a_later_name, write_json
+from sam_gym.utils.files import make_folder, wait_for_a_later_name, write_json
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.runs import refuse_finished, remove_files
@@ -216,7 +216,7 @@ class _Fit:
         if path is not None:
             if not resume:
                 self._start_over(path, overwrite)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             if resume and path.is_file():
                 self._restore(path)
         self._open_log()

@@ -31,7 +31,7 @@ from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95
 from sam_gym.utils import cli
-from sam_gym.utils.files import write_csv, write_json
+from sam_gym.utils.files import make_folder, write_csv, write_json
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import save_gif, tile
 from sam_gym.utils.runs import refuse_finished
@@ -353,7 +353,7 @@ class EvaluateConfig:
         # runs/ppo/policy.zip is called ppo, and hf://USER/NAME is called NAME.
         name = path.parent.name if path.name == POLICY else path.name
         name = (name or path.name).removesuffix(".zip")
-        return Path(self.out or f"runs/evaluate/{self.env}-{name}-{self.seed}")
+        return Path(self.out or f"runs/evaluate/{self.env}-{name}-{self.seed}").expanduser()
 
 
 def load_agent(
@@ -393,8 +393,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     trained_on_other_data = config.policy in (*task.baselines.names(), *SHIPPED)
     if not trained_on_other_data or env_config.adapter is not None:
         check_held_out(env_config.open_dataset(), env_config.split)
-    out = config.folder
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(config.folder)
     counts: dict[str, Any] = {"episodes": config.episodes, "num_envs": config.num_envs}
     result = evaluate(agent, env_config, env_id=env_id, seed=config.seed, **counts)
     summary, curve = result.summary(), result.curve.round(4).tolist()

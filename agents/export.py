@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,12 @@ from agents.evaluate import PolicyAgent
 from agents.sharing.pull import PolicyOption
 from agents.tasks import task_of_policy
 from sam_gym.utils import cli
-from sam_gym.utils.files import write_json
+from sam_gym.utils.files import make_folder, write_atomic, write_json
+from sam_gym.utils.runs import refuse_finished
 from sam_gym.utils.settings import Count, check_settings
 
+#: Files of an exported policy.
+FILES = ("policy.onnx", "policy.pt2", "inputs.json")
 #: Absolute and relative tolerance between the outputs of an exported policy and the original.
 TOLERANCE = 1e-4
 
@@ -39,6 +41,8 @@ class ExportConfig:
     policy: PolicyOption
     out: str = "runs/export"
     """Folder for policy.onnx, policy.pt2 and inputs.json."""
+    overwrite: bool = False
+    """Replace the policy in `out`. Without --overwrite, an exported policy in `out` is an error."""
     batch: Count = 4
     """Batch size of the latency measurement."""
     repeats: Count = 20
@@ -83,6 +87,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
     Raises:
         ValueError, FileNotFoundError: the policy or an option is wrong.
+        FileExistsError: `out` holds an exported policy.
         ImportError: the packages for ONNX are not installed.
         RuntimeError: an exported policy disagrees with the original.
     """
@@ -93,18 +98,21 @@ def export(config: ExportConfig) -> dict[str, Any]:
         message = 'Exporting needs more packages: pip install "sam-gym[export]".'
         raise ImportError(message) from error
     check_settings(config)
+    if not config.overwrite:
+        for name in FILES:
+            refuse_finished(Path(config.out).expanduser(), name)
+    out = make_folder(config.out)
     policy = PolicyAgent.load(config.policy, "cpu").policy
     policy.set_training_mode(False)
     policy.precision = "32-true"  # runtimes lack bfloat16
     module = ExportablePolicy(policy).eval()
     with TemporaryDirectory() as folder:
         results = _export_into(Path(folder), module, config)
-        out = Path(config.out)
-        out.mkdir(parents=True, exist_ok=True)
-        for file in Path(folder).iterdir():
-            shutil.copyfile(file, out / file.name)
+        for name in FILES:
+            write_atomic(out / name, (Path(folder) / name).read_bytes())
     print(json.dumps(results, indent=2))
-    print(f"Wrote policy.onnx, policy.pt2 and inputs.json to {out}.")
+    *others, last = FILES
+    print(f"Wrote {', '.join(others)} and {last} to {out}.")
     return results
 
 

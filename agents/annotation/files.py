@@ -11,11 +11,13 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from sam_gym.backbones import BackboneService
@@ -90,6 +92,27 @@ class OutputPaths:
         """File that names the overlays."""
         return self.annotations.with_name(f".{self.annotations.stem}_overlays.jsonl")
 
+    @property
+    def lock(self) -> Path:
+        """File that a run locks while it writes."""
+        return self.annotations.with_name(f".{self.annotations.stem}.lock")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing the same files.
+
+        Raises:
+            FileExistsError: another process is writing them.
+        """
+        try:
+            with FileLock(self.lock, timeout=0):
+                yield
+        except Timeout:
+            raise FileExistsError(
+                f"Another process is writing {self.annotations}. Wait for it, or pass another "
+                "--out."
+            ) from None
+
     def listed_overlays(self) -> set[str]:
         """Return the names of the overlays that earlier runs have written into the same folder."""
         folder, *names = _json_lines(self.overlay_list) or [None]
@@ -99,7 +122,7 @@ class OutputPaths:
 
     def existing(self) -> set[str]:
         """Return the real paths of files and folders that this and earlier runs write."""
-        own = {self.annotations, self.results, self.partial, self.overlay_list}
+        own = {self.annotations, self.results, self.partial, self.overlay_list, self.lock}
         own.add(_overlays_beside(self.annotations))
         own |= {self.overlays / name for name in self.listed_overlays()}
         return {os.path.realpath(path) for path in own}
@@ -387,7 +410,7 @@ class CocoIds:
             name: number for number, name in enumerate(categories, start=1)
         }
         self.sizes: dict[str, tuple[int, int]] = {}
-        self.absent, self.digest = 0, None if coco is None else file_digest(Path(coco))
+        self.absent, self.digest = 0, None
         if coco is None:
             return
         content = read_json(coco, "COCO file")

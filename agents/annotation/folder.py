@@ -36,6 +36,8 @@ class FolderConfig:
     """Folder of images, searched recursively."""
     out: str = "annotations.json"
     """COCO JSON to write; beside it, annotations_results.json with the results for COCOeval."""
+    overwrite: bool = False
+    """Replace a file `out` that annotate did not write. Its own are replaced anyway."""
     overlays: str | None = None
     """Folder for overlays (None: beside `out`; "none": no overlays)."""
     segmentation: Segmentation = "rle"
@@ -117,6 +119,11 @@ class FolderRun:
         written = outputs.existing()
         if config.coco is not None and os.path.realpath(config.coco) in written:
             raise ValueError(f"--out {config.out} would overwrite --coco. Name another file.")
+        if outputs.annotations.exists() and not (config.overwrite or outputs.results.exists()):
+            raise FileExistsError(
+                f"--out {config.out} exists, without {outputs.results.name} beside it, so annotate "
+                "did not write it. Pass --overwrite to replace it, or another --out."
+            )
         return cls(config, outputs, ImageFolder.search(config.images, written))
 
 
@@ -132,10 +139,17 @@ def annotate_folder(run: FolderRun, annotator: Annotator) -> dict[str, Any]:
 
     Raises:
         ValueError: an option is wrong, or an unfinished run has other settings.
+        FileExistsError: another process writes the same files.
     """
+    with run.outputs.locked():
+        return _annotate(run, annotator)
+
+
+def _annotate(run: FolderRun, annotator: Annotator) -> dict[str, Any]:
     config, outputs, folder = run.config, run.outputs, run.folder
     ids = CocoIds(config.coco, folder.images, annotator.categories, annotator.new_categories)
     settings = asdict(config) | annotator.settings | {"coco": ids.digest}
+    del settings["overwrite"]
     results = PartialResults(outputs.partial, settings)
     names = overlay_names(
         {key: annotator.label(key) for file in ids.images for key in annotator.keys(file)}

@@ -121,6 +121,7 @@ def load_policy(path: Path, device: str) -> SamPolicy:
         ValueError: the file holds no policy that is registered in `POLICIES`.
         OSError: the weights of its SAM or CLIP could not be loaded.
     """
+    resolve_device(device)  # a missing device is no fault of the file
     data = read_data(path)
     try:
         return _rebuilt(path, data, device)

@@ -199,7 +199,7 @@ class TrainPPOConfig(RunOptions, PPOOptions, PolicyOptions, EvaluationOptions, T
     @property
     def folder(self) -> Path:
         """Folder of the run: `out`, or its default."""
-        return Path(self.out or f"runs/{self.env}-{self.policy}-{self.seed}")
+        return Path(self.out or f"runs/{self.env}-{self.policy}-{self.seed}").expanduser()
 
     def validate(self) -> None:
         """Raise `ValueError` for values that cannot work, whatever the environment."""
@@ -216,7 +216,7 @@ class TrainPPOConfig(RunOptions, PPOOptions, PolicyOptions, EvaluationOptions, T
         if self.warm_start > self.total_timesteps:
             raise ValueError(
                 f"warm_start must be at most total_timesteps ({self.total_timesteps}), "
-                f"got {self.warm_start}."
+                f"got {self.warm_start}. Pass a smaller --warm-start."
             )
 
 

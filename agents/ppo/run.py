@@ -31,7 +31,7 @@ from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.sharing.repository import CARD, POLICY, RESULTS, TAG
 from agents.tasks import task_of
 from sam_gym.envs.base_core import BaseCore, EnvConfig
-from sam_gym.utils.files import write_atomic
+from sam_gym.utils.files import make_folder, write_atomic
 from sam_gym.utils.render import save_gif, save_image
 from sam_gym.utils.runs import refuse_finished, remove_files
 from sam_gym.version import __version__
@@ -67,6 +67,7 @@ def train(config: TrainPPOConfig) -> dict[str, Any]:
     if config.resume and (results := _complete_results(config)) is not None:
         return results
     state = _state_to_resume(config)
+    make_folder(config.folder)
     ranks = ProcessGroup.join(plan.training.device)
     with mlflow_run(config, state, ranks) as mlflow:
         return _train(plan, state, ranks, mlflow)
@@ -157,7 +158,6 @@ def _train(
     model = make_model(config, plan.training, env, core, ranks, stages)
     agent = PolicyAgent(cast(SamPolicy, model.policy))
     held_out = HeldOutEpisodes(plan, agent, tuple(core.dataset.categories))
-    out.mkdir(parents=True, exist_ok=True)
     if state is None and ranks.is_first:
         _clear(out)
 

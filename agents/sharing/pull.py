@@ -11,7 +11,8 @@ import tyro
 
 from agents.policies.saved import SHIPPED
 from agents.sharing.repository import CARD, POLICY, PREFIX, RUN_FILES, check_repo_name, hub_errors
-from sam_gym.utils.files import write_atomic
+from sam_gym.utils.files import make_folder, write_atomic
+from sam_gym.utils.runs import refuse_finished, remove_files
 
 #: Type of an option that names a policy, as `local_policy` takes it.
 PolicyOption = Annotated[
@@ -36,22 +37,28 @@ class HubPullConfig:
     """Branch, tag or commit (None: main)."""
     out: str | None = None
     """Folder to copy the files to (None: none; the files stay in the hub's cache)."""
+    overwrite: bool = False
+    """Replace the agent in `out`. Without --overwrite, an agent in `out` is an error."""
 
 
 def pull(config: HubPullConfig) -> Path:
     """Download an agent; returns the path of its policy.zip.
 
     Raises:
-        ValueError: the name of the repo is malformed.
+        ValueError: the name of the repo is malformed, or `out` cannot be written to.
+        FileExistsError: `out` holds an agent.
         FileNotFoundError: the repo or revision does not exist, or holds no agent.
         PermissionError: the hub refuses the token.
         ConnectionError: the hub cannot be reached, or fails, and the cache has no copy.
     """
     files = [*RUN_FILES, CARD]
+    check_repo_name(config.repo)
+    if config.out is not None and not config.overwrite:
+        refuse_finished(Path(config.out).expanduser(), POLICY)
     folder = _download(config.repo, config.revision, files)
     if config.out is not None:
-        out = Path(config.out)
-        out.mkdir(parents=True, exist_ok=True)
+        out = make_folder(config.out)
+        remove_files(out, files)
         for name in files:
             if (folder / name).is_file():
                 write_atomic(out / name, (folder / name).read_bytes())

@@ -146,6 +146,11 @@ class DatasetSpec:
     def make(self, split: str = "train", **options: Any) -> Dataset:
         """Make the dataset; see `sam_gym.data.make_dataset`."""
         takes = self.parameters
+        if "root" in options and "root" not in takes:
+            raise ValueError(
+                f"Dataset {self.name!r} reads no files. Name one that does, such as coco or "
+                "folder, or leave out --data (data=, root=)."
+            )
         for option in options:
             if option not in takes:
                 raise unknown_name(f"option of dataset {self.name!r}", option, takes)

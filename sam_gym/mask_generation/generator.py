@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from sam_gym.backbones.spec import BackboneSpec, find_spec
 from sam_gym.mask_generation.masks import Collected, Masks, run_lengths, to_counts
 from sam_gym.simulation.clicks import relative_grid
 from sam_gym.utils.progress import ProgressBar
-from sam_gym.utils.settings import Count, Natural, NotNegative, Share, check_settings
+from sam_gym.utils.settings import Count, Natural, NotNegative, Share, check_settings, whole
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Embedding cells per decoder call, and pixels of masks upsampled at once, by type of device. On a
@@ -57,7 +57,7 @@ class GeneratorOptions:
     """Stability is the IoU of the masks at thresholds this far above and below SAM's."""
     box_nms_thresh: Share = 0.7
     """Box IoU above which the mask of the lower predicted IoU is a duplicate."""
-    crop_n_layers: Natural = 0
+    crop_n_layers: Annotated[int, whole(0, 6)] = 0
     """Layers of crops; layer i has 4**i crops."""
     crop_nms_thresh: Share = 0.7
     """Box IoU above which masks of two crops are duplicates; that of the smaller crop stays."""

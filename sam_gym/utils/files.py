@@ -111,7 +111,7 @@ def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def make_folder(out: str) -> Path:
+def make_folder(out: str | Path) -> Path:
     """Create the folder for the results, before work starts.
 
     Raises:
@@ -127,12 +127,23 @@ def make_folder(out: str) -> Path:
     return folder
 
 
-def output_file(out: str) -> Path:
-    """Create the folder of a file for results, before work starts; raises as `make_folder`."""
+def output_file(out: str, overwrite: bool) -> Path:
+    """Create the folder of a file for results, before work starts.
+
+    Args:
+        out: its path.
+        overwrite: replace a file that is there.
+
+    Raises:
+        ValueError: the folder cannot be created, or not be written to.
+        FileExistsError: the file exists.
+    """
     path = Path(out).expanduser()
     if path.is_dir() or out.endswith(("/", os.sep)):
         raise ValueError(f"--out {out}: this is a folder. Pass the path of a file in it.")
-    make_folder(str(path.parent))
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"--out {out} exists. Pass --overwrite to replace it.")
+    make_folder(path.parent)
     return path
 
 

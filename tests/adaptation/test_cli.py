@@ -143,6 +143,7 @@ def images_without_masks(root: Path) -> str:
         (["--checkpoint", "nothing.pth"], "nothing.pth"),
         (["--backbone", "mikro"], "Did you mean 'micro'"),
         (["--retention", "nowhere"], "nowhere"),
+        (["--stream", "scenes", "--data", "x"], "'scenes' reads no files.*leave out --data"),
     ],
 )
 def test_wrong_values_are_named(
@@ -235,6 +236,8 @@ def test_a_run_is_replaced_on_request_only(sam: list[str], tmp_path: Path) -> No
     assert (folder / "run.json").read_bytes() != before
     assert not (folder / "click.png").exists() and (folder / "box.png").exists()
     assert len(list((folder / "tensorboard").iterdir())) == 1
+    with pytest.raises(ValueError, match=r"run.json.*: cannot create the folder"):
+        train.main([*command[:-1], str(folder / "run.json")])
 
 
 def test_evaluate_refuses_a_folder_before_it_works(tmp_path: Path) -> None:
@@ -246,3 +249,8 @@ def test_evaluate_refuses_a_folder_before_it_works(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot create the folder"):
         evaluate.main(["--adapter", "nowhere.safetensors", "--out", f"{tmp_path}/file/a.json"])
+    command = ["--adapter", "nowhere.safetensors", "--out", f"{tmp_path}/file"]
+    with pytest.raises(FileExistsError, match="file exists. Pass --overwrite"):
+        evaluate.main(command)
+    with pytest.raises(FileNotFoundError, match="no such adapter file"):
+        evaluate.main([*command, "--overwrite"])

@@ -143,6 +143,17 @@ def test_unknown_policies_are_named(tmp_path: Path) -> None:
         load_agent(str(tmp_path / "broken.zip"))
 
 
+def test_a_missing_device_is_no_fault_of_the_policy() -> None:
+    with pytest.raises(ValueError, match="^Unknown device 'gpu'"):
+        PolicyAgent.load("implicit", "gpu")
+
+
+def test_a_file_is_no_folder_for_results(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--out .*file: cannot create the folder \(File exists"):
+        main(["--policy", "random", "--out", str(tmp_path / "file")])
+
+
 @pytest.fixture
 def saved(tiny_env: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
     """Saves an untrained PPO, made with some arguments."""

@@ -45,7 +45,8 @@ def test_both_forms_agree_for_any_number_of_images(
     model = PPO(POLICIES.get(kind), env, policy_kwargs=kwargs, seed=0, device="cpu")
     model.save(tmp_path / "policy.zip")
     out = tmp_path / "out"
-    results = export(ExportConfig(str(tmp_path / "policy.zip"), str(out), batch=3, repeats=2))
+    config = ExportConfig(str(tmp_path / "policy.zip"), str(out), batch=3, repeats=2)
+    results = export(config)
     for way in ("torch.export", "onnx"):
         assert results[way]["largest_difference"] <= 1e-4 and results[way]["median_ms"] > 0
 
@@ -61,6 +62,9 @@ def test_both_forms_agree_for_any_number_of_images(
     assert described["inputs"].keys() == observations.keys() and described["categories"] == names
     assert described["others"] == ["stop"]
     env.close()
+    (out / "policy.pt2").unlink()
+    with pytest.raises(FileExistsError, match=r"policy.onnx.*--overwrite"):
+        export(config)
 
 
 def policy_inputs(policy: Any, handles: dict[str, np.ndarray], core: Any) -> dict[str, Any]:
@@ -84,4 +88,7 @@ def test_wrong_inputs(tmp_path: Path) -> None:
         export(ExportConfig(str(tmp_path / "policy.zip"), str(tmp_path)))
     with pytest.raises(ValueError, match="at least 1"):
         export(ExportConfig("policy.zip", batch=0))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--out .*file: cannot create the folder"):
+        export(ExportConfig("implicit", str(tmp_path / "file")))
     assert torch.is_grad_enabled()

@@ -70,6 +70,10 @@ def test_what_is_pulled_is_what_was_pushed(
     assert str(path).startswith(str(tmp_path / "cache"))
     copied = pull(HubPullConfig("me/clicker", out=str(tmp_path / "out")))
     assert copied == tmp_path / "out" / "policy.zip"
+    (copied.parent / "episodes.gif").write_bytes(b"of another agent")
+    with pytest.raises(FileExistsError, match=r"policy.zip.*--overwrite"):
+        pull(HubPullConfig("me/clicker", out=str(tmp_path / "out")))
+    pull(HubPullConfig("me/clicker", out=str(tmp_path / "out"), overwrite=True))
     for name in RUN_FILES:
         assert (path.parent / name).read_bytes() == (copied.parent / name).read_bytes()
         if name != "results.json":

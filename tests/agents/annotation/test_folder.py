@@ -363,6 +363,26 @@ def test_the_differing_settings_are_named(photos: Path) -> None:
         run(photos)
 
 
+def test_two_runs_do_not_write_the_same_file(photos: Path) -> None:
+    class Another(Squares):
+        def stream(self, items: Iterator[tuple[Key, np.ndarray]]) -> Iterator[AnnotatedItem]:
+            with pytest.raises(FileExistsError, match="Another process is writing .*o.json"):
+                run(photos)
+            return super().stream(items)
+
+    assert run(photos, Another()) == run(photos)
+
+
+def test_a_file_of_somebody_else_is_replaced_on_request_only(photos: Path) -> None:
+    out = photos.parent / "out" / "o.json"
+    out.parent.mkdir()
+    out.write_text("ground truth")
+    with pytest.raises(FileExistsError, match=r"annotate did not write it. Pass --overwrite"):
+        run(photos)
+    assert out.read_text() == "ground truth"
+    assert run(photos, overwrite=True) == run(photos)
+
+
 # Orientation ---------------------------------------------------------------------------------
 
 
