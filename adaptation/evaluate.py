@@ -56,6 +56,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         FileExistsError: the file for the results exists.
     """
     options = cli.parse(EvaluateConfig, "python -m adaptation.evaluate", args, description=__doc__)
+    if not options.prompts:
+        raise ValueError("--prompts is empty: name at least one of box, click, clicks5.")
     out = None if options.out is None else output_file(options.out, options.overwrite)
     adapter = Adapter.load(Path(options.adapter).expanduser())
     backbone = load_backbone(**options.model.arguments)

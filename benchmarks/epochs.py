@@ -80,6 +80,8 @@ def run(config: EpochsBenchmarkConfig) -> dict[str, Any]:
         ValueError, FileNotFoundError: an option or the checkpoint is wrong.
     """
     check_settings(config)
+    if not config.tune:
+        raise ValueError("--tune is empty: name at least one tune target.")
     for name in config.tune:
         if TUNINGS.get(name).raw == "pixels":
             raise ValueError(

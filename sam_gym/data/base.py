@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from sam_gym.utils.registry import check_choice, load_entry_point, unknown_name
+from sam_gym.utils.settings import check_arguments
 
 #: Names of the splits.
 SPLITS = ("train", "val", "test")
@@ -162,5 +163,7 @@ class DatasetSpec:
         for name, parameter in takes.items():
             if parameter.default is parameter.empty and name not in options:
                 raise ValueError(f"Dataset {self.name!r} needs the option {name!r}.")
-        dataset: Dataset = load_entry_point(self.entry_point)(split=split, **options)
+        factory = load_entry_point(self.entry_point)
+        check_arguments(factory, options)
+        dataset: Dataset = factory(split=split, **options)
         return dataset

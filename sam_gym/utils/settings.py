@@ -13,8 +13,9 @@ import functools
 import inspect
 import math
 import operator
+import os
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, is_dataclass
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -107,6 +108,24 @@ def check_settings(config: Any, spell: Callable[[str], str] = str) -> None:
             _check(spell(name), hint, getattr(config, name), spell)
 
 
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Check arguments that a function or a class will be called with, as `check_settings` does.
+
+    Paths pass as text, sets and arrays as lists.
+    """
+    try:
+        hints = _hints(function.__init__ if isinstance(function, type) else function)
+    except NameError:  # hints of somebody else, for type checkers only
+        return
+    for name, value in arguments.items():
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif isinstance(value, Set | np.ndarray):
+            value = list(value)
+        if name in hints:
+            _check(name, hints[name], value, str)
+
+
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Check the arguments of each call, as `check_settings` does (decorator)."""
     signature = inspect.signature(function)
@@ -127,6 +146,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 _NAMES = {
     bool: "True or False",
+    Callable: "a function",
     dict: "a dict",
     float: "a finite number",
     int: "a whole number",
@@ -174,6 +194,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return kinds is not None and all(map(_fits, value, kinds))
     if origin in (dict, Mapping):
         return isinstance(value, Mapping) and all(_fits(key, args[0]) for key in value)
+    if origin is Callable:
+        return callable(value)
     if hint is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if hint is float:

@@ -249,6 +249,8 @@ def test_evaluate_refuses_a_folder_before_it_works(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot create the folder"):
         evaluate.main(["--adapter", "nowhere.safetensors", "--out", f"{tmp_path}/file/a.json"])
+    with pytest.raises(ValueError, match="--prompts is empty"):
+        evaluate.main(["--adapter", "nowhere.safetensors", "--prompts"])
     command = ["--adapter", "nowhere.safetensors", "--out", f"{tmp_path}/file"]
     with pytest.raises(FileExistsError, match="file exists. Pass --overwrite"):
         evaluate.main(command)

@@ -25,3 +25,5 @@ def test_both_sides_end_with_the_same_weights(tmp_path: Path) -> None:
 def test_a_tuned_encoder_has_nothing_to_keep() -> None:
     with pytest.raises(ValueError, match="trains the encoder"):
         main(["epochs", *SMALL, "--tune", "lora"])
+    with pytest.raises(ValueError, match="--tune is empty"):
+        main(["epochs", *SMALL, "--tune"])

@@ -1,5 +1,8 @@
 """The table of datasets, and a dataset that is registered from outside."""
 
+from pathlib import Path
+from typing import Any
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -114,6 +117,31 @@ def test_a_required_option_is_named(squares: DatasetSpec) -> None:
     spec = DatasetSpec(name="needy", entry_point=f"{__name__}:needy", description="Needs.")
     with pytest.raises(ValueError, match=r"Dataset 'needy' needs the option 'colour'\."):
         spec.make("val")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("scenes", {"categories": 3}, "categories must be text or a list or None, got 3"),
+        ("scenes", {"material": "wood"}, "material must be a function, got 'wood'"),
+        ("rooms-panoramas", {"width": "wide"}, "width must be a whole number, got 'wide'"),
+        ("domain", {"kind": ["cells"]}, r"kind must be text or None, got \['cells'\]"),
+        ("coco", {"root": ".", "min_area": "large"}, "min_area must be a finite number"),
+        ("coco", {"root": ".", "include_crowd": "yes"}, "include_crowd must be True or False"),
+        ("folder", {"root": ".", "split_seed": 0.5}, "split_seed must be a whole number or None"),
+        ("entities", {"root": 3}, "root must be text, got 3"),
+        ("scenes", {"root": "photos"}, "'scenes' reads no files.*leave out --data"),
+    ],
+)
+def test_values_of_another_type_are_named(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DATASETS.get(name).make("val", **options)
+
+
+def test_sets_of_categories_and_paths_are_taken(tmp_path: Path) -> None:
+    assert DATASETS.get("scenes").make(categories={"star"}).categories == ("star",)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        DATASETS.get("folder").make(root=tmp_path / "nowhere")
 
 
 def needy(split: str, colour: str) -> Dataset:
