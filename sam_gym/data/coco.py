@@ -363,6 +363,8 @@ def _categories(table: list[Any], used: set[str], records: Records) -> dict[int 
             category_id = _new_id(record, seen)
             seen.add(category_id)
             name = record.get("name")
+            if whole_number(name) is not None:
+                name = str(whole_number(name))
             if not isinstance(name, str) or not name:
                 raise Reject("name is not a non-empty string", f"got {name!r}")
             if name not in ids or str(ids[name]) not in used:
@@ -460,6 +462,8 @@ def _encode(segmentation: Any, height: int, width: int, records: Records) -> byt
     if not segmentation or _missing(segmentation):
         return None
     if isinstance(segmentation, dict):
+        if not segmentation.get("counts", True):
+            return None
         return bytes(_rle(segmentation, height, width)["counts"])
     if not isinstance(segmentation, list):
         kind = type(segmentation).__name__
@@ -467,6 +471,9 @@ def _encode(segmentation: Any, height: int, width: int, records: Records) -> byt
     if isinstance(segmentation[0], dict):
         parts: Any = [_rle(part, height, width) for part in segmentation]
     else:
+        # VGG Image Annotator writes one polygon without a list around it.
+        if isinstance(segmentation[0], int | float):
+            segmentation = [segmentation]
         parts = _polygons(segmentation, height, width, records)
         if not parts:
             return None
@@ -531,14 +538,18 @@ def _is_speck(ring: Any) -> bool:
 
 def _polygon(values: Any, height: int, width: int) -> np.ndarray:
     """Validate a polygon: float64 (2 * N,), alternating x and y, in pixels."""
-    if not isinstance(values, list) or len(values) < 6 or len(values) % 2:
-        got = f"{len(values)} numbers" if isinstance(values, list) else repr(values)
-        raise Reject("polygon is not a list of x, y of at least 3 points", f"got {got}")
+    wrong = "polygon is not a list of x, y of at least 3 points"
+    if not isinstance(values, list):
+        raise Reject(wrong, f"got {values!r}")
     polygon = _numbers(values, "polygon")
+    if len(polygon) < 6 or len(polygon) % 2:
+        raise Reject(wrong, f"got {len(polygon)} numbers")
     # Points slightly outside are common. pycocotools walks along each edge, so a point far outside
-    # costs unbounded memory. The comparison also rejects NaN.
+    # costs unbounded memory.
     limits = np.tile([width, height], len(polygon) // 2)
     if not ((polygon >= -limits) & (polygon <= 2 * limits)).all():
+        if np.isnan(polygon).any():
+            raise Reject("polygon holds NaN")
         raise Reject(
             "polygon lies far outside the image",
             f"coordinates {polygon.min():g} to {polygon.max():g}, image {width} x {height}",

@@ -261,6 +261,9 @@ BOX = {"bbox": [30.2, 29.5, 9.8, 5.5]}  # columns 30 to 39, rows 29 to 34
         (float("nan"), "no segmentation"),
         ([[]], "no segmentation"),
         ([[31, 31], [31, 31, 33, 31]], "no segmentation"),
+        ({"size": [HEIGHT, WIDTH], "counts": []}, "no segmentation"),
+        ({"size": [HEIGHT, WIDTH], "counts": ""}, "no segmentation"),
+        ({"size": [0, 0], "counts": None}, "no segmentation"),
         (NO_PIXEL, "mask covers no pixel"),
     ],
 )
@@ -468,6 +471,23 @@ def test_segmentations_that_pycocotools_reads(tmp_path: Path, segmentation: obje
     np.testing.assert_array_equal(mask, reference(segmentation))  # type: ignore[arg-type]
 
 
+def test_one_polygon_without_a_list(tmp_path: Path) -> None:
+    """As VGG Image Annotator writes it."""
+    data = tiny()
+    data["annotations"] = [annotation(1, 11, 1, TRIANGLE[0])]
+    mask = Coco(root=write(tmp_path, data))[0].masks[0]
+    np.testing.assert_array_equal(mask, reference(TRIANGLE))
+
+
+def test_category_names_that_are_numbers(tmp_path: Path) -> None:
+    data = tiny()
+    del data["annotations"][4]
+    data["categories"][0]["name"], data["categories"][1]["name"] = 7, 8.0
+    root = write(tmp_path, data)
+    assert Coco(root=root).categories == ("cat", "8", "7")
+    assert Coco(root=root, categories="8").categories == ("8",)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 def test_encodings(tmp_path: Path, encoding: str) -> None:
     data = tiny()
@@ -581,7 +601,7 @@ BAD_RECORDS = [
     ("images", 1, {"file_name": "/etc/hostname"}, "image 12: file name leaves its folder"),
     ("images", 1, {"file_name": "link.png"}, "image 12: file name leaves its folder"),
     ("categories", 1, {"id": 9}, "category 9: id is taken"),
-    ("categories", 1, {"name": 5}, "category 2: name is not a non-empty string"),
+    ("categories", 1, {"name": [5]}, "category 2: name is not a non-empty string"),
     ("images", 1, {"id": True}, "image True: id is neither whole number nor string"),
     ("images", 1, {"id": 1.5}, "image 1.5: id is neither whole number nor string"),
     ("images", 1, {"height": 40.5}, "image 12: height is not a positive whole number .got 40.5"),
@@ -591,16 +611,18 @@ BAD_RECORDS = [
     ("annotations", 2, {"category_id": 99}, "annotation 3 of image 12: category_id is not among"),
     ("annotations", 2, {"iscrowd": "no"}, "annotation 3 of image 12: iscrowd is neither 0 nor 1"),
     ("annotations", 2, {"segmentation": "x"}, "segmentation is neither polygon nor RLE .got 'str'"),
-    ("annotations", 2, {"segmentation": {"counts": []}}, "neither polygon nor RLE .got 'dict'"),
-    ("annotations", 2, {"segmentation": [["x"], SQUARE[0]]}, "polygon is not .*got 1 numbers"),
+    ("annotations", 2, {"segmentation": {"counts": [1]}}, "neither polygon nor RLE .got 'dict'"),
+    ("annotations", 2, {"segmentation": [["x"], SQUARE[0]]}, "polygon holds something other"),
     ("annotations", 2, {"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "polygon is not .*got 7 numbers"),
-    ("annotations", 2, {"segmentation": [1, 2, 3, 4, 5, 6]}, "polygon is not a list .*got 1"),
+    ("annotations", 2, {"segmentation": [1, 2, 3, 4, 5, 6, 7]}, "polygon is not .*got 7"),
     ("annotations", 2, {"segmentation": [["x"] * 6]}, "polygon holds something other than numbers"),
+    ("annotations", 2, {"segmentation": [[[1, 2]] * 3]}, "something other than numbers"),
+    ("annotations", 2, {"segmentation": ["x"]}, "polygon is not a list .*got 'x'"),
     ("annotations", 2, {"segmentation": [[[1]] * 6]}, "polygon holds something other than numbers"),
     ("annotations", 2, {"segmentation": [[1, [2], 3, 4, 5, 6]]}, "something other than numbers"),
     ("annotations", 2, {"segmentation": [[1, 2, None, 4, 5, 6]]}, "something other than numbers"),
     ("annotations", 2, {"segmentation": [[1, 2, 3, 1e9, 5, 6]]}, "polygon lies far outside"),
-    ("annotations", 2, {"segmentation": [[1, 2, 3, float("nan"), 5, 6]]}, "lies far outside"),
+    ("annotations", 2, {"segmentation": [[1, 2, 3, float("nan"), 5, 6]]}, "polygon holds NaN"),
     ("annotations", 2, {"segmentation": RLE_SIZE}, r"RLE size is not .*got \[60, 40\], expected"),
     (
         "annotations",
@@ -608,12 +630,10 @@ BAD_RECORDS = [
         with_counts([10, 20]),
         "do not sum to height x width .got 30, expected 2400",
     ),
-    ("annotations", 2, with_counts([]), "counts are not non-negative whole numbers"),
     ("annotations", 2, with_counts([2500, -100]), "counts are not non-negative whole numbers"),
     ("annotations", 2, with_counts([2399.5, 0.5]), "counts are not non-negative whole numbers"),
     ("annotations", 2, with_counts(["x"]), "RLE counts holds something other than numbers"),
     ("annotations", 2, with_counts(2400), "RLE counts are neither list nor string .got 'int'"),
-    ("annotations", 2, with_counts(""), "not COCO's compressed form"),
     ("annotations", 2, with_counts("\x7f\x10"), "not COCO's compressed form"),
     ("annotations", 2, with_counts("\ud800"), "not COCO's compressed form"),
     ("annotations", 2, with_counts("Pl" * 20), "not COCO's compressed form"),  # never ends
