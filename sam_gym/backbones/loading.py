@@ -23,11 +23,15 @@ from sam_gym.utils.weights import check_finite
 
 #: Keys under which training frameworks save a state dict in a checkpoint.
 _WRAPPERS = tuple("model state_dict model_state model_state_dict module sam net network".split())
-#: Prefixes that they put before the name of every weight.
-_PREFIXES = ("module.", "model.", "sam.", "sam_model.", "net.", "network.")
+#: What torch puts in front of a compiled or sharded part of a model.
+_OF_TORCH = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+#: The parts of a SAM, whose names begin those of its weights.
+_PARTS = re.compile(r"(image_encoder|prompt_encoder|mask_decoder)\.")
 #: Modules and types of Python whose objects are data; trainings save no others.
 _DATA_MODULES = frozenset({"argparse", "collections", "datetime", "decimal", "enum", "pathlib"})
-_DATA_TYPES = frozenset(f"builtins.{name}" for name in ("dict", "frozenset", "list", "slice"))
+_DATA_TYPES = frozenset(
+    "types.SimpleNamespace builtins.dict builtins.frozenset builtins.list builtins.slice".split()
+)
 _SAVE_STATE_DICT = "Save the weights alone: torch.save(model.state_dict(), PATH)."
 
 _loaded: SharedObjects[Backbone] = SharedObjects()
@@ -92,12 +96,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read a state dict from a .safetensors or torch file, without running code in the file.
 
     The usual wrappers are removed: entries such as `model` or `state_dict` of a checkpoint, and
-    prefixes such as `module.` and `sam.` if all names have them. Whatever else the checkpoint
+    a prefix such as `module.sam.` if all names have it. Whatever else the checkpoint
     holds (an optimizer's state, an `argparse.Namespace`) is ignored.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is truncated, corrupt or not a state dict.
+        ValueError: the file is truncated, corrupt or not a state dict of dense tensors.
     """
     if path.is_dir():
         raise ValueError(
@@ -115,6 +119,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
                 f"plain data are read from files. {_SAVE_STATE_DICT}"
             ) from error
         # Without torch's advice to load the file unsafely.
+        if "TorchScript" in str(error):
+            raise ValueError(f"{path}: a TorchScript archive. {_SAVE_STATE_DICT}") from error
         kind = type(error).__name__
         reason = re.split("Weights only load failed|In PyTorch 2.6", str(error))[0].strip()
         raise ValueError(
@@ -122,10 +128,19 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             "The file may be truncated: compare its size with the published one."
         ) from error
     state = next(_state_dicts(content), None)
+    if state is None and isinstance(content, dict):
+        # One of a SAM under another name.
+        others = [own for value in content.values() for own in _state_dicts(value)]
+        sams = [own for own in others if any(map(_PARTS.search, own))]
+        state = sams[0] if len(sams) == 1 else None
     if state is None:
         raise ValueError(
             f"{path}: not a state dict of tensors, got {_described(content)}. {_SAVE_STATE_DICT}"
         )
+    for name, value in state.items():
+        if value.is_meta or value.is_quantized or value.layout is not torch.strided:
+            kind = f"{value.device.type} tensor of {value.dtype}, {value.layout}"
+            raise ValueError(f"{path}: {name} is a {kind}. Save the weights as dense tensors.")
     return _without_prefixes(state)
 
 
@@ -168,9 +183,9 @@ def _read_torch(path: Path) -> Any:
         try:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except ValueError:  # the format before torch 1.6
-            names = ["argparse.Namespace"]
+            names = []
     replaced: list[Any] = []
-    for name in names:
+    for name in names or ["argparse.Namespace"]:
         package = name.partition(".")[0]
         is_data = package in _DATA_MODULES or name in _DATA_TYPES
         if is_data or package not in sys.stdlib_module_names:
@@ -178,7 +193,10 @@ def _read_torch(path: Path) -> Any:
     with torch.serialization.safe_globals(replaced):
         try:
             return _load_plain(path)
-        except (AttributeError, TypeError) as error:  # its objects are neither of our two
+        except (AttributeError, TypeError, pickle.UnpicklingError) as error:
+            if "GLOBAL" in str(error) or not names:
+                raise
+            # Its objects are neither of our two.
             raise pickle.UnpicklingError(f"GLOBAL {','.join(sorted(names))}") from error
 
 
@@ -192,9 +210,13 @@ def _state_dicts(content: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the state dicts in a checkpoint that also holds, for example, an optimizer's state."""
     if not isinstance(content, dict):
         return
-    tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, torch.Tensor)
+    }
     # Settings may lie among the weights, and a tensor of a metric beside a wrapped state dict.
-    if tensors and (len(tensors) == len(content) or any("." in str(key) for key in tensors)):
+    if tensors and (len(tensors) == len(content) or any("." in key for key in tensors)):
         yield tensors
     for key in _WRAPPERS:
         yield from _state_dicts(content.get(key))
@@ -208,9 +230,11 @@ def _described(content: Any) -> str:
 
 
 def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # torch.compile puts its prefix in front of any compiled part of a model.
-    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None):
+    state = {_OF_TORCH.sub("", key): value for key, value in state.items()}
+    first = next(iter(state), "")
+    part = _PARTS.search(first)
+    prefix = first[: part.start()] if part else ""
+    if all(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
@@ -220,8 +244,8 @@ def load_weights(sam: Sam, name: str, path: Path) -> None:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is unreadable, or its weights differ from those of the model in name or
-            shape, or are not finite.
+        ValueError: the file is unreadable, or its weights differ from those of the model in name,
+            shape or type, or are not finite.
     """
     state, convert = read_weights(path), BACKBONES.get(name).convert
     if convert is not None:
@@ -234,7 +258,17 @@ def load_weights(sam: Sam, name: str, path: Path) -> None:
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
-    differences = {"missing": missing, "unexpected": extra, "of wrong shape": shapes}
+    types = [
+        f"{key} is {state[key].dtype}, expected {value.dtype}"
+        for key, value in expected.items()
+        if key in state and value.is_floating_point() > state[key].is_floating_point()
+    ]
+    differences = {
+        "missing": missing,
+        "unexpected": extra,
+        "of wrong shape": shapes,
+        "of wrong type": types,
+    }
     if any(differences.values()):
         found = [
             f"{len(items)} {kind} (first: {items[0]})"
@@ -250,7 +284,8 @@ def load_weights(sam: Sam, name: str, path: Path) -> None:
         raise ValueError(
             f"{path}: not a checkpoint of {name!r}: weights {'; '.join(found)}. {remedy}"
         )
-    check_finite({key: state[key] for key in expected}, path)
+    state = {key: state[key].to(value.dtype) for key, value in expected.items()}
+    check_finite(state, path)
     sam.load_state_dict(state)
 
 

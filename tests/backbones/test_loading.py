@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -194,8 +195,12 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, legacy: bool) -> None:
         lambda s: {f"module.{k}": v for k, v in s.items()},
         lambda s: {"model": {f"module.sam.{k}": v for k, v in s.items()}},
         lambda s: {f"sam.{k}": v for k, v in s.items()},
+        lambda s: {f"_forward_module.student.{k}": v for k, v in s.items()},
+        lambda s: {f"_fsdp_wrapped_module.{k}": v for k, v in s.items()},
+        lambda s: {"ema": s, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}},
+        lambda s: {"model": s, "settings": SimpleNamespace(lr=0.1)},
     ],
-    ids=["model", "lightning", "data-parallel", "nested", "sam"],
+    ids="model lightning data-parallel nested sam deepspeed sharded ema namespace".split(),
 )
 def test_wrappers_of_checkpoints_are_removed(
     micro_checkpoint: str, tmp_path: Path, wrap: Callable[[dict], dict]
@@ -261,9 +266,57 @@ def test_an_unknown_prefix_is_named(
     small_vit_b: None, build_tiny: Callable[[], Sam], tmp_path: Path
 ) -> None:
     state = {f"student.{k}": v for k, v in build_tiny().state_dict().items()}
+    state["teacher.weight"] = torch.zeros(1)
     torch.save(state, tmp_path / "student.pth")
     with pytest.raises(ValueError, match=r"Remove the prefix 'student\.' from its names"):
         load_backbone("vit_b", str(tmp_path / "student.pth"), "cpu")
+
+
+class Seen(list):
+    """A list of another program."""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.to("meta"), r"is a meta tensor of .*Save the weights as dense tensors"),
+        (lambda v: v.to_sparse(), r"is a cpu tensor of torch.float32, torch.sparse_coo"),
+        (lambda v: v.to(torch.int8), r"1 of wrong type \(first: .* is torch.int8, expected"),
+    ],
+    ids=["meta", "sparse", "int8"],
+)
+def test_tensors_without_values_of_weights(
+    micro_checkpoint: str, tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    state, name = load_file(micro_checkpoint), "mask_decoder.iou_token.weight"
+    torch.save(state | {name: change(state[name])}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=f"odd.pth: .*{message}"):
+        load_backbone("micro", str(tmp_path / "odd.pth"), "cpu")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_why_a_file_is_no_checkpoint(micro_checkpoint: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    for content, message in (
+        ({"model": load_file(micro_checkpoint), "seen": Seen([1])}, r"it holds \S*Seen, and only"),
+        ({0: torch.zeros(1)}, "not a state dict of tensors, got dict with the keys 0"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            load_backbone("micro", str(path), "cpu")
+    path.write_text("<html>404</html>")
+    with pytest.raises(ValueError, match="The file may be truncated"):
+        load_backbone("micro", str(path), "cpu")
+    torch.jit.trace(torch.nn.ReLU(), torch.ones(1)).save(str(path))
+    with pytest.raises(ValueError, match="a TorchScript archive. Save the weights alone"):
+        load_backbone("micro", str(path), "cpu")
+
+
+def test_weights_of_8_bits(micro_checkpoint: str, tmp_path: Path) -> None:
+    state, name = load_file(micro_checkpoint), "mask_decoder.iou_token.weight"
+    torch.save(state | {name: state[name].to(torch.float8_e5m2)}, tmp_path / "float8.pth")
+    loaded = load_backbone("micro", str(tmp_path / "float8.pth"), "cpu").sam.state_dict()
+    assert torch.allclose(loaded[name], state[name], rtol=0.2, atol=1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
