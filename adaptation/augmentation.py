@@ -14,7 +14,7 @@ from sam_gym.utils.lowres import low_res
 _PADDING = (124, 116, 104)
 #: Scales of large-scale jitter.
 _JITTER = (0.6, 1.8)
-#: Area shares of a pixel at which a target may begin; of equally good ones the first is taken.
+#: Coverages of a pixel at which a target may begin; of equally good ones the first is taken.
 _THRESHOLDS = (0.5, 0.4, 0.3, 0.2, 0.1)
 
 
@@ -85,9 +85,10 @@ def box_of(mask: np.ndarray) -> np.ndarray:
 def low_res_target(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The low-res target that makes the full-size mask most like the object.
 
-    The share of each low-res pixel that belongs to the object, rescaled so that 0.5 stands at the
-    threshold of the best full-size mask. For a compact object that is near 0.5; for a thin one,
-    which fills half of no pixel, far less: with plain shares a decoder would learn an empty mask.
+    The fraction of each low-res pixel that the object covers, rescaled so that 0.5 stands at the
+    threshold of the best full-size mask. That is near 0.5 for a compact object and far less for a
+    thin one, which fills half of no pixel: from plain fractions, a decoder would learn an empty
+    mask.
 
     Args:
         mask: bool (S, S).
@@ -96,10 +97,10 @@ def low_res_target(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     Returns:
         uint8 (hm, wm), 255 for a whole pixel.
     """
-    share = np.round(255 * low_res(mask, shape)) / 255
+    covered = np.round(255 * low_res(mask, shape)) / 255
     side = mask.shape[::-1]
-    large = cv2.resize(share, side, interpolation=cv2.INTER_LINEAR)
+    large = cv2.resize(covered, side, interpolation=cv2.INTER_LINEAR)
     overlaps = [iou(large > threshold, mask) for threshold in _THRESHOLDS]
     best = _THRESHOLDS[int(np.argmax(overlaps))]
-    bent = np.where(share < best, 0.5 * share / best, 0.5 + 0.5 * (share - best) / (1 - best))
+    bent = np.where(covered < best, 0.5 * covered / best, 0.5 + 0.5 * (covered - best) / (1 - best))
     return np.round(255 * bent).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Evaluate an adapter on the held-out objects of domains, beside its pretrained SAM.
+"""Evaluate an adapter and its pretrained SAM on the held-out objects of domains.
 
 python -m adaptation.evaluate --adapter runs/adaptation/moda-decoder-0/adapter.safetensors
 python -m adaptation.evaluate --adapter PATH --data FOLDER1 FOLDER2 --prompts box clicks5

@@ -31,8 +31,8 @@ class Scores:
     Attributes:
         iou: float64 (P,), IoU of each object at the size of its image.
         biou: float64 (P,), boundary IoU of each object.
-        routed: share of the images that were routed to the expert of their own domain; None without
-            a router, or if the domain has no expert.
+        routed: fraction of the images routed to the expert of their own domain; None without a
+            router, or if the domain has no expert.
         masks: bool (H, W) of each object, if requested.
     """
 
@@ -122,7 +122,7 @@ class _Features:
         return features
 
     def well_routed(self) -> float | None:
-        """Share of images routed to the expert of their domain, once that expert exists."""
+        """Fraction of images routed to the expert of their domain, once that expert exists."""
         if not self._routes or self.domain.name not in self.bank.stream.names:
             return None
         number = self.bank.stream.names.index(self.domain.name)
@@ -168,6 +168,6 @@ def _clicked(
     return [session.mask for session in click_out(backbone, targets, clicks, own)]
 
 
-def narrow_share(objects: Objects) -> float:
-    """Share of objects that consist of boundary pixels only, so that boundary IoU equals IoU."""
+def narrow_fraction(objects: Objects) -> float:
+    """Fraction of objects that consist of boundary pixels only, so that boundary IoU equals IoU."""
     return float(np.mean([bool((boundary(mask) == mask).all()) for mask in objects.masks]))

@@ -27,8 +27,8 @@ class TrainConfig:
     batch_size: Count = 16
     """Objects per step, over all processes."""
     objects_per_augmentation: Annotated[Count, tyro.conf.arg(aliases=("--objects-per-view",))] = 1
-    """Objects that a step draws from each augmented image. Where the encoder is tuned (sam_adapter,
-    lora), a step with 8 of them encodes an eighth of the images."""
+    """Objects drawn from each augmented image of a step. If the encoder is tuned (sam_adapter,
+    lora), more objects per image mean fewer images to encode."""
     learning_rate: Positive | None = None
     """Initial learning rate, which falls to a tenth over a domain along a cosine (None: by tune
     target: decoder and sam_adapter 3e-4, hq and prompts 1e-3, hq_small 2e-3, LoRA 3e-3)."""
@@ -80,7 +80,8 @@ class StreamOptions(ReadingOptions):
     """Folders of domains, each with images/, masks/ (or instances/) and splits.json; or the folder
     of a dataset that reads files."""
     dataset_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """More options of a dataset: --dataset-kwargs annotations FILE split_seed 0."""
+    """Further options of a dataset, as pairs of names and values, for example: annotations FILE
+    split_seed 0."""
     domains: str | None = None
     """Comma-separated names of procedural domains (None: all)."""
     stream_seed: Seed = 0

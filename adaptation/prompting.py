@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from sam_gym.backbones import NO_POINT, Prompts
 
-#: Share of each kind of prompt.
-SHARES = {"box": 0.4, "points": 0.4, "mask": 0.2}
+#: Fraction of each kind of prompt.
+FRACTIONS = {"box": 0.4, "points": 0.4, "mask": 0.2}
 _MAX_POINTS = 10
-#: Standard deviation of the noise on half of the boxes, as a share of their side, as in SAM.
+#: Standard deviation of the noise on half of the boxes, as a fraction of their side, as in SAM.
 _BOX_NOISE = 0.1
 #: Logit of a pixel inside a mask prompt.
 _CONFIDENCE = 6.0
@@ -29,7 +29,7 @@ def training_prompts(
 
     Args:
         seeds: int64 (P,), the seed of each prompt.
-        targets: float32 (P, hm, wm), shares of low-res pixels.
+        targets: float32 (P, hm, wm), fractions of low-res pixels.
         boxes: float32 (P, 4), in pixels of the frame.
         rows: int64 (P,), the image of each.
         image_size: side of the frame.
@@ -38,7 +38,7 @@ def training_prompts(
         The prompts, and bool (P,), True for ambiguous ones (a single point).
     """
     rngs = [np.random.default_rng(seed) for seed in seeds]
-    kinds = np.array([rng.choice(list(SHARES), p=list(SHARES.values())) for rng in rngs])
+    kinds = np.array([rng.choice(list(FRACTIONS), p=list(FRACTIONS.values())) for rng in rngs])
     points, labels = _points(rngs, targets, image_size, kinds)
     noise = np.stack([rng.normal(0, _BOX_NOISE, 4) * (rng.random() < 0.5) for rng in rngs])
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1).repeat(1, 2)
@@ -84,7 +84,7 @@ def points_inside(
 
     Args:
         rng: the generator.
-        target: float32 (hm, wm), shares of low-res pixels; if it is empty, points lie anywhere.
+        target: float32 (hm, wm), fractions of low-res pixels; if it is empty, points lie anywhere.
         count: number of points.
         image_size: side of the frame.
     """

@@ -28,12 +28,12 @@ class RunResult:
             method that learns all domains at once, or nothing, has one stage.
         zero_shot: prompt -> measure -> scores of the pretrained SAM, (domains,).
         retention: prompt -> IoU on the retention set after the last stage, in %, if there is one.
-        routed: share of held-out images routed to their own expert after the last stage, mean over
-            domains; None without a router.
+        routed: fraction of held-out images routed to their own expert after the last stage, mean
+            over domains; None without a router.
         trainable: number of parameters that are trained in one domain.
         kept_bytes: bytes kept for all domains, per domain.
         seconds: of training, without evaluation.
-        narrow: domain -> share of held-out objects that consist of boundary pixels only.
+        narrow: domain -> fraction of held-out objects that consist of boundary pixels only.
         seed: of the run.
         split: that the scores are of.
     """

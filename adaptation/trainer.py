@@ -18,7 +18,7 @@ import numpy as np
 
 import adaptation.strategies  # noqa: F401  (registers the methods)
 from adaptation.checkpoint import load_checkpoint, run_key
-from adaptation.evaluation import PROMPTS, narrow_share, score
+from adaptation.evaluation import PROMPTS, narrow_fraction, score
 from adaptation.features import FeatureBank
 from adaptation.objects import ObjectIndices
 from adaptation.options import TrainConfig
@@ -326,10 +326,10 @@ class _Fit:
                 self.result.zero_shot[prompt], _ = self._scores(pretrained, prompt)
             for domain in self.stream:
                 objects = self.bank.held_out(domain, self.split)
-                self.result.narrow[domain.name] = round(narrow_share(objects), 4)
+                self.result.narrow[domain.name] = round(narrow_fraction(objects), 4)
 
     def _scores(self, model: Model, prompt: str) -> tuple[dict[str, list[float]], list[float]]:
-        """Scores on every domain, in %, and shares of correctly routed images."""
+        """Scores on every domain, in %, and fractions of correctly routed images."""
         row: dict[str, list[float]] = {measure: [] for measure in MEASURES}
         routed = []
         for domain in self.stream:

@@ -36,8 +36,8 @@ _TRAINING_ONLY = ("categories", "length")
 class AgentsBenchmarkConfig(OutputOptions):
     """Compare trained agents over seeds with random clicks and the standard click rule.
 
-    All play the same held-out episodes. With groups of words, the targets of a group's episodes are
-    objects of its categories; the images hold other objects too.
+    All play the same held-out episodes. With groups of words, each group is evaluated on targets of
+    its own categories; the images also show other objects.
     """
 
     run: tyro.conf.UseAppendAction[list[str]]
@@ -53,7 +53,7 @@ class AgentsBenchmarkConfig(OutputOptions):
     seed: Seed = 1000
     """Seed of the episodes."""
     iou_target: Annotated[float, real(above=0, high=1)] | None = None
-    """Play again until this IoU, and count the clicks; an episode that fails counts max_steps."""
+    """Play again until this IoU and count the clicks; an episode that fails counts max_steps."""
     on_error: OnError | None = None
     """Stop at the first invalid record or file of the dataset, or skip and count them (None: as in
     training)."""

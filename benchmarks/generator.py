@@ -27,12 +27,12 @@ from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 from sam_gym.simulation.clicks import relative_grid
 from sam_gym.utils.files import plain
 from sam_gym.utils.progress import ProgressBar
-from sam_gym.utils.settings import Count, Natural, Share, check_settings
+from sam_gym.utils.settings import Count, Fraction, Natural, check_settings
 from sam_gym.utils.transfer import synchronise
 
 #: Masks of this IoU count as equal.
 _SAME = 0.99
-#: Minimum share of the reference's masks found, for times to be comparable.
+#: Minimum fraction of the reference's masks found, for times to be comparable.
 _LEAST_FOUND = 0.95
 _SIDES = ("ours", "reference")
 
@@ -55,9 +55,9 @@ class GeneratorBenchmarkConfig(DatasetOptions, TimedOptions):
     """Timed repeats per image; results are medians."""
     split: str = "test"
     """Split of the dataset to use."""
-    pred_iou_thresh: Share = 0.6
+    pred_iou_thresh: Fraction = 0.6
     """Minimum predicted IoU; low, since micro predicts a lower IoU than SAM."""
-    stability_score_thresh: Share = 0.8
+    stability_score_thresh: Fraction = 0.8
     """Minimum stability score of a mask."""
     crop_n_layers: Natural = 0
     """Number of layers of crops."""
@@ -275,7 +275,7 @@ def _write(summary: dict[str, Any], out: Path) -> None:
     page.cards({f"speed-up, {row['grid']}": f"{row['ratio']:.2f}x" for row in rows})
     page.table(*table)
     page.text(
-        f"found: share of the reference's masks that match one of ours with an IoU of {_SAME}. "
+        f"found: fraction of the reference's masks that match one of ours with an IoU of {_SAME}. "
         "peak: peak memory of a process with one image."
     )
     page.finish(files, settings, f"everything mode, {summary['backbone']}", *table)

@@ -27,8 +27,8 @@ class PointingBenchmarkConfig(DatasetOptions, OutputOptions):
     """Play the pointing game: does the maximum of a word's map lie on an object of that category?
 
     Every category of every image counts once. CLIP Surgery is compared with each of its two halves
-    alone, the patch similarity of plain CLIP, and chance: the share of the image that the category
-    covers.
+    alone, the patch similarity of plain CLIP, and chance: the fraction of the image that the
+    category covers.
     """
 
     out: str = "runs/pointing"

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from adaptation.strategies.er import BufferOptions, buffer_bytes, buffered
-from adaptation.strategies.experts import Experts, SelectorOptions
+from adaptation.strategies.experts import Experts, RouterOptions
 from adaptation.strategy import STRATEGIES, seeded
 from sam_gym.backbones.adapters.routers import TokenRouter, block_inputs, keys_of
 from sam_gym.backbones.adapters.tuning import encoder_blocks
@@ -22,25 +22,25 @@ _LEARNING_RATE, _BATCH = 3e-3, 32
 class MoDA(Experts):
     """Yang et al. 2024 (arXiv 2412.06418), section "Mixture of Domain Adapters".
 
-    An adapter for each domain, and a selector made of a trained global feature token and assistant
-    tokens that pass through the frozen encoder. After each domain a new selector is trained on a
+    An adapter for each domain, and a router made of a trained global feature token and assistant
+    tokens that pass through the frozen encoder. After each domain a new router is trained on a
     buffer of a few images of every domain so far, without augmentation: scaled images make the
-    selector worse. The tokens are trained too. In the released code they are under `no_grad`, so
+    router worse. The tokens are trained too. In the released code they are under `no_grad`, so
     only the classifier on top of them learns.
     """
 
     @dataclass(frozen=True)
-    class Options(BufferOptions, SelectorOptions):
-        """A buffer of images, on which the selector is trained."""
+    class Options(BufferOptions, RouterOptions):
+        """A buffer of images, on which the router is trained."""
 
-    _router: ClassVar[str] = "tokens"
+    _router_name: ClassVar[str] = "tokens"
 
-    def _new_selector(self, num_domains: int) -> TokenRouter:
+    def _new_router(self, num_domains: int) -> TokenRouter:
         block: Any = encoder_blocks(self.context.sam.image_encoder)[0]
         with seeded(self.context.seed):
             return TokenRouter(block.norm1.weight.shape[0], num_domains)
 
-    def _train_selector(self, selector: Any, num_domains: int) -> None:
+    def _train_router(self, router: Any, num_domains: int) -> None:
         bank, encoder = self.context.bank, self.context.sam.image_encoder
         frames, labels = [], []
         count = self.options.buffer_images
@@ -53,11 +53,11 @@ class MoDA(Experts):
         # Keys and values of an image do not depend on the tokens: compute them once.
         seen = [keys_of(encoder, block_inputs(encoder, chunk)) for chunk in pixels.split(_BATCH)]
         keys = [torch.cat(parts) for parts in zip(*seen, strict=True)]
-        optimizer = torch.optim.Adam(selector.parameters(), _LEARNING_RATE)
+        optimizer = torch.optim.Adam(router.parameters(), _LEARNING_RATE)
         rng = np.random.default_rng([self.context.seed, 17, num_domains])
         for _ in range(self.options.selector_steps if num_domains > 1 else 0):
             chosen = torch.from_numpy(rng.permutation(len(truth))[:_BATCH]).to(truth.device)
-            logits = selector(encoder, [part[chosen] for part in keys])
+            logits = router(encoder, [part[chosen] for part in keys])
             optimizer.zero_grad()
             F.cross_entropy(logits, truth[chosen]).backward()
             optimizer.step()

@@ -16,19 +16,19 @@ from sam_gym.utils.transfer import to_device
 _DRAWS = 16
 
 
-def cell_shares(targets: Tensor, cells: tuple[int, int]) -> Tensor:
-    """Share of each cell of the embedding that an object fills: float32 (P, h * w).
+def cell_fractions(targets: Tensor, cells: tuple[int, int]) -> Tensor:
+    """Fraction of each cell of the embedding that an object fills: float32 (P, h * w).
 
     Args:
-        targets: float32 (P, hm, wm), shares of low-res pixels.
+        targets: float32 (P, hm, wm), fractions of low-res pixels.
         cells: (h, w) of the embedding.
     """
     return F.adaptive_avg_pool2d(targets[:, None], cells).flatten(1)
 
 
 def vanished(targets: Tensor, cells: tuple[int, int]) -> Tensor:
-    """Objects that fill half of no cell of the embedding: bool (P,); see `cell_shares`."""
-    return cell_shares(targets, cells).amax(dim=1) < 0.5
+    """Objects that fill half of no cell of the embedding: bool (P,); see `cell_fractions`."""
+    return cell_fractions(targets, cells).amax(dim=1) < 0.5
 
 
 def nearest_points(
@@ -49,16 +49,16 @@ def nearest_points(
     Args:
         embeddings: (B, C, h, w).
         rows: int64 (P,), the image of each object.
-        targets: float32 (P, hm, wm), shares of low-res pixels.
+        targets: float32 (P, hm, wm), fractions of low-res pixels.
         valid: float32 (P, hm, wm), low-res pixels of the image; the grid covers their box.
         grid: columns and rows.
         image_size: side of the frame.
     """
     height, width = embeddings.shape[-2:]
     cells = F.normalize(embeddings, dim=1).flatten(2)[rows]
-    share = cell_shares(targets, (height, width))[:, None]
-    most = share.amax(dim=2, keepdim=True)
-    inside = share >= most.clamp(max=0.5)
+    filled = cell_fractions(targets, (height, width))[:, None]
+    most = filled.amax(dim=2, keepdim=True)
+    inside = filled >= most.clamp(max=0.5)
     mean = (cells * inside).sum(dim=2) / inside.sum(dim=2)
     highest = cells.masked_fill(~inside, -torch.inf).amax(dim=2)
     query = F.normalize(0.5 * mean + 0.5 * highest, dim=1)
@@ -81,17 +81,17 @@ def inner_grid_points(
 
     Points are drawn inside the region and moved to the grid. The first grid point inside the region
     is taken; if there is none, mostly because the region is thinner than the grid, the one with the
-    largest share of the region.
+    largest fraction of the region.
 
     Args:
         rngs: a generator for each region.
-        regions: float32 (P, hm, wm), shares of low-res pixels.
+        regions: float32 (P, hm, wm), fractions of low-res pixels.
         boxes: as of `extents`; the grids cover them.
         grid: columns and rows.
         image_size: side of the frame.
 
     Returns:
-        The points, float32 (P, 2), and the share of the region there, float32 (P,): at least one
+        The points, float32 (P, 2), and the fraction of the region there, float32 (P,): at least one
         half inside it.
     """
     drawn = [
@@ -101,12 +101,12 @@ def inner_grid_points(
     points = to_device(np.array(drawn, np.float32), regions.device)
     points = snapped(points, boxes[:, None], grid)
     places = (points + 0.5) / (image_size / 2) - 1
-    shares = F.grid_sample(
+    fractions = F.grid_sample(
         regions[:, None], places[:, None], padding_mode="border", align_corners=False
     )[:, 0, 0]
-    best = shares.clamp(max=0.5).argmax(dim=1)
+    best = fractions.clamp(max=0.5).argmax(dim=1)
     rows = torch.arange(len(points), device=points.device)
-    return points[rows, best], shares[rows, best]
+    return points[rows, best], fractions[rows, best]
 
 
 def extents(valid: Tensor, image_size: int) -> Tensor:

@@ -21,7 +21,7 @@ from sam_gym.backbones.adapters.class_head import ClassHead
 from sam_gym.backbones.adapters.model import Model, embed
 from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
 from sam_gym.backbones.decode import MaskTokens, Prompts
-from sam_gym.utils.settings import NotNegative, Share
+from sam_gym.utils.settings import Fraction, NotNegative
 from sam_gym.utils.transfer import to_device
 
 
@@ -42,10 +42,10 @@ class Saom(Strategy):
     class Options:
         class_weight: NotNegative = 0.5
         """Weight of the class loss."""
-        inside: Share = 1.0
+        inside: Fraction = 1.0
         """Fraction of prompts at a random grid point inside their object; 0: all by nearest
         neighbour, as in the paper."""
-        background: Share = 0.4
+        background: Fraction = 0.4
         """Fraction of prompts on no object; the target of their predicted IoU is 0. Use 0 if images
         contain objects that are not annotated."""
 
@@ -91,8 +91,8 @@ class Saom(Strategy):
         device = objects.targets.device
         draws = np.array([np.random.default_rng([int(seed), 1]).random(2) for seed in seeds])
         anywhere, outside = (
-            to_device(draws[:, k] < share, device)
-            for k, share in enumerate((options.inside, options.background))
+            to_device(draws[:, k] < fraction, device)
+            for k, fraction in enumerate((options.inside, options.background))
         )
         boxes = extents(objects.valid, size)
 
@@ -100,8 +100,8 @@ class Saom(Strategy):
             rngs = [np.random.default_rng(seed) for seed in seeds]
             return inner_grid_points(rngs, regions, boxes, self._grid, size)
 
-        points, shares = drawn(torch.where(outside[:, None, None], objects.empty, objects.targets))
-        crowded = outside & (shares < 0.5)
+        points, inside = drawn(torch.where(outside[:, None, None], objects.empty, objects.targets))
+        crowded = outside & (inside < 0.5)
         if crowded.any():  # the space between objects may be narrower than the grid
             points = torch.where(crowded[:, None], drawn(objects.targets)[0], points)
             outside &= ~crowded

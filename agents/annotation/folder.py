@@ -35,7 +35,7 @@ class FolderConfig:
     images: str
     """Folder of images, searched recursively."""
     out: str = "annotations.json"
-    """COCO JSON to write; beside it, annotations_results.json with the results for COCOeval."""
+    """COCO JSON to write. The results for COCOeval go to annotations_results.json beside it."""
     overwrite: bool = False
     """Replace a file `out` that annotate did not write. Its own are replaced anyway."""
     overlays: str | None = None

@@ -27,7 +27,7 @@ class PointingResult:
 
     Attributes:
         hits: bool (K,), whether the maximum of the map lies on an object of the category.
-        chances: float64 (K,), share of the image that the category covers: the accuracy of a
+        chances: float64 (K,), fraction of the image that the category covers: the accuracy of a
             random point.
         categories: int64 (K,).
     """

@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +38,7 @@ from sam_gym.backbones.loading import resolve_device
 from sam_gym.backbones.micro.muon import muon_and_adamw
 from sam_gym.data.synthetic.scenes import Scenes
 from sam_gym.utils.files import make_folder, write_json
-from sam_gym.utils.settings import Count, Natural, NotNegative, Share, check_settings
+from sam_gym.utils.settings import Count, Fraction, Natural, NotNegative, check_settings
 from sam_gym.utils.training import SmallTrainer, SmallTrainerConfig, save_half
 
 MEAN, STD = 0.45, 0.25
@@ -70,8 +71,8 @@ class TrainClipConfig(SmallTrainerConfig):
     """Weight of the distillation loss."""
     patch_weight: NotNegative = 1.0
     """Weight of the patch loss."""
-    patch_share: Share = 0.04
-    """Share of the patches that are trained on a caption: those most similar to it."""
+    patch_fraction: Annotated[Fraction, tyro.conf.arg(aliases=("--patch-share",))] = 0.04
+    """Fraction of the patches that are trained on a caption: those most similar to it."""
     evaluate: Count = 256
     """Held-out scenes of the pointing game that selects the settings of CLIP Surgery."""
 
@@ -146,7 +147,7 @@ class ClipTrainer(SmallTrainer):
         features = self.model.encode_text(self.tokenizer(texts).to(self.device), normalize=True)
         whole = F.normalize(cls, dim=-1) @ features.T
         places = F.normalize(patches, dim=-1) @ features.T
-        best = places.topk(max(1, round(config.patch_share * places.shape[1])), dim=1).values
+        best = places.topk(max(1, round(config.patch_fraction * places.shape[1])), dim=1).values
         single = torch.from_numpy(names_in.sum(axis=1) <= 1).to(self.device)
         image_loss = self._loss(0, whole, labels)
         patch_loss = self._loss(1, best.mean(dim=1)[:, single], labels[:, single])
@@ -169,7 +170,7 @@ class ClipTrainer(SmallTrainer):
         return 0.5 * (true + false)
 
     def schedule(self) -> float:
-        """Return the share of the peak: linear warm-up, cosine decay."""
+        """Return the fraction of the peak: linear warm-up, cosine decay."""
         warm = min(1.0, (self.step + 1) / 100)
         return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps)))
 

@@ -23,7 +23,7 @@ from agents.policies.base import POLICIES
 from agents.policies.implicit import ClickFeatures, ImplicitPolicy
 from sam_gym.backbones import BackboneService
 from sam_gym.utils.digest import text_digest
-from sam_gym.utils.settings import Count, Positive, Share, checked
+from sam_gym.utils.settings import Count, Fraction, Positive, checked
 
 #: Planes of `TextFeatures.map_planes`, and of `relations` to two of them and to the mask.
 _MAP_PLANES, _RELATIONS = 4, 3
@@ -139,7 +139,7 @@ class TextFeatures(ClickFeatures):
         max_steps: Count,
         clip: dict[str, Any],
         vocabulary: Sequence[str] = (),
-        hidden: Share = 0.15,
+        hidden: Fraction = 0.15,
         allow_unknown: bool = False,
         temperature: Positive = 0.33,
         width: Count = 48,

@@ -23,11 +23,11 @@ from sam_gym.utils import cli
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.settings import (
     Count,
+    Fraction,
     Natural,
     NotNegative,
     Positive,
     Seed,
-    Share,
     check_settings,
     whole,
 )
@@ -59,7 +59,7 @@ def policy_help() -> str:
 
 @dataclass(kw_only=True)
 class RunOptions:
-    """What is trained, on what, and where the results go."""
+    """Environment, policy, output folder and length of the run."""
 
     env: str = "SamSeg-v0"
     """Environment id; it decides which environment options there are."""
@@ -74,7 +74,7 @@ class RunOptions:
     seed: Seed = 0
     """Seed of the environment, the policy and PPO."""
     total_timesteps: Count = 50_000
-    """Environment steps to train for; the domains of a stream share them evenly."""
+    """Environment steps to train for, divided evenly among the domains of a stream."""
     num_envs: Count = 64
     """Number of sub-environments, over all processes."""
     categories: str | None = None
@@ -95,9 +95,9 @@ class PPOOptions:
     """Minibatch size, over all processes; a multiple of num_envs."""
     n_epochs: Count = 4
     """Passes over each rollout."""
-    gamma: Share = 0.8
-    """Discount; low, since episodes are short and every click should pay at once."""
-    gae_lambda: Share = 0.95
+    gamma: Fraction = 0.8
+    """Discount factor. Low, since episodes are short and every click should pay off at once."""
+    gae_lambda: Fraction = 0.95
     """Lambda of generalised advantage estimation."""
     clip_range: Positive = 0.2
     """PPO's clip range."""
@@ -112,14 +112,14 @@ class PolicyOptions:
     """Options of the policy."""
 
     know_category: bool = True
-    """Learn an embedding of each training category. The implicit policy knows the target by it
-    alone; the explicit policy also sees CLIP's similarity map of the category's name."""
+    """Learn an embedding of each training category. Without it, the implicit policy does not know
+    its target; the explicit policy still sees CLIP's similarity map of the category's name."""
     clip: str = "clip_micro"
     """CLIP of the explicit policy: clip_micro, or a model of open_clip (ViT-B-16, ...)."""
     clip_pretrained: str | None = None
     """Weights of the CLIP: a tag of open_clip or a file (clip_micro brings its own)."""
     allow_unknown_words: bool = False
-    """Accept words that clip_micro does not know; their maps mean nothing."""
+    """Accept words that clip_micro does not know. Their similarity maps carry no information."""
     temperature: Positive = 0.33
     """Temperature of the softmax that weights the maps of other categories in the explicit policy;
     a low temperature ignores them."""
@@ -127,7 +127,8 @@ class PolicyOptions:
     """Let the policy choose locations only; a recalibration module, trained on the targets, labels
     the clicks (AlignSAM's semantic recalibration)."""
     recalibration_updates: Count | None = None
-    """Updates of the recalibration module per environment step (None: 1, explicit policy 5)."""
+    """Updates of the recalibration module per environment step (None: 5 for the explicit policy,
+    else 1)."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Precision of the policy's features; --dtype sets that of the backbone."""
     gradient_checkpointing: bool = False
@@ -141,20 +142,17 @@ class EvaluationOptions:
     held_out: str | None = None
     """Split of the final evaluation (None: the held-out split of the dataset)."""
     final_episodes: Count = 256
-    """Episodes per agent and baseline of the final evaluation, and of the evaluation after each
-    domain of a stream, divided evenly among the domains. See --eval-episodes for those during
-    training."""
+    """Episodes of the final evaluation, for the agent and for each baseline. With a stream, also
+    those of the evaluation after each domain, divided evenly among the domains."""
     eval_every: Count = 10_000
     """Environment steps between evaluations on the validation split."""
     eval_episodes: Count = 128
-    """Episodes of each evaluation on the validation split (see --eval-every). --final-episodes is
-    for the final evaluation."""
+    """Episodes of each evaluation on the validation split during training."""
     policy_plots: Annotated[bool, tyro.conf.arg(aliases=("--views",))] = False
     """At each evaluation on the validation split, draw the features and action probabilities of the
     policy, into `out`/policy_plots."""
     video_every: Natural = 2_000
-    """Finished training episodes between films of a held-out episode, into `out`/videos; 0: no
-    films."""
+    """Record a held-out episode into `out`/videos every this many training episodes (0: never)."""
 
 
 @dataclass(kw_only=True)

@@ -42,7 +42,7 @@ def imitate(model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, step
         model.policy.set_training_mode(False)
         buffer.reset()
         for _ in range(model.n_steps):
-            _play(model, core, expert, share_of_own=number / rounds)
+            _play(model, core, expert, own_fraction=number / rounds)
         observations, starts = rollout_start(model)
         with torch.no_grad():
             last = model.policy.predict_values(obs_as_tensor(observations, model.device))
@@ -54,14 +54,14 @@ def imitate(model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, step
 
 @torch.no_grad()
 def _play(
-    model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, share_of_own: float
+    model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, own_fraction: float
 ) -> None:
     """Step all sub-environments and store the actions of the expert."""
     observations, starts = rollout_start(model)
     tensors = obs_as_tensor(observations, model.device)
     own, values, _ = model.policy(tensors)
     advice = expert.act(core, observations)
-    is_own = np.array([rng.random() < share_of_own for rng in model.generators])
+    is_own = np.array([rng.random() < own_fraction for rng in model.generators])
     env = model.get_env()
     assert env is not None
     following, rewards, dones, infos = env.step(np.where(is_own, own.cpu().numpy(), advice))

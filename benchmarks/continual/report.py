@@ -26,12 +26,12 @@ _COLUMNS = {
     "ff_biou": "FF-BIoU",
     "forward_iou": "forward",
     "retention_iou": "retention",
-    "selector_accuracy": "selector",
+    "selector_accuracy": "router",
     "last_iou_compact": "Last, compact",
     "last_iou_thin": "Last, thin",
 }
 #: Columns that the terminal shows; it is narrower than a page.
-_BRIEF = ("method", "Last-IoU", "Avg-IoU", "FF-IoU", "Last-BIoU", "retention", "selector")
+_BRIEF = ("method", "Last-IoU", "Avg-IoU", "FF-IoU", "Last-BIoU", "retention", "router")
 
 
 def pictures(
@@ -90,7 +90,7 @@ def write_report(
         "Last: mean over domains after the last stage. Avg: mean over stages of the mean over the "
         "domains learned so far. FF: mean drop of a domain from just after it was learned to the "
         "end (below 0: it improved). forward: IoU on a domain before it is learned, minus that of "
-        "the pretrained SAM. selector: share of held-out images routed to their own expert."
+        "the pretrained SAM. router: fraction of held-out images routed to their own expert."
     )
     for name, own in summary["methods"].items():
         for other in config.train.prompts[1:]:

@@ -58,10 +58,11 @@ class FineTuning(TrainConfig):
 class EverythingBenchmarkConfig(DatasetOptions, OutputOptions):
     """Fine-tune everything mode to whole objects, and compare it with the pretrained SAM.
 
-    Prompts hold no ground truth: a point grid is decoded, masks are filtered, duplicates removed,
-    and the rest matched one to one with the objects. The thresholds of predicted IoU and stability
-    are chosen on val for each model: those of the best panoptic quality, those of the best mIoU
-    with at most one mask per object, and with no more masks than the pretrained SAM keeps.
+    Every model is prompted with a point grid, without ground truth. Its masks are filtered,
+    duplicates are removed, and the rest are matched one to one with the objects. The thresholds of
+    predicted IoU and stability are chosen on val for each model, by three criteria: best panoptic
+    quality; best mIoU with at most one mask per object; best mIoU with no more masks than the
+    pretrained SAM keeps.
 
     Without options this is the quick setting: `rooms`, micro, one fine-tuning.
     """

@@ -200,7 +200,7 @@ class Candidates:
         return every
 
     def numbers(self) -> dict[str, float]:
-        """Return the scores of these masks; shares in %."""
+        """Return the scores of these masks; fractions in %."""
         matches = [match(own) for own in self.overlaps]
         iou = np.concatenate([own.iou for own in matches])
         accuracy = np.concatenate([own.accuracy for own in matches])

@@ -17,11 +17,12 @@ _GROWTH_NUM_ENVS = 64
 class ThroughputBenchmarkConfig(BackboneOptions):
     """Measure environment steps per second against one SamPredictor per environment.
 
-    Three sides play the same actions on the same images with the same weights, and their masks are
-    compared: `vector` is the vector environment; `scalar` a Python loop over scalar environments;
-    `reference` one `SamPredictor` per environment under SyncVectorEnv, as in research code, which
-    encodes at every reset. Cached images were encoded before (only `reference` encodes them again);
-    fresh images were not. The step that ends an episode includes its reset.
+    Compares three sides: `vector`, the vector environment; `scalar`, a Python loop over scalar
+    environments; and `reference`, one `SamPredictor` per environment under SyncVectorEnv, as in
+    research code, which encodes at every reset. All play the same actions on the same images with
+    the same weights, and their masks are compared. Cached images are in the store before timing
+    starts, though `reference` encodes them again; fresh images are not. The time of the step that
+    ends an episode includes the reset.
     """
 
     out: str = "runs/throughput"

@@ -41,7 +41,7 @@ PHASES = {
 REST = "rest"
 
 #: Results of different batch sizes differ by rounding, and a logit near zero may flip a pixel.
-#: Tolerated difference of rewards by precision, and tolerated share of rewards beyond it.
+#: Tolerated difference of rewards by precision, and tolerated fraction of rewards beyond it.
 _TOLERANCES = {torch.float32: 0.01}
 _LOW_PRECISION_TOLERANCE = 0.05
 _MAX_OUTLIERS = 0.02

@@ -29,7 +29,7 @@ from sam_gym.data.io import (
 from sam_gym.data.splits import seeded_part
 from sam_gym.utils.registry import check_choice
 
-#: Share of crowd regions above which they are reported. In COCO it is 1%; tools that write every
+#: Fraction of crowd regions above which they are reported. In COCO it is 1%; tools that write every
 #: brush mask with iscrowd 1 reach much more.
 MANY_CROWDS = 0.05
 

@@ -12,7 +12,7 @@ from sam_gym.utils.registry import check_choice
 
 #: The split that holds every image, of data that comes without splits.
 ALL = "all"
-#: Shares of train and val in a split by seed; the rest is test.
+#: Fractions of train and val in a split by seed; the rest is test.
 _TRAIN, _VAL = 0.8, 0.1
 
 
@@ -50,8 +50,8 @@ def seeded_part(names: Collection[str], split: str, seed: Any, where: str) -> se
 
 def _split_of(name: str, seed: int) -> str:
     digest = hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogatepass")).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    return "train" if share < _TRAIN else "val" if share < _TRAIN + _VAL else "test"
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return "train" if place < _TRAIN else "val" if place < _TRAIN + _VAL else "test"
 
 
 def check_held_out(held_out: Dataset, split: str, train: Dataset | None = None) -> None:

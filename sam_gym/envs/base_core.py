@@ -24,7 +24,15 @@ from sam_gym.envs.handles import HandleSpace
 from sam_gym.envs.prefetch import Prefetcher
 from sam_gym.simulation.clicks import cell_centres
 from sam_gym.utils.lowres import frame_mask, low_res
-from sam_gym.utils.settings import Count, Natural, Positive, Share, check_settings, checked, whole
+from sam_gym.utils.settings import (
+    Count,
+    Fraction,
+    Natural,
+    Positive,
+    check_settings,
+    checked,
+    whole,
+)
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Height of the picture in a frame, without its caption, in pixels.
@@ -58,7 +66,7 @@ class EnvConfig:
     """Observations with image and embedding, or with a small handle of the embedding."""
     grid: Grid = 16
     """Prompts lie on the centres of grid x grid cells of SAM's square input frame."""
-    min_target: Share = 0.002
+    min_target: Fraction = 0.002
     """Minimum target area, as a fraction of the frame."""
     cache_mib: Natural = 1024
     """Memory for cached samples, in MiB."""

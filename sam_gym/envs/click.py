@@ -64,7 +64,7 @@ class ClickConfig(EnvConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SamSegConfig(ClickConfig, DatasetConfig):
-    """Arguments of `SamSeg-v0`, JSON-plain."""
+    """Arguments of `SamSeg-v0`."""
 
     target_categories: str | None = None
     """Comma-separated categories to segment (None: all that are in an image)."""

@@ -22,7 +22,7 @@ _OPEN: WeakValueDictionary[str, Stream] = WeakValueDictionary()
 
 @dataclass(frozen=True, kw_only=True)
 class ContinualConfig(ClickConfig):
-    """Arguments of `SamContinual-v0`, JSON-plain."""
+    """Arguments of `SamContinual-v0`."""
 
     target: Literal["category", "instance"] = "instance"
     """Target: all objects of an image, or one object shown by a cue click."""

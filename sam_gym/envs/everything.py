@@ -18,7 +18,7 @@ from sam_gym.data import Dataset, Sample, dataset_help
 from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, DatasetConfig, Draw, Grid
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.metrics.panoptic import PART_COVERS, PART_INSIDE, matched_ious
-from sam_gym.utils.settings import Count, NotNegative, Share
+from sam_gym.utils.settings import Count, Fraction, NotNegative
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Arrays of an `EverythingCore` that `get_state` saves, beside the kept masks.
@@ -36,7 +36,7 @@ MAPS = ("coverage", "overlap", "predicted_iou")
 
 @dataclass(frozen=True, kw_only=True)
 class EverythingConfig(DatasetConfig):
-    """Arguments of `SamEverything-v0`, JSON-plain."""
+    """Arguments of `SamEverything-v0`."""
 
     dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "rooms"
     grid: Grid = 32
@@ -47,9 +47,9 @@ class EverythingConfig(DatasetConfig):
     """Maximum number of points per episode, which is truncated then."""
     stop: bool = True
     """Add an action that ends the episode; with sets, the empty set."""
-    keep_iou: Share = 0.4
+    keep_iou: Fraction = 0.4
     """Minimum predicted IoU of a mask that is kept."""
-    duplicate_iou: Share = 0.7
+    duplicate_iou: Fraction = 0.7
     """Minimum IoU with a kept mask at which a new mask is a duplicate."""
     point_cost: NotNegative = 0.001
     """Cost of every point, subtracted from the reward."""

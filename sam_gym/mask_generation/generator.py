@@ -29,7 +29,7 @@ from sam_gym.backbones.spec import BackboneSpec, find_spec
 from sam_gym.mask_generation.masks import Collected, Masks, run_lengths, to_counts
 from sam_gym.simulation.clicks import relative_grid
 from sam_gym.utils.progress import ProgressBar
-from sam_gym.utils.settings import Count, Natural, NotNegative, Share, check_settings, whole
+from sam_gym.utils.settings import Count, Fraction, Natural, NotNegative, check_settings, whole
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Embedding cells per decoder call, and pixels of masks upsampled at once, by type of device. On a
@@ -49,19 +49,19 @@ class GeneratorOptions:
 
     grid: tuple[Count, Count] = (32, 32)
     """Columns and rows of the point grid."""
-    pred_iou_thresh: Share | None = None
+    pred_iou_thresh: Fraction | None = None
     """Minimum predicted IoU (exclusive); 0 keeps all (None: the backbone's; SAM: 0.88)."""
-    stability_score_thresh: Share | None = None
+    stability_score_thresh: Fraction | None = None
     """Minimum stability score; 0 keeps all (None: the backbone's; SAM: 0.95)."""
     stability_score_offset: NotNegative = 1.0
     """Stability is the IoU of the masks at thresholds this far above and below SAM's."""
-    box_nms_thresh: Share = 0.7
+    box_nms_thresh: Fraction = 0.7
     """Box IoU above which the mask of the lower predicted IoU is a duplicate."""
     crop_n_layers: Annotated[int, whole(0, 6)] = 0
     """Layers of crops; layer i has 4**i crops."""
-    crop_nms_thresh: Share = 0.7
+    crop_nms_thresh: Fraction = 0.7
     """Box IoU above which masks of two crops are duplicates; that of the smaller crop stays."""
-    crop_overlap_ratio: Share = 512 / 1500
+    crop_overlap_ratio: Fraction = 512 / 1500
     """Overlap of the crops of layer 1, as a fraction of the image's shorter side."""
     crop_n_points_downscale_factor: Count = 1
     """The grid in crops of layer i is coarser by this factor to the power of i."""

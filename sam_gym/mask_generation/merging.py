@@ -11,7 +11,7 @@ import numpy as np
 from sam_gym.mask_generation.masks import Masks, to_counts
 from sam_gym.metrics.panoptic import Overlaps, encoded
 from sam_gym.utils.lowres import low_res
-from sam_gym.utils.settings import Natural, Share, real
+from sam_gym.utils.settings import Fraction, Natural, real
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class MergeOptions:
     """Minimum cosine similarity of the mean embeddings of merged neighbours."""
     merge_reach: Natural = 3
     """Maximum distance between neighbours, in pixels."""
-    merge_inside: Share = 0.85
+    merge_inside: Fraction = 0.85
     """Remove a mask if at least this fraction of it lies in a larger one."""
-    merge_largest: Share = 0.5
+    merge_largest: Fraction = 0.5
     """Masks of more than this fraction of the image count as background and absorb no parts."""
 
 

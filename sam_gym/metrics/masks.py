@@ -117,7 +117,7 @@ def boundary_iou(
     """Return the IoU of the boundaries of two masks (see `boundary`); arguments as for `iou`.
 
     The boundary of an object no wider than twice the distance is the whole object, and its boundary
-    IoU equals its IoU. Report the share of such objects.
+    IoU equals its IoU. Report the fraction of such objects.
     """
     if ignore is not None:
         prediction, target = prediction & ~ignore, target & ~ignore

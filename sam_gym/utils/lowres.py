@@ -15,7 +15,7 @@ def frame_mask(mask: np.ndarray, content: tuple[int, int], side: int) -> np.ndar
         side: of the frame, in pixels.
 
     Returns:
-        float32 (side, side), the share of each pixel that the mask covers, 0 to 1.
+        float32 (side, side), the fraction of each pixel that the mask covers, 0 to 1.
     """
     height, width = content
     resized: np.ndarray = mask.astype(np.float32)
@@ -25,10 +25,10 @@ def frame_mask(mask: np.ndarray, content: tuple[int, int], side: int) -> np.ndar
 
 
 def low_res(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return the share of each low-res pixel that a mask covers.
+    """Return the fraction of each low-res pixel that a mask covers.
 
     Args:
-        mask: bool or float32 (H, W), shares of pixels.
+        mask: bool or float32 (H, W), fractions of pixels.
         shape: (h, w) of the result, not larger than the mask.
 
     Returns:

@@ -90,7 +90,7 @@ Natural = Annotated[int, whole(0)]
 Seed = Annotated[int, whole(0, 2**32 - 1)]
 Positive = Annotated[float, real(above=0)]
 NotNegative = Annotated[float, real(0)]
-Share = Annotated[float, real(0, 1)]
+Fraction = Annotated[float, real(0, 1)]
 
 
 def check_settings(config: Any, spell: Callable[[str], str] = str) -> None:

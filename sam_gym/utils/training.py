@@ -68,7 +68,7 @@ class SmallTrainer:
     step = 0
 
     def schedule(self) -> float:
-        """Return the share of the peak learning rate at this step."""
+        """Return the fraction of the peak learning rate at this step."""
         raise NotImplementedError
 
     def train_step(self, batch: Any) -> dict[str, float]:

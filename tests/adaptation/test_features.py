@@ -10,7 +10,7 @@ import torch
 from adaptation.augmentation import box_of
 from adaptation.features import FeatureBank
 from adaptation.objects import ObjectIndices, gather_targets
-from adaptation.prompting import SHARES, training_prompts
+from adaptation.prompting import FRACTIONS, training_prompts
 from adaptation.steps import make_batch
 from sam_gym.backbones import Backbone
 from sam_gym.data.base import Sample
@@ -313,7 +313,7 @@ def test_prompts_show_the_object() -> None:
     only_points = ~prompts.has_box & ~prompts.has_mask
     shares = {"box": prompts.has_box, "points": only_points, "mask": prompts.has_mask}
     for name, which in shares.items():
-        assert abs(float(which.float().mean()) - SHARES[name]) < 0.06
+        assert abs(float(which.float().mean()) - FRACTIONS[name]) < 0.06
     assert not (prompts.has_box & prompts.has_mask).any() and not points[prompts.has_box].any()
     assert points[only_points].min() == 1 and points.max() == 10
     assert set(points[prompts.has_mask].tolist()) == {0, 1}

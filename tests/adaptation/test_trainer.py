@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from adaptation import trainer as loop
 from adaptation.combined import Combined
-from adaptation.evaluation import narrow_share, score
+from adaptation.evaluation import narrow_fraction, score
 from adaptation.features import FeatureBank
 from adaptation.options import TrainConfig
 from adaptation.results import RunResult
@@ -307,7 +307,7 @@ def test_scores_are_of_the_masks_at_image_size(bank: FeatureBank, loaded: Backbo
         assert (mask != scores.masks[k]).mean() < 1e-3
         assert scores.iou[k] == pytest.approx(iou(mask, truth), abs=5e-3)
         assert scores.biou[k] == boundary_iou(scores.masks[k], truth)
-    assert 0 <= narrow_share(objects) <= 1
+    assert 0 <= narrow_fraction(objects) <= 1
 
 
 def test_clicks_measure_too(make_trainer: MakeTrainer, pair: Stream) -> None:

@@ -33,7 +33,7 @@ from sam_gym.data import make_dataset
 from sam_gym.data.streams import make_stream
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.utils import cli
-from sam_gym.utils.settings import Count, NotNegative, Share, check_settings, checked, real
+from sam_gym.utils.settings import Count, Fraction, NotNegative, check_settings, checked, real
 
 
 def configs() -> list[type]:
@@ -121,7 +121,7 @@ def test_commands_check_before_they_work(command: Callable[[Any], Any], config: 
 
 @dataclass
 class Inner:
-    share: Share = 0.5
+    share: Fraction = 0.5
 
 
 @dataclass

@@ -80,7 +80,7 @@ class Router(AdapterModule):
 
 @ADAPTER_MODULES.register("tokens")
 class TokenRouter(Router):
-    """MoDA's selector: trained tokens that pass through the frozen encoder beside the image.
+    """MoDA's router: trained tokens that pass through the frozen encoder beside the image.
 
     After CoSAM (Yang et al. 2024, arXiv 2412.06418): the first token becomes the global feature
     that is classified, the others assist it. Here attention is one way: tokens attend to the image

@@ -48,18 +48,18 @@ class PrecomputeConfig(DatasetOptions):
     disk_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the files; float16 and bfloat16 take half the space."""
     disk_gib: Positive = DEFAULT_BYTES / 2**30
-    """Bound on the files of this backbone and precision, in GiB."""
+    """Maximum size of the files of this backbone and precision, in GiB."""
     batch_size: Count = 16
     """Images per encoder call."""
     shard: str | None = None
-    """This process's share, as "0/4" for the first of four (None: torchrun's, else all)."""
+    """Shard of this process, as "0/4" for the first of four (None: torchrun's, else all)."""
 
 
-def share(shard: str | None) -> tuple[int, int]:
-    """Parse "0/4", or torchrun's environment variables, into (rank, number of shares).
+def parse_shard(shard: str | None) -> tuple[int, int]:
+    """Parse "0/4", or torchrun's environment variables, into (rank, number of shards).
 
     Raises:
-        ValueError: another form, or a rank that is not below the number of shares.
+        ValueError: another form, or a rank that is not below the number of shards.
     """
     text = shard or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
     try:
@@ -88,7 +88,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
         OSError: the embeddings cannot be written.
     """
     check_settings(config)
-    rank, shares = share(config.shard)
+    rank, shards = parse_shard(config.shard)
     procedural = DATASETS.get(config.dataset).procedural
     length = {"length": config.limit or 2048} if procedural else {}
     dataset = config.make_dataset(config.split, **length)
@@ -107,7 +107,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
             f"{config.disk_gib:.1f}: the first would be evicted before the last is written. Raise "
             "--disk-gib (environments: disk_gib=), or take --disk-dtype float16."
         )
-    numbers = range(rank, total, shares)
+    numbers = range(rank, total, shards)
     counts = {"encoded": 0, "found": 0}
     waiting: list[tuple[bytes, Sample]] = []
 

@@ -190,7 +190,7 @@ class MicroStream(TorchDataset[TrainItem]):
         length: number of items.
         photos: annotated photographs to mix in, or none.
         targets_per_image: prompt targets per image.
-        photo_share: share of items that are photographs, if there are any.
+        photo_fraction: fraction of items that are photographs, if there are any.
     """
 
     def __init__(
@@ -199,11 +199,11 @@ class MicroStream(TorchDataset[TrainItem]):
         length: int,
         photos: Sequence[Sample] = (),
         targets_per_image: int = 4,
-        photo_share: float = 0.35,
+        photo_fraction: float = 0.35,
     ) -> None:
         self.seed, self.length, self.targets_per_image = seed, length, targets_per_image
         self.mixer = PhotoMixer(photos) if photos else None
-        self.photo_share = photo_share if photos else 0.0
+        self.photo_fraction = photo_fraction if photos else 0.0
         self.plain = Scenes("train", size=SIZE)
         self.textured = (
             Scenes("train", size=SIZE, material=self.mixer.material) if self.mixer else self.plain
@@ -215,7 +215,7 @@ class MicroStream(TorchDataset[TrainItem]):
     def __getitem__(self, index: int) -> TrainItem:
         rng = np.random.default_rng([self.seed, 7, index])
         while True:
-            item = self._photo(rng) if rng.random() < self.photo_share else self._scene(rng)
+            item = self._photo(rng) if rng.random() < self.photo_fraction else self._scene(rng)
             if item is not None:
                 return item
 

@@ -38,7 +38,7 @@ from sam_gym.simulation.clicks import interior_distance
 from sam_gym.simulation.interactive import Target, click_out
 from sam_gym.utils.files import make_folder, write_json
 from sam_gym.utils.lowres import low_res
-from sam_gym.utils.settings import Count, Natural, NotNegative, Positive, Share, check_settings
+from sam_gym.utils.settings import Count, Fraction, Natural, NotNegative, Positive, check_settings
 from sam_gym.utils.training import SmallTrainer, SmallTrainerConfig, save_half
 
 MASK = SIZE // 4
@@ -69,9 +69,9 @@ class TrainMicroConfig(SmallTrainerConfig, ReadingOptions):
     """Weight decay of the parameters that Muon optimizes; the others have none."""
     warmup: Natural = 150
     """Steps of linear warm-up."""
-    decay: Share = 0.3
+    decay: Fraction = 0.3
     """Final fraction of the steps over which the learning rate falls to zero."""
-    ema: Share = 0.998
+    ema: Fraction = 0.998
     """Decay of the moving average of the weights. The average is saved."""
     semantic_weight: NotNegative = 1.0
     """Weight of the semantic head's cross-entropy."""
@@ -265,7 +265,7 @@ class MicroTrainer(SmallTrainer):
         self.parts = {"sam": self.sam, "semantic": self.semantic, "average": self.average}
 
     def schedule(self) -> float:
-        """Share of the peak learning rate at this step: warm-up, constant, linear decay."""
+        """Fraction of the peak learning rate at this step: warm-up, constant, linear decay."""
         config = self.config
         warm = min(1.0, (self.step + 1) / config.warmup)
         cool = min(1.0, (config.steps - self.step) / max(1.0, config.decay * config.steps))

@@ -66,7 +66,7 @@ def expert(sam: Sam, tune: str, seed: int) -> dict[str, Tensor]:
     return tuned_weights(own)
 
 
-def selector_of(sam: Sam, router: str) -> Router:
+def router_of(sam: Sam, router: str) -> Router:
     torch.manual_seed(3)
     if router == "tokens":
         return TokenRouter(sam.image_encoder.patch_embed.proj.out_channels, len(DOMAINS), 4)
@@ -87,7 +87,7 @@ def make_adapter(backbone: Backbone, tune: str = "decoder", router: str = "") ->
     else:
         experts = [expert(sam, tune, seed) for seed in range(len(DOMAINS) if router else 1)]
         if router:
-            weights = selector_of(sam, router).state_dict()
+            weights = router_of(sam, router).state_dict()
     identity = digest_of(sam.state_dict())
     weights = {name: value.detach() for name, value in weights.items()}
     return Adapter(
@@ -166,10 +166,10 @@ def test_the_selector_sees_what_the_frozen_encoder_sees(tiny: Backbone, router: 
     encoder = tiny.sam.image_encoder
     with torch.no_grad():
         if router == "tokens":
-            selector = selector_of(tiny.sam, router)
+            selector = router_of(tiny.sam, router)
             logits = selector(encoder, keys_of(encoder, block_inputs(encoder, pixels)))  # type: ignore[operator]
         else:
-            logits = selector_of(tiny.sam, router)(pooled_embedding(encoder(pixels)))  # type: ignore[operator]
+            logits = router_of(tiny.sam, router)(pooled_embedding(encoder(pixels)))  # type: ignore[operator]
         for tune in ("decoder", "hq", "sam_adapter"):
             model = routed(tiny, tune, router)
             got = model.encode(pixels)["route"]

@@ -16,7 +16,7 @@ from sam_gym.backbones import Backbone
 from sam_gym.backbones.embeddings import disk as disk_module
 from sam_gym.backbones.embeddings import store
 from sam_gym.backbones.embeddings.disk import DiskStore
-from sam_gym.backbones.embeddings.precompute import PrecomputeConfig, precompute, share
+from sam_gym.backbones.embeddings.precompute import PrecomputeConfig, parse_shard, precompute
 from sam_gym.backbones.embeddings.store import EmbeddingStore
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data import Sample
@@ -269,14 +269,14 @@ def test_precompute_refuses_what_would_evict_itself(micro_checkpoint: str, tmp_p
         precompute(config(micro_checkpoint, tmp_path, limit=0))
 
 
-def test_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert share(None) == (0, 1) and share("2/3") == (2, 3)
+def test_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_shard(None) == (0, 1) and parse_shard("2/3") == (2, 3)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert share(None) == (1, 4)
+    assert parse_shard(None) == (1, 4)
     for wrong in ("3/3", "1", "a/b", "-1/2"):
         with pytest.raises(ValueError, match="shard"):
-            share(wrong)
+            parse_shard(wrong)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES])
