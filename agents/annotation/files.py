@@ -30,8 +30,8 @@ from sam_gym.utils.render import save_image
 #: Suffixes of images that are not read: formats that Pillow and OpenCV lack, and camera raw files,
 #: of which they would read the thumbnail.
 FOREIGN_SUFFIXES = frozenset(
-    ".heic .heif .hif .jxl .svg .3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq .kdc .mos .mrw .nef "
-    ".nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf .srw .x3f".split()
+    ".dcm .exr .fits .heic .heif .hif .jxl .nii .svg .3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq "
+    ".kdc .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf .srw .x3f".split()
 )
 #: Characters that some file system refuses in a file name.
 _UNSAFE = re.compile(r'[<>:"\\|?*]')
@@ -468,6 +468,8 @@ def _by_name(
     seen = set()
     for record in table:
         name, number = record[key], record["id"]
+        if key == "name" and whole_number(name) is not None:
+            name = str(whole_number(name))
         if isinstance(number, float) and number.is_integer():
             number = int(number)
         if not isinstance(name, str) or type(number) not in (int, str):

@@ -225,7 +225,8 @@ def _report(
         lines.append(f"{ids.absent} images of {config.coco} are not in {config.images}")
     counts = f"{len(content['annotations'])} masks in {len(content['images'])} images"
     lines.append(f"{counts}, {len(skipped)} files skipped: {outputs.annotations}")
-    lines.append(f"Results for COCOeval: {outputs.results}")
+    if content["annotations"]:  # `COCO.loadRes` takes no empty file
+        lines.append(f"Results for COCOeval: {outputs.results}")
     if outputs.has_overlays:
         lines.append(f"Overlays: {outputs.overlays}")
     for line in lines:

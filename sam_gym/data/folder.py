@@ -91,6 +91,7 @@ class Folder:
 
         files = _image_files(images)
         listed = _stems(root, split)
+        note = _without_image(masks, files) if listed is None else ""
         self.unsplit: Unsplit | None = None
         if split_seed is not None:
             if os.path.exists(os.path.join(root, "splits.json")):
@@ -129,7 +130,7 @@ class Folder:
                 f"{root}: split {split!r} has no usable image ({why}). "
                 "Check the images folder and splits.json."
             )
-        records.warn()
+        records.warn(note)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -223,6 +224,17 @@ def _image_files(folder: str) -> dict[str, list[str]]:
         if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
             files.setdefault(stem, []).append(os.path.join(folder, name))
     return files
+
+
+def _without_image(masks: str, files: dict[str, list[str]]) -> str:
+    """Return a note on masks without an image of a suffix that is read; empty if there are none."""
+    alone = [name for name in sorted(os.listdir(masks)) if _is_alone(name, files)]
+    return f"masks without an image: {len(alone)} (the first is {alone[0]})" if alone else ""
+
+
+def _is_alone(name: str, files: dict[str, list[str]]) -> bool:
+    stem, suffix = os.path.splitext(name)
+    return suffix == ".png" and not name.startswith(".") and stem not in files
 
 
 def _stems(root: str, split: str) -> list[str] | None:

@@ -30,7 +30,9 @@ R = TypeVar("R")
 OnError = Literal["raise", "skip"]
 
 #: Suffixes of image files.
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp".split()
+)
 
 #: Number of files that a thread checks in one go.
 _CHUNK = 16
@@ -316,6 +318,7 @@ def _rejecting(path: str, kind: str) -> Iterator[None]:
     except FileNotFoundError:
         raise Reject(f"{kind} is missing", f"looked for {path}", FileNotFoundError) from None
     except Unreadable as error:
-        raise Reject(f"{kind} cannot be read: {error.problem}", path) from None
+        detail = f"{path}: {error.remedy}"
+        raise Reject(f"{kind} cannot be read: {error.problem}", detail) from None
     except OSError as error:
         raise Reject(f"{kind} cannot be read: {error.strerror}", path) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from sam_gym.data import Dataset, make_dataset
 from sam_gym.data.folder import Folder
@@ -95,6 +96,31 @@ def test_instances_need_no_masks_folder(root: Path) -> None:
         path.unlink()
     (root / "masks").rmdir()
     assert len(Folder(root=str(root), target="instances")[0].masks) == 3
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".gif", ".pgm", ".JP2"])
+def test_suffixes_of_images(root: Path, suffix: str) -> None:
+    pixels = read(root / "images" / "a.png")
+    formats = {".jfif": "JPEG", ".gif": "GIF", ".pgm": "PPM", ".JP2": "JPEG2000"}
+    Image.fromarray(pixels).save(root / "images" / f"a{suffix}", formats[suffix])
+    (root / "images" / "a.png").unlink()
+    assert len(Folder(root=str(root))) == 3
+
+
+def test_masks_without_an_image_are_told(root: Path) -> None:
+    (root / "images" / "b.png").rename(root / "images" / "b.heic")
+    for options in ({}, {"split": "all"}, {"split": "train", "split_seed": 0}):
+        with pytest.warns(UserWarning, match=r"masks without an image: 1 \(the first is b.png\)"):
+            Folder(root=str(root), **options)  # type: ignore[arg-type]
+    split_into(root, test=["a", "c"])
+    assert len(Folder(root=str(root))) == 2
+
+
+def test_the_remedy_is_told(root: Path) -> None:
+    mask = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    cv2.imwrite(str(root / "masks" / "b.png"), mask)
+    with pytest.raises(ValueError, match=r"got 3 of uint8 \(.*b.png: Save it as grey PNG"):
+        Folder(root=str(root))
 
 
 def test_min_area_ignores_small_ones(root: Path) -> None:

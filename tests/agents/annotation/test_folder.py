@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +93,7 @@ def test_every_file_is_annotated_or_named(photos: Path, capsys: pytest.CaptureFi
     photo(photos / "no_suffix", format="PNG")
     photo(photos / "strange.dat", format="PNG")
     photo(photos / "raw.dng", format="TIFF")
+    (photos / "scan.dcm").write_bytes(b"\0" * 128 + b"DICM")
     (photos / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 99)
     (photos / "cut.gif").write_bytes((photos / "b.GIF").read_bytes()[:20])
     (photos / "notes.txt").write_text("no image")
@@ -100,10 +102,10 @@ def test_every_file_is_annotated_or_named(photos: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     read = ["a.png", "b.GIF", "d.jfif", "e.jp2", "f.ppm", "more/b.png", "no_suffix", "strange.dat"]
     assert names(content) == read
-    for name in ("raw.dng", "IMG_1.HEIC", "cut.gif"):
+    for name in ("raw.dng", "scan.dcm", "IMG_1.HEIC", "cut.gif"):
         assert f"skipped {name}: " in printed
     assert "ignored 2 files that are no images (.txt 1, no suffix 1)" in printed
-    assert "3 files skipped" in printed
+    assert "4 files skipped" in printed
 
 
 def test_further_frames_are_named(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,7 +271,7 @@ def test_coco_files_that_do_not_fit(photos: Path, capsys: pytest.CaptureFixture[
         ([image | {"id": [1]}], [star], "id a whole number or text"),
         ([image, image], [star], "id 1 of 'a.png' is taken"),
         ([image, image | {"id": 2}], [star], "'a.png' has two ids"),
-        ([image], [star | {"name": 3}], "name must be text"),
+        ([image], [star | {"name": [3]}], "name must be text"),
         ([image], None, "no COCO JSON"),
         ([3], [star], "no COCO JSON"),
     ):
@@ -283,6 +285,29 @@ def test_coco_files_that_do_not_fit(photos: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert content["categories"] == [{"id": 1, "name": "star"}] and names(content) == ["a.png"]
     assert "1 images of" in printed and "skipped more/b.png: 9 x 8 pixels" in printed
+
+
+def test_categories_named_by_numbers(photos: Path) -> None:
+    path = truth(photos, [{"id": 1, "file_name": "a.png"}], [{"id": 5, "name": 3}])
+    content = run(photos, Squares("3"), coco=path)
+    assert content["categories"] == [{"id": 5, "name": "3"}]
+
+
+def test_empty_results_are_not_recommended(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`COCO.loadRes` fails on them."""
+    run(photos)
+    assert "Results for COCOeval" in capsys.readouterr().out
+    stream = Squares.stream
+    monkeypatch.setattr(
+        Squares,
+        "stream",
+        lambda *args: (replace(item, annotations=[]) for item in stream(*args)),
+    )
+    run(photos)
+    printed = capsys.readouterr().out
+    assert "0 masks in 2 images" in printed and "COCOeval" not in printed
 
 
 def test_results_keep_the_areas_of_the_masks(photos: Path) -> None:
