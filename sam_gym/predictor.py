@@ -278,10 +278,11 @@ class Predictor:
             raise ValueError("predict needs points=, boxes= or masks=; all of them are None.")
         count = len(self.image_sizes)
         for name, arrays in given.items():
-            if arrays is not None and len(arrays) != count:
+            if arrays is not None and (not hasattr(arrays, "__len__") or len(arrays) != count):
+                got = f"{len(arrays)} entries" if hasattr(arrays, "__len__") else f"{arrays!r}"
                 raise ValueError(
-                    f"{name} has {len(arrays)} entries for {count} images: pass a list with one "
-                    "array (or None) per image."
+                    f"{name} has {got} for {count} images: pass a list with one array (or None) "
+                    "per image."
                 )
         hm, wm = self.backbone.mask_shape
         shapes = {"points": (None, 2), "labels": (None,), "boxes": (4,), "masks": (hm, wm)}
@@ -317,6 +318,11 @@ class Predictor:
                 )
             own.count = next(iter(counts.values()), 0)
             _check_labels(own, image)
+            if own.boxes is not None and (own.boxes[:, 2:] < own.boxes[:, :2]).any():
+                raise ValueError(
+                    f"boxes[{image}] has a box that ends before it begins: pass (x0, y0, x1, y1), "
+                    "not (x, y, width, height) as in COCO."
+                )
             checked.append(own)
         return checked
 
@@ -328,7 +334,7 @@ def _finite(name: str, value: ArrayLike) -> np.ndarray:
         if given.size and given.dtype.kind not in "biuf":
             raise TypeError(f"got {given.dtype}")
         array = given.astype(np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{name} must be an array of numbers ({error}). Prompts of one image with fewer points "
             f"than others are padded, with the label {NO_POINT}."

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from segment_anything import SamPredictor
 
 from sam_gym import Predictor
@@ -212,6 +213,13 @@ def test_images_come_first(tiny: Backbone, images: list[np.ndarray]) -> None:
         ({"boxes": [None, [[0, 0, 9]]]}, r"boxes\[1\] must be \(P, 4\), or \(4,\).*\(1, 3\)"),
         ({"masks": [np.zeros((2, 8, 8)), None]}, r"masks\[0\] must be \(P, 16, 16\).*\(2, 8, 8\)"),
         ({"boxes": [None, [0, 0, np.nan, 9]]}, r"boxes\[1\] has values that are NaN"),
+        ({"boxes": [None, [30, 40, 20, 50]]}, r"boxes\[1\].*not \(x, y, width, height\)"),
+        ({"boxes": 5}, r"boxes has 5 for 2 images: pass a list"),
+        ({"boxes": iter([[0, 0, 9, 9]])}, "boxes has <list_iterator.*: pass a list"),
+        (
+            {"boxes": [torch.ones(1, 4, requires_grad=True), None]},
+            r"boxes\[0\] must be an array of numbers \(.*detach",
+        ),
         ({"masks": [np.full((16, 16), np.inf), None]}, r"masks\[0\] has values that are NaN"),
         ({"points": [[[1, 2]], None], "labels": [[2], None]}, r"labels\[0\] must be 1.*got 2"),
         ({"points": [[[1, 2]], None], "labels": [[0.5], None]}, "got 0.5"),

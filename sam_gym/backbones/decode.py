@@ -71,7 +71,7 @@ class Prompts:
         raise ValueError("A prompt needs at least points, boxes or masks; all of them are None.")
 
     def check(self, num_images: int, mask_shape: tuple[int, int]) -> None:
-        """Raise `ValueError` for wrong shapes, dtypes or labels, and values that are not finite.
+        """Raise `ValueError` for wrong types, shapes or labels, and values that are not finite.
 
         Reads values, so that a GPU has to finish first: not for every step of an environment.
 
@@ -79,6 +79,9 @@ class Prompts:
             num_images: images that the prompts are for.
             mask_shape: (hm, wm) of a low-res mask.
         """
+        for name, value in vars(self).items():
+            if value is not None and not isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(value).__name__}.")
         count = len(self)
         if (self.points is None) != (self.labels is None):
             given, missing = "points", "labels"

@@ -393,7 +393,12 @@ class Backbone:
 
     @torch.no_grad()
     def decode_tokens(self, features: ImageFeatures, prompts: Prompts) -> MaskTokens:
-        """Decode P prompt sets up to their mask tokens, to choose before masks are computed."""
+        """Decode P prompt sets up to their mask tokens, to choose before masks are computed.
+
+        Raises:
+            ValueError: prompts have a wrong shape, dtype or value (see `Prompts.check`).
+        """
+        prompts.check(len(features), self.mask_shape)
         with self.autocast():
             return self.model.decode(features, prompts)
 

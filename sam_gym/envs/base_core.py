@@ -570,9 +570,10 @@ class BaseCore(Generic[C, T]):
     def frame_width(self) -> int:
         """Width of all frames: that of the dataset's first image, `FRAME_HEIGHT` pixels high.
 
-        At most three times as wide or high as the other side.
+        At most three times as wide or high as the other side, and even, as video encoders want it.
         """
         width = _drawn_width(self.dataset[0].image)
+        width += width % 2
         return min(max(width, FRAME_HEIGHT // 3), 3 * FRAME_HEIGHT)
 
     def frame(self, env_index: int) -> np.ndarray:

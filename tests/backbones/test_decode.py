@@ -283,6 +283,8 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"labels": [[1]]}, "labels must be a tensor, got list"),
+        ({"points": np.zeros((1, 1, 2))}, "points must be a tensor, got ndarray"),
         ({"labels": torch.tensor([[2]])}, r"labels must be 1 \(foreground\), 0 .*got 2"),
         ({"labels": torch.tensor([[-3]])}, "no point.*got -3"),
         ({"labels": torch.tensor([[1.0]])}, "labels must be integers, got torch.float32"),
@@ -322,3 +324,5 @@ def test_prompts_with_impossible_values_are_refused(
         tiny.decode(features, replace(valid, labels=torch.tensor([[label]])))
     with pytest.raises(ValueError, match=message):
         tiny.decode(features, replace(valid, **changes))
+    with pytest.raises(ValueError, match=message):
+        tiny.decode_tokens(features, replace(valid, **changes))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import AddRenderObservation
+from PIL import Image
 
 from agents.ppo.vec_env import VectorEnvAdaptor
 from sam_gym import ENVIRONMENTS
@@ -132,3 +133,16 @@ def test_letterbox_centres() -> None:
     assert (frame[1:3] == 9).all() and not frame[[0, 3]].any()
     np.testing.assert_array_equal(letterbox(picture, 2, 4), picture)
     assert letterbox(picture, 1, 2).tolist() == [[[9] * 3] * 2]
+
+
+def test_widths_are_even_for_video_encoders(tmp_path: Path, tiny_env: dict[str, Any]) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        Image.new("L" if folder == "masks" else "RGB", (161, 120), 255).save(
+            tmp_path / folder / "a.png"
+        )
+    settings = tiny_env | {"dataset": "folder", "data": str(tmp_path), "dataset_kwargs": {}}
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ["a"], "val": [], "test": []}))
+    env = gym.make("SamSeg-v0", render_mode="rgb_array", **settings)
+    env.reset(seed=0)
+    assert env.render().shape == (HEIGHT, 516, 3)  # not 515

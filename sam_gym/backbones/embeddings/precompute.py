@@ -111,16 +111,20 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
     counts = {"encoded": 0, "found": 0}
     waiting: list[tuple[bytes, Sample]] = []
 
+    def check_written() -> None:
+        if disk.failure is not None:
+            raise OSError(f"{disk.folder}: {disk.failure}. Free some space, or pass --folder.")
+
     def encode() -> None:
         features = backbone.encode([sample.image for _, sample in waiting]).split(1)
         for (key, sample), own in zip(waiting, features, strict=True):
             with _naming(sample):
                 disk.put(key, own)
-        if disk.failure is not None:
-            raise OSError(f"{disk.folder}: {disk.failure}. Free some space, or pass --folder.")
+        check_written()
         counts["encoded"] += len(waiting)
         waiting.clear()
 
+    check_written()
     for number in track(numbers, "encoding"):
         sample = dataset[number]
         with _naming(sample):
