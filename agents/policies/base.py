@@ -220,10 +220,18 @@ class SamPolicy(ActorCriticPolicy):
 
     def extract_features(self, obs: PyTorchObs, features_extractor: Any = None) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16-mixed"):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                features = checkpoint(self.features_extractor, obs, use_reentrant=False)
-            else:
-                features = self.features_extractor(obs)
+            try:
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    features = checkpoint(self.features_extractor, obs, use_reentrant=False)
+                else:
+                    features = self.features_extractor(obs)
+            except KeyError as error:
+                if error.args[0] not in cast(gym.spaces.Dict, self.observation_space).spaces:
+                    raise
+                raise ValueError(
+                    f"The policy needs {error.args[0]!r}, which is not in the observation "
+                    f"({', '.join(cast(Any, obs))}). Make the environment as it was in training."
+                ) from error
         return cast(Tensor, features).float()
 
     def _choice_logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:

@@ -150,6 +150,6 @@ def _rebuilt(path: Path, data: dict[str, Any], device: str) -> SamPolicy:
             f"{own[reduce].shape[1]}. Policies on HQ backbones and adapters with a "
             "router, where further features used to be channels, must be trained again"
         )
-    check_finite(weights, "policy")
-    policy.load_state_dict(weights)
+    policy.load_state_dict(weights)  # checks the shapes, which a small file can claim to be huge
+    check_finite(policy.state_dict(), "policy")
     return policy.to(resolve_device(device))

@@ -19,6 +19,7 @@ from sam_gym.backbones.service import DTYPES, Backbone
 from sam_gym.backbones.spec import BACKBONES, HUB_PREFIX, BackboneSpec
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.shared import SharedObjects
+from sam_gym.utils.training import check_unpacked
 from sam_gym.utils.weights import check_finite
 
 #: Keys under which training frameworks save a state dict in a checkpoint.
@@ -176,7 +177,9 @@ def _read_torch(path: Path) -> Any:
 
     Raises:
         UnpicklingError: the file names functions of Python's own library.
+        ValueError: it would unpack to more than its size.
     """
+    check_unpacked(path)
     try:
         return _load_plain(path)
     except pickle.UnpicklingError:

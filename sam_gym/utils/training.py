@@ -164,15 +164,20 @@ def read_state(file: Path | BytesIO, device: torch.device | str = "cpu") -> Any:
         ValueError: it would unpack to more.
         Exception: of many kinds, where the file is damaged.
     """
+    check_unpacked(file)
+    if isinstance(file, BytesIO):
+        file.seek(0)
+    return torch.load(file, map_location=device, weights_only=True)
+
+
+def check_unpacked(file: Path | BytesIO) -> None:
+    """Raise `ValueError` if a file of `torch.save` would unpack to more than its size."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
         size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
         if unpacked > size:  # torch.save compresses nothing
             raise ValueError(f"{size:,} bytes that unpack to {unpacked:,}")
-    if isinstance(file, BytesIO):
-        file.seek(0)
-    return torch.load(file, map_location=device, weights_only=True)
 
 
 def save_half(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -446,6 +446,10 @@ def test_observations_that_a_policy_cannot_read_are_refused(saved: Callable[...,
         policy.predict({"pixels": np.zeros(3)})
     with pytest.raises(ValueError, match=r"shape \(32, 4, 4\), got \(256, 64, 64\)"):
         policy.predict({"sam_image_embeddings": np.zeros((256, 64, 64), np.float32)})
+    with pytest.raises(
+        ValueError, match=r"needs 'sam_pred_mask_prob', .* \(sam_image_embeddings\)"
+    ):
+        policy.predict({"sam_image_embeddings": np.zeros((32, 4, 4), np.float32)})
 
 
 def test_a_policy_is_read_from_its_file_each_time(saved: Callable[..., Path]) -> None:

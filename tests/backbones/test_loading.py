@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -423,6 +424,19 @@ def test_shipped_weights(shipped: Backbone) -> None:
     assert shipped.name == "micro" and not shipped.sam.training
     assert 0 < BACKBONES.get("micro").megabytes < 16
     assert all(torch.isfinite(value).all() for value in shipped.sam.state_dict().values())
+
+
+def test_checkpoints_unpack_to_no_more_than_their_size(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(100_000)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as old,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert loading.read_weights(tmp_path / "plain.pth")["x"].shape == (100_000,)
+    with pytest.raises(ValueError, match=r"packed\.pth: not a readable .* bytes that unpack to 40"):
+        loading.read_weights(tmp_path / "packed.pth")
 
 
 def test_a_fork_of_a_process_with_cuda_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

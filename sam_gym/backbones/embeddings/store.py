@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,6 +20,9 @@ from sam_gym.utils.digest import image_digest
 
 #: Handles travel through float32 observations, which hold integers exactly below this.
 MAX_HANDLES = 2**24
+
+#: Numbers of handles; no two stores of a process share one.
+_numbers = itertools.count()
 
 #: Computes one more feature of images uint8 (H, W, 3): floating (B, ...).
 ComputeFeature = Callable[[Sequence[np.ndarray]], Tensor]
@@ -63,7 +67,6 @@ class EmbeddingStore:
         self._rows: dict[int, int] = {}
         #: The same as a tensor on the device, int32; -1: not in memory.
         self._row_of = torch.full((64,), -1, dtype=torch.int32, device=source.device)
-        self._next_handle = 0
         self._free: list[int] = []
         self._pins: dict[int, int] = {}
         self._epoch: set[int] | None = None
@@ -201,19 +204,19 @@ class EmbeddingStore:
 
     @overload
     def gather(
-        self, handles: Tensor, name: None = None, *, check: bool = True
+        self, handles: Tensor | np.ndarray, name: None = None, *, check: bool = True
     ) -> ImageFeatures: ...
 
     @overload
-    def gather(self, handles: Tensor, name: str, *, check: bool = True) -> Tensor: ...
+    def gather(self, handles: Tensor | np.ndarray, name: str, *, check: bool = True) -> Tensor: ...
 
     def gather(
-        self, handles: Tensor, name: str | None = None, *, check: bool = True
+        self, handles: Tensor | np.ndarray, name: str | None = None, *, check: bool = True
     ) -> ImageFeatures | Tensor:
         """Features of integer handles (B,), on the device.
 
         Args:
-            handles: of images that are in memory.
+            handles: of images that are in memory, int (B,).
             name: return only this feature, of the backbone or a registered one: (B, ...).
             check: make sure that no handle is stale, which waits for the device. Only a caller that
                 has pinned the images may pass False.
@@ -222,6 +225,7 @@ class EmbeddingStore:
             KeyError: no such feature was registered before these images were acquired.
             ValueError: a handle is stale, or was never one.
         """
+        handles = torch.as_tensor(handles)
         numbers = handles.to(self.source.device, torch.long)
         if not check:
             index = self._row_of[numbers]
@@ -237,10 +241,12 @@ class EmbeddingStore:
             if (index < 0).any():
                 stale = numbers[index < 0].tolist()
                 raise ValueError(
-                    f"{len(stale)} of {len(numbers)} handles are stale (first: {stale[0]}): the "
+                    f"{len(stale)} of {numbers.numel()} handles are stale (first: {stale[0]}): the "
                     "embedding store has evicted their images. Call store.pin_new_epoch() before "
                     "each rollout (env.unwrapped.core.store), or raise the store's bound (now "
-                    f"{self.max_bytes / 2**30:.2f} GiB; environments: store_gib=)."
+                    f"{self.max_bytes / 2**30:.2f} GiB; environments: store_gib=). Handles of an "
+                    "environment with another backbone, adapter, device or dtype are in another "
+                    "store."
                 )
         if name is None:
             return self._table[index]
@@ -289,10 +295,10 @@ class EmbeddingStore:
 
     def _new_handle(self) -> int:
         """Return a number that was not used before, as long as there is one."""
-        while self._next_handle in self._rows:
-            self._next_handle = (self._next_handle + 1) % MAX_HANDLES
-        handle, self._next_handle = self._next_handle, (self._next_handle + 1) % MAX_HANDLES
-        if handle >= len(self._row_of):
+        handle = next(_numbers) % MAX_HANDLES
+        while handle in self._rows:
+            handle = next(_numbers) % MAX_HANDLES
+        while handle >= len(self._row_of):
             self._row_of = torch.cat([self._row_of, torch.full_like(self._row_of, -1)])
         return handle
 

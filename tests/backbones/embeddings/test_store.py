@@ -105,10 +105,19 @@ def test_stale_handles_are_refused(tiny: Backbone) -> None:
     assert again != first
     assert_holds(store, again, 1)
     store.gather(torch.tensor([again, third], dtype=torch.float32))  # as SB3 hands them over
+    store.gather(np.array([again, third], np.int32))  # as environments return them
     with pytest.raises(
         ValueError, match=r"whole numbers, got \[0\.5.*norm_obs_keys without 'handle'"
     ):
         store.gather(torch.tensor([0.5, 1.0]))
+
+
+def test_handles_of_another_store_are_refused(tiny: Backbone) -> None:
+    stores = make_store(tiny, 2), make_store(tiny, 2)
+    handles = [store.acquire([picture(n)])[0] for n, store in enumerate(stores)]
+    assert_holds(stores[1], handles[1], 1)
+    with pytest.raises(ValueError, match=r"handles are stale.*another backbone.*another store"):
+        stores[1].gather(torch.tensor(handles[:1]))
 
 
 def test_numbers_start_again_without_meeting_an_image_in_memory(
@@ -211,7 +220,7 @@ def test_capacity_is_a_bound(tiny: Backbone) -> None:
     store = make_store(tiny, 70)
     handles = touch(store, *range(200))
     assert len(store) == 70 and len(store._table) == 70
-    assert handles == list(range(200))
+    assert handles == list(range(handles[0], handles[0] + 200))
 
 
 def test_capacity_has_limits(tiny: Backbone) -> None:
