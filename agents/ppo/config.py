@@ -269,7 +269,13 @@ def read_config(args: Sequence[str] | None = None) -> TrainPPOConfig:
             raise ValueError("--config needs a name or the path of a YAML file.")
         path = _config_path(rest[at + 1])
         del rest[at : at + 2]
-        contents.append((str(path), with_present_names(_read_yaml(path), str(path))))
+        content = _read_yaml(path)
+        if any(isinstance(value, dict) and "n_timesteps" in value for value in content.values()):
+            raise ValueError(
+                f"{path}: a file of RL Zoo, with options by environment. Pass it to rl_zoo3.train "
+                "(--conf-file), or write this command's options (--help) at the top level."
+            )
+        contents.append((str(path), with_present_names(content, str(path))))
     default = TrainPPOConfig()
     envs = [str(content["env"]) for _, content in contents if "env" in content]
     env = env_of(rest) or (envs[-1] if envs else default.env)

@@ -78,10 +78,12 @@ def write_report(
 
     count = config.seeds * max(1, len(config.orders))
     quick = "" if config.full else "Quick setting: few seeds, short training. "
+    domains = report.counted(len(stream), "domain")
+    if len(stream) > 1:
+        domains += " one after the other"
     page = report.Page(
         "Continual adaptation of a Segment Anything Model",
-        f"{quick}{report.counted(len(stream), 'domain')} one after the other; held-out objects (of "
-        f"{summary['split']}) prompted by {prompt}; "
+        f"{quick}{domains}; held-out objects (of {summary['split']}) prompted by {prompt}; "
         f"{report.over_runs(count, ' of each method')}, in %.",
     )
     page.cards(_headlines(summary))
@@ -148,7 +150,7 @@ def _shown(number: Mapping[str, float] | None) -> str:
     if number is None:
         return ""
     deviation = f" ± {number['std']:.1f}" if number["std"] else ""
-    return f"{number['mean']:.1f}{deviation}"
+    return f"{number['mean']:z.1f}{deviation}"
 
 
 def _cells(summary: Mapping[str, Any]) -> list[list[str]]:

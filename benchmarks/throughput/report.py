@@ -66,7 +66,7 @@ def write_report(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path)
     )
     page.cards(
         {
-            f"env steps per second, {middle} envs": (
+            f"env steps per second, {report.counted(int(middle), 'env')}": (
                 f"{measured['cached']['vector_steps_per_second']:.0f}"
             ),
             "speed-up over reference, cached": f"{measured['cached']['speedup_vs_reference']:.1f}",
@@ -80,15 +80,17 @@ def write_report(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path)
         "encodes at every reset, copies the embedding into every observation, and scores at image "
         "size. Scalar: a Python loop over scalar environments of this package. Cached: images "
         "encoded before, as most are in training. Fresh: new images, so that every episode of "
-        f"{settings['max_steps']} steps includes generating and encoding one. The step that ends "
-        f"an episode includes its reset. Medians of {settings['repeats']} repeats of "
-        f"{settings['steps']} steps."
+        f"{report.counted(settings['max_steps'], 'step')} includes generating and encoding one. "
+        "The step that ends an episode includes its reset. Medians of "
+        f"{report.counted(settings['repeats'], 'repeat')} of "
+        f"{report.counted(settings['steps'], 'step')}."
     )
     page.plot(speed_file, "environment steps per second by number of environments")
     page.heading("Growth of the step time")
     page.plot(growth_file, "milliseconds per vector step by environments and by images seen")
     page.text(_growth_caption(summary))
-    page.heading(f"Time of a vector step of {middle} environments by phase")
+    environments = report.counted(int(middle), "environment")
+    page.heading(f"Time of a vector step of {environments} by phase")
     page.plot(phase_file, "milliseconds per vector step by phase")
     page.table(
         ("phase", "cached, ms", "fresh, ms"),

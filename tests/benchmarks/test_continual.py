@@ -13,6 +13,7 @@ from segment_anything.modeling import Sam
 from adaptation.strategy import Strategy
 from benchmarks.continual.benchmark import jobs_of, spread
 from benchmarks.continual.config import BEYOND, PAPER, ContinualBenchmarkConfig, with_defaults
+from benchmarks.continual.report import _shown
 from benchmarks.run import main
 
 NUMBERS = ("last_iou", "avg_iou", "ff_iou", "last_biou", "avg_biou", "ff_biou", "forward_iou")
@@ -29,6 +30,11 @@ def arguments(
         *("--domains", "cells,vessels", "--steps", "2", "--batch-size", "2", "--views", "1"),
         *("--max-images", "2", "--objects-per-image", "2", "--selector-steps", "2"),
     ]
+
+
+def test_numbers_that_round_to_zero_have_no_sign() -> None:
+    assert _shown({"mean": -0.04, "std": 0.0}) == "0.0"
+    assert _shown({"mean": -0.06, "std": 0.5}) == "-0.1 ± 0.5"
 
 
 def test_the_benchmark_writes_its_report(arguments: list[str], tmp_path: Path) -> None:

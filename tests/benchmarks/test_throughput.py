@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import report
 from benchmarks.run import main
 from benchmarks.throughput import playing
 from benchmarks.throughput.benchmark import growth, linear_fit
@@ -117,6 +118,7 @@ def test_writes_numbers_table_and_page(micro_checkpoint: str, tmp_path: Path) ->
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "Over 24 fresh images, of which the embedding store holds 6" in page
+    assert f"Medians of {report.counted(results['settings']['repeats'], 'repeat')} of" in page
     for plot in ("speed.png", "phases.png", "growth.png"):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
 

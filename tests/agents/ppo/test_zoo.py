@@ -3,19 +3,27 @@
 import importlib
 from pathlib import Path
 
+import pytest
 import yaml
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 
 import agents
 import sam_gym  # noqa: F401
+from agents.ppo.config import read_config
 from sam_gym.backbones import Backbone
 from sam_gym.data.synthetic.scenes import Scenes
 
+ZOO = Path(agents.__file__).parent / "zoo" / "ppo.yml"
+
+
+def test_it_is_no_config_of_train_ppo() -> None:
+    with pytest.raises(ValueError, match=r"ppo.yml: a file of RL Zoo.*rl_zoo3.train"):
+        read_config(["--config", str(ZOO)])
+
 
 def test_a_policy_is_made_and_learns(shipped: Backbone) -> None:
-    path = Path(agents.__file__).parent / "zoo" / "ppo.yml"
-    settings = yaml.safe_load(path.read_text())["SamSeg-v0"]
+    settings = yaml.safe_load(ZOO.read_text())["SamSeg-v0"]
     features = settings["policy_kwargs"]["features"]
     # The policy knows categories by their numbers, so their order counts.
     assert tuple(features["categories"]) == Scenes.categories
