@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -28,6 +29,12 @@ class SharedObjects(Generic[T]):
 
     def __init__(self) -> None:
         self._held: dict[Hashable, tuple[Any, T]] = {}
+        self._lock = threading.Lock()
+        if hasattr(os, "register_at_fork"):
+            # A thread that loads while another forks does not exist in the forked process.
+            os.register_at_fork(after_in_child=self._unlock)
+
+    def _unlock(self) -> None:
         self._lock = threading.Lock()
 
     def get(self, arguments: Hashable, files: Sequence[Path], make: Callable[[], T]) -> T:

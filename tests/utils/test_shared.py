@@ -1,5 +1,6 @@
 """Objects that are shared within a process."""
 
+import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,22 @@ def test_an_object_lasts_until_its_files_change(tmp_path: Path) -> None:
         get()
     path.write_text("two")
     assert get().identity == "two"
+
+
+@pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork"
+)
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_can_be_forked_while_a_thread_loads(tmp_path: Path) -> None:
+    shared: SharedObjects[Read] = SharedObjects()
+    child = multiprocessing.get_context("fork").Process(
+        target=shared.get, args=(0, [], lambda: Read("loaded"))
+    )
+    with shared._lock:  # as a thread that loads holds it
+        child.start()
+        child.join(timeout=20)
+        child.kill()
+    assert child.exitcode == 0
 
 
 def test_a_folder_changes_with_its_files(tmp_path: Path) -> None:
