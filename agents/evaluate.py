@@ -21,11 +21,12 @@ from agents.baselines import Agent
 from agents.curves import plot_iou_after_steps
 from agents.policies.base import SamPolicy, StoredFeatures
 from agents.policies.saved import SHIPPED, load_policy
-from agents.ppo.config import env_of
+from agents.ppo.config import env_of, with_present_names
 from agents.ppo.vec_env import make_vector_env
 from agents.sharing.pull import local_policy
 from agents.sharing.repository import POLICY, PREFIX, RESULTS
 from agents.tasks import check_plays, names_by_environment, task_of
+from sam_gym.data.base import Dataset
 from sam_gym.data.splits import check_held_out
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.click import SamSegConfig
@@ -377,6 +378,22 @@ def load_agent(
     return PolicyAgent.load(policy, device)
 
 
+def training_images(policy: str) -> Dataset | None:
+    """Open the training images that results.json beside a policy names.
+
+    Returns:
+        The images; None if there is no such file, or they cannot be opened here.
+    """
+    path = Path(policy).with_name(RESULTS)
+    if policy.startswith(PREFIX) or not path.is_file():
+        return None
+    try:
+        run = with_present_names(json.loads(path.read_text())["config"], str(path))
+        return task_of(run["env"]).config_class(**run["env_config"]).open_dataset()
+    except (LookupError, TypeError, ValueError, OSError):
+        return None
+
+
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line."""
     given = sys.argv[1:] if args is None else list(args)
@@ -392,7 +409,12 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     agent = load_agent(config.policy, config.seed, env_config.device, env_id)
     trained_on_other_data = config.policy in (*task.baselines.names(), *SHIPPED)
     if not trained_on_other_data or env_config.adapter is not None:
-        check_held_out(env_config.open_dataset(), env_config.split)
+        dataset = env_config.open_dataset()
+        train = training_images(config.policy)
+        if train is None or env_config.adapter is not None:
+            check_held_out(dataset, env_config.split)
+        if train is not None:
+            check_held_out(dataset, env_config.split, train)
     out = make_folder(config.folder)
     counts: dict[str, Any] = {"episodes": config.episodes, "num_envs": config.num_envs}
     result = evaluate(agent, env_config, env_id=env_id, seed=config.seed, **counts)

@@ -19,7 +19,7 @@ from agents.ppo.config import with_present_names
 from benchmarks import report
 from benchmarks.options import OutputOptions, provenance
 from sam_gym.data.io import OnError
-from sam_gym.data.splits import check_held_out
+from sam_gym.data.splits import ALL, check_held_out
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95, with_interval
 from sam_gym.utils.plots import new_plot, save_figure
@@ -175,7 +175,9 @@ def read_run(folder: Path, config: AgentsBenchmarkConfig) -> tuple[SamSegConfig,
     if config.on_error is not None:
         held_out["on_error"] = config.on_error
     env_config = SamSegConfig(**own | held_out | {"device": config.device})
-    check_held_out(env_config.open_dataset(), env_config.split)
+    # By its own options, the other splits hold none of its training images.
+    train = SamSegConfig(**own).open_dataset() if config.split == ALL else None
+    check_held_out(env_config.open_dataset(), env_config.split, train)
     return env_config, policy
 
 

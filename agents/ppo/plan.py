@@ -8,7 +8,7 @@ from agents.policies import POLICIES
 from agents.ppo.config import TrainPPOConfig
 from agents.ppo.stages import Stages
 from agents.tasks import Task, task_of
-from sam_gym.data.splits import check_held_out, shared_images
+from sam_gym.data.splits import check_held_out, copied_images, shared_images
 from sam_gym.data.streams import Stream
 from sam_gym.envs.base_core import EnvConfig
 
@@ -24,8 +24,8 @@ class Plan:
         validation: env config of the evaluations during training.
         held_out: env config of the final evaluation.
         stream: the domains, held so that no environment opens them again; None without.
-        shared_images: number of training images among those of the final evaluation; 0 unless that
-            is asked for on the training split.
+        shared_images: number of training images, or copies of them, among those of the final
+            evaluation.
     """
 
     config: TrainPPOConfig
@@ -62,7 +62,7 @@ class Plan:
                 )
             images = own.open_dataset()
             check_held_out(images, own.split, train)
-            shared = shared_images(train, images)
+            shared = shared_images(train, images) + copied_images(train, images)
         plan = cls(config, task, training, validation, held_out, stream, shared)
         if plan.stages is not None:
             plan.stages.validate()

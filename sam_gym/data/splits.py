@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
+from collections import defaultdict
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from sam_gym.data.base import SPLITS, Dataset, Unsplit
+from sam_gym.data.io import flag
+from sam_gym.utils.digest import file_digest
 from sam_gym.utils.registry import check_choice
 
 #: The split that holds every image, of data that comes without splits.
@@ -40,10 +45,10 @@ def seeded_part(names: Collection[str], split: str, seed: Any, where: str) -> se
     if not part:
         fits = (s for s in range(1000) if len({_split_of(name, s) for name in names}) == 3)
         other = next(fits, None)
-        advice = f"Pass split_seed={other}, or list" if other is not None else "Add images, or list"
+        passed = f"Pass {flag('split_seed', str(other))}" if other is not None else "Add images"
         raise ValueError(
             f"{where}: split_seed={seed} puts none of the {len(names)} images into {split!r}. "
-            f"{advice} the images of each split in files of your own."
+            f"{passed}, or list the images of each split in files of your own."
         )
     return part
 
@@ -55,7 +60,7 @@ def _split_of(name: str, seed: int) -> str:
 
 
 def check_held_out(held_out: Dataset, split: str, train: Dataset | None = None) -> None:
-    """Raise `ValueError` if images to report results on are training images.
+    """Raise `ValueError` if images to report results on are training images; warn of copies.
 
     Everything that reports on held-out data asks this, before work starts. Results on the split
     "train" are labelled as such, and pass.
@@ -88,21 +93,44 @@ def check_held_out(held_out: Dataset, split: str, train: Dataset | None = None) 
                 "another split than the results are for."
             )
         raise ValueError(f"{unsplit.reason}, so {count}. {unsplit.remedy}; or {by_seed}.")
+    elif copied := copied_images(train, held_out):
+        warnings.warn(
+            f"{held_out.name}: {copied} of {len(held_out)} images of split {split!r} are copies of "
+            "training images, so results on them are no held-out results. Remove them from one of "
+            "the splits.",
+            stacklevel=2,
+        )
 
 
 def shared_images(train: Dataset, other: Dataset) -> int:
     """Return the number of image files of a dataset that are also in the training data.
 
-    Files are compared, not paths, so links to the same file count. Datasets without files share no
-    image.
+    Files are compared, not paths, so links to the same file count, and copies do not. Datasets
+    without files share no image.
     """
+    return len(_identities(train).keys() & _identities(other).keys())
+
+
+def copied_images(train: Dataset, other: Dataset) -> int:
+    """Return the number of image files of a dataset that are copies of training images' files."""
     trained, files = _identities(train), _identities(other)
-    return len(trained & files)
+    by_size: dict[int, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for side, (one, another) in enumerate(((trained, files), (files, trained))):
+        for identity in one.keys() - another.keys():
+            size, path = one[identity]
+            by_size[size][side].append(path)
+    copied = 0
+    for originals, others in by_size.values():
+        if originals and others:
+            known = {file_digest(Path(path)) for path in originals}
+            copied += sum(file_digest(Path(path)) in known for path in others)
+    return copied
 
 
-def _identities(dataset: Dataset) -> set[tuple[int, int]]:
-    found = set()
+def _identities(dataset: Dataset) -> dict[tuple[int, int], tuple[int, str]]:
+    """Return size and path of the image files of a dataset, without links to the same file."""
+    found = {}
     for path in getattr(dataset, "files", ()):
         status = os.stat(path)
-        found.add((status.st_dev, status.st_ino))
+        found[status.st_dev, status.st_ino] = status.st_size, path
     return found

@@ -32,6 +32,7 @@ from agents.evaluate import (
     load_agent,
     main,
     policy_help,
+    training_images,
 )
 from agents.policies import POLICIES
 from agents.policies import saved as saved_policies
@@ -353,6 +354,29 @@ def test_a_trained_agent_does_not_play_images_that_may_be_training_images(
     main([*arguments, *options, "split_seed", "1", "--policy", str(policy)])
     main([*unsplit, "--policy", str(policy), "--split", "all", "--overwrite"])
     main([*unsplit, "--policy", "random", "--overwrite"])
+
+
+def test_images_that_a_policy_was_trained_on_are_known_from_its_run(
+    saved: Callable[..., Path], tiny_env: dict[str, Any], squares: Path, tmp_path: Path
+) -> None:
+    policy = saved()
+    trained = {"dataset": "coco", "data": str(squares)}
+    trained["dataset_kwargs"] = {"annotations": str(squares / "all.json"), "split_seed": 1}
+    run = {"env": "SamSeg-v0", "env_config": trained}
+    (policy.parent / "results.json").write_text(json.dumps({"config": run}))
+    arguments = ["--policy", str(policy), "--dataset", "coco", "--data", str(squares)]
+    arguments += ["--backbone", "tiny", "--checkpoint", tiny_env["checkpoint"], "--device", "cpu"]
+    arguments += ["--episodes", "2", "--num-envs", "2", "--out", str(tmp_path / "out")]
+    arguments += ["--dataset-kwargs", "annotations", str(squares / "all.json")]
+    for options in (["split_seed", "2"], ["split_seed", "1", "--split", "all"], ["--split", "all"]):
+        with pytest.raises(ValueError, match=r"images of split '(test|all)' are training images"):
+            main([*arguments, *options])
+    assert not (tmp_path / "out").exists()
+    main([*arguments, "split_seed", "1"])
+    # Of a run whose images are not here, nothing is known.
+    trained["data"] = str(tmp_path / "gone")
+    (policy.parent / "results.json").write_text(json.dumps({"config": run}))
+    assert training_images(str(policy)) is None
 
 
 def test_help_lists_the_tables(capsys: pytest.CaptureFixture[str]) -> None:

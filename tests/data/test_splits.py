@@ -10,7 +10,7 @@ import pytest
 
 from sam_gym.data import Dataset, make_dataset
 from sam_gym.data.base import SPLITS
-from sam_gym.data.splits import check_held_out, seeded_part, shared_images
+from sam_gym.data.splits import check_held_out, copied_images, seeded_part, shared_images
 from sam_gym.data.streams import Domain, dataset_stream
 
 NAMES = [f"{i}.jpg" for i in range(1000)]
@@ -45,7 +45,7 @@ def test_a_seed_that_leaves_a_split_empty_names_one_that_does_not() -> None:
     with pytest.raises(ValueError, match=r"here: split_seed=0 puts none of the 4 images") as error:
         for split in SPLITS:
             seeded_part(NAMES[:4], split, 0, "here")
-    other = int(str(error.value).partition("Pass split_seed=")[2].partition(",")[0])
+    other = int(str(error.value).partition("Pass split_seed=")[2].partition(" ")[0])
     assert all(seeded_part(NAMES[:4], split, other, "here") for split in SPLITS)
     with pytest.raises(ValueError, match=r"none of the 2 images into '(val|test)'\. Add images"):
         for split in SPLITS:
@@ -110,6 +110,20 @@ def test_a_seed_is_for_data_without_splits(squares: Path) -> None:
         opened(squares, "folder", "train", split_seed=0)
     assert len(opened(squares, "folder", "all")) == 12
     assert opened(squares, "folder", "test").unsplit is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_copies_of_training_images_are_told(squares: Path) -> None:
+    lists: dict[str, list[str]] = {"train": ["0", "1", "2"], "val": ["3"], "test": ["4", "copy"]}
+    for folder in ("images", "masks"):
+        shutil.copy(squares / folder / "1.png", squares / folder / "copy.png")
+    (squares / "splits.json").write_text(json.dumps(lists))
+    train, val, test = (opened(squares, "folder", split) for split in SPLITS)
+    check_held_out(val, "val", train)
+    assert (shared_images(train, test), copied_images(train, test)) == (0, 1)
+    assert copied_images(train, val) == copied_images(train, train) == 0
+    with pytest.warns(UserWarning, match="squares: 1 of 2 images of split 'test' are copies of"):
+        check_held_out(test, "test", train)
 
 
 def test_overlapping_lists(squares: Path) -> None:
