@@ -11,6 +11,7 @@ import torch
 
 from adaptation.options import TrainConfig
 from adaptation.strategy import Strategy
+from sam_gym.utils.text import reason_of
 from sam_gym.utils.training import read_state
 
 #: Settings that change no result, so a run may be resumed with other ones.
@@ -51,7 +52,7 @@ def load_checkpoint(
         state = read_state(path, device)
     except Exception as error:  # a damaged file raises errors of every kind
         raise ValueError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}). Remove the file to "
+            f"{path}: not a readable checkpoint ({reason_of(error)}). Remove the file to "
             "start this method again."
         ) from error
     saved = _with_new_names(state["key"], strategy)

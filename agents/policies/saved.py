@@ -14,6 +14,7 @@ from agents.policies import POLICIES, SamPolicy
 from agents.policies.spaces import space_from_json, space_from_pickle
 from sam_gym.backbones.loading import resolve_device
 from sam_gym.utils.pickles import Call, read_pickle, to_plain
+from sam_gym.utils.text import reason_of
 from sam_gym.utils.training import read_state
 from sam_gym.utils.weights import check_finite
 
@@ -64,7 +65,7 @@ def _entry(path: Path, name: str) -> bytes:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: not a readable policy ({type(error).__name__}: {error}).")
+    return ValueError(f"{path}: not a readable policy ({reason_of(error)}).")
 
 
 def _unpickled(value: Any) -> bytes | None:

@@ -28,6 +28,7 @@ from agents.ppo.encoding import encoded, unpacked
 from agents.ppo.sb3 import progress, rollout_start, set_progress, set_rollout_start
 from agents.ppo.vec_env import VectorEnvAdaptor
 from sam_gym.utils.files import write_atomic
+from sam_gym.utils.text import reason_of
 
 #: Number of checkpoints kept: the newest, and the previous one in case the newest is damaged.
 KEPT = 2
@@ -131,9 +132,8 @@ def _described(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # torch raises errors of many kinds
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{path}: not a checkpoint of train_ppo ({type(error).__name__}: {reason}). Delete it "
+            f"{path}: not a checkpoint of train_ppo ({reason_of(error)}). Delete it "
             "to resume from the checkpoint before it."
         ) from error
 
@@ -296,8 +296,7 @@ class Checkpoint(BaseCallback):
             self._restore(model, state)
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(
-                f"{self.folder}: the checkpoint does not fit this run ({type(error).__name__}: "
-                f"{error})."
+                f"{self.folder}: the checkpoint does not fit this run ({reason_of(error)})."
             ) from error
 
     def _restore(self, model: DistributedPPO, state: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from sam_gym.backbones.service import DTYPES, Backbone
 from sam_gym.backbones.spec import BACKBONES, HUB_PREFIX, BackboneSpec
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.shared import SharedObjects
+from sam_gym.utils.text import reason_of
 from sam_gym.utils.training import check_unpacked
 from sam_gym.utils.weights import check_finite
 
@@ -119,13 +120,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
                 f"{path}: not a readable checkpoint: it holds {named[1]}, and only weights and "
                 f"plain data are read from files. {_SAVE_STATE_DICT}"
             ) from error
-        # Without torch's advice to load the file unsafely.
-        if "TorchScript" in str(error):
-            raise ValueError(f"{path}: a TorchScript archive. {_SAVE_STATE_DICT}") from error
-        kind = type(error).__name__
-        reason = re.split("Weights only load failed|In PyTorch 2.6", str(error))[0].strip()
         raise ValueError(
-            f"{path}: not a readable checkpoint ({': '.join(filter(None, [kind, reason]))}). "
+            f"{path}: not a readable checkpoint ({reason_of(error)}). "
             "The file may be truncated: compare its size with the published one."
         ) from error
     state = next(_state_dicts(content), None)
@@ -177,7 +173,7 @@ def _read_torch(path: Path) -> Any:
 
     Raises:
         UnpicklingError: the file names functions of Python's own library.
-        ValueError: it would unpack to more than its size.
+        ValueError: it would unpack to much more than its size.
     """
     check_unpacked(path)
     try:

@@ -1,9 +1,25 @@
 """Text that is safe to print."""
 
-from sam_gym.utils.text import printable
+import io
+import pickle
+
+import pytest
+import torch
+
+from sam_gym.utils.text import printable, reason_of
 
 
 def test_only_what_cannot_be_shown_is_escaped() -> None:
     for text in ("a b/c.png", "日本 é", "100 % \\"):
         assert printable(text) == text
     assert printable("a\x1b[2J\n\udcff\u202e") == r"a\x1b[2J\n\udcff\u202e"
+
+
+def test_reasons_are_one_line_without_advice_to_load_unsafely() -> None:
+    assert reason_of(RuntimeError("size mismatch:\n\ta is 1,\n\tb is 2")) == (
+        "RuntimeError: size mismatch: a is 1, b is 2"
+    )
+    assert reason_of(EOFError()) == "EOFError"
+    with pytest.raises(pickle.UnpicklingError, match="weights_only` set to `False`") as caught:
+        torch.load(io.BytesIO(b"garbage"), weights_only=True)
+    assert reason_of(caught.value) == "UnpicklingError"
