@@ -139,10 +139,15 @@ def resolve(folder: str, name: object) -> str:
     backslash separates folders, as Windows writes it, unless a file has it in its name.
 
     Raises:
-        Reject: `name` is not a file name, is absolute, contains `..`, or links out of `folder`.
+        Reject: `name` is no file name, cannot be encoded, is absolute, contains `..`, or links out
+            of `folder`.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise Reject("file name is not a non-empty string", f"got {name!r}")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise Reject("file name cannot be encoded", f"got {name!r}") from None
     parts = name.replace("\\", "/").split("/")
     inside = os.path.join(os.path.realpath(folder), "")
     path = os.path.join(folder, name)

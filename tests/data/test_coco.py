@@ -595,6 +595,7 @@ BAD_RECORDS = [
     ("images", 1, {"file_name": None}, "image 12: file name is not a non-empty string"),
     ("images", 1, {"file_name": ""}, "image 12: file name is not a non-empty string"),
     ("images", 1, {"file_name": "a\0b"}, "image 12: file name is not a non-empty string"),
+    ("images", 1, {"file_name": "\ud800.png"}, "image 12: file name cannot be encoded"),
     ("images", 1, {"file_name": "../11.png"}, "image 12: file name leaves its folder"),
     ("images", 1, {"file_name": "..\\11.png"}, "image 12: file name leaves its folder"),
     ("images", 1, {"file_name": "a/../11.png"}, "image 12: file name leaves its folder"),
