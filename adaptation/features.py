@@ -196,7 +196,7 @@ class FeatureBank:
             yield number, self._sample(domain, split, number)
 
     def _rng(self, *words: object) -> np.random.Generator:
-        text = "/".join(map(str, words)).encode()
+        text = "/".join(map(str, words)).encode(errors="backslashreplace")
         return np.random.default_rng([self.seed, *text])
 
     def _augmented(

@@ -22,7 +22,7 @@ from sam_gym.data.io import OnError
 from sam_gym.data.splits import ALL, check_held_out
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95, with_interval
-from sam_gym.utils.plots import new_plot, save_figure
+from sam_gym.utils.plots import literal, new_plot, save_figure
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.settings import Seed, check_settings, real, whole
 
@@ -269,7 +269,7 @@ def plot_agents(path: Path, rows: list[Row]) -> None:
     width = 0.8 / max(len(kinds), 1)
     for row in rows:
         place = groups.index(row.words)
-        label = row.name if place == 0 else "_"
+        label = literal(row.name) if place == 0 else "_"
         if row.name in _REFERENCES:
             colour = _REFERENCES[row.name]
             axes.hlines(row.ious[0], place - 0.45, place + 0.45, colour, "--", label=label)
@@ -278,7 +278,7 @@ def plot_agents(path: Path, rows: list[Row]) -> None:
         x = place + (kind - (len(kinds) - 1) / 2) * width
         axes.bar(x, np.mean(row.ious), 0.9 * width, color=shades[kind % len(shades)], label=label)
         axes.plot([x] * len(row.ious), row.ious, "o", color="black", ms=3)
-    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xticks(range(len(groups)), [literal(group) for group in groups])
     axes.set(ylabel="mean IoU at the end of an episode", ylim=(0, 1))
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=6, frameon=False)
     save_figure(path, figure)

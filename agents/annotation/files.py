@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import posixpath
-import re
 import tempfile
 import unicodedata
 from collections import Counter
@@ -26,6 +25,7 @@ from sam_gym.utils.digest import file_digest, text_digest
 from sam_gym.utils.files import plain, write_atomic
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import save_image
+from sam_gym.utils.text import safe_name
 
 #: Suffixes of images that are not read: formats that Pillow and OpenCV lack, and camera raw files,
 #: of which they would read the thumbnail.
@@ -33,10 +33,6 @@ FOREIGN_SUFFIXES = frozenset(
     ".dcm .exr .fits .heic .heif .hif .jxl .nii .svg .3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq "
     ".kdc .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf .srw .x3f".split()
 )
-#: Characters that some file system refuses in a file name.
-_UNSAFE = re.compile(r'[<>:"\\|?*]')
-#: Maximum length of the name of an overlay in bytes, without the digest and the suffix.
-_MAX_NAME = 200
 _OVERLAY_SUFFIX = ".jpg"
 
 
@@ -353,7 +349,7 @@ def overlay_names(labels: Mapping[Any, str]) -> dict[Any, str]:
     Args:
         labels: key -> text of the name; slashes become "__".
     """
-    safe = {key: _safe_name(label) for key, label in labels.items()}
+    safe = {key: safe_name(label) for key, label in labels.items()}
     taken = Counter(map(_folded, safe.values()))
     names = {}
     for key, name in safe.items():
@@ -361,11 +357,6 @@ def overlay_names(labels: Mapping[Any, str]) -> dict[Any, str]:
             name += "-" + text_digest(repr(key))[:8]
         names[key] = name + _OVERLAY_SUFFIX
     return names
-
-
-def _safe_name(label: str) -> str:
-    name = "".join(c if c.isprintable() else "_" for c in label.replace("/", "__"))
-    return _UNSAFE.sub("_", name).encode()[:_MAX_NAME].decode(errors="ignore")
 
 
 def _folded(name: str) -> str:

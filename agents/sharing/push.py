@@ -72,7 +72,10 @@ def push(config: HubPushConfig) -> str:
     api = HfApi()
     results = run.results | {"config": run.config}
     contents: dict[str, Any] = {name: run.folder / name for name in RUN_FILES}
-    contents |= {CARD: card.encode(), RESULTS: json.dumps(results, indent=2).encode()}
+    contents |= {
+        CARD: card.encode(errors="backslashreplace"),
+        RESULTS: json.dumps(results, indent=2).encode(),
+    }
     _check_target(api, config)
     with hub_errors(config.repo):
         # None leaves the choice to the defaults of the organisation.

@@ -19,6 +19,7 @@ from benchmarks.continual.report import pictures, write_report
 from benchmarks.options import provenance
 from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.data.streams import Stream, low_res_ceiling
+from sam_gym.utils.digest import text_digest
 
 
 def jobs_of(config: ContinualBenchmarkConfig) -> dict[str, tuple[str, str]]:
@@ -89,7 +90,10 @@ def run(config: ContinualBenchmarkConfig) -> dict[str, Any]:
 
 
 def _slug(order: str | None) -> str:
-    return "given" if order is None else order.replace(":", "-").replace(",", "_")[:80]
+    if order is None:
+        return "given"
+    slug = order.replace(":", "-").replace(",", "_")
+    return slug if len(slug) <= 80 else f"{slug[:80]}-{text_digest(order)[:8]}"
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float | None] | None:

@@ -18,6 +18,7 @@ from sam_gym.simulation.clicks import Click
 from sam_gym.simulation.interactive import Target, click_out
 from sam_gym.utils.plots import new_plot, save_figure
 from sam_gym.utils.render import draw_episode, save_image
+from sam_gym.utils.text import safe_name
 
 _SHOWN_CLICKS = (1, 3, 5)
 _FRAME_HEIGHT = 260
@@ -73,7 +74,7 @@ def write_report(
         shown = [r for r in results if r.baseline] or results
         for rank, result in _spread(shown, settings["pictures"]):
             frames = _frames(backbone, samples, result)
-            name = f"{rank:03d}_{result.item.source}_{result.item.instance}".replace("/", "_")
+            name = safe_name(f"{rank:03d}_{result.item.source}_{result.item.instance}")
             save_image(folder / f"{name}.png", frames)
             caption = f"{rank} of {len(shown)}: {result.item.category}, {result.item.source}"
             page.photograph(frames, caption)

@@ -21,6 +21,7 @@ from sam_gym.data.io import (
     whole_number,
 )
 from sam_gym.utils.registry import check_choice
+from sam_gym.utils.text import printable
 
 METADATA = "metadata.json"
 
@@ -75,7 +76,7 @@ class Entities:
         check_choice("split", split, _LISTS)
         if not os.path.isdir(root):
             raise FileNotFoundError(f"{root}: the root folder does not exist. Check the path.")
-        self.name = os.path.basename(os.path.realpath(root))
+        self.name = printable(os.path.basename(os.path.realpath(root)))
         path = os.path.join(root, metadata)
         data = _load(path)
         classes = _classes(path, data.get("entity classes"))

@@ -23,6 +23,7 @@ from sam_gym.data.io import (
 )
 from sam_gym.data.splits import ALL, seeded_part
 from sam_gym.utils.registry import check_choice
+from sam_gym.utils.text import printable
 
 BACKGROUND, IGNORE, OBJECT = 0, 128, 255
 
@@ -79,7 +80,7 @@ class Folder:
     ) -> None:
         check_choice("split", split, (*SPLITS, ALL))
         check_choice("target", target, _TARGETS)
-        self.name = os.path.basename(os.path.realpath(root))
+        self.name = printable(os.path.basename(os.path.realpath(root)))
         self.categories = (category,)
         self._target = target
         self._min_area = min_area

@@ -37,4 +37,5 @@ def file_digest(path: Path) -> str:
 
 def text_digest(*parts: object) -> str:
     """Hex digest of a sequence of values, each as text; 16 characters."""
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
+    text = "\0".join(map(str, parts))
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]

@@ -53,14 +53,17 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> 
 
     Args:
         path: of the file; its folder exists.
-        content: text is encoded as UTF-8.
+        content: text is encoded as UTF-8, lone surrogates as escapes.
         durable: fsync, so that the file survives a power failure.
     """
     unfinished = path.with_name(f"{unfinished_prefix(path.name)}{secrets.token_hex(8)}")
     try:
         # "x" follows no link that somebody else has put there.
         with unfinished.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            # Names of files that are no UTF-8 have lone surrogates: escapes, as JSON's.
+            file.write(
+                content.encode(errors="backslashreplace") if isinstance(content, str) else content
+            )
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
@@ -92,8 +95,7 @@ def _sync_folder(folder: Path) -> None:
 def write_json(path: Path, results: Mapping[str, Any] | Sequence[Any]) -> Path:
     """Write results as JSON; raises the errors of `plain`."""
     text = json.dumps(plain(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    # Names of files that are no UTF-8 have lone surrogates, which only JSON's escapes can hold.
-    return write_atomic(path, text.encode(errors="backslashreplace"))
+    return write_atomic(path, text)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sam_gym.utils.files import write_atomic
+from sam_gym.utils.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,6 +68,7 @@ def plot_matrix(
     stages, domains = scores.shape
     if domains != len(names):
         raise ValueError(f"Expected a name for each of {domains} domains, got {len(names)}.")
+    names, title = [literal(name) for name in names], literal(title)
     side = 0.62
     figure = Figure(figsize=(2.8 + side * domains, 2.0 + side * stages), layout="constrained")
     axes = figure.subplots()
@@ -91,6 +93,11 @@ def plot_matrix(
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label=score, fraction=0.05, shrink=0.9)
     return save_figure(path, figure)
+
+
+def literal(text: str) -> str:
+    """Return a name as matplotlib takes it: dollar signs begin no formula, on one line."""
+    return printable(text).replace("$", r"\$")
 
 
 def save_figure(path: Path, figure: Figure) -> Path:

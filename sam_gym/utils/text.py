@@ -5,6 +5,11 @@ from __future__ import annotations
 import re
 from textwrap import shorten
 
+#: Characters that some file system refuses in a file name.
+_UNSAFE = re.compile(r'[<>:"\\|?*]')
+#: Maximum length of `safe_name` in bytes: leaves room for a digest and a suffix.
+_MAX_NAME = 200
+
 
 def printable(text: str) -> str:
     """Escape what terminals and fonts cannot show: control characters, bytes that are no UTF-8.
@@ -21,3 +26,9 @@ def reason_of(error: Exception) -> str:
     """
     message = re.split("Weights only load failed|In PyTorch 2.6", str(error))[0]
     return ": ".join(filter(None, [type(error).__name__, shorten(message, 600)]))
+
+
+def safe_name(label: str) -> str:
+    """Return a label as a file name that every file system takes; slashes become "__"."""
+    name = "".join(c if c.isprintable() else "_" for c in label.replace("/", "__"))
+    return _UNSAFE.sub("_", name).encode()[:_MAX_NAME].decode(errors="ignore")

@@ -11,7 +11,7 @@ import pytest
 from segment_anything.modeling import Sam
 
 from adaptation.strategy import Strategy
-from benchmarks.continual.benchmark import jobs_of, spread
+from benchmarks.continual.benchmark import _slug, jobs_of, spread
 from benchmarks.continual.config import BEYOND, PAPER, ContinualBenchmarkConfig, with_defaults
 from benchmarks.continual.report import _shown
 from benchmarks.run import main
@@ -30,6 +30,12 @@ def arguments(
         *("--domains", "cells,vessels", "--steps", "2", "--batch-size", "2", "--views", "1"),
         *("--max-images", "2", "--objects-per-image", "2", "--selector-steps", "2"),
     ]
+
+
+def test_long_orders_have_folders_of_their_own() -> None:
+    assert (_slug(None), _slug("random:3"), _slug("a,b")) == ("given", "random-3", "a_b")
+    long = ",".join(["domain"] * 20)
+    assert _slug(long + ",a,b") != _slug(long + ",b,a")
 
 
 def test_numbers_that_round_to_zero_have_no_sign() -> None:

@@ -371,3 +371,8 @@ def test_declared_thinness_is_what_would_be_measured() -> None:
     for domain in make_stream(val_images=4):
         ceiling = low_res_ceiling(domain.split("val"))
         assert domain.thin == (ceiling < THIN_BELOW), (domain.name, ceiling)
+
+
+def test_names_of_domains_are_printable(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a\n\x1b[1m", two_blocks())
+    assert make_stream("folders", str(tmp_path / "a\n\x1b[1m")).names == (r"a\n\x1b[1m",)

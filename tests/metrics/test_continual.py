@@ -55,6 +55,7 @@ def test_what_is_no_such_matrix_is_an_error() -> None:
 
 def test_heat_map(tmp_path: Path) -> None:
     path = plot_matrix(tmp_path / "map.png", HAND, ["a", "b", "c"], "title")
+    plot_matrix(path, HAND, ["$5_$7", "a\nb", "\udcff"], "$_{$", row=None)
     assert path.read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="a name for each of 3 domains, got 2"):
         plot_matrix(tmp_path / "map.png", HAND, ["a", "b"], "title")

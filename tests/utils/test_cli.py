@@ -64,3 +64,10 @@ def test_a_forked_worker_ends_as_usual() -> None:
         assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
 
     cli.run(main)
+
+
+def test_tables_show_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.print_table("title [/x]", ["domain", "[red]"], [["scans [left]", "[/]"]])
+    shown = capsys.readouterr().out
+    for name in ("title [/x]", "[red]", "scans [left]", "[/]"):
+        assert name in shown

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sam_gym.utils.files import write_atomic
+from sam_gym.utils.files import write_atomic, write_csv
 from sam_gym.utils.training import save_state
 
 WRITE = """
@@ -76,3 +76,8 @@ def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
     written, usual = write_atomic(tmp_path / "a", ""), tmp_path / "b"
     usual.touch()
     assert stat.S_IMODE(written.stat().st_mode) == stat.S_IMODE(usual.stat().st_mode)
+
+
+def test_names_that_are_no_utf8_are_written_as_escapes(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", [{"source": os.fsdecode(b"caf\xe9.png")}])
+    assert (tmp_path / "a.csv").read_text() == "source\ncaf\\udce9.png\n"

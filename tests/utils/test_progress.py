@@ -25,6 +25,7 @@ def test_numbers_are_optional() -> None:
     with bar:
         plain = bar.add_task("plain", total=2)
         told = bar.add_task("told", total=2)
-        bar.update(told, completed=1, numbers="IoU 0.5")
+        bar.update(told, completed=1, numbers="IoU 0.5", description="scans [left][/]")
         bar.advance(plain)
     assert "IoU 0.5" in bar.console.file.getvalue()
+    assert "scans [left][/]" in bar.console.file.getvalue()

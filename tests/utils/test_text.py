@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from sam_gym.utils.text import printable, reason_of
+from sam_gym.utils.text import printable, reason_of, safe_name
 
 
 def test_only_what_cannot_be_shown_is_escaped() -> None:
@@ -23,3 +23,9 @@ def test_reasons_are_one_line_without_advice_to_load_unsafely() -> None:
     with pytest.raises(pickle.UnpicklingError, match="weights_only` set to `False`") as caught:
         torch.load(io.BytesIO(b"garbage"), weights_only=True)
     assert reason_of(caught.value) == "UnpicklingError"
+
+
+def test_file_names_are_safe_everywhere() -> None:
+    assert safe_name("scans/day 1.png") == "scans__day 1.png"
+    assert safe_name('a\n\udcff<"b">') == "a____b__"
+    assert len(safe_name("é" * 300).encode()) == 200
