@@ -120,9 +120,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
                 f"{path}: not a readable checkpoint: it holds {named[1]}, and only weights and "
                 f"plain data are read from files. {_SAVE_STATE_DICT}"
             ) from error
+        if "TorchScript" in str(error):
+            raise ValueError(f"{path}: a TorchScript archive. {_SAVE_STATE_DICT}") from error
         raise ValueError(
-            f"{path}: not a readable checkpoint ({reason_of(error)}). "
-            "The file may be truncated: compare its size with the published one."
+            f"{path}: not a readable checkpoint ({reason_of(error)}). The file may be truncated: "
+            "compare its size with the published one."
         ) from error
     state = next(_state_dicts(content), None)
     if state is None and isinstance(content, dict):
