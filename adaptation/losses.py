@@ -76,9 +76,7 @@ def mask_loss(tokens: MaskTokens, targets: Tensor, valid: Tensor, ambiguous: Ten
     return MaskLoss(total, logits[rows, chosen], chosen, ious[rows, chosen])
 
 
-def whole_object_loss(
-    tokens: MaskTokens, targets: Tensor, valid: Tensor, focal_weight: float = 20.0
-) -> MaskLoss:
+def whole_object_loss(tokens: MaskTokens, targets: Tensor, valid: Tensor) -> MaskLoss:
     """Compute the loss of prompts for whole objects (SAOM, arXiv 2403.10780).
 
     Focal and Dice loss train the mask of the highest predicted IoU, which everything mode selects;
@@ -89,7 +87,6 @@ def whole_object_loss(
         tokens: P decoded prompts.
         targets: float32 (P, hm, wm), in [0, 1].
         valid: float32 (P, hm, wm), 1 where a pixel counts.
-        focal_weight: weight of the focal loss relative to Dice; 20 in SAM's training.
     """
     from torchvision.ops import sigmoid_focal_loss
 
@@ -102,7 +99,8 @@ def whole_object_loss(
     ious = low_res_iou(logits.detach(), targets[:, None], valid[:, None])
     iou_loss = (tokens.iou[:, 1:].float() - ious).square().mean(dim=1)
     there = targets.amax(dim=(1, 2)) > 0
-    costs = (focal_weight * focal + dice_costs(chosen, targets, valid)) * there
+    # The weights of SAM's training.
+    costs = (20.0 * focal + dice_costs(chosen, targets, valid)) * there
     total = costs.sum() / there.sum().clamp(min=1) + iou_loss.mean()
     return MaskLoss(total, chosen, 1 + best, ious[rows, best])
 

@@ -80,8 +80,8 @@ class StreamOptions(ReadingOptions):
     """Folders of domains, each with images/, masks/ (or instances/) and splits.json; or the folder
     of a dataset that reads files."""
     dataset_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Further options of a dataset, as pairs of names and values, for example: annotations FILE
-    split_seed 0."""
+    """Further options of a dataset, as pairs of names and values: --dataset-kwargs annotations
+    FILE split_seed 0."""
     domains: str | None = None
     """Comma-separated names of procedural domains (None: all)."""
     stream_seed: Seed = 0

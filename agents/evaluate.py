@@ -21,7 +21,8 @@ from agents.baselines import Agent
 from agents.curves import plot_iou_after_steps
 from agents.policies.base import SamPolicy, StoredFeatures
 from agents.policies.saved import SHIPPED, load_policy
-from agents.ppo.config import env_of, with_present_names
+from agents.ppo.command_line import env_of
+from agents.ppo.config import with_present_names
 from agents.ppo.vec_env import make_vector_env
 from agents.sharing.pull import local_policy
 from agents.sharing.repository import POLICY, PREFIX, RESULTS

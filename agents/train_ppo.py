@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from agents.ppo.config import read_config
+from agents.ppo.command_line import read_config
 from agents.ppo.distributed import recorded
 from agents.ppo.run import train
 from sam_gym.utils import cli

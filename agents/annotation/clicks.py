@@ -3,19 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
-from agents.annotation.folder import AnnotatedItem, Key
-from agents.evaluate import PolicyAgent
+from agents.annotation.folder import AnnotatedItem, FolderConfig, Key
+from agents.baselines.base import TrainedAgent
 from agents.policies import SamPolicy
+from agents.sharing.pull import PolicyOption
 from sam_gym.data import Sample
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.envs.click import ClickCore, ClickTarget, SamSegConfig
 from sam_gym.utils.digest import digest_of
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import draw_episode
+from sam_gym.utils.settings import Count
+
+
+@dataclass(kw_only=True)
+class AnnotateConfig(FolderConfig):
+    """Annotate a folder of images with a trained agent and write COCO JSON.
+
+    The agent segments every category in every image. An annotation has the agent's mask, a
+    `score` (SAM's predicted IoU) and the number of `clicks`. Files that cannot be read are reported
+    and skipped. Run the same command again to resume an interrupted run.
+
+    Example: python -m agents.annotate --policy explicit --images PHOTOS --categories star,ring
+
+    To annotate everything without an agent: `python -m agents.annotate --everything --help`.
+    """
+
+    policy: PolicyOption
+    categories: str
+    """Comma-separated categories to segment."""
+    min_score: float = 0.0
+    """Drop masks of a lower score."""
+    num_envs: Count = 16
+    """Number of masks to segment in parallel."""
+    max_steps: Count | None = None
+    """Actions per mask (None: as in training)."""
+    keep_best: bool = False
+    """Keep the previous mask when a click yields one of lower score."""
 
 
 class _NoDataset:
@@ -57,7 +86,7 @@ class ClickAnnotator:
 
     def __init__(
         self,
-        agent: PolicyAgent,
+        agent: TrainedAgent,
         categories: Sequence[str],
         num_envs: int,
         max_steps: int | None = None,

@@ -22,6 +22,16 @@ class Agent(Protocol):
         ...
 
 
+class TrainedAgent(Agent, Protocol):
+    """An agent that plays a policy.
+
+    Attributes:
+        policy: a `SamPolicy`.
+    """
+
+    policy: Any
+
+
 class Baseline:
     """Base class of agents that learn nothing, with a random generator `rng`."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 
-from agents.baselines.base import Agent
+from agents.baselines.base import Agent, TrainedAgent
 from agents.policies import POLICIES, SamPolicy
 from agents.sharing.markdown import code, one_line
 from sam_gym.data import DATASETS
@@ -20,9 +20,8 @@ from sam_gym.envs.base_core import BaseCore, DatasetConfig, EnvConfig
 from sam_gym.utils.registry import Registry, unknown_name
 
 if TYPE_CHECKING:
-    from agents.annotate import AnnotateConfig
+    from agents.annotation.clicks import AnnotateConfig
     from agents.annotation.folder import Annotator
-    from agents.evaluate import PolicyAgent
     from agents.ppo.config import TrainPPOConfig
     from agents.sharing.run import TrainingRun
 
@@ -242,7 +241,7 @@ class Task:
         return []
 
     def make_annotator(
-        self, agent: PolicyAgent, categories: Sequence[str], config: AnnotateConfig
+        self, agent: TrainedAgent, categories: Sequence[str], config: AnnotateConfig
     ) -> Annotator:
         """Return an annotator that runs a trained agent; needed for "annotate".
 

@@ -16,8 +16,8 @@ class ReadingOptions:
     """Options of reading, whatever names the dataset."""
 
     dataset_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Further options of the dataset or stream, as pairs of names and values, for example: kind
-    night length 2048 (in Python: a dict)."""
+    """Further options of the dataset or stream, as pairs of names and values (in Python, a dict):
+    --dataset-kwargs kind night length 2048."""
     on_error: OnError = "raise"
     """Stop at the first invalid record or file of the dataset, or skip and count them."""
 

@@ -17,7 +17,8 @@ from agents.evaluate import PolicyAgent, evaluate, load_agent
 from agents.policies.base import NEVER
 from agents.policies.everything import EverythingPolicy, PixelShuffleHead
 from agents.ppo.callbacks import PinRolloutsCallback
-from agents.ppo.config import TrainPPOConfig, read_config
+from agents.ppo.command_line import read_config
+from agents.ppo.config import TrainPPOConfig
 from agents.ppo.run import train
 from agents.ppo.vec_env import make_vector_env
 from agents.tasks import task_of

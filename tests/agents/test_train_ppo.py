@@ -8,7 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.evaluate import PolicyAgent
-from agents.ppo.config import TrainPPOConfig, read_config
+from agents.ppo.command_line import read_config
+from agents.ppo.config import TrainPPOConfig
 from agents.ppo.plan import Plan
 from agents.train_ppo import main
 from sam_gym.envs.click import SamSegConfig

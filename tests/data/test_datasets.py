@@ -10,7 +10,7 @@ import tyro
 
 import sam_gym  # noqa: F401 (registers the environments)
 from adaptation.options import StreamOptions
-from agents.ppo.config import read_config
+from agents.ppo.command_line import read_config
 from agents.tasks import task_of
 from benchmarks import pointing
 from benchmarks.everything import benchmark as everything

@@ -15,7 +15,7 @@ from adaptation.options import StreamOptions
 from adaptation.train import AdaptConfig
 from agents.evaluate import EvaluateConfig as EvaluatePolicyConfig
 from agents.ppo.checkpoint import check_same_config
-from agents.ppo.config import read_config
+from agents.ppo.command_line import read_config
 from benchmarks.run import load
 from sam_gym.backbones.embeddings.precompute import PrecomputeConfig
 from sam_gym.backbones.micro.train import TrainMicroConfig

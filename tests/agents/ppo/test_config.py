@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from agents.ppo.config import CONFIGS, TrainPPOConfig, policy_help, read_config
+from agents.ppo.command_line import CONFIGS, policy_help, read_config
+from agents.ppo.config import TrainPPOConfig
 from agents.tasks import TASKS, task_of
 
 

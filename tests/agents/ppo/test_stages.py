@@ -13,7 +13,8 @@ import pytest
 from stable_baselines3.common.utils import LinearSchedule
 
 from agents import evaluate
-from agents.ppo.config import TrainPPOConfig, read_config
+from agents.ppo.command_line import read_config
+from agents.ppo.config import TrainPPOConfig
 from agents.ppo.run import train
 from agents.ppo.stages import PerStageSchedule, Stages, StreamCallback
 from agents.train_ppo import main
