@@ -83,12 +83,12 @@ def box_of(mask: np.ndarray) -> np.ndarray:
 
 
 def low_res_target(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The low-res target that makes the full-size mask most like the object.
+    """Return the low-res target whose upsampled mask is most like the object.
 
-    The fraction of each low-res pixel that the object covers, rescaled so that 0.5 stands at the
-    threshold of the best full-size mask. That is near 0.5 for a compact object and far less for a
-    thin one, which fills half of no pixel: from plain fractions, a decoder would learn an empty
-    mask.
+    It is the fraction of each low-res pixel that the object covers, rescaled so that the threshold
+    of the best full-size mask becomes 0.5. That threshold is near 0.5 for a compact object, but far
+    lower for a thin one, which fills half of no pixel: from plain fractions, a decoder would learn
+    an empty mask.
 
     Args:
         mask: bool (S, S).

@@ -24,7 +24,7 @@ from sam_gym.utils.files import write_json
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.text import printable
 
-#: What is annotated in one go: an image file, followed by whatever tells items of it apart.
+#: Key of an item to annotate: an image file, followed by what distinguishes its items.
 Key = tuple[Any, ...]
 
 

@@ -28,7 +28,7 @@ POLICIES: Registry[type[SamPolicy]] = Registry("policy")
 #: Logit of an impossible action; finite, so that exported policies can be compared.
 NEVER = -1e9
 _COMPUTATION = ("precision", "gradient_checkpointing")
-#: What stands for the image in each form of observations -> its axes.
+#: Observation entry that holds the image -> number of its axes.
 _IMAGE_AXES = {"handle": 1, "sam_image_embeddings": 3}
 
 

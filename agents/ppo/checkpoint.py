@@ -44,8 +44,8 @@ FREE_OPTIONS = (
     *("env_config.data", "env_config.device"),
     *("env_config.cache_mib", "env_config.store_gib", "env_config.disk_gib"),
 )
-#: A state that takes more seconds than this is not taken after every rollout, but once in so many
-#: times its duration.
+#: A state that takes longer than `_SLOW` seconds to collect is not collected after every rollout,
+#: but only once in `_RARELY` times its duration.
 _SLOW, _RARELY = 0.1, 50.0
 #: Options that earlier checkpoints lack -> the value that they stand for.
 ADDED_OPTIONS = {"env_config.on_error": "raise"}

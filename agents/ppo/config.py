@@ -34,7 +34,7 @@ class RunOptions:
     """Environment, policy, output folder and length of the run."""
 
     env: str = "SamSeg-v0"
-    """Environment id; it decides which environment options there are."""
+    """Environment id. It determines the environment options."""
     policy: str = "implicit"
     """Policy name."""
     out: str | None = None

@@ -58,7 +58,7 @@ _SAMPLE_FORMATS = {1: "uint", 2: "int", 3: "float", 4: "uint", 5: "complex int",
 
 
 class Unreadable(ValueError):
-    """What is wrong with an image file, without its name.
+    """A fault of an image file; its text leaves out the name.
 
     Attributes:
         problem: the same text for all such files.

@@ -34,7 +34,7 @@ IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
 
-#: Number of files that a thread checks in one go.
+#: Number of files per task of a checking thread.
 _CHUNK = 16
 
 
@@ -166,7 +166,7 @@ def read_image(path: str, record: str, size: tuple[int, int] | None = None) -> n
     orientation. Annotations may refer to the stored pixels instead: a quarter turn is left out if
     the annotated `size` tells so. Flips and half turns always follow the tag.
 
-    16-bit images whose values fit into 8, 10, 12 or 14 bits are scaled as images of so many bits,
+    16-bit images whose values fit into 8, 10, 12 or 14 bits are scaled as images of that depth,
     with a warning.
 
     Args:

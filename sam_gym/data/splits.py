@@ -68,8 +68,8 @@ def check_held_out(held_out: Dataset, split: str, train: Dataset | None = None) 
     Args:
         held_out: the images to report on.
         split: their split.
-        train: the training images; None if they are not at hand: data without splits is refused,
-            unless all of it is asked for by the split "all".
+        train: the training images; None if they are unknown: data without splits is then refused,
+            unless the split is "all".
     """
     if split == "train":
         return

@@ -355,7 +355,7 @@ class BaseCore(Generic[C, T]):
 
         Args:
             state: of each sub-environment.
-            rngs: the generator of each; left as it was right after the draw.
+            rngs: the generator of each; set to its state right after the draw.
         """
         for i, (row, rng) in enumerate(zip(state, rngs, strict=True)):
             if row["start"] is None:

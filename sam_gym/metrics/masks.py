@@ -84,13 +84,18 @@ def with_interval(mean: float, half: float | None) -> str:
     return f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
-def boundary(mask: np.ndarray) -> np.ndarray:
-    """Return the pixels of a mask, bool (H, W), within a distance of its outline: bool (H, W).
+def boundary(mask: np.ndarray, dilation_ratio: float = 0.02) -> np.ndarray:
+    """Return the pixels of a mask within a distance of its outline: bool (H, W).
 
-    Cheng et al. 2021, "Boundary IoU": the pixels removed by an erosion of 2% of the image diagonal
-    (at least one pixel); the border of the image counts as outline.
+    Cheng et al. 2021, "Boundary IoU": the pixels removed by an erosion of `dilation_ratio` of the
+    image diagonal (at least one pixel); the border of the image counts as outline.
+
+    Args:
+        mask: bool (H, W).
+        dilation_ratio: the distance, as a fraction of the diagonal.
     """
-    reach = max(1, round(0.02 * float(np.hypot(*mask.shape))))
+    height, width = mask.shape
+    reach = max(1, round(dilation_ratio * float(np.hypot(height, width))))
     result = np.zeros_like(mask)
     x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
     if w and h:
@@ -104,7 +109,10 @@ def boundary(mask: np.ndarray) -> np.ndarray:
 
 
 def boundary_iou(
-    prediction: np.ndarray, target: np.ndarray, ignore: np.ndarray | None = None
+    prediction: np.ndarray,
+    target: np.ndarray,
+    ignore: np.ndarray | None = None,
+    dilation_ratio: float = 0.02,
 ) -> float:
     """Return the IoU of the boundaries of two masks (see `boundary`); arguments as for `iou`.
 
@@ -113,4 +121,4 @@ def boundary_iou(
     """
     if ignore is not None:
         prediction, target = prediction & ~ignore, target & ~ignore
-    return iou(boundary(prediction), boundary(target))
+    return iou(boundary(prediction, dilation_ratio), boundary(target, dilation_ratio))
