@@ -386,7 +386,7 @@ def test_help_lists_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: python -m agents.evaluate" in shown and policy_help() in shown
     for _, task in TASKS.items():
         assert ", ".join(task.baselines.names()) in policy_help() and task.env_id in policy_help()
-    assert "kind night length 2048" in shown
+    assert "--dataset-kwargs kind night" in shown
 
 
 def test_a_policy_plays_only_what_it_was_trained_on(

@@ -10,7 +10,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 import agents
 import sam_gym  # noqa: F401
-from agents.ppo.config import read_config
+from agents.ppo.command_line import read_config
 from sam_gym.backbones import Backbone
 from sam_gym.data.synthetic.scenes import Scenes
 
