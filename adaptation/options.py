@@ -57,6 +57,8 @@ class TrainConfig:
     def validate(self) -> None:
         """Raise `ValueError` for an impossible value."""
         check_settings(self)
+        if self.disk == "":
+            raise ValueError("disk is empty: name a folder, or leave it out.")
         if not self.prompts:
             raise ValueError("prompts is empty: name at least one of box, click, clicks5.")
 

@@ -83,6 +83,8 @@ class EnvConfig:
     def validate(self) -> None:
         """Raise `ValueError` for an impossible value."""
         check_settings(self)
+        if self.disk == "":
+            raise ValueError("disk is empty: name a folder, or leave it out.")
         process = multiprocessing.current_process()
         # gymnasium's workers have such names; they need not be daemons.
         if self.obs == "handle" and (process.daemon or process.name.startswith("Worker<")):

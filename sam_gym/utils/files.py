@@ -119,6 +119,8 @@ def make_folder(out: str | Path) -> Path:
     Raises:
         ValueError: it cannot be created, or not be written to.
     """
+    if out == "":
+        raise ValueError("--out is empty: name a folder.")
     folder = Path(out).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sam_gym.utils.files import write_atomic, write_csv
+from sam_gym.utils.files import make_folder, write_atomic, write_csv
 from sam_gym.utils.training import save_state
 
 WRITE = """
@@ -81,3 +81,8 @@ def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
 def test_names_that_are_no_utf8_are_written_as_escapes(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", [{"source": os.fsdecode(b"caf\xe9.png")}])
     assert (tmp_path / "a.csv").read_text() == "source\ncaf\\udce9.png\n"
+
+
+def test_an_empty_path_is_no_folder() -> None:
+    with pytest.raises(ValueError, match="--out is empty"):
+        make_folder("")

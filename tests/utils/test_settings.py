@@ -216,5 +216,7 @@ def test_training_without_a_final_evaluation() -> None:
     for name, value in (("final_episodes", 0), ("gamma", 5.0), ("total_timesteps", -5)):
         with pytest.raises(ValueError, match=f"^{name} must be"):
             replace(TrainPPOConfig(), **{name: value}).validate()
+    with pytest.raises(ValueError, match="disk is empty"):
+        TrainConfig(disk="").validate()
     with pytest.raises(ValueError, match="prompts is empty"):
         TrainConfig(prompts=()).validate()
