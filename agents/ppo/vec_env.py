@@ -200,12 +200,10 @@ class VectorEnvAdaptor(VecEnv):
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None
     ) -> list[bool]:
-        inner = self.env.unwrapped
-        envs = inner.envs if isinstance(inner, SyncVectorEnv) else [None] * self.num_envs
-        return [
-            envs[i] is not None and is_wrapped(envs[i], wrapper_class)
-            for i in self._get_indices(indices)
-        ]
+        inner, chosen = self.env.unwrapped, self._get_indices(indices)
+        if not isinstance(inner, SyncVectorEnv):
+            return [False for _ in chosen]
+        return [is_wrapped(inner.envs[i], wrapper_class) for i in chosen]
 
 
 def _split(infos: dict[str, Any] | list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
