@@ -7,6 +7,7 @@ data=["cells", "roads"])` makes one domain per folder.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import os
 import warnings
@@ -25,7 +26,7 @@ from sam_gym.data import make_dataset
 from sam_gym.data.base import SPLITS, Dataset, MissingSplit, Sample, check_index
 from sam_gym.data.folder import BACKGROUND, IGNORE, OBJECT, Folder
 from sam_gym.data.io import OnError, check_image, check_size, image_size, read_json, read_labels
-from sam_gym.data.splits import check_held_out
+from sam_gym.data.splits import check_held_out, shared_images
 from sam_gym.data.synthetic.domains.dataset import DOMAINS, ProceduralDomain
 from sam_gym.metrics.masks import iou
 from sam_gym.utils.lowres import frame_mask, low_res
@@ -76,10 +77,24 @@ class Stream:
     Attributes:
         name: name of the stream.
         domains: the domains, with unique names.
+
+    Raises:
+        ValueError: held-out images of a domain are training images of another.
     """
 
     name: str
     domains: tuple[Domain, ...]
+
+    def __post_init__(self) -> None:
+        for own, other in itertools.permutations(self.domains, 2):
+            for split in own.datasets.keys() - {"train"} if "train" in other.datasets else ():
+                held_out = own.datasets[split]
+                if shared := shared_images(other.datasets["train"], held_out):
+                    raise ValueError(
+                        f"{shared} of {len(held_out)} images of split {split!r} of domain "
+                        f"{own.name!r} are training images of {other.name!r}. Put every image into "
+                        "one split only."
+                    )
 
     @property
     def names(self) -> tuple[str, ...]:

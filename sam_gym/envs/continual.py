@@ -99,6 +99,11 @@ class StreamDataset:
         self.firsts = np.cumsum([0, *lengths[:-1]])
         self._length = sum(lengths)
 
+    @property
+    def files(self) -> list[str]:
+        """Paths of the image files."""
+        return [path for part in self.parts for path in getattr(part, "files", ())]
+
     def __len__(self) -> int:
         return self._length
 

@@ -1,6 +1,7 @@
 """Streams: their order, their splits, and folders that become domains."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from sam_gym.backbones import Backbone
 from sam_gym.data import Dataset
 from sam_gym.data.streams import STREAMS, THIN_BELOW, low_res_ceiling, make_stream
 from sam_gym.data.synthetic.domains.dataset import DOMAINS
+from sam_gym.envs.continual import StreamDataset
 
 HEIGHT, WIDTH = 80, 100
 TINY = {"domains": "cells,night,sonar", "train_images": 3, "val_images": 2, "test_images": 2}
@@ -158,6 +160,24 @@ def test_folders_become_domains(blocks: Path, tmp_path: Path) -> None:
         assert dataset.draw(np.random.default_rng(0))[0] in (0, 1)
         with pytest.raises(IndexError):
             dataset[2]
+
+
+def test_no_domain_holds_out_training_images_of_another(blocks: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for folder in ("images", "masks"):
+        (other / folder).mkdir(parents=True)
+        for path in (blocks / folder).iterdir():
+            os.link(path, other / folder / path.name)
+    splits = json.loads((blocks / "splits.json").read_text())
+    splits["train"], splits["val"] = splits["val"], splits["train"]
+    (other / "splits.json").write_text(json.dumps(splits))
+    message = "2 of 2 images of split 'val' of domain '(other|blocks)' are training images of"
+    with pytest.raises(ValueError, match=message):
+        make_stream("folders", data=[str(blocks), str(other)])
+    splits["train"], splits["val"] = splits["val"], splits["train"]
+    (other / "splits.json").write_text(json.dumps(splits))
+    stream = make_stream("folders", data=[str(blocks), str(other)])
+    assert len(StreamDataset(stream, "val").files) == 4
 
 
 def test_specks_are_ignored_by_share_of_the_area(blocks: Path) -> None:
