@@ -28,7 +28,7 @@ from agents.ppo.results import baselines_on_validation, write_results
 from agents.ppo.stages import PerStageSchedule, Stages, StreamCallback
 from agents.ppo.tracking import MlflowRun, make_logger, require_mlflow
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
-from agents.sharing.repository import CARD, POLICY, RESULTS, TAG
+from agents.sharing.repository import CARD, POLICY, RESULTS, is_card
 from agents.tasks import task_of
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.utils.files import make_folder, write_atomic
@@ -264,7 +264,7 @@ def _clear(out: Path) -> None:
     """Remove what an earlier run has left in the folder: its model card would be untrue."""
     remove_files(out, _WRITTEN)
     card = out / CARD
-    if card.is_file() and f"library_name: {TAG}" in card.read_text(errors="replace"):
+    if is_card(card):
         card.unlink()
 
 

@@ -16,6 +16,7 @@ from agents.sharing.repository import (
     TAG,
     check_repo_name,
     hub_errors,
+    is_card,
 )
 from agents.sharing.run import TrainingRun
 from sam_gym.utils.files import write_atomic
@@ -52,7 +53,8 @@ def push(config: HubPushConfig) -> str:
         ValueError: the name of the repo is malformed, the run's files are damaged, or agents of its
             environment cannot be shared.
         FileNotFoundError: the run lacks a file.
-        FileExistsError: the repo holds something else, or is public and should be private.
+        FileExistsError: the repo holds something else, or is public and should be private; or the
+            card would replace another README.md.
         PermissionError: there is no token, or the hub refuses it.
         ConnectionError: the hub cannot be reached, or fails.
     """
@@ -60,7 +62,10 @@ def push(config: HubPushConfig) -> str:
     run = TrainingRun.read(Path(config.run))
     card = model_card(run, config.repo, config.license)
     if config.card_only:
-        path = write_atomic(run.folder / CARD, card)
+        path = run.folder / CARD
+        if path.exists() and not is_card(path):
+            raise FileExistsError(f"{path} is no model card of sam-gym. Rename it.")
+        write_atomic(path, card)
         print(f"Wrote {path}; nothing was uploaded.")
         return str(path)
     from huggingface_hub import CommitOperationAdd, HfApi, get_token

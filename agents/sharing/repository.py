@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 #: Prefix of the names of policies on the hub.
@@ -14,6 +15,11 @@ POLICY, RESULTS, CARD = "policy.zip", "results.json", "README.md"
 RUN_FILES = (POLICY, RESULTS, "learning_curve.png", "episodes.gif")
 #: Tag of the repositories that hold an agent of sam-gym.
 TAG = "sam-gym"
+
+
+def is_card(path: Path) -> bool:
+    """Return whether a file is a model card of this package."""
+    return path.is_file() and f"library_name: {TAG}" in path.read_text(errors="replace")
 
 
 def check_repo_name(repo: str) -> None:

@@ -105,8 +105,12 @@ def test_a_revision_is_an_agent_of_its_own(hub: Hub, run: Path, tiny_env: dict[s
 
 
 def test_the_card_says_what_results_say(run: Path, hub: Hub) -> None:
+    (run / "README.md").write_text("My notes.")
+    with pytest.raises(FileExistsError, match=r"README.md is no model card of sam-gym. Rename"):
+        pushed(run, card_only=True)
+    (run / "README.md").unlink()
     path = pushed(run, card_only=True)
-    assert path == str(run / "README.md") and hub.asked == []
+    assert path == pushed(run, card_only=True) == str(run / "README.md") and hub.asked == []
     card, results = ModelCard.load(path), json.loads((run / "results.json").read_text())
     (measured,) = card.data.eval_results or []
     assert (measured.metric_type, measured.metric_value) == (
