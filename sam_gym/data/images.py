@@ -238,7 +238,9 @@ def _why(data: bytes) -> tuple[str, str]:
         return "HEIF files are not read", _CONVERT
     try:
         with Image.open(io.BytesIO(data)) as image:
-            image.load()
+            # Other formats are not decoded: Pillow runs Ghostscript for some.
+            if image.format in (*_FORMATS, "TIFF"):
+                image.load()
             return f"{image.format} files of mode {image.mode} are not read", _CONVERT
     except Exception:  # as in `_header`
         if data.startswith(_TIFF):

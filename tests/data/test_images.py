@@ -205,6 +205,7 @@ def tiff(**tags: int) -> bytes:
         ("a.tif", tiff(PhotometricInterpretation=1), "has 3 bands that are not marked as RGB"),
         ("a.tif", tiff(BitsPerSample=12), "not an image in a supported kind of TIFF"),
         ("a.tga", None, "TGA files of mode RGB are not read"),
+        ("a.eps", None, "EPS files of mode RGB are not read"),
         ("a.heic", b"\0\0\0\x18ftypheic" + bytes(50), "HEIF files are not read"),
         ("a.pfm", b"PF\n4 4\n-1\n" + np.full(48, 0.5, "<f4").tobytes(), "float32 have no known"),
     ],
