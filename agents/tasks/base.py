@@ -7,23 +7,21 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from agents.annotation.clicks import AnnotateConfig
+from agents.annotation.folder import Annotator
 from agents.baselines.base import Agent, TrainedAgent
 from agents.policies import POLICIES, SamPolicy
+from agents.ppo.config import TrainPPOConfig
 from agents.sharing.markdown import code, one_line
+from agents.sharing.run import TrainingRun
 from sam_gym.data import DATASETS
 from sam_gym.data.streams import Stream
 from sam_gym.envs.base_core import BaseCore, DatasetConfig, EnvConfig
 from sam_gym.utils.registry import Registry, unknown_name
-
-if TYPE_CHECKING:
-    from agents.annotation.clicks import AnnotateConfig
-    from agents.annotation.folder import Annotator
-    from agents.ppo.config import TrainPPOConfig
-    from agents.sharing.run import TrainingRun
 
 C = TypeVar("C", bound=EnvConfig)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from agents.annotation.clicks import AnnotateConfig, ClickAnnotator
+from agents.baselines.base import TrainedAgent
 from agents.baselines.click import BASELINES
 from agents.policies import POLICIES, ExplicitPolicy
 from agents.sharing.markdown import code, text
+from agents.sharing.run import TrainingRun
 from agents.tasks.base import (
     C,
     CardFacts,
@@ -22,10 +25,6 @@ from agents.tasks.base import (
 )
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.click import SamSegConfig
-
-if TYPE_CHECKING:
-    from agents.annotation.clicks import ClickAnnotator
-    from agents.sharing.run import TrainingRun
 
 #: Fields of the env config that an agent cannot do without where it plays.
 _ENVIRONMENT = ("target", "dataset", "backbone", "grid", "max_steps")
@@ -72,9 +71,9 @@ class ClickTask(Task):
 
     # Annotation and export ---------------------------------------------------------------------
 
-    def make_annotator(self, agent: Any, categories: Sequence[str], config: Any) -> ClickAnnotator:
-        from agents.annotation.clicks import ClickAnnotator
-
+    def make_annotator(
+        self, agent: TrainedAgent, categories: Sequence[str], config: AnnotateConfig
+    ) -> ClickAnnotator:
         return ClickAnnotator(
             agent,
             categories,

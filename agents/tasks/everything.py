@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agents.baselines.everything import BASELINES
 from agents.sharing.markdown import text
+from agents.sharing.run import TrainingRun
 from agents.tasks.base import CardFacts, Task, backbone_arguments, register
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.everything import EverythingConfig
-
-if TYPE_CHECKING:
-    from agents.sharing.run import TrainingRun
 
 
 @register
