@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 
 from sam_gym.backbones import NO_POINT, BackboneService, Prompts, load_backbone
 from sam_gym.backbones.decode import unknown_label
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.zoom import Window, low_res_logits
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Images per encoder call and prompts per decoder call; they bound the memory of a call.
@@ -68,6 +70,15 @@ class _ImagePrompts:
     boxes: np.ndarray | None = None
     masks: np.ndarray | None = None
 
+    def places(self, number: int) -> np.ndarray:
+        """Return the positions that a window of a prompt must show: (N, 2)."""
+        found = [np.zeros((0, 2))]
+        if self.points is not None and self.labels is not None:
+            found.append(self.points[number][np.isin(self.labels[number], (0, 1))])
+        if self.boxes is not None:
+            found.append(self.boxes[number].reshape(2, 2))
+        return np.concatenate(found)
+
 
 class Predictor:
     """Segment images with points, boxes and masks, all in pixels of the original images.
@@ -87,6 +98,7 @@ class Predictor:
 
     Attributes:
         backbone: the shared `BackboneService`.
+        images: the images, as they were passed.
         image_sizes: (height, width) of each image.
 
     Raises:
@@ -110,6 +122,7 @@ class Predictor:
                 f"instead of {backbone!r}, or leave them out."
             )
         self.backbone = backbone
+        self.images: list[np.ndarray] = []
         self.image_sizes: list[tuple[int, int]] = []
 
     def set_images(self, images: Sequence[np.ndarray]) -> None:
@@ -138,6 +151,7 @@ class Predictor:
             for start in range(0, len(images), IMAGES_PER_CALL)
         ]
         self.features = ImageFeatures.cat([self.backbone.encode(batch) for batch in batches])
+        self.images = list(images)
         self.image_sizes = [(image.shape[0], image.shape[1]) for image in images]
 
     def predict(
@@ -148,6 +162,7 @@ class Predictor:
         masks: PerImage = None,
         multimask: bool = True,
         return_logits: bool = False,
+        zoom: bool = False,
     ) -> Predictions:
         """Predict the masks of any number of prompts on each image.
 
@@ -164,6 +179,9 @@ class Predictor:
             multimask: three masks per prompt, best for ambiguous prompts such as a single click;
                 otherwise one.
             return_logits: return mask logits at the size of the image instead of binary masks.
+            zoom: look again at the best mask of each prompt, in a window around it that is encoded
+                by itself: sharper masks of small objects, for an encoder call per prompt. The
+                result has one mask per prompt.
 
         Returns:
             The masks of each image; P is 0 for an image without prompts.
@@ -175,7 +193,7 @@ class Predictor:
         if not self.image_sizes:
             raise RuntimeError("No images are set: call set_images(images) before predict.")
         prompts = self._checked(points, labels, boxes, masks)
-        tokens = 3 if multimask else 1
+        tokens = 3 if multimask and not zoom else 1
         hm, wm = self.backbone.mask_shape
         dtype = np.float32 if return_logits else bool
         result = Predictions(
@@ -188,9 +206,13 @@ class Predictor:
         )
         images = np.repeat(np.arange(len(prompts)), [own.count for own in prompts])
         numbers = np.concatenate([np.arange(own.count) for own in prompts])
-        for start in range(0, len(images), PROMPTS_PER_CALL):
-            chunk = slice(start, start + PROMPTS_PER_CALL)
-            self._predict_chunk(prompts, images[chunk], numbers[chunk], multimask, result)
+        # A zoomed prompt has an image of its own.
+        step, predict = PROMPTS_PER_CALL, self._predict_chunk
+        if zoom:
+            step, predict = IMAGES_PER_CALL, self._predict_zoomed
+        for start in range(0, len(images), step):
+            chunk = slice(start, start + step)
+            predict(prompts, images[chunk], numbers[chunk], multimask, result)
         for image, own in enumerate(prompts):
             if own.single:
                 for arrays in result:
@@ -234,11 +256,71 @@ class Predictor:
             result.scores[image][numbers[rows]] = scores[rows]
             result.low_res_logits[image][numbers[rows]] = low_res[rows]
 
+    def _predict_zoomed(
+        self,
+        prompts: Sequence[_ImagePrompts],
+        images: np.ndarray,
+        numbers: np.ndarray,
+        multimask: bool,
+        result: Predictions,
+    ) -> None:
+        """Decode some prompts, and again in a window around the best mask of each.
+
+        Args are those of `_predict_chunk`; the result has one mask per prompt.
+        """
+        backbone, first = self.backbone, images[0]
+        batch = self._batched(prompts, images, numbers)
+        features = self.features[first : images[-1] + 1]
+        logits, iou = backbone.decode(features, batch, multimask=multimask)
+        best = iou.argmax(dim=1)
+        scores = iou.gather(1, best[:, None])[:, 0]
+        full, windows, low_res = [], [], []
+        for row, (image, number) in enumerate(zip(images, numbers, strict=True)):
+            size = self.image_sizes[image]
+            full.append(backbone.masks_at(logits[row, best[row]], size))
+            (found,) = to_host(full[row] > backbone.mask_threshold)
+            windows.append(Window.around(found, prompts[image].places(number)))
+            low_res.append(low_res_logits(backbone, full[row], windows[row]))
+        shown = [Window.whole(self.image_sizes[image]) for image in images]
+        rows = [row for row, window in enumerate(windows) if window != shown[row]]
+        if rows:
+            views = [self.images[images[row]][windows[row].slices] for row in rows]
+            own = [windows[row] for row in rows]
+            masks = torch.stack([low_res[row] for row in rows])
+            batch = replace(
+                self._batched(prompts, images[rows], numbers[rows], own),
+                **{"masks": masks, "has_mask": None, "rows": None},
+            )
+            closer, own_scores = backbone.decode(backbone.encode(views), batch)
+            scores[torch.tensor(rows, device=backbone.device)] = own_scores[:, 0]
+            for row, own_logits in zip(rows, closer[:, 0], strict=True):
+                window = windows[row]
+                full[row][window.slices] = backbone.masks_at(own_logits, window.size)
+        for row, (image, number) in enumerate(zip(images, numbers, strict=True)):
+            out = result.masks[image]
+            mask = full[row] > backbone.mask_threshold if out.dtype == bool else full[row]
+            low = low_res_logits(backbone, full[row], shown[row])
+            out[number, 0], result.low_res_logits[image][number, 0] = to_host(mask, low)
+            result.scores[image][number, 0] = float(scores[row])
+
     def _batched(
-        self, prompts: Sequence[_ImagePrompts], images: np.ndarray, numbers: np.ndarray
+        self,
+        prompts: Sequence[_ImagePrompts],
+        images: np.ndarray,
+        numbers: np.ndarray,
+        windows: Sequence[Window] | None = None,
     ) -> Prompts:
-        """Batch the ragged prompts of some images, in the model's input frame."""
+        """Batch the ragged prompts of some images, in the model's input frame.
+
+        Args:
+            prompts: those of each image.
+            images: int64 (K,), the image of each prompt.
+            numbers: int64 (K,), which prompt of its image it is.
+            windows: what the frame of each prompt shows; None: the whole image.
+        """
         backbone, count = self.backbone, len(images)
+        if windows is None:
+            windows = [Window.whole(self.image_sizes[image]) for image in images]
         owners = [prompts[image] for image in images]
         most = max((0 if own.points is None else own.points.shape[1]) for own in owners)
         points = np.zeros((count, most, 2), np.float32)
@@ -246,15 +328,15 @@ class Predictor:
         boxes, has_box = np.zeros((count, 4), np.float32), np.zeros(count, bool)
         has_mask = np.array([own.masks is not None for own in owners])
         masks = np.zeros((count if has_mask.any() else 0, *backbone.mask_shape), np.float32)
-        for row, (own, image, number) in enumerate(zip(owners, images, numbers, strict=True)):
-            size = self.image_sizes[image]
+        for row, (own, window, number) in enumerate(zip(owners, windows, numbers, strict=True)):
             if own.points is not None and own.labels is not None:
                 used = own.points.shape[1]
-                points[row, :used] = backbone.to_input_frame(own.points[number], size)
+                places = own.points[number] - window.start
+                points[row, :used] = backbone.to_input_frame(places, window.size)
                 labels[row, :used] = own.labels[number]
             if own.boxes is not None:
-                corners = own.boxes[number].reshape(2, 2)
-                boxes[row] = backbone.to_input_frame(corners, size).ravel()
+                corners = own.boxes[number].reshape(2, 2) - window.start
+                boxes[row] = backbone.to_input_frame(corners, window.size).ravel()
                 has_box[row] = True
             if own.masks is not None:
                 masks[row] = own.masks[number]

@@ -48,6 +48,8 @@ class InteractiveBenchmarkConfig(DatasetOptions, BackboneOptions):
     """Maximum number of objects, sampled by the seed (None: all)."""
     clicks: Count = 20
     """Clicks per object; an object that never reaches the IoU counts as this many."""
+    zoom: bool = False
+    """Look at each object again in a window around its mask, encoded by itself."""
     batch_size: Count = 16
     """Number of objects per decoder call."""
     baseline: bool = True
@@ -78,7 +80,7 @@ def run(config: InteractiveBenchmarkConfig) -> dict[str, Any]:
         task = progress.add_task("clicking", total=len(items))
         for first in range(0, len(items), config.batch_size):
             batch = items[first : first + config.batch_size]
-            results += click_batch(backbone, samples, batch, config.clicks)
+            results += click_batch(backbone, samples, batch, config.clicks, config.zoom)
             progress.advance(task, len(batch))
         if config.baseline:
             compared = _subset(results, config.baseline_objects, config.seed)

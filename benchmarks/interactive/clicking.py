@@ -54,13 +54,18 @@ def target_of(sample: Sample, item: Item) -> Target:
 
 
 def click_batch(
-    backbone: Backbone, samples: SampleCache, items: Sequence[Item], clicks: int
+    backbone: Backbone,
+    samples: SampleCache,
+    items: Sequence[Item],
+    clicks: int,
+    zoom: bool = False,
 ) -> list[Result]:
-    """Segment objects in one batch."""
+    """Segment objects in one batch; see `click_out`."""
     targets = [target_of(samples[item.image], item) for item in items]
+    sessions = click_out(backbone, targets, clicks, zoom=zoom)
     return [
         Result(item, session.clicks, session.ious, session.seconds, [])
-        for item, session in zip(items, click_out(backbone, targets, clicks), strict=True)
+        for item, session in zip(items, sessions, strict=True)
     ]
 
 

@@ -42,7 +42,9 @@ def write_report(
         f"A simulated user segments {report.counted(summary['n'], 'object')} of "
         f"{summary['dataset']} ({summary['split']}) with {backbone.name}, "
         f"{report.counted(clicks, 'click')} each. Each click is the "
-        "innermost pixel of the widest error region; IoU at image size.",
+        "innermost pixel of the widest error region; IoU at image size."
+        + " The model looks at each object again in a window around its mask."
+        * settings["zoom"],
     )
     page.cards(_headline(summary))
     page.heading("mIoU over clicks")
@@ -73,7 +75,7 @@ def write_report(
         folder.mkdir(exist_ok=True)
         shown = [r for r in results if r.baseline] or results
         for rank, result in _spread(shown, settings["pictures"]):
-            frames = _frames(backbone, samples, result)
+            frames = _frames(backbone, samples, result, settings["zoom"])
             name = safe_name(f"{rank:03d}_{result.item.source}_{result.item.instance}")
             save_image(folder / f"{name}.png", frames)
             caption = f"{rank} of {len(shown)}: {result.item.category}, {result.item.source}"
@@ -144,12 +146,14 @@ def _spread(results: Sequence[Result], count: int) -> list[tuple[int, Result]]:
     return [(rank + 1, ranked[rank]) for rank in ranks.tolist()]
 
 
-def _frames(backbone: Backbone, samples: SampleCache, result: Result) -> np.ndarray:
+def _frames(
+    backbone: Backbone, samples: SampleCache, result: Result, zoom: bool = False
+) -> np.ndarray:
     """Draw the masks after one, three and five clicks and grabCut's mask, side by side."""
     target = target_of(samples[result.item.image], result.item)
     shown: list[tuple[str, np.ndarray, list[Click], float]] = []
     for count in (k for k in _SHOWN_CLICKS if k <= len(result.ious)):
-        session = click_out(backbone, [target], count)[0]
+        session = click_out(backbone, [target], count, zoom=zoom)[0]
         title = f"{count} click{'s' * (count > 1)}"
         shown.append((title, session.mask, session.clicks, session.ious[-1]))
     if result.baseline:

@@ -12,6 +12,7 @@ import torch
 from sam_gym.backbones.decode import NO_POINT, Prompts
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.service import BackboneService
+from sam_gym.backbones.zoom import KEEP, Window, low_res_logits
 from sam_gym.metrics.masks import iou
 from sam_gym.simulation.clicks import Click, error_click
 
@@ -53,6 +54,7 @@ def click_out(
     targets: Sequence[Target],
     num_clicks: int = 20,
     features: ImageFeatures | None = None,
+    zoom: bool = False,
 ) -> list[Session]:
     """Simulate a user who segments objects with a SAM, in one batch.
 
@@ -65,9 +67,9 @@ def click_out(
         targets: the objects.
         num_clicks: maximum number of clicks.
         features: of each target's image, if they are known already.
+        zoom: look at each object again in a window around its mask (see `sam_gym.backbones.zoom`),
+            which is encoded whenever it moves.
     """
-    count = len(targets)
-    device = backbone.device
     started = time.perf_counter()
     if features is None:
         images = {id(target.image): target.image for target in targets}
@@ -75,41 +77,111 @@ def click_out(
         encoded = backbone.encode(list(images.values()))
         features = encoded[[order[id(target.image)] for target in targets]]
     model_seconds = time.perf_counter() - started
-    points = np.zeros((count, num_clicks, 2), np.float32)
-    labels = np.full((count, num_clicks), NO_POINT, np.int64)
-    masks = [np.zeros(target.mask.shape, bool) for target in targets]
-    clicked = [np.zeros(target.mask.shape, bool) for target in targets]
-    clicks: list[list[Click]] = [[] for _ in targets]
+    users = [_User(target) for target in targets]
+    views = _Views(backbone, users, features)
     ious: list[list[float]] = [[] for _ in targets]
-    logits: torch.Tensor | None = None
-
     for step in range(num_clicks):
-        for i, target in enumerate(targets):
-            click = error_click(target.mask, masks[i], clicked[i], target.ignore)
-            if click is None:
-                continue
-            clicks[i].append(click)
-            clicked[i][click.y, click.x] = True
-            points[i, step] = backbone.to_input_frame(
-                np.array([click.x, click.y]), target.mask.shape
-            )
-            labels[i, step] = int(click.positive)
+        clicking = [i for i, user in enumerate(users) if user.click()]
         started = time.perf_counter()
-        prompts = Prompts(
-            points=torch.from_numpy(points[:, : step + 1]).to(device),
-            labels=torch.from_numpy(labels[:, : step + 1]).to(device),
-            masks=logits,
-        )
-        first = torch.full((count,), step == 0, device=device)
-        logits, _ = backbone.decode_best(features, prompts, first)
-        full = [
-            (backbone.masks_at(row, target.mask.shape) > 0).cpu().numpy()
-            for row, target in zip(logits, targets, strict=True)
-        ]
+        if clicking:
+            views.look(clicking, first=step == 0)
+        moved = [i for i in clicking if zoom and views.zoom_in(i)]
+        if moved:
+            views.encode(moved)
+            views.look(moved)
         model_seconds += time.perf_counter() - started
-        for i, target in enumerate(targets):
-            if labels[i, step] != NO_POINT:
-                masks[i] = full[i]
-            ious[i].append(iou(masks[i], target.mask, target.ignore))
-    seconds = model_seconds / (count * num_clicks)
-    return [Session(*parts, seconds) for parts in zip(clicks, ious, masks, strict=True)]
+        for own, user in zip(ious, users, strict=True):
+            own.append(iou(user.mask, user.target.mask, user.target.ignore))
+    seconds = model_seconds / (len(targets) * num_clicks)
+    return [
+        Session(user.clicks, own, user.mask, seconds) for user, own in zip(users, ious, strict=True)
+    ]
+
+
+class _User:
+    """Clicks on one object."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.mask, self.clicked = np.zeros((2, *target.mask.shape), bool)
+        self.clicks: list[Click] = []
+
+    def click(self) -> bool:
+        """Click on the widest error; return whether there was one."""
+        target = self.target
+        click = error_click(target.mask, self.mask, self.clicked, target.ignore)
+        if click is None:
+            return False
+        self.clicks.append(click)
+        self.clicked[click.y, click.x] = True
+        return True
+
+
+class _Views:
+    """What the model sees of each object: a window of the image, and the logits so far.
+
+    Args:
+        backbone: the SAM.
+        users: one per object; their masks are set.
+        features: of the image of each.
+    """
+
+    def __init__(
+        self, backbone: BackboneService, users: Sequence[_User], features: ImageFeatures
+    ) -> None:
+        self.backbone, self.users, self.features = backbone, users, features
+        shapes = [user.mask.shape for user in users]
+        self.windows = [Window.whole(shape) for shape in shapes]
+        self.full = [torch.zeros(shape, device=backbone.device) for shape in shapes]
+        self.logits = torch.zeros((len(users), *backbone.mask_shape), device=backbone.device)
+
+    def look(self, rows: Sequence[int], first: bool = False) -> None:
+        """Decode all clicks in the windows of some objects.
+
+        Args:
+            rows: numbers of the objects.
+            first: whether there are no logits yet.
+        """
+        backbone, device = self.backbone, self.backbone.device
+        longest = max(len(self.users[i].clicks) for i in rows)
+        points = np.zeros((len(rows), longest, 2), np.float32)
+        labels = np.full((len(rows), longest), NO_POINT, np.int64)
+        for row, i in enumerate(rows):
+            window, clicks = self.windows[i], self.users[i].clicks
+            places = np.array([(click.x, click.y) for click in clicks])
+            kinds = np.array([click.positive for click in clicks], np.int64)
+            frame = backbone.to_input_frame(places - window.start, window.size)
+            points[row, : len(clicks)] = frame
+            labels[row, : len(clicks)] = np.where(window.inside(places), kinds, NO_POINT)
+        index = torch.tensor(rows, device=device)
+        prompts = Prompts(
+            points=torch.from_numpy(points).to(device),
+            labels=torch.from_numpy(labels).to(device),
+            masks=None if first else self.logits[index],
+        )
+        ambiguous = torch.full((len(rows),), first, device=device)
+        self.logits[index], _ = backbone.decode_best(self.features[index], prompts, ambiguous)
+        for i in rows:
+            window = self.windows[i]
+            self.full[i][window.slices] = backbone.masks_at(self.logits[i], window.size)
+            self.users[i].mask = (self.full[i] > 0).cpu().numpy()
+
+    def zoom_in(self, i: int) -> bool:
+        """Move the window of an object to its mask and last click; return whether it moved."""
+        user = self.users[i]
+        last = np.array([user.clicks[-1][:2]])
+        window = Window.around(user.mask, last)
+        if window.iou(self.windows[i]) >= KEEP and self.windows[i].inside(last).all():
+            return False
+        self.windows[i] = window
+        self.logits[i] = low_res_logits(self.backbone, self.full[i], window)
+        return True
+
+    def encode(self, rows: Sequence[int]) -> None:
+        """Encode the windows of some objects."""
+        images = [self.users[i].target.image[self.windows[i].slices] for i in rows]
+        # A copy: the features of the images belong to the caller.
+        self.features = self.features.map(torch.clone)
+        self.features[torch.tensor(rows, device=self.features.device)] = self.backbone.encode(
+            images
+        )

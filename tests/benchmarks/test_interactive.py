@@ -74,7 +74,10 @@ def test_writes_numbers_table_and_page(micro_checkpoint: str, discs: Path, tmp_p
 def test_perfect_masks_need_one_click(
     micro_checkpoint: str, discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def perfect(backbone: Backbone, targets: Sequence[Target], num_clicks: int) -> list[Session]:
+    def perfect(
+        backbone: Backbone, targets: Sequence[Target], num_clicks: int, zoom: bool
+    ) -> list[Session]:
+        assert zoom
         sessions = []
         for target in targets:
             click = error_click(target.mask, np.zeros_like(target.mask))
@@ -83,7 +86,7 @@ def test_perfect_masks_need_one_click(
         return sessions
 
     monkeypatch.setattr(clicking, "click_out", perfect)
-    results = main(arguments(micro_checkpoint, tmp_path / "out", *folder(discs)))
+    results = main(arguments(micro_checkpoint, tmp_path / "out", *folder(discs), "--zoom"))
     assert results["miou_at_k"] == [1.0, 1.0, 1.0]
     assert (results["noc85"], results["noc90"], results["nof90"]) == (1.0, 1.0, 0)
     assert results["ms_per_click"] == pytest.approx(2.0)
