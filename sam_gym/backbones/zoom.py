@@ -79,7 +79,8 @@ class Window(NamedTuple):
 
     def inside(self, points: np.ndarray) -> np.ndarray:
         """Return which points (N, 2) lie in the window: bool (N,)."""
-        return ((points >= (self.x0, self.y0)) & (points < (self.x1, self.y1))).all(axis=1)
+        within = (points >= self.start) & (points < (self.x1, self.y1))
+        return np.all(within, axis=1)
 
     def iou(self, other: Window) -> float:
         """Return the intersection over union with another window."""

@@ -114,7 +114,8 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) 
     Paths pass as text, sets and arrays as lists.
     """
     try:
-        hints = _hints(function.__init__ if isinstance(function, type) else function)
+        takes = cast(Any, function).__init__ if isinstance(function, type) else function
+        hints = _hints(takes)
     except NameError:  # hints of somebody else, for type checkers only
         return
     for name, value in arguments.items():
