@@ -26,9 +26,11 @@ HEIGHT = 384 + 30
 def photos(two_photos: Path, tiny_env: dict[str, Any]) -> dict[str, Any]:
     """Arguments of environments over a wide and a tall image."""
     splits = {"train": ["tall", "wide"], "val": ["val"], "test": ["test"]}
+    tall = np.array(Image.open(two_photos / "images" / "tall.png"))
     for name in ("val", "test"):
-        for folder in ("images", "masks"):
-            shutil.copy(two_photos / folder / "tall.png", two_photos / folder / f"{name}.png")
+        shutil.copy(two_photos / "masks" / "tall.png", two_photos / "masks" / f"{name}.png")
+        tall[0, 0] += 1  # a photograph of its own
+        Image.fromarray(tall).save(two_photos / "images" / f"{name}.png")
     (two_photos / "splits.json").write_text(json.dumps(splits))
     return tiny_env | {"render_mode": "rgb_array", "dataset_kwargs": {}, "data": str(two_photos)}
 
