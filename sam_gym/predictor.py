@@ -266,7 +266,7 @@ class Predictor:
     ) -> None:
         """Decode some prompts, and again in a window around the best mask of each.
 
-        Args are those of `_predict_chunk`; the result has one mask per prompt.
+        Arguments as for `_predict_chunk`; the result has one mask per prompt.
         """
         backbone, first = self.backbone, images[0]
         batch = self._batched(prompts, images, numbers)
@@ -287,10 +287,8 @@ class Predictor:
             views = [self.images[images[row]][windows[row].slices] for row in rows]
             own = [windows[row] for row in rows]
             masks = torch.stack([low_res[row] for row in rows])
-            batch = replace(
-                self._batched(prompts, images[rows], numbers[rows], own),
-                **{"masks": masks, "has_mask": None, "rows": None},
-            )
+            batch = self._batched(prompts, images[rows], numbers[rows], own)
+            batch = replace(batch, masks=masks, has_mask=None, rows=None)
             closer, own_scores = backbone.decode(backbone.encode(views), batch)
             scores[torch.tensor(rows, device=backbone.device)] = own_scores[:, 0]
             for row, own_logits in zip(rows, closer[:, 0], strict=True):
