@@ -20,7 +20,14 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from sam_gym.backbones import BackboneService
-from sam_gym.data.io import IMAGE_SUFFIXES, image_size, read_image, read_json, whole_number
+from sam_gym.data.io import (
+    IMAGE_SUFFIXES,
+    image_size,
+    number_as_text,
+    read_image,
+    read_json,
+    whole_number,
+)
 from sam_gym.utils.digest import file_digest, text_digest
 from sam_gym.utils.files import plain, write_atomic
 from sam_gym.utils.registry import unknown_name
@@ -458,9 +465,8 @@ def _by_name(
     records: dict[str, dict[str, Any]] = {}
     seen = set()
     for record in table:
-        name, number = record[key], record["id"]
-        if key == "name" and whole_number(name) is not None:
-            name = str(whole_number(name))
+        name = number_as_text(record[key]) if key == "name" else record[key]
+        number = record["id"]
         if isinstance(number, float) and number.is_integer():
             number = int(number)
         if not isinstance(name, str) or type(number) not in (int, str):

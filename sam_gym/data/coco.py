@@ -21,6 +21,7 @@ from sam_gym.data.io import (
     check_all,
     check_image,
     flag,
+    number_as_text,
     read_image,
     read_json,
     resolve,
@@ -338,16 +339,11 @@ def _annotation_name(record: Any, position: int) -> str:
 def _used(annotations: list[Any], key: str, categories: set[str] | None = None) -> set[str]:
     """Return the ids of categories or images that have annotations of some categories, as text."""
     return {
-        _as_text(record.get(key))
+        str(number_as_text(record.get(key)))
         for record in annotations
         if isinstance(record, dict)
-        and (categories is None or _as_text(record.get("category_id")) in categories)
+        and (categories is None or str(number_as_text(record.get("category_id"))) in categories)
     }
-
-
-def _as_text(value: Any) -> str:
-    number = whole_number(value)
-    return str(value if number is None else number)
 
 
 def _categories(table: list[Any], used: set[str], records: Records) -> dict[int | str, str]:
@@ -362,9 +358,7 @@ def _categories(table: list[Any], used: set[str], records: Records) -> dict[int 
         with records.validate(_record_name("category", record, position)):
             category_id = _new_id(record, seen)
             seen.add(category_id)
-            name = record.get("name")
-            if whole_number(name) is not None:
-                name = str(whole_number(name))
+            name = number_as_text(record.get("name"))
             if not isinstance(name, str) or not name:
                 raise Reject("name is not a non-empty string", f"got {name!r}")
             if name not in ids or str(ids[name]) not in used:

@@ -132,6 +132,12 @@ def whole_number(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def number_as_text(value: Any) -> Any:
+    """Return a whole number as text, and anything else as it is."""
+    number = whole_number(value)
+    return value if number is None else str(number)
+
+
 def resolve(folder: str, name: object) -> str:
     """Return the path of the file `name` inside `folder`.
 

@@ -76,6 +76,8 @@ def click_out(
         order = {key: row for row, key in enumerate(images)}
         encoded = backbone.encode(list(images.values()))
         features = encoded[[order[id(target.image)] for target in targets]]
+    elif zoom:
+        features = features.map(torch.clone)  # those of windows are written over them
     model_seconds = time.perf_counter() - started
     users = [_User(target) for target in targets]
     views = _Views(backbone, users, features)
@@ -123,7 +125,7 @@ class _Views:
     Args:
         backbone: the SAM.
         users: one per object; their masks are set.
-        features: of the image of each.
+        features: of the image of each; `encode` overwrites them.
     """
 
     def __init__(
@@ -180,8 +182,6 @@ class _Views:
     def encode(self, rows: Sequence[int]) -> None:
         """Encode the windows of some objects."""
         images = [self.users[i].target.image[self.windows[i].slices] for i in rows]
-        # A copy: the features of the images belong to the caller.
-        self.features = self.features.map(torch.clone)
         self.features[torch.tensor(rows, device=self.features.device)] = self.backbone.encode(
             images
         )

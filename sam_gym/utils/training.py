@@ -154,7 +154,7 @@ def save_state(state: Mapping[str, Any], path: Path) -> None:
 
 
 def read_state(file: Path | BytesIO, device: torch.device | str = "cpu") -> Any:
-    """Read a file of `torch.save`: no code in it runs, and it unpacks to at most twice its size.
+    """Read a file of `torch.save`: no code in it runs, and it unpacks to no more than its size.
 
     Args:
         file: its path, or its content.
@@ -164,19 +164,19 @@ def read_state(file: Path | BytesIO, device: torch.device | str = "cpu") -> Any:
         ValueError: it would unpack to more.
         Exception: of many kinds, where the file is damaged.
     """
-    check_unpacked(file)
+    check_unpacked(file, times=1)  # torch.save compresses nothing
     if isinstance(file, BytesIO):
         file.seek(0)
     return torch.load(file, map_location=device, weights_only=True)
 
 
-def check_unpacked(file: Path | BytesIO) -> None:
-    """Raise `ValueError` if a file of torch would unpack to more than twice its size."""
+def check_unpacked(file: Path | BytesIO, times: float) -> None:
+    """Raise `ValueError` if a zip file would unpack to more than some times its size."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
         size = file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())
-        if unpacked > 2 * size:  # torch compresses at most the code of TorchScript
+        if unpacked > times * size:
             raise ValueError(f"{size:,} bytes that unpack to {unpacked:,}")
 
 

@@ -10,7 +10,7 @@ import torch
 from sam_gym.utils.training import read_state, save_state
 
 
-def test_files_unpack_to_about_their_size(tmp_path: Path) -> None:
+def test_files_unpack_to_no_more_than_their_size(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     save_state({"x": torch.zeros(100_000)}, path)
     assert read_state(path)["x"].shape == (100_000,)
