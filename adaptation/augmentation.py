@@ -24,17 +24,23 @@ class Augmentation:
 
     Attributes:
         matrix: float64 (2, 3), from (x, y) in pixels of the image to those of the frame.
-        scale: pixels of the frame per pixel of the image.
+        scale: float64 (2,), pixels of the frame per pixel of the image, horizontally and
+            vertically.
         size: side of the frame.
     """
 
     matrix: np.ndarray
-    scale: float
+    scale: np.ndarray
     size: int
 
     @classmethod
     def draw(
-        cls, rng: np.random.Generator, image_size: tuple[int, int], size: int, plain: bool
+        cls,
+        rng: np.random.Generator,
+        image_size: tuple[int, int],
+        size: int,
+        plain: bool,
+        squash: bool = False,
     ) -> Augmentation:
         """Draw a flip and a scale about a random place, as in CoSAM's release.
 
@@ -44,17 +50,18 @@ class Augmentation:
             rng: the generator.
             image_size: (height, width) of the image.
             size: side of the frame.
-            plain: only fit the longest side into the frame.
+            plain: only fit the image into the frame.
+            squash: fit both sides into the frame, otherwise the longest.
         """
-        height, width = image_size
-        scale = size / max(height, width)
+        sides = np.array(image_size[::-1])
+        scale = size / (sides if squash else np.full(2, sides.max()))
         flip, shift = False, np.zeros(2)
         if not plain:
             scale *= np.exp(rng.uniform(*np.log(_JITTER)))
             flip = rng.random() < 0.5
-            room = size - scale * np.array([width, height])
+            room = size - scale * sides
             shift = rng.uniform(np.minimum(room, 0), np.maximum(room, 0))
-        matrix = np.array([[scale, 0, shift[0]], [0, scale, shift[1]]], np.float64)
+        matrix = np.array([[scale[0], 0, shift[0]], [0, scale[1], shift[1]]], np.float64)
         # Pixel centres: (x + 0.5) * scale in continuous coordinates.
         matrix[:, 2] += 0.5 * scale - 0.5
         if flip:
@@ -63,8 +70,10 @@ class Augmentation:
 
     def frame(self, image: np.ndarray) -> np.ndarray:
         """Map an image uint8 (H, W, 3): uint8 (S, S, 3)."""
-        if self.scale < 1:
-            image = cv2.GaussianBlur(image, (0, 0), 0.4 / self.scale)
+        if (self.scale < 1).any():
+            # A deviation near zero leaves an axis as it is.
+            x, y = np.where(self.scale < 1, 0.4 / self.scale, 1e-3)
+            image = cv2.GaussianBlur(image, (0, 0), x, sigmaY=y)
         size = (self.size, self.size)
         return cv2.warpAffine(
             image, self.matrix, size, flags=cv2.INTER_LINEAR, borderValue=_PADDING

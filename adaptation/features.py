@@ -205,7 +205,8 @@ class FeatureBank:
         """An augmentation of a training image, and the generator that it was drawn with."""
         rng = self._rng("view", domain.name, number, copy)
         size, image_size = self.backbone.image_size, sample.image.shape[:2]
-        return Augmentation.draw(rng, image_size, size, plain=copy == 0), rng
+        squash = self.backbone.squashes
+        return Augmentation.draw(rng, image_size, size, plain=copy == 0, squash=squash), rng
 
     def _augment_all(self, domain: Domain) -> AugmentedImages:
         shape = self.backbone.mask_shape

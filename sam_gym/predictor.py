@@ -1,6 +1,7 @@
 """Masks from points, boxes and masks in image pixels, for many images and prompts at once.
 
-The conventions and numbers are those of `segment_anything.SamPredictor`.
+The conventions and numbers are those of `segment_anything.SamPredictor`, and of SAM 2's
+`SAM2ImagePredictor` on its models.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from sam_gym.backbones import BACKBONES, Backbone, BackboneSpec, load_backbone
 from sam_gym.backbones.encoders import assemble
 from sam_gym.backbones.hq import HqMaskDecoder
 from sam_gym.backbones.micro.model import FINE, MicroEncoder, build_micro
+from sam_gym.backbones.sam2 import Sam2, Sam2Encoder, assemble_sam2, sam2_state
 from sam_gym.backbones.spec import find_spec
 from sam_gym.data import Sample
 from sam_gym.mask_generation.masks import Masks, to_counts
@@ -88,7 +89,7 @@ def tiny_sam() -> Sam:
     )
 
 
-def seeded(build: Callable[[], Sam]) -> Sam:
+def seeded(build: Callable[[], Any]) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return spread(build()).eval()
@@ -140,6 +141,36 @@ def hq_micro(add_backbone: Callable[..., None], tmp_path_factory: pytest.TempPat
     save_file(seeded(hq_micro_sam).state_dict(), path)
     add_backbone("hq_micro", build=hq_micro_sam, weights=path, features=("embedding", "hq"))
     return "hq_micro"
+
+
+@pytest.fixture(scope="session")
+def build_sam2() -> Callable[..., Sam2]:
+    """Builds a small SAM 2 of a frame size and width; always with the same weights."""
+
+    def build(size: int = 64, width: int = 32, mlp_dim: int = 64, num_heads: int = 4) -> Sam2:
+        trunk = {"stages": (1, 2, 2, 1), "window_spec": (8, 4, 6, 3), "global_att_blocks": (4,)}
+        encoder = partial(Sam2Encoder, size, width, embed_dim=8, **trunk)
+        return seeded(lambda: assemble_sam2(encoder(), width, mlp_dim, num_heads))
+
+    return build
+
+
+@pytest.fixture
+def tiny_sam2(
+    add_backbone: Callable[..., None], build_sam2: Callable[..., Sam2], tmp_path: Path
+) -> str:
+    """Name of a small SAM 2 with random weights."""
+    path = tmp_path / "tiny_sam2.safetensors"
+    save_file(build_sam2().state_dict(), path)
+    add_backbone(
+        "tiny_sam2",
+        build=build_sam2,
+        weights=path,
+        convert=sam2_state,
+        thresholds=(0.1, 0.1),
+        features=("embedding", "high_res_s1", "high_res_s0"),
+    )
+    return "tiny_sam2"
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from adaptation.strategies.er import BufferOptions, buffer_bytes, buffered
 from adaptation.strategies.experts import Experts, RouterOptions
-from adaptation.strategy import STRATEGIES, seeded
+from adaptation.strategy import STRATEGIES, StrategyContext, seeded
 from sam_gym.backbones.adapters.routers import TokenRouter, block_inputs, keys_of
-from sam_gym.backbones.adapters.tuning import encoder_blocks
+from sam_gym.backbones.adapters.tuning import plain_blocks
 
 _LEARNING_RATE, _BATCH = 3e-3, 32
 
@@ -35,8 +35,12 @@ class MoDA(Experts):
 
     _router_name: ClassVar[str] = "tokens"
 
+    def __init__(self, context: StrategyContext) -> None:
+        plain_blocks(context.sam.image_encoder)  # raises before the first domain is learned
+        super().__init__(context)
+
     def _new_router(self, num_domains: int) -> TokenRouter:
-        block: Any = encoder_blocks(self.context.sam.image_encoder)[0]
+        block: Any = plain_blocks(self.context.sam.image_encoder)[0]
         with seeded(self.context.seed):
             return TokenRouter(block.norm1.weight.shape[0], num_domains)
 

@@ -82,8 +82,9 @@ class WordMaps:
         pixels = torch.from_numpy(frames).to(self.surgery.clip.device).permute(0, 3, 1, 2)
         maps, whole = self.surgery.similarity(pixels, self.texts, self.redundant)
         maps = F.interpolate(maps, self.cells, mode="bilinear", align_corners=False)
-        for own, frame in zip(maps, frames, strict=True):
-            self._blank_padding(own, frame)
+        if not self.backbone.squashes:
+            for own, frame in zip(maps, frames, strict=True):
+                self._blank_padding(own, frame)
         packed = torch.cat([whole[..., None], maps.flatten(2)], dim=2)
         return packed.to(self.backbone.device, torch.float16)
 

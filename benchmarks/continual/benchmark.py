@@ -146,6 +146,7 @@ def summarize(
                         bank.backbone.image_size,
                         bank.backbone.mask_shape[0],
                         config.train.max_images,
+                        bank.backbone.squashes,
                     ),
                     1,
                 ),

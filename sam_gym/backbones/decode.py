@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.hq import HqMaskDecoder
+from sam_gym.backbones.sam2 import Sam2
 
 #: Below this number of keys, and from it on for queries, a CPU takes `_attend_to_few`.
 _FEW = 32
@@ -123,11 +124,19 @@ class Prompts:
         return Prompts(**{name: None if v is None else v[index] for name, v in parts.items()})
 
 
-def encode_points_and_boxes(encoder: PromptEncoder, prompts: Prompts) -> tuple[Tensor, Tensor]:
-    """Encode prompts as tokens (P, T, C), and which of them exist, bool (P, T)."""
+def encode_points_and_boxes(
+    encoder: PromptEncoder, prompts: Prompts, close_boxes: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Encode prompts as tokens (P, T, C), and which of them exist, bool (P, T).
+
+    Args:
+        encoder: the module whose weights are used.
+        prompts: P prompt sets.
+        close_boxes: close prompts with a box, too, with one "not a point" token, as SAM 2 does.
+    """
     tokens, present = [], []
     count = len(prompts)
-    weight = encoder.no_mask_embed.weight
+    weight, padding = encoder.no_mask_embed.weight, encoder.not_a_point_embed.weight
     has_box = torch.zeros(count, dtype=torch.bool, device=weight.device)
     if prompts.boxes is not None:
         has_box = ~has_box if prompts.has_box is None else prompts.has_box
@@ -139,13 +148,12 @@ def encode_points_and_boxes(encoder: PromptEncoder, prompts: Prompts) -> tuple[T
         )
         kinds = torch.stack([encoder.point_embeddings[k].weight[0] for k in (0, 1)])
         kind = kinds[prompts.labels.clamp(0, 1)]
-        padding = encoder.not_a_point_embed.weight
         tokens.append(
             torch.where((prompts.labels == PADDING_POINT)[..., None], padding, position + kind)
         )
         exists = prompts.labels != NO_POINT
         present.append(exists)
-        if prompts.boxes is None or prompts.has_box is not None:
+        if not close_boxes and (prompts.boxes is None or prompts.has_box is not None):
             # SAM closes a list of points that has no box with one "not a point" token.
             tokens.append(padding.expand(count, 1, -1))
             present.append((exists.any(dim=1) & ~has_box)[:, None])
@@ -155,18 +163,28 @@ def encode_points_and_boxes(encoder: PromptEncoder, prompts: Prompts) -> tuple[T
         kinds = torch.stack([encoder.point_embeddings[k].weight[0] for k in (2, 3)])
         tokens.append(position + kinds)
         present.append(has_box[:, None].expand(-1, 2))
+    if close_boxes and tokens:
+        tokens.append(padding.expand(count, 1, -1))
+        present.append(torch.cat(present, dim=1).any(dim=1, keepdim=True))
     if not tokens:
         empty = weight.new_zeros((count, 0, weight.shape[1]))
         return empty, empty.new_zeros((count, 0), dtype=torch.bool)
     return torch.cat(tokens, dim=1), torch.cat(present, dim=1)
 
 
-def encode_masks(encoder: PromptEncoder, prompts: Prompts) -> Tensor:
-    """Encode mask prompts, to be added to the image embedding: (P, C, h, w), or (1, C, 1, 1)."""
+def encode_masks(encoder: PromptEncoder, prompts: Prompts, limit: float | None = None) -> Tensor:
+    """Encode mask prompts, to be added to the image embedding: (P, C, h, w), or (1, C, 1, 1).
+
+    Args:
+        encoder: the module whose weights are used.
+        prompts: P prompt sets.
+        limit: bound on the absolute value of logits, or None.
+    """
     none = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
     if prompts.masks is None:
         return none
-    dense = encoder.mask_downscaling(prompts.masks[:, None])
+    masks = prompts.masks if limit is None else prompts.masks.clamp(-limit, limit)
+    dense = encoder.mask_downscaling(masks[:, None])
     if prompts.has_mask is None:
         return dense
     return torch.where(prompts.has_mask[:, None, None, None], dense, none)
@@ -249,11 +267,19 @@ def _two_way(
     return transformer.norm_final_attn(queries + attended), keys
 
 
-def _upscale(decoder: MaskDecoder, keys: Tensor) -> Tensor:
+def _upscale(
+    decoder: MaskDecoder, keys: Tensor, finer: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """`output_upscaling` in channels-last form: (P, h * w, C) -> (P, h * w, 16, C / 8).
 
     A transposed convolution of kernel 2 and stride 2 is a linear map from each pixel to its four
     children; the last two axes of the result hold the 4 x 4 grandchildren and their features.
+
+    Args:
+        decoder: the module whose weights are used.
+        keys: (P, h * w, C), the image after the transformer.
+        finer: SAM 2's features that are added to children and grandchildren, (P, C / 4, 2h, 2w) and
+            (P, C / 8, 4h, 4w); one row instead of P if all are of one image. None: nothing.
     """
     first, norm, act, second, last_act = cast(Any, decoder.output_upscaling)
 
@@ -262,8 +288,25 @@ def _upscale(decoder: MaskDecoder, keys: Tensor) -> Tensor:
         return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
 
     x = children(keys, first)
+    if finer is not None:
+        x = x + _folded(finer[0], 1)
     x = act(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
-    return last_act(children(x, second)).flatten(2, 3)
+    x = children(x, second)
+    if finer is not None:
+        x = x + _folded(finer[1], 2)
+    return last_act(x).flatten(2, 3)
+
+
+def _folded(x: Tensor, levels: int) -> Tensor:
+    """Features (B, D, h * 2^n, w * 2^n) as descendants of a grid: (B, h * w, 4, ..., 4, D)."""
+    height, width = (side >> levels for side in x.shape[-2:])
+    x = x.unflatten(3, (width, *[2] * levels)).unflatten(2, (height, *[2] * levels))
+    # Axes are B, D, row, row within it, ..., column, column within it, ...
+    order = [axis for row in range(2, 3 + levels) for axis in (row, row + 1 + levels)]
+    x = x.permute(0, *order, 1).flatten(1, 2)
+    for level in range(2, 2 + levels):
+        x = x.flatten(level, level + 1)
+    return x
 
 
 def _unfold(masks: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -285,6 +328,8 @@ class MaskTokens:
         grid: (h, w) of the embedding.
         refinement: (P, 4h, 4w), logits that an HQ decoder adds to every mask, or None.
         tokens: (P, K, C), output of the transformer for the mask tokens, as class heads take it.
+        object_score: (P,), logit that the object is in the image, of a SAM 2, or None.
+        stability: see `Sam2MaskDecoder.stability`; None: the single mask is kept.
     """
 
     mask_embeddings: Tensor
@@ -293,6 +338,8 @@ class MaskTokens:
     grid: tuple[int, int]
     refinement: Tensor | None = None
     tokens: Tensor | None = None
+    object_score: Tensor | None = None
+    stability: tuple[float, float] | None = None
 
     def decode_masks(self, mask_embeddings: Tensor | None = None) -> Tensor:
         """Mask logits (P, M, 4h, 4w) of mask embeddings (P, M, C / 8), by default of all."""
@@ -314,7 +361,15 @@ class MaskTokens:
         return logits if self.refinement is None else logits + self.refinement[rows]
 
     def decode_best_masks(self, multimask: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask logits (P, 4h, 4w) and predicted IoU (P,) of each row's `best_token`."""
+        """Mask logits (P, 4h, 4w) and predicted IoU (P,) of each row's `best_token`.
+
+        Where `stability` says so, rows with an unstable single mask get the best of three.
+        """
+        if self.stability is not None:
+            delta, least = self.stability
+            single = self.decode_masks(self.mask_embeddings[:, :1]).flatten(1)
+            inner, outer = (single > delta).sum(dim=1), (single > -delta).sum(dim=1)
+            multimask = multimask | ((outer > 0) & (inner / outer < least))
         best = best_token(self.iou, multimask)[:, None]
         chosen = self.mask_embeddings.take_along_dim(best[..., None], dim=1)
         return self.decode_masks(chosen)[:, 0], self.iou.gather(1, best)[:, 0]
@@ -353,6 +408,7 @@ def decode_tokens(
     """
     decoder = sam.mask_decoder
     hq = decoder if isinstance(decoder, HqMaskDecoder) else None
+    sam2 = sam if isinstance(sam, Sam2) else None
     count = len(prompts)
     rows = prompts.rows
     if rows is None and len(features) != count:
@@ -360,10 +416,13 @@ def decode_tokens(
     if rows is not None and (prompts.masks is not None or len(features) > count):
         # With masks, no two prompts see the same; and few prompts do not pay for many images.
         features, rows = features[rows], None
-    sparse, present = encode_points_and_boxes(sam.prompt_encoder, prompts)
+    sparse, present = encode_points_and_boxes(sam.prompt_encoder, prompts, sam2 is not None)
+    dense = encode_masks(sam.prompt_encoder, prompts, None if sam2 is None else sam2.mask_limit)
     output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     if hq is not None:
         output = torch.cat([output, hq.hf_token.weight])
+    if sam2 is not None:
+        output = torch.cat([output, sam2.mask_decoder.obj_score_token.weight])
     tokens = torch.cat([output.expand(count, -1, -1), sparse.to(output.dtype)], dim=1)
     present = torch.cat([present.new_ones((count, len(output))), present], dim=1)
     if further is not None:
@@ -372,7 +431,7 @@ def decode_tokens(
 
     embedding = features.embedding
     grid = (embedding.shape[-2], embedding.shape[-1])
-    image = (embedding + encode_masks(sam.prompt_encoder, prompts)).flatten(2).transpose(1, 2)
+    image = (embedding + dense).flatten(2).transpose(1, 2)
     image_pe = sam.prompt_encoder.get_dense_pe().to(image.dtype).flatten(2).transpose(1, 2)
     tokens, keys = _two_way(decoder.transformer, image, image_pe, tokens, present, rows)
 
@@ -380,13 +439,21 @@ def decode_tokens(
     mlps = enumerate(decoder.output_hypernetworks_mlps)
     mask_embeddings = torch.stack([mlp(own[:, k]) for k, mlp in mlps], dim=1)
     iou = decoder.iou_prediction_head(tokens[:, 0])
-    upscaled = _upscale(decoder, keys)
-    refinement = None
+    last = tokens[:, len(output) - 1]
+    finer: tuple[Tensor, Tensor] | None = None
+    refinement, score, stability = None, None, None
+    if sam2 is not None:
+        shared = rows is None or len(features) == 1
+        high_res = features["high_res_s1"], features["high_res_s0"]
+        finer = high_res if shared else (high_res[0][rows], high_res[1][rows])
+        stability = sam2.mask_decoder.stability
+        score = sam2.mask_decoder.pred_obj_score_head(last)[:, 0]
+    upscaled = _upscale(decoder, keys, finer)
     if hq is not None:
         own_features = features["hq"] if rows is None else features["hq"][rows]
         folded = _unfold(upscaled.permute(0, 3, 1, 2), grid)
-        refinement = hq.refinement(tokens[:, len(output) - 1], folded, own_features)
-    return MaskTokens(mask_embeddings, upscaled, iou, grid, refinement, own)
+        refinement = hq.refinement(last, folded, own_features)
+    return MaskTokens(mask_embeddings, upscaled, iou, grid, refinement, own, score, stability)
 
 
 def best_token(iou: Tensor, multimask: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Load SAM and HQ-SAM models of the Hugging Face hub as segment_anything modules.
+"""Load SAM, HQ-SAM and SAM 2 models of the Hugging Face hub as our modules.
 
-Masks of SAM equal those of transformers. Masks of HQ-SAM equal those of the authors' code:
-transformers (5.23) upscales the image embedding before the two-way transformer instead of the one
-after it.
+Masks equal those of transformers, except for two differences of transformers (5.24) to the authors'
+code, which we follow: HQ-SAM upscales the image embedding before the two-way transformer instead of
+the one after it, and SAM 2 adds tokens to a prompt that is only a mask.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from sam_gym.backbones.encoders import State, assemble
 from sam_gym.backbones.hq import HqMaskDecoder
+from sam_gym.backbones.sam2 import Sam2, Sam2Encoder, assemble_sam2
 from sam_gym.backbones.spec import HUB_PREFIX
 
 #: (pattern, replacement) from transformers' names to segment_anything's, applied in this order.
@@ -25,6 +26,13 @@ _NAMES = [
         r"^shared_image_embedding\.positional_embedding$",
         "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
     ),
+    (r"^no_memory_embedding$", "no_mem_embed"),
+    (r"^vision_encoder\.backbone\.", "image_encoder.trunk."),
+    (r"(\.trunk\.patch_embed)\.projection\.", r"\1.proj."),
+    (r"(\.trunk\.blocks\.\d+)\.layer_norm([12])\.", r"\1.norm\2."),
+    (r"(\.trunk\.blocks\.\d+\.mlp)\.proj_in\.", r"\1.fc1."),
+    (r"(\.trunk\.blocks\.\d+\.mlp)\.proj_out\.", r"\1.fc2."),
+    (r"^vision_encoder\.neck\.convs\.(\d+)\.", r"image_encoder.neck.convs.\1.conv."),
     (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
     (r"^vision_encoder\.layers\.(\d+)\.layer_norm([12])\.", r"image_encoder.blocks.\1.norm\2."),
     (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
@@ -41,6 +49,9 @@ _NAMES = [
     (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
     (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
     (r"(transformer\.layers\.\d+)\.layer_norm([1-4])\.", r"\1.norm\2."),
+    (r"(transformer\.layers\.\d+\.mlp)\.proj_in\.", r"\1.lin1."),
+    (r"(transformer\.layers\.\d+\.mlp)\.proj_out\.", r"\1.lin2."),
+    (r"\.o_proj\.", ".out_proj."),
     (r"\.upscale_conv1\.", ".output_upscaling.0."),
     (r"\.upscale_layer_norm\.", ".output_upscaling.1."),
     (r"\.upscale_conv2\.", ".output_upscaling.3."),
@@ -56,18 +67,22 @@ _NAMES = [
     (r"\.mask_norm\.", ".embedding_maskfeature.1."),
     (r"\.mask_conv2\.", ".embedding_maskfeature.3."),
     # MLPs of three layers: proj_in, layers.0, proj_out; the middle one moves first.
-    (r"(_mlps\.\d+|hf_mlp|iou_prediction_head)\.layers\.0\.", r"\1.layers.1."),
-    (r"(_mlps\.\d+|hf_mlp|iou_prediction_head)\.proj_in\.", r"\1.layers.0."),
-    (r"(_mlps\.\d+|hf_mlp|iou_prediction_head)\.proj_out\.", r"\1.layers.2."),
+    (r"(_mlps\.\d+|hf_mlp|_head)\.layers\.0\.", r"\1.layers.1."),
+    (r"(_mlps\.\d+|hf_mlp|_head)\.proj_in\.", r"\1.layers.0."),
+    (r"(_mlps\.\d+|hf_mlp|_head)\.proj_out\.", r"\1.layers.2."),
 ]
 
 
 def converted(state: State) -> State:
-    """Convert a state dict of `SamModel` or `SamHQModel` to the names of segment_anything."""
+    """Convert a state dict of `SamModel`, `SamHQModel` or `Sam2Model` to our names."""
     result = {}
     for name, value in state.items():
         if name == "prompt_encoder.shared_embedding.positional_embedding":
             continue  # the same tensor as shared_image_embedding
+        if name == "prompt_encoder.point_embed.weight":  # those of SAM 2 are one tensor
+            for kind, row in enumerate(value.split(1)):
+                result[f"prompt_encoder.point_embeddings.{kind}.weight"] = row
+            continue
         for pattern, replacement in _NAMES:
             name = re.sub(pattern, replacement, name)
         result[name] = value
@@ -75,7 +90,7 @@ def converted(state: State) -> State:
 
 
 def load_from_hub(name: str) -> Sam:
-    """Load a model of type `sam` or `sam_hq`.
+    """Load a model of type `sam`, `sam_hq`, `sam2` or `sam2_video` (without its memory).
 
     Args:
         name: OWNER/NAME on the hub, or a local folder that `save_pretrained` wrote.
@@ -86,7 +101,7 @@ def load_from_hub(name: str) -> Sam:
         ValueError: it is a model of another kind.
     """
     try:
-        from transformers import AutoConfig, SamHQModel, SamModel
+        from transformers import AutoConfig, Sam2Model, SamHQModel, SamModel
     except ImportError as error:
         raise ImportError(
             f"Backbone '{HUB_PREFIX}{name}' needs transformers: pip install 'sam-gym[hf]'."
@@ -96,10 +111,11 @@ def load_from_hub(name: str) -> Sam:
     try:
         config: Any = AutoConfig.from_pretrained(name)
         kinds: dict[str, Any] = {"sam": SamModel, "sam_hq": SamHQModel}
+        kinds |= {"sam2": Sam2Model, "sam2_video": Sam2Model}
         if config.model_type not in kinds:
             raise ValueError(
                 f"{HUB_PREFIX}{name} is a model of type {config.model_type!r}; expected "
-                f"{' or '.join(map(repr, kinds))}."
+                f"{', '.join(map(repr, kinds))}."
             )
         model = kinds[config.model_type].from_pretrained(name)
     except OSError as error:
@@ -117,8 +133,10 @@ def load_from_hub(name: str) -> Sam:
 
 
 def build(config: Any) -> Sam:
-    """Build the model of a `SamConfig` or `SamHQConfig` with random weights."""
+    """Build the model of a `SamConfig`, `SamHQConfig` or `Sam2Config` with random weights."""
     vision, head = config.vision_config, config.mask_decoder_config
+    if config.model_type.startswith("sam2"):
+        return _build_sam2(config.prompt_encoder_config.image_size, vision, head)
     if vision.patch_size != 16:
         raise ValueError(f"Expected patches of 16 pixels, got {vision.patch_size}.")
     is_hq = config.model_type == "sam_hq"
@@ -142,4 +160,23 @@ def build(config: Any) -> Sam:
     for layer in sam.mask_decoder.transformer.layers:  # type: ignore[union-attr]
         for norm in (layer.norm1, layer.norm2, layer.norm3, layer.norm4):  # type: ignore[union-attr]
             norm.eps = head.layer_norm_eps  # type: ignore[union-attr]
+    return sam
+
+
+def _build_sam2(size: int, vision: Any, head: Any) -> Sam2:
+    """Build a SAM 2 of frames of `size` pixels from the configurations of encoder and decoder."""
+    trunk = vision.backbone_config
+    encoder = Sam2Encoder(
+        size,
+        vision.fpn_hidden_size,
+        embed_dim=trunk.hidden_size,
+        num_heads=trunk.num_attention_heads,
+        stages=tuple(trunk.blocks_per_stage),
+        global_pos_size=tuple(trunk.window_positional_embedding_background_size),
+        window_spec=tuple(trunk.window_size_per_stage),
+        global_att_blocks=tuple(trunk.global_attention_blocks),
+    )
+    sam = assemble_sam2(encoder, head.hidden_size, head.mlp_dim, head.num_attention_heads)
+    delta, least = head.dynamic_multimask_stability_delta, head.dynamic_multimask_stability_thresh
+    sam.mask_decoder.stability = (delta, least) if head.dynamic_multimask_via_stability else None
     return sam

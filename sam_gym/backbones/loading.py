@@ -232,9 +232,8 @@ def _described(content: Any) -> str:
 
 def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     state = {_OF_TORCH.sub("", key): value for key, value in state.items()}
-    first = next(iter(state), "")
-    part = _PARTS.search(first)
-    prefix = first[: part.start()] if part else ""
+    part = next(filter(None, map(_PARTS.search, state)), None)
+    prefix = part.string[: part.start()] if part else ""
     if all(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
@@ -317,8 +316,8 @@ def load_backbone(
     A checkpoint or adapter that was written since is loaded again; objects that exist keep theirs.
 
     Args:
-        name: a key of `BACKBONES`, or "hf:OWNER/NAME" (a SAM or SAM-HQ on the Hugging Face hub, or
-            a local folder in its format).
+        name: a key of `BACKBONES`, or "hf:OWNER/NAME" (a SAM, SAM-HQ or SAM 2 on the Hugging Face
+            hub, or a local folder in its format).
         checkpoint: path of the weights. By default, the bundled weights, or the published ones,
             which are downloaded to `SAM_GYM_HOME` on first use.
         device: "auto" (CUDA, then MPS, then CPU), or a torch device.

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from segment_anything.modeling import Sam
-from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,8 +21,9 @@ from sam_gym.backbones.attention import fuse_attention
 from sam_gym.backbones.compiled import FixedShapes, padded_size
 from sam_gym.backbones.decode import NO_POINT, MaskTokens, Prompts
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures
+from sam_gym.backbones.frames import Frame, PaddedFrame, SquashedFrame
+from sam_gym.backbones.sam2 import Sam2
 from sam_gym.utils.digest import digest_of
-from sam_gym.utils.transfer import to_device
 
 #: Precisions by name, of models and of features on disk.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,6 +74,8 @@ class BackboneService(FeatureSource, Protocol):
     dtype: torch.dtype
     #: Side of the square input frame, in pixels.
     image_size: int
+    #: Whether images are stretched to the whole frame; otherwise they are padded.
+    squashes: bool
     #: (C, h, w) of the feature `embedding`.
     embedding_shape: tuple[int, int, int]
     #: (hm, wm) of a low-res mask.
@@ -111,7 +113,7 @@ class BackboneService(FeatureSource, Protocol):
         """Resize low-res logits (..., hm, wm) to an image's size, (..., height, width)."""
 
     def framed(self, image: np.ndarray) -> np.ndarray:
-        """Resize and pad an image to the input frame, uint8 (S, S, 3)."""
+        """Bring an image into the input frame, uint8 (S, S, 3)."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the model runs in the precision of the backbone."""
@@ -152,6 +154,10 @@ class Backbone:
             adapter.check_fits(name, self.weights_digest)
             self.model = adapter.model(self.sam)
         self.image_size: int = sam.image_encoder.img_size
+        size = self.image_size
+        self._frame: Frame = SquashedFrame(size) if isinstance(sam, Sam2) else PaddedFrame(size)
+        #: Whether images are stretched to the whole frame; otherwise they are padded.
+        self.squashes: bool = self._frame.squashes
         #: Logit above which a pixel belongs to a mask.
         self.mask_threshold: float = sam.mask_threshold
         #: (C, h, w) of the feature `embedding`.
@@ -161,7 +167,6 @@ class Backbone:
         )
         #: (hm, wm) of a low-res mask.
         self.mask_shape = (4 * self.embedding_shape[1], 4 * self.embedding_shape[2])
-        self._resizer = ResizeLongestSide(self.image_size)
         self._encode: Callable[..., Sequence[Tensor]] = partial(_encode, self.model)
         self._decode_best: Callable[..., Sequence[Tensor]] = partial(_decode_best, self.model)
         self.compiled = compile
@@ -246,7 +251,7 @@ class Backbone:
 
     def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in the input frame of an image of (height, width)."""
-        return self._resizer.get_preprocess_shape(*image_size, self.image_size)
+        return self._frame.input_size(image_size)
 
     def to_input_frame(self, points: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
         """Scale (x, y) pixels of an image of (height, width) to the model's input frame.
@@ -264,29 +269,11 @@ class Backbone:
 
     def masks_at(self, logits: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Resize low-res logits (..., hm, wm) to an image's size, (..., height, width)."""
-        height, width = self.input_size(image_size)
-        flat = logits.reshape(-1, 1, *logits.shape[-2:]).float()
-        full = F.interpolate(flat, (self.image_size,) * 2, mode="bilinear", align_corners=False)
-        if (height, width) != tuple(full.shape[-2:]) or (height, width) != tuple(image_size):
-            full = full[..., :height, :width]
-            full = F.interpolate(full, image_size, mode="bilinear", align_corners=False)
-        return full.reshape(*logits.shape[:-2], *image_size)
-
-    def resize(self, image: np.ndarray) -> np.ndarray:
-        """Resize uint8 (H, W, 3) so that its longest side is the model's, as SAM does."""
-        if max(image.shape[:2]) == self.image_size:
-            return image
-        return self._resizer.apply_image(image)
+        return self._frame.masks_at(logits, image_size)
 
     def framed(self, image: np.ndarray) -> np.ndarray:
-        """Resize the longest side and pad with black: the input frame, uint8 (S, S, 3)."""
-        size = self.image_size
-        if image.shape[:2] == (size, size):
-            return image
-        frame = np.zeros((size, size, 3), np.uint8)
-        resized = self.resize(image)
-        frame[: resized.shape[0], : resized.shape[1]] = resized
-        return frame
+        """Bring an image into the input frame, uint8 (S, S, 3); padding is black."""
+        return self._frame.framed(image)
 
     # Inference -----------------------------------------------------------------------------------
 
@@ -300,21 +287,10 @@ class Backbone:
             )
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Resize the longest side, normalise and pad: float32 (B, 3, S, S) on the device."""
-        batch = np.zeros((len(images), self.image_size, self.image_size, 3), np.uint8)
-        sizes = []
-        for frame, image in zip(batch, images, strict=True):
+        """Bring images into the frame and normalise: float32 (B, 3, S, S) on the device."""
+        for image in images:
             self.check_image(image)
-            resized = self.resize(image)
-            height, width = resized.shape[:2]
-            frame[:height, :width] = resized
-            sizes.append((height, width))
-        pixels = to_device(batch, self.device).permute(0, 3, 1, 2)
-        pixels = (pixels - self.sam.pixel_mean) / self.sam.pixel_std
-        for frame, (height, width) in zip(pixels, sizes, strict=True):
-            frame[:, height:] = 0.0
-            frame[:, :, width:] = 0.0
-        return pixels
+        return self._frame.pixels(images, self.sam.pixel_mean, self.sam.pixel_std, self.device)
 
     @torch.no_grad()
     def encode(self, images: Sequence[np.ndarray]) -> ImageFeatures:
@@ -342,7 +318,8 @@ class Backbone:
         Args:
             features: of B images, from `encode`.
             prompts: P prompt sets (see `Prompts`).
-            multimask: return the three masks for ambiguous prompts instead of the single one.
+            multimask: return the three masks for ambiguous prompts instead of the single one. For
+                an unstable single mask, SAM 2 returns the best of the three.
 
         Returns:
             Mask logits float32 (P, M, hm, wm) and predicted IoU float32 (P, M); M is 3 or 1.
@@ -353,9 +330,12 @@ class Backbone:
         prompts.check(len(features), self.mask_shape)
         with self.autocast():
             tokens = self.model.decode(features, prompts)
-            chosen = slice(1, None) if multimask else slice(0, 1)
-            logits = tokens.decode_masks(tokens.mask_embeddings[:, chosen])
-        return logits.float(), tokens.iou[:, chosen].float()
+            if multimask:
+                logits, iou = tokens.decode_masks(tokens.mask_embeddings[:, 1:]), tokens.iou[:, 1:]
+            else:
+                single = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+                logits, iou = (x[:, None] for x in tokens.decode_best_masks(single))
+        return logits.float(), iou.float()
 
     @torch.no_grad()
     def decode_best(

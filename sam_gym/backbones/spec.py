@@ -18,6 +18,13 @@ from sam_gym.backbones.encoders import (
 )
 from sam_gym.backbones.hq import build_hq_vit_b, build_hq_vit_h, build_hq_vit_l
 from sam_gym.backbones.micro.model import build_micro
+from sam_gym.backbones.sam2 import (
+    build_sam2_base_plus,
+    build_sam2_large,
+    build_sam2_small,
+    build_sam2_tiny,
+    sam2_state,
+)
 from sam_gym.utils.registry import Registry
 
 #: Names with this prefix are loaded from the Hugging Face hub: "hf:facebook/sam-vit-base".
@@ -127,7 +134,9 @@ def backbone_table() -> str:
 
 _SEGMENT_ANYTHING = "https://dl.fbaipublicfiles.com/segment_anything"
 _HQ = "https://huggingface.co/lkeab/hq-sam/resolve/main"
+_SAM2 = "https://dl.fbaipublicfiles.com/segment_anything_2/092824"
 _SAM_SOURCE = "[SAM](https://github.com/facebookresearch/segment-anything), Apache-2.0"
+_SAM2_SOURCE = "[SAM 2](https://github.com/facebookresearch/sam2), Apache-2.0"
 _HQ_SOURCE = "[HQ-SAM](https://github.com/SysCV/sam-hq), Apache-2.0"
 
 register_backbone(
@@ -214,5 +223,43 @@ for _size, _build, _sha256, _megabytes in (
             source=_HQ_SOURCE,
             weights=PublishedWeights(f"{_HQ}/sam_hq_vit_{_size}.pth", _sha256, _megabytes),
             features=("embedding", "hq"),
+        )
+    )
+for _size, _build, _sha256, _megabytes in (
+    (
+        "tiny",
+        build_sam2_tiny,
+        "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
+        156,
+    ),
+    (
+        "small",
+        build_sam2_small,
+        "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38",
+        184,
+    ),
+    (
+        "base_plus",
+        build_sam2_base_plus,
+        "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5",
+        324,
+    ),
+    (
+        "large",
+        build_sam2_large,
+        "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318",
+        898,
+    ),
+):
+    register_backbone(
+        BackboneSpec(
+            name=f"sam2.1_hiera_{_size}",
+            build=_build,
+            description=f"SAM 2.1, Hiera-{_size.replace('_plus', '+').capitalize()}",
+            source=_SAM2_SOURCE,
+            weights=PublishedWeights(f"{_SAM2}/sam2.1_hiera_{_size}.pt", _sha256, _megabytes),
+            convert=sam2_state,
+            thresholds=(0.8, 0.95),
+            features=("embedding", "high_res_s1", "high_res_s0"),
         )
     )

@@ -298,7 +298,11 @@ def folders(
 
 
 def low_res_ceiling(
-    dataset: Dataset, image_size: int = 256, mask_size: int = 64, max_images: int | None = None
+    dataset: Dataset,
+    image_size: int = 256,
+    mask_size: int = 64,
+    max_images: int | None = None,
+    squash: bool = False,
 ) -> float:
     """Return the mean IoU that true masks reach at SAM's low resolution, over objects.
 
@@ -312,12 +316,13 @@ def low_res_ceiling(
         image_size: side of SAM's input frame, in pixels.
         mask_size: side of its low-res masks.
         max_images: number of images, the first of the dataset (None: all).
+        squash: images are stretched to the frame, as by SAM 2; otherwise padded.
     """
     count = len(dataset) if max_images is None else min(max_images, len(dataset))
     return float(
         np.mean(
             [
-                _low_res_iou(mask, image_size, mask_size)
+                _low_res_iou(mask, image_size, mask_size, squash)
                 for index in range(count)
                 for mask in dataset[index].masks
             ]
@@ -325,14 +330,15 @@ def low_res_ceiling(
     )
 
 
-def _low_res_iou(mask: np.ndarray, image_size: int, mask_size: int) -> float:
+def _low_res_iou(mask: np.ndarray, image_size: int, mask_size: int, squash: bool) -> float:
     height, width = mask.shape
     scale = image_size / max(height, width)
-    h, w = int(height * scale + 0.5), int(width * scale + 0.5)
+    h, w = (image_size if squash else int(side * scale + 0.5) for side in (height, width))
     low = low_res(frame_mask(mask, (h, w), image_size), (mask_size, mask_size))
     full = torch.from_numpy(low)[None, None]
-    full = F.interpolate(full, (image_size,) * 2, mode="bilinear", align_corners=False)
-    if mask.shape != (image_size, image_size):
+    size = mask.shape if squash else (image_size, image_size)
+    full = F.interpolate(full, size, mode="bilinear", align_corners=False)
+    if mask.shape != size:
         full = F.interpolate(full[..., :h, :w], mask.shape, mode="bilinear", align_corners=False)
     cover = full[0, 0].numpy()
     # Most pixels are outside of the object at every threshold.

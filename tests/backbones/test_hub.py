@@ -1,4 +1,4 @@
-"""Hugging Face's SAM and SAM-HQ, saved by transformers and loaded by us."""
+"""Hugging Face's SAM, SAM-HQ and SAM 2, saved by transformers and loaded by us."""
 
 import sys
 from pathlib import Path
@@ -34,6 +34,38 @@ DECODER = {
 }
 
 
+#: Of SAM 2, whose stages halve the grid three times.
+SIDE = 128
+VISION2: dict[str, Any] = {
+    "backbone_config": {
+        "hidden_size": 8,
+        "image_size": [SIDE, SIDE],
+        "blocks_per_stage": [1, 2, 2, 1],
+        "embed_dim_per_stage": [8, 16, 32, 64],
+        "num_attention_heads_per_stage": [1, 2, 4, 8],
+        "window_size_per_stage": [8, 4, 6, 3],
+        "global_attention_blocks": [4],
+        "model_type": "sam2_hiera_det_model",
+    },
+    "backbone_channel_list": [64, 32, 16, 8],
+    "backbone_feature_sizes": [[SIDE // stride] * 2 for stride in (4, 8, 16)],
+    "fpn_hidden_size": WIDTH,
+}
+
+
+def randomised(model: Any) -> Any:
+    """The model with random weights that all matter."""
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name != "prompt_encoder.shared_embedding.positional_embedding":
+                spread = 0.3 if value.ndim < 2 else 1.0 / value.flatten(1).shape[1] ** 0.5
+                value.normal_(0.0, spread, generator=noise)
+        shared = model.shared_image_embedding.positional_embedding
+        model.prompt_encoder.shared_embedding.positional_embedding.copy_(shared)
+    return model.eval()
+
+
 @pytest.fixture(params=["sam", "sam_hq"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, str]:
     """A small model with random weights, and the folder where transformers saved it."""
@@ -45,15 +77,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, str]:
         decoder = {**DECODER, "vit_dim": VISION["hidden_size"]}
         config = transformers.SamHQConfig(**parts, mask_decoder_config=decoder)
         model = transformers.SamHQModel(config)
-    noise = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if name != "prompt_encoder.shared_embedding.positional_embedding":
-                spread = 0.3 if value.ndim < 2 else 1.0 / value.flatten(1).shape[1] ** 0.5
-                value.normal_(0.0, spread, generator=noise)
-        shared = model.shared_image_embedding.positional_embedding
-        model.prompt_encoder.shared_embedding.positional_embedding = shared
-    model.eval().save_pretrained(tmp_path / "model")
+    randomised(model).save_pretrained(tmp_path / "model")
     return model, str(tmp_path / "model")
 
 
@@ -81,6 +105,66 @@ def test_same_masks_as_transformers(saved: tuple[Any, str], multimask: bool, pro
     masks, scores = expected.pred_masks[0, 0], expected.iou_scores[0, 0]
     assert (logits[0] - masks).abs().max() <= 1e-4 * masks.std()
     torch.testing.assert_close(iou[0], scores, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(params=[True, False])
+def saved2(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, str]:
+    """A small SAM 2, and the folder where transformers saved it, with and without its memory."""
+    parts = {
+        "vision_config": VISION2,
+        "prompt_encoder_config": PROMPT | {"image_size": SIDE},
+        "mask_decoder_config": DECODER,
+    }
+    model = randomised(transformers.Sam2Model(transformers.Sam2Config(**parts)))
+    if not request.param:
+        model.save_pretrained(tmp_path)
+        return model, str(tmp_path)
+    memory = {
+        "image_size": SIDE,
+        "memory_attention_hidden_size": WIDTH,
+        "memory_attention_num_layers": 1,
+        "memory_encoder_hidden_size": WIDTH,
+        "mask_downsampler_embed_dim": WIDTH,
+        "memory_fuser_embed_dim": WIDTH,
+        "memory_fuser_intermediate_dim": WIDTH,
+    }
+    video = transformers.Sam2VideoModel(transformers.Sam2VideoConfig(**parts, **memory))
+    missing, unexpected = video.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and not any("vision_encoder" in name for name in missing)
+    video.save_pretrained(tmp_path)
+    return model, str(tmp_path)
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+@pytest.mark.parametrize("prompt", ["points", "box", "box and points", "mask and points"])
+def test_same_masks_as_transformers_sam2(
+    saved2: tuple[Any, str], multimask: bool, prompt: str
+) -> None:
+    model, folder = saved2
+    backbone = load_backbone(f"hf:{folder}", device="cpu")
+    image = np.random.default_rng(0).integers(0, 256, (60, 200, 3), dtype=np.uint8)
+    theirs: dict[str, Any] = {}
+    ours: dict[str, Any] = {}
+    if "points" in prompt:
+        points, labels = torch.tensor([[[9.0, 20.0], [90.0, 110.0]]]), torch.tensor([[1, 0]])
+        theirs |= {"input_points": points[None], "input_labels": labels[None]}
+        ours |= {"points": points, "labels": labels}
+    if "box" in prompt:
+        box = torch.tensor([[3.0, 5.0, 22.0, 30.0]])
+        theirs, ours = theirs | {"input_boxes": box[None]}, ours | {"boxes": box}
+    if "mask" in prompt:
+        mask = torch.randn(1, SIDE // 4, SIDE // 4, generator=torch.Generator().manual_seed(1))
+        theirs, ours = theirs | {"input_masks": mask[None]}, ours | {"masks": mask}
+    with torch.no_grad():
+        pixels = backbone.prepare([image])
+        expected = model(pixel_values=pixels, multimask_output=multimask, **theirs)
+    features = backbone.encode([image])
+    logits, iou = backbone.decode(features, Prompts(**ours), multimask=multimask)
+    masks, scores = expected.pred_masks[0, 0], expected.iou_scores[0, 0]
+    assert (logits[0] - masks).abs().max() <= 1e-4 * masks.std()
+    torch.testing.assert_close(iou[0], scores, atol=1e-4, rtol=0)
+    score = backbone.decode_tokens(features, Prompts(**ours)).object_score
+    torch.testing.assert_close(score, expected.object_score_logits[0, 0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("saved", ["sam_hq"], indirect=True)
@@ -125,7 +209,9 @@ def test_shared_and_named(saved: tuple[Any, str]) -> None:
 
 def test_what_is_no_sam_is_refused(tmp_path: Path) -> None:
     transformers.ViTConfig(hidden_size=8, num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="type 'vit'; expected 'sam' or 'sam_hq'"):
+    with pytest.raises(
+        ValueError, match="type 'vit'; expected 'sam', 'sam_hq', 'sam2', 'sam2_video'"
+    ):
         load_backbone(f"hf:{tmp_path}", device="cpu")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_backbone(f"hf:{tmp_path / 'nowhere'}", device="cpu")

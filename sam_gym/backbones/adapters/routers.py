@@ -21,10 +21,10 @@ from sam_gym.backbones.adapters.model import (
     embed,
     raw_features,
 )
-from sam_gym.backbones.adapters.tuning import encoder_blocks
+from sam_gym.backbones.adapters.tuning import plain_blocks
 from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures, TensorSpec
-from sam_gym.backbones.hq import feature_spec
+from sam_gym.backbones.hq import encode_pixels, feature_spec
 
 #: Returns the prepared pixels of some images, (B, 3, S, S).
 Pixels = Callable[[], Tensor]
@@ -103,13 +103,13 @@ class TokenRouter(Router):
     @classmethod
     def from_weights(cls, sam: Sam, weights: Mapping[str, Tensor], num_experts: int) -> Self:
         _, tokens, channels = weights["tokens"].shape
-        encoder_blocks(sam.image_encoder)
+        plain_blocks(sam.image_encoder)
         return cls(channels, num_experts, tokens)
 
     def forward(self, encoder: Any, seen: Sequence[Tensor]) -> Tensor:
         """Logits (B, num_domains) from keys and values of B images, `keys_of`."""
         tokens = self.tokens.expand(len(seen[0]), -1, -1)
-        for block, image in zip(encoder_blocks(encoder), seen, strict=True):
+        for block, image in zip(plain_blocks(encoder), seen, strict=True):
             tokens = _attend(block, tokens, image)
         return self.head(self.norm(tokens[:, 0]))
 
@@ -130,7 +130,7 @@ def _projected(block: Any, x: Tensor) -> Tensor:
 @torch.no_grad()
 def keys_of(encoder: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Keys and values of images in each block, (B, 2, heads, h * w, d), from `block_inputs`."""
-    blocks = encoder_blocks(encoder)
+    blocks = plain_blocks(encoder)
     return [
         _projected(block, x.flatten(1, 2))[1:].transpose(0, 1)
         for block, x in zip(blocks, inputs, strict=True)
@@ -193,7 +193,7 @@ class EmbeddingRouter(Router):
     def logits(
         self, sam: Sam, pixels: Pixels, embedding: Tensor | None, inputs: Sequence[Tensor]
     ) -> Tensor:
-        own = sam.image_encoder(pixels()) if embedding is None else embedding
+        own = encode_pixels(sam, pixels()).embedding if embedding is None else embedding
         return self(pooled_embedding(own))
 
 

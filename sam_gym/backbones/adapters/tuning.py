@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_gym.backbones.hq import HqMaskDecoder, early_channels, in_head
+from sam_gym.backbones.sam2 import Sam2MaskDecoder
 from sam_gym.utils.registry import Registry
 
 #: Rank of LoRA, and the factor of its product (alpha / rank).
@@ -75,7 +76,10 @@ def _in_decoder(name: str) -> bool:
 
 def _decoder(sam: Sam) -> Sam:
     own = _copy(sam, _in_decoder)
-    own.mask_decoder.requires_grad_(True)
+    decoder = own.mask_decoder.requires_grad_(True)
+    if isinstance(decoder, Sam2MaskDecoder):  # its finer features are computed once per image
+        decoder.conv_s0.requires_grad_(False)
+        decoder.conv_s1.requires_grad_(False)
     return own
 
 
@@ -115,7 +119,7 @@ class AdaptedBlock(nn.Module):
     """A transformer block followed by a bottleneck (Houlsby et al. 2019), initially the identity.
 
     Args:
-        block: maps (B, h, w, C) to the same shape; it is not trained.
+        block: maps (B, h, w, D) to (B, h', w', C); it is not trained.
         channels: C.
     """
 
@@ -133,17 +137,33 @@ class AdaptedBlock(nn.Module):
         return x + self.up(F.gelu(self.down(x)))
 
 
-def encoder_blocks(encoder: Any) -> nn.ModuleList:
+def encoder_blocks(encoder: Any) -> nn.ModuleList | nn.Sequential:
     """The transformer blocks of an image encoder.
 
     Raises:
-        ValueError: it has no blocks as segment_anything's ViT has them.
+        ValueError: it has no blocks as segment_anything's ViT and timm's Hiera have them.
     """
     blocks = getattr(encoder, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList) or not all(hasattr(b, "attn") for b in blocks):
+    kinds = (nn.ModuleList, nn.Sequential)
+    if not isinstance(blocks, kinds) or not all(hasattr(b, "attn") for b in blocks):
         raise ValueError(
-            f"{type(encoder).__name__} has no transformer blocks to work on: take micro or a ViT "
-            "SAM, or another tune target or method."
+            f"{type(encoder).__name__} has no transformer blocks to work on: take micro, a ViT SAM "
+            "or a SAM 2, or another tune target or method."
+        )
+    return blocks
+
+
+def plain_blocks(encoder: Any) -> nn.ModuleList | nn.Sequential:
+    """The transformer blocks of an image encoder of one width, through which tokens can pass.
+
+    Raises:
+        ValueError: it has none, or widths differ, as in Hiera.
+    """
+    blocks: Any = encoder_blocks(encoder)
+    if len({block.norm2.weight.shape for block in blocks}) > 1:
+        raise ValueError(
+            f"The transformer blocks of {type(encoder).__name__} differ in width, so that no token "
+            "can pass through all of them: take micro or a ViT SAM, or another method."
         )
     return blocks
 
@@ -152,8 +172,8 @@ def _sam_adapter(sam: Sam) -> Sam:
     own = _copy(sam, _in_decoder)
     blocks: Any = encoder_blocks(own.image_encoder)
     for number, block in enumerate(blocks):
-        channels = block.norm1.weight.shape[0]
-        blocks[number] = AdaptedBlock(block, channels).to(block.norm1.weight.device)
+        after = block.norm2.weight
+        blocks[number] = AdaptedBlock(block, len(after)).to(after.device)
     own.mask_decoder.requires_grad_(True)
     return own.eval()
 
@@ -177,7 +197,7 @@ _DECODER_LINEARS = (
     r"mask_decoder\.(transformer\..*(q_proj|k_proj|v_proj|out_proj|lin1|lin2)"
     r"|(output_hypernetworks_mlps\.\d|iou_prediction_head)\.layers\.\d)"
 )
-_ENCODER_LINEARS = r"image_encoder\.blocks\.\d+\.attn\.qkv"
+_ENCODER_LINEARS = r"image_encoder\.(trunk\.)?blocks\.\d+\.attn\.qkv"
 _ALL_LINEARS = f"{_DECODER_LINEARS}|{_ENCODER_LINEARS}"
 
 TUNINGS.add("decoder", Tuning(_decoder, "embedding", 3e-4))

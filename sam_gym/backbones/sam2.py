@@ -1,0 +1,223 @@
+"""SAM 2.1 as a model of images: Hiera with a feature pyramid, and a decoder of finer features.
+
+Ravi et al. 2024, "SAM 2: Segment Anything in Images and Videos". The numbers are those of the
+authors' `SAM2ImagePredictor`. The trunk is timm's. Modules have segment_anything's names, so that
+tune targets and adapters find them; `split_state` translates the names of published checkpoints
+and sets the weights of the video memory aside.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from segment_anything.modeling import MaskDecoder, Sam
+from segment_anything.modeling.mask_decoder import MLP
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sam_gym.backbones.encoders import State, assemble
+from sam_gym.backbones.features import FeatureSpec, ImageFeatures, TensorSpec
+
+#: Beginnings of the names, in published checkpoints, of weights that only the video memory uses.
+MEMORY_PREFIXES = (
+    "memory_attention.",
+    "memory_encoder.",
+    "maskmem_tpos_enc",
+    "no_mem_pos_enc",
+    "no_obj_embed_spatial",
+    "no_obj_ptr",
+    "obj_ptr_proj.",
+    "obj_ptr_tpos_proj.",
+    "mask_downsample.",
+)
+#: (pattern, replacement) from the authors' names to ours.
+_NAMES = (
+    (r"^sam_(prompt_encoder|mask_decoder)\.", r"\1."),
+    (r"^(image_encoder\.trunk\.blocks\.\d+\.mlp)\.layers\.0\.", r"\1.fc1."),
+    (r"^(image_encoder\.trunk\.blocks\.\d+\.mlp)\.layers\.1\.", r"\1.fc2."),
+    (r"^(mask_decoder\.transformer\.layers\.\d+\.mlp)\.layers\.0\.", r"\1.lin1."),
+    (r"^(mask_decoder\.transformer\.layers\.\d+\.mlp)\.layers\.1\.", r"\1.lin2."),
+)
+
+
+class Sam2Neck(nn.Module):
+    """Brings the stages of the trunk to one width; the embedding also sees the coarsest stage.
+
+    Args:
+        widths: channels of the stages, from stride 4 to stride 32.
+        out_chans: channels of the result.
+    """
+
+    def __init__(self, widths: Sequence[int], out_chans: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Sequential(OrderedDict(conv=nn.Conv2d(width, out_chans, 1)))
+            for width in reversed(widths)
+        )
+
+    def forward(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Stages (B, D, S / s, S / s) of the strides s 4, 8, 16, 32 -> (B, C, ...) of 4, 8, 16."""
+        lateral = [conv(x) for conv, x in zip(self.convs, reversed(stages), strict=True)]
+        coarsest, embedding, eighth, quarter = lateral
+        coarsest = F.interpolate(coarsest.float(), scale_factor=2.0, mode="nearest")
+        return quarter, eighth, embedding + coarsest
+
+
+class Sam2Encoder(nn.Module):
+    """Image encoder of SAM 2: float32 (B, 3, S, S) -> (B, out_chans, S / 16, S / 16).
+
+    Args:
+        img_size: S, a multiple of 32.
+        out_chans: channels of the embedding.
+        **trunk: arguments of timm's `HieraDet`.
+    """
+
+    def __init__(self, img_size: int = 1024, out_chans: int = 256, **trunk: Any) -> None:
+        from timm.models.hieradet_sam2 import HieraDet
+
+        super().__init__()
+        self.img_size = img_size
+        self.trunk: Any = HieraDet(num_classes=0, **trunk)
+        self.trunk.head = nn.Identity()
+        self.neck = Sam2Neck([own["num_chs"] for own in self.trunk.feature_info], out_chans)
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        """The transformer blocks; channels double and sides halve where a stage begins."""
+        return self.trunk.blocks
+
+    def pyramid(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels (B, 3, S, S) -> (B, C, S / s, S / s) for the strides 4, 8 and 16."""
+        # `stop_early` would build a module in every call.
+        return self.neck(
+            self.trunk.forward_intermediates(pixels, intermediates_only=True, stop_early=False)
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.pyramid(pixels)[2]
+
+
+class Sam2MaskDecoder(MaskDecoder):
+    """SAM's mask decoder with finer image features and a score of the object's presence.
+
+    Attributes:
+        stability: (delta, least): the single mask gives way to the best of three if the number of
+            pixels above delta is less than this fraction of those above -delta. None: never.
+    """
+
+    stability: tuple[float, float] | None = (0.05, 0.98)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        width = self.transformer_dim
+        self.obj_score_token = nn.Embedding(1, width)
+        self.pred_obj_score_head = MLP(width, width, 1, 3)
+        self.conv_s0 = nn.Conv2d(width, width // 8, 1)
+        self.conv_s1 = nn.Conv2d(width, width // 4, 1)
+        self.iou_prediction_head.sigmoid_output = True
+
+
+class Sam2(Sam):
+    """The part of SAM 2 that segments images: encoder, prompt encoder and mask decoder.
+
+    Attributes:
+        no_mem_embed: (1, 1, C), added to the embedding of a frame without memories, hence of every
+            image.
+        mask_limit: bound on the absolute value of mask prompts. The authors' predictor bounds the
+            logits that it returns as the next prompt.
+    """
+
+    image_encoder: Any
+    mask_limit = 32.0
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.no_mem_embed = nn.Parameter(torch.zeros(1, 1, self.prompt_encoder.embed_dim))
+        nn.init.trunc_normal_(self.no_mem_embed, std=0.02)
+
+    @property
+    def feature_spec(self) -> FeatureSpec:
+        """Shapes and dtypes of `encode_pixels`, in float32."""
+        width, (h, w) = self.prompt_encoder.embed_dim, self.prompt_encoder.image_embedding_size
+        return FeatureSpec(
+            {
+                "embedding": TensorSpec((width, h, w)),
+                "high_res_s1": TensorSpec((width // 4, 2 * h, 2 * w)),
+                "high_res_s0": TensorSpec((width // 8, 4 * h, 4 * w)),
+            }
+        )
+
+    def encode_frames(self, pixels: Tensor) -> ImageFeatures:
+        """Encode prepared pixels (B, 3, S, S) without `no_mem_embed`, as frames with memories."""
+        quarter, eighth, embedding = self.image_encoder.pyramid(pixels)
+        decoder: Any = self.mask_decoder
+        return ImageFeatures(
+            {
+                "embedding": embedding,
+                "high_res_s1": decoder.conv_s1(eighth),
+                "high_res_s0": decoder.conv_s0(quarter),
+            }
+        )
+
+    def encode_pixels(self, pixels: Tensor) -> ImageFeatures:
+        """Encode prepared pixels (B, 3, S, S) as single images."""
+        features = self.encode_frames(pixels)
+        return features.merge(embedding=features.embedding + self.no_mem_embed.reshape(1, -1, 1, 1))
+
+
+def split_state(state: State) -> tuple[State, State]:
+    """Split the state dict of a published checkpoint.
+
+    Args:
+        state: `checkpoint["model"]` of a SAM 2 or 2.1.
+
+    Returns:
+        The weights of `Sam2`, under its names, and those of the video memory
+        (`MEMORY_PREFIXES`), under the authors' names. Unknown names are among the first, where
+        strict loading refuses them.
+    """
+    image, memory = {}, {}
+    for name, value in state.items():
+        if name.startswith(MEMORY_PREFIXES):
+            memory[name] = value
+            continue
+        for pattern, replacement in _NAMES:
+            name = re.sub(pattern, replacement, name)
+        image[name] = value
+    return image, memory
+
+
+def sam2_state(state: State) -> State:
+    """Convert the state dict of a published checkpoint to one of `Sam2`."""
+    return split_state(state)[0]
+
+
+def assemble_sam2(
+    encoder: Sam2Encoder, width: int = 256, mlp_dim: int = 2048, num_heads: int = 8
+) -> Sam2:
+    """Combine an image encoder with SAM 2's decoder; arguments as of `assemble`."""
+    sam = assemble(encoder, width, mlp_dim, num_heads, Sam2MaskDecoder)
+    return Sam2(sam.image_encoder, sam.prompt_encoder, sam.mask_decoder)
+
+
+def build_sam2(**trunk: Any) -> Sam2:
+    """Build a SAM 2.1 with random weights; arguments of timm's `HieraDet`."""
+    return assemble_sam2(Sam2Encoder(**trunk))
+
+
+build_sam2_tiny = partial(build_sam2, stages=(1, 2, 7, 2), global_att_blocks=(5, 7, 9))
+build_sam2_small = partial(build_sam2, stages=(1, 2, 11, 2), global_att_blocks=(7, 10, 13))
+build_sam2_base_plus = partial(build_sam2, embed_dim=112, num_heads=2, global_pos_size=(14, 14))
+build_sam2_large = partial(
+    build_sam2,
+    embed_dim=144,
+    num_heads=2,
+    stages=(2, 6, 36, 4),
+    global_att_blocks=(23, 33, 43),
+    window_spec=(8, 4, 16, 8),
+)
