@@ -3,15 +3,21 @@
 import importlib.util
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import adaptation.strategies  # noqa: F401  (registers the methods)
 from adaptation.strategy import STRATEGIES
 from agents.ppo.config import TrainPPOConfig
 from sam_gym import ENVIRONMENTS
+from sam_gym.backbones import Backbone
 from sam_gym.backbones.adapters.tuning import TUNINGS
+from sam_gym.backbones.video.memory import VideoMemory
 from sam_gym.envs.rewards import REWARDS
 from sam_gym.utils.docs import TABLES
 
@@ -24,6 +30,8 @@ SMALLER = {
     "grid=(32, 32)": "grid=(4, 4)",
     "Trainer(out=": "Trainer(TrainConfig(steps=1, max_images=1), out=",
     'fit("SamContinual-v0"': 'fit(make_stream(domains="cells,night")',
+    'load_backbone("sam2.1_hiera_tiny")': "tiny_sam2",
+    '["clip.mp4", "folder/of/frames"]': "videos",
 }
 
 
@@ -33,9 +41,15 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.slow
 def test_python_runs_from_top_to_bottom(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    build_sam2: Callable[..., Any],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    tiny_sam2 = Backbone("tiny_sam2", build_sam2(), torch.device("cpu"), torch.float32)
+    tiny_sam2.memory = VideoMemory((4, 4), 32, 16, hidden=32, depth=2)
+    videos = np.random.default_rng(0).integers(0, 256, (2, 14, 400, 300, 3), dtype=np.uint8)
     code = "\n".join(blocks("python"))
     assert code.count("import") > 5
     for large, small in SMALLER.items():
@@ -44,7 +58,7 @@ def test_python_runs_from_top_to_bottom(
     imports = (
         "from adaptation.options import TrainConfig\nfrom sam_gym.data.streams import make_stream"
     )
-    exec(f"{imports}\n{code}", {})
+    exec(f"{imports}\n{code}", {"tiny_sam2": tiny_sam2, "videos": videos})
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == ["(3, 256, 256)", "(2, 3, 256, 256)"]
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from segment_anything.modeling import Sam
+from torch import nn
 
 from sam_gym.backbones import hub as huggingface
 from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.backbones.encoders import State
 from sam_gym.backbones.service import DTYPES, Backbone
 from sam_gym.backbones.spec import BACKBONES, HUB_PREFIX, BackboneSpec
 from sam_gym.utils.registry import unknown_name
@@ -248,9 +250,12 @@ def load_weights(sam: Sam, name: str, path: Path) -> None:
             shape or type, or are not finite.
     """
     state, convert = read_weights(path), BACKBONES.get(name).convert
-    if convert is not None:
-        state = convert(state)
-    expected = sam.state_dict()
+    load_state(sam, state if convert is None else convert(state), name, path)
+
+
+def load_state(module: nn.Module, state: State, name: str, path: Path) -> None:
+    """Load a state dict strictly; `name` and `path` are for messages. Errors of `load_weights`."""
+    expected = module.state_dict()
     missing = sorted(expected.keys() - state.keys())
     extra = sorted(state.keys() - expected.keys())
     shapes = [
@@ -286,7 +291,7 @@ def load_weights(sam: Sam, name: str, path: Path) -> None:
         )
     state = {key: state[key].to(value.dtype) for key, value in expected.items()}
     check_finite(state, path)
-    sam.load_state_dict(state)
+    module.load_state_dict(state)
 
 
 def _weights_of(spec: BackboneSpec) -> Path:
@@ -301,6 +306,18 @@ def _weights_of(spec: BackboneSpec) -> Path:
     from sam_gym.backbones.download import published_checkpoint
 
     return published_checkpoint(spec.name)
+
+
+def _load_memory(spec: BackboneSpec, state: State, path: Path | None) -> Any:
+    """Return the video memory of a SAM; None if the checkpoint has only the image part."""
+    assert spec.memory is not None and path is not None
+    build, convert = spec.memory
+    own = convert(state)
+    if not own:
+        return None
+    memory = build()
+    load_state(memory, own, spec.name, path)
+    return memory.eval().requires_grad_(False)
 
 
 def load_backbone(
@@ -352,10 +369,14 @@ def load_backbone(
             check_finite(sam.state_dict(), name)
         else:
             sam = spec.build()
-            load_weights(sam, name, path)
+            state = read_weights(path)
+            load_state(sam, state if spec.convert is None else spec.convert(state), name, path)
         learned = None if adaptation is None else Adapter.load(adaptation)
         make = Backbone if spec is None or spec.service is None else spec.service
-        return make(name, sam, target, precision, compile, learned)
+        backbone = make(name, sam, target, precision, compile, learned)
+        if spec is not None and spec.memory is not None:
+            backbone.memory = _load_memory(spec, state, path)
+        return backbone
 
     folder = Path(name.removeprefix(HUB_PREFIX)).expanduser()
     files = [file for file in (path or folder, adaptation) if file is not None]

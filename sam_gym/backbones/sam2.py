@@ -82,8 +82,9 @@ class Sam2Encoder(nn.Module):
 
         super().__init__()
         self.img_size = img_size
-        self.trunk: Any = HieraDet(num_classes=0, **trunk)
-        self.trunk.head = nn.Identity()
+        hiera: Any = HieraDet(num_classes=0, **trunk)
+        hiera.head = nn.Identity()
+        self.trunk: Any = hiera
         self.neck = Sam2Neck([own["num_chs"] for own in self.trunk.feature_info], out_chans)
 
     @property
@@ -195,6 +196,11 @@ def split_state(state: State) -> tuple[State, State]:
 def sam2_state(state: State) -> State:
     """Convert the state dict of a published checkpoint to one of `Sam2`."""
     return split_state(state)[0]
+
+
+def memory_state(state: State) -> State:
+    """Take the weights of the video memory out of the state dict of a published checkpoint."""
+    return split_state(state)[1]
 
 
 def assemble_sam2(

@@ -150,6 +150,8 @@ class Backbone:
         #: The SAM without the adapter. Its `raw_features` are the features.
         self.pretrained = Model(self.sam, "embedding")
         self.model, self.adapter, self._replaced = self.pretrained, adapter, False
+        #: The video memory (`sam_gym.backbones.video`), or None.
+        self.memory: Any = None
         if adapter is not None:
             adapter.check_fits(name, self.weights_digest)
             self.model = adapter.model(self.sam)
@@ -208,6 +210,8 @@ class Backbone:
         state = self.sam.state_dict()
         if self.adapter is not None:
             state |= self.adapter.state
+        if self.memory is not None:
+            state |= self.memory.state_dict(prefix="memory.")
         return digest_of(state, label)
 
     def with_model(self, model: Model) -> Backbone:

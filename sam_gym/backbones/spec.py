@@ -23,8 +23,10 @@ from sam_gym.backbones.sam2 import (
     build_sam2_large,
     build_sam2_small,
     build_sam2_tiny,
+    memory_state,
     sam2_state,
 )
+from sam_gym.backbones.video.memory import VideoMemory
 from sam_gym.utils.registry import Registry
 
 #: Names with this prefix are loaded from the Hugging Face hub: "hf:facebook/sam-vit-base".
@@ -68,6 +70,8 @@ class BackboneSpec:
         features: names of the tensors that describe an image.
         service: makes the `BackboneService` of a model whose decoder is not SAM's, from the
             arguments of `Backbone`; None: `Backbone`.
+        memory: builds the video memory with random weights, and takes its weights out of a state
+            dict as published; None: it has none.
     """
 
     name: str
@@ -80,6 +84,7 @@ class BackboneSpec:
     input_size: int = 1024
     features: tuple[str, ...] = ("embedding",)
     service: Callable[..., Any] | None = None
+    memory: tuple[Callable[[], Any], Callable[[State], State]] | None = None
 
     @property
     def megabytes(self) -> float:
@@ -261,5 +266,6 @@ for _size, _build, _sha256, _megabytes in (
             convert=sam2_state,
             thresholds=(0.8, 0.95),
             features=("embedding", "high_res_s1", "high_res_s0"),
+            memory=(VideoMemory, memory_state),
         )
     )

@@ -1,0 +1,248 @@
+"""What a SAM 2 remembers of an object, which memories a frame attends to, and how.
+
+Ravi et al. 2024; the rules are those of the authors' `SAM2Base` in evaluation mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from segment_anything.modeling.mask_decoder import MLP
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sam_gym.backbones.video.modules import (
+    MemoryAttention,
+    MemoryEncoder,
+    sine_position,
+    sine_time,
+)
+
+#: Logit of every pixel of an object that is not in the frame.
+ABSENT = -1024.0
+#: Factor and offset from probabilities to what the memory encoder reads.
+SCALE, OFFSET = 20.0, -10.0
+#: Precision of stored memories, whatever that of the model.
+STORED = torch.bfloat16
+
+
+@dataclass
+class Entry:
+    """What is known of an object in one frame.
+
+    Attributes:
+        logits: float32 (hm, wm), low-res mask.
+        iou: float32 (), predicted IoU.
+        score: float32 (), logit that the object is in the frame.
+        pointer: (C,), object pointer.
+        memory: bfloat16 (D, h, w), or None before it is encoded.
+    """
+
+    logits: Tensor
+    iou: Tensor
+    score: Tensor
+    pointer: Tensor
+    memory: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Recall:
+    """The memories that a frame attends to.
+
+    Attributes:
+        frames: (frame, slot) of each spatial memory; slot is the row of `maskmem_tpos_enc`.
+        pointers: (frame, distance) of each object pointer, in frames.
+        span: longest distance of a pointer, by which distances are divided.
+    """
+
+    frames: tuple[tuple[int, int], ...]
+    pointers: tuple[tuple[int, int], ...]
+    span: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of spatial memories and of pointers: rows of equal size share a batch."""
+        return len(self.frames), len(self.pointers)
+
+
+def closest_frames(frame: int, frames: Sequence[int], limit: int) -> list[int]:
+    """Select the conditioning frames that a frame attends to.
+
+    Args:
+        frame: number of the frame.
+        frames: numbers of the conditioning frames.
+        limit: maximum number, at least 2; -1: all. The closest one before `frame`, the closest one
+            from `frame` on, then the others by distance.
+    """
+    if limit == -1 or len(frames) <= limit:
+        return list(frames)
+    before = max((other for other in frames if other < frame), default=None)
+    after = min((other for other in frames if other >= frame), default=None)
+    chosen = [other for other in (before, after) if other is not None]
+    rest = sorted(
+        (other for other in frames if other not in chosen), key=lambda other: abs(other - frame)
+    )
+    return chosen + rest[: limit - len(chosen)]
+
+
+def recall(
+    frame: int,
+    conditioning: Sequence[int],
+    tracked: Mapping[int, Entry],
+    *,
+    reverse: bool = False,
+    num_frames: int | None = None,
+    memories: int = 7,
+    pointers: int = 16,
+    limit: int = -1,
+) -> Recall:
+    """Decide what a frame attends to.
+
+    Args:
+        frame: number of the frame.
+        conditioning: prompted frames, whose memories are always attended to.
+        tracked: entries of tracked frames, by number; some may have lost their memory.
+        reverse: track backwards.
+        num_frames: of the video, if it is known; short videos divide distances by less.
+        memories: number of slots: one for conditioning frames, the others for the frames before.
+        pointers: maximum number of pointers of tracked frames, plus one.
+        limit: maximum number of conditioning frames, see `closest_frames`.
+    """
+    chosen = closest_frames(frame, conditioning, limit)
+    others = {other for other in conditioning if other not in chosen}
+    sign = -1 if reverse else 1
+
+    frames = [(other, memories - 1) for other in chosen]
+    for distance in range(memories - 1, 0, -1):
+        other = frame - sign * distance
+        if other in others or (other in tracked and tracked[other].memory is not None):
+            frames.append((other, distance - 1))
+    many = pointers if num_frames is None else min(num_frames, pointers)
+    # Pointers of later conditioning frames would mislead, though their memories do not.
+    past = [(other, sign * (frame - other)) for other in chosen if sign * (frame - other) >= 0]
+    for distance in range(1, many):
+        other = frame - sign * distance
+        if other < 0 or (num_frames is not None and other >= num_frames):
+            break
+        if other in others or other in tracked:
+            past.append((other, distance))
+    return Recall(tuple(frames), tuple(past), many - 1)
+
+
+class VideoMemory(nn.Module):
+    """The parts of a SAM 2 that images do not need, under the authors' names.
+
+    Args:
+        grid: (h, w) of the embedding.
+        width: C, channels of the embedding.
+        memory_width: D, channels of a memory.
+        hidden: channels of the MLPs of the attention.
+        depth: its layers.
+        slots: number of temporal positions of memories.
+        strides: of the mask encoder; their product is the stride of the embedding.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int] = (64, 64),
+        width: int = 256,
+        memory_width: int = 64,
+        hidden: int = 2048,
+        depth: int = 4,
+        slots: int = 7,
+        strides: Sequence[int] = (2, 2, 2, 2),
+    ) -> None:
+        super().__init__()
+        self.grid, self.slots = grid, slots
+        self.memory_attention = MemoryAttention(width, memory_width, hidden, depth)
+        self.memory_encoder = MemoryEncoder(width, memory_width, strides)
+        self.maskmem_tpos_enc = nn.Parameter(torch.zeros(slots, 1, 1, memory_width))
+        self.no_mem_pos_enc = nn.Parameter(torch.zeros(1, 1, width))  # published, but never used
+        self.no_obj_ptr = nn.Parameter(torch.zeros(1, width))
+        self.no_obj_embed_spatial = nn.Parameter(torch.zeros(1, memory_width))
+        for parameter in (self.maskmem_tpos_enc, self.no_obj_ptr, self.no_obj_embed_spatial):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        self.mask_downsample = nn.Conv2d(1, 1, 4, stride=4)
+        self.obj_ptr_proj = MLP(width, width, width, 3)
+        self.obj_ptr_tpos_proj = nn.Linear(width, memory_width)
+
+    def point_to(self, tokens: Tensor, appears: Tensor) -> Tensor:
+        """Object pointers (P, C) of mask tokens (P, C); `appears` is bool (P,)."""
+        return torch.where(appears[:, None], self.obj_ptr_proj(tokens), self.no_obj_ptr)
+
+    def condition(
+        self, prepared: Tensor, recalls: Sequence[Recall], entries: Sequence[Mapping[int, Entry]]
+    ) -> Tensor:
+        """Condition the embedding of frames on memories.
+
+        Args:
+            prepared: (P, h * w, C), rows of `memory_attention.prepare`.
+            recalls: of each row, all of one size.
+            entries: frame number -> entry, of each row.
+
+        Returns:
+            (P, C, h, w).
+        """
+        width = self.maskmem_tpos_enc.shape[-1]
+        slots = torch.tensor([[slot for _, slot in own.frames] for own in recalls])
+        spatial = torch.stack(
+            [
+                torch.stack([_encoded(known[frame]) for frame, _ in own.frames])
+                for own, known in zip(recalls, entries, strict=True)
+            ]
+        )
+        memory = spatial.to(prepared).flatten(3).transpose(2, 3)
+        place = sine_position(width, *self.grid).to(prepared)
+        time = self.maskmem_tpos_enc[slots.to(prepared.device), 0]
+        tokens, positions = [memory.flatten(1, 2)], [(place + time).flatten(1, 2)]
+        count = 0
+        if recalls[0].pointers:
+            pointers = torch.stack(
+                [
+                    torch.stack([known[frame].pointer for frame, _ in own.pointers])
+                    for own, known in zip(recalls, entries, strict=True)
+                ]
+            ).to(prepared)
+            ages = torch.tensor(
+                [[age / own.span for _, age in own.pointers] for own in recalls],
+                device=prepared.device,
+            )
+            age = self.obj_ptr_tpos_proj(sine_time(ages.flatten(), pointers.shape[-1]))
+            pieces = pointers.shape[-1] // width
+            tokens.append(pointers.unflatten(2, (pieces, width)).flatten(1, 2))
+            age = age.unflatten(0, ages.shape).repeat_interleave(pieces, dim=1)
+            positions.append(age.to(prepared))
+            count = tokens[-1].shape[1]
+        return self.memory_attention(
+            prepared, torch.cat(tokens, dim=1), torch.cat(positions, dim=1), self.grid, count
+        )
+
+    def memorize(
+        self, embedding: Tensor, logits: Tensor, scores: Tensor, side: int, binary: Tensor
+    ) -> Tensor:
+        """Encode frames with the masks of objects.
+
+        Args:
+            embedding: (P, C, h, w), the frame of each object, without memories.
+            logits: float32 (P, hm, wm).
+            scores: float32 (P,), logit that the object is in the frame.
+            side: of the input frame, in pixels.
+            binary: bool (P,), whose masks are binarised, as those of prompted frames are.
+
+        Returns:
+            bfloat16 (P, D, h, w).
+        """
+        masks = F.interpolate(logits[:, None], (side, side), mode="bilinear", align_corners=False)
+        hard = (masks > 0).to(masks.dtype)
+        masks = torch.where(binary[:, None, None, None], hard, masks.sigmoid()) * SCALE + OFFSET
+        memory = self.memory_encoder(embedding, masks.to(embedding.dtype))
+        absent = (scores <= 0)[:, None, None, None].to(memory.dtype)
+        memory = memory + absent * self.no_obj_embed_spatial[..., None, None]
+        return memory.to(STORED)
+
+
+def _encoded(entry: Entry) -> Tensor:
+    assert entry.memory is not None, "the memory of a frame is encoded before others recall it"
+    return entry.memory

@@ -1,0 +1,271 @@
+"""The memory of SAM 2: an encoder of predicted masks, and attention to what it encoded.
+
+Ravi et al. 2024, "SAM 2: Segment Anything in Images and Videos", sections 4 and D. Parameters have
+the authors' names, so that published weights load strictly. What depends only on the frame is
+computed once for all of its objects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@lru_cache(maxsize=16)
+def sine_position(channels: int, height: int, width: int) -> Tensor:
+    """Sine and cosine position encoding of a grid (Carion et al. 2020): float32 (h * w, C).
+
+    Half of the channels encode the row, the other half the column.
+    """
+    half = channels // 2
+    frequency = 10000 ** (2 * (torch.arange(half) // 2) / half)
+
+    def encoded(count: int) -> Tensor:
+        angle = 2 * math.pi * torch.arange(1, count + 1) / (count + 1e-6)
+        angle = angle[:, None] / frequency
+        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1)
+
+    rows = encoded(height)[:, None].expand(-1, width, -1)
+    columns = encoded(width)[None].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
+
+
+def sine_time(times: Tensor, channels: int) -> Tensor:
+    """Sine and cosine encoding of times (T,) -> float32 (T, C)."""
+    half = channels // 2
+    frequency = 10000 ** (2 * (torch.arange(half, device=times.device) // 2) / half)
+    angle = times[:, None] / frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+@lru_cache(maxsize=16)
+def _rotations(channels: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of axial rotary embeddings: each float32 (h * w, C / 2).
+
+    The first half of the pairs turns with the column, the second with the row.
+    """
+    frequency = 10000.0 ** -(torch.arange(0, channels, 4)[: channels // 4].float() / channels)
+    cells = torch.arange(height * width)
+    column, row = (cells % width).float(), (cells // width).float()
+    angle = torch.cat([torch.outer(column, frequency), torch.outer(row, frequency)], dim=1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Apply axial rotary embeddings (Su et al. 2021; Heo et al. 2024).
+
+    Args:
+        x: (..., n * h * w, C), n grids after another; neighbouring channels form a pair.
+        grid: (h, w).
+    """
+    cells = grid[0] * grid[1]
+    cos, sin = (part.to(x.device, x.dtype) for part in _rotations(x.shape[-1], *grid))
+    pairs = x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, cells))
+    first, second = pairs.unbind(-1)
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return turned.flatten(-2).flatten(-3, -2)
+
+
+class RotaryAttention(nn.Module):
+    """Attention of one head with rotary embeddings.
+
+    Args:
+        width: channels of queries and of the result.
+        key_width: channels of keys and values.
+    """
+
+    def __init__(self, width: int, key_width: int | None = None) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(key_width or width, width)
+        self.v_proj = nn.Linear(key_width or width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], unrotated: int = 0
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            q: (B, h * w, C).
+            k: (B, n * h * w + unrotated, D).
+            v: like k.
+            grid: (h, w).
+            unrotated: number of keys at the end that have no place in the image.
+        """
+        q, k = rotate(self.q_proj(q), grid), self.k_proj(k)
+        placed = k.shape[1] - unrotated
+        k = torch.cat([rotate(k[:, :placed], grid), k[:, placed:]], dim=1)
+        out = F.scaled_dot_product_attention(q, k, self.v_proj(v))
+        return self.out_proj(out)
+
+
+class MemoryAttentionLayer(nn.Module):
+    """Self-attention of the frame, attention to the memory, and an MLP.
+
+    Args:
+        width: channels of the frame.
+        memory_width: channels of the memory.
+        hidden: channels of the MLP.
+    """
+
+    def __init__(self, width: int, memory_width: int, hidden: int) -> None:
+        super().__init__()
+        self.self_attn = RotaryAttention(width)
+        self.cross_attn_image = RotaryAttention(width, memory_width)
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+
+    def attend_to_frame(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Self-attention with its residual: (B, h * w, C) -> same."""
+        own = self.norm1(x)
+        return x + self.self_attn(own, own, own, grid)
+
+    def attend_to_memory(
+        self, x: Tensor, memory: Tensor, position: Tensor, grid: tuple[int, int], pointers: int
+    ) -> Tensor:
+        """Attention to the memory and the MLP, with residuals; see `MemoryAttention`."""
+        own = self.norm2(x)
+        x = x + self.cross_attn_image(own, memory + position, memory, grid, pointers)
+        return x + self.linear2(F.relu(self.linear1(self.norm3(x))))
+
+
+class MemoryAttention(nn.Module):
+    """Conditions the embeddings of frames on memories.
+
+    Args:
+        width: channels of the frame.
+        memory_width: channels of the memory.
+        hidden: channels of the MLPs.
+        depth: number of layers.
+    """
+
+    def __init__(self, width: int, memory_width: int, hidden: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            MemoryAttentionLayer(width, memory_width, hidden) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def prepare(self, embedding: Tensor) -> Tensor:
+        """Compute what depends on the frame only: (B, C, h, w) -> (B, h * w, C)."""
+        grid = (embedding.shape[-2], embedding.shape[-1])
+        position = sine_position(embedding.shape[1], *grid).to(embedding)
+        x = embedding.flatten(2).transpose(1, 2) + 0.1 * position
+        first: MemoryAttentionLayer = self.layers[0]  # type: ignore[assignment]
+        return first.attend_to_frame(x, grid)
+
+    def forward(
+        self, x: Tensor, memory: Tensor, position: Tensor, grid: tuple[int, int], pointers: int
+    ) -> Tensor:
+        """Condition prepared frames.
+
+        Args:
+            x: (P, h * w, C), rows of `prepare`.
+            memory: (P, T, D): spatial memories of h * w tokens each, then tokens of pointers.
+            position: (P, T, D), position and time of each token.
+            grid: (h, w).
+            pointers: number of tokens of pointers.
+
+        Returns:
+            (P, C, h, w).
+        """
+        for number, layer in enumerate(self.layers):
+            if number:
+                x = layer.attend_to_frame(x, grid)  # type: ignore[operator]
+            x = layer.attend_to_memory(x, memory, position, grid, pointers)  # type: ignore[operator]
+        return self.norm(x).transpose(1, 2).unflatten(2, grid)
+
+
+class _ConvNextBlock(nn.Module):
+    """A ConvNeXt block (Liu et al. 2022): (B, C, h, w) -> same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = LayerNorm2d(width)
+        self.pwconv1 = nn.Linear(width, 4 * width)
+        self.pwconv2 = nn.Linear(4 * width, width)
+        self.gamma = nn.Parameter(1e-6 * torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.norm(self.dwconv(x)).permute(0, 2, 3, 1)
+        own = self.gamma * self.pwconv2(F.gelu(self.pwconv1(own)))
+        return x + own.permute(0, 3, 1, 2)
+
+
+class _MaskDownsampler(nn.Module):
+    """Encodes masks (B, 1, S, S) as (B, C, S / stride, S / stride).
+
+    Args:
+        width: C.
+        strides: of the convolutions.
+    """
+
+    def __init__(self, width: int, strides: Sequence[int]) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        channels = 1
+        for stride in strides:
+            parts += [
+                nn.Conv2d(channels, channels * stride**2, stride + 1, stride, (stride + 1) // 2),
+                LayerNorm2d(channels * stride**2),
+                nn.GELU(),
+            ]
+            channels *= stride**2
+        self.encoder = nn.Sequential(*parts, nn.Conv2d(channels, width, 1))
+
+    def forward(self, masks: Tensor) -> Tensor:
+        return self.encoder(masks)
+
+
+class _Fuser(nn.Module):
+    """A row of ConvNeXt blocks."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_ConvNextBlock(width) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class MemoryEncoder(nn.Module):
+    """Encodes a frame with the mask of an object.
+
+    Args:
+        width: channels of the frame's embedding.
+        memory_width: channels of a memory.
+        strides: strides whose product is that of the embedding.
+    """
+
+    def __init__(self, width: int, memory_width: int, strides: Sequence[int] = (2, 2, 2, 2)):
+        super().__init__()
+        self.mask_downsampler = _MaskDownsampler(width, strides)
+        self.pix_feat_proj = nn.Conv2d(width, width, 1)
+        self.fuser = _Fuser(width, depth=2)
+        self.out_proj = nn.Conv2d(width, memory_width, 1)
+
+    def forward(self, embedding: Tensor, masks: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Encode.
+
+        Args:
+            embedding: (B, C, h, w) of frames.
+            masks: (P, 1, S, S), scaled probabilities.
+            rows: int64 (P,), the frame of each mask; None: P equals B and they correspond.
+
+        Returns:
+            (P, D, h, w).
+        """
+        frames = self.pix_feat_proj(embedding)
+        frames = frames if rows is None else frames[rows]
+        return self.out_proj(self.fuser(frames + self.mask_downsampler(masks)))

@@ -1,0 +1,265 @@
+"""The video tracker: batches, memory that does not grow, frames, wrong inputs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sam_gym.backbones import Backbone, load_backbone
+from sam_gym.backbones.sam2 import Sam2, memory_state, sam2_state
+from sam_gym.backbones.video.frames import open_video
+from sam_gym.backbones.video.memory import Entry, VideoMemory, closest_frames, recall
+from sam_gym.backbones.video.tracker import TrackingSession, VideoTracker
+from sam_gym.data import make_video_dataset
+
+
+@pytest.fixture(scope="module")
+def memory() -> VideoMemory:
+    """A small memory with random weights that all matter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        memory = VideoMemory((4, 4), 32, 16, hidden=32, depth=2)
+        for name, parameter in memory.named_parameters():
+            if "gamma" in name or "no_obj" in name or "tpos_enc" in name:
+                nn.init.normal_(parameter, 0.0, 0.5)
+    return memory
+
+
+@pytest.fixture
+def tracker(build_sam2: Callable[..., Sam2], memory: VideoMemory) -> Callable[..., VideoTracker]:
+    backbone = Backbone("tiny_sam2", build_sam2(), torch.device("cpu"), torch.float32)
+    return lambda **options: VideoTracker(backbone, memory, **options)
+
+
+def video(seed: int, count: int = 20, size: tuple[int, int] = (48, 80)) -> np.ndarray:
+    """Frames of noise that change slowly: uint8 (T, H, W, 3)."""
+    rng = np.random.default_rng(seed)
+    steps = rng.normal(0, 20, (count, *size, 3)).cumsum(axis=0)
+    return np.clip(128 + steps, 0, 255).astype(np.uint8)
+
+
+def prompted(session: TrackingSession, number: int, rng: np.random.Generator) -> None:
+    """Four objects with prompts of every kind, in different frames."""
+    mask = np.zeros((48, 80), bool)
+    mask[10:30, 20:50] = True
+    session.prompt(number, 0, "click", [rng.uniform(0, 48, 2)], [1])
+    session.prompt(number, 0, "box", box=[10, 5, 60, 40])
+    session.prompt(number, 3, "mask", mask=mask)
+    session.prompt(number, 5, "clicks", rng.uniform(0, 48, (2, 2)), [1, 0])
+
+
+def logits_of(session: TrackingSession, **options: Any) -> dict[tuple[int, int], torch.Tensor]:
+    return {(own.video, own.frame): own.logits for own in session.propagate(**options)}
+
+
+def test_batches_change_no_result(tracker: Callable[..., VideoTracker]) -> None:
+    """Four videos of different lengths at once, and each alone; objects together and alone."""
+    lengths = (20, 9, 14, 20)
+    together = tracker(batch_size=3).open([video(k, length) for k, length in enumerate(lengths)])
+    for number in range(4):
+        prompted(together, number, np.random.default_rng(number))
+    all_logits = logits_of(together)
+    assert len(all_logits) == sum(lengths)
+    for number, length in enumerate(lengths):
+        alone = tracker(batch_size=8).open([video(number, length)])
+        prompted(alone, 0, np.random.default_rng(number))
+        for (_, frame), logits in logits_of(alone).items():
+            torch.testing.assert_close(logits, all_logits[number, frame], rtol=1e-4, atol=1e-4)
+    single = tracker().open([video(2, 14)])
+    single.prompt(0, 0, "box", box=[10, 5, 60, 40])
+    for (_, frame), logits in logits_of(single).items():
+        torch.testing.assert_close(logits[0], all_logits[2, frame][1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_gives_the_same_and_does_not_grow(tracker: Callable[..., VideoTracker]) -> None:
+    frames, found, sizes = video(5, 40), [], []
+    for keep in ("all", "window"):
+        session = tracker(keep=keep).open([frames])
+        session.prompt(0, 0, 1, [[20.0, 20.0]], [1])
+        found.append(logits_of(session))
+        (track,) = session._tracks[0].values()
+        memories = sum(entry.memory is not None for entry in track.known.values())
+        sizes.append((len(track.known), memories))
+    for key, logits in found[0].items():
+        assert torch.equal(logits, found[1][key]), key
+    # One conditioning frame beside all others, or beside 15 pointers and 6 memories.
+    assert sizes == [(40, 40), (16, 7)]
+
+
+def test_corrections_stay(tracker: Callable[..., VideoTracker]) -> None:
+    """A prompted frame keeps its result in later passes; "sam2" tracks it again."""
+    mask = np.zeros((48, 80), bool)
+    mask[:20, :20] = True
+    kept = []
+    for correct in ("conditioning", "sam2"):
+        session = tracker(correct=correct).open([video(6, 8)])
+        session.prompt(0, 0, 1, [[20.0, 20.0]], [1])
+        logits_of(session)
+        shown = session.prompt(0, 4, 1, mask=mask)
+        assert (shown.masks()[0] & mask).sum() > 0.8 * mask.sum()
+        kept.append(torch.equal(logits_of(session)[0, 4], shown.logits))
+    assert kept == [True, False]
+
+
+def test_objects_come_and_go(tracker: Callable[..., VideoTracker]) -> None:
+    session = tracker().open([video(7, 6)])
+    session.prompt(0, 0, "one", [[20.0, 20.0]], [1])
+    first = logits_of(session)
+    session.prompt(0, 2, "two", box=[5, 5, 40, 40])
+    both = logits_of(session, start=0)
+    assert both[0, 5].shape[0] == 2
+    torch.testing.assert_close(both[0, 5][0], first[0, 5][0], rtol=1e-4, atol=1e-4)
+    session.remove(0, "one")
+    assert logits_of(session, start=2)[0, 5].shape[0] == 1
+    with pytest.raises(KeyError, match="no object 'one'"):
+        session.remove(0, "one")
+    shown = session.prompt(0, 2, "three", [[4.0, 4.0]], [1])
+    masks = shown.masks(overlap=False)
+    assert shown.objects == ("two", "three") and masks.shape == (2, 48, 80)
+    assert masks.sum(axis=0).max() <= 1
+
+
+def test_wrong_prompts_are_refused(tracker: Callable[..., VideoTracker]) -> None:
+    session = tracker().open([video(8, 3)])
+    with pytest.raises(ValueError, match="prompt an object first"):
+        next(session.propagate())
+    mask, point = np.ones((48, 80), bool), [[4.0, 4.0]]
+    for options, message in (
+        ({}, "needs points and labels, a box, or a mask"),
+        ({"points": point}, "come together"),
+        ({"points": point, "labels": [1, 0]}, "1 points with 2 labels"),
+        ({"points": point, "labels": [2]}, "labels must be 0 or 1"),
+        ({"box": [1, 2, 3]}, "box must be"),
+        ({"mask": mask, "box": [1, 2, 3, 4]}, "not both"),
+        ({"mask": mask[:5]}, "size of the video"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            session.prompt(0, 0, 1, **options)
+    for place, message in (((1, 0), "video must be from 0 to 0"), ((0, 3), "frame must be from")):
+        with pytest.raises(IndexError, match=message):
+            session.prompt(*place, 1, point, [1])
+    with pytest.raises(ValueError, match="prompt an object first"):
+        next(session.propagate())
+
+
+def test_options_are_checked(tracker: Callable[..., VideoTracker], tiny: Backbone) -> None:
+    for options in ({"correct": "never"}, {"keep": "some"}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            tracker(**options)
+    with pytest.raises(ValueError, match="no video memory: load a SAM 2.1"):
+        VideoTracker(tiny)
+
+
+def test_a_checkpoint_brings_its_memory(
+    build_sam2: Callable[..., Sam2],
+    memory: VideoMemory,
+    tracker: Callable[..., VideoTracker],
+    add_backbone: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    add_backbone(
+        "whole",
+        build=build_sam2,
+        convert=sam2_state,
+        memory=(lambda: VideoMemory((4, 4), 32, 16, hidden=32, depth=2), memory_state),
+    )
+    image, path = build_sam2().state_dict(), tmp_path / "whole.pt"
+
+    def loaded(state: dict[str, torch.Tensor]) -> Backbone:
+        torch.save({"model": state}, path)
+        return load_backbone("whole", str(path), "cpu")
+
+    session = VideoTracker(loaded(image | memory.state_dict())).open([video(1, 4)])
+    expected = tracker().open([video(1, 4)])
+    for own in (session, expected):
+        own.prompt(0, 0, 1, [[20.0, 20.0]], [1])
+    for found, wanted in zip(session.propagate(), expected.propagate(), strict=True):
+        assert torch.equal(found.logits, wanted.logits)
+    # Weights of the image part alone are a SAM 2 without a memory; others are refused.
+    assert loaded(image).memory is None
+    with pytest.raises(ValueError, match="'whole': weights .* missing .first: mask_downsample"):
+        loaded(image | {"no_obj_ptr": memory.no_obj_ptr.detach()})
+
+
+# What a frame attends to ------------------------------------------------------------------------
+
+
+def entries(frames: range) -> dict[int, Entry]:
+    nothing = torch.zeros(())
+    return {frame: Entry(nothing, nothing, nothing, nothing, nothing) for frame in frames}
+
+
+def test_recall_by_hand() -> None:
+    own = recall(10, [0, 12], entries(range(1, 10)), num_frames=100)
+    assert own.frames == ((0, 6), (12, 6), (4, 5), (5, 4), (6, 3), (7, 2), (8, 1), (9, 0))
+    # The pointer of a later conditioning frame is left out.
+    assert own.pointers == ((0, 10), *((10 - age, age) for age in range(1, 10)))
+    assert own.span == 15
+    back = recall(5, [9], entries(range(6, 9)), reverse=True, num_frames=10)
+    assert back.frames == ((9, 6), (8, 2), (7, 1), (6, 0))
+    assert back.pointers == ((9, 4), (6, 1), (7, 2), (8, 3)) and back.span == 9
+
+
+def test_closest_conditioning_frames() -> None:
+    frames = [0, 5, 11, 20, 40]
+    assert closest_frames(12, frames, -1) == frames
+    assert closest_frames(12, frames, 3) == [11, 20, 5]
+    assert closest_frames(50, frames, 2) == [40, 20]
+
+
+# Frames -----------------------------------------------------------------------------------------
+
+
+def test_videos_are_read_from_files_and_folders(tmp_path: Path) -> None:
+    frames = video(9, 12, (32, 48))
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number, frame in enumerate(frames):
+        cv2.imwrite(str(folder / f"{number}.png"), frame[..., ::-1])
+    (folder / "notes.txt").write_text("no frame")
+    source = open_video(folder)
+    assert (len(source), source.size) == (12, (32, 48))
+    for number in (0, 10, 2):  # "10" comes after "2"
+        assert np.array_equal(source[number], frames[number])
+
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10, (48, 32))
+    shades = [np.full((32, 48, 3), 20 * number, np.uint8) for number in range(12)]
+    for shade in shades:
+        writer.write(shade)
+    writer.release()
+    source = open_video(str(path))
+    assert (len(source), source.size) == (12, (32, 48))
+    for number in (0, 1, 2, 7, 3, 11, 11, 0):
+        assert abs(float(source[number].mean()) - 20 * number) < 3
+
+
+def test_videos_of_datasets_are_tracked(tracker: Callable[..., VideoTracker]) -> None:
+    clip = make_video_dataset("clips", "val")[0]
+    session = tracker().open([clip])
+    session.prompt(0, 0, clip.objects[0], mask=clip.annotation(0).masks[0])
+    steps = list(session.propagate(max_frames=2))
+    assert [step.frame for step in steps] == [0, 1, 2]
+    assert steps[2].masks().shape == (1, *clip.size)
+
+
+def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such video"):
+        open_video(tmp_path / "missing.mp4")
+    with pytest.raises(ValueError, match="no frames"):
+        open_video(tmp_path)
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(ValueError, match="no video that OpenCV can read"):
+        open_video(tmp_path / "text.mp4")
+    with pytest.raises(ValueError, match="at least one frame"):
+        open_video([])
+    with pytest.raises(ValueError, match="frame 0 must be uint8"):
+        open_video([np.zeros((4, 4, 3))])
+    source = open_video([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)])
+    with pytest.raises(ValueError, match=r"frame 1 has the size \(4, 5\), frame 0 has \(4, 4\)"):
+        source[1]
