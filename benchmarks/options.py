@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from adaptation.options import ModelOptions
@@ -53,6 +55,14 @@ class TimedOptions(BackboneOptions):
         torch.manual_seed(self.seed)
         device, sam = resolve_device(self.device), spec.build()
         return Backbone(self.backbone, sam, device, resolve_dtype(self.dtype, device))
+
+
+def subset(items: Sequence[Any], count: int | None, seed: int) -> list[Any]:
+    """Sample `count` items by the seed, in their order; None: all."""
+    if count is None or count >= len(items):
+        return list(items)
+    chosen = np.random.default_rng(seed).choice(len(items), count, replace=False)
+    return [items[i] for i in np.sort(chosen).tolist()]
 
 
 def provenance(config: Any, backbone: Backbone | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.run continual
     python -m benchmarks.run interactive --dataset folder --data FOLDER --out DIR
+    python -m benchmarks.run semantic --dataset camvid --data FOLDER --out DIR
     python -m benchmarks.run throughput --out DIR
     python -m benchmarks.run interactive --help
 
@@ -29,6 +30,7 @@ for _name, _entry_point in {
     "generator": "benchmarks.generator:run",
     "interactive": "benchmarks.interactive.benchmark:run",
     "pointing": "benchmarks.pointing:run",
+    "semantic": "benchmarks.semantic.benchmark:run",
     "throughput": "benchmarks.throughput.benchmark:run",
 }.items():
     BENCHMARKS.add(_name, _entry_point)

@@ -17,7 +17,18 @@ from sam_gym.version import __version__
 if TYPE_CHECKING:
     from sam_gym.backbones import Backbone, BackboneSpec, Prompts, load_backbone, register_backbone
     from sam_gym.backbones.features import ImageFeatures
-    from sam_gym.data import Dataset, DatasetSpec, Sample, make_dataset, register_dataset
+    from sam_gym.backbones.video.tracker import TrackedFrame, TrackingSession, VideoTracker
+    from sam_gym.data import (
+        Dataset,
+        DatasetSpec,
+        Sample,
+        Video,
+        VideoDataset,
+        make_dataset,
+        make_video_dataset,
+        register_dataset,
+        register_video_dataset,
+    )
     from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
     from sam_gym.predictor import Predictions, Predictor
 
@@ -34,11 +45,18 @@ __all__ = [
     "Predictor",
     "Prompts",
     "Sample",
+    "TrackedFrame",
+    "TrackingSession",
+    "Video",
+    "VideoDataset",
+    "VideoTracker",
     "__version__",
     "load_backbone",
     "make_dataset",
+    "make_video_dataset",
     "register_backbone",
     "register_dataset",
+    "register_video_dataset",
 ]
 
 #: Environment id -> (scalar entry point, vector entry point).
@@ -70,7 +88,18 @@ _LAZY = {
         "register_backbone",
     ),
     "sam_gym.backbones.features": ("ImageFeatures",),
-    "sam_gym.data": ("Dataset", "DatasetSpec", "Sample", "make_dataset", "register_dataset"),
+    "sam_gym.backbones.video.tracker": ("TrackedFrame", "TrackingSession", "VideoTracker"),
+    "sam_gym.data": (
+        "Dataset",
+        "DatasetSpec",
+        "Sample",
+        "Video",
+        "VideoDataset",
+        "make_dataset",
+        "make_video_dataset",
+        "register_dataset",
+        "register_video_dataset",
+    ),
     "sam_gym.mask_generation.generator": ("GeneratorOptions", "MaskGenerator"),
     "sam_gym.predictor": ("Predictions", "Predictor"),
 }

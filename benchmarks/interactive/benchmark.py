@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.interactive.clicking import Item, Result, click_batch, run_grabcut
 from benchmarks.interactive.grabcut import LONGEST_SIDE
 from benchmarks.interactive.report import write_report
-from benchmarks.options import BackboneOptions, provenance
+from benchmarks.options import BackboneOptions, provenance, subset
 from benchmarks.report import output_folder
 from sam_gym.data import DATASETS, Dataset
 from sam_gym.data.cache import SampleCache
@@ -83,7 +83,7 @@ def run(config: InteractiveBenchmarkConfig) -> dict[str, Any]:
             results += click_batch(backbone, samples, batch, config.clicks, config.zoom)
             progress.advance(task, len(batch))
         if config.baseline:
-            compared = _subset(results, config.baseline_objects, config.seed)
+            compared = subset(results, config.baseline_objects, config.seed)
             for result in progress.track(compared, description="grabCut, same clicks"):
                 run_grabcut(samples, result, config.baseline_clicks)
 
@@ -134,21 +134,13 @@ def find_objects(
     if max_images is None and DATASETS.get(config.dataset).procedural:
         max_images = SCENES
     items = []
-    for number in _subset(range(len(dataset)), max_images, config.seed):
+    for number in subset(range(len(dataset)), max_images, config.seed):
         sample = samples[number]
         items += [
             Item(number, i, sample.source, dataset.categories[category])
             for i, category in enumerate(sample.categories)
         ]
-    return _subset(items, config.max_objects, config.seed)
-
-
-def _subset(items: Sequence[Any], count: int | None, seed: int) -> list[Any]:
-    """Sample `count` items by the seed, in their order; None: all."""
-    if count is None or count >= len(items):
-        return list(items)
-    chosen = np.random.default_rng(seed).choice(len(items), count, replace=False)
-    return [items[i] for i in np.sort(chosen).tolist()]
+    return subset(items, config.max_objects, config.seed)
 
 
 def curve_numbers(ious: np.ndarray, seconds: Sequence[float]) -> dict[str, Any]:

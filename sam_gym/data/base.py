@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,10 @@ from sam_gym.utils.settings import check_arguments
 
 #: Names of the splits.
 SPLITS = ("train", "val", "test")
+#: Value of ignored pixels in label maps.
+IGNORED = 255
+#: Name of the class of pixels on no object.
+BACKGROUND_CLASS = "background"
 
 
 def check_index(name: str, index: int, length: int) -> None:
@@ -69,6 +73,9 @@ class Sample:
         ignore: bool (H, W) of pixels that metrics ignore, or None.
         parts: bool (P, H, W), visible masks of parts of instances (training targets only), or None.
         digest: `image_digest` of the image, if known.
+        semantic: uint8 (H, W), label map: index of each pixel's class in `class_names` of the
+            dataset, `IGNORED` (255) where metrics ignore it; None if the data has none. Its ignored
+            pixels may differ from `ignore`: of some pixels only the class is known.
     """
 
     image: np.ndarray
@@ -78,10 +85,28 @@ class Sample:
     ignore: np.ndarray | None = None
     parts: np.ndarray | None = None
     digest: bytes | None = None
+    semantic: np.ndarray | None = None
 
     def category_mask(self, category: int) -> np.ndarray:
         """Return the union of all instances of `category`: bool (H, W)."""
         return self.masks[self.categories == category].any(axis=0)
+
+    def label_map(self, background: int) -> np.ndarray:
+        """Return `semantic`, or else the label map of the instances, uint8 (H, W).
+
+        Smaller instances lie on top of larger ones.
+
+        Args:
+            background: index of the class of pixels on no instance.
+        """
+        if self.semantic is not None:
+            return self.semantic
+        labels = np.full(self.image.shape[:2], background, np.uint8)
+        if self.ignore is not None:
+            labels[self.ignore] = IGNORED
+        for number in np.argsort(-self.masks.sum(axis=(1, 2)), kind="stable"):
+            labels[self.masks[number]] = self.categories[number]
+        return labels
 
 
 class MissingSplit(FileNotFoundError):
@@ -101,7 +126,8 @@ class Dataset(Protocol):
 
     A dataset validates its annotations on construction, so that bad input fails before work starts.
     One that reads files also has `files`, the paths of its image files, and `unsplit`, an `Unsplit`
-    if all splits are the same images, else None: see `sam_gym.data.splits`.
+    if all splits are the same images, else None: see `sam_gym.data.splits`. One with label maps
+    also has `classes` and `category_groups`: see `sam_gym.data.semantic`.
     """
 
     name: str
@@ -116,9 +142,107 @@ class Dataset(Protocol):
         """Draw the index of an image, and the category to segment (None: any in the image)."""
 
 
+def class_names(dataset: Dataset) -> tuple[str, ...]:
+    """Return the names of the classes in the label maps of a dataset.
+
+    They begin with its categories; a further one is no object, such as the background.
+
+    Raises:
+        ValueError: they are too many for a label map of 8 bits.
+    """
+    names: tuple[str, ...] = getattr(dataset, "classes", (*dataset.categories, BACKGROUND_CLASS))
+    if len(names) > IGNORED:
+        raise ValueError(
+            f"{dataset.name}: {len(names)} classes, and a label map holds at most {IGNORED}. "
+            "Select some of them."
+        )
+    return names
+
+
+@dataclass(frozen=True)
+class FrameAnnotation:
+    """The masks of a video's objects in one frame.
+
+    Attributes:
+        masks: bool (N, H, W), visible mask of each object, in the order of `Video.objects`.
+            Masks may overlap. Empty if the object is out of sight, or is not annotated.
+        annotated: bool (N,), whether the mask is known. That an object is out of sight is known
+            too: then it is annotated, and not visible.
+        ignore: bool (H, W) of pixels that are void or hold a crowd, or None.
+    """
+
+    masks: np.ndarray
+    annotated: np.ndarray
+    ignore: np.ndarray | None = None
+
+    @property
+    def visible(self) -> np.ndarray:
+        """Whether each object has a pixel: bool (N,)."""
+        return np.asarray(self.masks.any(axis=(1, 2)))
+
+
+@runtime_checkable
+class Video(Protocol):
+    """The interface of a video: frames and masks are read one by one, when they are asked for.
+
+    Attributes:
+        name: unique in the dataset.
+        size: (height, width) of all frames.
+        frames: name of each frame, in order, without the suffix of a file.
+        objects: ids of the N objects; at least one. An object may appear late, leave and return:
+            it is in the list of the whole video.
+        categories: index of each object's category in `VideoDataset.categories`.
+        annotated: bool (T, N), `FrameAnnotation.annotated` of each frame. Metrics and losses leave
+            out what is not annotated.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def frames(self) -> Sequence[str]: ...
+    @property
+    def objects(self) -> tuple[int, ...]: ...
+    @property
+    def categories(self) -> tuple[int, ...]: ...
+    @property
+    def annotated(self) -> np.ndarray: ...
+
+    def __len__(self) -> int:
+        """Return T, the number of frames."""
+
+    def image(self, frame: int) -> np.ndarray:
+        """Read the frame at an index: uint8 (H, W, 3), RGB; `IndexError` outside the range."""
+
+    def annotation(self, frame: int) -> FrameAnnotation:
+        """Read the masks of the frame at an index; `IndexError` outside the range."""
+
+
+@runtime_checkable
+class VideoDataset(Protocol):
+    """The interface of datasets of videos; `Dataset` is the one of images.
+
+    A dataset that reads files has `files`, the paths of its frames, and `unsplit`, as `Dataset`.
+    It validates on construction what does not need pixels, and the masks of a video when the video
+    is first returned.
+    """
+
+    name: str
+    categories: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Video:
+        """Return the video at `index`, always the same; raise `IndexError` outside the range."""
+
+
+D = TypeVar("D", Dataset, VideoDataset)
+
+
 @dataclass(frozen=True, kw_only=True)
-class DatasetSpec:
-    """Everything that commands and environments need to know about a dataset.
+class DatasetSpec(Generic[D]):
+    """Everything that commands and environments need to know about a dataset of images or videos.
 
     Attributes:
         name: the name in `sam_gym.data.DATASETS`.
@@ -144,13 +268,13 @@ class DatasetSpec:
         takes.pop("split", None)
         return takes
 
-    def make(self, split: str = "train", **options: Any) -> Dataset:
-        """Make the dataset; see `sam_gym.data.make_dataset`."""
+    def make(self, split: str = "train", **options: Any) -> D:
+        """Make the dataset; see `sam_gym.data.make_dataset` and `make_video_dataset`."""
         takes = self.parameters
         if "root" in options and "root" not in takes:
             raise ValueError(
-                f"Dataset {self.name!r} reads no files. Name one that does, such as coco or "
-                "folder, or leave out --data (data=, root=)."
+                f"Dataset {self.name!r} reads no files. Name one that does, or leave out --data "
+                "(data=, root=)."
             )
         for option in options:
             if option not in takes:
@@ -165,5 +289,5 @@ class DatasetSpec:
                 raise ValueError(f"Dataset {self.name!r} needs the option {name!r}.")
         factory = load_entry_point(self.entry_point)
         check_arguments(factory, options)
-        dataset: Dataset = factory(split=split, **options)
+        dataset: D = factory(split=split, **options)
         return dataset

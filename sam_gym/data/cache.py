@@ -38,7 +38,7 @@ class SampleCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the images and masks that are kept."""
+        """Bytes of the images, masks and label maps that are kept."""
         return self._bytes
 
     def __getitem__(self, index: int) -> Sample:
@@ -61,11 +61,16 @@ class SampleCache:
                 raise ValueError(f"{sample.source}: {error}") from error
         sample = replace(sample, parts=None, digest=image_digest(sample.image))
         packed = np.packbits(sample.masks, axis=-1)
-        size = sample.image.nbytes + packed.nbytes
+        size = _bytes_of(sample, packed)
         if size <= self.max_bytes:
             self._kept[index] = replace(sample, masks=packed[:0]), packed
             self._bytes += size
             while self._bytes > self.max_bytes:
                 _, (old, old_packed) = self._kept.popitem(last=False)
-                self._bytes -= old.image.nbytes + old_packed.nbytes
+                self._bytes -= _bytes_of(old, old_packed)
         return sample
+
+
+def _bytes_of(sample: Sample, packed: np.ndarray) -> int:
+    labels = 0 if sample.semantic is None else sample.semantic.nbytes
+    return sample.image.nbytes + packed.nbytes + labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from typing import Literal
 
 import cv2
@@ -90,30 +91,17 @@ class Folder:
             if not os.path.isdir(folder):
                 raise FileNotFoundError(f"{folder}: the folder does not exist. Check the path.")
 
-        files = _image_files(images)
-        listed = _stems(root, split)
-        note = _without_image(masks, files) if listed is None else ""
-        self.unsplit: Unsplit | None = None
-        if split_seed is not None:
-            if os.path.exists(os.path.join(root, "splits.json")):
-                raise ValueError(
-                    f"{root}: split_seed={split_seed!r} is for folders without splits.json. "
-                    "Leave it out, or remove the file."
-                )
-            listed = sorted(seeded_part(files, split, split_seed, root))
-        elif listed is None and split != ALL:
-            self.unsplit = Unsplit(
-                f"{root}: splits.json is missing, so every split is all images",
-                'Write {"train": [stems], "val": [...], "test": [...]} to it',
-            )
+        files = image_files(images)
+        listed, self.unsplit = list_split(root, files, split, split_seed)
+        note = _without_image(masks, files) if _stems(root, split) is None else ""
         records = Records(root, on_error)
         listed_pairs: dict[str, tuple[str, str]] = {}
-        for stem in sorted(files) if listed is None else listed:
+        for stem in listed:
             with records.validate(_record(stem, split)):
                 mask = resolve(masks, f"{stem}.png")
                 if stem in listed_pairs:
                     raise Reject("image is listed twice")
-                image = _only(files.get(stem, []), os.path.join(images, f"{stem}.*"))
+                image = only_file(files.get(stem, []), os.path.join(images, f"{stem}.*"))
                 resolve(images, os.path.basename(image))  # refuses a link out of the folder
                 listed_pairs[stem] = image, mask
         #: Per image: stem, path, path of the mask.
@@ -217,7 +205,7 @@ def _record(stem: str, split: str) -> str:
     return f"image {stem!r} of split {split!r}"
 
 
-def _image_files(folder: str) -> dict[str, list[str]]:
+def image_files(folder: str) -> dict[str, list[str]]:
     """Return the paths of the image files in `folder` by stem."""
     files: dict[str, list[str]] = {}
     for name in sorted(os.listdir(folder)):
@@ -225,6 +213,37 @@ def _image_files(folder: str) -> dict[str, list[str]]:
         if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
             files.setdefault(stem, []).append(os.path.join(folder, name))
     return files
+
+
+def list_split(
+    root: str, stems: Collection[str], split: str, split_seed: int | None
+) -> tuple[list[str], Unsplit | None]:
+    """Return the stems of a split of a folder, by splits.json or a seed; see `Folder`.
+
+    Args:
+        root: the folder.
+        stems: of all images.
+        split: "train", "val", "test" or "all".
+        split_seed: seed that splits the images, or None.
+
+    Returns:
+        The stems; why every split is all images, or None.
+    """
+    listed = _stems(root, split)
+    if split_seed is not None:
+        if os.path.exists(os.path.join(root, "splits.json")):
+            raise ValueError(
+                f"{root}: split_seed={split_seed!r} is for folders without splits.json. "
+                "Leave it out, or remove the file."
+            )
+        return sorted(seeded_part(stems, split, split_seed, root)), None
+    if listed is not None:
+        return listed, None
+    unsplit = Unsplit(
+        f"{root}: splits.json is missing, so every split is all images",
+        'Write {"train": [stems], "val": [...], "test": [...]} to it',
+    )
+    return sorted(stems), None if split == ALL else unsplit
 
 
 def _without_image(masks: str, files: dict[str, list[str]]) -> str:
@@ -253,7 +272,8 @@ def _stems(root: str, split: str) -> list[str] | None:
     return stems
 
 
-def _only(paths: list[str], pattern: str) -> str:
+def only_file(paths: list[str], pattern: str) -> str:
+    """Return the only path of a stem; raise `Reject` if there is none, or more than one."""
     if not paths:
         raise Reject("image file is missing", f"looked for {pattern}", FileNotFoundError)
     if len(paths) > 1:

@@ -154,14 +154,46 @@ def decode_labels(data: bytes, size: tuple[int, int] | None = None) -> np.ndarra
     header = _header(io.BytesIO(data))
     if header.tags is not None:
         _check_compression(header.tags)
-    labels = _decode(data, cv2.IMREAD_UNCHANGED)
+    if _is_palette_png(data):
+        labels = _palette_indices(data)
+    else:
+        labels = _decode(data, cv2.IMREAD_UNCHANGED)
     if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
         channels = 1 if labels.ndim == 2 else labels.shape[2]
         raise Unreadable(
             f"expected one channel of uint8 or uint16 labels, got {channels} of {labels.dtype}",
-            "Save it as grey PNG of 8 or 16 bits, without a palette",
+            "Save it as grey PNG of 8 or 16 bits, or with a palette",
         )
     return _turn(labels, header, size)
+
+
+def decode_colours(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Decode the content of a label file whose colours are codes; see `read_annotated`.
+
+    Raises:
+        Unreadable: the file is no image, is truncated, or is not three channels of 8 bits.
+    """
+    header = _header(io.BytesIO(data))
+    colours = _decode(data, cv2.IMREAD_UNCHANGED)
+    if colours.dtype != np.uint8 or colours.shape[2:] != (3,):
+        channels = 1 if colours.ndim == 2 else colours.shape[2]
+        raise Unreadable(
+            f"expected three channels of uint8 colour codes, got {channels} of {colours.dtype}",
+            "Fetch the original file again",
+        )
+    return _turn(colours[..., ::-1], header, size)
+
+
+def _is_palette_png(data: bytes) -> bool:
+    return data.startswith(b"\x89PNG") and data[25:26] == b"\3"
+
+
+def _palette_indices(data: bytes) -> np.ndarray:
+    """Return the indices of a PNG with a palette, as Pillow does; OpenCV returns the colours."""
+    try:
+        return np.array(_open(io.BytesIO(data), data[:16]))
+    except Exception:  # as in `_header`
+        raise Unreadable(*_NOT_AN_IMAGE) from None
 
 
 def _turn(pixels: np.ndarray, header: ImageHeader, size: tuple[int, int] | None) -> np.ndarray:

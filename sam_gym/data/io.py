@@ -28,6 +28,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 OnError = Literal["raise", "skip"]
+#: Decodes the content of a label file, in the size of its image; raises `Unreadable`.
+Decode = Callable[[bytes, tuple[int, int] | None], np.ndarray]
 
 #: Suffixes of image files.
 IMAGE_SUFFIXES = frozenset(
@@ -199,6 +201,8 @@ def read_image(path: str, record: str, size: tuple[int, int] | None = None) -> n
 def read_labels(path: str, record: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """Read a mask or label image, upright and otherwise unchanged: uint8 or uint16 (H, W).
 
+    Of a PNG with a palette, the labels are its indices, as Pillow reads them.
+
     Args:
         path: the mask file.
         record: name of the record, for messages.
@@ -213,9 +217,16 @@ def read_labels(path: str, record: str, size: tuple[int, int] | None = None) -> 
 
 
 def read_annotated(
-    path: str, label_paths: Sequence[str], record: str
+    path: str, label_paths: Sequence[str], record: str, decode: Decode = decode_labels
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Read an image and its label images as `read_image` and `read_labels` do, in one size.
+
+    Args:
+        path: the image file.
+        label_paths: the label files.
+        record: name of the record, for messages.
+        decode: decodes label files: `decode_labels`, or `decode_colours`, which gives
+            uint8 (H, W, 3), RGB.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -223,15 +234,19 @@ def read_annotated(
     """
     with _naming(path, record):
         header = read_header(path)
-    labels = [read_labels(label_path, record, header.size) for label_path in label_paths]
-    for label_path, label in zip(label_paths, labels, strict=True):
+    labels = []
+    for label_path in label_paths:
+        with _naming(label_path, record):
+            labels.append(decode(_read(label_path), header.size))
         with Records(label_path, "raise").validate(record):
-            check_size(path, header, label.shape, "mask")
-    return read_image(path, record, labels[0].shape), labels
+            check_size(path, header, labels[-1].shape[:2], "mask")
+    return read_image(path, record, labels[0].shape[:2]), labels
 
 
-def check_annotated(path: str, label_paths: Sequence[str]) -> list[np.ndarray]:
-    """Check an image file as `check_image` does; read and return its label images.
+def check_annotated(
+    path: str, label_paths: Sequence[str], decode: Decode = decode_labels
+) -> list[np.ndarray]:
+    """Check an image file as `check_image` does; decode and return its label images.
 
     Raises:
         Reject: a file is missing or cannot be read, or the sizes differ.
@@ -240,8 +255,8 @@ def check_annotated(path: str, label_paths: Sequence[str]) -> list[np.ndarray]:
     labels = []
     for label_path in label_paths:
         with _rejecting(label_path, "mask file"):
-            labels.append(decode_labels(_read(label_path), header.size))
-        check_size(path, header, labels[-1].shape, label_path)
+            labels.append(decode(_read(label_path), header.size))
+        check_size(path, header, labels[-1].shape[:2], label_path)
         if labels[-1].shape != labels[0].shape:
             raise Reject("masks differ in size", f"{label_path} and {label_paths[0]}")
     return labels

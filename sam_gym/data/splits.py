@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from sam_gym.data.base import SPLITS, Dataset, Unsplit
+from sam_gym.data.base import SPLITS, Dataset, Unsplit, VideoDataset
 from sam_gym.data.io import flag
 from sam_gym.utils.digest import file_digest
 from sam_gym.utils.registry import check_choice
@@ -59,8 +59,12 @@ def _split_of(name: str, seed: int) -> str:
     return "train" if place < _TRAIN else "val" if place < _TRAIN + _VAL else "test"
 
 
-def check_held_out(held_out: Dataset, split: str, train: Dataset | None = None) -> None:
+def check_held_out(
+    held_out: Dataset | VideoDataset, split: str, train: Dataset | VideoDataset | None = None
+) -> None:
     """Raise `ValueError` if images to report results on are training images; warn of copies.
+
+    The images of a dataset of videos are its frames.
 
     Everything that reports on held-out data asks this, before work starts. Results on the split
     "train" are labelled as such, and pass.
@@ -74,6 +78,7 @@ def check_held_out(held_out: Dataset, split: str, train: Dataset | None = None) 
     if split == "train":
         return
     unsplit: Unsplit | None = getattr(held_out, "unsplit", None)
+    total = len(getattr(held_out, "files", ()))
     by_seed = (
         "pass the dataset's option split_seed (--dataset-kwargs split_seed 0) to split the images "
         "by a seed"
@@ -86,7 +91,7 @@ def check_held_out(held_out: Dataset, split: str, train: Dataset | None = None) 
                 "of the images was trained on."
             )
     elif shared := shared_images(train, held_out):
-        count = f"{shared} of {len(held_out)} images of split {split!r} are training images"
+        count = f"{shared} of {total} images of split {split!r} are training images"
         if unsplit is None:
             raise ValueError(
                 f"{held_out.name}: {count}. Put every image into one split only, and train on "
@@ -95,14 +100,14 @@ def check_held_out(held_out: Dataset, split: str, train: Dataset | None = None) 
         raise ValueError(f"{unsplit.reason}, so {count}. {unsplit.remedy}; or {by_seed}.")
     elif copied := copied_images(train, held_out):
         warnings.warn(
-            f"{held_out.name}: {copied} of {len(held_out)} images of split {split!r} are copies of "
+            f"{held_out.name}: {copied} of {total} images of split {split!r} are copies of "
             "training images, so results on them are no held-out results. Remove them from one of "
             "the splits.",
             stacklevel=2,
         )
 
 
-def shared_images(train: Dataset, other: Dataset) -> int:
+def shared_images(train: Dataset | VideoDataset, other: Dataset | VideoDataset) -> int:
     """Return the number of image files of a dataset that are also in the training data.
 
     Files are compared, not paths, so links to the same file count, and copies do not. Datasets
@@ -111,7 +116,7 @@ def shared_images(train: Dataset, other: Dataset) -> int:
     return len(_identities(train).keys() & _identities(other).keys())
 
 
-def copied_images(train: Dataset, other: Dataset) -> int:
+def copied_images(train: Dataset | VideoDataset, other: Dataset | VideoDataset) -> int:
     """Return the number of image files of a dataset that are copies of training images' files."""
     trained, files = _identities(train), _identities(other)
     by_size: dict[int, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
@@ -138,7 +143,7 @@ def _end_of(path: str) -> bytes:
         return file.read()
 
 
-def _identities(dataset: Dataset) -> dict[tuple[int, int], tuple[int, str]]:
+def _identities(dataset: Dataset | VideoDataset) -> dict[tuple[int, int], tuple[int, str]]:
     """Return size and path of the image files of a dataset, without links to the same file."""
     found = {}
     for path in getattr(dataset, "files", ()):

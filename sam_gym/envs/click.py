@@ -204,6 +204,8 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
         for _ in range(MAX_DRAWS):
             index, category = self._draw_image(rng, domain)
             sample = self.samples[index]
+            if wanted and category not in wanted:
+                category = None
             if category is None and (wanted or self.config.target == "category"):
                 present = np.unique(sample.categories)
                 present = np.intersect1d(present, wanted) if wanted else present

@@ -16,17 +16,23 @@ class Click(NamedTuple):
     positive: bool
 
 
-def interior_distance(region: np.ndarray) -> np.ndarray:
+def interior_distance(region: np.ndarray, border: bool = True) -> np.ndarray:
     """Return the L2 distance of each pixel of a region to its border or that of the image.
 
     Args:
         region: bool (H, W).
+        border: whether the border of the image is a border of the region; without it, a region
+            that covers the image is infinitely far from everything.
 
     Returns:
         float32 (H, W), 0 outside the region; distances up to 1,000 are correctly rounded.
     """
-    padded = np.pad(region.astype(np.uint8), 1)
-    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    padded = np.pad(region.astype(np.uint8), int(border))
+    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    if border:
+        distance = distance[1:-1, 1:-1]
+    elif region.all():
+        return np.full(region.shape, np.inf, np.float32)
     # The last bit depends on where OpenCV's output lies in memory, and would choose between pixels
     # that are equally far inside. Squared distances are integers.
     np.square(distance, out=distance)

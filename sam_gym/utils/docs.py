@@ -9,11 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sam_gym.backbones.spec import backbone_table
-from sam_gym.data import dataset_table
+from sam_gym.data import dataset_table, video_dataset_table
 from sam_gym.utils.files import write_atomic
 
 #: Name in the markers -> function that renders the table.
-TABLES: dict[str, Callable[[], str]] = {"backbones": backbone_table, "datasets": dataset_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "backbones": backbone_table,
+    "datasets": dataset_table,
+    "video datasets": video_dataset_table,
+}
 
 
 def refreshed(text: str) -> str:

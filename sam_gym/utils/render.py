@@ -6,13 +6,17 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from sam_gym.utils.text import printable
+
+if TYPE_CHECKING:
+    from sam_gym.data.base import Video
 
 #: Maximum width of drawn images in pixels; JPEG holds no more than 65,500.
 _MAX_WIDTH = 2**14
@@ -103,6 +107,31 @@ def draw_masks(
     for number, (x, y) in enumerate(points, start=1):
         _numbered(canvas, _at(x, y, scale), number)
     return _captioned(canvas, caption)
+
+
+def draw_labels(
+    image: np.ndarray, labels: np.ndarray | None, *, caption: str = "", height: int = 256
+) -> np.ndarray:
+    """Draw a label map over an image, each class in its colour.
+
+    Args:
+        image: uint8 (H, W, 3), RGB.
+        labels: uint8 (H, W), class of each pixel; pixels of 255 are black. None: only the image.
+        caption: one line below the picture; no line if empty.
+        height: of the drawn image in pixels; the width keeps the aspect ratio. Very wide images are
+            drawn less high.
+
+    Returns:
+        uint8 (height [+ caption], W', 3), RGB.
+    """
+    canvas, size, _ = _enlarged(image, height)
+    canvas = canvas.clip(0, 255)
+    if labels is not None:
+        colours = np.array([*map(distinct_colour, range(255)), (0, 0, 0)], np.float32)
+        large = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
+        canvas = 0.3 * canvas + 0.7 * colours[large]
+        canvas[large == 255] = 0
+    return _captioned(canvas.astype(np.uint8), caption)
 
 
 def distinct_colour(number: int) -> tuple[int, int, int]:
@@ -271,6 +300,71 @@ def save_gif(
     pictures[0].save(
         path, save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
     )
+
+
+def save_video(
+    path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps: float = 12.0
+) -> None:
+    """Write frames as a video: a file of the suffix .gif (see `save_gif`) or .mp4.
+
+    Args:
+        path: of the file.
+        frames: uint8 (H, W, 3) RGB each, of one size; an MP4 file is written frame by frame,
+            without the last row or column of an odd size.
+        fps: frames per second.
+
+    Raises:
+        ValueError: the suffix is another, there is no frame, or the sizes differ.
+        OSError: the file cannot be written.
+    """
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix == ".gif":
+        save_gif(path, list(frames), fps)
+        return
+    if suffix != ".mp4":
+        raise ValueError(f"{path}: videos are written as .gif or .mp4. Choose one of the two.")
+    writer: cv2.VideoWriter | None = None
+    size = None
+    try:
+        for frame in frames:
+            if writer is None:
+                size = frame.shape
+                code = cv2.VideoWriter.fourcc(*"mp4v")
+                writer = cv2.VideoWriter(os.fspath(path), code, fps, size[1::-1])
+                if not writer.isOpened():
+                    raise OSError(f"{path}: the video could not be written. Check the folder.")
+            if frame.shape != size:
+                raise ValueError(f"{path}: frames differ in size ({frame.shape} after {size}).")
+            writer.write(np.ascontiguousarray(frame[..., ::-1]))
+    finally:
+        if writer is not None:
+            writer.release()
+    if writer is None:
+        raise ValueError(f"{path}: there is no frame to write.")
+
+
+def draw_overlays(
+    video: Video, predictions: Iterable[np.ndarray], *, truth: bool = True, height: int = 384
+) -> Iterator[np.ndarray]:
+    """Draw the masks of a video's objects over its frames, in one colour per object.
+
+    Args:
+        video: the video.
+        predictions: bool (N, H, W) of each frame from the first on.
+        truth: outline the annotated masks in white.
+        height: of the drawn frames in pixels, without the caption.
+
+    Yields:
+        uint8 (height + caption, W', 3), RGB.
+    """
+    for number, masks in enumerate(predictions):
+        yield draw_masks(
+            video.image(number),
+            masks,
+            targets=video.annotation(number).masks if truth else None,
+            caption=f"{video.name} {video.frames[number]}",
+            height=height,
+        )
 
 
 def has_display() -> bool:

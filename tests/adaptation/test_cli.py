@@ -110,7 +110,7 @@ def test_names_in_the_help_are_those_that_there_are(capsys: pytest.CaptureFixtur
     assert stream_help() in shown and "(default: None): " not in shown
     listed = set(re.findall(r"[\w-]+", stream_help()))
     assert {*STREAMS.names(), *DATASETS.names()} <= listed | {"domain"}
-    assert "coco, entities" in stream_help()
+    assert "coco, coco-panoptic, entities" in stream_help()
     assert not re.search(r"\(default: [^()]*\)\.? \(default:", shown)
 
 

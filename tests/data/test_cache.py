@@ -1,5 +1,7 @@
 """The sample cache: what comes out is what the dataset gives, within a bound."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,22 @@ class Counted:
 @pytest.fixture
 def dataset() -> Counted:
     return Counted()
+
+
+class Labelled(Counted):
+    """The same with a label map."""
+
+    def __getitem__(self, index: int) -> Sample:
+        labels = np.full((HEIGHT, WIDTH), index, np.uint8)
+        return replace(super().__getitem__(index), semantic=labels)
+
+
+def test_label_maps_are_kept_and_counted() -> None:
+    size = IMAGE_BYTES + PACKED_BYTES + HEIGHT * WIDTH
+    cache = SampleCache(Labelled(), 2 * size)
+    for index in (0, 1, 2, 2):
+        assert (cache[index].semantic == index).all()
+    assert (len(cache), cache.nbytes, cache.misses) == (2, 2 * size, 3)
 
 
 def test_kept_sample_equals_the_dataset(dataset: Counted) -> None:

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps, features
 from sam_gym.data.coco import Coco
 from sam_gym.data.entities import Entities
 from sam_gym.data.folder import Folder
-from sam_gym.data.images import Unreadable, check_file
+from sam_gym.data.images import Unreadable, check_file, decode_colours
 from sam_gym.data.io import image_size, read_image, read_labels
 
 HEIGHT, WIDTH = 40, 56
@@ -48,6 +48,35 @@ def save(path: Path, pixels: np.ndarray, orientation: int = 1) -> Path:
 def assert_close(image: np.ndarray, expected: np.ndarray) -> None:
     assert image.dtype == np.uint8 and image.shape == expected.shape
     assert np.abs(image.astype(int) - expected).max() <= 3
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_labels_of_a_palette_are_its_indices(tmp_path: Path, bits: int) -> None:
+    indices = np.random.default_rng(bits).integers(0, 2**bits, (HEIGHT, WIDTH), dtype=np.uint8)
+    image = Image.fromarray(indices)
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    exif = Image.Exif()
+    for orientation in (1, 6):
+        exif[ORIENTATION] = orientation
+        path = tmp_path / f"{orientation}.png"
+        image.save(path, bits=bits, exif=exif)
+        assert path.read_bytes()[24:26] == bytes((bits, 3))
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+        np.testing.assert_array_equal(read_labels(str(path), "labels"), expected)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="truncated or not an image"):
+        read_labels(str(path), "labels")
+
+
+def test_colour_codes(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    data = save(tmp_path / "a.png", colours).read_bytes()
+    np.testing.assert_array_equal(decode_colours(data), colours)
+    for other in (colours[..., 0], np.dstack([colours, colours[..., 0]])):
+        data = save(tmp_path / "a.png", other).read_bytes()
+        with pytest.raises(Unreadable, match="expected three channels of uint8 colour codes, got"):
+            decode_colours(data)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

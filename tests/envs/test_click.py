@@ -188,6 +188,24 @@ def test_keep_best_never_lowers_the_predicted_iou(make: Make) -> None:
 # What it is about ------------------------------------------------------------------------------
 
 
+def test_target_categories_hold_where_the_dataset_draws_the_category(
+    make: Make, squares: Path
+) -> None:
+    content = json.loads((squares / "all.json").read_text())
+    content["categories"].append({"id": 2, "name": "corner"})
+    corner = [0, 0, 10, 0, 10, 10, 0, 10]
+    content["annotations"].append(
+        {"id": 99, "image_id": 5, "category_id": 2, "iscrowd": 0, "segmentation": [corner]}
+        | {"bbox": [0, 0, 10, 10], "area": 100}
+    )
+    (squares / "instances_train.json").write_text(json.dumps(content))
+    options = {"dataset": "coco", "data": str(squares), "dataset_kwargs": {}}
+    env = make(**options, target_categories="square")
+    assert {env.reset(seed=seed)[1]["target_name"] for seed in range(20)} == {"square"}
+    env = make(**options, target_categories="corner")
+    assert env.reset(seed=0)[1]["target_name"] == "corner"
+
+
 def test_category_is_the_union_of_its_instances(make: Make) -> None:
     env = make()
     dataset = make_dataset("scenes", **env.core.config.dataset_kwargs)

@@ -3,12 +3,23 @@
 import os
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from sam_gym.data.synthetic.clips import Clips
 from sam_gym.utils import render
-from sam_gym.utils.render import draw_episode, save_gif, save_image, show, tile
+from sam_gym.utils.render import (
+    draw_episode,
+    draw_masks,
+    draw_overlays,
+    save_gif,
+    save_image,
+    save_video,
+    show,
+    tile,
+)
 
 GREY = 100
 
@@ -133,3 +144,39 @@ def test_without_display_it_is_said_once(no_display: None, image: np.ndarray, re
     assert [str(warning.message) for warning in recwarn] == [
         "render_mode='human' shows nothing: there is no display."
     ]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
+def test_videos_hold_the_frames(tmp_path: Path, suffix: str) -> None:
+    shades = [40, 120, 200]
+    frames = (np.full((48, 63, 3), (shade, 10, 10), np.uint8) for shade in shades)
+    path = tmp_path / f"clip{suffix}"
+    save_video(path, frames, fps=5)
+    capture = cv2.VideoCapture(str(path))
+    for shade in shades:
+        bgr = capture.read()[1]
+        assert bgr is not None and bgr.shape == (48, 63 if suffix == ".gif" else 62, 3)
+        assert abs(float(bgr[..., 2].mean()) - shade) < 8 and bgr[..., 0].mean() < 25
+    assert capture.read()[1] is None
+
+
+def test_videos_that_cannot_be_written(tmp_path: Path) -> None:
+    frame = np.zeros((16, 16, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"written as \.gif or \.mp4"):
+        save_video(tmp_path / "a.avi", [frame])
+    with pytest.raises(ValueError, match="no frame to write"):
+        save_video(tmp_path / "a.mp4", [])
+    with pytest.raises(ValueError, match="frames differ in size"):
+        save_video(tmp_path / "a.mp4", [frame, frame[:8]])
+    with pytest.raises(OSError, match="could not be written"):
+        save_video(tmp_path / "none" / "a.mp4", [frame])
+
+
+def test_overlays_have_one_colour_per_object() -> None:
+    clip = Clips(frames=3, size=96)[0]
+    masks = [clip.annotation(frame).masks for frame in range(3)]
+    drawn = list(draw_overlays(clip, masks, truth=False, height=96))
+    assert len(drawn) == 3 and drawn[0].shape[1] == 96
+    for frame, image in enumerate(drawn):
+        expected = draw_masks(clip.image(frame), masks[frame], height=96)
+        assert (image[:96] == expected).all()

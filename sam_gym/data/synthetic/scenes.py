@@ -17,9 +17,77 @@ _SUBPIXEL_BITS = 4
 
 
 @lru_cache(maxsize=1)
-def _grain_tile() -> np.ndarray:
+def grain_tile() -> np.ndarray:
     """Return unit noise, from which camera grain is cropped: float32 (512, 512, 3)."""
     return np.random.default_rng(20260102).standard_normal((512, 512, 3), dtype=np.float32)
+
+
+def draw_ground(rng: np.random.Generator, size: int, material: Material) -> np.ndarray:
+    """Draw textured ground with up to two straight borders: uint8 (size, size, 3)."""
+    image = ground(material(rng, size, size), rng)
+    for _ in range(int(rng.integers(0, 3))):
+        center, angle = rng.uniform(0, size, 2), rng.uniform(0, 2 * np.pi)
+        normal = np.array([np.cos(angle), np.sin(angle)])
+        along = np.array([-normal[1], normal[0]])
+        far = 2.0 * size
+        corners = [
+            center + along * far,
+            center - along * far,
+            center - along * far + normal * far,
+            center + along * far + normal * far,
+        ]
+        region = np.zeros((size, size), np.uint8)
+        cv2.fillPoly(region, [np.array(corners, np.int32)], 255)
+        other = ground(material(rng, size, size), rng)
+        np.copyto(image, other, where=region[..., None] > 0)
+    return image
+
+
+def rasterise(parts: list[Contours], shape: tuple[int, int]) -> np.ndarray:
+    """Draw the parts of an outline, in pixels, with soft edges: uint8 (P, H, W)."""
+    alphas = np.zeros((len(parts), *shape), np.uint8)
+    for alpha, part in zip(alphas, parts, strict=True):
+        fixed = [np.round(contour * 2**_SUBPIXEL_BITS).astype(np.int32) for contour in part]
+        cv2.fillPoly(alpha, fixed, 255, cv2.LINE_AA, _SUBPIXEL_BITS)
+    return alphas
+
+
+def paint_surface(
+    rng: np.random.Generator,
+    alphas: np.ndarray,
+    category: str | None,
+    material: Material,
+    light: float,
+) -> np.ndarray:
+    """Paint the texture and shading of an object.
+
+    Args:
+        rng: draws look and patterns.
+        alphas: uint8 (P, H, W), its parts, back to front.
+        category: whose typical look it may have; None: clutter.
+        material: fills what has no typical look.
+        light: direction of the light, in radians.
+
+    Returns:
+        float32 (H, W, 3), beyond 0 to 255 in places.
+    """
+    whole = alphas.max(axis=0)
+    height, width = whole.shape
+    look = category_look(category, rng) if category is not None else None
+    fill = (look or material)(rng, height, width)
+    if rng.random() < 0.7:
+        for alpha in alphas[1:]:
+            x, y, w, h = cv2.boundingRect(alpha)
+            if w and h:
+                area = (slice(y, y + h), slice(x, x + w))
+                own = look if look is not None and rng.random() < 0.5 else material
+                fill[area] = np.where(alpha[area][..., None] > 127, own(rng, h, w), fill[area])
+    ramp_x = np.linspace(-1, 1, width, dtype=np.float32) * np.float32(np.cos(light))
+    ramp_y = np.linspace(-1, 1, height, dtype=np.float32) * np.float32(np.sin(light))
+    rim = rng.uniform(0.15, 0.6)
+    bevel = cv2.blur(whole, (7, 7)) * np.float32(rim / 255.0) + np.float32(1.0 - rim)
+    shade = (1.0 + 0.22 * (ramp_x[None] + ramp_y[:, None])) * bevel
+    return fill * shade[..., None]
 
 
 class _Canvas:
@@ -27,32 +95,12 @@ class _Canvas:
 
     def __init__(self, rng: np.random.Generator, size: int, material: Material) -> None:
         self.rng, self.size, self.material = rng, size, material
-        self.image = self._ground().astype(np.float32)
+        self.image = draw_ground(rng, size, material).astype(np.float32)
         self.masks: list[np.ndarray] = []
         self.parts: list[np.ndarray] = []
         self.areas: list[int] = []
         self.light = rng.uniform(0, 2 * np.pi)
         self.shadow = float(rng.uniform(0.0, 0.5))
-
-    def _ground(self) -> np.ndarray:
-        rng, size = self.rng, self.size
-        image = ground(self.material(rng, size, size), rng)
-        for _ in range(int(rng.integers(0, 3))):
-            center, angle = rng.uniform(0, size, 2), rng.uniform(0, 2 * np.pi)
-            normal = np.array([np.cos(angle), np.sin(angle)])
-            along = np.array([-normal[1], normal[0]])
-            far = 2.0 * size
-            corners = [
-                center + along * far,
-                center - along * far,
-                center - along * far + normal * far,
-                center + along * far + normal * far,
-            ]
-            region = np.zeros((size, size), np.uint8)
-            cv2.fillPoly(region, [np.array(corners, np.int32)], 255)
-            other = ground(self.material(rng, size, size), rng)
-            np.copyto(image, other, where=region[..., None] > 0)
-        return image
 
     def draw(self, parts: list[Contours], scale: float, category: str | None) -> bool:
         """Draw an object at a free place; return whether there was one.
@@ -82,15 +130,9 @@ class _Canvas:
         return False
 
     def _paint(self, outline, center, window, category: str | None) -> bool:
-        height, width = (s.stop - s.start for s in window)
+        shape = (window[0].stop - window[0].start, window[1].stop - window[1].start)
         origin = np.array([window[1].start, window[0].start])
-        alphas = np.zeros((len(outline), height, width), np.uint8)
-        for alpha, part in zip(alphas, outline, strict=True):
-            fixed = [
-                np.round((contour + center - origin) * 2**_SUBPIXEL_BITS).astype(np.int32)
-                for contour in part
-            ]
-            cv2.fillPoly(alpha, fixed, 255, cv2.LINE_AA, _SUBPIXEL_BITS)
+        alphas = rasterise([[c + center - origin for c in part] for part in outline], shape)
         whole = alphas.max(axis=0)
         covered = whole > 127
         area = int(np.count_nonzero(covered))
@@ -98,7 +140,9 @@ class _Canvas:
             return False
 
         self._cast_shadow(window, whole)
-        self._fill(window, alphas, whole, category)
+        surface = paint_surface(self.rng, alphas, category, self.material, self.light)
+        view = self.image[window]
+        view += (whole * np.float32(1 / 255.0))[..., None] * (surface - view)
         for mask in (*self.masks, *self.parts):
             mask[window] &= ~covered
         if category is not None:
@@ -112,27 +156,6 @@ class _Canvas:
         else:
             self.parts.append(self._full(window, covered))
         return True
-
-    def _fill(self, window, alphas: np.ndarray, whole: np.ndarray, category: str | None) -> None:
-        rng = self.rng
-        height, width = whole.shape
-        look = category_look(category, rng) if category is not None else None
-        fill = (look or self.material)(rng, height, width)
-        if rng.random() < 0.7:
-            for alpha in alphas[1:]:
-                x, y, w, h = cv2.boundingRect(alpha)
-                if w and h:
-                    area = (slice(y, y + h), slice(x, x + w))
-                    own = look if look is not None and rng.random() < 0.5 else self.material
-                    fill[area] = np.where(alpha[area][..., None] > 127, own(rng, h, w), fill[area])
-        ramp_x = np.linspace(-1, 1, width, dtype=np.float32) * np.float32(np.cos(self.light))
-        ramp_y = np.linspace(-1, 1, height, dtype=np.float32) * np.float32(np.sin(self.light))
-        rim = rng.uniform(0.15, 0.6)
-        bevel = cv2.blur(whole, (7, 7)) * np.float32(rim / 255.0) + np.float32(1.0 - rim)
-        shade = (1.0 + 0.22 * (ramp_x[None] + ramp_y[:, None])) * bevel
-        weight = (whole * np.float32(1 / 255.0))[..., None]
-        view = self.image[window]
-        view += weight * (fill * shade[..., None] - view)
 
     def _leaves_others_visible(self, window, covered: np.ndarray) -> bool:
         return all(
@@ -178,9 +201,7 @@ class _Canvas:
         if rng.random() < 0.3:
             image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.1))
         top, left = rng.integers(0, 512 - size + 1, 2)
-        image += (
-            np.float32(rng.uniform(2, 13)) * _grain_tile()[top : top + size, left : left + size]
-        )
+        image += np.float32(rng.uniform(2, 13)) * grain_tile()[top : top + size, left : left + size]
         return np.clip(image, 0, 255).astype(np.uint8)
 
 

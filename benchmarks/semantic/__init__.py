@@ -1,0 +1,1 @@
+"""Benchmark `semantic`: semantic segmentation by prompts, scored on label maps."""

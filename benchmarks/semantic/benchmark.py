@@ -1,0 +1,209 @@
+"""`semantic`: semantic segmentation of a dataset with label maps by prompting a SAM."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+
+from benchmarks.options import BackboneOptions, provenance, subset
+from benchmarks.report import output_folder
+from benchmarks.semantic.points import PointName
+from benchmarks.semantic.report import write_report
+from benchmarks.semantic.speed import compare_speed
+from benchmarks.semantic.zero_shot import ImageResult, Per, PromptResult, ZeroShot
+from benchmarks.throughput.reference import check_comparable
+from sam_gym.data import DATASETS, dataset_help
+from sam_gym.data.options import DatasetOptions
+from sam_gym.data.semantic import SemanticDataset
+from sam_gym.metrics.semantic import SemanticMetric, mean_score
+from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.settings import Count, Natural, check_settings
+
+#: Default number of images of an endless procedural dataset.
+ROOMS = 100
+#: Minimum mean IoU of the masks of both sides, for times to be comparable.
+SAME = 0.99
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticBenchmarkConfig(DatasetOptions, BackboneOptions):
+    """Segment images semantically: zero-shot, from one point per class or instance.
+
+    Points come from the ground truth, as in the SAM-Cityscapes code: what is measured is the mask
+    that a point gives, not the recognition of classes. Of the three masks of a point, that of the
+    highest predicted IoU is taken. Scores are computed at the size of the label maps. Datasets
+    without label maps, such as rooms, are scored on their objects and the background.
+    """
+
+    dataset: Annotated[str, tyro.conf.arg(help=dataset_help())] = "rooms"
+    out: str = "runs/semantic"
+    """Folder for results.json, the CSV tables, pictures and report.html."""
+    split: str | None = None
+    """Split to measure on (None: the held-out split of the dataset)."""
+    point: PointName = "seed"
+    """Place of a point in the ground truth: seed: the maximum of a distance transform that does not
+    know the border of the image, as in the SAM-Cityscapes code; inner: of one that knows it;
+    random: any pixel."""
+    per: Per = "class"
+    """One point per class of an image, or one per instance."""
+    max_images: Count | None = None
+    """Maximum number of images, sampled by the seed (None: all; procedural datasets: 100)."""
+    batch_size: Count = 16
+    """Images per encoder call."""
+    boundary: bool = True
+    """Also measure boundary IoU, which takes longer than everything else on large images."""
+    save_labels: bool = False
+    """Save predicted label maps as PNG with the values of the dataset's own files (cityscapes:
+    labelIds), in the folder labels."""
+    pictures: Natural = 9
+    """Images to draw, evenly spaced by rank from best to worst."""
+    speed_images: Natural = 0
+    """Images on which to compare the time with a loop that encodes an image for every class, as the
+    SAM-Cityscapes code does (0: no comparison)."""
+    speed_repeats: Count = 5
+    """Repeats of that comparison; times are medians."""
+
+
+def run(config: SemanticBenchmarkConfig) -> dict[str, Any]:
+    """Run the benchmark and write its report.
+
+    Raises:
+        ValueError, FileNotFoundError: an option, the data or the checkpoint is wrong.
+        RuntimeError: the sides of the comparison of times do not find the same masks.
+    """
+    check_settings(config)
+    if config.speed_images:
+        check_comparable(config.backbone)
+    out = output_folder(config.out, config.overwrite, pictures=["pictures/*.png", "labels/*.png"])
+    spec = DATASETS.get(config.dataset)
+    split = config.split or spec.held_out_split
+    dataset = config.make_dataset(split)
+    writer = dataset if isinstance(dataset, SemanticDataset) else None
+    if config.save_labels and (writer is None or writer.label_ids is None):
+        raise ValueError(
+            f"--save-labels: dataset {config.dataset!r} has no label files whose values could be "
+            "written. Leave it out."
+        )
+    zero_shot = ZeroShot(
+        dataset,
+        config.load(),
+        point=config.point,
+        per=config.per,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    limit = config.max_images or (ROOMS if spec.procedural else None)
+    indices = subset(range(len(dataset)), limit, config.seed)
+
+    groups = getattr(dataset, "category_groups", None)
+    metric = SemanticMetric(zero_shot.classes, groups, config.boundary)
+    overlaps = np.zeros((2, len(zero_shot.classes)), np.int64)
+    results: list[ImageResult] = []
+    started = time.perf_counter()
+    with ProgressBar() as progress:
+        task = progress.add_task("segmenting", total=len(indices))
+        for own, outcome in zero_shot.segment(indices):
+            score = metric.update(outcome.labels, own.truth)
+            overlaps += outcome.overlaps
+            scored = list(map(PromptResult.of, own.prompts, outcome.ious))
+            results.append(ImageResult(own.number, own.name, scored, score))
+            if config.save_labels and writer is not None:
+                (out / "labels").mkdir(exist_ok=True)
+                writer.save_prediction(out / "labels", own.number, outcome.labels)
+            progress.advance(task)
+    seconds = (time.perf_counter() - started) / len(indices)
+
+    scored = [prompt for result in results for prompt in result.prompts]
+    classes = class_rows(scored, metric, overlaps)
+    summary = {
+        "benchmark": "semantic",
+        "dataset": dataset.name,
+        "split": split,
+        "images": len(results),
+        "zero_shot": {
+            "prompts": len(scored),
+            "border_points": sum(prompt.on_border for prompt in scored),
+            **{
+                f"mean_{key}": _mean(row[key] for row in classes)
+                for key in ("prompt_iou", "bound", "mask_iou")
+            },
+            **{name: _known(value) for name, value in metric.summary().items()},
+            "categories": {name: _known(x) for name, x in metric.category_iou.items()},
+            "seconds_per_image": seconds,
+        },
+        "classes": classes,
+        "speed": _speed(config, zero_shot, indices),
+        **provenance(config, zero_shot.backbone),
+    }
+    write_report(out, summary, metric.counts, results, zero_shot)
+    return summary
+
+
+def class_rows(
+    prompts: Sequence[PromptResult], metric: SemanticMetric, overlaps: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return the scores of each class, None where they are not known.
+
+    Args:
+        prompts: of all images.
+        metric: of the label maps.
+        overlaps: int64 (2, C), sums of `Outcome.overlaps`.
+    """
+    boundaries = metric.boundary_iou
+    groups = metric.category_groups
+    rows = []
+    for number, name in enumerate(metric.classes):
+        own = [prompt for prompt in prompts if prompt.category == number]
+        union = int(overlaps[1, number])
+        row: dict[str, Any] = {"class": name}
+        if groups is not None:
+            row["group"] = groups[number]
+        row |= {
+            "prompts": len(own),
+            "prompt_iou": _mean(prompt.iou for prompt in own),
+            "bound": _mean(prompt.bound for prompt in own),
+            "mask_iou": int(overlaps[0, number]) / union if union else None,
+            "iou": _known(metric.class_iou[number]),
+        }
+        if boundaries is not None:
+            row["boundary_iou"] = _known(boundaries[number])
+        rows.append(row)
+    return rows
+
+
+def _speed(
+    config: SemanticBenchmarkConfig, zero_shot: ZeroShot, indices: Sequence[int]
+) -> dict[str, Any] | None:
+    """Compare the time with that of the reference, if it was asked for."""
+    if not config.speed_images:
+        return None
+    read = [zero_shot.read(index) for index in indices[: config.speed_images]]
+    numbers = compare_speed(
+        zero_shot.backbone,
+        [own.image for own in read],
+        [[prompt.point for prompt in own.prompts] for own in read],
+        config.batch_size,
+        config.speed_repeats,
+    )
+    if numbers["mean_iou_of_masks"] < SAME and zero_shot.backbone.dtype == torch.float32:
+        raise RuntimeError(
+            "The sides disagree, so their times cannot be compared: the mean IoU of their masks is "
+            f"{numbers['mean_iou_of_masks']:.3f}."
+        )
+    return numbers
+
+
+def _known(value: float) -> float | None:
+    """Return a number, or None for nan."""
+    return None if np.isnan(value) else float(value)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are known; None if there are none."""
+    return _known(mean_score(np.array([np.nan if v is None else v for v in values], np.float64)))

@@ -1,0 +1,207 @@
+"""Write the report of `semantic`: CSV tables, pictures and one page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import report
+from benchmarks.semantic.zero_shot import ImageResult, ZeroShot
+from sam_gym.utils.files import write_csv
+from sam_gym.utils.plots import literal, save_figure
+from sam_gym.utils.render import draw_labels, save_image
+from sam_gym.utils.text import safe_name
+
+_FRAME_HEIGHT = 260
+#: Most classes of a confusion matrix that is drawn.
+_DRAWN = 40
+_COLUMNS = {
+    "class": "class",
+    "group": "group",
+    "prompts": "points",
+    "prompt_iou": "IoU of a point",
+    "bound": "bound",
+    "mask_iou": "IoU of masks",
+    "iou": "IoU",
+    "boundary_iou": "boundary IoU",
+}
+
+
+def write_report(
+    out: Path,
+    summary: dict[str, Any],
+    counts: np.ndarray,
+    results: Sequence[ImageResult],
+    zero_shot: ZeroShot,
+) -> None:
+    """Write results.json, the CSV tables, a plot, pictures and report.html, and print a table.
+
+    Args:
+        out: folder of the run.
+        summary: the content of results.json.
+        counts: confusion matrix, int64 (C, C + 1).
+        results: of each image.
+        zero_shot: of the run, which segments images once more to draw them.
+    """
+    names, settings = zero_shot.classes, summary["settings"]
+    numbers, classes = summary["zero_shot"], summary["classes"]
+    rows = [
+        {
+            "image": own.name,
+            "class": names[prompt.category],
+            "iou": prompt.iou,
+            "point_x": prompt.point[0],
+            "point_y": prompt.point[1],
+        }
+        for own in results
+        for prompt in own.prompts
+    ]
+    # The names and headers of the SAM-Cityscapes code.
+    files = report.write_results(out, summary, "detailed_results.csv", rows)
+    means = [{"class": row["class"], "mean_iou": row["prompt_iou"]} for row in classes]
+    files.append(write_csv(out / "summary.csv", [x for x in means if x["mean_iou"] is not None]))
+    table = [
+        {"class": name} | dict(zip((*names, "void"), row.tolist(), strict=True))
+        for name, row in zip(names, counts, strict=True)
+    ]
+    files.append(write_csv(out / "confusion.csv", table))
+
+    point, per = settings["point"], settings["per"]
+    page = report.Page(
+        f"{zero_shot.backbone.name} on {summary['dataset']}: semantic segmentation",
+        f"Zero-shot: {report.counted(numbers['prompts'], 'point')} ({point}), one per {per} of an "
+        f"image, on {report.counted(summary['images'], 'image')} of {summary['dataset']} "
+        f"({summary['split']}). Points and their classes come from the ground truth.",
+    )
+    cards = {
+        "mean IoU": "mean_iou",
+        "pixel accuracy": "pixel_accuracy",
+        "mean boundary IoU": "mean_boundary_iou",
+        "mean category IoU": "mean_category_iou",
+        "mean IoU of an image": "image_mean_iou",
+        "IoU of a point": "mean_prompt_iou",
+        "bound of a point": "mean_bound",
+    }
+    page.cards({title: _text(numbers[key]) for title, key in cards.items() if key in numbers})
+    page.heading("Classes")
+    columns = {key: title for key, title in _COLUMNS.items() if key in classes[0]}
+    cells = [[_text(row[key]) for key in columns] for row in classes]
+    page.table(list(columns.values()), cells)
+    page.text(
+        "IoU, boundary IoU: of label maps, in which a pixel has the class of the mask with the "
+        "highest logit, out of one confusion matrix of the dataset; ignored pixels do not count. "
+        "IoU of masks: the same with each class's masks by themselves, which may overlap. IoU of a "
+        "point: mean over the points, in which all pixels count, as in the SAM-Cityscapes code."
+    )
+    if per == "class":
+        page.text(
+            "Bound: mean IoU of a class's largest object with all of the class in an image. A mask "
+            f"of one object cannot exceed it; it is {_text(numbers['mean_bound'])} on average."
+        )
+    if point == "seed":
+        page.text(
+            f"{numbers['border_points']:,} of {numbers['prompts']:,} points lie on the border of "
+            "the image, which their distance transform does not know (--point inner does)."
+        )
+    if numbers["categories"]:
+        page.heading("Groups of classes")
+        page.table(
+            ("group", "IoU"), [[name, _text(x)] for name, x in numbers["categories"].items()]
+        )
+    if len(names) <= _DRAWN:
+        page.heading("Confusion matrix")
+        page.plot(_draw_confusion(out / "confusion.png", counts, names), "confusion matrix")
+        page.text("Fraction of a class's pixels (row) with each predicted class (column).")
+    if summary["speed"]:
+        _write_speed(page, summary["speed"], summary["device"])
+    if settings["pictures"]:
+        page.heading("Images from best to worst")
+        page.text("Image, ground truth and zero-shot. Black: ignored, or in no mask.")
+        _draw_pictures(page, out / "pictures", results, settings["pictures"], zero_shot)
+    heading = f"semantic: {zero_shot.backbone.name} on {summary['dataset']}, zero-shot"
+    total: Mapping[str, Any] = {
+        "class": "mean",
+        "group": "",
+        "prompts": numbers["prompts"],
+        "prompt_iou": numbers["mean_prompt_iou"],
+        "bound": numbers["mean_bound"],
+        "mask_iou": numbers["mean_mask_iou"],
+        "iou": numbers["mean_iou"],
+        "boundary_iou": numbers.get("mean_boundary_iou"),
+    }
+    cells.append([_text(total[key]) for key in columns])
+    page.finish(files, settings, heading, list(columns.values()), cells)
+
+
+def _text(value: float | int | str | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _write_speed(page: report.Page, speed: Mapping[str, Any], device: str) -> None:
+    page.heading("Speed")
+    page.table(
+        ("images", "points", "s an image", "reference, s", "ratio", "same masks"),
+        [
+            [
+                str(speed["images"]),
+                str(speed["points"]),
+                f"{speed['ours_seconds']:.3f}",
+                f"{speed['reference_seconds']:.3f}",
+                f"{speed['ratio']:.2f}x",
+                f"{speed['mean_iou_of_masks']:.4f}",
+            ]
+        ],
+    )
+    page.text(
+        "Reference: segment_anything's SamPredictor with set_image for every class, as in the "
+        f"SAM-Cityscapes code. Medians of {speed['repeats']} alternating runs on {device}. Same "
+        "masks: mean IoU of both sides' masks."
+    )
+
+
+def _draw_confusion(path: Path, counts: np.ndarray, names: Sequence[str]) -> Path:
+    """Draw the confusion matrix as a heat map, each row divided by its sum."""
+    from matplotlib.figure import Figure
+
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = max(4.0, 0.32 * len(names))
+    figure = Figure(figsize=(side + 1.5, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(fractions, cmap="viridis", vmin=0.0, vmax=1.0)
+    labels = [literal(name) for name in names]
+    axes.set_xticks(range(len(names) + 1), [*labels, "void"], rotation=60, ha="right")
+    axes.set_yticks(range(len(names)), labels)
+    axes.set(xlabel="predicted", ylabel="class")
+    figure.colorbar(image, ax=axes, fraction=0.05, shrink=0.9)
+    return save_figure(path, figure)
+
+
+def _draw_pictures(
+    page: report.Page, folder: Path, results: Sequence[ImageResult], count: int, zero_shot: ZeroShot
+) -> None:
+    """Draw images evenly spaced by rank."""
+    folder.mkdir(exist_ok=True)
+    ranked = sorted((own for own in results if own.score == own.score), key=lambda x: -x.score)
+    ranks = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
+    shown = [ranked[rank] for rank in ranks.tolist()]
+    segmented = zero_shot.segment([own.index for own in shown])
+    for rank, own, (drawn_image, outcome) in zip(ranks, shown, segmented, strict=True):
+        drawn = {
+            "image": None,
+            "ground truth": drawn_image.truth,
+            f"zero-shot, mean IoU {own.score:.2f}": outcome.labels,
+        }
+        frames = report.side_by_side(
+            [
+                draw_labels(drawn_image.image, labels, caption=title, height=_FRAME_HEIGHT)
+                for title, labels in drawn.items()
+            ]
+        )
+        name = safe_name(f"{rank + 1:03d}_{own.name}")
+        save_image(folder / f"{name}.png", frames)
+        page.photograph(frames, f"{rank + 1} of {len(ranked)}: {own.name}")

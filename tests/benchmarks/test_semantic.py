@@ -1,0 +1,236 @@
+"""`semantic` end to end: its tables, its numbers by other means, and its points."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import distance_transform_edt, gaussian_filter
+from segment_anything import SamPredictor
+
+from benchmarks.run import main
+from benchmarks.semantic import benchmark
+from benchmarks.semantic.points import POINTS, PointName
+from benchmarks.semantic.zero_shot import ZeroShot, find_prompts
+from sam_gym.backbones import Backbone
+from sam_gym.data import make_dataset
+from sam_gym.data.labelmaps import CAMVID
+from sam_gym.metrics.semantic import confusion
+
+
+@pytest.fixture
+def street(tmp_path: Path) -> Path:
+    """A `camvid` folder: sky, road, and two cars of different size on three images of noise."""
+    root = tmp_path / "street"
+    for folder in ("val", "valannot"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number, (height, width) in enumerate([(48, 64), (60, 80), (64, 48)]):
+        labels = np.zeros((height, width), np.uint8)
+        labels[height // 2 :] = 3
+        labels[-3:] = 11
+        labels[height // 3 : 2 * height // 3, 4:24] = 8
+        labels[height // 3 : height // 2, 30:38] = 8
+        image = rng.integers(0, 60, (height, width, 3)) + 40 * labels[..., None] % 190
+        Image.fromarray(image.astype(np.uint8)).save(root / f"val/{number}.png")
+        Image.fromarray(labels).save(root / f"valannot/{number}.png")
+    return root
+
+
+def arguments(root: Path, checkpoint: str, out: Path, *more: str) -> list[str]:
+    base = ["semantic", "--dataset", "camvid", "--data", str(root), "--checkpoint", checkpoint]
+    return [*base, "--device", "cpu", "--out", str(out), "--pictures", "2", *more]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_page_and_numbers(street: Path, micro_checkpoint: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    returned = main(arguments(street, micro_checkpoint, out, "--save-labels"))
+    results = json.loads((out / "results.json").read_text())
+    assert results == json.loads(json.dumps(returned))
+    numbers = results["zero_shot"]
+    assert (results["images"], numbers["prompts"], results["split"]) == (3, 9, "val")
+
+    text = (out / "detailed_results.csv").read_text().splitlines()
+    assert text[0] == "image,class,iou,point_x,point_y"
+    rows = table(out / "detailed_results.csv")
+    assert [row["image"] for row in rows] == [f"{k}.png" for k in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
+    assert [row["class"] for row in rows[:3]] == ["Sky", "Road", "Vehicle"]
+    summary = table(out / "summary.csv")
+    assert list(summary[0]) == ["class", "mean_iou"]
+    for own in summary:
+        mean = np.mean([float(row["iou"]) for row in rows if row["class"] == own["class"]])
+        assert float(own["mean_iou"]) == pytest.approx(mean, abs=1e-5)
+    means = [float(own["mean_iou"]) for own in summary]
+    assert np.mean(means) == pytest.approx(numbers["mean_prompt_iou"], abs=1e-5)
+
+    # Everything else again from the saved label maps.
+    counts: Any = 0
+    for number in range(3):
+        saved = np.array(Image.open(out / f"labels/{number}.png"))
+        truth = np.array(Image.open(street / f"valannot/{number}.png"))
+        saved[saved == 11] = truth[truth == 11] = 255
+        counts = counts + confusion(saved, truth, 11)
+    written = table(out / "confusion.csv")
+    assert [*written[0]] == ["class", *CAMVID, "void"]
+    np.testing.assert_array_equal(
+        [[int(value) for value in list(row.values())[1:]] for row in written], counts
+    )
+    union = counts.sum(axis=1) + counts[:, :-1].sum(axis=0) - np.diag(counts)
+    present = np.flatnonzero(union)
+    ious = np.diag(counts)[present] / union[present]
+    assert numbers["mean_iou"] == pytest.approx(ious.mean())
+    assert numbers["pixel_accuracy"] == pytest.approx(np.trace(counts) / counts.sum())
+
+    vehicle = next(row for row in results["classes"] if row["class"] == "Vehicle")
+    bounds = []
+    for number in range(3):
+        mask = np.array(Image.open(street / f"valannot/{number}.png")) == 8
+        areas = cv2.connectedComponentsWithStats(mask.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA]
+        assert len(areas) == 2
+        bounds.append(areas.max() / areas.sum())
+    assert vehicle["bound"] == pytest.approx(np.mean(bounds))
+
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2 and "cannot exceed it" in page
+    assert len(list((out / "pictures").iterdir())) == 2
+    with pytest.raises(FileExistsError):
+        main(arguments(street, micro_checkpoint, out))
+
+
+def test_a_second_run_writes_the_same_bytes(
+    street: Path, micro_checkpoint: str, tmp_path: Path
+) -> None:
+    names = ("detailed_results.csv", "summary.csv", "confusion.csv")
+    contents = []
+    for number, point in enumerate(["random", "random"]):
+        out = tmp_path / str(number)
+        main(arguments(street, micro_checkpoint, out, "--point", point, "--no-boundary"))
+        contents.append([(out / name).read_bytes() for name in names])
+    assert contents[0] == contents[1]
+
+
+def test_masks_are_those_of_the_published_loop(street: Path, tiny: Backbone) -> None:
+    dataset = make_dataset("camvid", "val", root=str(street))
+    predictor = SamPredictor(tiny.private_copy())
+    zero_shot = ZeroShot(dataset, tiny, point="seed", per="class", seed=0, batch_size=2)
+    segmented = list(zero_shot.segment(range(3)))
+    assert [own.name for own, _ in segmented] == ["0.png", "1.png", "2.png"]
+    for (_, _, image, truth, prompts), outcome in segmented:
+        best: np.ndarray = np.zeros(truth.shape)
+        labels = np.full(truth.shape, 255)
+        for prompt, value in zip(prompts, outcome.ious, strict=True):
+            mask = truth == prompt.category
+            distance = distance_transform_edt(mask)
+            y, x = np.unravel_index(distance.argmax(), distance.shape)
+            assert prompt.point == (x, y)
+            predictor.set_image(image)
+            logits, scores, _ = predictor.predict(
+                np.array([[x, y]]), np.array([1]), multimask_output=True, return_logits=True
+            )
+            found = logits[scores.argmax()]
+            union = ((found > 0) | mask).sum()
+            assert value == pytest.approx(((found > 0) & mask).sum() / union, abs=2e-3)
+            labels[found > best] = prompt.category
+            best = np.maximum(best, found)
+        assert (labels == outcome.labels).mean() > 0.999
+
+
+def test_one_point_per_instance(street: Path, micro_checkpoint: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    results = main(
+        arguments(street, micro_checkpoint, out, "--per", "instance", "--point", "inner")
+    )
+    rows = table(out / "detailed_results.csv")
+    dataset = make_dataset("camvid", "val", root=str(street))
+    assert len(rows) == sum(len(dataset[index].masks) for index in range(3))
+    assert results["zero_shot"]["mean_bound"] == 1.0
+    assert "cannot exceed it" not in (out / "report.html").read_text()
+
+
+def test_rooms_by_default(micro_checkpoint: str, tmp_path: Path) -> None:
+    options = ["--max-images", "2", "--pictures", "1", "--checkpoint", micro_checkpoint]
+    results = main(["semantic", *options, "--out", str(tmp_path / "out")])
+    assert (results["dataset"], results["images"]) == ("rooms", 2)
+    background = results["classes"][-1]
+    assert (background["class"], background["prompts"]) == ("background", 0)
+    assert background["iou"] is not None
+    with pytest.raises(ValueError, match="--save-labels: dataset 'rooms' has no label files"):
+        main(["semantic", *options, "--out", str(tmp_path / "labels"), "--save-labels"])
+
+
+def test_groups_of_classes(street: Path, micro_checkpoint: str, tmp_path: Path) -> None:
+    root = tmp_path / "maps"
+    root.mkdir()
+    (street / "val").rename(root / "images")
+    (street / "valannot").rename(root / "labels")
+    classes = {"classes": ["sky", "road", "car"], "ids": [0, 3, 8], "void_id": 11}
+    classes["groups"] = ["up", "down", "down"]
+    (root / "classes.json").write_text(json.dumps(classes))
+    out = tmp_path / "out"
+    options = ["--dataset", "labelmaps", "--split", "all", "--no-boundary"]
+    numbers = main(arguments(root, micro_checkpoint, out, *options))["zero_shot"]
+    assert list(numbers["categories"]) == ["up", "down"]
+    assert numbers["mean_category_iou"] == pytest.approx(np.mean([*numbers["categories"].values()]))
+    assert "mean_boundary_iou" not in numbers
+
+
+def test_speed_is_compared_on_the_same_masks(
+    street: Path, micro_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--speed-images", "2", "--speed-repeats", "1", "--no-boundary"]
+    results = main(arguments(street, micro_checkpoint, tmp_path / "out", *options))
+    speed = results["speed"]
+    assert (speed["images"], speed["points"]) == (2, 6)
+    assert speed["ratio"] == speed["reference_seconds"] / speed["ours_seconds"] > 1
+    assert speed["min_iou_of_masks"] > 0.99
+    monkeypatch.setattr(benchmark, "SAME", 1.1)
+    with pytest.raises(RuntimeError, match="The sides disagree"):
+        main(arguments(street, micro_checkpoint, tmp_path / "other", *options))
+
+
+def blob(rng: np.random.Generator) -> np.ndarray:
+    noise = gaussian_filter(rng.normal(size=(30, 41)), rng.uniform(0.5, 4.0))
+    return noise > np.quantile(noise, rng.uniform(0.1, 0.9))
+
+
+def exact(mask: np.ndarray, border: bool) -> tuple[int, int]:
+    """The point by scipy; squared distances are whole numbers."""
+    distance = distance_transform_edt(np.pad(mask, int(border)))
+    squared = np.rint(distance**2)[1:-1, 1:-1] if border else np.rint(distance**2)
+    y, x = np.unravel_index(squared.argmax(), squared.shape)
+    return int(x), int(y)
+
+
+def test_points_against_scipy() -> None:
+    rng = np.random.default_rng(0)
+    masks: Sequence[np.ndarray] = [blob(rng) for _ in range(40)] + [np.ones((30, 41), bool)]
+    differ = 0
+    for mask in masks:
+        seed, inner = POINTS["seed"](mask, rng), POINTS["inner"](mask, rng)
+        assert seed == exact(mask, border=False) and inner == exact(mask, border=True)
+        differ += seed != inner
+        for _ in range(3):
+            x, y = POINTS["random"](mask, rng)
+            assert mask[y, x]
+    assert differ > 10
+
+
+@pytest.mark.parametrize("point", ["seed", "inner", "random"])
+def test_points_depend_on_the_image_and_the_seed_only(point: PointName, street: Path) -> None:
+    dataset = make_dataset("camvid", "val", root=str(street))
+    sample = dataset[1]
+    found = [
+        [prompt.point for prompt in find_prompts(sample, sample.label_map(11), 11, point, per, 3)]
+        for per in ("class", "class", "instance")
+    ]
+    assert found[0] == found[1] and len(found[0]) == 3 and len(found[2]) == 4
