@@ -12,7 +12,8 @@ for step in session.propagate():
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -128,9 +129,9 @@ class _Track:
         return self.conditioning.get(frame) or self.tracked.get(frame)
 
     @property
-    def known(self) -> dict[int, Entry]:
+    def known(self) -> Mapping[int, Entry]:
         """Entries of all frames."""
-        return self.tracked | self.conditioning
+        return ChainMap(self.conditioning, self.tracked)
 
     def forget(self, frame: int, reverse: bool, memories: int, pointers: int) -> None:
         """Drop what no frame after this one of the pass will recall.
@@ -518,8 +519,12 @@ class TrackingSession:
             if frame not in track.conditioning:
                 own = self._recall(track, frame, reverse, len(self.videos[video]))
                 buckets.setdefault(own.size, []).append((video, frame, track, own))
+        wanted = list(dict.fromkeys(row[:2] for bucket in buckets.values() for row in bucket))
+        if wanted:
+            # Of all buckets at once: a frame may be in several.
+            frames, _ = self._encoded(wanted)
         for bucket in buckets.values():
-            frames, index = self._encoded([(video, frame) for video, frame, _, _ in bucket])
+            index = [wanted.index(row[:2]) for row in bucket]
             where = torch.tensor(index, device=frames.prepared.device)
             features = frames.features[where]
             conditioned = self._conditioned(
@@ -555,7 +560,7 @@ class TrackingSession:
 
     @torch.no_grad()
     def _conditioned(
-        self, prepared: Tensor, recalls: Sequence[Recall], known: Sequence[dict[int, Entry]]
+        self, prepared: Tensor, recalls: Sequence[Recall], known: Sequence[Mapping[int, Entry]]
     ) -> Tensor:
         with self.tracker.backbone.autocast():
             return self.tracker.memory.condition(prepared, recalls, known)
