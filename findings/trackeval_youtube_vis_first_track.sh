@@ -3,7 +3,7 @@
 #
 # Versions: trackeval 1.3.0, numpy 2.3.5, scipy 1.16.3, pycocotools 2.0.11, tabulate 0.9.0.
 # Expected: two predicted tracks on the first of two objects find one object: the second is a false
-#   positive, and AP is 51/101 = 0.505, as pycocotools scores the same boxes in an image.
+#   positive, and AP is 51/101 = 0.505.
 # Seen: AP 1.0. The reader numbers predicted tracks from 0, the matching takes an object for taken
 #   only if the id of its track is larger than 0, and so the track after it takes the object again.
 #   The count of correct tracks is then two of two objects. With a third track before both (another
