@@ -85,12 +85,6 @@ class Augmentation:
         return cv2.warpAffine(mask.astype(np.uint8) * 255, self.matrix, size) > 127
 
 
-def box_of(mask: np.ndarray) -> np.ndarray:
-    """The box (x0, y0, x1, y1) of the pixels of a mask, bool (H, W), which may not be empty."""
-    x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
-    return np.array([x, y, x + w - 1, y + h - 1], np.float32)
-
-
 def low_res_target(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return the low-res target whose upsampled mask is most like the object.
 

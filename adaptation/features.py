@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptation.augmentation import Augmentation, box_of, low_res_target
+from adaptation.augmentation import Augmentation, low_res_target
 from adaptation.sequences import CompressedArrays, LazySequence
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.embeddings.disk import DiskStore
@@ -22,6 +22,7 @@ from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.base import Sample
 from sam_gym.data.cache import SampleCache
 from sam_gym.data.streams import Domain, Stream
+from sam_gym.simulation.interactive import box_of
 from sam_gym.utils.digest import image_digest
 from sam_gym.utils.lowres import low_res
 

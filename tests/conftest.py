@@ -26,7 +26,7 @@ from torch import nn
 from sam_gym.backbones import BACKBONES, Backbone, BackboneSpec, load_backbone
 from sam_gym.backbones.encoders import assemble
 from sam_gym.backbones.hq import HqMaskDecoder
-from sam_gym.backbones.micro.model import FINE, MicroEncoder, build_micro
+from sam_gym.backbones.micro.model import FINE, STRIDE, UPSCALING, MicroEncoder, build_micro
 from sam_gym.backbones.sam2 import Sam2, Sam2Encoder, assemble_sam2, sam2_state
 from sam_gym.backbones.spec import find_spec
 from sam_gym.data import Sample
@@ -103,8 +103,10 @@ def build_tiny() -> Callable[[], Sam]:
 
 def hq_micro_sam() -> Sam:
     """HQ-SAM on the encoder of `micro`."""
-    decoder = partial(HqMaskDecoder, vit_dim=FINE)
-    return assemble(MicroEncoder(), width=128, mlp_dim=512, decoder=decoder)
+    decoder = partial(HqMaskDecoder, vit_dim=FINE, upscaling=UPSCALING)
+    return assemble(
+        MicroEncoder(), width=128, mlp_dim=512, stride=STRIDE, upscaling=UPSCALING, decoder=decoder
+    )
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from typing import Any
 
 from agents.policies import POLICIES, SamPolicy
 from agents.policies.spaces import space_from_json, space_from_pickle
-from sam_gym.backbones.loading import resolve_device
+from sam_gym.backbones.loading import renamed_checkpoint, resolve_device
+from sam_gym.backbones.spec import FIRST_MICRO, renamed_backbone
 from sam_gym.utils.pickles import Call, read_pickle, to_plain
 from sam_gym.utils.text import reason_of
 from sam_gym.utils.training import read_state
@@ -32,6 +33,8 @@ _LIMITS = {"data": 2**28, "policy.pth": 2**30}
 _MAX_ARGUMENT, _SIZES = 4096, ("width", "grid", "num_heads")
 #: Largest number of actions that are no clicks.
 _MAX_OTHERS = 64
+#: Masks in observations, and their shapes over the first micro: in full, and beside a handle.
+_MASKS, _FIRST_MICRO_MASKS = ("sam_pred_mask_prob", "coverage"), ((64, 64), (16, 16))
 #: Class in files of earlier versions, which had no `policy_name` -> its name in `POLICIES`.
 FORMER_CLASSES = {
     "agents.policies.ImplicitPolicy": "implicit",
@@ -108,6 +111,54 @@ def _arguments_of(data: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def present_backbone(name: str, checkpoint: str | None, digest: str | None) -> str:
+    """Return the present name of the SAM that a policy was trained on.
+
+    Args:
+        name: its name then.
+        checkpoint: path of its weights, or None.
+        digest: of its weights; None if the policy does not say, as in files of earlier versions.
+    """
+    if digest is not None:
+        return renamed_backbone(digest) or name
+    if name != "micro":
+        return name
+    if checkpoint is not None:
+        return renamed_checkpoint(Path(checkpoint).expanduser()) or name
+    return renamed_backbone(FIRST_MICRO) or name
+
+
+def _name_backbone(
+    backbone: dict[str, Any], trained_on: Mapping[str, str] | None, observations: Any
+) -> None:
+    """Give the SAM of a policy its present name, in place.
+
+    Policies that stable-baselines3 saved without `DistributedPPO` do not say which weights it had,
+    but masks of another size in their observations are not those of the first micro.
+    """
+    checkpoint = backbone.get("checkpoint")
+    digest = None if trained_on is None else trained_on.get("backbone", "")
+    if digest is None and checkpoint is None:
+        masks = [observations[name].shape for name in _MASKS if name in observations.spaces]
+        if any(shape not in _FIRST_MICRO_MASKS for shape in masks):
+            return
+    backbone["name"] = present_backbone(backbone.get("name", "micro"), checkpoint, digest)
+
+
+def _check_frozen(trained_on: Mapping[str, str], policy: SamPolicy) -> None:
+    """Raise `ValueError` if a frozen model has other weights than when the policy was trained."""
+    here = policy.frozen_weights()
+    extractor: Any = policy.features_extractor
+    if not hasattr(extractor.backbone, "weights_digest"):
+        del here["backbone"]  # its digest depends on the precision, so on the device
+    changed = [name for name in here if trained_on.get(name) != here[name]]
+    if changed:
+        raise ValueError(
+            f"the policy was trained with other weights of the {' and the '.join(changed)}: "
+            "restore the file that it was trained on, or train again"
+        )
+
+
 def load_policy(path: Path, device: str) -> SamPolicy:
     """Load the policy of a zip onto a device.
 
@@ -139,10 +190,14 @@ def _rebuilt(path: Path, data: dict[str, Any], device: str) -> SamPolicy:
     if grid is not None and not 0 <= actions.n - grid**2 <= grid**2 + _MAX_OTHERS:
         raise ValueError(f"{actions.n} actions on a grid of {grid}")
     weights = read_state(io.BytesIO(_entry(path, "policy.pth")))
+    trained_on = data.get("policy_weights")
     for model in ("backbone", "clip"):
         if model in arguments["features"]:
             arguments["features"][model]["device"] = device
+    _name_backbone(arguments["features"].get("backbone", {}), trained_on, observations)
     policy = policy_class(observations, actions, lambda _: 0.0, **arguments)
+    if trained_on is not None:
+        _check_frozen(trained_on, policy)
     own = policy.state_dict()
     reduce = "features_extractor.reduce.weight"
     if reduce in weights and reduce in own and weights[reduce].shape != own[reduce].shape:

@@ -22,11 +22,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.policies import SamPolicy
-from agents.ppo.config import flat
+from agents.ppo.config import flat, with_present_names
 from agents.ppo.distributed import DistributedPPO
 from agents.ppo.encoding import encoded, unpacked
 from agents.ppo.sb3 import progress, rollout_start, set_progress, set_rollout_start
 from agents.ppo.vec_env import VectorEnvAdaptor
+from sam_gym.backbones.spec import FIRST_MICRO, renamed_backbone
 from sam_gym.utils.files import write_atomic
 from sam_gym.utils.text import reason_of
 
@@ -49,6 +50,7 @@ FREE_OPTIONS = (
 _SLOW, _RARELY = 0.1, 50.0
 #: Options that earlier checkpoints lack -> the value that they stand for.
 ADDED_OPTIONS = {"env_config.on_error": "raise"}
+_BACKBONE = "env_config.backbone"
 #: Attributes of SB3's logger with values not written yet: those of an update are written after the
 #: next rollout.
 _PENDING = ("name_to_value", "name_to_count", "name_to_excluded")
@@ -147,6 +149,8 @@ def check_same_config(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     # Tuples become lists, as in files.
     before, after = (flat(json.loads(json.dumps(config))) for config in (then, now))
     before |= {n: v for n, v in ADDED_OPTIONS.items() if n in after and n not in before}
+    if (before.get(_BACKBONE), after.get(_BACKBONE)) == ("micro", renamed_backbone(FIRST_MICRO)):
+        before[_BACKBONE] = after[_BACKBONE]  # `restore` compares the weights
     changed = [
         f"{name} ({before.get(name)!r} then, {after.get(name)!r} now)"
         for name in sorted(before.keys() | after.keys())
@@ -291,13 +295,21 @@ class Checkpoint(BaseCallback):
             ValueError: the dataset, or the weights of a frozen model, have changed; or the state is
                 not that of such a run.
         """
-        _check_same_weights(state.get("weights", {}), _frozen_weights(model))
+        _check_same_weights(self._weights_of(state), _frozen_weights(model))
         try:
             self._restore(model, state)
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"{self.folder}: the checkpoint does not fit this run ({reason_of(error)})."
             ) from error
+
+    def _weights_of(self, state: Mapping[str, Any]) -> dict[str, str]:
+        """Return the digests of the frozen models of a checkpoint, as far as it tells them."""
+        if "weights" in state:
+            return dict(state["weights"])
+        own = flat(with_present_names(state.get("settings", {}), str(self.folder)))
+        is_first = own.get(_BACKBONE) == "micro" and own.get("env_config.checkpoint") is None
+        return {"backbone": FIRST_MICRO} if is_first else {}
 
     def _restore(self, model: DistributedPPO, state: Mapping[str, Any]) -> None:
         if not 0 < state["threads"] <= _MAX_THREADS:
@@ -333,6 +345,12 @@ def _frozen_weights(model: DistributedPPO) -> dict[str, str]:
 def _check_same_weights(then: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raise `ValueError` if a frozen model has other weights than in the checkpoint."""
     changed = [name for name in then if then[name] != now.get(name)]
+    renamed = renamed_backbone(then.get("backbone", "")) if "backbone" in changed else None
+    if renamed is not None:
+        raise ValueError(
+            f"The run was started with the backbone that is now called {renamed!r}. Pass "
+            f"--backbone {renamed} to resume it, or start another run with another --out."
+        )
     if changed:
         raise ValueError(
             f"The run cannot be resumed with other weights of the {' and the '.join(changed)}: a "

@@ -24,7 +24,7 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from agents.policies.base import POLICIES
+from agents.policies.base import POLICIES, SamPolicy
 from agents.policies.spaces import space_to_json
 from agents.ppo.rng import PerEnvCategorical, PerEnvRolloutBuffer, env_generators
 from sam_gym.backbones.loading import resolve_device
@@ -239,6 +239,10 @@ class DistributedPPO(PPO):
             "observation": space_to_json(self.observation_space),
             "action": space_to_json(self.action_space),
         }
+        #: Digests of the frozen models that it was trained on; None if it does not say.
+        self.policy_weights = (
+            self.policy.frozen_weights() if isinstance(self.policy, SamPolicy) else None
+        )
 
     def _excluded_save_params(self) -> list[str]:
         own = ["ranks", "first_env", "generators", "_episodes"]

@@ -38,6 +38,8 @@ from sam_gym.version import __version__
 
 T = TypeVar("T")
 
+#: Images per encoder call on a CPU.
+_ENCODED_TOGETHER = 4
 #: Options that `PPO` takes as they are.
 _OF_PPO = ("n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "clip_range", "ent_coef")
 
@@ -194,7 +196,7 @@ def _train(
     if ranks.is_first:
         what = f"{config.policy} on {config.env} ({core.dataset.name}) with {core.backbone}"
         print(f"Resuming at step {state['step']}: {what}." if state else f"Training {what}.")
-    with checkpoint.written_when_interrupted(), _encoded_alone(core):
+    with checkpoint.written_when_interrupted(), _encoded_in_fixed_batches(core):
         done = state["step"] if state else -1
         model.set_logger(make_logger(out / "tensorboard", done, ranks, mlflow=mlflow))
         if state:
@@ -292,15 +294,16 @@ def _state_to_resume(config: TrainPPOConfig) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _encoded_alone(core: BaseCore[Any, Any]) -> Iterator[None]:
-    """Encode images one by one on a CPU.
+def _encoded_in_fixed_batches(core: BaseCore[Any, Any]) -> Iterator[None]:
+    """Encode images in batches of one size on a CPU.
 
-    On a CPU, an embedding differs in its last bits with the batch that it is computed in. Which
-    images share a batch depends on where a run was resumed and on the number of processes.
+    On a CPU, an embedding differs in its last bits with the size of the batch that it is computed
+    in, though not with the other images. How many images are missing at a time depends on where a
+    run was resumed and on the number of processes.
     """
     store, before = core.store, core.store.batch_size
     if core.device.type == "cpu":
-        store.batch_size = 1
+        store.batch_size, store.fixed_batches = _ENCODED_TOGETHER, True
     try:
         yield
     except BaseException:
@@ -309,7 +312,7 @@ def _encoded_alone(core: BaseCore[Any, Any]) -> Iterator[None]:
         core.close()
         raise
     finally:
-        store.batch_size = before
+        store.batch_size, store.fixed_batches = before, False
 
 
 def _save(model: DistributedPPO, path: Path) -> None:

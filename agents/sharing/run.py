@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from agents.policies.saved import read_data
+from agents.policies.saved import present_backbone, read_data
 from agents.ppo.config import with_present_names
 from agents.sharing.repository import POLICY, RESULTS, RUN_FILES
 
@@ -51,15 +51,27 @@ class TrainingRun:
             results = json.loads((folder / RESULTS).read_text())
         except ValueError as error:
             raise ValueError(f"{folder / RESULTS}: not readable ({error}).") from error
+        data = read_data(folder / POLICY)
         if isinstance(results, dict) and isinstance(results.get("config"), dict):
-            results["config"] = with_present_names(results["config"], str(folder / RESULTS))
-        features = read_data(folder / POLICY).get("policy_kwargs", {}).get("features")
+            config = with_present_names(results["config"], str(folder / RESULTS))
+            results["config"] = config | _with_present_backbone(config, data)
+        features = data.get("policy_kwargs", {}).get("features")
         return cls(folder, results, features if isinstance(features, dict) else {})
 
     @property
     def config(self) -> dict[str, Any]:
         """The run's options without those of one machine; absolute paths keep their last part."""
         return _shareable(self.results["config"])
+
+
+def _with_present_backbone(config: dict[str, Any], policy: dict[str, Any]) -> dict[str, Any]:
+    """Return the environment's options of a run, with the present name of the SAM."""
+    own, weights = config.get("env_config"), policy.get("policy_weights")
+    if not isinstance(own, dict) or "backbone" not in own:
+        return {}
+    digest = weights.get("backbone") if isinstance(weights, dict) else None
+    name = present_backbone(own["backbone"], own.get("checkpoint"), digest)
+    return {"env_config": own | {"backbone": name}}
 
 
 def _shareable(value: Any) -> Any:

@@ -324,7 +324,7 @@ class Task:
         limits = ["It depends on SAM: it cannot segment what SAM does not segment for any prompt."]
         if "dataset" in own and DATASETS.get(own["dataset"]).procedural:
             limits.append("It was trained on procedural drawings, never on photographs.")
-        if own["backbone"].endswith("micro"):
+        if own["backbone"].removesuffix("-v0").endswith("micro"):
             limits.append(
                 f"{code(own['backbone'])} is a demonstration model, far from SAM on photographs."
             )

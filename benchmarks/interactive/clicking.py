@@ -14,7 +14,7 @@ from sam_gym.data import Sample
 from sam_gym.data.cache import SampleCache
 from sam_gym.metrics.masks import iou
 from sam_gym.simulation.clicks import Click
-from sam_gym.simulation.interactive import Target, click_out
+from sam_gym.simulation.interactive import Target, click_out, segment_boxes
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Result:
         item: the object.
         clicks: in order; fewer than configured if the mask became perfect.
         ious: IoU after each click.
+        box_iou: IoU from the box of the object, without clicks.
         seconds: model time per click.
         baseline: IoU of grabCut after each of its clicks; empty if it did not run.
         baseline_seconds: time of grabCut per click.
@@ -43,6 +44,7 @@ class Result:
     item: Item
     clicks: list[Click]
     ious: list[float]
+    box_iou: float
     seconds: float
     baseline: list[float]
     baseline_seconds: float = 0.0
@@ -60,13 +62,15 @@ def click_batch(
     clicks: int,
     zoom: bool = False,
 ) -> list[Result]:
-    """Segment objects in one batch; see `click_out`."""
+    """Segment objects in one batch, by clicks and by boxes; see `click_out`, `segment_boxes`."""
     targets = [target_of(samples[item.image], item) for item in items]
     sessions = click_out(backbone, targets, clicks, zoom=zoom)
-    return [
-        Result(item, session.clicks, session.ious, session.seconds, [])
-        for item, session in zip(items, sessions, strict=True)
-    ]
+    results = []
+    boxed = segment_boxes(backbone, targets)
+    for item, target, session, mask in zip(items, targets, sessions, boxed, strict=True):
+        box_iou = iou(mask, target.mask, target.ignore)
+        results.append(Result(item, session.clicks, session.ious, box_iou, session.seconds, []))
+    return results
 
 
 def run_grabcut(samples: SampleCache, result: Result, clicks: int) -> None:

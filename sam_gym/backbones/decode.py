@@ -17,6 +17,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
 from torch import Tensor
 from torch.nn import functional as F
 
+from sam_gym.backbones.encoders import upscaling_of
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.hq import HqMaskDecoder
 from sam_gym.backbones.sam2 import Sam2
@@ -270,10 +271,11 @@ def _two_way(
 def _upscale(
     decoder: MaskDecoder, keys: Tensor, finer: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """`output_upscaling` in channels-last form: (P, h * w, C) -> (P, h * w, 16, C / 8).
+    """`output_upscaling` in channels-last form: (P, h * w, C) -> (P, h * w, k * k, C / 8).
 
-    A transposed convolution of kernel 2 and stride 2 is a linear map from each pixel to its four
-    children; the last two axes of the result hold the 4 x 4 grandchildren and their features.
+    A transposed convolution whose kernel is its stride is a linear map from each pixel to its
+    children (2 x 2 in SAM). The last two axes of the result hold the k x k grandchildren and their
+    features; k is the product of both strides.
 
     Args:
         decoder: the module whose weights are used.
@@ -285,7 +287,8 @@ def _upscale(
 
     def children(x: Tensor, conv: Any) -> Tensor:
         weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
-        return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
+        count = conv.stride[0] ** 2
+        return F.linear(x, weight, conv.bias.repeat(count)).unflatten(-1, (count, -1))
 
     x = children(keys, first)
     if finer is not None:
@@ -309,11 +312,11 @@ def _folded(x: Tensor, levels: int) -> Tensor:
     return x
 
 
-def _unfold(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(P, M, h * w, 16) grandchildren in (row, column, row, column) order -> (P, M, 4h, 4w)."""
-    h, w = grid
-    x = masks.reshape(*masks.shape[:2], h, w, 2, 2, 2, 2)
-    return x.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(*masks.shape[:2], 4 * h, 4 * w)
+def _unfold(masks: Tensor, grid: tuple[int, int], upscaling: tuple[int, int]) -> Tensor:
+    """(P, M, h * w, k * k) grandchildren in (row, column, row, column) order -> (P, M, kh, kw)."""
+    (h, w), (a, b) = grid, upscaling
+    x = masks.reshape(*masks.shape[:2], h, w, a, a, b, b)
+    return x.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(*masks.shape[:2], a * b * h, a * b * w)
 
 
 @dataclass(frozen=True)
@@ -323,10 +326,11 @@ class MaskTokens:
     Attributes:
         mask_embeddings: (P, K, C / 8), one per mask token; token 0 is the single mask, 1.. the
             multimask.
-        features: (P, h * w, 16, C / 8), upscaled image features.
+        features: (P, h * w, k * k, C / 8), upscaled image features; k is 4 in SAM.
         iou: (P, K), predicted IoU of each mask.
         grid: (h, w) of the embedding.
-        refinement: (P, 4h, 4w), logits that an HQ decoder adds to every mask, or None.
+        upscaling: the two factors of k.
+        refinement: (P, kh, kw), logits that an HQ decoder adds to every mask, or None.
         tokens: (P, K, C), output of the transformer for the mask tokens, as class heads take it.
         object_score: (P,), logit that the object is in the image, of a SAM 2, or None.
         stability: see `Sam2MaskDecoder.stability`; None: the single mask is kept.
@@ -336,20 +340,21 @@ class MaskTokens:
     features: Tensor
     iou: Tensor
     grid: tuple[int, int]
+    upscaling: tuple[int, int] = (2, 2)
     refinement: Tensor | None = None
     tokens: Tensor | None = None
     object_score: Tensor | None = None
     stability: tuple[float, float] | None = None
 
     def decode_masks(self, mask_embeddings: Tensor | None = None) -> Tensor:
-        """Mask logits (P, M, 4h, 4w) of mask embeddings (P, M, C / 8), by default of all."""
+        """Mask logits (P, M, kh, kw) of mask embeddings (P, M, C / 8), by default of all."""
         chosen = self.mask_embeddings if mask_embeddings is None else mask_embeddings
         masks = torch.einsum("pmc,pnkc->pmnk", chosen, self.features)
-        logits = _unfold(masks, self.grid)
+        logits = _unfold(masks, self.grid, self.upscaling)
         return logits if self.refinement is None else logits + self.refinement[:, None]
 
     def decode_mask_pairs(self, rows: Tensor, which: Tensor) -> Tensor:
-        """Mask logits (N, 4h, 4w) of single masks.
+        """Mask logits (N, kh, kw) of single masks.
 
         Args:
             rows: int64 (N,), the prompt of each.
@@ -357,11 +362,11 @@ class MaskTokens:
         """
         chosen = self.mask_embeddings[rows, which]
         masks = torch.einsum("nc,nikc->nik", chosen, self.features[rows])
-        logits = _unfold(masks[:, None], self.grid)[:, 0]
+        logits = _unfold(masks[:, None], self.grid, self.upscaling)[:, 0]
         return logits if self.refinement is None else logits + self.refinement[rows]
 
     def decode_best_masks(self, multimask: Tensor) -> tuple[Tensor, Tensor]:
-        """Mask logits (P, 4h, 4w) and predicted IoU (P,) of each row's `best_token`.
+        """Mask logits (P, kh, kw) and predicted IoU (P,) of each row's `best_token`.
 
         Where `stability` says so, rows with an unstable single mask get the best of three.
         """
@@ -448,12 +453,14 @@ def decode_tokens(
         finer = high_res if shared else (high_res[0][rows], high_res[1][rows])
         stability = sam2.mask_decoder.stability
         score = sam2.mask_decoder.pred_obj_score_head(last)[:, 0]
-    upscaled = _upscale(decoder, keys, finer)
+    upscaled, upscaling = _upscale(decoder, keys, finer), upscaling_of(decoder)
     if hq is not None:
         own_features = features["hq"] if rows is None else features["hq"][rows]
-        folded = _unfold(upscaled.permute(0, 3, 1, 2), grid)
+        folded = _unfold(upscaled.permute(0, 3, 1, 2), grid, upscaling)
         refinement = hq.refinement(last, folded, own_features)
-    return MaskTokens(mask_embeddings, upscaled, iou, grid, refinement, own, score, stability)
+    return MaskTokens(
+        mask_embeddings, upscaled, iou, grid, upscaling, refinement, own, score, stability
+    )
 
 
 def best_token(iou: Tensor, multimask: Tensor) -> Tensor:

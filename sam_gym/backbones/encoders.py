@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d
@@ -19,22 +19,26 @@ def assemble(
     mlp_dim: int = 2048,
     num_heads: int = 8,
     decoder: Callable[..., MaskDecoder] = MaskDecoder,
+    stride: int = 16,
+    upscaling: tuple[int, int] = (2, 2),
 ) -> Sam:
     """Combine an image encoder with segment_anything's prompt encoder and mask decoder.
 
     Args:
-        encoder: float32 (B, 3, S, S) -> (B, width, S / 16, S / 16), with `img_size` S.
+        encoder: float32 (B, 3, S, S) -> (B, width, S / stride, S / stride), with `img_size` S.
         width: channels of an embedding; also of the predicted-IoU head.
         mlp_dim: hidden units of the two-way transformer's MLPs.
         num_heads: its attention heads.
         decoder: class or factory of the mask decoder.
+        stride: of the embedding.
+        upscaling: factors by which the decoder upscales the embedding to a low-res mask.
     """
     size = int(encoder.img_size)  # type: ignore[arg-type]
-    grid = size // 16
+    grid = size // stride
     transformer = TwoWayTransformer(
         depth=2, embedding_dim=width, mlp_dim=mlp_dim, num_heads=num_heads
     )
-    return Sam(
+    sam = Sam(
         image_encoder=encoder,  # type: ignore[arg-type]
         prompt_encoder=PromptEncoder(
             embed_dim=width,
@@ -50,6 +54,30 @@ def assemble(
             iou_head_hidden_dim=width,
         ),
     )
+    if upscaling != (2, 2):
+        _set_upscaling(sam, *upscaling)
+    return sam
+
+
+def _set_upscaling(sam: Sam, first: int, second: int) -> None:
+    """Change the factors of a SAM's low-res masks; the layers that it replaces are untrained."""
+
+    def rescaled(layer: Any, stride: int) -> nn.Module:
+        return type(layer)(layer.in_channels, layer.out_channels, stride, stride)
+
+    up: Any = sam.mask_decoder.output_upscaling
+    up[0], up[3] = rescaled(up[0], first), rescaled(up[3], second)
+    down: Any = sam.prompt_encoder.mask_downscaling
+    down[0], down[3] = rescaled(down[0], second), rescaled(down[3], first)
+    height, width = sam.prompt_encoder.image_embedding_size
+    scale = first * second
+    sam.prompt_encoder.mask_input_size = (scale * height, scale * width)
+
+
+def upscaling_of(decoder: MaskDecoder) -> tuple[int, int]:
+    """Return the factors by which a mask decoder upscales the embedding: 2 and 2 in SAM."""
+    first, _, _, second, _ = cast(Any, decoder.output_upscaling)
+    return first.stride[0], second.stride[0]
 
 
 def _neck(inputs: int, outputs: int) -> nn.Sequential:

@@ -64,7 +64,7 @@ class ImageFeatures:
     | name | tensor |
     |---|---|
     | `embedding` | float (B, C, h, w), the image embedding |
-    | `hq` | float (B, C / 8, 4h, 4w), the prompt-independent part of an HQ decoder |
+    | `hq` | float (B, C / 8, kh, kw), the prompt-independent part of an HQ decoder |
     | `high_res_s1` | float (B, C / 4, 2h, 2w), finer features that SAM 2's decoder adds |
     | `high_res_s0` | float (B, C / 8, 4h, 4w), the finest of them |
     | `early` | float (B, D, h, w), early encoder features, from which an HQ head is trained |

@@ -7,6 +7,7 @@ image, as the feature `hq` of `ImageFeatures`.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
-from sam_gym.backbones.encoders import assemble
+from sam_gym.backbones.encoders import assemble, upscaling_of
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures, TensorSpec
 from sam_gym.backbones.sam2 import Sam2
 
@@ -35,11 +36,20 @@ class HqMaskDecoder(MaskDecoder):
     Args:
         vit_dim: channels of the early features.
         vit_rank: channels that a small head reduces them to first (None: no reduction).
+        upscaling: factors of the low-res masks.
         **kwargs: as of `MaskDecoder`.
     """
 
-    def __init__(self, *, vit_dim: int, vit_rank: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        vit_dim: int,
+        vit_rank: int | None = None,
+        upscaling: tuple[int, int] = (2, 2),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        first, second = upscaling
         width = self.transformer_dim
         quarter, eighth = width // 4, width // 8
         self.hf_token = nn.Embedding(1, width)
@@ -47,16 +57,16 @@ class HqMaskDecoder(MaskDecoder):
         reduce = [] if vit_rank is None else [nn.Conv2d(vit_dim, vit_rank, 1)]
         self.compress_vit_feat = nn.Sequential(
             *reduce,
-            nn.ConvTranspose2d(vit_rank or vit_dim, width, 2, 2),
+            nn.ConvTranspose2d(vit_rank or vit_dim, width, first, first),
             LayerNorm2d(width),
             nn.GELU(),
-            nn.ConvTranspose2d(width, eighth, 2, 2),
+            nn.ConvTranspose2d(width, eighth, second, second),
         )
         self.embedding_encoder = nn.Sequential(
-            nn.ConvTranspose2d(width, quarter, 2, 2),
+            nn.ConvTranspose2d(width, quarter, first, first),
             LayerNorm2d(quarter),
             nn.GELU(),
-            nn.ConvTranspose2d(quarter, eighth, 2, 2),
+            nn.ConvTranspose2d(quarter, eighth, second, second),
         )
         self.embedding_maskfeature = nn.Sequential(
             nn.Conv2d(eighth, quarter, 3, padding=1),
@@ -66,16 +76,16 @@ class HqMaskDecoder(MaskDecoder):
         )
 
     def image_features(self, embedding: Tensor, early: Tensor) -> Tensor:
-        """The prompt-independent HQ features of images: (B, C / 8, 4h, 4w)."""
+        """The prompt-independent HQ features of images: (B, C / 8, kh, kw); k is 4 in SAM."""
         return self.embedding_encoder(embedding) + self.compress_vit_feat(early)
 
     def refinement(self, token: Tensor, upscaled: Tensor, image_features: Tensor) -> Tensor:
-        """The residual that is added to the logits of every mask: (P, 4h, 4w).
+        """The residual that is added to the logits of every mask: (P, kh, kw).
 
         Args:
             token: (P, C), the HQ token after the transformer.
-            upscaled: (P, C / 8, 4h, 4w), SAM's own mask features.
-            image_features: (P, C / 8, 4h, 4w), of `image_features`.
+            upscaled: (P, C / 8, kh, kw), SAM's own mask features.
+            image_features: (P, C / 8, kh, kw), of `image_features`.
         """
         features = self.embedding_maskfeature(upscaled) + image_features
         return torch.einsum("pc,pchw->phw", self.hf_mlp(token), features)
@@ -153,7 +163,8 @@ def feature_spec(sam: Sam) -> FeatureSpec:
     width, grid = sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size
     tensors = {"embedding": TensorSpec((width, *grid))}
     if isinstance(sam.mask_decoder, HqMaskDecoder):
-        tensors["hq"] = TensorSpec((width // 8, 4 * grid[0], 4 * grid[1]))
+        scale = math.prod(upscaling_of(sam.mask_decoder))
+        tensors["hq"] = TensorSpec((width // 8, scale * grid[0], scale * grid[1]))
     return FeatureSpec(tensors)
 
 

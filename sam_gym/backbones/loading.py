@@ -253,6 +253,29 @@ def load_weights(sam: Sam, name: str, path: Path) -> None:
     load_state(sam, state if convert is None else convert(state), name, path)
 
 
+def renamed_checkpoint(path: Path) -> str | None:
+    """Return the present name of the backbone, renamed since, whose weights a file holds, or None.
+
+    A file that cannot be read has none.
+    """
+    try:
+        return _renamed_backbone_of(read_weights(path))
+    except (OSError, ValueError):
+        return None
+
+
+def _renamed_backbone_of(state: State) -> str | None:
+    """Return the renamed backbone whose weights have the names and shapes of a state dict."""
+    shapes = {key: value.shape for key, value in state.items()}
+    for spec in BACKBONES.values():
+        if spec.digest:
+            with torch.device("meta"):
+                expected = spec.build().state_dict()
+            if shapes == {key: value.shape for key, value in expected.items()}:
+                return spec.name
+    return None
+
+
 def load_state(module: nn.Module, state: State, name: str, path: Path) -> None:
     """Load a state dict strictly; `name` and `path` are for messages. Errors of `load_weights`."""
     expected = module.state_dict()
@@ -281,10 +304,11 @@ def load_state(module: nn.Module, state: State, name: str, path: Path) -> None:
             if items
         ]
         prefixed = [key for key in extra if missing and key.endswith(f".{missing[0]}")]
+        renamed = _renamed_backbone_of(state)
         remedy = (
             f"Remove the prefix {prefixed[0].removesuffix(missing[0])!r} from its names."
             if prefixed
-            else f"Pass the backbone that this file is for: {', '.join(BACKBONES)}."
+            else f"Pass the backbone that this file is for: {renamed or ', '.join(BACKBONES)}."
         )
         raise ValueError(
             f"{path}: not a checkpoint of {name!r}: weights {'; '.join(found)}. {remedy}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
@@ -20,6 +21,7 @@ from sam_gym.backbones.adapters.tuning import TUNINGS, apply_tuned
 from sam_gym.backbones.attention import fuse_attention
 from sam_gym.backbones.compiled import FixedShapes, padded_size
 from sam_gym.backbones.decode import NO_POINT, MaskTokens, Prompts
+from sam_gym.backbones.encoders import upscaling_of
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures
 from sam_gym.backbones.frames import Frame, PaddedFrame, SquashedFrame
 from sam_gym.backbones.sam2 import Sam2
@@ -168,7 +170,8 @@ class Backbone:
             *sam.prompt_encoder.image_embedding_size,
         )
         #: (hm, wm) of a low-res mask.
-        self.mask_shape = (4 * self.embedding_shape[1], 4 * self.embedding_shape[2])
+        scale = math.prod(upscaling_of(sam.mask_decoder))
+        self.mask_shape = (scale * self.embedding_shape[1], scale * self.embedding_shape[2])
         self._encode: Callable[..., Sequence[Tensor]] = partial(_encode, self.model)
         self._decode_best: Callable[..., Sequence[Tensor]] = partial(_decode_best, self.model)
         self.compiled = compile

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import torch
 import tyro
 from gymnasium import spaces
+from torch import Tensor
+from torch.nn import functional as F
 
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
@@ -468,6 +471,11 @@ class BaseCore(Generic[C, T]):
         if ignore is None and height == width:
             return np.ones(self.backbone.mask_shape, bool)
         return self._low_res(np.ones(shape, bool) if ignore is None else ~ignore)
+
+    def _in_cells(self, maps: Tensor) -> Tensor:
+        """Average maps (B, C, hm, wm), 0 to 1, over cells of the embedding: uint8 (B, C, h, w)."""
+        pixels = self.backbone.mask_shape[0] // self.backbone.embedding_shape[1]
+        return (255 * F.avg_pool2d(maps, pixels)).round().to(torch.uint8)
 
     # Coordinates -------------------------------------------------------------------------------
 

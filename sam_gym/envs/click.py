@@ -384,12 +384,13 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
     def _shown(self, logits: torch.Tensor) -> torch.Tensor:
         """Return mask logits (S, hm, wm) as observations show them.
 
-        Probabilities float32 (S, hm, wm) with `obs="full"`, else uint8 (S, hm / 4, wm / 4).
+        Probabilities float32 (S, hm, wm) with `obs="full"`, else uint8 (S, h, w) on the grid of
+        the embedding.
         """
         probability = logits.sigmoid()
         if self.config.obs == "full":
             return probability
-        return (255 * F.avg_pool2d(probability[:, None], 4)[:, 0]).round().to(torch.uint8)
+        return self._in_cells(probability[:, None])[:, 0]
 
     def _cue(self, target: ClickTarget) -> np.ndarray:
         point = self.backbone.to_input_frame(np.array(target.cue), target.mask.shape)

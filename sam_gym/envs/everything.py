@@ -11,7 +11,6 @@ import torch
 import tyro
 from gymnasium import spaces
 from torch import Tensor
-from torch.nn import functional as F
 
 from sam_gym.backbones import Prompts
 from sam_gym.data import Dataset, Sample, dataset_help
@@ -412,7 +411,7 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
         maps = torch.stack([count > 0, count.clamp(max=MAX_OVERLAP) / MAX_OVERLAP, highest], dim=1)
         if self.config.obs == "full":
             return maps
-        return (255 * F.avg_pool2d(maps, 4)).round().to(torch.uint8)
+        return self._in_cells(maps)
 
     # Observations ------------------------------------------------------------------------------
 

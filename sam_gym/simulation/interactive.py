@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 
@@ -72,10 +73,7 @@ def click_out(
     """
     started = time.perf_counter()
     if features is None:
-        images = {id(target.image): target.image for target in targets}
-        order = {key: row for row, key in enumerate(images)}
-        encoded = backbone.encode(list(images.values()))
-        features = encoded[[order[id(target.image)] for target in targets]]
+        features = encode_targets(backbone, targets)
     elif zoom:
         features = features.map(torch.clone)  # those of windows are written over them
     model_seconds = time.perf_counter() - started
@@ -98,6 +96,38 @@ def click_out(
     return [
         Session(user.clicks, own, user.mask, seconds) for user, own in zip(users, ious, strict=True)
     ]
+
+
+def encode_targets(backbone: BackboneService, targets: Sequence[Target]) -> ImageFeatures:
+    """Encode each image once: features of B targets, in their order."""
+    images = {id(target.image): target.image for target in targets}
+    order = {key: row for row, key in enumerate(images)}
+    encoded = backbone.encode(list(images.values()))
+    return encoded[[order[id(target.image)] for target in targets]]
+
+
+def box_of(mask: np.ndarray) -> np.ndarray:
+    """The box (x0, y0, x1, y1) of the pixels of a mask, bool (H, W), which may not be empty."""
+    x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
+    return np.array([x, y, x + w - 1, y + h - 1], np.float32)
+
+
+def segment_boxes(backbone: BackboneService, targets: Sequence[Target]) -> list[np.ndarray]:
+    """Segment objects by their boxes in one batch; return the single mask of each, bool (H, W).
+
+    Targets may not be empty.
+    """
+    corners = [
+        backbone.to_input_frame(box_of(target.mask).reshape(2, 2), target.mask.shape)
+        for target in targets
+    ]
+    boxes = torch.from_numpy(np.stack(corners).reshape(-1, 4).astype(np.float32))
+    prompts = Prompts(boxes=boxes.to(backbone.device))
+    logits, _ = backbone.decode(encode_targets(backbone, targets), prompts)
+    masks = [
+        backbone.masks_at(own[0], t.mask.shape) for own, t in zip(logits, targets, strict=True)
+    ]
+    return [(mask > backbone.mask_threshold).cpu().numpy() for mask in masks]
 
 
 class _User:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sam_gym.utils.files import write_atomic, write_json
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.settings import Count, Natural, Positive, Seed
+from sam_gym.utils.text import reason_of
 
 #: Steps averaged into a row of the log.
 LOG_EVERY = 20
@@ -81,7 +82,7 @@ class SmallTrainer:
         for optimizer, peak in zip(self.optimizers, peaks, strict=True):
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
-                group["lr"] = peak * self.schedule()
+                group["lr"] = peak * group.get("scale", 1.0) * self.schedule()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:
@@ -134,8 +135,19 @@ class SmallTrainer:
         save_state(state, path)
 
     def load(self, path: Path) -> None:
-        """Restore a checkpoint."""
-        state = read_state(path, self.device)
+        """Restore a checkpoint.
+
+        Raises:
+            ValueError: it is of another model.
+        """
+        try:
+            self._restore(read_state(path, self.device))
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}: a checkpoint of another model ({reason_of(error)}). Choose another --out."
+            ) from error
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         self.step = state["step"]
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from adaptation.augmentation import box_of
 from adaptation.features import FeatureBank
 from adaptation.objects import ObjectIndices, gather_targets
 from adaptation.prompting import FRACTIONS, training_prompts
@@ -15,6 +14,7 @@ from adaptation.steps import make_batch
 from sam_gym.backbones import Backbone
 from sam_gym.data.base import Sample
 from sam_gym.data.streams import Domain, Stream
+from sam_gym.simulation.interactive import box_of
 
 
 class Discs:

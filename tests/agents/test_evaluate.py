@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import types
 import zipfile
@@ -39,8 +40,11 @@ from agents.policies import saved as saved_policies
 from agents.policies.everything import EverythingPolicy
 from agents.policies.implicit import ImplicitPolicy
 from agents.policies.saved import SHIPPED
+from agents.policies.spaces import space_to_json
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.tasks import TASKS
+from sam_gym.backbones import BACKBONES, Backbone, load_backbone
+from sam_gym.backbones.spec import FIRST_MICRO
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.envs.everything import EverythingConfig
 
@@ -512,6 +516,56 @@ def test_agents_in_the_package_are_loaded_by_sb3_too(name: str) -> None:
     assert data["policy_name"] == name and data["policy_class"]["__module__"] == "agents.policies"
 
 
+def test_policies_know_their_sam_by_its_weights(tmp_path: Path) -> None:
+    """What was called micro once is found under its present name; other weights are refused."""
+
+    def loaded(weights: dict[str, str] | None) -> str:
+        path = changed(shutil.copy(SHIPPED["implicit"], tmp_path), policy_weights=weights)
+        return PolicyAgent.load(path, "cpu").policy.features_extractor.backbone.name
+
+    # Files of earlier versions do not say which weights they are for.
+    assert loaded(None) == loaded({"backbone": FIRST_MICRO}) == "micro-v0"
+    with pytest.raises(ValueError, match="trained with other weights of the backbone: restore"):
+        loaded({"backbone": "0" * 32})
+
+
+def test_policies_of_other_programs_know_their_sam(tmp_path: Path) -> None:
+    """By its checkpoint, or by the masks in their observations."""
+
+    def loaded(**data: Any) -> str:
+        path = changed(shutil.copy(SHIPPED["implicit"], tmp_path), policy_weights=None, **data)
+        return PolicyAgent.load(path, "cpu").policy.features_extractor.backbone.name
+
+    policy: Any = PolicyAgent.load(SHIPPED["implicit"], "cpu").policy
+    arguments = {"features": policy.features, "grid": policy.grid}
+    first = str(BACKBONES.get("micro-v0").weights)
+    sam = {"name": "micro", "checkpoint": first, "device": "cpu", "dtype": "auto"}
+    assert loaded(policy_kwargs=arguments | {"features": policy.features | {"backbone": sam}}) == (
+        "micro-v0"
+    )
+    seen = policy.observation_space
+    masks = gym.spaces.Box(0, 1, load_backbone("micro", device="cpu").mask_shape, np.float32)
+    seen = gym.spaces.Dict({**seen.spaces, "sam_pred_mask_prob": masks})
+    own = {"observation": space_to_json(seen), "action": space_to_json(policy.action_space)}
+    sam = {"name": "micro", "checkpoint": None, "device": "cpu", "dtype": "auto"}
+    arguments["features"] = policy.features | {"backbone": sam}
+    assert loaded(policy_spaces=own, policy_kwargs=arguments) == "micro"
+
+
+def test_policies_of_other_services_load_in_any_precision(
+    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only `Backbone` has a digest that does not depend on it."""
+    path = saved()
+    shared: Any = PolicyAgent.load(path, "cpu").policy.features_extractor.backbone
+    changed(path, policy_weights={"backbone": "another precision"})
+    with pytest.raises(ValueError, match="other weights of the backbone"):
+        PolicyAgent.load(path, "cpu")
+    monkeypatch.delattr(Backbone, "weights_digest")
+    monkeypatch.delitem(vars(shared), "weights_digest")
+    assert isinstance(PolicyAgent.load(path, "cpu").policy, ImplicitPolicy)
+
+
 def test_saved_policies_name_nothing_that_may_move(
     tiny_env: dict[str, Any], arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -525,7 +579,7 @@ def test_saved_policies_name_nothing_that_may_move(
     path = tmp_path / "out" / "policy.zip"
     with zipfile.ZipFile(path) as archive:
         data = json.loads(archive.read("data"))
-    assert data["policy_name"] == "implicit"
+    assert data["policy_name"] == "implicit" and data["policy_weights"].keys() == {"backbone"}
     assert data["policy_spaces"]["action"] == {"discrete": 512, "start": 0}
     pickled = b"".join(
         base64.b64decode(value[":serialized:"])

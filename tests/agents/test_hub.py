@@ -260,6 +260,19 @@ def test_a_run_with_former_option_names_is_pushed(run: Path) -> None:
     assert sorted(again.splitlines()) == sorted(card.splitlines())
 
 
+def test_a_run_on_the_first_micro_is_pushed_by_its_present_name(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = json.loads((run / "results.json").read_text())
+    results["config"]["env_config"] |= {"backbone": "micro", "checkpoint": None}
+    (run / "results.json").write_text(json.dumps(results))
+    # Policies of earlier versions do not say which weights they are for.
+    for data, name in (({}, "micro-v0"), ({"policy_weights": {"backbone": "0"}}, "micro")):
+        monkeypatch.setattr("agents.sharing.run.read_data", lambda path, data=data: data)
+        card = model_card(TrainingRun.read(run), "me/clicker", "mit")
+        assert f"**Backbone**: `{name}`" in card and f"`{name}` is a demonstration model" in card
+
+
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_a_run_that_lacks_a_file_is_not_pushed(hub: Hub, run: Path, name: str) -> None:
     (run / name).unlink()

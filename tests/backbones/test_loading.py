@@ -140,6 +140,12 @@ def test_failed_load_leaves_nothing_behind(micro_checkpoint: str, tmp_path: Path
     assert load_backbone("micro", str(path), "cpu").name == "micro"
 
 
+def test_checkpoint_of_the_first_micro_names_it() -> None:
+    first = BACKBONES.get("micro-v0").weights
+    with pytest.raises(ValueError, match="not a checkpoint of 'micro': .* is for: micro-v0\\."):
+        load_backbone("micro", checkpoint=str(first), device="cpu")
+
+
 def test_checkpoint_of_another_architecture(micro_checkpoint: str, tiny_checkpoint: str) -> None:
     with pytest.raises(ValueError, match=r"tiny\.pth: not a checkpoint of 'micro': .* missing .*"):
         load_backbone("micro", checkpoint=tiny_checkpoint, device="cpu")

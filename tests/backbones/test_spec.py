@@ -30,12 +30,13 @@ import sam_gym
 from sam_gym import Backbone, BackboneSpec, MaskGenerator, load_backbone, register_backbone
 from sam_gym.backbones import PublishedWeights, download
 from sam_gym.backbones.encoders import assemble
-from sam_gym.backbones.micro.model import MicroEncoder
+from sam_gym.backbones.micro.model import STRIDE, UPSCALING, MicroEncoder
 
 
 def build():
     torch.manual_seed(0)
-    return assemble(MicroEncoder(img_size=128, out_chans=64, depth=1), width=64, mlp_dim=128)
+    encoder = MicroEncoder(img_size=192, out_chans=64, depth=1)
+    return assemble(encoder, width=64, mlp_dim=128, stride=STRIDE, upscaling=UPSCALING)
 
 
 torch.save({"model": {f"own.{k}": v for k, v in build().state_dict().items()}}, "own.pth")
@@ -53,12 +54,12 @@ register_backbone(
         weights=PublishedWeights("https://example.org/own.pth", "0" * 64, 12),
         convert=lambda state: {k.removeprefix("own."): v for k, v in state.items()},
         thresholds=(0.3, 0.4),
-        input_size=128,
+        input_size=192,
     )
 )
 given = {"checkpoint": "own.pth", "device": "cpu"}
 backbone = load_backbone("own_sam", **given)
-assert backbone.image_size == 128 and load_backbone("own_sam", **given) is backbone
+assert backbone.image_size == 192 and load_backbone("own_sam", **given) is backbone
 assert repr(backbone) == "OwnService('own_sam')"
 assert MaskGenerator(backbone).thresholds == (0.3, 0.4)
 env = gym.make("SamSeg-v0", backbone="own_sam", dataset_kwargs={"length": 2}, **given)

@@ -58,6 +58,8 @@ def test_writes_numbers_table_and_page(micro_checkpoint: str, discs: Path, tmp_p
     for k in (1, 2, 3):
         column = [float(row[f"iou@{k}"]) for row in rows]
         assert np.mean(column) == pytest.approx(results["miou_at_k"][k - 1], abs=1e-5)
+    boxed = [float(row["box_iou"]) for row in rows]
+    assert np.mean(boxed) == pytest.approx(results["miou_box"], abs=1e-5)
     assert np.mean([int(row["noc90"]) for row in rows]) == results["noc90"]
     assert sorted(row["grabcut_iou@2"] == "" for row in rows) == [False, False, True]
     assert rows[0]["clicks"].startswith("+(64 48)")

@@ -90,7 +90,7 @@ def test_writes_numbers_table_and_page(micro_checkpoint: str, tmp_path: Path) ->
         assert speedup == pytest.approx(numbers["speedup_vs_reference"], abs=1e-3)
 
     # 128 x (image, embedding, mask, two numbers) against 128 x (handle, small mask, two numbers).
-    full = 256 * 256 * 3 + 4 * 128 * 16 * 16 + 4 * 64 * 64 + 16
+    full = 384 * 384 * 3 + 4 * 128 * 16 * 16 + 4 * 96 * 96 + 16
     assert results["rollout_bytes"]["full"] == 128 * full
     assert results["rollout_bytes"]["handle"] == 128 * (4 + 16 * 16 + 16)
     # The same for ViT-B: an image of 1024 x 1024, 64 x 64 x 256 embeddings, masks of 256 x 256.
@@ -138,7 +138,7 @@ def test_all_sides_play_the_same_episodes(match: Match) -> None:
     np.testing.assert_allclose(np.add(*scalar.rewards[:2]), scalar.final_ious[0], atol=1e-6)
     assert np.abs(vector.rewards).max() > 0.01
     ours, theirs = np.array(vector.masks), np.array(reference.masks)
-    assert ours.shape == theirs.shape == (4, 3, 64, 64)
+    assert ours.shape == theirs.shape == (4, 3, 96, 96)
     assert (ours != theirs).mean() < 1e-3 and ours.any()
 
 

@@ -371,26 +371,12 @@ def _write_hub(run: Path, folder: Path) -> None:
         picture.save(folder / name)
 
 
-def shipped_numbers(agent_class: Any, evaluate_main: Any, scratch: Path) -> dict[str, Any]:
-    """What both agents of the package do over the bundled SAM."""
-    numbers = {}
-    for name in ("implicit", "explicit"):
-        found = first_actions(
-            agent_class.load(name, "cpu"), "SamSeg-v0", device="cpu", split="test", max_steps=5
-        )
-        given = ("--policy", name)
-        numbers[name] = found | {"episodes": episodes_of(evaluate_main, scratch / name, *given)}
-    return numbers
-
-
 def main() -> None:
     head = subprocess.run(
         ["git", "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
     if head != COMMIT:
         raise SystemExit(f"error: run this on commit {COMMIT}, not on {head}.")
-    import agents.evaluate
-    from agents.evaluate import PolicyAgent
     from sam_gym import Prompts, load_backbone
     from sam_gym.backbones.loading import BACKBONES
 
@@ -414,7 +400,6 @@ def main() -> None:
         numbers["adapters"] = _write_adapters(scratch)
         numbers["policies"] = _write_policies(scratch)
         numbers["resumed"] = _write_checkpoint(scratch)
-        numbers["shipped"] = shipped_numbers(PolicyAgent, agents.evaluate.main, scratch)
     Path(COMPAT["checkpoint"]).unlink()
     Path("numbers.json").write_text(json.dumps(numbers) + "\n")
 

@@ -85,7 +85,7 @@ def folder(
 
 def test_backbones(folder: Path) -> None:
     check(made.numbers_of(load_backbone(**made.COMPAT), Prompts), NUMBERS["compat"], "backbone")
-    bundled = load_backbone("micro", device="cpu")
+    bundled = load_backbone("micro-v0", device="cpu")  # its present name
     check(made.numbers_of(bundled, Prompts), NUMBERS["micro"], "backbone")
 
 
@@ -160,8 +160,3 @@ def test_a_hub_repository(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     config = tmp_path / "config.yaml"
     config.write_text(card.partition("```yaml\n")[2].partition("```")[0])
     assert train_ppo.read_config(["--config", str(config)]).total_timesteps == 64, HOLDS["hub"]
-
-
-def test_shipped_agents(tmp_path: Path) -> None:
-    found = made.shipped_numbers(PolicyAgent, agents_evaluate.main, tmp_path)
-    check(found, NUMBERS["shipped"], "policy")

@@ -493,6 +493,18 @@ def test_handle_leads_to_the_embedding(make: Make) -> None:
     assert len(handles) > 2 and obs["sam_pred_mask_prob"].dtype == np.uint8
 
 
+def test_handle_observations_have_the_grid_of_the_embedding(micro_env: dict[str, Any]) -> None:
+    """`micro` upscales its embedding by 6, SAM by 4."""
+    full: Any = gym.make("SamSeg-v0", **micro_env).unwrapped
+    small: Any = gym.make("SamSeg-v0", **micro_env, obs="handle").unwrapped
+    for env in (full, small):
+        env.reset(seed=0)
+    expected, obs = full.step(100)[0], small.step(100)[0]
+    assert obs in small.observation_space
+    cells = expected["sam_pred_mask_prob"].reshape(16, 6, 16, 6).mean(axis=(1, 3))
+    np.testing.assert_allclose(obs["sam_pred_mask_prob"], 255 * cells, atol=0.51)
+
+
 @pytest.mark.parametrize("obs", ["full", "handle"])
 def test_returned_arrays_may_be_overwritten(make: Make, obs: str) -> None:
     env = make(obs=obs, target="instance")
@@ -796,12 +808,13 @@ def test_oracle_clicks_earn_more_than_random_ones(shipped: Backbone) -> None:
             actions = rng.integers(envs.single_action_space.n, size=8)
             for i in range(8 if oracle else 0):
                 wrong = core.ground_truth(i).mask & ~core.mask(i)
-                y, x = np.argwhere(wrong)[len(np.argwhere(wrong)) // 2]
+                middle = np.argwhere(wrong)[len(np.argwhere(wrong)) // 2, ::-1]
+                x, y = core.backbone.to_input_frame(middle[None], wrong.shape)[0]
                 actions[i] = core.action_at(x, y, True)
             *_, infos = envs.step(actions)
         return float(infos["iou"].mean())
 
-    assert final(oracle=True) > final(oracle=False) + 0.1
+    assert final(oracle=True) > final(oracle=False) + 0.3
 
 
 # Prefetching ------------------------------------------------------------------------------------

@@ -203,6 +203,18 @@ def test_maps_show_what_was_kept(play: Callable[..., EverythingCore]) -> None:
     assert "image" not in seen and seen["handle"] == small.handles[0]
 
 
+def test_maps_have_the_grid_of_the_embedding(
+    play: Callable[..., EverythingCore], micro_env: dict[str, Any]
+) -> None:
+    """`micro` upscales its embedding by 6, SAM by 4."""
+    backbone = {"backbone": "micro", "checkpoint": micro_env["checkpoint"]}
+    core = play([(np.kron(LEFT, np.ones((6, 6))) > 0, 0.6)], obs="handle", **backbone)
+    step(core, 0)
+    seen = {key: value[0] for key, value in core.observe(FIRST).items()}
+    assert seen in core.observation_space
+    np.testing.assert_array_equal(seen["coverage"], 255 * LEFT)
+
+
 def test_observations_are_fresh(play: Callable[..., EverythingCore]) -> None:
     core = play([(LEFT, 0.9), (RIGHT, 0.9)])
     step(core, 0)

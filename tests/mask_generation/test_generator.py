@@ -76,8 +76,8 @@ def assert_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Non
 
 def test_thresholds_suit_the_backbone_unless_set() -> None:
     assert GeneratorOptions().thresholds("vit_b") == (0.88, 0.95)
-    assert GeneratorOptions().thresholds("micro") == (0.6, 0.8)
-    assert GeneratorOptions(pred_iou_thresh=0.0).thresholds("micro") == (0.0, 0.8)
+    assert GeneratorOptions().thresholds("micro") == (0.5, 0.7)
+    assert GeneratorOptions(pred_iou_thresh=0.0).thresholds("micro") == (0.0, 0.7)
     assert GeneratorOptions(stability_score_thresh=0.3).thresholds("vit_h") == (0.88, 0.3)
 
 

@@ -8,7 +8,7 @@ from sam_gym.backbones import Backbone
 from sam_gym.data.synthetic.scenes import Scenes
 from sam_gym.metrics.masks import iou
 from sam_gym.simulation.clicks import Click, error_click
-from sam_gym.simulation.interactive import Session, Target, click_out
+from sam_gym.simulation.interactive import Session, Target, box_of, click_out, segment_boxes
 
 
 def click_out_alone(
@@ -78,3 +78,15 @@ def test_shipped_micro_segments_unseen_objects(shipped: Backbone) -> None:
     objects = [Target(scenes[i].image, mask) for i in range(3) for mask in scenes[i].masks]
     sessions: list[Session] = click_out(shipped, objects, num_clicks=3)
     assert np.mean([session.ious[-1] for session in sessions]) > 0.5
+
+
+def test_boxes_equal_sam_predictor(backbone: Backbone) -> None:
+    targets = [
+        Target(s.image, mask) for s in (Scenes("val")[0], Scenes("val")[1]) for mask in s.masks
+    ]
+    masks = segment_boxes(backbone, targets)
+    predictor = SamPredictor(backbone.sam)
+    for target, mask in zip(targets, masks, strict=True):
+        predictor.set_image(target.image)
+        theirs, _, _ = predictor.predict(box=box_of(target.mask), multimask_output=False)
+        assert iou(mask, theirs[0]) > 0.999

@@ -19,6 +19,7 @@ from torch import Tensor
 from sam_gym.backbones.adapters.class_head import CLASS_HEADS
 from sam_gym.backbones.adapters.model import ADAPTER_MODULES, Model
 from sam_gym.backbones.adapters.tuning import TUNINGS, apply_tuned, bytes_of, check_names
+from sam_gym.backbones.spec import renamed_backbone
 from sam_gym.utils.settings import check_settings
 from sam_gym.utils.weights import check_finite
 
@@ -77,15 +78,18 @@ class Adapter:
 
     def check_fits(self, backbone: str, identity: str) -> None:
         """Raise `ValueError` unless the adapter was made for the SAM of this name and digest."""
-        if backbone != self.backbone:
+        if identity == self.identity:
+            return
+        made_for = renamed_backbone(self.identity) or self.backbone
+        if backbone != made_for:
             raise ValueError(
-                f"The adapter was made for the backbone {self.backbone!r}, not {backbone!r}."
+                f"The adapter was made for the backbone {made_for!r}, not {backbone!r}: pass "
+                f"{made_for!r}."
             )
-        if identity != self.identity:
-            raise ValueError(
-                f"The adapter was made for other weights of {backbone!r} (digest {self.identity}, "
-                f"here {identity}). Pass the checkpoint that it was trained on."
-            )
+        raise ValueError(
+            f"The adapter was made for other weights of {backbone!r} (digest {self.identity}, "
+            f"here {identity}). Pass the checkpoint that it was trained on."
+        )
 
     def save(self, path: Path) -> Path:
         """Write the file, whole or not at all."""

@@ -13,6 +13,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sam_gym.backbones.encoders import upscaling_of
 from sam_gym.backbones.hq import HqMaskDecoder, early_channels, in_head
 from sam_gym.backbones.sam2 import Sam2MaskDecoder
 from sam_gym.utils.registry import Registry
@@ -100,6 +101,7 @@ def _with_hq_head(decoder: Any, vit_dim: int, rank: int | None) -> HqMaskDecoder
     hq = HqMaskDecoder(
         vit_dim=vit_dim,
         vit_rank=rank,
+        upscaling=upscaling_of(decoder),
         transformer_dim=decoder.transformer_dim,
         transformer=decoder.transformer,
         num_multimask_outputs=decoder.num_multimask_outputs,

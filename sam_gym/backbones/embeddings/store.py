@@ -74,6 +74,9 @@ class EmbeddingStore:
         self.max_bytes = max_bytes
         #: Number of images encoded so far.
         self.encoded = 0
+        #: Whether each call computes `batch_size` images, so that the last bits of features do not
+        #: depend on how many others were missing at the same time.
+        self.fixed_batches = False
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -174,7 +177,7 @@ class EmbeddingStore:
         todo = [handle for handle in images if handle not in feature.known]
         for first in range(0, len(todo), self.batch_size):
             chunk = todo[first : first + self.batch_size]
-            values = compute([images[handle] for handle in chunk])
+            values = compute(self._batch([images[handle] for handle in chunk]))[: len(chunk)]
             table = feature.table
             if table is None or len(table) < len(self._table):
                 # Reading a row before it is computed yields NaN instead of stale values.
@@ -186,6 +189,12 @@ class EmbeddingStore:
             table[torch.tensor(rows, device=table.device)] = values
             feature.known.update(chunk)
 
+    def _batch(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        """Return the images of a call; with `fixed_batches`, the last one fills up the batch."""
+        if not self.fixed_batches:
+            return images
+        return images + images[-1:] * (self.batch_size - len(images))
+
     def _features(self, chunk: Sequence[tuple[bytes, np.ndarray]]) -> ImageFeatures:
         """Return the features of images: from disk if they are there, else encoded and written."""
         device, disk = self.source.device, self.disk
@@ -194,7 +203,7 @@ class EmbeddingStore:
             found = [disk.get(key) for key, _ in chunk]
         new = [i for i, features in enumerate(found) if features is None]
         if new:
-            encoded = self.source.encode([chunk[i][1] for i in new])
+            encoded = self.source.encode(self._batch([chunk[i][1] for i in new]))[: len(new)]
             self.encoded += len(new)
             if disk is None:
                 return encoded

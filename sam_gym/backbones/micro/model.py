@@ -1,12 +1,15 @@
-"""`micro`, the bundled SAM: 256 x 256 input, 16 x 16 x 128 embedding, 64 x 64 masks.
+"""`micro`, the bundled SAM: 384 x 384 input, 16 x 16 x 128 embedding, 96 x 96 masks.
 
-The prompt encoder, mask decoder and transformer blocks are segment_anything's modules. The image
-encoder is a convolutional stem, which learns from few images, followed by a small ViT with global
-attention. Fine features reach the embedding through a pixel-unshuffle, directly and through a
-feature pyramid, so that SAM's decoder works unchanged on one tensor.
+An EfficientNet-Lite0 (Tan and Le 2019; ImageNet weights) computes features at strides 4 to 32. A
+small ViT with global attention mixes them on the grid of the embedding, at stride 24. Fine features
+reach the embedding through a pixel-unshuffle, directly and through a feature pyramid. The prompt
+encoder, mask decoder and transformer blocks are segment_anything's modules; the decoder upscales by
+3 and 2 instead of 2 and 2, so that a mask has the resolution of the finest features.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from segment_anything.modeling import Sam
@@ -14,117 +17,161 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.image_encoder import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sam_gym.backbones.encoders import assemble
 
-#: Channels of the fine features: 16 of each quarter-resolution pixel and 48 of each eighth.
-FINE = 16 * 16 + 48 * 4
+#: Pixels per cell of the embedding, and the factors from there to a low-res mask.
+STRIDE, UPSCALING = 24, (3, 2)
+#: Images that go through the trunk together on a CPU.
+PIECE = 2
+#: Channels of the trunk at strides 4, 8, 16 and 32.
+WIDTHS = (24, 40, 112, 320)
+#: Channels kept of each pixel at strides 4 and 8; they are folded into the cells of the embedding.
+QUARTER, EIGHTH = 6, 24
+#: Channels of the fine features.
+FINE = QUARTER * 6**2 + EIGHTH * 3**2
 
 
-def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-    )
+def build_trunk() -> Any:
+    """EfficientNet-Lite0 without classifier, with normalisations: features at strides 4 to 32."""
+    from timm import create_model
+
+    return create_model("tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3, 4))
 
 
-class _Residual(nn.Module):
-    def __init__(self, width: int) -> None:
+def fold_norms(trunk: Any) -> Any:
+    """Fold the normalisations of a trunk into its convolutions, in place; only activations stay."""
+    trunk.eval()
+    for block in [trunk, *(block for stage in trunk.blocks for block in stage)]:
+        convs = [name for name, own in block.named_children() if isinstance(own, nn.Conv2d)]
+        norms = [name for name, own in block.named_children() if isinstance(own, nn.BatchNorm2d)]
+        for conv, norm in zip(convs, norms, strict=True):
+            own: Any = getattr(block, norm)
+            setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), own))
+            setattr(block, norm, own.act)
+    return trunk
+
+
+class _ConvBlock(nn.Sequential):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        )
+
+
+def _resized(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class _Pyramid(nn.Module):
+    """A feature pyramid (Lin et al. 2017) to stride 4, folded into the cells of the embedding."""
+
+    def __init__(self, out_chans: int, wide: int = 64, narrow: int = 32) -> None:
         super().__init__()
-        self.first, self.second = _conv(width, width), _conv(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.second(F.relu(self.first(x))))
-
-
-class _Detail(nn.Module):
-    """A feature pyramid (Lin et al. 2017) up to quarter resolution, folded into the grid."""
-
-    def __init__(
-        self, widths: tuple[int, int, int, int], out_chans: int, wide: int = 64, narrow: int = 48
-    ) -> None:
-        super().__init__()
-        _, quarter, eighth, coarse = widths
+        quarter, eighth, sixteenth, coarse = WIDTHS
         self.from_coarse = nn.Conv2d(coarse, wide, 1)
+        self.from_sixteenth = nn.Conv2d(sixteenth, wide, 1)
         self.from_eighth = nn.Conv2d(eighth, wide, 1)
-        self.mix_eighth = _conv(wide, wide)
-        self.down = nn.Conv2d(wide, narrow, 1)
         self.from_quarter = nn.Conv2d(quarter, narrow, 1)
-        self.mix_quarter = _Residual(narrow)
+        self.mix_eighth = _ConvBlock(wide, wide)
+        self.down = nn.Conv2d(wide, narrow, 1)
+        self.mix_quarter = _ConvBlock(narrow, narrow)
         self.reduce = nn.Conv2d(narrow, 16, 1)
-        self.fold = nn.Conv2d(16 * 16, out_chans, 1)
-        # Initialised to zero: the branch starts without effect.
-        nn.init.zeros_(self.fold.weight)
-        nn.init.zeros_(self.fold.bias)  # type: ignore[arg-type]
+        self.fold = nn.Conv2d(16 * 6**2, out_chans, 1)
 
-    def forward(self, quarter: Tensor, eighth: Tensor, coarse: Tensor) -> Tensor:
-        x = self.mix_eighth(_doubled(self.from_coarse(coarse)) + self.from_eighth(eighth))
-        x = F.relu(_doubled(self.down(F.relu(x))) + self.from_quarter(quarter))
-        return self.fold(F.pixel_unshuffle(F.relu(self.reduce(self.mix_quarter(x))), 4))
-
-
-def _doubled(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="bilinear")
+    def forward(self, quarter: Tensor, eighth: Tensor, sixteenth: Tensor, coarse: Tensor) -> Tensor:
+        x = self.from_sixteenth(sixteenth)
+        x = x + _resized(self.from_coarse(coarse), x)
+        x = self.from_eighth(eighth) + _resized(F.relu(x), eighth)
+        x = self.down(self.mix_eighth(F.relu(x)))
+        x = self.from_quarter(quarter) + _resized(x, quarter)
+        x = self.reduce(self.mix_quarter(F.relu(x)))
+        return self.fold(F.pixel_unshuffle(F.relu(x), 6))
 
 
 class MicroEncoder(nn.Module):
-    """Image encoder of `micro`: float32 (B, 3, S, S) -> (B, out_chans, S / 16, S / 16)."""
+    """Image encoder of `micro`: float32 (B, 3, S, S) -> (B, out_chans, S / 24, S / 24).
+
+    Args:
+        img_size: S, a multiple of 96.
+        width: channels of the transformer blocks.
+        depth: their number.
+        num_heads: their attention heads.
+        out_chans: channels of the embedding.
+
+    Raises:
+        ValueError: S is no multiple of 96.
+    """
 
     early_channels = FINE
 
     def __init__(
         self,
-        img_size: int = 256,
-        widths: tuple[int, int, int, int] = (24, 40, 80, 160),
-        depth: int = 4,
-        num_heads: int = 4,
+        img_size: int = 384,
+        width: int = 192,
+        depth: int = 3,
+        num_heads: int = 6,
         out_chans: int = 128,
     ) -> None:
         super().__init__()
+        if img_size % 96:
+            raise ValueError(f"img_size must be a multiple of 96, got {img_size}.")
         self.img_size = img_size
-        half, quarter, eighth, coarse = widths
-        self.stem = nn.Sequential(
-            _conv(3, half, 2), nn.ReLU(inplace=True), _conv(half, quarter, 2), nn.ReLU(inplace=True)
-        )
-        self.quarter = _Residual(quarter)
-        self.eighth = nn.Sequential(_conv(quarter, eighth, 2), nn.ReLU(), _Residual(eighth))
-        self.coarse = _conv(eighth, coarse, 2)
-        grid = img_size // 16
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, coarse))
-        self.blocks = nn.ModuleList(Block(coarse, num_heads, mlp_ratio=3.0) for _ in range(depth))
-        self.fine_quarter = nn.Conv2d(quarter, 16, 1)
-        self.fine_eighth = nn.Conv2d(eighth, 48, 1)
+        self.trunk = fold_norms(build_trunk())
+        _, _, sixteenth, coarse = WIDTHS
+        grid = img_size // STRIDE
+        self.fine_quarter = nn.Conv2d(WIDTHS[0], QUARTER, 1)
+        self.fine_eighth = nn.Conv2d(WIDTHS[1], EIGHTH, 1)
+        self.from_sixteenth = nn.Conv2d(sixteenth, width, 1)
+        self.from_coarse = nn.Conv2d(coarse, width, 1)
+        self.from_fine = nn.Conv2d(FINE, width, 1)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, width))
+        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio=3.0) for _ in range(depth))
         self.neck = nn.Sequential(
-            nn.Conv2d(coarse + FINE, 256, 1),
+            nn.Conv2d(width + FINE, 256, 1),
             LayerNorm2d(256),
             nn.GELU(),
             nn.Conv2d(256, out_chans, 3, padding=1),
         )
-        self.detail = _Detail(widths, out_chans)
+        self.pyramid = _Pyramid(out_chans)
         self.norm = LayerNorm2d(out_chans)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_with_early(x)[0]
 
+    def _trunk_features(self, x: Tensor) -> list[Tensor]:
+        """Features of the trunk at strides 4, 8, 16 and 32."""
+        if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.trunk(x)
+        # The C library keeps the memory of small pieces, and asks the system for that of large ones
+        # again each time, which costs as much as the convolutions.
+        pieces = [self.trunk(piece) for piece in x.split(PIECE)]
+        return [torch.cat(level) for level in zip(*pieces, strict=True)]
+
     def forward_with_early(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, S, S) -> embedding (B, C, h, w), fine features (B, `FINE`, h, w)."""
         x = x.contiguous(memory_format=torch.channels_last)
-        quarter = self.quarter(self.stem(x))
-        eighth = self.eighth(quarter)
-        coarse = self.coarse(eighth).permute(0, 2, 3, 1) + self.pos_embed
-        for block in self.blocks:
-            coarse = block(coarse)
-        coarse = coarse.permute(0, 3, 1, 2)
+        quarter, eighth, sixteenth, coarse = self._trunk_features(x)
         fine = torch.cat(
             [
-                F.pixel_unshuffle(self.fine_quarter(quarter), 4),
-                F.pixel_unshuffle(self.fine_eighth(eighth), 2),
+                F.pixel_unshuffle(self.fine_quarter(quarter), 6),
+                F.pixel_unshuffle(self.fine_eighth(eighth), 3),
             ],
             dim=1,
         )
-        embedding = self.neck(torch.cat([coarse, fine], dim=1))
-        return self.norm(embedding + self.detail(quarter, eighth, coarse)), fine
+        cells = self.from_fine(fine)
+        cells = cells + _resized(self.from_sixteenth(sixteenth), fine)
+        cells = cells + _resized(self.from_coarse(coarse), fine)
+        cells = cells.permute(0, 2, 3, 1) + self.pos_embed
+        for block in self.blocks:
+            cells = block(cells)
+        embedding = self.neck(torch.cat([cells.permute(0, 3, 1, 2), fine], dim=1))
+        return self.norm(embedding + self.pyramid(quarter, eighth, sixteenth, coarse)), fine
 
 
 def build_micro() -> Sam:
     """`micro` with random weights."""
-    return assemble(MicroEncoder(), width=128, mlp_dim=512)
+    return assemble(MicroEncoder(), width=128, mlp_dim=512, stride=STRIDE, upscaling=UPSCALING)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,27 +23,29 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from sam_gym.backbones.decode import NO_POINT, Prompts, best_token, decode_tokens
+from sam_gym.backbones.decode import best_token, decode_tokens
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.hq import encode_pixels
-from sam_gym.backbones.loading import load_weights, resolve_device
-from sam_gym.backbones.micro.data import LABEL_STRIDE, NO_LABEL, SIZE, MicroStream, TrainItem
-from sam_gym.backbones.micro.model import build_micro
+from sam_gym.backbones.loading import load_backbone, load_weights, resolve_device
+from sam_gym.backbones.micro.data import LABEL_STRIDE, NO_LABEL, MicroStream, TrainItem
+from sam_gym.backbones.micro.imagenet import load_imagenet, weights_file
+from sam_gym.backbones.micro.model import STRIDE, build_micro
 from sam_gym.backbones.micro.muon import muon_and_adamw
+from sam_gym.backbones.micro.photos import PhotoMixer
+from sam_gym.backbones.micro.prompts import PromptBatch
 from sam_gym.backbones.service import Backbone
-from sam_gym.data.base import Sample
+from sam_gym.data import make_dataset
+from sam_gym.data.base import Dataset
 from sam_gym.data.options import ReadingOptions
 from sam_gym.data.synthetic.scenes import Scenes
 from sam_gym.metrics.masks import batch_iou
-from sam_gym.simulation.clicks import interior_distance
 from sam_gym.simulation.interactive import Target, click_out
 from sam_gym.utils.files import make_folder, write_json
-from sam_gym.utils.lowres import low_res
 from sam_gym.utils.settings import Count, Fraction, Natural, NotNegative, Positive, check_settings
 from sam_gym.utils.training import SmallTrainer, SmallTrainerConfig, save_half
 
-MASK = SIZE // 4
-CELL = SIZE // MASK
+#: Cells of the semantic head per cell of the embedding and axis.
+SEMANTIC = STRIDE // LABEL_STRIDE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +57,28 @@ class TrainMicroConfig(SmallTrainerConfig, ReadingOptions):
     """
 
     out: str = "runs/micro"
-    photos: str | None = None
-    """Root of a COCO-style dataset to mix in, train split (None: scenes only)."""
-    init: str | None = None
-    """Weights of micro to start from (None: random weights)."""
-    steps: Count = 2700
+    photos: tuple[str, ...] = ()
+    """Folders of photographs to mix in, train split: COCO-style (instances_train.json), or images/
+    with instances/ (PNG files of instance numbers). Without any: scenes only."""
+    photo_weights: tuple[Positive, ...] = ()
+    """How often each folder is drawn (empty: by the square root of its number of images)."""
+    photo_fraction: Fraction = 0.65
+    """Fraction of photographs, if there are any; the others are scenes."""
+    init: str = "imagenet"
+    """Initial weights: random, a file of micro, or imagenet (of the image encoder; the prompt
+    encoder and the mask decoder start from micro-v0)."""
+    steps: Count = 5000
     images: Count = 12
     targets: Count = 4
     """Prompted targets per image."""
-    max_rounds: Natural = 6
+    max_rounds: Natural = 7
     """Maximum number of corrections without gradients before the last one."""
     vector_learning_rate: Positive = 8e-4
+    trunk_scale: NotNegative = 0.3
+    """Learning rate of the pretrained layers, as a fraction of that of AdamW."""
     weight_decay: NotNegative = 0.03
     """Weight decay of the parameters that Muon optimizes; the others have none."""
-    warmup: Natural = 150
+    warmup: Natural = 200
     """Steps of linear warm-up."""
     decay: Fraction = 0.3
     """Final fraction of the steps over which the learning rate falls to zero."""
@@ -79,127 +90,20 @@ class TrainMicroConfig(SmallTrainerConfig, ReadingOptions):
     """Objects of held-out scenes to segment with simulated clicks at the end."""
 
 
-class PromptBatch:
-    """The prompts of one step. Each round adds a click.
-
-    Args:
-        items: the images and targets of the step.
-        capacity: maximum number of clicks per target.
-        rng: draws prompt kinds and click places.
-    """
-
-    def __init__(self, items: Sequence[TrainItem], capacity: int, rng: np.random.Generator) -> None:
-        targets = [target for item in items for target in item.targets]
-        self.rng = rng
-        self.rows = np.repeat(np.arange(len(items)), [len(item.targets) for item in items])
-        self.full = np.stack([target.mask for target in targets])
-        area = np.stack([low_res(mask, (MASK, MASK)) for mask in self.full])
-        self.target = torch.from_numpy(area)
-        self.hard = area > 0.5
-        count = len(targets)
-        self.points = np.zeros((count, capacity, 2), np.float32)
-        self.labels = np.full((count, capacity), NO_POINT, np.int64)
-        self.boxes = np.zeros((count, 4), np.float32)
-        self.has_box = np.zeros(count, bool)
-        self.masks = torch.zeros(count, MASK, MASK)
-        self.has_mask = np.zeros(count, bool)
-        self.used = np.zeros(count, np.int64)
-        self.partial = np.zeros(count, bool)
-        for i, target in enumerate(targets):
-            self._first_prompt(i, target.clicks)
-
-    def _first_prompt(self, i: int, clicks: np.ndarray) -> None:
-        kind = self.rng.random()
-        if kind < 0.18:
-            self._add_box(i)
-            return
-        count = len(clicks) if len(clicks) > 1 and self.rng.random() < 0.5 else 1
-        # The first click on a union selects a single object: this round has no training signal.
-        self.partial[i] = count < len(clicks)
-        for click in clicks[:count]:
-            self._add_click(i, click[0], click[1], True)
-        if kind > 0.9:
-            self._add_noisy_mask(i)
-
-    def _add_click(self, i: int, x: float, y: float, positive: bool) -> None:
-        if self.used[i] < self.points.shape[1]:
-            self.points[i, self.used[i]] = x, y
-            self.labels[i, self.used[i]] = int(positive)
-            self.used[i] += 1
-
-    def _add_box(self, i: int) -> None:
-        x, y, w, h = cv2.boundingRect(self.full[i].astype(np.uint8))
-        corners = np.array([x, y, x + w - 1, y + h - 1], np.float32)
-        noise = self.rng.normal(0, 0.06, 4) * [w, h, w, h]
-        self.boxes[i] = np.clip(corners + np.clip(noise, -15, 15), 0, SIZE - 1)
-        self.has_box[i] = True
-
-    def _add_noisy_mask(self, i: int) -> None:
-        mask = self.hard[i].astype(np.float32)
-        dx, dy = self.rng.normal(0, 2, 2)
-        move = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
-        mask = cv2.GaussianBlur(cv2.warpAffine(mask, move, (MASK, MASK)), (0, 0), 1.5)
-        bumps = cv2.resize(self.rng.normal(0, 0.25, (8, 8)).astype(np.float32), (MASK, MASK))
-        self.masks[i] = torch.from_numpy((mask + bumps - 0.5) * self.rng.uniform(6, 20))
-        self.has_mask[i] = True
-
-    @property
-    def ambiguous(self) -> Tensor:
-        """bool (P,): rows whose only prompt is one click."""
-        return torch.from_numpy((self.used == 1) & ~self.has_box & ~self.has_mask)
-
-    def prompts(self, device: torch.device) -> Prompts:
-        used = max(1, int(self.used.max()))
-
-        def to(x: np.ndarray) -> Tensor:
-            return torch.from_numpy(x).to(device)
-
-        return Prompts(
-            points=to(self.points[:, :used]),
-            labels=to(self.labels[:, :used]),
-            boxes=to(self.boxes),
-            has_box=to(self.has_box),
-            masks=self.masks.to(device),
-            has_mask=to(self.has_mask),
-            rows=to(self.rows),
-        )
-
-    def correct(self, logits: Tensor) -> None:
-        """Give each target a click in its error region, and the logits as its mask prompt."""
-        self.masks = logits.detach().float().cpu().clamp(-32, 32)
-        self.has_mask[:] = True
-        predicted = self.masks.numpy() > 0
-        for i, (mask, truth) in enumerate(zip(predicted, self.hard, strict=True)):
-            missed, extra = truth & ~mask, mask & ~truth
-            if not (missed.any() or extra.any()):
-                continue
-            if self.rng.random() < 0.65:
-                inner_missed, inner_extra = interior_distance(missed), interior_distance(extra)
-                positive = bool(inner_missed.max() > inner_extra.max())
-                index = int((inner_missed if positive else inner_extra).argmax())
-            else:
-                wrong = np.flatnonzero(missed | extra)
-                index = int(wrong[self.rng.integers(len(wrong))])
-                positive = bool(truth.flat[index])
-            y, x = divmod(index, MASK)
-            dx, dy = self.rng.integers(0, CELL, 2)
-            self._add_click(i, CELL * x + dx, CELL * y + dy, positive)
-
-
-def mask_losses(logits: Tensor, target: Tensor) -> Tensor:
-    """Focal x 8 + Dice per mask: logits (P, M, h, w), target (P, h, w) in [0, 1] -> (P, M)."""
-    target = target[:, None].expand_as(logits)
+def mask_losses(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Focal x 8 + Dice per mask: logits (P, M, h, w), target, weight (P, h, w) -> (P, M)."""
+    target, weight = target[:, None].expand_as(logits), weight[:, None]
     probability = logits.sigmoid()
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    focal = ((probability - target).square() * entropy).mean(dim=(2, 3))
+    focal = ((probability - target).square() * entropy * weight).mean(dim=(2, 3))
     overlap = (probability * target).sum(dim=(2, 3))
-    total = probability.sum(dim=(2, 3)) + target.sum(dim=(2, 3))
+    total = (probability * weight).sum(dim=(2, 3)) + target.sum(dim=(2, 3))
     return 8.0 * focal + 1.0 - (2.0 * overlap + 1.0) / (total + 1.0)
 
 
-def true_iou(logits: Tensor, target: Tensor) -> Tensor:
-    """IoU of thresholded masks: logits (P, M, h, w), target (P, h, w) -> (P, M)."""
-    return batch_iou(logits > 0, (target > 0.5)[:, None])
+def true_iou(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """IoU of thresholded masks: logits (P, M, h, w), target, weight (P, h, w) -> (P, M)."""
+    return batch_iou((logits > 0) & (weight[:, None] > 0), (target > 0.5)[:, None])
 
 
 def round_loss(
@@ -209,16 +113,16 @@ def round_loss(
     device = features.device
     tokens = decode_tokens(sam, features, batch.prompts(device))
     logits = tokens.decode_masks()
-    target = batch.target.to(device)
+    target, weight = batch.target.to(device), batch.weight.to(device)
     ambiguous = batch.ambiguous.to(device)
     learn = (~torch.from_numpy(batch.partial).to(device)).float()
 
-    losses = mask_losses(logits, target)
+    losses = mask_losses(logits, target, weight)
     three = losses[:, 1:]
     # The best mask learns the target. A small weight keeps the other two from dying.
     multimask = 0.93 * three.min(dim=1).values + 0.07 * three.mean(dim=1)
     shared = torch.where(ambiguous, multimask + 0.4 * losses[:, 0], losses[:, 0] + 0.2 * multimask)
-    quality = true_iou(logits.detach(), target)
+    quality = true_iou(logits.detach(), target, weight)
     quality_loss = (tokens.iou - quality).square().mean(dim=1)
     loss = ((shared + quality_loss) * learn).sum() / learn.sum().clamp(min=1)
 
@@ -232,6 +136,28 @@ def play_round(sam: Sam, features: ImageFeatures, batch: PromptBatch) -> Tensor:
     """Decode the current prompts without gradients: logits (P, h, w)."""
     tokens = decode_tokens(sam, features, batch.prompts(features.device))
     return tokens.decode_best_masks(batch.ambiguous.to(features.device))[0]
+
+
+def load_first_decoder(sam: Sam) -> None:
+    """Start the prompt encoder and the mask decoder from `micro-v0`, except where a shape differs:
+    in the layers that know the stride of the embedding."""
+    own = sam.state_dict()
+    state = {
+        name: value
+        for name, value in load_backbone("micro-v0", device="cpu").sam.state_dict().items()
+        if not name.startswith("image_encoder.") and value.shape == own[name].shape
+    }
+    sam.load_state_dict(state, strict=False)
+
+
+def _load_initial(sam: Sam, init: str) -> None:
+    """Load the file that `--init` names."""
+    path = Path(init).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(
+            f"init must be random, imagenet or a file of micro, got {init!r}: no such file."
+        )
+    load_weights(sam, "micro", path)
 
 
 def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -248,26 +174,42 @@ class MicroTrainer(SmallTrainer):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
         self.sam = build_micro()
-        if config.init:
-            load_weights(self.sam, "micro", Path(config.init))
+        encoder: Any = self.sam.image_encoder
+        self.trunk = encoder.trunk
+        if config.init == "imagenet":
+            load_imagenet(self.trunk, self.sam.pixel_mean, self.sam.pixel_std, weights_file())
+            load_first_decoder(self.sam)
+        elif config.init != "random":
+            _load_initial(self.sam, config.init)
         self.sam.to(device)
         width = self.sam.prompt_encoder.embed_dim
-        per_cell = (16 // LABEL_STRIDE) ** 2
-        self.semantic = nn.Conv2d(width, (1 + len(Scenes.categories)) * per_cell, 1).to(device)
+        labels = (1 + len(Scenes.categories)) * SEMANTIC**2
+        self.semantic = nn.Conv2d(width, labels, 1).to(device)
         self.average = AveragedModel(
             self.sam, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
         )
-        self.parameters = [*self.sam.parameters(), *self.semantic.parameters()]
-        matrices = [p for name, p in self.sam.named_parameters() if _is_hidden_matrix(name, p)]
-        taken = {id(parameter) for parameter in matrices}
+        # The first stages know edges and textures already, and cost the most to train.
+        for part in (self.trunk.conv_stem, *self.trunk.blocks[:2]):
+            part.requires_grad_(False)
+        everything = [*self.sam.parameters(), *self.semantic.parameters()]
+        self.parameters = [parameter for parameter in everything if parameter.requires_grad]
+        pretrained = [p for p in self.trunk.parameters() if p.requires_grad]
+        taken = {id(parameter) for parameter in pretrained}
+        matrices = [
+            parameter
+            for name, parameter in self.sam.named_parameters()
+            if _is_hidden_matrix(name, parameter) and id(parameter) not in taken
+        ]
+        taken |= {id(parameter) for parameter in matrices}
         rest = [parameter for parameter in self.parameters if id(parameter) not in taken]
         self.optimizers = muon_and_adamw(matrices, rest, config, config.weight_decay)
+        self.optimizers[1].add_param_group({"params": pretrained, "scale": config.trunk_scale})
         self.parts = {"sam": self.sam, "semantic": self.semantic, "average": self.average}
 
     def schedule(self) -> float:
         """Fraction of the peak learning rate at this step: warm-up, constant, linear decay."""
         config = self.config
-        warm = min(1.0, (self.step + 1) / config.warmup)
+        warm = min(1.0, (self.step + 1) / max(1, config.warmup))
         cool = min(1.0, (config.steps - self.step) / max(1.0, config.decay * config.steps))
         return warm * cool
 
@@ -308,7 +250,7 @@ class MicroTrainer(SmallTrainer):
         labels = torch.from_numpy(np.stack([item.labels for item in items])).long()
         if (labels == NO_LABEL).all():
             return embeddings.new_zeros(())
-        scores = F.pixel_shuffle(self.semantic(embeddings), 16 // LABEL_STRIDE)
+        scores = F.pixel_shuffle(self.semantic(embeddings), SEMANTIC)
         # Most cells are background and would dominate the loss at full weight.
         weight = scores.new_ones(scores.shape[1])
         weight[0] = 0.25
@@ -321,11 +263,17 @@ class MicroTrainer(SmallTrainer):
 
 
 def item_batches(
-    config: TrainMicroConfig, photos: Sequence[Sample], start: int
+    config: TrainMicroConfig, photos: PhotoMixer | None, start: int
 ) -> Iterator[list[TrainItem]]:
     """Iterate over the training stream from step `start`, in batches of `config.images`."""
     total = config.steps * config.images
-    stream = MicroStream(config.seed, total, photos, config.targets)
+    stream = MicroStream(
+        config.seed,
+        total,
+        photos,
+        targets_per_image=config.targets,
+        photo_fraction=config.photo_fraction,
+    )
     loader = DataLoader(
         stream,
         batch_size=config.images,
@@ -336,6 +284,33 @@ def item_batches(
         prefetch_factor=4 if config.workers else None,
     )
     return iter(loader)
+
+
+def photo_datasets(config: TrainMicroConfig) -> list[Dataset]:
+    """Open the training split of each folder of photographs.
+
+    Raises:
+        ValueError: there are not as many weights as folders, or an annotation is wrong.
+        FileNotFoundError: a folder does not exist.
+    """
+    if config.photo_weights and len(config.photo_weights) != len(config.photos):
+        raise ValueError(
+            f"photo_weights has {len(config.photo_weights)} entries for {len(config.photos)} "
+            "folders of photos: pass one each."
+        )
+    datasets = []
+    for root in config.photos:
+        folder = Path(root)
+        instances = (folder / "instances").is_dir()
+        annotated = instances or any(folder.glob("instances_*.json"))
+        if folder.is_dir() and not annotated and "annotations" not in config.dataset_kwargs:
+            raise FileNotFoundError(
+                f"{root}: no folder of photos. It needs instances_train.json (COCO-style), or "
+                "images/ with instances/ (PNG files of instance numbers)."
+            )
+        name, own = ("folder", {"target": "instances"}) if instances else ("coco", {})
+        datasets.append(make_dataset(name, "train", root=root, **own, **config.options_of(name)))
+    return datasets
 
 
 def _single_thread(_: int) -> None:
@@ -368,13 +343,9 @@ def train(config: TrainMicroConfig) -> dict[str, float]:
     check_settings(config)
     device = resolve_device(config.device)
     out = make_folder(config.out)
-    photos: list[Sample] = []
+    photos = None
     if config.photos:
-        from sam_gym.data import make_dataset
-
-        options = config.options_of("coco")
-        dataset = make_dataset("coco", "train", root=config.photos, **options)
-        photos = [dataset[i] for i in range(len(dataset))]
+        photos = PhotoMixer(photo_datasets(config), config.photo_weights or None)
     trainer = MicroTrainer(config, device)
     trainer.resume(out)
     headline = "loss {loss:.3f}  IoU {iou_first:.3f} -> {iou_last:.3f}".format_map

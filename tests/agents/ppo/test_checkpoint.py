@@ -27,6 +27,7 @@ from agents.ppo.checkpoint import (
 )
 from agents.ppo.config import TrainPPOConfig
 from agents.train_ppo import main
+from sam_gym.backbones.spec import FIRST_MICRO
 from sam_gym.utils.training import read_state
 
 Arguments = Callable[..., list[str]]
@@ -198,6 +199,27 @@ def test_a_state_of_another_kind_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no state of numpy's generator: 700"):
         numpy = ("MT19937", np.zeros(624, np.uint32), 700, 0, 0.0)
         _set_rng_state({"python": random.getstate(), "numpy": numpy}, torch.device("cpu"))
+
+
+def test_runs_on_the_first_micro_are_resumed_by_its_present_name(tmp_path: Path) -> None:
+    def options(backbone: str, **more: Any) -> dict[str, Any]:
+        return {"env_config": {"backbone": backbone, "checkpoint": None, **more}}
+
+    check_same_config(options("micro"), options("micro-v0"))
+    for then, now in (("micro-v0", "micro"), ("micro", "vit_b")):
+        with pytest.raises(ValueError, match=f"backbone \\('{then}' then, '{now}' now\\)"):
+            check_same_config(options(then), options(now))
+
+    model = SimpleNamespace(policy=SimpleNamespace(frozen_weights=lambda: {"backbone": "new"}))
+    checkpoint = Checkpoint(tmp_path, {}, 1, SimpleNamespace(venv=None), {})  # type: ignore[arg-type]
+    former = {"settings": options("micro")["env_config"]}  # without weights, by the former name
+    for state in ({"weights": {"backbone": FIRST_MICRO}}, {"settings": former}):
+        with pytest.raises(ValueError, match="now called 'micro-v0'. Pass --backbone micro-v0 to"):
+            checkpoint.restore(model, state)  # type: ignore[arg-type]
+    model.policy.frozen_weights = lambda: {"backbone": FIRST_MICRO}
+    for settings in (former, options("micro-v0"), options("micro", checkpoint="own.pth")):
+        with pytest.raises(ValueError, match="'threads'"):
+            checkpoint.restore(model, {"settings": settings})  # type: ignore[arg-type]
 
 
 def test_a_state_is_read_as_it_was(tmp_path: Path) -> None:

@@ -517,6 +517,15 @@ def test_adapters_of_another_sam_are_refused(
         load_backbone(**{**named, "checkpoint": str(other)}, adapter=path)
 
 
+def test_adapters_of_the_first_micro_say_so(tmp_path: Path) -> None:
+    first = load_backbone("micro-v0", device="cpu")
+    adapter = replace(make_adapter(first), backbone="micro")  # its name then
+    path = str(adapter.save(tmp_path / "a.safetensors"))
+    with pytest.raises(ValueError, match="made for the backbone 'micro-v0', not 'micro': pass"):
+        load_backbone("micro", device="cpu", adapter=path)
+    assert load_backbone("micro-v0", device="cpu", adapter=path).adapter is not None
+
+
 def test_what_does_not_fit_is_refused(named: dict[str, Any], tmp_path: Path) -> None:
     plain = load_backbone(**named)
     adapter = make_adapter(plain, "decoder", "tokens")

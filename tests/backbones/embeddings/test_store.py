@@ -1,10 +1,12 @@
 """The embedding store: encoded once, bounded, pinned, recycled."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
-from sam_gym.backbones import Backbone
+from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.embeddings.store import MAX_HANDLES, EmbeddingStore, shared_store
 from sam_gym.utils.digest import image_digest
 
@@ -43,6 +45,30 @@ def test_gather_gives_the_embeddings_in_order(tiny: Backbone) -> None:
     assert (expected[0] - expected[1]).abs().max() > 1e-2
     found.zero_()
     assert_holds(store, handles[0], 0)
+
+
+@pytest.mark.parametrize("name", ["micro", "micro-v0"])
+def test_fixed_batches_make_features_independent_of_each_other(name: str) -> None:
+    """To the last bit, whatever else is missing, and for registered features too."""
+    backbone = load_backbone(name, device="cpu")
+    found = []
+    for calls in ([[0, 1, 2, 3, 4]], [[5, 6, 0], [1], [4, 2], [3]]):
+        store = EmbeddingStore(backbone, batch_size=4)
+        store.fixed_batches, sizes = True, []
+
+        def brightness(images: Sequence[np.ndarray], sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(len(images))
+            return torch.tensor([[float(image.mean())] for image in images])
+
+        store.register_feature("brightness", brightness)
+        handles = {}
+        for numbers in calls:
+            handles |= dict(zip(numbers, store.acquire([picture(n) for n in numbers]), strict=True))
+        assert set(sizes) == {4} and store.encoded == len(handles)
+        wanted = torch.tensor([handles[number] for number in range(5)])
+        found.append([store.gather(wanted, kind) for kind in ("embedding", "brightness")])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_same_content_is_encoded_once(tiny: Backbone) -> None:

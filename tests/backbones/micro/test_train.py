@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sam_gym.backbones import Prompts, load_backbone
+from sam_gym.backbones import BACKBONES, Prompts, load_backbone
 from sam_gym.backbones.loading import read_weights
 from sam_gym.backbones.micro.model import build_micro
 from sam_gym.backbones.micro.train import (
     MicroTrainer,
     TrainMicroConfig,
+    load_first_decoder,
     mask_losses,
     train,
     true_iou,
@@ -34,7 +35,15 @@ def restore_process() -> Iterator[None]:
 
 def config(out: Path, **more: Any) -> TrainMicroConfig:
     return TrainMicroConfig(
-        out=str(out), steps=2, images=2, targets=2, workers=0, evaluate=2, device="cpu", **more
+        out=str(out),
+        init="random",
+        steps=2,
+        images=2,
+        targets=2,
+        workers=0,
+        evaluate=2,
+        device="cpu",
+        **more,
     )
 
 
@@ -107,7 +116,7 @@ def check_export(path: Path, average: dict[str, torch.Tensor]) -> None:
         backbone.encode([image]), Prompts(torch.full((1, 1, 2), 99.0), torch.ones(1, 1).long())
     )
     assert (
-        logits.shape == (1, 1, 64, 64)
+        logits.shape == (1, 1, 96, 96)
         and torch.isfinite(logits).all()
         and torch.isfinite(iou).all()
     )
@@ -117,15 +126,66 @@ def test_mask_losses_by_hand() -> None:
     """Focal x 8 + Dice of two pixels, one of them on the target, at probability 1/2 and 3/4."""
     logits = torch.tensor([0.0, np.log(3.0)]).reshape(1, 1, 1, 2)
     target = torch.tensor([1.0, 0.0]).reshape(1, 1, 2)
+    counted = torch.ones(1, 1, 2)
     focal = (0.25 * np.log(2) + 0.5625 * np.log(4)) / 2
     dice = 1 - (2 * 0.5 + 1) / (1.25 + 1 + 1)
-    assert mask_losses(logits, target).item() == pytest.approx(8 * focal + dice, rel=1e-6)
+    assert mask_losses(logits, target, counted).item() == pytest.approx(8 * focal + dice, rel=1e-6)
+    # The second pixel does not count.
+    focal = 0.25 * np.log(2) / 2
+    dice = 1 - (2 * 0.5 + 1) / (0.5 + 1 + 1)
+    loss = mask_losses(logits, target, torch.tensor([[[1.0, 0.0]]]))
+    assert loss.item() == pytest.approx(8 * focal + dice, rel=1e-6)
 
 
 def test_true_iou_by_hand() -> None:
     logits = torch.tensor([[[[1.0, 1.0], [-1.0, -1.0]], [[1.0, 1.0], [1.0, 1.0]]]])
     target = torch.tensor([[[1.0, 0.2], [0.7, 0.5]]])
-    assert true_iou(logits, target).tolist() == [[pytest.approx(1 / 3), 0.5]]
+    counted = torch.ones(1, 2, 2)
+    assert true_iou(logits, target, counted).tolist() == [[pytest.approx(1 / 3), 0.5]]
+    counted[0, 0, 1] = 0.0
+    assert true_iou(logits, target, counted).tolist() == [[0.5, pytest.approx(2 / 3)]]
+
+
+def test_the_decoder_starts_from_the_first_micro() -> None:
+    """What has the same shape has the same weights; only layers that know the stride differ."""
+    sam = build_micro()
+    load_first_decoder(sam)
+    known = load_backbone("micro-v0", device="cpu").sam.state_dict()
+    differing = [
+        name
+        for name, value in sam.state_dict().items()
+        if not name.startswith("image_encoder.") and not torch.equal(value, known[name])
+    ]
+    assert differing == [
+        "prompt_encoder.mask_downscaling.3.weight",
+        "mask_decoder.output_upscaling.0.weight",
+    ]
+
+
+def test_folders_of_photos_are_checked_before_work(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for photos, weights, message in (
+        (("missing",), (), "missing: the root folder does not exist"),
+        (("empty",), (), "empty: no folder of photos. It needs instances_train.json .* or images/"),
+        (("empty", "other"), (1.0,), "photo_weights has 1 entries for 2 folders of photos"),
+    ):
+        paths = tuple(str(tmp_path / name) for name in photos)
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            train(config(tmp_path / "out", photos=paths, photo_weights=weights))
+
+
+def test_wrong_initial_weights_and_checkpoints_are_named(tmp_path: Path) -> None:
+    cpu, first = torch.device("cpu"), BACKBONES.get("micro-v0").weights
+    with pytest.raises(FileNotFoundError, match="random, imagenet or a file .* got 'imagnet'"):
+        MicroTrainer(TrainMicroConfig(init="imagnet"), cpu)
+    with pytest.raises(ValueError, match="is for: micro-v0"):
+        MicroTrainer(TrainMicroConfig(init=str(first)), cpu)
+    trainer = MicroTrainer(TrainMicroConfig(init="random", warmup=0), cpu)
+    assert trainer.schedule() == 1.0
+    former = {"step": 3, "sam": load_backbone("micro-v0", device="cpu").sam.state_dict()}
+    torch.save(former, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="checkpoint.pt: a checkpoint of another model .* --out"):
+        trainer.resume(tmp_path)
 
 
 def test_training_starts_from_given_weights(tmp_path: Path, micro_checkpoint: str) -> None:

@@ -1,7 +1,7 @@
 """`domain`: procedural images of very different domains, for continual learning.
 
 Domains differ in appearance, objects and annotation convention. The bundled `micro` was trained on
-`scenes`, and on none of them.
+`scenes` and photographs, and on none of them.
 """
 
 from __future__ import annotations
