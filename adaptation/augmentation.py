@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from sam_gym.data.base import IGNORED
 from sam_gym.metrics.masks import iou
 from sam_gym.utils.lowres import low_res
 
@@ -83,6 +84,13 @@ class Augmentation:
         """Map a mask bool (H, W): bool (S, S)."""
         size = (self.size, self.size)
         return cv2.warpAffine(mask.astype(np.uint8) * 255, self.matrix, size) > 127
+
+    def labels(self, labels: np.ndarray) -> np.ndarray:
+        """Map a label map uint8 (H, W), by the nearest pixel: uint8 (S, S), `IGNORED` outside."""
+        size = (self.size, self.size)
+        return cv2.warpAffine(
+            labels, self.matrix, size, flags=cv2.INTER_NEAREST, borderValue=IGNORED
+        )
 
 
 def low_res_target(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

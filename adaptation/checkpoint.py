@@ -27,7 +27,7 @@ def run_key(strategy: Strategy, config: TrainConfig) -> dict[str, Any]:
     return {
         "method": strategy.name,
         "tune": strategy.context.tune,
-        "domains": {domain.name: bank.train(domain).digest for domain in bank.stream},
+        "domains": {domain.name: strategy.digest(domain) for domain in bank.stream},
         "backbone": bank.backbone.identity,
         "config": settings | {"prompts": list(config.prompts)},
         "method_options": asdict(strategy.options),

@@ -20,6 +20,8 @@ _EXCLUSIVE = (
     *("raw", "learning_rate", "module", "make_optimizer"),
     *("batch", "decode", "masks", "model", "adapter"),
 )
+#: Hooks of methods that do not train on prompted objects, and so stand alone.
+_OF_OTHER_DATA = ("draw", "forward", "score", "digest", "encode", "epochs", "epoch_steps")
 
 
 @dataclass(frozen=True)
@@ -142,11 +144,13 @@ def combined(name: str) -> type[Combined]:
         raise ValueError(f"Method {name!r}: name every method once.")
     leads = [cls for cls in methods if any(_overrides(cls, hook) for hook in _EXCLUSIVE)]
     tunes = tuple(tune for tune in methods[0].tunes if all(tune in cls.tunes for cls in methods))
-    if len(leads) > 1 or not tunes or any(cls.joint or not cls.learns for cls in methods):
+    alone = [cls for cls in methods if cls.joint or not cls.learns]
+    alone += [cls for cls in methods if any(_overrides(cls, hook) for hook in _OF_OTHER_DATA)]
+    if len(leads) > 1 or not tunes or alone:
         raise ValueError(
             f"Method {name!r}: these methods cannot be combined. At most one of them may define "
-            "what is trained, decoded and saved, all must share a tune target, and joint and "
-            "zero_shot stand alone. Combine, for example, ewc+er or lwf+er."
+            "what is trained, decoded and saved, all must share a tune target, and joint, "
+            "zero_shot and semantic stand alone. Combine, for example, ewc+er or lwf+er."
         )
     lead = (leads or methods)[0]
     default = lead.default_tune if lead.default_tune in tunes else tunes[0]

@@ -1,5 +1,7 @@
 """Evaluate an adapter and its pretrained SAM on the held-out objects of domains.
 
+A semantic head is evaluated on the label maps of the domains instead.
+
 python -m adaptation.evaluate --adapter runs/adaptation/moda-decoder-0/adapter.safetensors
 python -m adaptation.evaluate --adapter PATH --data FOLDER1 FOLDER2 --prompts box clicks5
 """
@@ -13,11 +15,11 @@ from typing import Any, Literal
 
 import tyro
 
-from adaptation.evaluation import score
+from adaptation.evaluation import Scores, score, score_labels
 from adaptation.features import FeatureBank
 from adaptation.options import ModelOptions, PromptName, StreamOptions
 from sam_gym.backbones import load_backbone
-from sam_gym.backbones.adapters.adapter import Adapter
+from sam_gym.backbones.loading import read_adapter
 from sam_gym.utils import cli
 from sam_gym.utils.files import output_file, write_json
 from sam_gym.utils.progress import track
@@ -59,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     if not options.prompts:
         raise ValueError("--prompts is empty: name at least one of box, click, clicks5.")
     out = None if options.out is None else output_file(options.out, options.overwrite)
-    adapter = Adapter.load(Path(options.adapter).expanduser())
+    adapter = read_adapter(Path(options.adapter).expanduser())
     backbone = load_backbone(**options.model.arguments)
     model, plain = backbone.adapted_model(adapter, options.adapter), backbone.pretrained
     stream = options.stream.open()
@@ -72,14 +74,19 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for domain in track(domains, "evaluating", transient=True):
         own = results.setdefault(domain.name, {})
+        if model.segmenter is not None:
+            scores = score_labels(model, bank, domain, split)
+            own["class"] = _in_percent("adapted", scores) | {"classes": len(scores.iou)}
+            continue
         for prompt in options.prompts:
-            numbers = {}
+            numbers: dict[str, float] = {}
             for name, which in (("zero_shot", plain), ("adapted", model)):
                 scores = score(which, bank, domain, prompt, split)
-                numbers[f"{name}_iou"] = round(100 * float(scores.iou.mean()), 2)
-                numbers[f"{name}_biou"] = round(100 * float(scores.biou.mean()), 2)
+                numbers |= _in_percent(name, scores)
             own[prompt] = numbers | {"objects": len(scores.iou)}
     columns = ["zero_shot_iou", "adapted_iou", "zero_shot_biou", "adapted_biou", "objects"]
+    if model.segmenter is not None:
+        columns = ["adapted_iou", "adapted_biou", "classes"]
     rows = [
         [name, prompt, *(str(numbers[column]) for column in columns)]
         for name, prompts in results.items()
@@ -90,6 +97,11 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     if out is not None:
         write_json(out, results)
     return results
+
+
+def _in_percent(name: str, scores: Scores) -> dict[str, float]:
+    means = {"iou": scores.iou.mean(), "biou": scores.biou.mean()}
+    return {f"{name}_{measure}": round(100 * float(x), 2) for measure, x in means.items()}
 
 
 if __name__ == "__main__":

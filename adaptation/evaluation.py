@@ -13,8 +13,10 @@ from adaptation.features import FeatureBank, Objects
 from sam_gym.backbones import Backbone, Prompts
 from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.data.base import class_names
 from sam_gym.data.streams import Domain
 from sam_gym.metrics.masks import boundary, boundary_iou, iou
+from sam_gym.metrics.semantic import SemanticMetric
 from sam_gym.simulation.interactive import Target, click_out
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.transfer import to_device
@@ -22,6 +24,8 @@ from sam_gym.utils.transfer import to_device
 #: Prompt name -> clicks of the standard rule; 0: the ground-truth box.
 PROMPTS = {"box": 0, "click": 1, "clicks5": 5}
 _CHUNK = 64
+#: Images whose pixels are classified together.
+_LABELLED = 8
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class Scores:
     """Scores of a model on the held-out objects of a domain.
 
     Attributes:
-        iou: float64 (P,), IoU of each object at the size of its image.
-        biou: float64 (P,), boundary IoU of each object.
+        iou: float64 (P,), IoU of each object, or class, at the size of its image.
+        biou: float64 (P,), boundary IoU of each.
         routed: fraction of the images routed to the expert of their own domain; None without a
             router, or if the domain has no expert.
         masks: bool (H, W) of each object, if requested.
@@ -84,6 +88,42 @@ def score(
             if keep_masks:
                 masks.append(mask)
     return Scores(np.array(ious), np.array(boundaries), images.well_routed(), tuple(masks))
+
+
+@torch.no_grad()
+def score_labels(model: Model, bank: FeatureBank, domain: Domain, split: str) -> Scores:
+    """Classify the pixels of the held-out images of a domain, and compare with their label maps.
+
+    Args:
+        model: with a semantic head.
+        bank: the bank of the stream.
+        domain: one of the stream's, or another that the bank can read.
+        split: "val" or "test".
+
+    Returns:
+        IoU and boundary IoU of each class that is there or was predicted.
+
+    Raises:
+        ValueError: the domain has other classes than the head.
+    """
+    dataset, backbone = domain.split(split), bank.backbone.with_model(model)
+    names = class_names(dataset)
+    if names != backbone.semantic_classes:
+        raise ValueError(
+            f"{dataset.name} has the classes {', '.join(names)}; the semantic head knows "
+            f"{', '.join(backbone.semantic_classes)}."
+        )
+    images, metric = bank.labelled(domain, split), SemanticMetric(names)
+    assert model.segmenter is not None
+    for first in range(0, len(images.images), _LABELLED):
+        index = np.arange(first, min(first + _LABELLED, len(images.images)))
+        raw = bank.labelled_features(images, model.segmenter.kind, index)
+        for k, logits in zip(index.tolist(), backbone.segment_logits(raw), strict=True):
+            truth = images.labels[k]
+            metric.update(backbone.labels_at(logits, (truth.shape[0], truth.shape[1])), truth)
+    ious, boundaries = metric.class_iou, metric.boundary_iou
+    assert boundaries is not None
+    return Scores(ious[~np.isnan(ious)], boundaries[~np.isnan(boundaries)])
 
 
 class _Features:

@@ -107,6 +107,25 @@ class Objects:
     boxes: np.ndarray
 
 
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with label maps. Arrays are read when needed.
+
+    Attributes:
+        images: uint8 (H, W, 3) each; of training images, their augmentations, one image after the
+            other, in a frame of the model or of a multiple of its side.
+        digests: `image_digest` of each.
+        labels: uint8 label map of each: of training images (S, S), in the frame of the model, of
+            others (H, W).
+        digest: of all images and label maps; "" for held-out ones.
+    """
+
+    images: Sequence[np.ndarray]
+    digests: list[bytes]
+    labels: Sequence[np.ndarray] | CompressedArrays
+    digest: str = ""
+
+
 class FeatureBank:
     """Training images, held-out objects and their features, for all domains of a stream.
 
@@ -146,6 +165,7 @@ class FeatureBank:
         # Keyed by the identity of the domain (names may repeat) and the split.
         self._train_images: dict[int, AugmentedImages] = {}
         self._objects: dict[tuple[int, str], Objects] = {}
+        self._labelled: dict[tuple[int, str, int], LabelledImages] = {}
         self._samples: dict[tuple[int, str], SampleCache] = {}
         self._encoded: set[tuple[int, str, str]] = set()
         self._stores: dict[str, EmbeddingStore] = {}
@@ -170,6 +190,30 @@ class FeatureBank:
             self._objects[key] = self._held_out(domain, split)
         return self._objects[key]
 
+    def labelled(self, domain: Domain, split: str, scale: int = 1) -> LabelledImages:
+        """The images of a split with label maps; of "train", their augmentations.
+
+        Args:
+            domain: one of the stream's, or another one.
+            split: "train" for augmented images.
+            scale: side of the frames of augmented images, in frames of the model.
+        """
+        key = id(domain), split, scale
+        if key not in self._labelled:
+            if split == "train":
+                self._labelled[key] = self._augment_labelled(domain, scale)
+            else:
+                self._labelled[key] = self._held_out_labelled(domain, split)
+        return self._labelled[key]
+
+    def count(self, domain: Domain, split: str) -> int:
+        """Number of images of a split that are used."""
+        dataset = domain.split(split)
+        count = len(dataset) if self.max_images is None else min(len(dataset), self.max_images)
+        if count > _ENDLESS:
+            raise ValueError(f"{dataset.name} is endless: pass --max-images (max_images=).")
+        return count
+
     def _images(self, domain: Domain, split: str) -> tuple[Sequence[np.ndarray], list[bytes]]:
         """The augmented images of a domain or the images of another split, and their digests."""
         if split == "train":
@@ -189,11 +233,7 @@ class FeatureBank:
         return self._samples[key][index]
 
     def _read(self, domain: Domain, split: str) -> Iterator[tuple[int, Sample]]:
-        dataset = domain.split(split)
-        count = len(dataset) if self.max_images is None else min(len(dataset), self.max_images)
-        if count > _ENDLESS:
-            raise ValueError(f"{dataset.name} is endless: pass --max-images (max_images=).")
-        for number in range(count):
+        for number in range(self.count(domain, split)):
             yield number, self._sample(domain, split, number)
 
     def _rng(self, *words: object) -> np.random.Generator:
@@ -201,11 +241,11 @@ class FeatureBank:
         return np.random.default_rng([self.seed, *text])
 
     def _augmented(
-        self, domain: Domain, number: int, copy: int, sample: Sample
+        self, domain: Domain, number: int, copy: int, sample: Sample, scale: int = 1
     ) -> tuple[Augmentation, np.random.Generator]:
         """An augmentation of a training image, and the generator that it was drawn with."""
         rng = self._rng("view", domain.name, number, copy)
-        size, image_size = self.backbone.image_size, sample.image.shape[:2]
+        size, image_size = scale * self.backbone.image_size, sample.image.shape[:2]
         squash = self.backbone.squashes
         return Augmentation.draw(rng, image_size, size, plain=copy == 0, squash=squash), rng
 
@@ -300,6 +340,53 @@ class FeatureBank:
             np.array(boxes, np.float32),
         )
 
+    def _augment_labelled(self, domain: Domain, scale: int) -> LabelledImages:
+        digests: list[bytes] = []
+        content = hashlib.sha256()
+        background = len(domain.split("train").categories)
+
+        def compressed() -> Iterator[np.ndarray]:
+            for number, sample in self._read(domain, "train"):
+                truth = sample.label_map(background)
+                for copy in range(self.augmentations):
+                    own = self._augmented(domain, number, copy, sample)[0].labels(truth)
+                    frame = self._frame(domain, number, copy, sample, scale)
+                    digests.append(image_digest(frame))
+                    content.update(digests[-1])
+                    content.update(own.data)
+                    yield own
+
+        labels = CompressedArrays(compressed())
+
+        def frame_of(index: int) -> np.ndarray:
+            number, copy = divmod(index, self.augmentations)
+            return self._frame(domain, number, copy, self._sample(domain, "train", number), scale)
+
+        frames = LazySequence(len(digests), frame_of)
+        return LabelledImages(frames, digests, labels, content.hexdigest()[:16])
+
+    def _frame(
+        self, domain: Domain, number: int, copy: int, sample: Sample, scale: int
+    ) -> np.ndarray:
+        return self._augmented(domain, number, copy, sample, scale)[0].frame(sample.image)
+
+    def _held_out_labelled(self, domain: Domain, split: str) -> LabelledImages:
+        background = len(domain.split(split).categories)
+        digests = [
+            sample.digest or image_digest(sample.image) for _, sample in self._read(domain, split)
+        ]
+
+        def image_of(index: int) -> np.ndarray:
+            return self._sample(domain, split, index).image
+
+        def labels_of(index: int) -> np.ndarray:
+            return self._sample(domain, split, index).label_map(background)
+
+        count = len(digests)
+        return LabelledImages(
+            LazySequence(count, image_of), digests, LazySequence(count, labels_of)
+        )
+
     # Features ----------------------------------------------------------------------------------
 
     def pixels(self, domain: Domain, split: str, index: Sequence[int] | np.ndarray) -> Tensor:
@@ -321,10 +408,7 @@ class FeatureBank:
         if kind == "pixels":
             return ImageFeatures({"pixels": self.pixels(domain, split, index)})
         self.encode(domain, split, kind)
-        size = min(_ENCODE, self._store(kind).capacity)
-        index = np.asarray(index)
-        parts = np.split(index, range(size, len(index), size))
-        return ImageFeatures.cat([self._gather(domain, split, kind, part) for part in parts])
+        return self._gather_all(*self._images(domain, split), kind, np.asarray(index))
 
     def encode(self, domain: Domain, split: str, kind: str) -> None:
         """Encode the images of a split, unless they are encoded; `raw` calls this when needed."""
@@ -332,13 +416,42 @@ class FeatureBank:
         if kind == "pixels" or key in self._encoded:
             return
         self._encoded.add(key)
-        size = min(_ENCODE, self._store(kind).capacity)
-        everything = np.arange(len(self._images(domain, split)[0]))
-        for part in np.split(everything, range(size, len(everything), size)):
-            self._gather(domain, split, kind, part)
+        images, digests = self._images(domain, split)
+        for part in self._parts(kind, np.arange(len(images))):
+            self._gather(images, digests, kind, part)
 
-    def _gather(self, domain: Domain, split: str, kind: str, index: np.ndarray) -> ImageFeatures:
-        store, (images, digests) = self._store(kind), self._images(domain, split)
+    def labelled_features(
+        self, images: LabelledImages, kind: str, index: Sequence[int] | np.ndarray
+    ) -> ImageFeatures:
+        """`raw_features` of some labelled images.
+
+        Args:
+            images: of `labelled`.
+            kind: of `raw_features`, but not "pixels".
+            index: of B images.
+        """
+        return self._gather_all(images.images, images.digests, kind, np.asarray(index))
+
+    def encode_labelled(self, images: LabelledImages, kind: str) -> None:
+        """Encode labelled images, unless they are encoded."""
+        for part in self._parts(kind, np.arange(len(images.images))):
+            self._gather(images.images, images.digests, kind, part)
+
+    def _parts(self, kind: str, index: np.ndarray) -> list[np.ndarray]:
+        """Split indices into those of one call."""
+        size = min(_ENCODE, self._store(kind).capacity)
+        return np.split(index, range(size, len(index), size))
+
+    def _gather_all(
+        self, images: Sequence[np.ndarray], digests: list[bytes], kind: str, index: np.ndarray
+    ) -> ImageFeatures:
+        parts = self._parts(kind, index)
+        return ImageFeatures.cat([self._gather(images, digests, kind, part) for part in parts])
+
+    def _gather(
+        self, images: Sequence[np.ndarray], digests: list[bytes], kind: str, index: np.ndarray
+    ) -> ImageFeatures:
+        store = self._store(kind)
         chosen = LazySequence(len(index), lambda k: images[int(index[k])])
         handles = store.acquire(chosen, [digests[k] for k in index])
         try:

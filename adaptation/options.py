@@ -18,20 +18,24 @@ from sam_gym.utils.settings import Count, Positive, Seed, check_settings
 PromptName = Literal["box", "click", "clicks5"]
 
 
+#: Optimizer steps per domain of a method that does not count epochs.
+DEFAULT_STEPS = 60
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of the training, the same for every method."""
 
-    steps: Count = 60
-    """Optimizer steps per domain."""
-    batch_size: Count = 16
-    """Objects per step, over all processes."""
+    steps: Count | None = None
+    """Optimizer steps per domain (None: 60; semantic: of its epochs)."""
+    batch_size: Count | None = None
+    """Objects per step, over all processes (None: 16; semantic: 2 images)."""
     objects_per_augmentation: Annotated[Count, tyro.conf.arg(aliases=("--objects-per-view",))] = 1
     """Objects drawn from each augmented image of a step. If the encoder is tuned (sam_adapter,
     lora), more objects per image mean fewer images to encode."""
     learning_rate: Positive | None = None
     """Initial learning rate, which falls to a tenth over a domain along a cosine (None: by tune
-    target: decoder and sam_adapter 3e-4, hq and prompts 1e-3, hq_small 2e-3, LoRA 3e-3)."""
+    target: decoder and sam_adapter 3e-4, hq, prompts and head 1e-3, hq_small 2e-3, LoRA 3e-3)."""
     augmentations: Annotated[Count, tyro.conf.arg(aliases=("--views",))] = 4
     """Augmentations per training image: the image itself, then flipped and scaled copies."""
     objects_per_image: Count = 8
@@ -39,13 +43,13 @@ class TrainConfig:
     max_images: Count | None = None
     """Maximum number of images per split (None: all)."""
     prompts: tuple[PromptName, ...] = ("box",)
-    """Prompts that held-out objects are evaluated with."""
+    """Prompts that held-out objects are evaluated with (semantic takes none)."""
     split: Literal["val", "test"] | None = None
     """Split to evaluate on (None: test, or val if there is none, as in coco). Tune on val."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Precision of training; --dtype is that of the frozen encoder."""
     checkpoint_every: Count = 200
-    """Steps between checkpoints. A checkpoint is also written after each domain."""
+    """Steps between checkpoints. A checkpoint is also written after each domain and epoch."""
     memory_gib: Positive = 8.0
     """Memory for samples and features, in GiB. Features that do not fit are kept in files."""
     disk: str | None = None

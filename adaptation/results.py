@@ -24,9 +24,10 @@ class RunResult:
     Attributes:
         method, tune: names.
         domains: names, in the order of learning.
-        scores: prompt -> measure ("iou", "biou") -> matrix of stages by domains, in %. A
-            method that learns all domains at once, or nothing, has one stage.
-        zero_shot: prompt -> measure -> scores of the pretrained SAM, (domains,).
+        scores: prompt, or another evaluation -> measure ("iou", "biou") -> matrix of stages by
+            domains, in %. A method that learns all domains at once, or nothing, has one stage.
+        zero_shot: prompt -> measure -> scores of the pretrained SAM, (domains,); none for
+            evaluations that it cannot pass.
         retention: prompt -> IoU on the retention set after the last stage, in %, if there is one.
         routed: fraction of held-out images routed to their own expert after the last stage, mean
             over domains; None without a router.
@@ -73,8 +74,10 @@ class RunResult:
             numbers[f"last_{measure}"] = last
             numbers[f"avg_{measure}"] = metrics.average(matrix) if stages else None
             numbers[f"ff_{measure}"] = metrics.forgetting(matrix) if stages else None
-            before = self.zero_shot[prompt][measure]
-            transfer = metrics.forward_transfer(matrix, before) if stages else None
+            before = self.zero_shot.get(prompt, {}).get(measure)
+            transfer = (
+                metrics.forward_transfer(matrix, before) if stages and before is not None else None
+            )
             numbers[f"forward_{measure}"] = transfer
         if prompt in self.retention:
             numbers["retention_iou"] = self.retention[prompt]

@@ -13,6 +13,7 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
+from adaptation.evaluation import Scores, score
 from adaptation.features import FeatureBank, Pool
 from adaptation.losses import MaskLoss, mask_loss
 from adaptation.objects import BatchTargets
@@ -21,6 +22,7 @@ from sam_gym.backbones.adapters.model import Model, embed
 from sam_gym.backbones.adapters.tuning import TUNINGS, bytes_of, trainable, tuned_weights
 from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.data.streams import Domain
 from sam_gym.utils.registry import Registry, unknown_name
 from sam_gym.utils.settings import check_settings
 
@@ -74,6 +76,26 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A training step, whose batch depends on these numbers only.
+
+    Attributes:
+        seed: of the run.
+        stage: number of the stage.
+        number: of the step in the stage, from 0.
+        batch_size: objects or images over all processes.
+        rank, world: number of this process, and of processes, among which a batch is divided.
+    """
+
+    seed: int
+    stage: int
+    number: int
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True)
 class NoOptions:
     """Options of a method without any."""
 
@@ -84,7 +106,7 @@ class StrategyContext:
 
     Attributes:
         bank: augmented images and features of the stream.
-        tune: key of `TUNINGS`, or "prompts".
+        tune: key of `TUNINGS`, "prompts" or "head".
         options: an instance of the strategy's `Options`; None: its defaults.
         seed: seed of all random choices.
     """
@@ -129,7 +151,7 @@ class Strategy:
 
     #: The method's options: a frozen dataclass with a docstring below each field.
     Options: ClassVar[type[Any]] = NoOptions
-    #: Tune targets that the method supports; "prompts" stands for no part of the SAM.
+    #: Tune targets that the method supports; "prompts" and "head" stand for no part of the SAM.
     tunes: ClassVar[tuple[str, ...]] = TUNINGS.names()
     #: Default tune target.
     default_tune: ClassVar[str] = "decoder"
@@ -137,6 +159,10 @@ class Strategy:
     joint: ClassVar[bool] = False
     #: Whether the method trains.
     learns: ClassVar[bool] = True
+    #: Names of its evaluations; None: the prompts of `TrainConfig`.
+    evaluations: ClassVar[tuple[str, ...] | None] = None
+    #: Objects or images per step, unless `TrainConfig.batch_size` is given.
+    default_batch_size: ClassVar[int] = 16
     #: Name in `STRATEGIES`, set by the registration.
     name: ClassVar[str] = ""
 
@@ -178,6 +204,23 @@ class Strategy:
         """The module that is trained in the current domain."""
         return self.sam
 
+    @property
+    def epochs(self) -> int:
+        """Number of epochs of a domain; 0: the training is counted in steps."""
+        return 0
+
+    def epoch_steps(self, task: int, batch_size: int) -> int:
+        """Return the number of steps of an epoch of a domain, if there are epochs."""
+        raise NotImplementedError
+
+    def digest(self, domain: Domain) -> str:
+        """Return the digest of a domain's training data."""
+        return self.context.bank.train(domain).digest
+
+    def encode(self, domain: Domain) -> None:
+        """Compute features of a domain's training data that are missing."""
+        self.context.bank.encode(domain, "train", self.raw)
+
     def before_task(self, task: int) -> None:
         """Prepare to train on a domain. Call `super().before_task(task)`."""
         self.task = task
@@ -190,12 +233,24 @@ class Strategy:
         """Images of past domains; each step draws as many objects from them as from the domain."""
         return []
 
+    def draw(self, step: Step) -> Any:
+        """Draw the batch of a step, for `forward`.
+
+        None: objects with their prompts, a `Batch`, see `adaptation.steps.draw_objects`.
+        """
+        return None
+
     def batch(self, objects: BatchTargets, seeds: np.ndarray) -> Batch | None:
         """Choose the prompts of P objects, each by its own seed, int64 (P,).
 
         None: box, points or noisy mask, see `adaptation.prompting.training_prompts`.
         """
         return None
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Compute the loss of a batch, and the mean IoU of what is predicted."""
+        masks = self.masks(batch, self.decode(batch))
+        return masks.total + self.loss(batch, masks), masks.ious.mean()
 
     def decode(self, batch: Batch) -> MaskTokens:
         """Decode the prompts of a batch with the module that is trained."""
@@ -224,6 +279,10 @@ class Strategy:
     def model(self) -> Model:
         """Build the model for inference."""
         return Model(self.sam, self.raw)
+
+    def score(self, model: Model, domain: Domain, evaluation: str, split: str) -> Scores:
+        """Evaluate a model on a held-out split of a domain, by one of the evaluations."""
+        return score(model, self.context.bank, domain, evaluation, split)
 
     def adapter(self) -> Adapter:
         """Build the content of the adapter file."""
@@ -271,7 +330,10 @@ HOOKS = tuple(
     if not name.startswith("_") and (callable(value) or isinstance(value, property))
     if name not in ("Options", "trained")
 )
-_ATTRIBUTES = ("Options", "tunes", "default_tune", "joint", "learns", "name")
+_ATTRIBUTES = (
+    *("Options", "tunes", "default_tune", "joint", "learns", "name"),
+    *("evaluations", "default_batch_size"),
+)
 
 
 def check_hooks(cls: type[Strategy]) -> None:

@@ -36,10 +36,12 @@ def method_help() -> str:
     """Return the help text of `--method`: the registered methods, by what they learn."""
     learning = {name: own for name, own in STRATEGIES.items() if own.learns}
     objects = [name for name, own in learning.items() if issubclass(own, Saom)]
-    domains = [name for name in learning if name not in objects]
+    pixels = [name for name, own in learning.items() if own.evaluations is not None]
+    domains = [name for name in learning if name not in (*objects, *pixels)]
     return (
         f"Method: {', '.join(domains)} (domains); {', '.join(objects)} (whole objects, with "
-        "--stream rooms or another dataset). A plus sign combines methods: ewc+er. "
+        f"--stream rooms or another dataset); {', '.join(pixels)} (the class of every pixel). "
+        "A plus sign combines methods: ewc+er. "
         "`--method NAME --help` lists the method's own options."
     )
 
@@ -123,8 +125,9 @@ def print_result(result: RunResult) -> None:
         matrix = np.array(result.scores[prompt]["iou"])
         for number, name in enumerate(result.domains):
             learned = f"{matrix[number, number]:.1f}" if len(matrix) == len(result.domains) else ""
-            before = result.zero_shot[prompt]["iou"][number]
-            rows.append([name, f"{before:.1f}", learned, f"{matrix[-1, number]:.1f}"])
+            before = result.zero_shot.get(prompt, {}).get("iou")
+            zero_shot = "" if before is None else f"{before[number]:.1f}"
+            rows.append([name, zero_shot, learned, f"{matrix[-1, number]:.1f}"])
         title = f"{result.method} ({result.tune}), IoU by {prompt} on {result.split}, in %"
         cli.print_table(title, ("domain", "zero-shot", "just learned", "in the end"), rows)
         numbers = result.summary(prompt)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +19,10 @@ import adaptation.strategies  # noqa: F401  (registers the methods)
 from adaptation.checkpoint import load_checkpoint, run_key
 from adaptation.evaluation import PROMPTS, narrow_fraction, score
 from adaptation.features import FeatureBank
-from adaptation.objects import ObjectIndices
-from adaptation.options import TrainConfig
+from adaptation.options import DEFAULT_STEPS, TrainConfig
 from adaptation.results import MEASURES, RunResult, folder_name
-from adaptation.steps import Learner, make_batch
-from adaptation.strategy import STRATEGIES, Strategy, StrategyContext
+from adaptation.steps import Learner, draw_objects
+from adaptation.strategy import STRATEGIES, Step, Strategy, StrategyContext
 from adaptation.streams import find_stream
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.adapters.model import Model
@@ -47,7 +45,8 @@ _BANK_SETTINGS = "augmentations objects_per_image max_images seed memory_gib dis
 #: Files that a run writes into its folder; the command line adds heat maps.
 _WRITTEN = (
     *("run.json", "adapter.safetensors", "checkpoint.pt", "tensorboard/events.out.tfevents.*"),
-    *(f"{prompt}.png" for prompt in PROMPTS),
+    *(f"{evaluation}.png" for evaluation in (*PROMPTS, "class")),
+    "epoch_*.safetensors",
 )
 
 
@@ -82,10 +81,7 @@ class Trainer:
         self.retention, self.progress = retention, progress
         device = self.backbone.device
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.config.batch_size % world:
-            raise ValueError(
-                f"batch_size {self.config.batch_size} does not divide among {world} processes."
-            )
+        check_divides(self.config.batch_size or world, world)
         self.fabric = _fabric()(
             accelerator="cpu" if device.type == "cpu" else device.type,
             devices=1 if world == 1 else "auto" if device.type == "cuda" else world,
@@ -152,11 +148,17 @@ def _fabric() -> type[Fabric]:
     return Fabric
 
 
+def check_divides(batch_size: int, world: int) -> None:
+    """Raise `ValueError` unless a batch divides among processes."""
+    if batch_size % world:
+        raise ValueError(f"batch_size {batch_size} does not divide among {world} processes.")
+
+
 def check_tune(strategy: str, tune: str) -> None:
     """Raise `ValueError` unless a method supports a tune target."""
     method = STRATEGIES.get(strategy)
     if tune not in method.tunes:
-        if tune in TUNINGS.names() or tune == "prompts":
+        if tune in (*TUNINGS.names(), "prompts", "head"):
             raise ValueError(
                 f"Method {strategy!r} does not go with tune={tune!r}: it tunes "
                 f"{', '.join(method.tunes)}."
@@ -172,7 +174,13 @@ class _Fit:
         self.bank = strategy.context.bank
         self.stream = self.bank.stream
         split = trainer.config.split or self.stream.held_out_split
-        self.config = replace(trainer.config, split=split)
+        own = trainer.config
+        steps = own.steps or (None if strategy.epochs else DEFAULT_STEPS)
+        batch_size = own.batch_size or strategy.default_batch_size
+        check_divides(batch_size, self.fabric.world_size)
+        self.batch_size: int = batch_size
+        self.config = replace(own, split=split, steps=steps, batch_size=batch_size)
+        self.evaluations = strategy.evaluations or own.prompts
         self.split: str = split
         self.result = RunResult(
             strategy.name,
@@ -182,6 +190,11 @@ class _Fit:
             split=split,
         )
         retention = trainer.retention
+        if retention is not None and strategy.evaluations is not None:
+            raise ValueError(
+                f"Method {strategy.name!r} has no retention set: leave --retention (retention=) "
+                "out."
+            )
         for domain in self.stream:
             if retention is None:
                 break
@@ -199,12 +212,23 @@ class _Fit:
     def stages(self) -> int:
         return 1 if self.strategy.joint or not self.strategy.learns else len(self.stream)
 
+    @functools.cached_property
+    def stage_steps(self) -> list[int]:
+        """Steps of each stage."""
+        strategy, steps = self.strategy, self.config.steps
+        if not strategy.learns:
+            return [0] * self.stages
+        if steps is None:
+            return [strategy.epochs * self._epoch_steps(stage) for stage in range(self.stages)]
+        return [steps * (len(self.stream) if strategy.joint else 1)] * self.stages
+
     @property
     def steps(self) -> int:
-        """Steps of a stage."""
-        if not self.strategy.learns:
-            return 0
-        return self.config.steps * (len(self.stream) if self.strategy.joint else 1)
+        """Steps of the current stage."""
+        return self.stage_steps[self.stage]
+
+    def _epoch_steps(self, stage: int) -> int:
+        return self.strategy.epoch_steps(stage, self.batch_size)
 
     @property
     def learning_rate(self) -> float:
@@ -222,7 +246,7 @@ class _Fit:
         self._open_log()
         self._evaluate_zero_shot()
         with self._progress() as advance:
-            advance(self.stage * self.steps + self.step)
+            advance(self._global_step)
             while self.stage < self.stages:
                 self._learn(advance)
                 self._evaluate()
@@ -236,7 +260,7 @@ class _Fit:
         """Show a progress bar over all steps; yields a function that advances it."""
         shown = self.trainer.progress and self.fabric.is_global_zero
         with ProgressBar(disable=not shown, transient=True) as progress:
-            task = progress.add_task(self.result.method, total=self.stages * self.steps)
+            task = progress.add_task(self.result.method, total=sum(self.stage_steps))
 
             def advance(count: int) -> None:
                 domain = self.stream.names[min(self.stage, len(self.stream) - 1)]
@@ -257,7 +281,7 @@ class _Fit:
             self.result.trainable = sum(w.numel() for w in strategy.trained().values())
         # Compute missing features here, outside of the timed part.
         for domain in self._domains():
-            self.bank.encode(domain, "train", strategy.raw)
+            strategy.encode(domain)
         learner = Learner(strategy)
         optimizer = strategy.make_optimizer(list(strategy.trained().values()), self.learning_rate)
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -272,7 +296,10 @@ class _Fit:
             advance(1)
             self._record("train/loss", loss)
             self._record("train/iou", iou)
-            if self.step % self.config.checkpoint_every == 0 and self.step < self.steps:
+            epoch = strategy.epochs > 0 and self.step % self._epoch_steps(self.stage) == 0
+            if epoch:
+                self._save_epoch()
+            if (epoch or self.step % self.config.checkpoint_every == 0) and self.step < self.steps:
                 self._optimizer_state = optimizer.state_dict()
                 self._save()
         started = time.perf_counter()
@@ -286,19 +313,11 @@ class _Fit:
     def _step(self, learner: Any, optimizer: Any, rates: list[float]) -> tuple[float, float]:
         """Take an optimizer step. The batch depends on seed, stage and step only."""
         config, strategy, fabric = self.config, self.strategy, self.fabric
-        rng = np.random.default_rng([config.seed, 3, self.stage, self.step])
-        tasks = range(len(self.stream)) if strategy.joint else [self.stage]
-        drawn = [
-            ObjectIndices.draw(rng, config.batch_size, pools, config.objects_per_augmentation)
-            for pools in ([self.bank.pool(task) for task in tasks], strategy.replayed())
-            if pools
-        ]
-        rank, world = fabric.global_rank, fabric.world_size
-        # One row of seeds for objects of the domain, another for replayed ones.
-        seeds = rng.integers(2**63, size=(2, world, config.batch_size // world))[:, rank]
-        own = functools.reduce(operator.add, (indices.part(rank, world) for indices in drawn))
-        used = seeds[: len(drawn)].ravel()
-        batch = make_batch(self.bank, own, strategy.raw, used, strategy.batch)
+        places = (self.stage, self.step, self.batch_size, fabric.global_rank, fabric.world_size)
+        step = Step(config.seed, *places)
+        batch = strategy.draw(step)
+        if batch is None:
+            batch = draw_objects(strategy, step, config.objects_per_augmentation)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * falling(self.step / self.steps)
         loss, overlap = learner(lambda: batch)
@@ -320,7 +339,7 @@ class _Fit:
     # Evaluation --------------------------------------------------------------------------------
 
     def _evaluate_zero_shot(self) -> None:
-        if not self.result.zero_shot:
+        if not self.result.zero_shot and self.strategy.evaluations is None:
             pretrained = self.trainer.backbone.pretrained
             for prompt in self.config.prompts:
                 self.result.zero_shot[prompt], _ = self._scores(pretrained, prompt)
@@ -333,7 +352,7 @@ class _Fit:
         row: dict[str, list[float]] = {measure: [] for measure in MEASURES}
         routed = []
         for domain in self.stream:
-            scores = score(model, self.bank, domain, prompt, self.split)
+            scores = self.strategy.score(model, domain, prompt, self.split)
             for measure in MEASURES:
                 row[measure].append(100 * float(getattr(scores, measure).mean()))
             if scores.routed is not None:
@@ -343,7 +362,7 @@ class _Fit:
     def _evaluate(self) -> None:
         """Evaluate all domains after a stage."""
         result, model = self.result, self.strategy.model()
-        for prompt in self.config.prompts:
+        for prompt in self.evaluations:
             row, routed = self._scores(model, prompt)
             for measure in MEASURES:
                 rows = result.scores.setdefault(prompt, {}).setdefault(measure, [])
@@ -403,11 +422,17 @@ class _Fit:
 
     @property
     def _global_step(self) -> int:
-        return self.stage * self.steps + self.step
+        return sum(self.stage_steps[: self.stage]) + self.step
 
     def _record(self, name: str, value: float) -> None:
         if self._log is not None:
             self._log.add_scalar(name, value, self._global_step)
+
+    def _save_epoch(self) -> None:
+        """Write the adapter of an epoch."""
+        if self._folder is not None and self.fabric.is_global_zero:
+            number = self.stage * self.strategy.epochs + self.step // self._epoch_steps(self.stage)
+            self.strategy.adapter().save(self._folder / f"epoch_{number}.safetensors")
 
     def _save(self) -> None:
         path = self._checkpoint

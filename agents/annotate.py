@@ -1,7 +1,8 @@
-"""Annotate a folder of images with a trained agent, or with everything mode.
+"""Annotate a folder of images with a trained agent, everything mode or a semantic head.
 
 python -m agents.annotate --policy explicit --images PHOTOS --categories star,ring
 python -m agents.annotate --everything --images PHOTOS
+python -m agents.annotate --semantic --adapter ADAPTER --images PHOTOS
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from sam_gym.data.base import split_names
 from sam_gym.utils import cli
 from sam_gym.utils.settings import check_settings
 
-#: The option that selects everything mode instead of an agent.
-EVERYTHING = "--everything"
+#: The options that select everything mode or a semantic head instead of an agent.
+EVERYTHING, SEMANTIC = "--everything", "--semantic"
 
 
 def annotate(config: AnnotateConfig) -> dict[str, Any]:
@@ -48,6 +49,10 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         from agents.annotation import everything
 
         return everything.main([arg for arg in args if arg != EVERYTHING])
+    if SEMANTIC in args:
+        from agents.annotation import semantic
+
+        return semantic.main([arg for arg in args if arg != SEMANTIC])
     return annotate(cli.parse(AnnotateConfig, "python -m agents.annotate", args))
 
 

@@ -220,6 +220,21 @@ class Predictor:
                     arrays[image] = arrays[image][0]
         return result
 
+    def segment(self) -> list[np.ndarray]:
+        """Classify the pixels of the images that are set, with the adapter's semantic head.
+
+        Returns:
+            Label maps of the size of each image, uint8 (H, W): indices of
+            `backbone.semantic_classes`.
+
+        Raises:
+            RuntimeError: no images are set.
+            ValueError: there is no semantic head.
+        """
+        if not self.image_sizes:
+            raise RuntimeError("No images are set: call set_images(images) before segment.")
+        return self.backbone.segment(self.images)
+
     def _predict_chunk(
         self,
         prompts: Sequence[_ImagePrompts],

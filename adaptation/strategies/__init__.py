@@ -11,4 +11,5 @@ from adaptation.strategies import (  # noqa: F401
     regcl,
     samcl,
     saom,
+    semantic,
 )

@@ -86,6 +86,16 @@ class OutputPaths:
         return self.annotations.with_name(f"{self.annotations.stem}_results.json")
 
     @property
+    def labels(self) -> Path:
+        """Folder of label maps."""
+        return self.annotations.with_name(f"{self.annotations.stem}_labels")
+
+    @property
+    def panoptic(self) -> Path:
+        """File of COCO panoptic; its PNG files are in the folder of the same name."""
+        return self.annotations.with_name(f"{self.annotations.stem}_panoptic.json")
+
+    @property
     def partial(self) -> Path:
         """File of the results so far."""
         return self.annotations.with_suffix(".partial.jsonl")
@@ -127,6 +137,7 @@ class OutputPaths:
         """Return the real paths of files and folders that this and earlier runs write."""
         own = {self.annotations, self.results, self.partial, self.overlay_list, self.lock}
         own.add(_overlays_beside(self.annotations))
+        own |= {self.labels, self.panoptic, self.panoptic.with_suffix("")}
         own |= {self.overlays / name for name in self.listed_overlays()}
         return {os.path.realpath(path) for path in own}
 

@@ -21,7 +21,7 @@ PAPER = ("zero_shot", "joint", "naive", "lwf", "ewc", "er", "l2p", "dualprompt",
 BEYOND = tuple(
     name
     for name, method in STRATEGIES.items()
-    if name not in PAPER and method.batch is Strategy.batch
+    if name not in PAPER and method.batch is Strategy.batch and method.evaluations is None
 )
 #: Options of all registered methods.
 MethodFlags: Any = method_flags(STRATEGIES.names())

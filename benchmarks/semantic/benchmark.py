@@ -1,29 +1,44 @@
-"""`semantic`: semantic segmentation of a dataset with label maps by prompting a SAM."""
+"""`semantic`: semantic segmentation of a dataset with label maps, prompted or by trained heads."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
 import tyro
 
+from adaptation.options import TrainConfig
+from adaptation.strategies.semantic import Semantic
 from benchmarks.options import BackboneOptions, provenance, subset
 from benchmarks.report import output_folder
+from benchmarks.semantic.heads import (
+    HeadName,
+    HeadResult,
+    TrainedHead,
+    gain,
+    load_head,
+    segment,
+    train_head,
+    with_votes,
+)
 from benchmarks.semantic.points import PointName
 from benchmarks.semantic.report import write_report
 from benchmarks.semantic.speed import compare_speed
 from benchmarks.semantic.zero_shot import ImageResult, Per, PromptResult, ZeroShot
 from benchmarks.throughput.reference import check_comparable
-from sam_gym.data import DATASETS, dataset_help
+from sam_gym.backbones import Backbone
+from sam_gym.data import DATASETS, Dataset, dataset_help
 from sam_gym.data.options import DatasetOptions
 from sam_gym.data.semantic import SemanticDataset
 from sam_gym.metrics.semantic import SemanticMetric, mean_score
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.settings import Count, Natural, check_settings
+from sam_gym.utils.text import safe_name
 
 #: Default number of images of an endless procedural dataset.
 ROOMS = 100
@@ -33,9 +48,10 @@ SAME = 0.99
 
 @dataclass(frozen=True, kw_only=True)
 class SemanticBenchmarkConfig(DatasetOptions, BackboneOptions):
-    """Segment images semantically: zero-shot, from one point per class or instance.
+    """Segment images semantically: zero-shot, from points, and by heads on the SAM's features.
 
-    Points come from the ground truth, as in the SAM-Cityscapes code: what is measured is the mask
+    Heads are trained on the training split and segment without prompts. The points of the zero-shot
+    phase come from the ground truth, as in the SAM-Cityscapes code: what is measured is the mask
     that a point gives, not the recognition of classes. Of the three masks of a point, that of the
     highest predicted IoU is taken. Scores are computed at the size of the label maps. Datasets
     without label maps, such as rooms, are scored on their objects and the background.
@@ -58,9 +74,26 @@ class SemanticBenchmarkConfig(DatasetOptions, BackboneOptions):
     """Images per encoder call."""
     boundary: bool = True
     """Also measure boundary IoU, which takes longer than everything else on large images."""
+    zero_shot: bool = False
+    """Only the zero-shot phase: train no head."""
+    heads: tuple[HeadName, ...] = ("seed",)
+    """Heads to train, see `python -m adaptation.train --method semantic --help`: seed, pyramid."""
+    adapters: tuple[str, ...] = ()
+    """Adapters whose semantic heads are measured; no head is trained then."""
+    tiles: bool = True
+    """The pyramid head also sees the four quarters of an image, for five encoder calls."""
+    vote: bool = False
+    """Also measure every head with its probabilities voted within the masks of everything mode,
+    which takes as long as `annotate --everything`."""
+    epochs: Count = 5
+    """Epochs of a head's training."""
+    augmentations: Count = 4
+    """Augmentations per training image: the image itself, then flipped and scaled copies."""
+    train_images: Count | None = None
+    """Maximum number of training images (None: all; procedural datasets: 100)."""
     save_labels: bool = False
     """Save predicted label maps as PNG with the values of the dataset's own files (cityscapes:
-    labelIds), in the folder labels."""
+    labelIds), in the folder labels, and those of heads in folders of their own."""
     pictures: Natural = 9
     """Images to draw, evenly spaced by rank from best to worst."""
     speed_images: Natural = 0
@@ -80,7 +113,8 @@ def run(config: SemanticBenchmarkConfig) -> dict[str, Any]:
     check_settings(config)
     if config.speed_images:
         check_comparable(config.backbone)
-    out = output_folder(config.out, config.overwrite, pictures=["pictures/*.png", "labels/*.png"])
+    pictures = ("pictures/*.png", "labels*/*.png", "confusion_*.csv")
+    out = output_folder(config.out, config.overwrite, pictures=pictures)
     spec = DATASETS.get(config.dataset)
     split = config.split or spec.held_out_split
     dataset = config.make_dataset(split)
@@ -90,9 +124,19 @@ def run(config: SemanticBenchmarkConfig) -> dict[str, Any]:
             f"--save-labels: dataset {config.dataset!r} has no label files whose values could be "
             "written. Leave it out."
         )
+    backbone = config.load()
+    loaded = [
+        load_head(backbone, Path(path).expanduser(), name, dataset)
+        for name, path in _adapter_names(config).items()
+    ]
+    if not (config.zero_shot or config.adapters):
+        loaded = [_train(config, name, split, backbone, dataset, out) for name in config.heads]
+    heads = [head for head, _ in loaded]
+    if config.vote:
+        heads += [with_votes(*own) for own in loaded]
     zero_shot = ZeroShot(
         dataset,
-        config.load(),
+        backbone,
         point=config.point,
         per=config.per,
         seed=config.seed,
@@ -114,13 +158,29 @@ def run(config: SemanticBenchmarkConfig) -> dict[str, Any]:
             scored = list(map(PromptResult.of, own.prompts, outcome.ious))
             results.append(ImageResult(own.number, own.name, scored, score))
             if config.save_labels and writer is not None:
-                (out / "labels").mkdir(exist_ok=True)
-                writer.save_prediction(out / "labels", own.number, outcome.labels)
+                _save(writer, out / "labels", own.number, outcome.labels)
             progress.advance(task)
     seconds = (time.perf_counter() - started) / len(indices)
+    measured = []
+    for head in heads:
+        scores = SemanticMetric(zero_shot.classes, groups, config.boundary)
+        result = HeadResult(head, scores, keep=config.vote)
+        started = time.perf_counter()
+        with ProgressBar() as progress:
+            task = progress.add_task(f"segmenting, {head.name}", total=len(indices))
+            for own, labels in segment(head, zero_shot.read, indices, config.batch_size):
+                result.update(labels, own.truth)
+                if config.save_labels and writer is not None:
+                    _save(writer, out / f"labels_{head.name}", own.number, labels)
+                progress.advance(task)
+        result.seconds_per_image = (time.perf_counter() - started) / len(indices)
+        measured.append(result)
 
     scored = [prompt for result in results for prompt in result.prompts]
     classes = class_rows(scored, metric, overlaps)
+    for result in measured:
+        for row, iou in zip(classes, result.metric.class_iou, strict=True):
+            row[f"{result.head.name}_iou"] = _known(iou)
     summary = {
         "benchmark": "semantic",
         "dataset": dataset.name,
@@ -133,16 +193,76 @@ def run(config: SemanticBenchmarkConfig) -> dict[str, Any]:
                 f"mean_{key}": _mean(row[key] for row in classes)
                 for key in ("prompt_iou", "bound", "mask_iou")
             },
-            **{name: _known(value) for name, value in metric.summary().items()},
-            "categories": {name: _known(x) for name, x in metric.category_iou.items()},
-            "seconds_per_image": seconds,
+            **_numbers(metric, seconds),
+        },
+        "heads": {
+            own.head.name: {
+                "parameters": own.head.parameters,
+                "training_seconds": own.head.seconds,
+                **_numbers(own.metric, own.seconds_per_image),
+            }
+            for own in measured
+        },
+        "gains": {
+            one.head.name: gain(voted, one, config.seed)
+            for one, voted in zip(measured, measured[len(loaded) :], strict=False)
         },
         "classes": classes,
         "speed": _speed(config, zero_shot, indices),
         **provenance(config, zero_shot.backbone),
     }
-    write_report(out, summary, metric.counts, results, zero_shot)
+    write_report(out, summary, metric.counts, results, zero_shot, measured)
     return summary
+
+
+def _adapter_names(config: SemanticBenchmarkConfig) -> dict[str, str]:
+    """Return the paths of the adapters by the names of their results: those of their folders."""
+    names: dict[str, str] = {}
+    for path in config.adapters:
+        name = safe_name(Path(path).expanduser().resolve().parent.name)
+        names[f"{name}_{len(names)}" if name in names else name] = path
+    return names
+
+
+def _train(
+    config: SemanticBenchmarkConfig,
+    name: HeadName,
+    split: str,
+    backbone: Backbone,
+    dataset: Dataset,
+    out: Path,
+) -> tuple[TrainedHead, Backbone]:
+    """Train a head, for the split that is measured."""
+    if split not in ("val", "test"):
+        raise ValueError(
+            f"--split {split} holds training images, so no head is measured on it: take val or "
+            "test, or --zero-shot."
+        )
+    procedural = DATASETS.get(config.dataset).procedural
+    train = TrainConfig(
+        split=cast(Literal["val", "test"], split),
+        augmentations=config.augmentations,
+        max_images=config.train_images or (ROOMS if procedural else None),
+        seed=config.seed,
+    )
+    options = Semantic.Options(head=name, tiles=config.tiles, epochs=config.epochs)
+    path, seconds = train_head(name, config, config, train, options, out)
+    head, adapted = load_head(backbone, path, name, dataset)
+    return replace(head, seconds=seconds), adapted
+
+
+def _save(writer: SemanticDataset, folder: Path, number: int, labels: np.ndarray) -> None:
+    folder.mkdir(exist_ok=True)
+    writer.save_prediction(folder, number, labels)
+
+
+def _numbers(metric: SemanticMetric, seconds: float) -> dict[str, Any]:
+    """Return the numbers of a phase."""
+    return {
+        **{name: _known(value) for name, value in metric.summary().items()},
+        "categories": {name: _known(x) for name, x in metric.category_iou.items()},
+        "seconds_per_image": seconds,
+    }
 
 
 def class_rows(

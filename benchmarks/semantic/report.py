@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
+from benchmarks.semantic.heads import HeadResult
 from benchmarks.semantic.zero_shot import ImageResult, ZeroShot
+from sam_gym.metrics.semantic import class_iou, confusion, mean_score
 from sam_gym.utils.files import write_csv
 from sam_gym.utils.plots import literal, save_figure
 from sam_gym.utils.render import draw_labels, save_image
@@ -28,6 +30,14 @@ _COLUMNS = {
     "iou": "IoU",
     "boundary_iou": "boundary IoU",
 }
+#: Numbers of a phase.
+_PHASES = {
+    "mean_iou": "mean IoU",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_boundary_iou": "mean boundary IoU",
+    "mean_category_iou": "mean category IoU",
+    "image_mean_iou": "mean IoU of an image",
+}
 
 
 def write_report(
@@ -36,6 +46,7 @@ def write_report(
     counts: np.ndarray,
     results: Sequence[ImageResult],
     zero_shot: ZeroShot,
+    heads: Sequence[HeadResult],
 ) -> None:
     """Write results.json, the CSV tables, a plot, pictures and report.html, and print a table.
 
@@ -45,6 +56,7 @@ def write_report(
         counts: confusion matrix, int64 (C, C + 1).
         results: of each image.
         zero_shot: of the run, which segments images once more to draw them.
+        heads: results of the trained heads, which do so too.
     """
     names, settings = zero_shot.classes, summary["settings"]
     numbers, classes = summary["zero_shot"], summary["classes"]
@@ -63,11 +75,20 @@ def write_report(
     files = report.write_results(out, summary, "detailed_results.csv", rows)
     means = [{"class": row["class"], "mean_iou": row["prompt_iou"]} for row in classes]
     files.append(write_csv(out / "summary.csv", [x for x in means if x["mean_iou"] is not None]))
-    table = [
-        {"class": name} | dict(zip((*names, "void"), row.tolist(), strict=True))
-        for name, row in zip(names, counts, strict=True)
-    ]
-    files.append(write_csv(out / "confusion.csv", table))
+    matrices = {"confusion": counts}
+    matrices |= {f"confusion_{own.head.name}": own.metric.counts for own in heads}
+    for stem, matrix in matrices.items():
+        table = [
+            {"class": name} | dict(zip((*names, "void"), row.tolist(), strict=True))
+            for name, row in zip(names, matrix, strict=True)
+        ]
+        files.append(write_csv(out / f"{stem}.csv", table))
+    if heads:
+        keys = [f"{own.head.name}_iou" for own in heads]
+        table = [{key: row[key] for key in ("class", "iou", *keys)} for row in classes]
+        mean = {"class": "mean", "iou": numbers["mean_iou"]}
+        mean |= {f"{name}_iou": own["mean_iou"] for name, own in summary["heads"].items()}
+        files.append(write_csv(out / "phases.csv", [*table, mean]))
 
     point, per = settings["point"], settings["per"]
     page = report.Page(
@@ -86,8 +107,39 @@ def write_report(
         "bound of a point": "mean_bound",
     }
     page.cards({title: _text(numbers[key]) for title, key in cards.items() if key in numbers})
+    if heads:
+        page.heading("Phases")
+        keys = [key for key in _PHASES if key in numbers]
+        page.table(
+            ("phase", *(_PHASES[key] for key in keys), "weights", "training, s", "s an image"),
+            [
+                [
+                    name,
+                    *(_text(own[key]) for key in keys),
+                    f"{own['parameters']:,}" if "parameters" in own else "",
+                    _text(own.get("training_seconds")),
+                    _text(own["seconds_per_image"]),
+                ]
+                for name, own in {"zero-shot": numbers, **summary["heads"]}.items()
+            ],
+        )
+        page.text(
+            "Heads classify every pixel by features of the frozen SAM, without prompts; they were "
+            "trained on the training split. Zero-shot knows the classes of an image and a point of "
+            "each. Training: with encoding and one evaluation."
+        )
+    for name, gains in summary["gains"].items():
+        shown = "; ".join(
+            f"{_PHASES[key]} {value:+.3f} ({low:+.3f} to {high:+.3f})"
+            for key, (value, low, high) in gains.items()
+        )
+        page.text(
+            f"Gain of the {name} head by voting within the masks of everything mode, with 95% "
+            f"intervals over images: {shown}."
+        )
     page.heading("Classes")
     columns = {key: title for key, title in _COLUMNS.items() if key in classes[0]}
+    columns |= {f"{own.head.name}_iou": f"IoU, {own.head.name} head" for own in heads}
     cells = [[_text(row[key]) for key in columns] for row in classes]
     page.table(list(columns.values()), cells)
     page.text(
@@ -119,9 +171,14 @@ def write_report(
         _write_speed(page, summary["speed"], summary["device"])
     if settings["pictures"]:
         page.heading("Images from best to worst")
-        page.text("Image, ground truth and zero-shot. Black: ignored, or in no mask.")
-        _draw_pictures(page, out / "pictures", results, settings["pictures"], zero_shot)
-    heading = f"semantic: {zero_shot.backbone.name} on {summary['dataset']}, zero-shot"
+        shown = ", ".join(f"{own.head.name} head" for own in heads)
+        page.text(
+            f"Image, ground truth, zero-shot{shown and ', '}{shown}; ranked by zero-shot. Black: "
+            "ignored, or in no mask."
+        )
+        _draw_pictures(page, out / "pictures", results, settings["pictures"], zero_shot, heads)
+    phases = ", ".join(["zero-shot", *(f"{own.head.name} head" for own in heads)])
+    heading = f"semantic: {zero_shot.backbone.name} on {summary['dataset']}, {phases}"
     total: Mapping[str, Any] = {
         "class": "mean",
         "group": "",
@@ -131,6 +188,7 @@ def write_report(
         "mask_iou": numbers["mean_mask_iou"],
         "iou": numbers["mean_iou"],
         "boundary_iou": numbers.get("mean_boundary_iou"),
+        **{f"{name}_iou": own["mean_iou"] for name, own in summary["heads"].items()},
     }
     cells.append([_text(total[key]) for key in columns])
     page.finish(files, settings, heading, list(columns.values()), cells)
@@ -182,7 +240,12 @@ def _draw_confusion(path: Path, counts: np.ndarray, names: Sequence[str]) -> Pat
 
 
 def _draw_pictures(
-    page: report.Page, folder: Path, results: Sequence[ImageResult], count: int, zero_shot: ZeroShot
+    page: report.Page,
+    folder: Path,
+    results: Sequence[ImageResult],
+    count: int,
+    zero_shot: ZeroShot,
+    heads: Sequence[HeadResult],
 ) -> None:
     """Draw images evenly spaced by rank."""
     folder.mkdir(exist_ok=True)
@@ -196,6 +259,11 @@ def _draw_pictures(
             "ground truth": drawn_image.truth,
             f"zero-shot, mean IoU {own.score:.2f}": outcome.labels,
         }
+        for result in heads:
+            labels = result.head.segment([drawn_image.image])[0]
+            counts = confusion(labels, drawn_image.truth, len(zero_shot.classes))
+            score = mean_score(class_iou(counts))
+            drawn[f"{result.head.name} head, mean IoU {score:.2f}"] = labels
         frames = report.side_by_side(
             [
                 draw_labels(drawn_image.image, labels, caption=title, height=_FRAME_HEIGHT)

@@ -107,18 +107,36 @@ class _TimmEncoder(nn.Module):
     """A timm model with SAM's neck on its last feature map.
 
     Args:
-        body: the model, with `forward_features`: (B, 3, S, S) -> (B, width, S / 16, S / 16).
+        body: the model, with `stages` after a stem: (B, 3, S, S) -> (B, width, S / 16, S / 16).
+        stem: name of what comes before the stages.
         img_size: S.
-        width: channels of the last feature map.
+        widths: channels of the stages, at strides 4, 8, 16 and 16.
         out_chans: channels of the embedding.
     """
 
-    def __init__(self, body: Any, img_size: int, width: int, out_chans: int) -> None:
+    def __init__(
+        self, body: Any, stem: str, img_size: int, widths: Sequence[int], out_chans: int
+    ) -> None:
         super().__init__()
-        self.img_size, self.body, self.neck = img_size, body, _neck(width, out_chans)
+        self.img_size, self.body, self.neck = img_size, body, _neck(widths[-1], out_chans)
+        self._stem, self._widths = stem, tuple(widths)
+
+    @property
+    def stage_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Channels and side of the stages."""
+        sides = (self.img_size // stride for stride in (4, 8, 16, 16))
+        return tuple(zip(self._widths, sides, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.neck(self.body.forward_features(x))
+
+    def forward_with_stages(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Pixels (B, 3, S, S) -> embedding (B, C, h, w), the output of each stage."""
+        x, stages = getattr(self.body, self._stem)(x), []
+        for stage in self.body.stages:
+            x = stage(x)
+            stages.append(x)
+        return self.neck(x), stages
 
 
 # MobileSAM --------------------------------------------------------------------------------------
@@ -148,7 +166,7 @@ class TinyVitEncoder(_TimmEncoder):
         )
         body.head = nn.Identity()
         body.stages[-1].downsample.conv2.conv.stride = (1, 1)
-        super().__init__(body, img_size, embed_dims[-1], out_chans)
+        super().__init__(body, "patch_embed", img_size, embed_dims, out_chans)
 
 
 def build_mobile_sam() -> Sam:
@@ -197,7 +215,7 @@ class RepVitEncoder(_TimmEncoder):
             distillation=False,
         )
         body.stages[-1].downsample.spatial_downsample.c.stride = (1, 1)
-        super().__init__(body, img_size, embed_dims[-1], out_chans)
+        super().__init__(body, "stem", img_size, embed_dims, out_chans)
 
 
 def build_repvit_sam() -> Sam:

@@ -145,6 +145,18 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return _without_prefixes(state)
 
 
+def read_adapter(path: Path) -> Adapter:
+    """Read an adapter file, or a head of the SAM-Cityscapes code (.pth, .pt).
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is unreadable, or neither of them.
+    """
+    if path.suffix in (".pth", ".pt"):
+        return Adapter.of_seed_head(read_weights(path), path)
+    return Adapter.load(path)
+
+
 class _Ignored:
     """Takes the place of numpy objects in a checkpoint; holds nothing."""
 
@@ -365,7 +377,8 @@ def load_backbone(
         dtype: "auto" (bfloat16 on CUDA, else float32), "float32", "bfloat16" or "float16".
         compile: run the backbone through `torch.compile`: faster, after a slow first call of each
             batch size.
-        adapter: path of an adapter file, as `python -m adaptation.train` writes it.
+        adapter: path of an adapter file, as `python -m adaptation.train` writes it, or of a head
+            of the SAM-Cityscapes code (seg_head_epoch_N.pth).
 
     Raises:
         ValueError: unknown name, device or dtype; the checkpoint or adapter does not fit; the
@@ -395,7 +408,7 @@ def load_backbone(
             sam = spec.build()
             state = read_weights(path)
             load_state(sam, state if spec.convert is None else spec.convert(state), name, path)
-        learned = None if adaptation is None else Adapter.load(adaptation)
+        learned = None if adaptation is None else read_adapter(adaptation)
         make = Backbone if spec is None or spec.service is None else spec.service
         backbone = make(name, sam, target, precision, compile, learned)
         if spec is not None and spec.memory is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.model import Model, raw_features, raw_spec
+from sam_gym.backbones.adapters.semantic_head import SemanticHead
 from sam_gym.backbones.adapters.tuning import TUNINGS, apply_tuned
 from sam_gym.backbones.attention import fuse_attention
 from sam_gym.backbones.compiled import FixedShapes, padded_size
@@ -30,6 +31,8 @@ from sam_gym.utils.digest import digest_of
 #: Precisions by name, of models and of features on disk.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+#: Images of which `segment` holds the features at once.
+_SEGMENTED = 4
 #: Smallest number of points of a compiled call; larger numbers are powers of two.
 _POINTS = 8
 
@@ -105,6 +108,13 @@ class BackboneService(FeatureSource, Protocol):
     def class_logits(self, tokens: MaskTokens) -> Tensor:
         """Classify the masks of decoded prompts: logits (P, K, number of classes)."""
 
+    @property
+    def semantic_classes(self) -> tuple[str, ...]:
+        """Names of the classes of `segment`; empty if the model does not classify pixels."""
+
+    def segment(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Classify the pixels of images: label maps uint8 (H, W), indices of the classes."""
+
     def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in the input frame of an image of (height, width)."""
 
@@ -159,7 +169,8 @@ class Backbone:
             self.model = adapter.model(self.sam)
         self.image_size: int = sam.image_encoder.img_size
         size = self.image_size
-        self._frame: Frame = SquashedFrame(size) if isinstance(sam, Sam2) else PaddedFrame(size)
+        self._frame_class = SquashedFrame if isinstance(sam, Sam2) else PaddedFrame
+        self._frame: Frame = self._frame_class(size)
         #: Whether images are stretched to the whole frame; otherwise they are padded.
         self.squashes: bool = self._frame.squashes
         #: Logit above which a pixel belongs to a mask.
@@ -198,6 +209,11 @@ class Backbone:
     def classes(self) -> tuple[str, ...]:
         """Names of the classes of `class_logits`; empty without a class head."""
         return self.model.classes
+
+    @property
+    def semantic_classes(self) -> tuple[str, ...]:
+        """Names of the classes of `segment`; empty without a semantic head."""
+        return () if self.model.segmenter is None else self.model.segmenter.classes
 
     @cached_property
     def weights_digest(self) -> str:
@@ -299,6 +315,18 @@ class Backbone:
             self.check_image(image)
         return self._frame.pixels(images, self.sam.pixel_mean, self.sam.pixel_std, self.device)
 
+    def prepare_tiles(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Bring images and their quadrants into frames: float32 (B, 5, 3, S, S) on the device.
+
+        The first of the five is the whole image, as of `prepare`; the others are the quadrants of
+        its frame at twice the size, row by row.
+        """
+        whole, size = self.prepare(images), self.image_size
+        twice = self._frame_class(2 * size)
+        large = twice.pixels(images, self.sam.pixel_mean, self.sam.pixel_std, self.device)
+        grid = large.reshape(-1, 3, 2, size, 2, size).permute(0, 2, 4, 1, 3, 5)
+        return torch.cat([whole[:, None], grid.flatten(1, 2)], dim=1)
+
     @torch.no_grad()
     def encode(self, images: Sequence[np.ndarray]) -> ImageFeatures:
         """Encode images of any size.
@@ -399,6 +427,58 @@ class Backbone:
         with self.autocast():
             return self.model.class_logits(tokens)
 
+    def segment(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Classify the pixels of images with the semantic head of the adapter.
+
+        Args:
+            images: B arrays uint8 (H, W, 3), RGB; sizes may differ.
+
+        Returns:
+            Label maps of the size of each image, uint8 (H, W): indices of `semantic_classes`.
+
+        Raises:
+            ValueError: the model has no semantic head, or an image has another dtype or shape.
+        """
+        return [_labels(logits) for logits in self.pixel_logits(images)]
+
+    def pixel_logits(self, images: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """Yield the class logits of images at their size; arguments and errors of `segment`.
+
+        Yields:
+            float32 (number of classes, H, W), on the device.
+        """
+        source = self.raw_source(self._segmenter.kind)
+        for first in range(0, len(images), _SEGMENTED):
+            batch = images[first : first + _SEGMENTED]
+            for logits, image in zip(self.segment_logits(source.encode(batch)), batch, strict=True):
+                yield self.masks_at(logits, (image.shape[0], image.shape[1]))
+
+    @torch.no_grad()
+    def segment_logits(self, raw: ImageFeatures) -> Tensor:
+        """Compute class logits (B, number of classes, h, w) of the frame, float32.
+
+        Args:
+            raw: of `raw_source(kind)`, where the kind is that of the semantic head.
+
+        Raises:
+            ValueError: the model has no semantic head.
+        """
+        with self.autocast():
+            return self._segmenter(raw).float()
+
+    def labels_at(self, logits: Tensor, image_size: tuple[int, int]) -> np.ndarray:
+        """Resize class logits (number of classes, h, w) to a label map uint8 (height, width)."""
+        return _labels(self.masks_at(logits, image_size))
+
+    @property
+    def _segmenter(self) -> SemanticHead:
+        if self.model.segmenter is None:
+            raise ValueError(
+                "This model has no semantic head: pass the adapter of one (python -m "
+                "adaptation.train --method semantic)."
+            )
+        return self.model.segmenter
+
     def autocast(self) -> torch.autocast:
         """The context in which the model runs in the precision of the backbone."""
         return torch.autocast(
@@ -407,11 +487,11 @@ class Backbone:
 
 
 class RawFeatureSource:
-    """`raw_features` of a backbone's pretrained SAM, in float32; implements `FeatureSource`.
+    """`raw_features` of a backbone's pretrained SAM; implements `FeatureSource`.
 
     Args:
         backbone: the backbone; its adapter plays no part.
-        kind: "pixels", "embedding" or "early".
+        kind: one of `RAW_KINDS`.
     """
 
     def __init__(self, backbone: Backbone, kind: str) -> None:
@@ -428,13 +508,23 @@ class RawFeatureSource:
     @torch.no_grad()
     def encode(self, images: Sequence[np.ndarray]) -> ImageFeatures:
         """Compute the raw features of B images uint8 (H, W, 3), RGB; sizes may differ."""
-        return self.encode_pixels(self._backbone.prepare(images))
+        own = self._backbone
+        prepare = own.prepare_tiles if self.kind == "tiles" else own.prepare
+        return self.encode_pixels(prepare(images))
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> ImageFeatures:
-        """Compute the raw features of prepared pixels (B, 3, S, S)."""
+        """Compute the raw features of prepared pixels: (B, 3, S, S), tiles (B, 5, 3, S, S)."""
         with self._backbone.autocast():
-            return _float32(raw_features(self._backbone.sam, pixels, self.kind))
+            features = raw_features(self._backbone.sam, pixels, self.kind)
+        dtypes = {name: own.dtype for name, own in self.feature_spec.tensors.items()}
+        tensors = {name: x.to(dtypes[name]) for name, x in features.tensors.items()}
+        return ImageFeatures(tensors).map(Tensor.contiguous)
+
+
+def _labels(logits: Tensor) -> np.ndarray:
+    """Class logits (number of classes, H, W) -> label map uint8 (H, W)."""
+    return logits.argmax(dim=0).to(torch.uint8).cpu().numpy()
 
 
 def _float32(features: ImageFeatures) -> ImageFeatures:

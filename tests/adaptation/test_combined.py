@@ -65,16 +65,16 @@ def test_both_methods_act_in_training(
     make_trainer: Callable[..., Any], pair: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """EWC with a great weight keeps the weights still; ER doubles the batch all the same."""
-    from adaptation import trainer as loop
+    from adaptation import steps
 
     sizes: list[int] = []
-    make = loop.make_batch
+    make = steps.make_batch
 
     def noted(bank: FeatureBank, drawn: ObjectIndices, *args: Any) -> Any:
         sizes.append(len(drawn.objects))
         return make(bank, drawn, *args)
 
-    monkeypatch.setattr(loop, "make_batch", noted)
+    monkeypatch.setattr(steps, "make_batch", noted)
     moved = []
     for weight in (0.0, 1e6):
         options = CombinedOptions({"ewc": EWC.Options(weight=weight, fisher_samples=3)})

@@ -31,7 +31,7 @@ FEW = {"selector_steps": 4, "fisher_samples": 5, "buffer_images": 2, "buffer_emb
 Fitted = Callable[..., tuple[Any, Strategy]]
 #: Every method, every tune target, and mixtures of what is kept with what is shared.
 PAIRS = [
-    *((name, cls.default_tune) for name, cls in STRATEGIES.items()),
+    *((name, cls.default_tune) for name, cls in STRATEGIES.items() if cls.evaluations is None),
     *(("naive", tune) for tune in TUNINGS.names() if tune != "decoder"),
     *(("moda", "hq"), ("lwf", "lora"), ("ewc", "sam_adapter"), ("samcl", "lora")),
 ]
@@ -480,7 +480,7 @@ def test_a_misspelt_hook_is_an_error() -> None:
         TypeError, match=r"Slip.before_tsk is no hook .* Did you mean 'before_task'"
     ):
         register(type("Slip", (Strategy,), {"before_tsk": lambda self, task: None}))
-    with pytest.raises(TypeError, match="Hooks: raw, learning_rate, module, before_task"):
+    with pytest.raises(TypeError, match="Hooks: raw, learning_rate, module, epochs"):
         register(type("Slip", (Strategy,), {"something": 1}))
     assert "slip" not in STRATEGIES.names()
     check_hooks(type("Fine", (Strategy,), {"_own": 1, "after_step": lambda self, step: None}))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adaptation import trainer as loop
+from adaptation import steps
 from adaptation.combined import Combined
 from adaptation.evaluation import narrow_fraction, score
 from adaptation.features import FeatureBank
@@ -175,14 +175,14 @@ def test_joint_training_has_one_stage(
     make_trainer: MakeTrainer, stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     domains: list[int] = []
-    drawn = loop.ObjectIndices.draw
+    drawn = steps.ObjectIndices.draw
 
     def noted(*args: Any) -> Any:
         draw = drawn(*args)
         domains.extend(draw.domains)
         return draw
 
-    monkeypatch.setattr(loop.ObjectIndices, "draw", noted)
+    monkeypatch.setattr(steps.ObjectIndices, "draw", noted)
     run = make_trainer(tmp_path).fit(stream, "joint")
     assert np.array(run.scores["box"]["iou"]).shape == (1, 3)
     assert len(domains) == 3 * 3 * 4 and set(domains) == {0, 1, 2}
@@ -198,13 +198,13 @@ def test_each_stage_trains_on_its_own_domain(
     make_trainer: MakeTrainer, stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, set[int]]] = []
-    make = loop.make_batch
+    make = steps.make_batch
 
     def noted(bank: FeatureBank, draw: Any, *args: Any) -> Any:
         seen.append((len(draw.objects), set(draw.domains)))
         return make(bank, draw, *args)
 
-    monkeypatch.setattr(loop, "make_batch", noted)
+    monkeypatch.setattr(steps, "make_batch", noted)
     make_trainer().fit(stream, "naive")
     assert seen == [(4, {stage}) for stage in range(3) for _ in range(3)]
     seen.clear()
@@ -218,14 +218,14 @@ def test_a_step_may_take_several_objects_of_a_view(
     make_trainer: MakeTrainer, stream: Stream, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     views: list[int] = []
-    make = loop.make_batch
+    make = steps.make_batch
 
     def noted(bank: FeatureBank, draw: Any, *args: Any) -> Any:
         pairs = zip(draw.domains, draw.objects, strict=True)
         views.append(len({(k, bank.train(stream[int(k)]).rows[number]) for k, number in pairs}))
         return make(bank, draw, *args)
 
-    monkeypatch.setattr(loop, "make_batch", noted)
+    monkeypatch.setattr(steps, "make_batch", noted)
     make_trainer(steps=2, objects_per_augmentation=4).fit(stream, method)
     # Four objects of the domain, and as many of the buffer once there is one.
     assert views == ([1, 1, 2, 2, 2, 2] if method == "er" else [1] * 6)

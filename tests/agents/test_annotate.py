@@ -23,8 +23,10 @@ from agents.policies.everything import EverythingPolicy
 from agents.policies.implicit import ImplicitPolicy
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym.backbones import Backbone
+from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.class_head import ClassHead
 from sam_gym.backbones.adapters.model import Model
+from sam_gym.backbones.adapters.semantic_head import SEMANTIC_HEADS
 from sam_gym.data import make_dataset
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.envs.everything import EverythingConfig
@@ -365,3 +367,73 @@ def test_everything_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "--everything --help" in capsys.readouterr().out
+
+
+# Semantic heads --------------------------------------------------------------------------------
+
+
+def test_label_maps_and_panoptic_of_a_semantic_head(
+    tiny: Backbone, tiny_env: dict, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = ["sky", "road", "car"]
+    torch.manual_seed(0)
+    head = SEMANTIC_HEADS.get("seed")("embedding", tiny.feature_spec, classes).eval()
+    image = np.ascontiguousarray(cv2.imread(str(photos / "b.jpg"))[..., ::-1])
+    with torch.no_grad():  # every class has pixels
+        head.net[-1].bias -= head(tiny.encode([image])).mean(dim=(0, 2, 3))
+    adapter = Adapter(
+        *("tiny", tiny.weights_digest, "semantic", "head", ["street"]),
+        semantic_type="seed",
+        semantic_features="embedding",
+        semantic_classes=classes,
+        semantic=head.state_dict(),
+    ).save(tmp_path / "adapter.safetensors")
+    out = photos / "found" / "all.json"
+    arguments = ["--semantic", "--adapter", str(adapter), "--images", str(photos)]
+    arguments += ["--backbone", "tiny", "--checkpoint", tiny_env["checkpoint"], "--device", "cpu"]
+    arguments += ["--out", str(out)]
+    content = main(arguments)
+    assert "skipped broken.jpg" in capsys.readouterr().out
+    assert [own["file_name"] for own in content["images"]] == ["a.png", "b.jpg", "more/c.png"]
+    expected = tiny.with_model(Model(tiny.sam, segmenter=head)).segment([image])[0]
+    assert len(np.unique(expected)) > 1
+    labels = out.parent / "all_labels"
+    found = cv2.imread(str(labels / "b.png"), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(found, expected)
+    assert json.loads((labels / "classes.json").read_text()) == {"classes": classes}
+    number = next(own["id"] for own in content["images"] if own["file_name"] == "b.jpg")
+    own = [a for a in content["annotations"] if a["image_id"] == number]
+    assert sum(annotation["area"] for annotation in own) == expected.size
+    assert all(1 / 3 <= annotation["score"] <= 1 for annotation in own)
+    assert len(list((out.parent / "all_overlays").iterdir())) == 3
+
+    # Both forms are read as datasets.
+    (photos / "images").mkdir()
+    for file in ("a.png", "b.jpg", "more/c.png"):
+        path = photos / "images" / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((photos / file).read_bytes())
+    panoptic = make_dataset(
+        "coco-panoptic",
+        "all",
+        root=str(photos),
+        annotations="found/all_panoptic.json",
+        segments="found/all_panoptic",
+        images="images",
+    )
+    sample = next(panoptic[k] for k in range(3) if panoptic[k].source.endswith("b.jpg"))
+    names = panoptic.categories
+    assert sample.semantic is not None
+    for number, name in enumerate(classes):
+        mask = sample.semantic == names.index(name) if name in names else np.zeros_like(found)
+        np.testing.assert_array_equal(mask, expected == number)
+
+    # A second run does not take its own files for images.
+    again = main([*arguments, "--images", str(photos)])
+    assert len(again["images"]) == 6
+    (photos / "a.jpg").write_bytes((photos / "b.jpg").read_bytes())
+    with pytest.raises(ValueError, match=r"Several images would have the label map a.png"):
+        main(arguments)
+    arguments[arguments.index("--adapter") + 1] = str(tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match="no such adapter file"):
+        main([*arguments, "--images", str(photos / "images")])

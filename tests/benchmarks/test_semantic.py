@@ -15,36 +15,39 @@ from segment_anything import SamPredictor
 
 from benchmarks.run import main
 from benchmarks.semantic import benchmark
+from benchmarks.semantic.heads import HeadResult, TrainedHead, gain
 from benchmarks.semantic.points import POINTS, PointName
 from benchmarks.semantic.zero_shot import ZeroShot, find_prompts
 from sam_gym.backbones import Backbone
 from sam_gym.data import make_dataset
 from sam_gym.data.labelmaps import CAMVID
-from sam_gym.metrics.semantic import confusion
+from sam_gym.metrics.semantic import SemanticMetric, class_iou, confusion
 
 
 @pytest.fixture
 def street(tmp_path: Path) -> Path:
-    """A `camvid` folder: sky, road, and two cars of different size on three images of noise."""
+    """A `camvid` folder: sky, road, and two cars, on three images of noise in each split."""
     root = tmp_path / "street"
-    for folder in ("val", "valannot"):
+    for folder in ("val", "valannot", "train", "trainannot"):
         (root / folder).mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for number, (height, width) in enumerate([(48, 64), (60, 80), (64, 48)]):
+    sizes = [("val", (48, 64)), ("val", (60, 80)), ("val", (64, 48))]
+    for number, (split, (height, width)) in enumerate([*sizes, *(("train", (48, 64)),) * 3]):
         labels = np.zeros((height, width), np.uint8)
         labels[height // 2 :] = 3
         labels[-3:] = 11
         labels[height // 3 : 2 * height // 3, 4:24] = 8
         labels[height // 3 : height // 2, 30:38] = 8
         image = rng.integers(0, 60, (height, width, 3)) + 40 * labels[..., None] % 190
-        Image.fromarray(image.astype(np.uint8)).save(root / f"val/{number}.png")
-        Image.fromarray(labels).save(root / f"valannot/{number}.png")
+        Image.fromarray(image.astype(np.uint8)).save(root / f"{split}/{number}.png")
+        Image.fromarray(labels).save(root / f"{split}annot/{number}.png")
     return root
 
 
 def arguments(root: Path, checkpoint: str, out: Path, *more: str) -> list[str]:
     base = ["semantic", "--dataset", "camvid", "--data", str(root), "--checkpoint", checkpoint]
-    return [*base, "--device", "cpu", "--out", str(out), "--pictures", "2", *more]
+    base += ["--device", "cpu", "--out", str(out), "--pictures", "2"]
+    return [*base, *([] if {"--heads", "--adapters"} & {*more} else ["--zero-shot"]), *more]
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -159,8 +162,10 @@ def test_one_point_per_instance(street: Path, micro_checkpoint: str, tmp_path: P
 
 def test_rooms_by_default(micro_checkpoint: str, tmp_path: Path) -> None:
     options = ["--max-images", "2", "--pictures", "1", "--checkpoint", micro_checkpoint]
+    options += ["--epochs", "1", "--augmentations", "1", "--train-images", "2", "--device", "cpu"]
     results = main(["semantic", *options, "--out", str(tmp_path / "out")])
     assert (results["dataset"], results["images"]) == ("rooms", 2)
+    assert 0 <= results["heads"]["seed"]["mean_iou"] < results["zero_shot"]["mean_iou"]
     background = results["classes"][-1]
     assert (background["class"], background["prompts"]) == ("background", 0)
     assert background["iou"] is not None
@@ -196,6 +201,71 @@ def test_speed_is_compared_on_the_same_masks(
     monkeypatch.setattr(benchmark, "SAME", 1.1)
     with pytest.raises(RuntimeError, match="The sides disagree"):
         main(arguments(street, micro_checkpoint, tmp_path / "other", *options))
+
+
+def test_heads_are_a_second_phase(street: Path, micro_checkpoint: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--heads", "seed", "pyramid", "--no-tiles", "--epochs", "2", "--augmentations", "1"]
+    results = main(arguments(street, micro_checkpoint, out, *options, "--save-labels"))
+    assert list(results["heads"]) == ["seed", "pyramid"]
+    for name, numbers in results["heads"].items():
+        assert numbers["parameters"] > 1e5 and numbers["training_seconds"] > 0
+        counts: Any = 0
+        for number in range(3):
+            saved = np.array(Image.open(out / f"labels_{name}/{number}.png"))
+            truth = np.array(Image.open(street / f"valannot/{number}.png"))
+            truth[truth == 11] = 255
+            counts = counts + confusion(saved, truth, 11)
+        written = [list(row.values())[1:] for row in table(out / f"confusion_{name}.csv")]
+        np.testing.assert_array_equal(np.array(written, int), counts)
+        union = counts.sum(axis=1) + counts[:, :-1].sum(axis=0) - np.diag(counts)
+        present = union > 0
+        ious = np.diag(counts)[present] / union[present]
+        assert numbers["mean_iou"] == pytest.approx(ious.mean())
+        rows = {row["class"]: row for row in table(out / "phases.csv")}
+        assert float(rows["mean"][f"{name}_iou"]) == pytest.approx(ious.mean(), abs=1e-5)
+    page = (out / "report.html").read_text()
+    assert "IoU, pyramid head" in page and "zero-shot, seed head, pyramid head" in page
+
+    # A trained head is measured without training it again.
+    path = out / "heads/pyramid/semantic-head-0/adapter.safetensors"
+    again = main(arguments(street, micro_checkpoint, tmp_path / "b", "--adapters", str(path)))
+    own = again["heads"]["semantic-head-0"]
+    assert own["mean_iou"] == results["heads"]["pyramid"]["mean_iou"]
+    assert own["training_seconds"] is None
+    with pytest.raises(ValueError, match=r"its classes are not those of rooms \(its own: Sky"):
+        main(["semantic", "--adapters", str(path), "--out", str(tmp_path / "c")])
+    with pytest.raises(ValueError, match="--split train holds training images"):
+        main(arguments(street, micro_checkpoint, tmp_path / "d", *options, "--split", "train"))
+
+
+def test_votes_within_masks(street: Path, micro_checkpoint: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--heads", "seed", "--epochs", "1", "--augmentations", "1", "--vote"]
+    results = main(arguments(street, micro_checkpoint, out, *options))
+    assert list(results["heads"]) == ["seed", "seed_masks"]
+    one, voted = (results["heads"][name] for name in ("seed", "seed_masks"))
+    for key, (value, low, high) in results["gains"]["seed"].items():
+        assert value == pytest.approx(voted[key] - one[key]) and low <= high
+    assert "by voting within the masks" in (out / "report.html").read_text()
+
+
+def test_gains_of_the_same_scores_are_zero() -> None:
+    rng = np.random.default_rng(0)
+    metric = SemanticMetric(["a", "b"])
+    results = []
+    for worse in (0, 40):
+        result = HeadResult(TrainedHead("head", list, 1, None), metric, keep=True)
+        for _ in range(12):
+            right, wrong = rng.integers(50, 99, 2), worse + rng.integers(0, 9, 2)
+            result.images.append(np.array([[right[0], wrong[0], 0], [wrong[1], right[1], 0]]))
+        results.append(result)
+    good, bad = results
+    assert gain(good, good, 0) == {"mean_iou": [0.0, 0.0, 0.0]}
+    value, low, high = gain(good, bad, 0)["mean_iou"]
+    assert 0 < low < value < high
+    counts = [sum(own.images) for own in results]
+    assert value == pytest.approx(class_iou(counts[0]).mean() - class_iou(counts[1]).mean())
 
 
 def blob(rng: np.random.Generator) -> np.ndarray:

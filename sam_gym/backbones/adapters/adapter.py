@@ -1,7 +1,8 @@
 """Adapter files: learned weights that `load_backbone` applies to a SAM.
 
 A file holds the tuned weights of one or several *experts* (copies of the SAM that share
-frozen weights), the state of the module that routes or prompts by image, and that of a class head.
+frozen weights), the state of the module that routes or prompts by image, that of a class head, and
+that of a semantic head.
 """
 
 from __future__ import annotations
@@ -17,16 +18,21 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from sam_gym.backbones.adapters.class_head import CLASS_HEADS
-from sam_gym.backbones.adapters.model import ADAPTER_MODULES, Model
+from sam_gym.backbones.adapters.model import ADAPTER_MODULES, Model, raw_spec
+from sam_gym.backbones.adapters.semantic_head import SEMANTIC_HEADS
 from sam_gym.backbones.adapters.tuning import TUNINGS, apply_tuned, bytes_of, check_names
 from sam_gym.backbones.spec import renamed_backbone
 from sam_gym.utils.settings import check_settings
 from sam_gym.utils.weights import check_finite
 
-#: Metadata key, and the versions that are read; the last is written.
-_KEY, _VERSIONS = "sam_gym_adapter", (1, 2)
+#: Metadata key, and the versions that are read; of the last are files with a semantic head.
+_KEY, _VERSIONS = "sam_gym_adapter", (1, 2, 3)
 #: Fields of an `Adapter` that are metadata.
 _METADATA = ("backbone", "identity", "method", "tune", "domains", "router", "classes", "head_type")
+#: Those of a semantic head, in files of version 3 only.
+_SEMANTIC = ("semantic_type", "semantic_features", "semantic_classes")
+#: Classes of the SAM-Cityscapes code, in the order of its configuration.
+_SEED_CLASSES = ("road", "sidewalk", "building", "person", "car")
 #: Name in files of version 1 -> name now, of metadata and of tensors' prefixes.
 _RENAMED = {"chooser": "router"}
 
@@ -37,17 +43,21 @@ class Adapter:
 
     Attributes:
         backbone: name of the SAM that was adapted.
-        identity: digest of its weights.
+        identity: digest of its weights; "" if it is not known.
         method: name of the method that made it, for people.
-        tune: a key of `TUNINGS`, or "prompts".
+        tune: a key of `TUNINGS`, or "prompts" or "head", where no part of the SAM is tuned.
         domains: names of the domains, in the order of learning.
-        experts: tuned weights of each expert (see `tuned_weights`); none where only prompts are
-            trained.
+        experts: tuned weights of each expert (see `tuned_weights`); none where only prompts or a
+            semantic head are trained.
         router: key of `ADAPTER_MODULES`, the module that routes or prompts by image; "" for none.
         weights: the state of that module.
         classes: names of the classes of the head; empty without one.
         head: the state of the class head.
         head_type: its key in `CLASS_HEADS`.
+        semantic_type: key in `SEMANTIC_HEADS` of the semantic head; "" without one.
+        semantic_features: kind of `raw_features` that it takes.
+        semantic_classes: names of its classes.
+        semantic: its state.
     """
 
     backbone: str
@@ -61,12 +71,17 @@ class Adapter:
     classes: list[str] = field(default_factory=list)
     head: dict[str, Tensor] = field(default_factory=dict)
     head_type: str = "mlp"
+    semantic_type: str = ""
+    semantic_features: str = ""
+    semantic_classes: list[str] = field(default_factory=list)
+    semantic: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def state(self) -> dict[str, Tensor]:
         """All tensors, as the file names them."""
         tensors = {f"router.{name}": value for name, value in self.weights.items()}
         tensors |= {f"head.{name}": value for name, value in self.head.items()}
+        tensors |= {f"semantic.{name}": value for name, value in self.semantic.items()}
         for number, weights in enumerate(self.experts):
             tensors |= {f"expert{number}.{name}": value for name, value in weights.items()}
         return tensors
@@ -78,7 +93,7 @@ class Adapter:
 
     def check_fits(self, backbone: str, identity: str) -> None:
         """Raise `ValueError` unless the adapter was made for the SAM of this name and digest."""
-        if identity == self.identity:
+        if self.identity in ("", identity):
             return
         made_for = renamed_backbone(self.identity) or self.backbone
         if backbone != made_for:
@@ -97,8 +112,10 @@ class Adapter:
 
         from sam_gym.utils.files import write_atomic
 
-        about = {name: getattr(self, name) for name in _METADATA}
-        about |= {"version": _VERSIONS[-1], "num_experts": len(self.experts)}
+        version = _VERSIONS[-1] if self.semantic_type else _VERSIONS[-2]
+        names = (*_METADATA, *(_SEMANTIC if self.semantic_type else ()))
+        about = {name: getattr(self, name) for name in names}
+        about |= {"version": version, "num_experts": len(self.experts)}
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state.items()}
         return write_atomic(path, save(tensors, metadata={_KEY: json.dumps(about)}))
 
@@ -127,7 +144,7 @@ class Adapter:
             )
         about = {_RENAMED.get(name, name): value for name, value in about.items()}
         about.pop("version")
-        parts: dict[str, dict[str, Tensor]] = {"router": {}, "head": {}}
+        parts: dict[str, dict[str, Tensor]] = {"router": {}, "head": {}, "semantic": {}}
         try:
             count = about.pop("num_experts")
             if not 0 <= count <= len(tensors) + 1:
@@ -138,9 +155,16 @@ class Adapter:
                 part, _, own = name.partition(".")
                 parts[_RENAMED.get(part, part)][own] = value
             experts = [parts[name] for name in names]
-            adapter = cls(**about, experts=experts, weights=parts["router"], head=parts["head"])
+            adapter = cls(
+                **about,
+                experts=experts,
+                weights=parts["router"],
+                head=parts["head"],
+                semantic=parts["semantic"],
+            )
             check_settings(adapter)
-            if not adapter.router and count != 1:
+            least = 0 if adapter.semantic_type else 1
+            if not adapter.router and not least <= count <= 1:
                 raise ValueError(f"{count} experts without a router")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -148,6 +172,42 @@ class Adapter:
                 f"({type(error).__name__}: {error})."
             ) from error
         return adapter
+
+    @classmethod
+    def of_seed_head(cls, state: Mapping[str, Tensor], source: object) -> Adapter:
+        """Make the adapter of a head that the SAM-Cityscapes code has trained.
+
+        Its file names neither a SAM nor classes: the adapter fits every SAM with an embedding of
+        that width, and five classes are those of the code's configuration.
+
+        Args:
+            state: the state dict of `seg_head_epoch_N.pth`.
+            source: the file, for messages.
+
+        Raises:
+            ValueError: it is the state of something else, or weights are not finite.
+        """
+        check_finite(state, source)
+        last = state.get("net.6.weight")
+        if last is None or not all(name.startswith("net.") for name in state):
+            raise ValueError(
+                f"{source}: not a head of the SAM-Cityscapes code (seg_head_epoch_N.pth), whose "
+                "weights are net.0.weight to net.6.bias. Adapters of python -m adaptation.train "
+                "are .safetensors files."
+            )
+        count = len(last)
+        known = count == len(_SEED_CLASSES)
+        return cls(
+            backbone="",
+            identity="",
+            method="semantic",
+            tune="head",
+            domains=["cityscapes"],
+            semantic_type="seed",
+            semantic_features="embedding",
+            semantic_classes=[*_SEED_CLASSES] if known else [f"class{k}" for k in range(count)],
+            semantic=dict(state),
+        )
 
     def model(self, sam: Sam, source: str = "adapter") -> Model:
         """Build the adapted model: frozen, sharing with `sam` everything that was not tuned.
@@ -174,11 +234,18 @@ class Adapter:
                 ) from error
             model = module.wrap(sam, experts, raw)
         else:
-            model = Model(experts[0], raw)
+            model = Model(experts[0] if experts else sam, raw)
         if self.classes:
             make_head = CLASS_HEADS.get(self.head_type)
             channels = sam.prompt_encoder.embed_dim
             model.head = _loaded(lambda: make_head(channels, self.classes), self.head, source)
+        if self.semantic_type:
+            make_semantic, kind = SEMANTIC_HEADS.get(self.semantic_type), self.semantic_features
+            model.segmenter = _loaded(
+                lambda: make_semantic(kind, raw_spec(sam, kind), self.semantic_classes),
+                self.semantic,
+                source,
+            )
         return model.to(next(sam.parameters()).device).eval()
 
 

@@ -10,6 +10,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from sam_gym.backbones.adapters.class_head import ClassHead
+from sam_gym.backbones.adapters.semantic_head import SemanticHead
 from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures, TensorSpec
 from sam_gym.backbones.hq import (
@@ -19,10 +20,11 @@ from sam_gym.backbones.hq import (
     feature_spec,
     with_hq_features,
 )
+from sam_gym.backbones.stages import encode_stages, encode_tiles, stage_spec
 from sam_gym.utils.registry import Registry, unknown_name
 
 #: Inputs of the tuned part of a SAM; see `raw_features`.
-RAW_KINDS = ("pixels", "embedding", "early")
+RAW_KINDS = ("pixels", "embedding", "early", "stages", "tiles")
 
 
 class Model(nn.Module):
@@ -32,11 +34,18 @@ class Model(nn.Module):
         sam: the model. For a model that routes or prompts by image: the pretrained one.
         raw: a kind of `raw_features`, which the pretrained SAM can compute in advance.
         head: classifies masks, or None.
+        segmenter: classifies pixels by `raw_features` of the pretrained SAM, or None.
     """
 
-    def __init__(self, sam: Sam, raw: str = "pixels", head: ClassHead | None = None) -> None:
+    def __init__(
+        self,
+        sam: Sam,
+        raw: str = "pixels",
+        head: ClassHead | None = None,
+        segmenter: SemanticHead | None = None,
+    ) -> None:
         super().__init__()
-        self.sam, self.raw, self.head = sam, raw, head
+        self.sam, self.raw, self.head, self.segmenter = sam, raw, head, segmenter
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -127,8 +136,9 @@ def raw_features(sam: Sam, pixels: Tensor, kind: str) -> ImageFeatures:
     Args:
         sam: the pretrained SAM.
         pixels: prepared, (B, 3, S, S).
-        kind: "pixels" (feature `pixels`), "embedding" (as `encode_pixels`) or "early" (features
-            `embedding` and `early`).
+        kind: "pixels" (feature `pixels`), "embedding" (as `encode_pixels`), "early" (features
+            `embedding` and `early`), "stages" (as `encode_stages`) or "tiles" (as `encode_tiles`,
+            from pixels (B, 5, 3, S, S)).
 
     Raises:
         ValueError: unknown kind.
@@ -137,13 +147,19 @@ def raw_features(sam: Sam, pixels: Tensor, kind: str) -> ImageFeatures:
         return ImageFeatures({"pixels": pixels})
     if kind == "early":
         return early_features(sam.image_encoder, pixels)
+    if kind == "stages":
+        return encode_stages(sam, pixels)
+    if kind == "tiles":
+        return encode_tiles(sam, pixels)
     if kind != "embedding":
         raise unknown_name("kind of raw features", kind, RAW_KINDS)
     return encode_pixels(sam, pixels)
 
 
 def raw_spec(sam: Sam, kind: str) -> FeatureSpec:
-    """Shapes and dtypes of `raw_features`, in float32."""
+    """Shapes and dtypes of `raw_features`; float32, but for those of `stage_spec`."""
+    if kind in ("stages", "tiles"):
+        return stage_spec(sam, tiles=kind == "tiles")
     if kind == "pixels":
         side = sam.image_encoder.img_size
         return FeatureSpec({"pixels": TensorSpec((3, side, side))})

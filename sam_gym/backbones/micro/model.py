@@ -151,10 +151,25 @@ class MicroEncoder(nn.Module):
         pieces = [self.trunk(piece) for piece in x.split(PIECE)]
         return [torch.cat(level) for level in zip(*pieces, strict=True)]
 
+    @property
+    def stage_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Channels and side of the stages."""
+        sides = (self.img_size // stride for stride in (4, 8, 16, 32))
+        return tuple(zip(WIDTHS, sides, strict=True))
+
     def forward_with_early(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, S, S) -> embedding (B, C, h, w), fine features (B, `FINE`, h, w)."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        quarter, eighth, sixteenth, coarse = self._trunk_features(x)
+        stages = self._trunk_features(x.contiguous(memory_format=torch.channels_last))
+        return self._embed(*stages)
+
+    def forward_with_stages(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Pixels (B, 3, S, S) -> embedding (B, C, h, w), features at strides 4, 8, 16 and 32."""
+        stages = self._trunk_features(x.contiguous(memory_format=torch.channels_last))
+        return self._embed(*stages)[0], stages
+
+    def _embed(
+        self, quarter: Tensor, eighth: Tensor, sixteenth: Tensor, coarse: Tensor
+    ) -> tuple[Tensor, Tensor]:
         fine = torch.cat(
             [
                 F.pixel_unshuffle(self.fine_quarter(quarter), 6),

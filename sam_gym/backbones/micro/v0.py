@@ -80,7 +80,7 @@ class MicroV0Encoder(nn.Module):
         out_chans: int = 128,
     ) -> None:
         super().__init__()
-        self.img_size = img_size
+        self.img_size, self._widths = img_size, widths
         half, quarter, eighth, coarse = widths
         self.stem = nn.Sequential(
             _conv(3, half, 2), nn.ReLU(inplace=True), _conv(half, quarter, 2), nn.ReLU(inplace=True)
@@ -105,8 +105,23 @@ class MicroV0Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_with_early(x)[0]
 
+    @property
+    def stage_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Channels and side of the stages."""
+        sides = (self.img_size // stride for stride in (4, 8, 16))
+        return tuple(zip(self._widths[1:], sides, strict=True))
+
     def forward_with_early(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, S, S) -> embedding (B, C, h, w), fine features (B, `FINE`, h, w)."""
+        embedding, fine, _ = self._all_features(x)
+        return embedding, fine
+
+    def forward_with_stages(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Pixels (B, 3, S, S) -> embedding (B, C, h, w), features at strides 4, 8 and 16."""
+        embedding, _, stages = self._all_features(x)
+        return embedding, stages
+
+    def _all_features(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         x = x.contiguous(memory_format=torch.channels_last)
         quarter = self.quarter(self.stem(x))
         eighth = self.eighth(quarter)
@@ -122,7 +137,8 @@ class MicroV0Encoder(nn.Module):
             dim=1,
         )
         embedding = self.neck(torch.cat([coarse, fine], dim=1))
-        return self.norm(embedding + self.detail(quarter, eighth, coarse)), fine
+        embedding = self.norm(embedding + self.detail(quarter, eighth, coarse))
+        return embedding, fine, [quarter, eighth, coarse]
 
 
 def build_micro_v0() -> Sam:
