@@ -1,6 +1,6 @@
 """The video tracker against the authors' predictor, small, with random weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,72 +24,29 @@ TRUNK = {"stages": (1, 2, 2, 1), "window_spec": (8, 4, 6, 3), "global_att_blocks
 TOLERANCE = 1e-4
 
 
-def build_authors(postprocess: bool) -> Any:
-    from sam2.modeling.backbones.hieradet import Hiera
-    from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
-    from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
-    from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
-    from sam2.modeling.position_encoding import PositionEmbeddingSine
-    from sam2.modeling.sam.transformer import RoPEAttention
+def build_authors(build: Callable[..., Any], postprocess: bool) -> Any:
     from sam2.sam2_video_predictor import SAM2VideoPredictor
 
-    trunk = Hiera(embed_dim=8, window_pos_embed_bkg_spatial_size=(7, 7), **TRUNK)
-    neck = FpnNeck(
-        PositionEmbeddingSine(WIDTH),
-        WIDTH,
-        trunk.channel_list,
-        fpn_top_down_levels=[2, 3],
-        fpn_interp_model="nearest",
-    )
-    rotary = {"embedding_dim": WIDTH, "num_heads": 1, "feat_sizes": (8, 8)}
-    layer = MemoryAttentionLayer(
-        activation="relu",
-        cross_attention=RoPEAttention(rope_k_repeat=True, kv_in_dim=64, **rotary),
-        d_model=WIDTH,
-        dim_feedforward=64,
-        dropout=0.1,
-        pos_enc_at_attn=False,
-        pos_enc_at_cross_attn_keys=True,
-        pos_enc_at_cross_attn_queries=False,
-        self_attention=RoPEAttention(**rotary),
-    )
     extra = {
         "dynamic_multimask_via_stability": True,
         "dynamic_multimask_stability_delta": 0.05,
         "dynamic_multimask_stability_thresh": 0.98,
     }
     torch.manual_seed(0)
-    model = SAM2VideoPredictor(
-        image_encoder=ImageEncoder(trunk, neck, scalp=1),
-        memory_attention=MemoryAttention(WIDTH, True, layer, 2),
-        memory_encoder=MemoryEncoder(
-            64,
-            MaskDownSampler(kernel_size=3, stride=2, padding=1),
-            Fuser(CXBlock(WIDTH), 2),
-            PositionEmbeddingSine(64),
-        ),
-        image_size=SIZE,
+    model = build(
+        SAM2VideoPredictor,
+        layers=2,
+        hidden=64,
         sigmoid_scale_for_mem_enc=20.0,
         sigmoid_bias_for_mem_enc=-10.0,
         use_mask_input_as_output_without_sam=True,
-        directly_add_no_mem_embed=True,
-        no_obj_embed_spatial=True,
-        use_high_res_features_in_sam=True,
         multimask_output_in_sam=True,
-        iou_prediction_use_sigmoid=True,
-        use_obj_ptrs_in_encoder=True,
         add_tpos_enc_to_obj_ptrs=True,
-        proj_tpos_enc_in_obj_ptrs=True,
         use_signed_tpos_enc_to_obj_ptrs=True,
         only_obj_ptrs_in_the_past_for_eval=True,
-        pred_obj_scores=True,
-        pred_obj_scores_mlp=True,
-        fixed_no_obj_ptr=True,
         multimask_output_for_tracking=True,
-        use_multimask_token_for_obj_ptr=True,
         multimask_min_pt_num=0,
         multimask_max_pt_num=1,
-        use_mlp_for_obj_ptr_proj=True,
         sam_mask_decoder_extra_args=extra if postprocess else None,
         binarize_mask_from_pts_for_mem_enc=postprocess,
     )
@@ -129,8 +86,8 @@ def frames() -> np.ndarray:
 class Pair:
     """The same prompts for both."""
 
-    def __init__(self, postprocess: bool, folder: Path) -> None:
-        self.authors = build_authors(postprocess)
+    def __init__(self, build: Callable[..., Any], postprocess: bool, folder: Path) -> None:
+        self.authors = build_authors(build, postprocess)
         sam = assemble_sam2(Sam2Encoder(SIZE, WIDTH, embed_dim=8, **TRUNK))
         image, memory = split_state(self.authors.state_dict())
         sam.load_state_dict(image)
@@ -183,8 +140,10 @@ class Pair:
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "postprocess"])
-def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
-    return Pair(request.param, tmp_path)
+def pair(
+    request: pytest.FixtureRequest, tmp_path: Path, build_authors_sam2: Callable[..., Any]
+) -> Pair:
+    return Pair(build_authors_sam2, request.param, tmp_path)
 
 
 def disk(x: float, y: float, radius: float) -> np.ndarray:
