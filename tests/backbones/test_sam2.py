@@ -84,7 +84,7 @@ def checkpoint(authors: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
 def backbone(
     checkpoint: str, add_backbone: Callable[..., None], build_sam2: Callable[..., Sam2]
 ) -> Backbone:
-    add_backbone("sam2.1_hiera_tiny", build=lambda: build_sam2(SIZE, WIDTH, 2048, 8))
+    add_backbone("sam2.1_hiera_tiny", build=lambda: build_sam2(SIZE, WIDTH, 2048, 8), memory=None)
     return load_backbone("sam2.1_hiera_tiny", checkpoint, "cpu")
 
 
