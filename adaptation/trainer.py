@@ -82,7 +82,7 @@ class Trainer:
         device = self.backbone.device
         world = int(os.environ.get("WORLD_SIZE", "1"))
         check_divides(self.config.batch_size or world, world)
-        self.fabric = _fabric()(
+        self.fabric = import_fabric()(
             accelerator="cpu" if device.type == "cpu" else device.type,
             devices=1 if world == 1 else "auto" if device.type == "cuda" else world,
             strategy="auto" if world == 1 else "ddp_find_unused_parameters_true",
@@ -134,7 +134,7 @@ class Trainer:
         return _Fit(self, method(context)).run(resume, overwrite)
 
 
-def _fabric() -> type[Fabric]:
+def import_fabric() -> type[Fabric]:
     """Import Fabric without the environment variable that it sets for the whole process.
 
     With PYTORCH_NVML_BASED_CUDA_CHECK, every step of Adam searches for the NVML library on machines

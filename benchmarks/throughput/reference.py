@@ -18,9 +18,12 @@ from sam_gym.metrics import masks as metrics
 
 def check_comparable(name: str) -> None:
     """Raise `ValueError` for a backbone that `SamPredictor` does not support."""
-    plain = BackboneSpec.features
-    if name.startswith(HUB_PREFIX) or BACKBONES.get(name).features != plain:
-        comparable = [spec.name for spec in backbones_by_size() if spec.features == plain]
+
+    def is_plain(spec: BackboneSpec) -> bool:
+        return spec.features == BackboneSpec.features and spec.memory is None
+
+    if name.startswith(HUB_PREFIX) or not is_plain(BACKBONES.get(name)):
+        comparable = [spec.name for spec in backbones_by_size() if is_plain(spec)]
         raise ValueError(
             f"{name}: segment_anything's SamPredictor does not support this backbone, so "
             f"there is no reference. Pass one of: {', '.join(comparable)}."

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from sam_gym.backbones.encoders import upscaling_of
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.hq import HqMaskDecoder
-from sam_gym.backbones.sam2 import Sam2
+from sam_gym.backbones.sam2 import Sam2, VideoSam
 
 #: Below this number of keys, and from it on for queries, a CPU takes `_attend_to_few`.
 _FEW = 32
@@ -332,8 +332,8 @@ class MaskTokens:
         upscaling: the two factors of k.
         refinement: (P, kh, kw), logits that an HQ decoder adds to every mask, or None.
         tokens: (P, K, C), output of the transformer for the mask tokens, as class heads take it.
-        object_score: (P,), logit that the object is in the image, of a SAM 2, or None.
-        stability: see `Sam2MaskDecoder.stability`; None: the single mask is kept.
+        object_score: (P,), logit that the object is in the image, of a `VideoSam`, or None.
+        stability: see `ScoringMaskDecoder.stability`; None: the single mask is kept.
     """
 
     mask_embeddings: Tensor
@@ -413,7 +413,7 @@ def decode_tokens(
     """
     decoder = sam.mask_decoder
     hq = decoder if isinstance(decoder, HqMaskDecoder) else None
-    sam2 = sam if isinstance(sam, Sam2) else None
+    video = sam if isinstance(sam, VideoSam) else None
     count = len(prompts)
     rows = prompts.rows
     if rows is None and len(features) != count:
@@ -421,13 +421,13 @@ def decode_tokens(
     if rows is not None and (prompts.masks is not None or len(features) > count):
         # With masks, no two prompts see the same; and few prompts do not pay for many images.
         features, rows = features[rows], None
-    sparse, present = encode_points_and_boxes(sam.prompt_encoder, prompts, sam2 is not None)
-    dense = encode_masks(sam.prompt_encoder, prompts, None if sam2 is None else sam2.mask_limit)
+    sparse, present = encode_points_and_boxes(sam.prompt_encoder, prompts, video is not None)
+    dense = encode_masks(sam.prompt_encoder, prompts, None if video is None else video.mask_limit)
     output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     if hq is not None:
         output = torch.cat([output, hq.hf_token.weight])
-    if sam2 is not None:
-        output = torch.cat([output, sam2.mask_decoder.obj_score_token.weight])
+    if video is not None:
+        output = torch.cat([output, video.mask_decoder.obj_score_token.weight])
     tokens = torch.cat([output.expand(count, -1, -1), sparse.to(output.dtype)], dim=1)
     present = torch.cat([present.new_ones((count, len(output))), present], dim=1)
     if further is not None:
@@ -447,12 +447,13 @@ def decode_tokens(
     last = tokens[:, len(output) - 1]
     finer: tuple[Tensor, Tensor] | None = None
     refinement, score, stability = None, None, None
-    if sam2 is not None:
+    if video is not None:
+        stability = video.mask_decoder.stability
+        score = video.mask_decoder.pred_obj_score_head(last)[:, 0]
+    if isinstance(video, Sam2):
         shared = rows is None or len(features) == 1
         high_res = features["high_res_s1"], features["high_res_s0"]
         finer = high_res if shared else (high_res[0][rows], high_res[1][rows])
-        stability = sam2.mask_decoder.stability
-        score = sam2.mask_decoder.pred_obj_score_head(last)[:, 0]
     upscaled, upscaling = _upscale(decoder, keys, finer), upscaling_of(decoder)
     if hq is not None:
         own_features = features["hq"] if rows is None else features["hq"][rows]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sam_gym.backbones.encoders import assemble, upscaling_of
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures, TensorSpec
-from sam_gym.backbones.sam2 import Sam2
+from sam_gym.backbones.sam2 import VideoSam
 
 #: Modules of an HQ decoder beyond SAM's, as the published checkpoints name them.
 _HEAD = ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
@@ -133,7 +133,7 @@ def early_channels(encoder: Any) -> int:
 
 def encode_pixels(sam: Sam, pixels: Tensor) -> ImageFeatures:
     """Encode prepared pixels (B, 3, S, S) to the features of `feature_spec`."""
-    if isinstance(sam, Sam2):
+    if isinstance(sam, VideoSam):
         return sam.encode_pixels(pixels)
     if not isinstance(sam.mask_decoder, HqMaskDecoder):
         return ImageFeatures({"embedding": sam.image_encoder(pixels)})
@@ -158,7 +158,7 @@ def with_hq_features(sam: Sam, features: ImageFeatures) -> ImageFeatures:
 
 def feature_spec(sam: Sam) -> FeatureSpec:
     """Shapes and dtypes of `encode_pixels`, in float32."""
-    if isinstance(sam, Sam2):
+    if isinstance(sam, VideoSam):
         return sam.feature_spec
     width, grid = sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size
     tensors = {"embedding": TensorSpec((width, *grid))}

@@ -18,7 +18,8 @@ from sam_gym.backbones import hub as huggingface
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.encoders import State
 from sam_gym.backbones.service import DTYPES, Backbone
-from sam_gym.backbones.spec import BACKBONES, HUB_PREFIX, BackboneSpec
+from sam_gym.backbones.spec import BACKBONES, BASE_DIGEST, HUB_PREFIX, BackboneSpec
+from sam_gym.utils.digest import digest_of
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.shared import SharedObjects
 from sam_gym.utils.text import reason_of
@@ -253,6 +254,31 @@ def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return state
 
 
+def read_state_of(spec: BackboneSpec, path: Path) -> State:
+    """Read a checkpoint of a backbone, together with the weights that it extends.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is unreadable, or extends other weights than there are.
+    """
+    state = read_weights(path)
+    if not spec.base:
+        return state
+    base = read_base(spec)
+    expected = state.pop(BASE_DIGEST, None)
+    if expected is None or bytes(expected.tolist()).hex() != digest_of(base):
+        raise ValueError(
+            f"{path}: made for other weights of {spec.base!r} than those of this version. Train "
+            f"{spec.name!r} again, or pass the file that came with these weights."
+        )
+    return base | state
+
+
+def read_base(spec: BackboneSpec) -> State:
+    """Read the weights that the file of a backbone extends."""
+    return read_weights(_weights_of(BACKBONES.get(spec.base)))
+
+
 def load_weights(sam: Sam, name: str, path: Path) -> None:
     """Load a checkpoint of the backbone `name` strictly.
 
@@ -261,7 +287,8 @@ def load_weights(sam: Sam, name: str, path: Path) -> None:
         ValueError: the file is unreadable, or its weights differ from those of the model in name,
             shape or type, or are not finite.
     """
-    state, convert = read_weights(path), BACKBONES.get(name).convert
+    spec = BACKBONES.get(name)
+    state, convert = read_state_of(spec, path), spec.convert
     load_state(sam, state if convert is None else convert(state), name, path)
 
 
@@ -406,15 +433,19 @@ def load_backbone(
             check_finite(sam.state_dict(), name)
         else:
             sam = spec.build()
-            state = read_weights(path)
+            state = read_state_of(spec, path)
             load_state(sam, state if spec.convert is None else spec.convert(state), name, path)
         learned = None if adaptation is None else read_adapter(adaptation)
         make = Backbone if spec is None or spec.service is None else spec.service
         backbone = make(name, sam, target, precision, compile, learned)
         if spec is not None and spec.memory is not None:
             backbone.memory = _load_memory(spec, state, path)
+        if learned is not None:
+            learned.tune_memory(backbone.memory, str(adaptation))
         return backbone
 
     folder = Path(name.removeprefix(HUB_PREFIX)).expanduser()
     files = [file for file in (path or folder, adaptation) if file is not None]
+    if spec is not None and spec.base:
+        files.append(_weights_of(BACKBONES.get(spec.base)))
     return _loaded.get((name, path, target, precision, compile, adaptation), files, load)

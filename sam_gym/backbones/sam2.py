@@ -103,38 +103,52 @@ class Sam2Encoder(nn.Module):
         return self.pyramid(pixels)[2]
 
 
-class Sam2MaskDecoder(MaskDecoder):
-    """SAM's mask decoder with finer image features and a score of the object's presence.
+class ScoringMaskDecoder(MaskDecoder):
+    """SAM's mask decoder with a score of the object's presence.
 
     Attributes:
         stability: (delta, least): the single mask gives way to the best of three if the number of
             pixels above delta is less than this fraction of those above -delta. None: never.
     """
 
-    stability: tuple[float, float] | None = (0.05, 0.98)
+    stability: tuple[float, float] | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         width = self.transformer_dim
         self.obj_score_token = nn.Embedding(1, width)
         self.pred_obj_score_head = MLP(width, width, 1, 3)
+
+
+class Sam2MaskDecoder(ScoringMaskDecoder):
+    """SAM 2's mask decoder, which also has finer image features."""
+
+    stability = (0.05, 0.98)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        width = self.transformer_dim
         self.conv_s0 = nn.Conv2d(width, width // 8, 1)
         self.conv_s1 = nn.Conv2d(width, width // 4, 1)
         self.iou_prediction_head.sigmoid_output = True
 
 
-class Sam2(Sam):
-    """The part of SAM 2 that segments images: encoder, prompt encoder and mask decoder.
+class VideoSam(Sam):
+    """A SAM for images whose embeddings a video memory can condition.
+
+    Its mask decoder is a `ScoringMaskDecoder`.
 
     Attributes:
         no_mem_embed: (1, 1, C), added to the embedding of a frame without memories, hence of every
             image.
-        mask_limit: bound on the absolute value of mask prompts. The authors' predictor bounds the
-            logits that it returns as the next prompt.
+        mask_limit: bound on the absolute value of mask prompts. SAM 2's predictor bounds the logits
+            that it returns as the next prompt.
+        squashes: whether images are stretched to the square frame; otherwise they are padded.
     """
 
     image_encoder: Any
     mask_limit = 32.0
+    squashes = False
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
@@ -144,6 +158,29 @@ class Sam2(Sam):
     @property
     def feature_spec(self) -> FeatureSpec:
         """Shapes and dtypes of `encode_pixels`, in float32."""
+        grid = self.prompt_encoder.image_embedding_size
+        return FeatureSpec({"embedding": TensorSpec((self.prompt_encoder.embed_dim, *grid))})
+
+    def encode_frames(self, pixels: Tensor) -> ImageFeatures:
+        """Encode prepared pixels (B, 3, S, S) without `no_mem_embed`, as frames with memories."""
+        return ImageFeatures({"embedding": self.image_encoder(pixels)})
+
+    def without_memory(self, features: ImageFeatures) -> ImageFeatures:
+        """Features of frames as those of frames that no memory conditions."""
+        return features.merge(embedding=features.embedding + self.no_mem_embed.reshape(1, -1, 1, 1))
+
+    def encode_pixels(self, pixels: Tensor) -> ImageFeatures:
+        """Encode prepared pixels (B, 3, S, S) as single images."""
+        return self.without_memory(self.encode_frames(pixels))
+
+
+class Sam2(VideoSam):
+    """The part of SAM 2 that segments images: encoder, prompt encoder and mask decoder."""
+
+    squashes = True
+
+    @property
+    def feature_spec(self) -> FeatureSpec:
         width, (h, w) = self.prompt_encoder.embed_dim, self.prompt_encoder.image_embedding_size
         return FeatureSpec(
             {
@@ -154,7 +191,6 @@ class Sam2(Sam):
         )
 
     def encode_frames(self, pixels: Tensor) -> ImageFeatures:
-        """Encode prepared pixels (B, 3, S, S) without `no_mem_embed`, as frames with memories."""
         quarter, eighth, embedding = self.image_encoder.pyramid(pixels)
         decoder: Any = self.mask_decoder
         return ImageFeatures(
@@ -164,11 +200,6 @@ class Sam2(Sam):
                 "high_res_s0": decoder.conv_s0(quarter),
             }
         )
-
-    def encode_pixels(self, pixels: Tensor) -> ImageFeatures:
-        """Encode prepared pixels (B, 3, S, S) as single images."""
-        features = self.encode_frames(pixels)
-        return features.merge(embedding=features.embedding + self.no_mem_embed.reshape(1, -1, 1, 1))
 
 
 def split_state(state: State) -> tuple[State, State]:

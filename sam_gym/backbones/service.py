@@ -25,7 +25,7 @@ from sam_gym.backbones.decode import NO_POINT, MaskTokens, Prompts
 from sam_gym.backbones.encoders import upscaling_of
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures
 from sam_gym.backbones.frames import Frame, PaddedFrame, SquashedFrame
-from sam_gym.backbones.sam2 import Sam2
+from sam_gym.backbones.sam2 import VideoSam
 from sam_gym.utils.digest import digest_of
 
 #: Precisions by name, of models and of features on disk.
@@ -169,7 +169,8 @@ class Backbone:
             self.model = adapter.model(self.sam)
         self.image_size: int = sam.image_encoder.img_size
         size = self.image_size
-        self._frame_class = SquashedFrame if isinstance(sam, Sam2) else PaddedFrame
+        squashes = isinstance(sam, VideoSam) and sam.squashes
+        self._frame_class = SquashedFrame if squashes else PaddedFrame
         self._frame: Frame = self._frame_class(size)
         #: Whether images are stretched to the whole frame; otherwise they are padded.
         self.squashes: bool = self._frame.squashes

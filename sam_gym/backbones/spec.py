@@ -28,6 +28,7 @@ from sam_gym.backbones.sam2 import (
     sam2_state,
 )
 from sam_gym.backbones.video.memory import VideoMemory
+from sam_gym.backbones.video.micro_video import build_micro_memory, build_micro_video
 from sam_gym.utils.registry import Registry
 
 #: Names with this prefix are loaded from the Hugging Face hub: "hf:facebook/sam-vit-base".
@@ -73,6 +74,8 @@ class BackboneSpec:
             arguments of `Backbone`; None: `Backbone`.
         memory: builds the video memory with random weights, and takes its weights out of a state
             dict as published; None: it has none.
+        base: name of the backbone whose weights it starts from, or "". Its own file then holds what
+            differs, and `BASE_DIGEST`.
         digest: `weights_digest` of weights that had another name once, by which adapters and agents
             that were saved under that name find them.
     """
@@ -88,6 +91,7 @@ class BackboneSpec:
     features: tuple[str, ...] = ("embedding",)
     service: Callable[..., Any] | None = None
     memory: tuple[Callable[[], Any], Callable[[State], State]] | None = None
+    base: str = ""
     digest: str = ""
 
     @property
@@ -98,6 +102,8 @@ class BackboneSpec:
         return 0 if self.weights is None else self.weights.megabytes
 
 
+#: Name, in a file that extends other weights, of their digest: uint8 (16,).
+BASE_DIGEST = "base_digest"
 #: Digest of the weights that were called "micro" before they became "micro-v0".
 FIRST_MICRO = "7e7f311566767991dab4968d5b6c1b80"
 #: Backbone name -> its specification.
@@ -176,6 +182,20 @@ register_backbone(
         thresholds=(0.6, 0.8),
         input_size=256,
         digest=FIRST_MICRO,
+    )
+)
+register_backbone(
+    BackboneSpec(
+        name="micro_video",
+        build=build_micro_video,
+        description="`micro` with the memory of a SAM 2 in small, which tracks objects in videos",
+        source="[card](sam_gym/backbones/video/weights/README.md), Apache-2.0",
+        weights=Path(__file__).parent / "video" / "weights" / "micro_video.safetensors",
+        convert=sam2_state,
+        thresholds=(0.6, 0.8),
+        input_size=384,
+        memory=(build_micro_memory, memory_state),
+        base="micro",
     )
 )
 for _size, _build, _file, _sha256, _megabytes in (

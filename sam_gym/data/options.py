@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
 from sam_gym.data import DATASETS, Dataset, dataset_help
 from sam_gym.data.io import OnError
+from sam_gym.utils.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingOptions:
     """Options of reading, whatever names the dataset."""
+
+    registry: ClassVar[Registry[Any]] = DATASETS
 
     dataset_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Further options of the dataset or stream, as pairs of names and values (in Python, a dict):
@@ -33,7 +36,7 @@ class ReadingOptions:
                 raise ValueError(
                     f"dataset_kwargs may not hold {name!r}: use {own}= instead (--{own})."
                 )
-        skip = self.on_error != "raise" and not DATASETS.get(dataset).procedural
+        skip = self.on_error != "raise" and not self.registry.get(dataset).procedural
         return ({"on_error": self.on_error} if skip else {}) | self.dataset_kwargs
 
 

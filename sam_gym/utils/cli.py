@@ -66,16 +66,19 @@ def stop_at_sigterm() -> Any:
     return signal.signal(signal.SIGTERM, stop)
 
 
-def run(main: Callable[[], Any], resume: str = "Run the same command again.") -> None:
+def run(
+    main: Callable[[], Any], resume: str = "Run the same command again.", status: int = 1
+) -> None:
     """Run a command that owns its process.
 
-    Wrong input ends it with its message and status 1, Ctrl-C with status 130, SIGTERM with status
+    Wrong input ends it with its message and a status, Ctrl-C with status 130, SIGTERM with status
     143; none of them with a traceback. Freed memory is kept for the next tensor
     (`keep_freed_memory`).
 
     Args:
         main: the command.
         resume: what to do after an interruption, unless the exception has notes that say it.
+        status: exit status of wrong input.
     """
     keep_freed_memory()
     stop_at_sigterm()
@@ -86,11 +89,14 @@ def run(main: Callable[[], Any], resume: str = "Run the same command again.") ->
     except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:
         # Names of files may hold control characters.
         message = "\n".join(map(printable, str(error).splitlines()))
-        raise SystemExit(f"error: {message}") from error
+        if status == 1:  # that of a text
+            raise SystemExit(f"error: {message}") from error
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(status) from error
     except KeyboardInterrupt as stop:
-        what, status = ("Terminated", 143) if isinstance(stop, Terminated) else ("Interrupted", 130)
+        what, code = ("Terminated", 143) if isinstance(stop, Terminated) else ("Interrupted", 130)
         print(f"{what}. {' '.join(getattr(stop, '__notes__', [resume]))}", file=sys.stderr)
-        raise SystemExit(status) from stop
+        raise SystemExit(code) from stop
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

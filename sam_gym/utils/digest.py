@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def digest_of(state: Mapping[str, Tensor], label: str = "") -> str:
     """Hex digest of a state dict and a label, 32 characters."""
+    import torch  # here, since readers of files need only the other digests
+
     digest = hashlib.sha256(label.encode())
     for key, value in sorted(state.items()):
         digest.update(key.encode())

@@ -139,8 +139,10 @@ def test_errors_list_the_table() -> None:
         check_comparable("hq_vit_b")
     assert "micro, mobile_sam, repvit_sam, vit_b, vit_l, vit_h" in str(caught.value)
     for spec in backbones_by_size():
-        if spec.features == ("embedding",):
+        if spec.features == ("embedding",) and spec.memory is None:
             check_comparable(spec.name)
+    with pytest.raises(ValueError, match="micro_video: segment_anything's SamPredictor"):
+        check_comparable("micro_video")
 
 
 def test_thresholds_are_those_of_the_backbone() -> None:

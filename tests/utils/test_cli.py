@@ -54,6 +54,16 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
         cli.run(main)
 
 
+def test_commands_may_end_with_another_status(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise ValueError("a.json: no categories.")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main, status=2)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: a.json: no categories.\n"
+
+
 def test_a_forked_worker_ends_as_usual() -> None:
     def main() -> None:
         worker = os.fork()

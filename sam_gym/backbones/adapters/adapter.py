@@ -20,7 +20,13 @@ from torch import Tensor
 from sam_gym.backbones.adapters.class_head import CLASS_HEADS
 from sam_gym.backbones.adapters.model import ADAPTER_MODULES, Model, raw_spec
 from sam_gym.backbones.adapters.semantic_head import SEMANTIC_HEADS
-from sam_gym.backbones.adapters.tuning import TUNINGS, apply_tuned, bytes_of, check_names
+from sam_gym.backbones.adapters.tuning import (
+    apply_tuned,
+    bytes_of,
+    check_names,
+    put_weights,
+    raw_kind,
+)
 from sam_gym.backbones.spec import renamed_backbone
 from sam_gym.utils.settings import check_settings
 from sam_gym.utils.weights import check_finite
@@ -45,7 +51,7 @@ class Adapter:
         backbone: name of the SAM that was adapted.
         identity: digest of its weights; "" if it is not known.
         method: name of the method that made it, for people.
-        tune: a key of `TUNINGS`, or "prompts" or "head", where no part of the SAM is tuned.
+        tune: a key of `TUNINGS`, `VIDEO`, or "prompts" or "head" where no part of the SAM is tuned.
         domains: names of the domains, in the order of learning.
         experts: tuned weights of each expert (see `tuned_weights`); none where only prompts or a
             semantic head are trained.
@@ -58,6 +64,7 @@ class Adapter:
         semantic_features: kind of `raw_features` that it takes.
         semantic_classes: names of its classes.
         semantic: its state.
+        memory: tuned weights of the video memory, by name.
     """
 
     backbone: str
@@ -75,6 +82,7 @@ class Adapter:
     semantic_features: str = ""
     semantic_classes: list[str] = field(default_factory=list)
     semantic: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -82,6 +90,7 @@ class Adapter:
         tensors = {f"router.{name}": value for name, value in self.weights.items()}
         tensors |= {f"head.{name}": value for name, value in self.head.items()}
         tensors |= {f"semantic.{name}": value for name, value in self.semantic.items()}
+        tensors |= {f"memory.{name}": value for name, value in self.memory.items()}
         for number, weights in enumerate(self.experts):
             tensors |= {f"expert{number}.{name}": value for name, value in weights.items()}
         return tensors
@@ -144,7 +153,9 @@ class Adapter:
             )
         about = {_RENAMED.get(name, name): value for name, value in about.items()}
         about.pop("version")
-        parts: dict[str, dict[str, Tensor]] = {"router": {}, "head": {}, "semantic": {}}
+        parts: dict[str, dict[str, Tensor]] = {
+            name: {} for name in ("router", "head", "semantic", "memory")
+        }
         try:
             count = about.pop("num_experts")
             if not 0 <= count <= len(tensors) + 1:
@@ -161,6 +172,7 @@ class Adapter:
                 weights=parts["router"],
                 head=parts["head"],
                 semantic=parts["semantic"],
+                memory=parts["memory"],
             )
             check_settings(adapter)
             least = 0 if adapter.semantic_type else 1
@@ -209,6 +221,20 @@ class Adapter:
             semantic=dict(state),
         )
 
+    def tune_memory(self, memory: Any, source: str = "adapter") -> None:
+        """Put the tuned weights into a video memory.
+
+        Raises:
+            ValueError: there is no memory, or the weights do not fit it.
+        """
+        if not self.memory:
+            return
+        if memory is None:
+            raise ValueError(
+                f"{source}: holds weights of a video memory, and this backbone has none."
+            )
+        put_weights(memory, self.memory, source)
+
     def model(self, sam: Sam, source: str = "adapter") -> Model:
         """Build the adapted model: frozen, sharing with `sam` everything that was not tuned.
 
@@ -220,7 +246,7 @@ class Adapter:
             ValueError: the adapter was made for another SAM, or names an unknown module.
         """
         experts = [apply_tuned(sam, self.tune, weights, source) for weights in self.experts]
-        raw = TUNINGS.get(self.tune).raw if experts else "embedding"
+        raw = raw_kind(self.tune) if experts else "embedding"
         if self.router:
             make = ADAPTER_MODULES.get(self.router).from_weights
             try:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sam_gym.backbones.encoders import upscaling_of
 from sam_gym.backbones.hq import HqMaskDecoder, early_channels, in_head
-from sam_gym.backbones.sam2 import Sam2MaskDecoder
+from sam_gym.backbones.sam2 import Sam2MaskDecoder, ScoringMaskDecoder
 from sam_gym.utils.registry import Registry
 
 #: Rank of LoRA, and the factor of its product (alpha / rank).
@@ -24,6 +24,10 @@ LORA_RANK, LORA_SCALE = 4, 2.0
 ADAPTER_WIDTH = 32
 #: Channels to which a small HQ head reduces early features.
 HQ_RANK = 64
+
+#: Name of the tune target of adapters that hold any weights of a SAM under their names, as the
+#: training of trackers writes them. It is not among `TUNINGS`.
+VIDEO = "video"
 
 _LORA = (".lora_A.default.weight", ".lora_B.default.weight")
 
@@ -87,6 +91,10 @@ def _decoder(sam: Sam) -> Sam:
 def _hq(sam: Sam, rank: int | None = None) -> Sam:
     own = _copy(sam, in_head)
     decoder = own.mask_decoder
+    if isinstance(decoder, ScoringMaskDecoder):
+        raise ValueError(
+            "tune='hq' and 'hq_small' do not go with a SAM for videos: take another tune target."
+        )
     if not isinstance(decoder, HqMaskDecoder):
         own.mask_decoder = _with_hq_head(decoder, early_channels(own.image_encoder), rank)
     elif rank is not None:
@@ -243,6 +251,10 @@ def apply_tuned(sam: Sam, tune: str, weights: Mapping[str, Tensor], source: str 
     Raises:
         ValueError: the weights do not fit this model and tune target.
     """
+    if tune == VIDEO:
+        own = _copy(sam, lambda name: name in weights)
+        put_weights(own, weights, source)
+        return own
     lora = {name for name in weights if name.endswith((".lora_A", ".lora_B"))}
     own = _merged(sam, weights, source) if lora else TUNINGS.get(tune).prepare(sam)
     if not lora:
@@ -252,6 +264,20 @@ def apply_tuned(sam: Sam, tune: str, weights: Mapping[str, Tensor], source: str 
             for name, weight in state.items():
                 weight.copy_(weights[name])
     return own.requires_grad_(False)
+
+
+def raw_kind(tune: str) -> str:
+    """Return the kind of `raw_features` from which the tuned part of a tune target starts."""
+    return "pixels" if tune == VIDEO else TUNINGS.get(tune).raw
+
+
+def put_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Overwrite some weights of a module, by name; raises `ValueError` as `check_names` does."""
+    state = module.state_dict()
+    check_names({name: own for name, own in state.items() if name in weights}, weights, source)
+    with torch.no_grad():
+        for name, value in weights.items():
+            state[name].copy_(value)
 
 
 def check_names(state: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:

@@ -87,6 +87,13 @@ class PhotoMixer:
             view = self._paste(rng, view)
         return view
 
+    def cutout(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draw an object: uint8 (SIZE, SIZE, 3) around it, and its mask, bool (SIZE, SIZE)."""
+        while True:
+            view = self._crop(rng, focus_only=True)
+            if len(view.masks):
+                return view.image, view.masks[0]
+
     def _crop(self, rng: np.random.Generator, *, focus_only: bool = False) -> View:
         """Crop a photograph, most often around one of its objects."""
         photo = self._draw(rng)

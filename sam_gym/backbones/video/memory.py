@@ -5,6 +5,7 @@ Ravi et al. 2024; the rules are those of the authors' `SAM2Base` in evaluation m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -141,7 +142,8 @@ class VideoMemory(nn.Module):
         hidden: channels of the MLPs of the attention.
         depth: its layers.
         slots: number of temporal positions of memories.
-        strides: of the mask encoder; their product is the stride of the embedding.
+        strides: of the mask encoder; their product is the number of pixels of a mask per cell.
+        base: factor of the channels of the mask encoder.
     """
 
     def __init__(
@@ -153,11 +155,14 @@ class VideoMemory(nn.Module):
         depth: int = 4,
         slots: int = 7,
         strides: Sequence[int] = (2, 2, 2, 2),
+        base: int = 1,
     ) -> None:
         super().__init__()
         self.grid, self.slots = grid, slots
+        #: (height, width) of the masks that are encoded.
+        self.mask_size = (grid[0] * math.prod(strides), grid[1] * math.prod(strides))
         self.memory_attention = MemoryAttention(width, memory_width, hidden, depth)
-        self.memory_encoder = MemoryEncoder(width, memory_width, strides)
+        self.memory_encoder = MemoryEncoder(width, memory_width, strides, base)
         self.maskmem_tpos_enc = nn.Parameter(torch.zeros(slots, 1, 1, memory_width))
         self.no_mem_pos_enc = nn.Parameter(torch.zeros(1, 1, width))  # published, but never used
         self.no_obj_ptr = nn.Parameter(torch.zeros(1, width))
@@ -185,33 +190,50 @@ class VideoMemory(nn.Module):
         Returns:
             (P, C, h, w).
         """
-        width = self.maskmem_tpos_enc.shape[-1]
+        rows = list(zip(recalls, entries, strict=True))
+        spatial = [
+            torch.stack([_encoded(known[frame]) for frame, _ in own.frames]) for own, known in rows
+        ]
         slots = torch.tensor([[slot for _, slot in own.frames] for own in recalls])
-        spatial = torch.stack(
-            [
-                torch.stack([_encoded(known[frame]) for frame, _ in own.frames])
-                for own, known in zip(recalls, entries, strict=True)
-            ]
-        )
+        if not recalls[0].pointers:
+            return self.attend(prepared, torch.stack(spatial), slots)
+        pointers = [
+            torch.stack([known[frame].pointer for frame, _ in own.pointers]) for own, known in rows
+        ]
+        ages = torch.tensor([[age / own.span for _, age in own.pointers] for own in recalls])
+        return self.attend(prepared, torch.stack(spatial), slots, torch.stack(pointers), ages)
+
+    def attend(
+        self,
+        prepared: Tensor,
+        spatial: Tensor,
+        slots: Tensor,
+        pointers: Tensor | None = None,
+        ages: Tensor | None = None,
+    ) -> Tensor:
+        """Condition the embedding of frames on memories; differentiable.
+
+        Args:
+            prepared: (P, h * w, C), rows of `memory_attention.prepare`.
+            spatial: (P, N, D, h, w), memories.
+            slots: int64 (P, N), the row of `maskmem_tpos_enc` of each.
+            pointers: (P, M, C), object pointers, or None.
+            ages: float32 (P, M), how far their frames are, as a fraction of the longest distance.
+
+        Returns:
+            (P, C, h, w).
+        """
+        width = self.maskmem_tpos_enc.shape[-1]
         memory = spatial.to(prepared).flatten(3).transpose(2, 3)
         place = sine_position(width, *self.grid).to(prepared)
         time = self.maskmem_tpos_enc[slots.to(prepared.device), 0]
         tokens, positions = [memory.flatten(1, 2)], [(place + time).flatten(1, 2)]
         count = 0
-        if recalls[0].pointers:
-            pointers = torch.stack(
-                [
-                    torch.stack([known[frame].pointer for frame, _ in own.pointers])
-                    for own, known in zip(recalls, entries, strict=True)
-                ]
-            ).to(prepared)
-            ages = torch.tensor(
-                [[age / own.span for _, age in own.pointers] for own in recalls],
-                device=prepared.device,
-            )
+        if pointers is not None and ages is not None:
+            ages = ages.to(prepared.device)
             age = self.obj_ptr_tpos_proj(sine_time(ages.flatten(), pointers.shape[-1]))
             pieces = pointers.shape[-1] // width
-            tokens.append(pointers.unflatten(2, (pieces, width)).flatten(1, 2))
+            tokens.append(pointers.to(prepared).unflatten(2, (pieces, width)).flatten(1, 2))
             age = age.unflatten(0, ages.shape).repeat_interleave(pieces, dim=1)
             positions.append(age.to(prepared))
             count = tokens[-1].shape[1]
@@ -220,24 +242,31 @@ class VideoMemory(nn.Module):
         )
 
     def memorize(
-        self, embedding: Tensor, logits: Tensor, scores: Tensor, side: int, binary: Tensor
+        self,
+        embedding: Tensor,
+        logits: Tensor,
+        scores: Tensor,
+        binary: bool = False,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Encode frames with the masks of objects.
+        """Encode frames with the masks of objects; differentiable.
 
         Args:
-            embedding: (P, C, h, w), the frame of each object, without memories.
+            embedding: (B, C, h, w), frames, without memories.
             logits: float32 (P, hm, wm).
             scores: float32 (P,), logit that the object is in the frame.
-            side: of the input frame, in pixels.
-            binary: bool (P,), whose masks are binarised, as those of prompted frames are.
+            binary: whether masks are binarised, as those of prompted frames may be.
+            rows: int64 (P,), the frame of each object; None: P equals B and they correspond.
 
         Returns:
             bfloat16 (P, D, h, w).
         """
-        masks = F.interpolate(logits[:, None], (side, side), mode="bilinear", align_corners=False)
-        hard = (masks > 0).to(masks.dtype)
-        masks = torch.where(binary[:, None, None, None], hard, masks.sigmoid()) * SCALE + OFFSET
-        memory = self.memory_encoder(embedding, masks.to(embedding.dtype))
+        masks = logits[:, None]
+        if masks.shape[-2:] != self.mask_size:
+            masks = F.interpolate(masks, self.mask_size, mode="bilinear", align_corners=False)
+        masks = (masks > 0).to(masks.dtype) if binary else masks.sigmoid()
+        masks = masks * SCALE + OFFSET
+        memory = self.memory_encoder(embedding, masks.to(embedding.dtype), rows)
         absent = (scores <= 0)[:, None, None, None].to(memory.dtype)
         memory = memory + absent * self.no_obj_embed_spatial[..., None, None]
         return memory.to(STORED)

@@ -206,20 +206,22 @@ class _MaskDownsampler(nn.Module):
 
     Args:
         width: C.
-        strides: of the convolutions.
+        strides: of the convolutions, each of which multiplies channels by its square.
+        base: factor of all channels.
     """
 
-    def __init__(self, width: int, strides: Sequence[int]) -> None:
+    def __init__(self, width: int, strides: Sequence[int], base: int) -> None:
         super().__init__()
         parts: list[nn.Module] = []
-        channels = 1
+        channels, after = 1, base
         for stride in strides:
+            after *= stride**2
             parts += [
-                nn.Conv2d(channels, channels * stride**2, stride + 1, stride, (stride + 1) // 2),
-                LayerNorm2d(channels * stride**2),
+                nn.Conv2d(channels, after, stride + 1, stride, stride // 2),
+                LayerNorm2d(after),
                 nn.GELU(),
             ]
-            channels *= stride**2
+            channels = after
         self.encoder = nn.Sequential(*parts, nn.Conv2d(channels, width, 1))
 
     def forward(self, masks: Tensor) -> Tensor:
@@ -245,12 +247,19 @@ class MemoryEncoder(nn.Module):
     Args:
         width: channels of the frame's embedding.
         memory_width: channels of a memory.
-        strides: strides whose product is that of the embedding.
+        strides: of the mask encoder; their product is the number of pixels of a mask per cell.
+        base: factor of the channels of the mask encoder.
     """
 
-    def __init__(self, width: int, memory_width: int, strides: Sequence[int] = (2, 2, 2, 2)):
+    def __init__(
+        self,
+        width: int,
+        memory_width: int,
+        strides: Sequence[int] = (2, 2, 2, 2),
+        base: int = 1,
+    ) -> None:
         super().__init__()
-        self.mask_downsampler = _MaskDownsampler(width, strides)
+        self.mask_downsampler = _MaskDownsampler(width, strides, base)
         self.pix_feat_proj = nn.Conv2d(width, width, 1)
         self.fuser = _Fuser(width, depth=2)
         self.out_proj = nn.Conv2d(width, memory_width, 1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -23,17 +23,20 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_gym.backbones.decode import PADDING_POINT, MaskTokens, Prompts, decode_tokens
+from sam_gym.backbones.adapters.model import Model
+from sam_gym.backbones.decode import PADDING_POINT, Prompts
 from sam_gym.backbones.features import ImageFeatures
-from sam_gym.backbones.sam2 import Sam2
+from sam_gym.backbones.sam2 import VideoSam
 from sam_gym.backbones.service import Backbone
 from sam_gym.backbones.video.frames import FrameSource, open_video
 from sam_gym.backbones.video.memory import ABSENT, Entry, Recall, VideoMemory, recall
-
-#: Bound on the logits of an earlier mask that accompanies new clicks.
-LIMIT = 32.0
-#: Maximum number of object pointers that a frame attends to, plus one.
-POINTERS = 16
+from sam_gym.backbones.video.unroll import (
+    CERTAIN,
+    LIMIT,
+    POINTERS,
+    decode_objects,
+    mask_logits,
+)
 
 
 @dataclass(frozen=True)
@@ -197,13 +200,16 @@ class VideoTracker:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         own = backbone.memory if memory is None else memory
-        if own is None or not isinstance(backbone.sam, Sam2):
-            raise ValueError(f"{backbone!r} has no video memory: load a SAM 2.1.")
-        self.backbone, self.memory, self.sam = (
-            backbone,
-            own.to(backbone.device).eval(),
-            backbone.sam,
-        )
+        sam = backbone.model.sam
+        if own is None or not isinstance(sam, VideoSam):
+            raise ValueError(f"{backbone!r} has no video memory: load micro_video or a SAM 2.1.")
+        if type(backbone.model) is not Model:
+            raise ValueError(
+                f"{backbone!r}: this adapter chooses weights or prompts by image, which tracking "
+                "does not support. Take one of another method."
+            )
+        self.backbone, self.sam = backbone, sam
+        self.memory = own.to(backbone.device).eval()
         self.correct, self.postprocess, self.keep = correct, postprocess, keep
         self.batch_size = batch_size
 
@@ -222,15 +228,19 @@ class VideoTracker:
 
     # The model ---------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def encode(self, images: Sequence[np.ndarray]) -> _Frames:
-        """Encode frames, uint8 (H, W, 3)."""
+    def pixels(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Bring frames, uint8 (H, W, 3), into the input frame: float32 (B, 3, S, S), normalised."""
         if self.backbone.squashes:
             # Images are resized bilinearly, the frames of videos bicubically.
             size = (self.backbone.image_size,) * 2
             images = [np.array(Image.fromarray(own).resize(size)) for own in images]
+        return self.backbone.prepare(images)
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[np.ndarray]) -> _Frames:
+        """Encode frames, uint8 (H, W, 3)."""
         with self.backbone.autocast():
-            features = self.sam.encode_frames(self.backbone.prepare(images))
+            features = self.sam.encode_frames(self.pixels(images))
             return _Frames(features, self.memory.memory_attention.prepare(features.embedding))
 
     @torch.no_grad()
@@ -248,26 +258,17 @@ class VideoTracker:
             logits float32 (P, hm, wm), predicted IoU (P,), object score (P,), pointers (P, C).
         """
         with self.backbone.autocast():
-            decoded: MaskTokens = decode_tokens(self.sam, features, prompts)
-            tokens = decoded.tokens
-            assert decoded.object_score is not None and tokens is not None
-            score = decoded.object_score.float()
-            if not self.postprocess:
-                decoded = replace(decoded, stability=None)
-            logits, iou = decoded.decode_best_masks(multimask)
-            # An unstable single mask is replaced; its token still makes the pointer.
-            best = torch.where(multimask, 1 + decoded.iou[:, 1:].argmax(dim=1), 0)
-            token = tokens.take_along_dim(best[:, None, None], dim=1)[:, 0]
-            pointers = self.memory.point_to(token, score > 0)
-        logits = torch.where((score > 0)[:, None, None], logits.float(), ABSENT)
-        return logits, iou.float(), score, pointers
+            entry = decode_objects(
+                self.sam, self.memory, features, prompts, multimask, self.postprocess
+            ).entry
+        return entry.logits, entry.iou, entry.score, entry.pointer
 
     @torch.no_grad()
     def memorize(self, embedding: Tensor, logits: Tensor, scores: Tensor, prompted: bool) -> Tensor:
         """Encode memories of P objects; see `VideoMemory.memorize`."""
-        binary = torch.full((len(logits),), prompted and self.postprocess, device=logits.device)
+        binary = prompted and self.postprocess
         with self.backbone.autocast():
-            return self.memory.memorize(embedding, logits, scores, self.backbone.image_size, binary)
+            return self.memory.memorize(embedding, logits, scores, binary)
 
 
 class TrackingSession:
@@ -384,7 +385,7 @@ class TrackingSession:
             conditioned = self._conditioned(frames.prepared, [own], [track.known])
             features = features.merge(embedding=conditioned)
         else:
-            features = self._without_memory(features)
+            features = self.tracker.sam.without_memory(features)
         earlier = track.latest(frame)
         device = self.tracker.backbone.device
         masks = None if earlier is None else earlier.logits[None].clamp(-LIMIT, LIMIT)
@@ -428,9 +429,7 @@ class TrackingSession:
             )
             full = (full >= 0.5).float()
         full = F.pad(full, (0, side - width, 0, side - height))
-        logits = F.interpolate(
-            full * 20.0 - 10.0, backbone.mask_shape, mode="bilinear", antialias=True
-        )
+        logits = mask_logits(full, backbone.mask_shape)
         tracker = self.tracker
         with torch.no_grad():
             prompts = _Clicks().prompts(1, full.device, tracker.memory.mask_downsample(full)[:, 0])
@@ -438,8 +437,8 @@ class TrackingSession:
             *_, pointer = tracker.decode(features, prompts, single)
             present = full.flatten(1).any(dim=1)
             pointer = torch.where(present[:, None], pointer, tracker.memory.no_obj_ptr)
-        score = torch.where(present, 10.0, -10.0)
-        return Entry(logits[0, 0], torch.ones((), device=full.device), score[0], pointer[0])
+        score = torch.where(present, CERTAIN, -CERTAIN)
+        return Entry(logits[0], torch.ones((), device=full.device), score[0], pointer[0])
 
     def remove(self, video: int, object: Hashable) -> None:
         """Forget an object.
@@ -564,10 +563,6 @@ class TrackingSession:
     ) -> Tensor:
         with self.tracker.backbone.autocast():
             return self.tracker.memory.condition(prepared, recalls, known)
-
-    def _without_memory(self, features: ImageFeatures) -> ImageFeatures:
-        lone = self.tracker.sam.no_mem_embed.detach().reshape(1, -1, 1, 1)
-        return features.merge(embedding=features.embedding + lone)
 
     def _shown(self, video: int, frame: int) -> TrackedFrame:
         """The present results of all objects of a frame; absent where an object has none."""

@@ -25,7 +25,7 @@ _PREVIEW, _PREVIEWED = 0.25, 32
 
 
 @dataclass(frozen=True)
-class _Path:
+class MotionPath:
     """How something moves, by frame; lengths in units of the frame's side.
 
     Attributes:
@@ -51,7 +51,7 @@ class _Sprite:
     pixels: np.ndarray
     shadow: np.ndarray
     category: int | None
-    path: _Path
+    path: MotionPath
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ def _fold(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + np.abs((values - high) % (2 * span) - span)
 
 
-def _waves(rng: np.random.Generator, frames: int, size: float) -> np.ndarray:
+def waves(rng: np.random.Generator, frames: int, size: float) -> np.ndarray:
     """Return a smooth motion around zero of an amplitude up to `size`: float64 (T,)."""
     phase = 2 * np.pi * (np.arange(frames) / rng.uniform(12, 40) + rng.random())
     return rng.uniform(0, size) * np.sin(phase)
 
 
-def _random_path(rng: np.random.Generator, frames: int, start: int) -> _Path:
+def random_path(rng: np.random.Generator, frames: int, start: int) -> MotionPath:
     """Draw a path that is inside of the frame at `start`.
 
     A third stays near, a third crosses the frame, and a third leaves it and returns.
@@ -98,17 +98,17 @@ def _random_path(rng: np.random.Generator, frames: int, start: int) -> _Path:
     times = (np.arange(frames) - start)[:, None]
     velocity = speed * np.array([np.cos(direction), np.sin(direction)])
     places = _fold(rng.uniform(0.15, 0.85, 2) + times * velocity, -margin, 1 + margin)
-    places += np.stack([_waves(rng, frames, 0.05) for _ in range(2)], axis=1)
+    places += np.stack([waves(rng, frames, 0.05) for _ in range(2)], axis=1)
 
     angles = rng.normal(0, 0.35) + (rng.random() < 0.7) * rng.normal(0, 0.04) * times[:, 0]
-    angles += _waves(rng, frames, 0.3)
-    scales = np.exp(_waves(rng, frames, 0.35) + rng.normal(0, 0.01) * np.clip(times[:, 0], -30, 30))
+    angles += waves(rng, frames, 0.3)
+    scales = np.exp(waves(rng, frames, 0.35) + rng.normal(0, 0.01) * np.clip(times[:, 0], -30, 30))
     scales /= scales.max()
-    squeeze = np.exp(_waves(rng, frames, 0.15))
+    squeeze = np.exp(waves(rng, frames, 0.15))
     cos, sin = np.cos(angles), np.sin(angles)
     turns = np.stack([np.stack([cos, -sin], axis=1), np.stack([sin, cos], axis=1)], axis=1)
     stretches = np.stack([scales * squeeze, scales / squeeze], axis=1)
-    return _Path(places, turns * stretches[:, None])
+    return MotionPath(places, turns * stretches[:, None])
 
 
 class Clip:
@@ -165,10 +165,10 @@ class Clip:
         sprites: list[_Sprite] = []
         for number in range(int(rng.integers(min(2, max_objects), max_objects + 1))):
             if rng.random() < 0.35:
-                path = _random_path(rng, frames, int(rng.integers(frames)))
+                path = random_path(rng, frames, int(rng.integers(frames)))
                 sprites.append(self._sprite(rng, blob(rng), 0.06, 0.16, None, None, path, material))
             category = int(rng.choice(kinds))
-            path = _random_path(rng, frames, 0 if number < 2 else int(rng.integers(frames)))
+            path = random_path(rng, frames, 0 if number < 2 else int(rng.integers(frames)))
             twins = [sprite for sprite in sprites if sprite.category == category]
             if twins and rng.random() < 0.35:
                 sprites.append(replace(twins[0], path=path))
@@ -179,10 +179,10 @@ class Clip:
         order = rng.permutation(len(sprites))
         self._sprites = [sprites[number] for number in order]
 
-        pan = np.stack([_waves(rng, frames, 0.2) + _waves(rng, frames, 0.05) for _ in range(2)], 1)
+        pan = np.stack([waves(rng, frames, 0.2) + waves(rng, frames, 0.05) for _ in range(2)], 1)
         self._pan = pan + rng.normal(0, rng.uniform(0, 0.004), pan.shape)
-        self._zoom = np.exp(_waves(rng, frames, 0.08))
-        self._gains = np.exp(_waves(rng, frames, 0.25)) * (1 + rng.normal(0, 0.01, frames))
+        self._zoom = np.exp(waves(rng, frames, 0.08))
+        self._gains = np.exp(waves(rng, frames, 0.25)) * (1 + rng.normal(0, 0.01, frames))
         ramps = np.linspace(-1, 1, size) * rng.uniform(-0.25, 0.25, (2, 1))
         vignette = (1.0 + ramps[0][None] + ramps[1][:, None])[..., None]
         self._vignette = (vignette * rng.uniform(0.85, 1.1, 3)).astype(np.float32)
@@ -208,7 +208,7 @@ class Clip:
         largest: float,
         category: int | None,
         word: str | None,
-        path: _Path,
+        path: MotionPath,
         material: Material,
     ) -> _Sprite:
         scale = self.size[0] * rng.uniform(smallest, largest)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 from pycocotools import mask as rle
-from scipy.optimize import linear_sum_assignment
 
 from sam_gym.data.base import SPLITS, Unsplit, select_categories
 from sam_gym.data.coco_records import (
@@ -204,6 +203,8 @@ def link_components(union: Track, size: tuple[int, int]) -> list[Track]:
     Returns:
         The objects in the order of their appearance.
     """
+    from scipy.optimize import linear_sum_assignment  # here, since it takes long to import
+
     found: list[Track] = []
     last: list[dict[str, Any]] = []
     for frame, counts in sorted(union.masks.items()):

@@ -184,6 +184,11 @@ class VideoReader(Generic[V]):
         return self._videos[index]
 
     @property
+    def checked(self) -> Sequence[V]:
+        """The videos as they were checked, before their masks are read."""
+        return self._videos
+
+    @property
     def files(self) -> list[str]:
         """Paths of the files of frames."""
         return [path for video in self._videos for path in getattr(video, "paths", ())]

@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.sam2 import Sam2, memory_state, sam2_state
@@ -16,24 +15,6 @@ from sam_gym.backbones.video.frames import open_video
 from sam_gym.backbones.video.memory import Entry, VideoMemory, closest_frames, recall
 from sam_gym.backbones.video.tracker import TrackingSession, VideoTracker
 from sam_gym.data import make_video_dataset
-
-
-@pytest.fixture(scope="module")
-def memory() -> VideoMemory:
-    """A small memory with random weights that all matter."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        memory = VideoMemory((4, 4), 32, 16, hidden=32, depth=2)
-        for name, parameter in memory.named_parameters():
-            if "gamma" in name or "no_obj" in name or "tpos_enc" in name:
-                nn.init.normal_(parameter, 0.0, 0.5)
-    return memory
-
-
-@pytest.fixture
-def tracker(build_sam2: Callable[..., Sam2], memory: VideoMemory) -> Callable[..., VideoTracker]:
-    backbone = Backbone("tiny_sam2", build_sam2(), torch.device("cpu"), torch.float32)
-    return lambda **options: VideoTracker(backbone, memory, **options)
 
 
 def video(seed: int, count: int = 20, size: tuple[int, int] = (48, 80)) -> np.ndarray:
@@ -151,7 +132,7 @@ def test_options_are_checked(tracker: Callable[..., VideoTracker], tiny: Backbon
     for options in ({"correct": "never"}, {"keep": "some"}, {"batch_size": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             tracker(**options)
-    with pytest.raises(ValueError, match="no video memory: load a SAM 2.1"):
+    with pytest.raises(ValueError, match="no video memory: load micro_video or a SAM 2.1"):
         VideoTracker(tiny)
 
 

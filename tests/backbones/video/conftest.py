@@ -1,0 +1,30 @@
+"""A small memory with random weights, and trackers with it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from sam_gym.backbones import Backbone
+from sam_gym.backbones.sam2 import Sam2
+from sam_gym.backbones.video.memory import VideoMemory
+from sam_gym.backbones.video.tracker import VideoTracker
+
+
+@pytest.fixture(scope="module")
+def memory() -> VideoMemory:
+    """A small memory with random weights that all matter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        memory = VideoMemory((4, 4), 32, 16, hidden=32, depth=2)
+        for name, parameter in memory.named_parameters():
+            if "gamma" in name or "no_obj" in name or "tpos_enc" in name:
+                nn.init.normal_(parameter, 0.0, 0.5)
+    return memory
+
+
+@pytest.fixture
+def tracker(build_sam2: Callable[..., Sam2], memory: VideoMemory) -> Callable[..., VideoTracker]:
+    backbone = Backbone("tiny_sam2", build_sam2(), torch.device("cpu"), torch.float32)
+    return lambda **options: VideoTracker(backbone, memory, **options)
