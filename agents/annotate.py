@@ -1,8 +1,9 @@
-"""Annotate a folder of images with a trained agent, everything mode or a semantic head.
+"""Annotate a folder of images with a trained agent, everything mode or a semantic head, or videos.
 
 python -m agents.annotate --policy explicit --images PHOTOS --categories star,ring
 python -m agents.annotate --everything --images PHOTOS
 python -m agents.annotate --semantic --adapter ADAPTER --images PHOTOS
+python -m agents.annotate --video CLIP.mp4 --everything --out MASKLETS
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from sam_gym.utils.settings import check_settings
 
 #: The options that select everything mode or a semantic head instead of an agent.
 EVERYTHING, SEMANTIC = "--everything", "--semantic"
+#: The option that selects masklets.
+VIDEO = "--video"
 
 
 def annotate(config: AnnotateConfig) -> dict[str, Any]:
@@ -42,9 +45,13 @@ def annotate(config: AnnotateConfig) -> dict[str, Any]:
     return annotate_folder(run, task.make_annotator(agent, names, config))
 
 
-def main(args: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line."""
+def main(args: Sequence[str] | None = None) -> Any:
+    """Run the command line; returns the content of the COCO file, or the annotated videos."""
     args = list(sys.argv[1:] if args is None else args)
+    if any(arg == VIDEO or arg.startswith(f"{VIDEO}=") for arg in args):
+        from agents.annotation import video
+
+        return video.main(args)
     if EVERYTHING in args:
         from agents.annotation import everything
 

@@ -148,6 +148,10 @@ class Page:
         coded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
         self._picture(coded.tobytes(), "jpeg", caption, caption)
 
+    def animation(self, path: Path, caption: str) -> None:
+        """Append a GIF file."""
+        self._picture(path.read_bytes(), "gif", caption, caption)
+
     def _picture(self, content: bytes, format: str, alt: str, caption: str) -> None:
         data = f"data:image/{format};base64,{base64.b64encode(content).decode()}"
         self._blocks.append({"kind": "picture", "data": data, "alt": alt, "caption": caption})

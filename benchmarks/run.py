@@ -4,6 +4,7 @@
     python -m benchmarks.run interactive --dataset folder --data FOLDER --out DIR
     python -m benchmarks.run semantic --dataset camvid --data FOLDER --out DIR
     python -m benchmarks.run throughput --out DIR
+    python -m benchmarks.run video --dataset davis --data FOLDER --out DIR
     python -m benchmarks.run interactive --help
 
 Each benchmark writes results.json, a CSV table, pictures and a self-contained report.html into
@@ -32,6 +33,8 @@ for _name, _entry_point in {
     "pointing": "benchmarks.pointing:run",
     "semantic": "benchmarks.semantic.benchmark:run",
     "throughput": "benchmarks.throughput.benchmark:run",
+    "video": "benchmarks.video.benchmark:run",
+    "video_speed": "benchmarks.video_speed.benchmark:run",
 }.items():
     BENCHMARKS.add(_name, _entry_point)
 

@@ -27,8 +27,15 @@ from sam_gym.backbones import BACKBONES, Backbone, BackboneSpec, load_backbone
 from sam_gym.backbones.encoders import assemble
 from sam_gym.backbones.hq import HqMaskDecoder
 from sam_gym.backbones.micro.model import FINE, STRIDE, UPSCALING, MicroEncoder, build_micro
-from sam_gym.backbones.sam2 import Sam2, Sam2Encoder, assemble_sam2, sam2_state
+from sam_gym.backbones.sam2 import (
+    Sam2,
+    Sam2Encoder,
+    assemble_sam2,
+    memory_state,
+    sam2_state,
+)
 from sam_gym.backbones.spec import find_spec
+from sam_gym.backbones.video.memory import VideoMemory
 from sam_gym.data import Sample
 from sam_gym.mask_generation.masks import Masks, to_counts
 from sam_gym.utils.render import warn_no_window
@@ -173,6 +180,35 @@ def tiny_sam2(
         features=("embedding", "high_res_s1", "high_res_s0"),
     )
     return "tiny_sam2"
+
+
+def tiny_memory() -> VideoMemory:
+    return VideoMemory((4, 4), 32, 16, hidden=32, depth=2)
+
+
+@pytest.fixture
+def tiny_video(
+    add_backbone: Callable[..., None], build_sam2: Callable[..., Sam2], tmp_path: Path
+) -> str:
+    """Name of a small SAM 2 with a memory, both of random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        memory = tiny_memory()
+        for name, parameter in memory.named_parameters():
+            if "gamma" in name or "no_obj" in name or "tpos_enc" in name:
+                nn.init.normal_(parameter, 0.0, 0.5)
+    path = tmp_path / "tiny_video.safetensors"
+    save_file(build_sam2().state_dict() | memory.state_dict(), path)
+    add_backbone(
+        "tiny_video",
+        build=build_sam2,
+        weights=path,
+        convert=sam2_state,
+        thresholds=(0.1, 0.1),
+        features=("embedding", "high_res_s1", "high_res_s0"),
+        memory=(tiny_memory, memory_state),
+    )
+    return "tiny_video"
 
 
 @pytest.fixture(scope="session")

@@ -122,6 +122,8 @@ class SquashedFrame:
         """Resize uint8 (H, W, 3), without rounding: float32 (1, 3, S, S), 0 to 255."""
         pixels = torch.from_numpy(np.ascontiguousarray(image, np.float32)).permute(2, 0, 1)[None]
         size = (self.size, self.size)
+        if pixels.shape[-2:] == size:
+            return pixels
         return F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
 
 

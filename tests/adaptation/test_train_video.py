@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import pytest
 import torch
 import yaml
 from pycocotools import mask as rle
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
 
 from adaptation import evaluate_video, train_video
 from adaptation.evaluate_video import gain
@@ -22,36 +20,14 @@ from adaptation.video.clips import draw_clip
 from adaptation.video.options import CONFIGS, VideoOptions, parse_config
 from adaptation.video.trainer import TrackerTrainer
 from sam_gym.backbones import load_backbone
-from sam_gym.backbones.sam2 import Sam2, memory_state, sam2_state
-from sam_gym.backbones.video.memory import VideoMemory
+from sam_gym.backbones.sam2 import Sam2
 from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.data import make_video_dataset
 
 
-def build_memory() -> VideoMemory:
-    return VideoMemory((4, 4), 32, 16, hidden=32, depth=2)
-
-
 @pytest.fixture
-def tiny(add_backbone: Callable[..., None], build_sam2: Callable[..., Sam2], tmp_path: Path) -> str:
-    """Name of a small SAM 2 with a memory, both of random weights."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        memory = build_memory()
-        for name, parameter in memory.named_parameters():
-            if "gamma" in name or "no_obj" in name or "tpos_enc" in name:
-                nn.init.normal_(parameter, 0.0, 0.5)
-    path = tmp_path / "tiny_video.safetensors"
-    save_file(build_sam2().state_dict() | memory.state_dict(), path)
-    add_backbone(
-        "tiny_video",
-        build=build_sam2,
-        weights=path,
-        convert=sam2_state,
-        features=("embedding", "high_res_s1", "high_res_s0"),
-        memory=(build_memory, memory_state),
-    )
-    return "tiny_video"
+def tiny(tiny_video: str) -> str:
+    return tiny_video
 
 
 #: Small clips, few steps.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sam_gym.backbones.decode import NO_POINT, Prompts
+from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.service import Backbone
 from sam_gym.backbones.video.prompting import PromptKind
 from sam_gym.backbones.video.tracker import VideoTracker
@@ -106,24 +107,62 @@ def follow_masks(backbone: Backbone, video: Video) -> Iterator[FrameMasks]:
         known = [number for number in range(len(masks)) if masks[number].any()]
         rows = [number for number in known if number not in given]
         if rows:
+            boxes = [box_of(masks[number]) for number in rows]
             features = backbone.encode([video.image(frame)])
-            boxes = np.stack([box_of(masks[number]) for number in rows]).reshape(-1, 2)
-            boxes = backbone.to_input_frame(boxes, size).reshape(-1, 4)
-            device = backbone.device
-            prompts = Prompts(
-                points=torch.zeros((len(rows), 1, 2), device=device),
-                labels=torch.full((len(rows), 1), NO_POINT, device=device),
-                boxes=torch.from_numpy(boxes).to(device),
-                masks=logits[rows].clamp(-32, 32),
-                rows=torch.zeros(len(rows), dtype=torch.int64, device=device),
-            )
-            logits[rows] = backbone.decode(features, prompts)[0][:, 0]
+            earlier = logits[rows].clamp(-32, 32)
+            logits[rows] = _decode_boxes(backbone, features, boxes, size, earlier)
             full = backbone.masks_at(logits[rows], size) > backbone.mask_threshold
             masks[rows] = full.cpu().numpy()
         for number in given:
             masks[number] = first[number][1]
             logits[number] = _low_res_logits(backbone, masks[number])
         yield frame, masks.copy()
+
+
+def true_boxes(backbone: Backbone, video: Video) -> Iterator[FrameMasks]:
+    """Prompt a SAM for images with the true box of each object in every frame: an oracle.
+
+    An object out of sight has no box, hence no mask.
+    """
+    for frame in range(len(video)):
+        truth = video.annotation(frame).masks
+        masks = np.zeros_like(truth)
+        rows = np.flatnonzero(truth.any(axis=(1, 2)))
+        if len(rows):
+            boxes = [box_of(truth[number]) for number in rows]
+            features = backbone.encode([video.image(frame)])
+            logits = _decode_boxes(backbone, features, boxes, video.size)
+            full = backbone.masks_at(logits, video.size) > backbone.mask_threshold
+            masks[rows] = full.cpu().numpy()
+        yield frame, masks
+
+
+def _decode_boxes(
+    backbone: Backbone,
+    features: ImageFeatures,
+    boxes: Sequence[np.ndarray],
+    size: tuple[int, int],
+    masks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Decode boxes of one image, (x0, y0, x1, y1) in its pixels: low-res logits (P, hm, wm).
+
+    Args:
+        backbone: the SAM.
+        features: of the image.
+        boxes: P boxes.
+        size: (height, width) of the image.
+        masks: (P, hm, wm), earlier logits of the same objects, or None.
+    """
+    corners = backbone.to_input_frame(np.stack(boxes).reshape(-1, 2), size).reshape(-1, 4)
+    device, count = backbone.device, len(boxes)
+    prompts = Prompts(
+        points=torch.zeros((count, 1, 2), device=device),
+        labels=torch.full((count, 1), NO_POINT, device=device),
+        boxes=torch.from_numpy(corners).to(device),
+        masks=masks,
+        rows=torch.zeros(count, dtype=torch.int64, device=device),
+    )
+    return backbone.decode(features, prompts)[0][:, 0]
 
 
 def _low_res_logits(backbone: Backbone, mask: np.ndarray) -> torch.Tensor:

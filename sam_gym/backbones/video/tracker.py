@@ -175,7 +175,8 @@ class VideoTracker:
             numbers are without it.
         keep: "all": keep the entries of all frames, for corrections anywhere. "window": keep
             conditioning frames and what later frames recall; memory does not grow with the video.
-        batch_size: maximum number of frames encoded at a time.
+        batch_size: maximum number of frames encoded at a time; a batch is filled with the frames
+            that come next.
 
     Raises:
         ValueError: an option is unknown, or the backbone has no memory.
@@ -281,21 +282,32 @@ class TrackingSession:
 
     # Frames --------------------------------------------------------------------------------------
 
-    def _encoded(self, wanted: Sequence[tuple[int, int]]) -> tuple[_Frames, list[int]]:
-        """Encode frames (video, frame), or look them up; also the row of each."""
+    def _encoded(
+        self, wanted: Sequence[tuple[int, int]], ahead: Sequence[tuple[int, int]] = ()
+    ) -> tuple[_Frames, list[int]]:
+        """Encode frames (video, frame), or look them up.
+
+        Args:
+            wanted: the frames.
+            ahead: frames that are wanted next: they fill the last batch.
+
+        Returns:
+            Encoded frames, and the row of each that is wanted.
+        """
         unique = list(dict.fromkeys(wanted))
         missing = [key for key in unique if key not in self._cache]
-        if len(unique) > len(missing):
-            self._cache = {key: self._cache[key] for key in unique if key in self._cache}
-        else:
-            self._cache = {}
         size = self.tracker.batch_size
+        missing += [key for key in ahead if key not in self._cache][: -len(missing) % size]
         for first in range(0, len(missing), size):
             chunk = missing[first : first + size]
             frames = self.tracker.encode([self.videos[video][frame] for video, frame in chunk])
             for row, key in enumerate(chunk):
                 rows = slice(row, row + 1)
                 self._cache[key] = _Frames(frames.features[rows], frames.prepared[rows])
+        surplus = max(0, len(self._cache) - max(size, len(unique)))
+        for key in list(self._cache)[:surplus]:  # the oldest
+            if key not in unique:
+                del self._cache[key]
         parts = [self._cache[key] for key in unique]
         together = _Frames(
             ImageFeatures.cat([part.features for part in parts]),
@@ -482,9 +494,15 @@ class TrackingSession:
                 last = max(last, first - max_frames) if reverse else min(last, first + max_frames)
             if not (reverse and first == 0):
                 spans[video] = range(first, last - 1, -1) if reverse else range(first, last + 1)
-        for step in range(max((len(span) for span in spans.values()), default=0)):
-            now = {video: span[step] for video, span in spans.items() if step < len(span)}
-            self._track(now, reverse)
+        steps = max((len(span) for span in spans.values()), default=0)
+
+        def at(step: int) -> dict[int, int]:
+            return {video: span[step] for video, span in spans.items() if step < len(span)}
+
+        for step in range(steps):
+            now = at(step)
+            later = range(step + 1, min(step + self.tracker.batch_size, steps))
+            self._track(now, reverse, [key for other in later for key in at(other).items()])
             for video, frame in now.items():
                 yield self._shown(video, frame)
 
@@ -506,8 +524,8 @@ class TrackingSession:
                 if not track.conditioning:
                     raise ValueError(f"Object {name!r} of video {video} has no prompt.")
 
-    def _track(self, now: dict[int, int], reverse: bool) -> None:
-        """Track every object in the present frame of its video."""
+    def _track(self, now: dict[int, int], reverse: bool, ahead: Sequence[tuple[int, int]]) -> None:
+        """Track every object in the present frame of its video; see `_encoded` for `ahead`."""
         rows = [
             (video, frame, track)
             for video, frame in now.items()
@@ -521,7 +539,7 @@ class TrackingSession:
         wanted = list(dict.fromkeys(row[:2] for bucket in buckets.values() for row in bucket))
         if wanted:
             # Of all buckets at once: a frame may be in several.
-            frames, _ = self._encoded(wanted)
+            frames, _ = self._encoded(wanted, ahead)
         for bucket in buckets.values():
             index = [wanted.index(row[:2]) for row in bucket]
             where = torch.tensor(index, device=frames.prepared.device)

@@ -57,6 +57,29 @@ def test_batches_change_no_result(tracker: Callable[..., VideoTracker]) -> None:
         torch.testing.assert_close(logits[0], all_logits[2, frame][1], rtol=1e-4, atol=1e-4)
 
 
+def test_frames_are_encoded_once_and_ahead(
+    tracker: Callable[..., VideoTracker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tracker(batch_size=4, keep="window")
+    encode, sizes = own.encode, []
+
+    def counted(images: Any) -> Any:
+        sizes.append(len(images))
+        return encode(images)
+
+    monkeypatch.setattr(own, "encode", counted)
+    session = own.open([video(0, 11), video(1, 5)])
+    session.prompt(0, 0, 1, points=[[30, 30]], labels=[1])
+    session.prompt(1, 0, 1, points=[[30, 30]], labels=[1])
+    steps = []
+    for step in session.propagate():
+        steps.append((step.video, step.frame))
+        assert len(session._cache) <= 2 * own.batch_size
+    assert len(steps) == 16
+    # Prompts encode both first frames; then four at a time, until both videos end.
+    assert sizes == [1, 1, 4, 4, 4, 2]
+
+
 def test_a_window_gives_the_same_and_does_not_grow(tracker: Callable[..., VideoTracker]) -> None:
     frames, found, sizes = video(5, 40), [], []
     for keep in ("all", "window"):

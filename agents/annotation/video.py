@@ -1,0 +1,441 @@
+"""Annotate videos with masklets: `python -m agents.annotate --video PATH`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, cast
+
+import cv2
+import numpy as np
+import tyro
+from pycocotools import mask as rle
+
+from agents.annotation.clicks import AnnotateConfig
+from agents.annotation.everything import EverythingAnnotator, Generator
+from agents.annotation.files import OutputPaths, PartialResults
+from agents.annotation.folder import Annotator
+from agents.annotation.video_prompts import ObjectPrompt, PromptChoice, read_prompts
+from agents.evaluate import PolicyAgent
+from agents.tasks import task_of_policy
+from sam_gym.backbones import load_backbone
+from sam_gym.backbones.spec import backbone_help
+from sam_gym.backbones.video.frames import SUFFIXES, FrameSource, open_video
+from sam_gym.backbones.video.tracker import VideoTracker
+from sam_gym.data.base import split_names
+from sam_gym.data.videos.reader import decode, stem
+from sam_gym.data.videos.writer import (
+    FRAME_FOLDERS,
+    AnnotatedVideo,
+    Masklet,
+    VideoFormat,
+    check_ids,
+    write_masklets,
+)
+from sam_gym.mask_generation.generator import MaskGenerator
+from sam_gym.utils import cli
+from sam_gym.utils.digest import file_digest
+from sam_gym.utils.files import make_folder, write_atomic
+from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.render import draw_masks, save_video
+from sam_gym.utils.settings import Count, check_settings
+from sam_gym.utils.text import printable, safe_name
+
+#: Endings of video files in a folder of videos.
+VIDEO_SUFFIXES = frozenset(".mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg .wmv".split())
+
+_JPEG = [
+    *(cv2.IMWRITE_JPEG_QUALITY, 95),
+    *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),
+]
+
+
+@dataclass(kw_only=True)
+class AnnotateVideoConfig:
+    """Annotate videos with masklets: a mask of each object in every frame in which it is seen.
+
+    Objects are prompted in one or more frames by --prompts, or in the first frame by everything
+    mode (--everything) or by a trained agent (--policy and --categories), and tracked from there to
+    both ends of the video. Writes a folder with the frames and the masklets, which the dataset of
+    the same name reads: --dataset coco-video, youtube-vis or davis. Videos that cannot be read are
+    reported and skipped. Run the same command again to resume an interrupted run, or one that
+    skipped videos; those that are done are not tracked again.
+
+    Example: python -m agents.annotate --video clip.mp4 --everything --out runs/masklets
+    """
+
+    video: tuple[str, ...]
+    """Video files, folders of frames, or folders of several of these."""
+    out: str = "masklets"
+    """Folder to write, new or left by an interrupted run of the same command."""
+    video_format: VideoFormat = "coco-video"
+    """Format of the masklets: COCO JSON of videos (annotations.json), YouTube-VIS JSON
+    (annotations.json), or DAVIS 2017 (Annotations/VIDEO/*.png, where objects do not overlap)."""
+    prompts: str | None = None
+    """COCO JSON with the objects to track. An image record names its frame by video_id (name of the
+    video) and order_in_video (number of the frame), or by file_name, VIDEO/FRAME.jpg. Annotations
+    of one track_id are one object."""
+    prompt: PromptChoice = "auto"
+    """What of an annotation of --prompts is the prompt: its mask, its box, or its point_coords;
+    auto: the first of them that it has."""
+    everything: bool = False
+    """Prompt the masks that everything mode finds in the first frame."""
+    policy: str | None = None
+    """Prompt the masks that a trained agent finds in the first frame: a path of a policy.zip,
+    hf://USER/NAME[@REVISION], or a bundled agent."""
+    categories: str = ""
+    """Comma-separated categories for the agent to segment."""
+    max_objects: Count | None = None
+    """Maximum number of objects of a video, those of the highest scores of everything mode or the
+    agent, or the first of --prompts (None: all)."""
+    frames: bool = True
+    """Copy the frames into the folder; those of video files become JPEG."""
+    overlays: Literal["mp4", "gif", "none"] = "mp4"
+    """Format of the drawn videos in the folder overlays."""
+    backbone: Annotated[str, tyro.conf.arg(help=backbone_help("Tracker to use"))] = "micro_video"
+    checkpoint: str | None = None
+    """Weights of the tracker (None: its own)."""
+    adapter: str | None = None
+    """Adapter file that adaptation.train_video wrote."""
+    device: str = "auto"
+    """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda."""
+    dtype: str = "auto"
+    """Precision: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
+    generator: Annotated[Generator, tyro.conf.arg(name="")] = field(default_factory=Generator)
+    """Options of everything mode."""
+
+    def validate(self) -> None:
+        """Raise `ValueError` if an option is wrong."""
+        check_settings(self)
+        if not self.video:
+            raise ValueError("--video needs at least one path.")
+        given = [self.prompts is not None, self.everything, self.policy is not None]
+        if sum(given) != 1:
+            raise ValueError(
+                "Say which objects to track: pass one of --prompts FILE, --everything, or "
+                "--policy NAME --categories NAMES."
+            )
+        if (self.policy is not None) != bool(self.categories.strip(" ,")):
+            raise ValueError("--policy and --categories come together.")
+        if self.everything:
+            self.generator.validate()
+
+
+class Prompter(Protocol):
+    """Says which objects of a video are tracked."""
+
+    #: Names of the categories.
+    categories: Sequence[str]
+    #: Digest of what prompts depend on.
+    identity: str
+
+    def prompts(self, video: str, frames: FrameSource) -> list[ObjectPrompt]:
+        """Return the prompts of a video; raises `ValueError` if there is none."""
+
+
+class FilePrompter:
+    """Prompts from a COCO file; see `read_prompts`."""
+
+    def __init__(self, path: str, choice: PromptChoice) -> None:
+        self.path = path
+        self.categories, self._prompts = read_prompts(path, choice)
+        self.identity = file_digest(Path(path))
+
+    def check(self, videos: Collection[str]) -> None:
+        """Raise `ValueError` if no video is prompted; print which prompts are of none."""
+        unknown = sorted(self._prompts.keys() - set(videos))
+        if len(unknown) == len(self._prompts):
+            raise ValueError(
+                f"{self.path} prompts {unknown[0]!r}, and --video is {min(videos)!r}: the name of "
+                "a video is that of its folder, or of its file without the suffix."
+            )
+        for name in unknown:
+            print(printable(f"{self.path} also prompts {name!r}, which is not among the videos"))
+
+    def prompts(self, video: str, frames: FrameSource) -> list[ObjectPrompt]:
+        if video not in self._prompts:
+            raise ValueError(f"{self.path} prompts no object in it.")
+        return self._prompts[video]
+
+
+class FirstFramePrompter:
+    """Prompts the masks that an annotator of images finds in the first frame."""
+
+    def __init__(self, annotator: Annotator) -> None:
+        self._annotator = annotator
+        self.categories, self.identity = annotator.categories, annotator.identity
+
+    def prompts(self, video: str, frames: FrameSource) -> list[ObjectPrompt]:
+        image = frames[0]
+        items = self._annotator.stream((key, image) for key in self._annotator.keys(video))
+        found = [annotation for item in items for annotation in item.annotations]
+        if not found:
+            raise ValueError("no object was found in its first frame.")
+        found.sort(key=lambda annotation: -annotation["score"])
+        return [
+            ObjectPrompt(number, own["category"], 0, {"mask": own["segmentation"]})
+            for number, own in enumerate(found)
+        ]
+
+
+def annotate_videos(config: AnnotateVideoConfig) -> list[AnnotatedVideo]:
+    """Annotate videos and write all files; returns the videos.
+
+    Raises:
+        ValueError, FileNotFoundError: an option, the weights, the prompts or a path is wrong.
+        FileExistsError: the output folder holds files of others, or another process writes it.
+    """
+    config.validate()
+    paths = find_videos(config.video)
+    from_file = None if config.prompts is None else FilePrompter(config.prompts, config.prompt)
+    if from_file is not None:
+        from_file.check(paths)
+    outputs = _outputs(config)
+    backbone = load_backbone(
+        config.backbone, config.checkpoint, config.device, config.dtype, adapter=config.adapter
+    )
+    tracker = VideoTracker(backbone, keep="window")
+    prompter: Prompter
+    if from_file is not None:
+        prompter = from_file
+    elif config.everything:
+        masks = MaskGenerator(backbone, config.generator)
+        prompter = FirstFramePrompter(EverythingAnnotator(masks, ""))
+    else:
+        prompter = FirstFramePrompter(_agent(config))
+    with outputs.locked():
+        return _annotate(config, paths, outputs, tracker, prompter)
+
+
+def _agent(config: AnnotateVideoConfig) -> Annotator:
+    """Load the agent of --policy."""
+    assert config.policy is not None
+    agent = PolicyAgent.load(config.policy, config.device)
+    task = task_of_policy(agent.policy)
+    task.require("annotate")
+    features = agent.policy.features
+    names = split_names(config.categories, features.get("vocabulary") or features["categories"])
+    # One episode per category of a frame.
+    options = AnnotateConfig(
+        images="",
+        policy=config.policy,
+        categories=config.categories,
+        num_envs=len(names),
+        device=config.device,
+    )
+    return task.make_annotator(agent, [name for name in names if name], options)
+
+
+def find_videos(paths: Sequence[str]) -> dict[str, str]:
+    """Return name -> path of videos: files, folders of frames, and those in folders of videos.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: a folder holds no video, or two videos have one name.
+    """
+    found: list[str] = []
+    for path in map(os.path.expanduser, paths):
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"--video {path}: there is no such file or folder.")
+        if not os.path.isdir(path) or _holds(path, SUFFIXES):
+            found.append(path)
+            continue
+        inside = [
+            os.path.join(path, name)
+            for name in sorted(os.listdir(path))
+            if not name.startswith(".")
+        ]
+        own = [
+            child
+            for child in inside
+            if (os.path.isdir(child) and _holds(child, SUFFIXES))
+            or (os.path.isfile(child) and os.path.splitext(child)[1].lower() in VIDEO_SUFFIXES)
+        ]
+        if not own:
+            raise ValueError(f"--video {path}: no video and no folder of frames in this folder.")
+        found += own
+    names: dict[str, str] = {}
+    for path in found:
+        name = os.path.basename(os.path.normpath(path))
+        name = safe_name(name if os.path.isdir(path) else stem(name))
+        if name in names:
+            raise ValueError(f"{names[name]} and {path} have one name. Rename one of them.")
+        names[name] = path
+    return names
+
+
+def _holds(folder: str, suffixes: Sequence[str]) -> bool:
+    names = os.listdir(folder)
+    return any(os.path.splitext(name)[1].lower() in suffixes for name in names)
+
+
+def _outputs(config: AnnotateVideoConfig) -> OutputPaths:
+    """Make the output folder; refuse one that holds what an interrupted run did not leave."""
+    folder = make_folder(config.out)
+    paths = OutputPaths(folder / "annotations.json", folder / "overlays", config.overlays != "none")
+    if any(folder.iterdir()) and not paths.partial.exists():
+        raise FileExistsError(
+            f"--out {config.out} is not empty, and holds no unfinished run. Pass another folder."
+        )
+    return paths
+
+
+def _annotate(
+    config: AnnotateVideoConfig,
+    paths: Mapping[str, str],
+    outputs: OutputPaths,
+    tracker: VideoTracker,
+    prompter: Prompter,
+) -> list[AnnotatedVideo]:
+    settings = asdict(config) | {"prompts_digest": prompter.identity}
+    settings["weights"] = tracker.backbone.identity
+    results = PartialResults(outputs.partial, settings)
+    if results.done:
+        print(f"Resuming: {len(results.done)} of {len(paths)} videos are done.")
+    skipped: dict[str, str] = {}
+    with ProgressBar() as bar:
+        for name, path in paths.items():
+            if (name,) in results.done:
+                continue
+            try:
+                source = open_video(path)
+                task = bar.add_task(printable(name), total=len(source))
+                prompts = prompter.prompts(name, source)
+                advance = partial(bar.advance, task)
+                video = _track(config, name, source, tracker, prompts, advance)
+            except (ValueError, OSError) as error:
+                skipped[path] = str(error)
+                continue
+            if config.frames:
+                _write_frames(outputs.annotations.parent, config.video_format, video, source)
+            if outputs.has_overlays:
+                outputs.overlays.mkdir(exist_ok=True)
+                target = outputs.overlays / f"{name}.{config.overlays}"
+                save_video(target, _drawn(video, source), fps=12)
+            results.add((name,), asdict(video))
+    videos = [_restored(results.done[name,]) for name in paths if (name,) in results.done]
+    for line in (f"skipped {path}: {reason}" for path, reason in skipped.items()):
+        print(printable(line))
+    count = sum(len(video.objects) for video in videos)
+    if not videos:
+        raise ValueError("No video was annotated: see the reasons above.")
+    description = f"masklets by {config.backbone}"
+    categories = list(prompter.categories)
+    written = write_masklets(
+        outputs.annotations.parent, videos, categories, config.video_format, description
+    )
+    if not skipped:  # else the next run tracks only those
+        results.finish()
+    print(printable(f"{count} masklets in {len(videos)} videos, {len(skipped)} skipped: {written}"))
+    return videos
+
+
+def _restored(result: Mapping[str, Any]) -> AnnotatedVideo:
+    """Return a video from a line of JSON, whose keys are text."""
+    objects = {
+        int(number): Masklet(
+            own["category"], own["score"], {int(k): code for k, code in own["masks"].items()}
+        )
+        for number, own in result["objects"].items()
+    }
+    height, width = result["size"]
+    return AnnotatedVideo(result["name"], (height, width), result["frames"], objects)
+
+
+def _track(
+    config: AnnotateVideoConfig,
+    name: str,
+    source: FrameSource,
+    tracker: VideoTracker,
+    prompts: Sequence[ObjectPrompt],
+    advance: Callable[[], None],
+) -> AnnotatedVideo:
+    """Track the objects of a video from their prompts to both of its ends."""
+    names = _frame_names(source)
+    number_of = {stem(own): number for number, own in enumerate(names)}
+    keys = list(dict.fromkeys(own.object for own in prompts))[: config.max_objects]
+    if config.video_format == "davis":
+        check_ids(len(keys), name)
+    session = tracker.open([source])
+    category: dict[int, str] = {}
+    for own in prompts:
+        if own.object in keys:
+            frame = own.frame if isinstance(own.frame, int) else number_of.get(own.frame)
+            if frame is None or frame >= len(source):
+                raise ValueError(f"it has no frame {own.frame!r}, which is prompted.")
+            number = keys.index(own.object) + 1
+            category[number] = own.category
+            session.prompt(0, frame, number, **own.decoded(), clear=False)
+    masks: dict[int, dict[int, str]] = {number: {} for number in category}
+    ious: dict[int, list[float]] = {number: [] for number in category}
+    seen: set[int] = set()
+    for reverse in (False, True):
+        for step in session.propagate(reverse=reverse):
+            found = step.masks(overlap=config.video_format != "davis")
+            for key, mask, iou in zip(step.objects, found, step.ious.tolist(), strict=True):
+                number = cast(int, key)
+                if mask.any():
+                    code = rle.encode(np.asfortranarray(mask, np.uint8))
+                    masks[number][step.frame] = code["counts"].decode("ascii")
+                    ious[number].append(iou)
+            if step.frame not in seen:
+                seen.add(step.frame)
+                advance()
+    objects = {
+        number: Masklet(own, float(np.mean(ious[number] or [0.0])), masks[number])
+        for number, own in category.items()
+    }
+    return AnnotatedVideo(name, source.size, _written_names(names, config.frames), objects)
+
+
+# Frames ------------------------------------------------------------------------------------------
+
+
+def _frame_names(source: FrameSource) -> list[str]:
+    """Return names of the frames: those of their files, or numbers."""
+    files = getattr(source, "files", None)
+    return (
+        [f"{k:05d}.jpg" for k in range(len(source))] if files is None else [f.name for f in files]
+    )
+
+
+def _written_names(names: Sequence[str], copied: bool) -> list[str]:
+    """Return the names of copied frames, whose order every reader understands."""
+    if not copied or sorted(map(stem, names)) == [*map(stem, dict.fromkeys(names))]:
+        return list(names)
+    return [f"{number:05d}{Path(name).suffix}" for number, name in enumerate(names)]
+
+
+def _write_frames(
+    root: Path, video_format: VideoFormat, video: AnnotatedVideo, source: FrameSource
+) -> None:
+    """Copy the frames of a video into the folder of its format."""
+    folder = root / FRAME_FOLDERS[video_format] / video.name
+    folder.mkdir(parents=True, exist_ok=True)
+    files = getattr(source, "files", None)
+    for number, name in enumerate(video.frames):
+        if files is not None:
+            shutil.copyfile(files[number], folder / name)
+            continue
+        coded = cv2.imencode(".jpg", source[number][..., ::-1], _JPEG)[1]
+        write_atomic(folder / name, coded.tobytes())
+
+
+def _drawn(video: AnnotatedVideo, source: FrameSource) -> Iterator[np.ndarray]:
+    """Draw the masks of a video over its frames."""
+    empty = np.zeros(video.size, bool)
+    for frame in range(len(video.frames)):
+        codes = (own.masks.get(frame) for own in video.objects.values())
+        masks = [
+            empty if code is None else decode([code.encode()], video.size)[0] for code in codes
+        ]
+        yield draw_masks(source[frame], masks, caption=f"{video.name} {frame}")
+
+
+def main(args: Sequence[str]) -> list[AnnotatedVideo]:
+    """Run the command line."""
+    return annotate_videos(cli.parse(AnnotateVideoConfig, "python -m agents.annotate", args))

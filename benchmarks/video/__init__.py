@@ -1,0 +1,1 @@
+"""`video`: masks of tracked objects, against trackers without memory."""

@@ -1,0 +1,1 @@
+"""`video_speed`: VideoTracker against the authors' SAM2VideoPredictor."""
