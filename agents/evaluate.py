@@ -100,9 +100,10 @@ class Evaluation:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Return `mean_iou`, `ci95` (half-width; None for one episode), `episodes`, more means, and
-        `by_domain` with a stream."""
+        """Return `mean_iou`, `ci95` (half-width; None for one episode), `episodes`, more means,
+        half-widths `ci95_NAME` of those that are no counts, and `by_domain` with a stream."""
         mean, half = mean_and_ci95(self.ious)
+        measures = {k: v for k, v in self.counts.items() if np.issubdtype(v.dtype, np.floating)}
         by_domain = {name: round(value, 4) for name, value in self.iou_by_domain().items()}
         return {
             "mean_iou": mean,
@@ -110,6 +111,7 @@ class Evaluation:
             "episodes": len(self.ious),
             "mean_reward": round(float(self.rewards.mean()), 4),
             **{f"mean_{k}": round(float(v.mean()), 3) for k, v in self.counts.items()},
+            **{f"ci95_{k}": mean_and_ci95(v)[1] for k, v in measures.items()},
         } | ({"by_domain": by_domain} if by_domain else {})
 
 

@@ -70,6 +70,7 @@ ENVIRONMENTS = {
         "sam_gym.envs.everything:SamEverythingEnv",
         "sam_gym.envs.everything:SamEverythingVectorEnv",
     ),
+    "SamVideo-v0": ("sam_gym.envs.video:SamVideoEnv", "sam_gym.envs.video:SamVideoVectorEnv"),
 }
 
 for _id, (_scalar, _vector) in ENVIRONMENTS.items():

@@ -27,16 +27,11 @@ from sam_gym.backbones import BACKBONES, Backbone, BackboneSpec, load_backbone
 from sam_gym.backbones.encoders import assemble
 from sam_gym.backbones.hq import HqMaskDecoder
 from sam_gym.backbones.micro.model import FINE, STRIDE, UPSCALING, MicroEncoder, build_micro
-from sam_gym.backbones.sam2 import (
-    Sam2,
-    Sam2Encoder,
-    assemble_sam2,
-    memory_state,
-    sam2_state,
-)
+from sam_gym.backbones.sam2 import Sam2, Sam2Encoder, assemble_sam2, memory_state, sam2_state
 from sam_gym.backbones.spec import find_spec
 from sam_gym.backbones.video.memory import VideoMemory
 from sam_gym.data import Sample
+from sam_gym.data.synthetic.clips import Clip, Clips
 from sam_gym.mask_generation.masks import Masks, to_counts
 from sam_gym.utils.render import warn_no_window
 
@@ -183,7 +178,12 @@ def tiny_sam2(
 
 
 def tiny_memory() -> VideoMemory:
-    return VideoMemory((4, 4), 32, 16, hidden=32, depth=2)
+    """A small video memory, for the tiny SAM 2."""
+    memory = VideoMemory((4, 4), 32, 16, hidden=32, depth=2)
+    for name, parameter in memory.named_parameters():
+        if "gamma" in name or "no_obj" in name or "tpos_enc" in name:
+            nn.init.normal_(parameter, 0.0, 0.5)
+    return memory
 
 
 @pytest.fixture
@@ -194,9 +194,6 @@ def tiny_video(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         memory = tiny_memory()
-        for name, parameter in memory.named_parameters():
-            if "gamma" in name or "no_obj" in name or "tpos_enc" in name:
-                nn.init.normal_(parameter, 0.0, 0.5)
     path = tmp_path / "tiny_video.safetensors"
     save_file(build_sam2().state_dict() | memory.state_dict(), path)
     add_backbone(
@@ -209,6 +206,29 @@ def tiny_video(
         memory=(tiny_memory, memory_state),
     )
     return "tiny_video"
+
+
+#: Clips of `tiny_video_env`.
+OPENED: dict[Any, Clip] = {}
+
+
+@pytest.fixture
+def tiny_video_env(tiny_video: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Arguments of a video environment over `tiny_video` and eight clips.
+
+    Clips stay open: to compose one costs more than to play a tiny episode.
+    """
+    compose = Clips.__getitem__
+
+    def get(self: Clips, index: int) -> Clip:
+        key = (self.source(index), *self.words(index), self._frames, self.size)
+        if key not in OPENED:
+            OPENED[key] = compose(self, index)
+        return OPENED[key]
+
+    monkeypatch.setattr(Clips, "__getitem__", get)
+    own = {"backbone": tiny_video, "device": "cpu", "frames": 8, "store_gib": 0.1}
+    return own | {"dataset_kwargs": {"length": 8, "size": 64}}
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,21 @@ from agents.policies.base import POLICIES, SamPolicy
 from agents.policies.everything import EverythingPolicy
 from agents.policies.explicit import ExplicitPolicy
 from agents.policies.implicit import ImplicitPolicy
+from agents.policies.video import VideoPolicy
 from sam_gym.utils.packages import check_agents
 
 # `agents/__init__.py` may have been overwritten by another distribution.
 check_agents()
 
 # Pickles of stable-baselines3 name classes by module: this one, wherever a class is defined.
-for _policy in (EverythingPolicy, ExplicitPolicy, ImplicitPolicy):
+for _policy in (EverythingPolicy, ExplicitPolicy, ImplicitPolicy, VideoPolicy):
     _policy.__module__ = __name__
 
-__all__ = ["POLICIES", "EverythingPolicy", "ExplicitPolicy", "ImplicitPolicy", "SamPolicy"]
+__all__ = [
+    "POLICIES",
+    "EverythingPolicy",
+    "ExplicitPolicy",
+    "ImplicitPolicy",
+    "SamPolicy",
+    "VideoPolicy",
+]

@@ -37,6 +37,7 @@ examples:
   python -m agents.train_ppo --dataset coco --data PATH/coco --categories person
   python -m agents.train_ppo --config alignsam --config few_clicks --seed 1
   python -m agents.train_ppo --env SamEverything-v0 --config everything
+  python -m agents.train_ppo --env SamVideo-v0 --config video_memory
   python -m agents.train_ppo --out runs/ppo --resume
   torchrun --nproc_per_node=2 -m agents.train_ppo --num-envs 128
 """

@@ -4,7 +4,7 @@
 register it with gymnasium, then a subclass of `Task` with `register`.
 """
 
-from agents.tasks import click, continual, everything
+from agents.tasks import click, continual, everything, video
 from agents.tasks.base import (
     FEATURES,
     TASKS,
@@ -32,4 +32,5 @@ __all__ = [
     "register",
     "task_of",
     "task_of_policy",
+    "video",
 ]

@@ -7,7 +7,14 @@ from typing import Annotated, Any, ClassVar
 
 import tyro
 
-from sam_gym.data import DATASETS, Dataset, dataset_help
+from sam_gym.data import (
+    DATASETS,
+    VIDEO_DATASETS,
+    Dataset,
+    VideoDataset,
+    dataset_help,
+    video_dataset_help,
+)
 from sam_gym.data.io import OnError
 from sam_gym.utils.registry import Registry
 
@@ -61,3 +68,24 @@ class DatasetOptions(ReadingOptions):
         root = {} if self.data is None else {"root": self.data}
         own = self.options_of(self.dataset)
         return DATASETS.get(self.dataset).make(split, **root | options | own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoDatasetOptions(ReadingOptions):
+    """Options that choose a dataset of videos."""
+
+    registry = VIDEO_DATASETS
+
+    dataset: Annotated[str, tyro.conf.arg(help=video_dataset_help())] = "clips"
+    data: str | None = None
+    """Root folder of a dataset that reads files."""
+
+    def make_dataset(self, split: str, **options: Any) -> VideoDataset:
+        """Make the dataset; arguments as for `DatasetOptions.make_dataset`.
+
+        Raises:
+            ValueError, FileNotFoundError: as `sam_gym.data.make_video_dataset`.
+        """
+        root = {} if self.data is None else {"root": self.data}
+        own = self.options_of(self.dataset)
+        return VIDEO_DATASETS.get(self.dataset).make(split, **root | options | own)

@@ -97,8 +97,8 @@ class EnvConfig:
                 "vectorization_mode='vector_entry_point'), which is faster, or obs='full'."
             )
 
-    def open_dataset(self) -> Dataset:
-        """Open and validate the images."""
+    def open_dataset(self) -> Any:
+        """Open and validate the data: a `Dataset`, or what the core of the task takes."""
         raise NotImplementedError
 
     @property
@@ -190,16 +190,18 @@ class BaseCore(Generic[C, T]):
     episode_arrays: tuple[str, ...] = ("steps",)
     #: Names of `reset(options=...)`, besides `reset_mask` of vector environments.
     reset_options: tuple[str, ...] = ("index",)
+    #: What an index of the dataset is, in messages.
+    noun = "image"
     #: Keys of `info`, besides `iou`, that evaluations report at the end of an episode.
     reported: tuple[str, ...] = ()
     action_space: spaces.Space
     observation_space: spaces.Dict
 
     @checked
-    def __init__(self, config: C, num_envs: Count, dataset: Dataset | None = None) -> None:
+    def __init__(self, config: C, num_envs: Count, dataset: Any = None) -> None:
         config.validate()
         self.config, self.num_envs = config, num_envs
-        self.dataset = config.open_dataset() if dataset is None else dataset
+        self.dataset: Any = config.open_dataset() if dataset is None else dataset
         self._open_services()
         self.device = self.backbone.device
         grid, side = config.grid, self.backbone.image_size / config.grid
@@ -280,8 +282,8 @@ class BaseCore(Generic[C, T]):
             count = len(self._image_range(domain))
             if not 0 <= index < count:
                 raise ValueError(
-                    f"Index {index} is out of range: {self._domain_name(domain)} has images 0 to "
-                    f"{count - 1}."
+                    f"Index {index} is out of range: {self._domain_name(domain)} has {self.noun}s "
+                    f"0 to {count - 1}."
                 )
         self._chosen_next |= zip(indices, wanted.tolist(), strict=True)
 
@@ -449,7 +451,7 @@ class BaseCore(Generic[C, T]):
         """Return the error for data in which `MAX_DRAWS` draws found no target."""
         name = self._domain_name(domain)
         if self._draws_of >= 0:
-            name += f", image {self._draws_of}"
+            name += f", {self.noun} {self._draws_of}"
         return ValueError(
             f"{name}: {MAX_DRAWS} draws found no target that covers at least "
             f"{self.config.min_target:.2%} of the frame. Lower min_target or take other categories."
@@ -576,13 +578,22 @@ class BaseCore(Generic[C, T]):
         """Draw a sub-environment, `height` pixels high, with a caption: uint8 (H, W, 3), RGB."""
         raise NotImplementedError
 
+    def _picture(self, env_index: int) -> np.ndarray:
+        """Return the image that `render` draws: uint8 (H, W, 3)."""
+        return self._target(env_index).image
+
+    def _first_picture(self) -> np.ndarray:
+        """Return the first image of the dataset: uint8 (H, W, 3)."""
+        image: np.ndarray = self.dataset[0].image
+        return image
+
     @cached_property
     def frame_width(self) -> int:
         """Width of all frames: that of the dataset's first image, `FRAME_HEIGHT` pixels high.
 
         At most three times as wide or high as the other side, and even, as video encoders want it.
         """
-        width = _drawn_width(self.dataset[0].image)
+        width = _drawn_width(self._first_picture())
         width += width % 2
         return min(max(width, FRAME_HEIGHT // 3), 3 * FRAME_HEIGHT)
 
@@ -594,7 +605,7 @@ class BaseCore(Generic[C, T]):
         """
         from sam_gym.utils.render import letterbox
 
-        image, height = self._target(env_index).image, FRAME_HEIGHT
+        image, height = self._picture(env_index), FRAME_HEIGHT
         if _drawn_width(image) > self.frame_width:
             height = max(1, self.frame_width * image.shape[0] // image.shape[1])
         drawn = self.render(env_index, height)

@@ -35,7 +35,7 @@ def photos(two_photos: Path, tiny_env: dict[str, Any]) -> dict[str, Any]:
     return tiny_env | {"render_mode": "rgb_array", "dataset_kwargs": {}, "data": str(two_photos)}
 
 
-@pytest.fixture(params=sorted(ENVIRONMENTS))
+@pytest.fixture(params=sorted({*ENVIRONMENTS} - {"SamVideo-v0"}))
 def settings(request: pytest.FixtureRequest, photos: dict[str, Any]) -> dict[str, Any]:
     """The same, with the id of each environment."""
     source = {"dataset": "folder"}

@@ -21,6 +21,8 @@ def settings(request: pytest.FixtureRequest, tiny_env: dict[str, Any]) -> dict[s
         own |= {"stream_kwargs": stream, "episodes_per_domain": None}
     elif env_id == "SamEverything-v0":
         own["dataset"] = "scenes"
+    elif env_id == "SamVideo-v0":
+        own = request.getfixturevalue("tiny_video_env")
     return {"id": env_id} | own
 
 
@@ -28,7 +30,8 @@ def names(envs: Any, numbers: list[int], domain: int = 0) -> list[str]:
     """Return the sources of some images."""
     dataset = envs.unwrapped.core.dataset
     first = dataset.firsts[domain] if hasattr(dataset, "firsts") else 0
-    return [dataset[int(first) + number].source for number in numbers]
+    items = [dataset[int(first) + number] for number in numbers]
+    return [item.source if hasattr(item, "source") else item.name for item in items]
 
 
 def test_an_index_chooses_the_image(settings: dict[str, Any]) -> None:
@@ -81,7 +84,7 @@ def test_options_that_are_wrong(settings: dict[str, Any]) -> None:
     for wrong, message in (
         ({"indx": 3}, r"Unknown reset option 'indx'\. Did you mean 'index'\?"),
         ({"reset_mask": [True]}, r"Unknown reset option 'reset_mask'"),
-        ({"index": 8}, r"Index 8 is out of range: .* has images 0 to 7\."),
+        ({"index": 8}, r"Index 8 is out of range: .* has (image|video)s 0 to 7\."),
         ({"index": -1}, r"Index -1 is out of range"),
         ({"index": 1.0}, r"Expected an index as an integer, .*, got 1\.0"),
         ({"index": True}, r"Expected an index as an integer"),

@@ -210,6 +210,7 @@ class VideoMemory(nn.Module):
         slots: Tensor,
         pointers: Tensor | None = None,
         ages: Tensor | None = None,
+        exists: Tensor | None = None,
     ) -> Tensor:
         """Condition the embedding of frames on memories; differentiable.
 
@@ -219,6 +220,7 @@ class VideoMemory(nn.Module):
             slots: int64 (P, N), the row of `maskmem_tpos_enc` of each.
             pointers: (P, M, C), object pointers, or None.
             ages: float32 (P, M), how far their frames are, as a fraction of the longest distance.
+            exists: bool (P, N + M), memories and pointers that a row has; None: all.
 
         Returns:
             (P, C, h, w).
@@ -228,7 +230,7 @@ class VideoMemory(nn.Module):
         place = sine_position(width, *self.grid).to(prepared)
         time = self.maskmem_tpos_enc[slots.to(prepared.device), 0]
         tokens, positions = [memory.flatten(1, 2)], [(place + time).flatten(1, 2)]
-        count = 0
+        repeats, count = [place.shape[0]] * spatial.shape[1], 0
         if pointers is not None and ages is not None:
             ages = ages.to(prepared.device)
             age = self.obj_ptr_tpos_proj(sine_time(ages.flatten(), pointers.shape[-1]))
@@ -237,9 +239,12 @@ class VideoMemory(nn.Module):
             age = age.unflatten(0, ages.shape).repeat_interleave(pieces, dim=1)
             positions.append(age.to(prepared))
             count = tokens[-1].shape[1]
-        return self.memory_attention(
-            prepared, torch.cat(tokens, dim=1), torch.cat(positions, dim=1), self.grid, count
-        )
+            repeats += [pieces] * pointers.shape[1]
+        if exists is not None:
+            of_each = torch.tensor(repeats, device=exists.device)
+            exists = exists.repeat_interleave(of_each, dim=1)
+        memories, places = torch.cat(tokens, dim=1), torch.cat(positions, dim=1)
+        return self.memory_attention(prepared, memories, places, self.grid, count, exists)
 
     def memorize(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from segment_anything.modeling.common import LayerNorm2d
@@ -87,7 +88,13 @@ class RotaryAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], unrotated: int = 0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: tuple[int, int],
+        unrotated: int = 0,
+        exists: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -97,11 +104,13 @@ class RotaryAttention(nn.Module):
             v: like k.
             grid: (h, w).
             unrotated: number of keys at the end that have no place in the image.
+            exists: bool (B, n * h * w + unrotated), keys that count; None: all.
         """
         q, k = rotate(self.q_proj(q), grid), self.k_proj(k)
         placed = k.shape[1] - unrotated
         k = torch.cat([rotate(k[:, :placed], grid), k[:, placed:]], dim=1)
-        out = F.scaled_dot_product_attention(q, k, self.v_proj(v))
+        seen = None if exists is None else exists[:, None]
+        out = F.scaled_dot_product_attention(q, k, self.v_proj(v), attn_mask=seen)
         return self.out_proj(out)
 
 
@@ -128,11 +137,17 @@ class MemoryAttentionLayer(nn.Module):
         return x + self.self_attn(own, own, own, grid)
 
     def attend_to_memory(
-        self, x: Tensor, memory: Tensor, position: Tensor, grid: tuple[int, int], pointers: int
+        self,
+        x: Tensor,
+        memory: Tensor,
+        position: Tensor,
+        grid: tuple[int, int],
+        pointers: int,
+        exists: Tensor | None = None,
     ) -> Tensor:
         """Attention to the memory and the MLP, with residuals; see `MemoryAttention`."""
         own = self.norm2(x)
-        x = x + self.cross_attn_image(own, memory + position, memory, grid, pointers)
+        x = x + self.cross_attn_image(own, memory + position, memory, grid, pointers, exists)
         return x + self.linear2(F.relu(self.linear1(self.norm3(x))))
 
 
@@ -162,7 +177,13 @@ class MemoryAttention(nn.Module):
         return first.attend_to_frame(x, grid)
 
     def forward(
-        self, x: Tensor, memory: Tensor, position: Tensor, grid: tuple[int, int], pointers: int
+        self,
+        x: Tensor,
+        memory: Tensor,
+        position: Tensor,
+        grid: tuple[int, int],
+        pointers: int,
+        exists: Tensor | None = None,
     ) -> Tensor:
         """Condition prepared frames.
 
@@ -172,6 +193,7 @@ class MemoryAttention(nn.Module):
             position: (P, T, D), position and time of each token.
             grid: (h, w).
             pointers: number of tokens of pointers.
+            exists: bool (P, T), tokens that count; None: all.
 
         Returns:
             (P, C, h, w).
@@ -179,7 +201,8 @@ class MemoryAttention(nn.Module):
         for number, layer in enumerate(self.layers):
             if number:
                 x = layer.attend_to_frame(x, grid)  # type: ignore[operator]
-            x = layer.attend_to_memory(x, memory, position, grid, pointers)  # type: ignore[operator]
+            attend: Any = layer.attend_to_memory
+            x = attend(x, memory, position, grid, pointers, exists)
         return self.norm(x).transpose(1, 2).unflatten(2, grid)
 
 

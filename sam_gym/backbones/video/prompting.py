@@ -21,7 +21,7 @@ _BOX_NOISE, _BOX_BOUND = 0.1, 20 / 1024
 
 
 def first_prompts(
-    rngs: Sequence[np.random.Generator],
+    rngs: Sequence[np.random.Generator | None],
     masks: np.ndarray,
     kinds: Sequence[PromptKind],
     device: torch.device,
@@ -29,7 +29,7 @@ def first_prompts(
     """Draw a prompt for each object in the first frame.
 
     Args:
-        rngs: the source of randomness of each object.
+        rngs: the source of randomness of each object; None: the innermost pixel, the exact box.
         masks: bool (P, S, S), in the input frame; none is empty.
         kinds: of each prompt.
         device: of the tensors.
@@ -58,8 +58,11 @@ def first_prompts(
     )
 
 
-def _inner_pixel(rng: np.random.Generator, mask: np.ndarray) -> tuple[int, int]:
+def _inner_pixel(rng: np.random.Generator | None, mask: np.ndarray) -> tuple[int, int]:
     """Return a pixel of a mask (x, y), half the time near its middle."""
+    if rng is None:
+        y, x = divmod(int(interior_distance(mask).argmax()), mask.shape[1])
+        return x, y
     chosen = np.flatnonzero(mask)
     if rng.random() < 0.5:
         distance = interior_distance(mask)
@@ -68,10 +71,11 @@ def _inner_pixel(rng: np.random.Generator, mask: np.ndarray) -> tuple[int, int]:
     return x, y
 
 
-def _noisy_box(rng: np.random.Generator, mask: np.ndarray, side: int) -> np.ndarray:
+def _noisy_box(rng: np.random.Generator | None, mask: np.ndarray, side: int) -> np.ndarray:
     x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
-    bound = _BOX_BOUND * side
-    noise = np.clip(rng.normal(0, _BOX_NOISE, 4) * [w, h, w, h], -bound, bound)
+    bound, noise = _BOX_BOUND * side, np.zeros(4)
+    if rng is not None:
+        noise = np.clip(rng.normal(0, _BOX_NOISE, 4) * [w, h, w, h], -bound, bound)
     corners = np.clip(np.array([x, y, x + w - 1, y + h - 1]) + noise, 0, side - 1).reshape(2, 2)
     return np.concatenate([corners.min(axis=0), corners.max(axis=0)]).astype(np.float32)
 

@@ -229,13 +229,20 @@ class VideoTracker:
 
     # The model ---------------------------------------------------------------------------------
 
-    def pixels(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Bring frames, uint8 (H, W, 3), into the input frame: float32 (B, 3, S, S), normalised."""
+    def framed(self, image: np.ndarray) -> np.ndarray:
+        """Resize a frame, uint8 (H, W, 3), as the model's authors do: uint8 (H', W', 3).
+
+        `Backbone.encode` makes of the result what `encode` makes of the frame.
+        """
         if self.backbone.squashes:
             # Images are resized bilinearly, the frames of videos bicubically.
             size = (self.backbone.image_size,) * 2
-            images = [np.array(Image.fromarray(own).resize(size)) for own in images]
-        return self.backbone.prepare(images)
+            return np.array(Image.fromarray(image).resize(size))
+        return image
+
+    def pixels(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Bring frames, uint8 (H, W, 3), into the input frame: float32 (B, 3, S, S), normalised."""
+        return self.backbone.prepare([self.framed(image) for image in images])
 
     @torch.no_grad()
     def encode(self, images: Sequence[np.ndarray]) -> _Frames:
