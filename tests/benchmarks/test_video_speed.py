@@ -15,7 +15,7 @@ from benchmarks.video_speed.sides import SHAPES, Shape
 
 NANO = Shape(
     64,
-    64,
+    128,
     2,
     32,
     {
