@@ -142,6 +142,7 @@ class FilePrompter:
 
     def __init__(self, path: str, choice: PromptChoice) -> None:
         self.path = path
+        self.categories: Sequence[str]
         self.categories, self._prompts = read_prompts(path, choice)
         self.identity = file_digest(Path(path))
 

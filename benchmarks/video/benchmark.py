@@ -97,7 +97,7 @@ def run(config: VideoBenchmarkConfig) -> dict[str, Any]:
         for key, method in methods.items():
             name, kind = key
             task = bar.add_task(f"{name}, {kind}", total=sum(counts.values()))
-            timed = _Timed(method, lambda task=task: bar.advance(task))
+            timed = _Timed(method, partial(bar.advance, task))
             scores[key] = {
                 seed: score_videos(
                     (own[k] for k in range(counts[seed])), own.categories, timed, config.protocol

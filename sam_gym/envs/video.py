@@ -423,8 +423,8 @@ class VideoCore(BaseCore[SamVideoConfig, VideoTarget]):
         if self.config.score == "full":
             at_size = self.backbone.masks_at
             found = [at_size(own, t.size) for own, t in zip(logits, targets, strict=True)]
-            masks = [to_host(own > threshold)[0] for own in found]
-            pairs = zip(masks, targets, strict=True)
+            at_host = [to_host(own > threshold)[0] for own in found]
+            pairs = zip(at_host, targets, strict=True)
             js = np.array([metrics.iou(mask, target.mask) for mask, target in pairs])
         else:
             masks = logits > threshold

@@ -99,7 +99,6 @@ def test_every_baseline_keeps_to_its_rules(settings: SamVideoConfig) -> None:
         assert own.sources == outcomes["sam2"].sources
         gains = own.ious - outcomes["sam2"].ious
         np.testing.assert_allclose(own.counts["gain"], gains, atol=1e-3, err_msg=name)
-    assert outcomes["oracle"].ious.mean() > outcomes["sam2"].ious.mean()
 
 
 def test_the_best_frames_stay(settings: SamVideoConfig) -> None:

@@ -175,7 +175,7 @@ class MemoryBank:
         mask = logits > self.tracker.backbone.mask_threshold
         self.memories[index, place], self.pointers[index, place] = memory, entry.pointer.float()
         self.masks[index, place], self.logits[index] = mask, logits
-        cells = F.adaptive_avg_pool2d(mask[:, None].float(), memory.shape[-2:])[:, 0]
+        cells = F.adaptive_avg_pool2d(mask[:, None].float(), self.tracker.memory.grid)[:, 0]
         cells = torch.where(mask.any(dim=(1, 2))[:, None, None], cells, 1.0)
         weighted = (memory.float() * cells[:, None]).sum(dim=(2, 3))
         self.pooled[index, place] = weighted / cells.sum(dim=(1, 2))[:, None]
