@@ -99,12 +99,7 @@ class ClickAnnotator:
         self.description, self.settings = description, {"categories": list(categories)}
         if "cue_click" in policy.observation_space.spaces:
             raise ValueError("This policy was trained on instances, which a cue click shows to it.")
-        others = int(policy.action_space.n) - 2 * policy.grid**2
-        if others != len(policy.others):
-            raise ValueError(
-                f"This policy has {others} actions beyond clicks, but names {len(policy.others)} "
-                "of them. Train it with this version of train_ppo."
-            )
+        check_others(policy)
         check_categories(policy, categories)
         backbone = dict(policy.features["backbone"])
         config = SamSegConfig(
@@ -169,6 +164,16 @@ class ClickAnnotator:
 
         annotations, size = [annotation] if keep else [], image.shape[:2]
         return AnnotatedItem(key, size, annotations, draw if keep else None)
+
+
+def check_others(policy: SamPolicy) -> None:
+    """Raise `ValueError` if a click policy does not tell what its other actions mean."""
+    others = int(policy.action_space.n) - 2 * policy.grid**2
+    if others != len(policy.others):
+        raise ValueError(
+            f"This policy has {others} actions beyond clicks, but names {len(policy.others)} "
+            "of them. Train it with this version of train_ppo."
+        )
 
 
 def check_categories(policy: SamPolicy, categories: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_gym.backbones import load_backbone
+from sam_gym.backbones import BackboneService, load_backbone
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES, DiskStore
 from sam_gym.backbones.embeddings.store import shared_store
 from sam_gym.backbones.spec import backbone_help
@@ -474,11 +474,6 @@ class BaseCore(Generic[C, T]):
             return np.ones(self.backbone.mask_shape, bool)
         return self._low_res(np.ones(shape, bool) if ignore is None else ~ignore)
 
-    def _in_cells(self, maps: Tensor) -> Tensor:
-        """Average maps (B, C, hm, wm), 0 to 1, over cells of the embedding: uint8 (B, C, h, w)."""
-        pixels = self.backbone.mask_shape[0] // self.backbone.embedding_shape[1]
-        return (255 * F.avg_pool2d(maps, pixels)).round().to(torch.uint8)
-
     # Coordinates -------------------------------------------------------------------------------
 
     def centre_of(self, cell: int) -> tuple[float, float]:
@@ -615,6 +610,12 @@ class BaseCore(Generic[C, T]):
     def ground_truth(self, env_index: int) -> T:
         """Return the target. Only for rewards, metrics and oracles."""
         return self._target(env_index)
+
+
+def in_cells(backbone: BackboneService, maps: Tensor) -> Tensor:
+    """Average maps (B, C, hm, wm), 0 to 1, over cells of the embedding: uint8 (B, C, h, w)."""
+    pixels = backbone.mask_shape[0] // backbone.embedding_shape[1]
+    return (255 * F.avg_pool2d(maps, pixels)).round().to(torch.uint8)
 
 
 def _drawn_width(image: np.ndarray) -> int:

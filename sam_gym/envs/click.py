@@ -14,7 +14,15 @@ from torch.nn import functional as F
 from sam_gym.backbones import NO_POINT, Prompts
 from sam_gym.data import Dataset
 from sam_gym.data.base import select_categories
-from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, DatasetConfig, Draw, EnvConfig
+from sam_gym.envs.base_core import (
+    FRAME_HEIGHT,
+    MAX_DRAWS,
+    BaseCore,
+    DatasetConfig,
+    Draw,
+    EnvConfig,
+    in_cells,
+)
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.envs.rewards import REWARDS, Transition
 from sam_gym.metrics import masks as metrics
@@ -390,7 +398,7 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
         probability = logits.sigmoid()
         if self.config.obs == "full":
             return probability
-        return self._in_cells(probability[:, None])[:, 0]
+        return in_cells(self.backbone, probability[:, None])[:, 0]
 
     def _cue(self, target: ClickTarget) -> np.ndarray:
         point = self.backbone.to_input_frame(np.array(target.cue), target.mask.shape)

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from sam_gym.backbones import Prompts
 from sam_gym.data import Dataset, Sample, dataset_help
-from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, DatasetConfig, Draw, Grid
+from sam_gym.envs.base_core import (
+    FRAME_HEIGHT,
+    MAX_DRAWS,
+    BaseCore,
+    DatasetConfig,
+    Draw,
+    Grid,
+    in_cells,
+)
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.metrics.panoptic import PART_COVERS, PART_INSIDE, matched_ious
 from sam_gym.utils.settings import Count, Fraction, NotNegative
@@ -411,7 +419,7 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
         maps = torch.stack([count > 0, count.clamp(max=MAX_OVERLAP) / MAX_OVERLAP, highest], dim=1)
         if self.config.obs == "full":
             return maps
-        return self._in_cells(maps)
+        return in_cells(self.backbone, maps)
 
     # Observations ------------------------------------------------------------------------------
 

@@ -1,0 +1,149 @@
+// The image with masks and clicks over it. Emits `press` (a click at a fraction of the image), `box`
+// and `key`; the crosshair of the keyboard and the frame of a box being dragged live here alone.
+const DRAG = 6; // pixels that make a click a box
+export default {
+  template: `
+    <div class="sg-frame" ref="frame" @dragover.prevent @drop.prevent="dropped">
+      <div v-show="scene.src" class="sg-stage" ref="stage" tabindex="0" role="application"
+           aria-label="Image. Arrow keys move the crosshair, space clicks." :style="fitted"
+           @pointerdown="down" @pointermove="move" @pointerup="up" @pointercancel="drag = null"
+           @contextmenu.prevent>
+        <img :src="scene.src" :alt="scene.file" draggable="false">
+        <img v-if="scene.heat" class="sg-heat" :src="scene.heat" alt="click probabilities" draggable="false">
+        <svg :viewBox="'0 0 ' + scene.width + ' ' + scene.height" preserveAspectRatio="none">
+          <path v-for="own in scene.objects" :key="own.id" :d="own.path" :fill="own.colour"
+                :stroke="own.colour" class="sg-object" />
+          <path v-for="(own, i) in scene.suggestions" :key="'s' + i" :d="own.path" :fill="own.colour"
+                :stroke="own.colour" :class="['sg-suggestion', { 'sg-selected': i === scene.selected }]" />
+          <path :d="scene.path" class="sg-current" data-testid="mask" />
+        </svg>
+        <svg>
+          <rect v-if="rect" :x="pc(rect[0])" :y="pc(rect[1])" :width="pc(rect[2] - rect[0])"
+                :height="pc(rect[3] - rect[1])" class="sg-box" />
+          <g v-for="(mark, i) in scene.marks" :key="i"
+             :class="['sg-mark', mark.positive ? 'sg-positive' : 'sg-negative']">
+            <circle :cx="pc(mark.at[0])" :cy="pc(mark.at[1])" :r="i === scene.marks.length - 1 ? 8 : 6" />
+            <circle v-if="mark.agent" :cx="pc(mark.at[0])" :cy="pc(mark.at[1])" r="2.5" class="sg-agent" />
+          </g>
+          <g v-if="cursor" class="sg-cursor">
+            <line :x1="pc(cursor[0])" :x2="pc(cursor[0])" y1="0" y2="100%" />
+            <line :y1="pc(cursor[1])" :y2="pc(cursor[1])" x1="0" x2="100%" />
+          </g>
+        </svg>
+      </div>
+    </div>
+  `,
+  data() {
+    return {
+      scene: {
+        src: "", file: "", width: 1, height: 1, path: "", marks: [], box: null, objects: [],
+        suggestions: [], selected: -1, heat: "", negative: false, uploader: 0,
+      },
+      fitted: {}, drag: null, cursor: null, corner: null,
+    };
+  },
+  computed: {
+    rect() {
+      if (this.drag && this.drag.to) return this.sorted(this.drag.from, this.drag.to);
+      if (this.corner && this.cursor) return this.sorted(this.corner, this.cursor);
+      return this.scene.box;
+    },
+  },
+  mounted() {
+    this.observer = new ResizeObserver(() => this.fit());
+    this.observer.observe(this.$refs.frame);
+    this.onKey = (event) => this.keydown(event);
+    window.addEventListener("keydown", this.onKey);
+  },
+  unmounted() {
+    this.observer.disconnect();
+    window.removeEventListener("keydown", this.onKey);
+  },
+  methods: {
+    show(patch) {
+      const other = patch.src !== undefined && patch.src !== this.scene.src;
+      Object.assign(this.scene, patch);
+      if (other) this.drag = this.cursor = this.corner = null;
+      if (patch.width) this.fit();
+    },
+    fit() {
+      const { clientWidth, clientHeight } = this.$refs.frame;
+      const scale = Math.min(clientWidth / this.scene.width, clientHeight / this.scene.height);
+      this.fitted = { width: this.scene.width * scale + "px", height: this.scene.height * scale + "px" };
+    },
+    pc: (fraction) => 100 * fraction + "%",
+    sorted: (a, b) => [
+      Math.min(a[0], b[0]), Math.min(a[1], b[1]), Math.max(a[0], b[0]), Math.max(a[1], b[1]),
+    ],
+    place(event) {
+      const area = this.$refs.stage.getBoundingClientRect();
+      const inside = (value) => Math.min(Math.max(value, 0), 1);
+      return [
+        inside((event.clientX - area.left) / area.width), inside((event.clientY - area.top) / area.height),
+      ];
+    },
+    down(event) {
+      if (!event.isPrimary || ![0, 2].includes(event.button)) return;
+      this.cursor = this.corner = null;
+      this.drag = { from: this.place(event), x: event.clientX, y: event.clientY, right: event.button === 2 };
+      this.$refs.stage.setPointerCapture(event.pointerId);
+    },
+    move(event) {
+      if (!this.drag || this.drag.right) return;
+      const far = Math.hypot(event.clientX - this.drag.x, event.clientY - this.drag.y) > DRAG;
+      if (far || this.drag.to) this.drag.to = this.place(event);
+    },
+    up() {
+      const drag = this.drag;
+      this.drag = null;
+      if (!drag) return;
+      if (drag.to) this.$emit("box", { box: this.sorted(drag.from, drag.to) });
+      else this.press(drag.from, drag.right);
+    },
+    dropped(event) {
+      runMethod(this.scene.uploader, "addFiles", [event.dataTransfer.files]);
+    },
+    press(at, right) {
+      this.$emit("press", { at: at, positive: right === this.scene.negative });
+    },
+    keydown(event) {
+      const target = event.target;
+      const typing = target.closest("input, textarea, select, [contenteditable], .q-dialog");
+      if (typing && ["Enter", "Escape"].includes(event.key)) target.blur(); // back to the image
+      if (typing || event.altKey || event.metaKey) return;
+      if (event.ctrlKey && event.key.toLowerCase() !== "z") return;
+      const onButton = target.closest("button, a, [role=button], [role=switch]");
+      if (onButton && [" ", "Enter"].includes(event.key)) return;
+      if (this.local(event) || this.named(event)) event.preventDefault();
+    },
+    local(event) {
+      const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+      const step = steps[event.key];
+      if (!this.scene.src || event.ctrlKey) return false;
+      if (step) {
+        const by = event.shiftKey ? 0.05 : 0.005;
+        const at = this.cursor || [0.5, 0.5];
+        const moved = (i) => Math.min(Math.max(at[i] + (this.cursor ? by * step[i] : 0), 0), 1);
+        this.cursor = [moved(0), moved(1)];
+        return true;
+      }
+      if (!this.cursor) return false;
+      const key = event.key.toLowerCase();
+      if (key === " " || key === "x") this.$emit("press", { at: this.cursor, positive: key === " " });
+      else if (key === "b" && this.corner) {
+        this.$emit("box", { box: this.sorted(this.corner, this.cursor) });
+        this.corner = null;
+      } else if (key === "b") this.corner = this.cursor;
+      else return false;
+      return true;
+    },
+    named(event) {
+      if (event.key === "Escape") this.cursor = this.corner = this.drag = null;
+      const keys = "z r n f h e k j l t m d c . , ? enter escape backspace delete pagedown pageup 1 2 3 4 5 6 7 8 9";
+      const key = event.key.toLowerCase();
+      if (!keys.split(" ").includes(key)) return false;
+      this.$emit("key", { key: key, shift: event.shiftKey, repeat: event.repeat });
+      return true;
+    },
+  },
+};

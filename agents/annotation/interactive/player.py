@@ -1,0 +1,156 @@
+"""A click agent beside a person: where would it click next?"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.annotation.clicks import check_categories, check_others
+from agents.baselines.base import TrainedAgent
+from agents.tasks import task_of_policy
+from sam_gym.backbones import BackboneService
+from sam_gym.backbones.embeddings.store import shared_store
+from sam_gym.backbones.features import ImageFeatures
+from sam_gym.envs.base_core import in_cells
+from sam_gym.simulation.clicks import cell_centres
+from sam_gym.utils.transfer import to_host
+
+#: Mask logits before the first click, as environments begin.
+_EMPTY = -20.0
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What the agent makes of an object so far.
+
+    Attributes:
+        chances: float32 (2, grid, grid), probabilities of positive and of negative clicks on cells
+            of the input frame.
+        click: (x, y, positive) of the likeliest action, in pixels of the input frame, or None.
+        other: the likeliest action if it is no click: "stop" or "undo".
+    """
+
+    chances: np.ndarray
+    click: tuple[float, float, bool] | None
+    other: str | None
+
+
+class PinnedImages:
+    """The features of the images that people have open, for any thread.
+
+    Args:
+        backbone: the SAM.
+
+    Attributes:
+        lock: held while the store, or a policy's words, are in use.
+    """
+
+    def __init__(self, backbone: BackboneService) -> None:
+        self.store, self.lock = shared_store(backbone), threading.Lock()
+
+    def pin(self, image: np.ndarray) -> tuple[int, ImageFeatures]:
+        """Encode an image uint8 (H, W, 3); returns its handle in the store, and its features.
+
+        Raises:
+            MemoryError: people have more images open than the store holds.
+        """
+        with self.lock:
+            (handle,) = self.store.acquire([image])
+            return handle, self.store.gather(np.array([handle]))
+
+    def unpin(self, handle: int) -> None:
+        """Let an image go."""
+        with self.lock:
+            self.store.unpin(handle)
+
+
+class ClickPlayer:
+    """Proposes the next action of a click agent on images of any number of people.
+
+    Args:
+        agent: the agent.
+
+    Attributes:
+        backbone: the SAM that the agent was trained on.
+        needs_cue: whether a first click must show the object to the agent.
+
+    Raises:
+        ValueError: the agent is no click agent.
+    """
+
+    def __init__(self, agent: TrainedAgent) -> None:
+        self.policy = policy = agent.policy
+        task_of_policy(policy).require("annotate")
+        check_others(policy)
+        self.backbone: BackboneService = policy.features_extractor.backbone
+        self.images = PinnedImages(self.backbone)
+        self.needs_cue = "cue_click" in policy.observation_space.spaces
+        self.max_steps = int(policy.features["max_steps"])
+        policy.set_training_mode(False)
+
+    @property
+    def known(self) -> list[str]:
+        """Names that the agent was trained on; it may take others."""
+        return list(self.policy.features.get("vocabulary") or self.policy.features["categories"])
+
+    @torch.no_grad()
+    def propose(
+        self,
+        image: np.ndarray,
+        handle: int,
+        logits: Tensor | None,
+        steps: int,
+        names: Sequence[str],
+        cue: tuple[float, float] | None = None,
+    ) -> Proposal:
+        """Return click probabilities and the likeliest action.
+
+        Args:
+            image: uint8 (H, W, 3).
+            handle: of the pinned image.
+            logits: mask logits (hm, wm) of the object so far; None: nothing yet.
+            steps: number of clicks so far.
+            names: name of the object, followed by names of others in the image.
+            cue: (x, y) of a click that shows the object, in pixels of the input frame.
+
+        Raises:
+            ValueError: the agent does not know a name, or needs a cue.
+        """
+        backbone, policy = self.backbone, self.policy
+        if logits is None:
+            logits = torch.full(backbone.mask_shape, _EMPTY, device=backbone.device)
+        observation = {
+            "handle": np.array([[handle]], np.int32),
+            "sam_pred_mask_prob": to_host(in_cells(backbone, logits.sigmoid()[None, None]))[0][0],
+            "target_category": np.zeros(1, np.int64),
+            "num_steps": np.array([min(steps, self.max_steps)], np.int64),
+        }
+        if self.needs_cue:
+            if cue is None:
+                raise ValueError("This agent segments the object that you click: click it first.")
+            observation["cue_click"] = np.array([cue], np.float32) / backbone.image_size
+        with self.images.lock:
+            if not self.needs_cue:
+                check_categories(policy, names)
+            self.images.store.compute_features({handle: image})
+            tensors, _ = policy.obs_to_tensor(observation)
+            with policy.playing():
+                all_logits, _ = policy.logits_and_value(tensors)
+        (chances,) = to_host(all_logits[0].softmax(dim=0))
+        return self._proposal(chances, image.shape[:2])
+
+    def _proposal(self, chances: np.ndarray, size: tuple[int, int]) -> Proposal:
+        grid = self.policy.grid
+        action, maps = int(chances.argmax()), chances[: 2 * grid**2].reshape(2, grid, grid)
+        negative, cell = divmod(action, grid**2)
+        if negative > 1:
+            return Proposal(maps, None, self.policy.others[action - 2 * grid**2])
+        side = self.backbone.image_size / grid
+        x, y = cell_centres(np.array(cell), grid, (side, side)).tolist()
+        height, width = self.backbone.input_size(size)
+        return Proposal(maps, (min(x, width - 1.0), min(y, height - 1.0), not negative), None)

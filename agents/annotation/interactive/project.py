@@ -1,0 +1,364 @@
+"""A folder of images and its COCO file, which is written after every change."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pycocotools import mask as rle
+
+from agents.annotation.files import ImageFolder, OutputPaths
+from sam_gym.data.coco_writer import mask_annotation
+from sam_gym.data.images import Unreadable, read_header
+from sam_gym.data.io import IMAGE_SUFFIXES, Reject, read_image, read_json, resolve
+from sam_gym.utils.files import plain, write_atomic
+from sam_gym.utils.text import safe_name
+
+#: The COCO file in the folder of results.
+ANNOTATIONS = "annotations.json"
+#: Tables of a COCO file.
+_TABLES = ("images", "categories", "annotations")
+
+
+class _Row(NamedTuple):
+    """A record of a COCO file and its JSON text, so that saving formats only what is new."""
+
+    record: dict[str, Any]
+    text: str
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> _Row:
+        text = json.dumps(plain(record), allow_nan=False, ensure_ascii=False)
+        return cls(record, text)
+
+
+@dataclass(frozen=True)
+class SavedObject:
+    """An object in the COCO file.
+
+    Attributes:
+        id: of its annotation.
+        name: of its category.
+        score: predicted IoU, or None if the file does not say.
+        segmentation: COCO RLE or polygons.
+        size: (H, W) of the image.
+    """
+
+    id: int | str
+    name: str
+    score: float | None
+    segmentation: Any = field(repr=False)
+    size: tuple[int, int]
+
+    def mask(self) -> np.ndarray:
+        """Return the mask: bool (H, W).
+
+        Raises:
+            ValueError: the segmentation is no COCO mask of this image.
+        """
+        try:
+            code, (height, width) = self.segmentation, self.size
+            if isinstance(code, list):
+                code = rle.merge(rle.frPyObjects(code, height, width))
+            elif isinstance(code["counts"], list):
+                code = rle.frPyObjects(code, height, width)
+            mask = rle.decode(code).astype(bool)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"annotation {self.id} has no readable mask ({error!r})") from None
+        if mask.shape != self.size:
+            raise ValueError(f"annotation {self.id} has a mask of {mask.shape}, not {self.size}")
+        return mask
+
+
+class Project:
+    """Images below a folder and their annotations.
+
+    Every change is written before the call returns, atomically and to the disk; if writing fails,
+    the change is undone. All methods may be called from any thread.
+
+    Args:
+        root: folder of the images; nothing outside of it is read.
+        path: of the COCO file, which is continued if it exists.
+        files: images, as paths relative to `root`.
+        categories: names to begin with.
+
+    Attributes:
+        files: images, as paths relative to `root`.
+
+    Raises:
+        ValueError: the file is no COCO JSON.
+    """
+
+    def __init__(
+        self, root: Path, path: Path, files: Sequence[str] = (), categories: Sequence[str] = ()
+    ) -> None:
+        self.root, self.path, self.files = root, path, list(files)
+        self._lock = threading.RLock()
+        self._rest: dict[str, Any] = {"info": {"description": "annotated with agents.app"}}
+        self._images: dict[str, _Row] = {}
+        self._categories: dict[str, _Row] = {}
+        self._annotations: dict[int | str, _Row] = {}
+        if path.exists():
+            self._load()
+        for name in categories:
+            self._categories.setdefault(name, _Row.of(self._new_category(name)))
+
+    @classmethod
+    def of_folder(
+        cls, images: str, outputs: OutputPaths, written: Collection[str], names: Sequence[str]
+    ) -> Project:
+        """Return the project of all images below a folder.
+
+        Args:
+            images: the folder.
+            outputs: paths of the results.
+            written: real paths of files and folders to leave out.
+            names: categories to begin with.
+
+        Raises:
+            FileNotFoundError, ValueError: the folder does not exist or holds no image, or the
+                results are no COCO JSON.
+        """
+        found = ImageFolder.search(images, written)
+        return cls(Path(images), outputs.annotations, found.images, names)
+
+    def _load(self) -> None:
+        content = read_json(str(self.path), "COCO file")
+        try:
+            for record in content["images"]:
+                self._images[record["file_name"]] = _Row.of(record)
+            for record in content["categories"]:
+                self._categories[str(record["name"])] = _Row.of(record)
+            for record in content["annotations"]:
+                _ = record["image_id"], record["category_id"], record["segmentation"]
+                self._annotations[record["id"]] = _Row.of(record)
+            counts = [len(table) for table in self._tables()]
+            if counts != [len(content[name]) for name in _TABLES]:
+                raise ValueError("two records have the same file_name, name or id")
+            self._rest = {key: value for key, value in content.items() if key not in _TABLES}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}: no COCO JSON with masks ({error!r}). Move it away, or pass another "
+                "--out."
+            ) from None
+
+    # Images ------------------------------------------------------------------------------------
+
+    def read(self, file: str, max_pixels: int) -> np.ndarray:
+        """Read an image of `files`: uint8 (H, W, 3), RGB.
+
+        Args:
+            file: path relative to the folder.
+            max_pixels: bound on its pixels, checked before they are decoded.
+
+        Raises:
+            ValueError, OSError: the file is not in the folder, too large, or no image.
+        """
+        if file not in self.files:
+            raise ValueError(f"{file}: not an image of this folder.")
+        try:
+            path = resolve(str(self.root), file)  # again: links may have changed
+            height, width = read_header(path).size
+        except (Reject, Unreadable) as error:
+            raise ValueError(f"{file}: {error}.") from None
+        if height * width > max_pixels:
+            raise ValueError(
+                f"{file}: {width} x {height} pixels are more than --max-pixels {max_pixels:,}."
+            )
+        return read_image(path, "image", self._annotated_size(file))
+
+    def _annotated_size(self, file: str) -> tuple[int, int] | None:
+        record = self._images[file].record if file in self._images else {}
+        size = record.get("height"), record.get("width")
+        return size if isinstance(size[0], int) and isinstance(size[1], int) else None
+
+    def put(self, name: str, data: bytes, max_files: int, max_pixels: int) -> int:
+        """Write an uploaded image into the folder; returns its index in `files`.
+
+        Args:
+            name: of the file; a number is added to names that are taken.
+            data: content of the file.
+            max_files: bound on the number of files.
+            max_pixels: see `read`.
+
+        Raises:
+            ValueError: it is no image, or one of the bounds is exceeded.
+            OSError: it could not be written.
+        """
+        stem, suffix = os.path.splitext(safe_name(name).lstrip("."))
+        if suffix.lower() not in IMAGE_SUFFIXES:
+            known = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise ValueError(f"{name}: not one of {known}. Convert it to PNG or JPEG.")
+        with self._lock:
+            if len(self.files) >= max_files:
+                raise ValueError(f"{max_files} images are uploaded already (--max-uploads).")
+            taken, file, number = {own.lower() for own in self.files}, f"{stem}{suffix}", 1
+            while file.lower() in taken or not stem:
+                stem, number = stem or "image", number + 1
+                file = f"{stem}-{number}{suffix}"
+            self.root.mkdir(parents=True, exist_ok=True)
+            path = write_atomic(self.root / file, data)
+            self.files.append(file)
+            try:
+                self.read(file, max_pixels)
+            except BaseException:
+                self.files.remove(file)
+                path.unlink(missing_ok=True)
+                raise
+            return len(self.files) - 1
+
+    def is_done(self, file: str) -> bool:
+        """Return whether somebody has finished the image."""
+        with self._lock:
+            return file in self._images and bool(self._images[file].record.get("done"))
+
+    def first_open(self) -> int:
+        """Return the index of the first image that nobody has finished; 0 if there is none."""
+        return next((i for i, file in enumerate(self.files) if not self.is_done(file)), 0)
+
+    def count_done(self) -> int:
+        """Return the number of finished images."""
+        return sum(map(self.is_done, self.files))
+
+    def set_done(self, file: str, size: tuple[int, int], done: bool = True) -> None:
+        """Write that an image of (H, W) is finished, or not."""
+        if self.is_done(file) == done:
+            return
+        with self._changing():
+            record = self._image_record(file, size)
+            self._images[file] = _Row.of(record | {"done": done})
+
+    # Objects -----------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all categories."""
+        with self._lock:
+            return list(self._categories)
+
+    def objects(self, file: str, size: tuple[int, int]) -> list[SavedObject]:
+        """Return the objects of an image of (H, W)."""
+        with self._lock:
+            if file not in self._images:
+                return []
+            image_id = self._images[file].record["id"]
+            rows = [row.record for row in self._annotations.values()]
+            names = {row.record["id"]: name for name, row in self._categories.items()}
+        return [
+            SavedObject(
+                record["id"],
+                names.get(record["category_id"], "?"),
+                record.get("score"),
+                record["segmentation"],
+                size,
+            )
+            for record in rows
+            if record["image_id"] == image_id
+        ]
+
+    def add(self, file: str, name: str, mask: np.ndarray | dict[str, Any], **values: Any) -> int:
+        """Write an object.
+
+        Args:
+            file: its image.
+            name: of its category, which may be new.
+            mask: bool (H, W), or its compressed RLE.
+            **values: further entries of the annotation, for example `score`.
+
+        Returns:
+            The id of its annotation.
+
+        Raises:
+            ValueError: the mask is empty.
+            OSError: the file could not be written.
+        """
+        return self.add_all(file, [(name, mask, values)])[0]
+
+    def add_all(
+        self, file: str, objects: Sequence[tuple[str, np.ndarray | dict[str, Any], dict[str, Any]]]
+    ) -> list[int]:
+        """Write several objects (name, mask, further entries) at once; see `add`."""
+        made = [(name, mask_annotation(mask, **values)) for name, mask, values in objects]
+        if any(not annotation["area"] for _, annotation in made):
+            raise ValueError("The mask is empty: click the object first.")
+        ids = []
+        with self._changing():
+            for name, annotation in made:
+                height, width = annotation["segmentation"]["size"]
+                image = self._image_record(file, (height, width))
+                self._images[file] = _Row.of(image)
+                number = _next_id(row.record["id"] for row in self._annotations.values())
+                own = {"id": number, "image_id": image["id"], "category_id": self._category(name)}
+                self._annotations[number] = _Row.of(own | annotation)
+                ids.append(number)
+        return ids
+
+    def rename(self, number: int | str, name: str) -> None:
+        """Change the category of an object."""
+        with self._changing():
+            record = self._record(number)
+            self._annotations[number] = _Row.of(record | {"category_id": self._category(name)})
+
+    def remove(self, number: int | str) -> None:
+        """Remove an object."""
+        with self._changing():
+            self._record(number)
+            del self._annotations[number]
+
+    def _record(self, number: int | str) -> dict[str, Any]:
+        if number not in self._annotations:
+            raise ValueError("Somebody else has removed this object.")
+        return self._annotations[number].record
+
+    def _category(self, name: str) -> int | str:
+        """Return the id of a category, which may be new."""
+        row = self._categories.setdefault(name, _Row.of(self._new_category(name)))
+        return row.record["id"]
+
+    def _new_category(self, name: str) -> dict[str, Any]:
+        return {"id": _next_id(row.record["id"] for row in self._categories.values()), "name": name}
+
+    def _image_record(self, file: str, size: tuple[int, int]) -> dict[str, Any]:
+        if file in self._images:
+            return self._images[file].record
+        number = _next_id(row.record["id"] for row in self._images.values())
+        return {"id": number, "file_name": file, "height": size[0], "width": size[1]}
+
+    # The file ----------------------------------------------------------------------------------
+
+    def _tables(self) -> list[dict[Any, _Row]]:
+        """Return the tables in the order of `_TABLES`."""
+        return [self._images, self._categories, self._annotations]
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Write the file after the body; undo its changes if that fails."""
+        with self._lock:
+            before = [dict(table) for table in self._tables()]
+            try:
+                yield
+                write_atomic(self.path, self.text(), durable=True)
+            except BaseException:
+                self._images, self._categories, self._annotations = before
+                raise
+
+    def text(self) -> str:
+        """Return the content of the COCO file, a record per line."""
+        with self._lock:
+            parts = [f"{json.dumps(key)}: {_Row.of(v).text}" for key, v in self._rest.items()]
+            for name, table in zip(_TABLES, self._tables(), strict=True):
+                rows = ",\n".join(row.text for row in table.values())
+                parts.append(f'"{name}": [\n{rows}\n]')
+        return "{" + ",\n".join(parts) + "}\n"
+
+
+def _next_id(taken: Iterator[int | str]) -> int:
+    """Return a number above all that are taken."""
+    return 1 + max((number for number in taken if isinstance(number, int)), default=0)

@@ -1,0 +1,61 @@
+"""The web server of the app."""
+
+from __future__ import annotations
+
+import socket
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Response
+from nicegui import ui
+
+from agents.annotation.interactive.guard import Guard
+from agents.annotation.interactive.page import add_page
+from agents.annotation.interactive.workspaces import Workspaces
+
+#: Seconds for which the server waits for a browser that is slow, or asleep.
+_PATIENCE = 60.0
+
+
+def make_app(workspaces: Workspaces, token: str | None, hosts: frozenset[str] | None) -> FastAPI:
+    """Return the ASGI application; arguments as for `run_server`."""
+    app = FastAPI(openapi_url=None)
+
+    @app.get("/shown/{key}")
+    def shown(key: str) -> Response:
+        data = workspaces.shown(key)
+        if data is None:
+            raise HTTPException(404)
+        return Response(data, media_type="image/jpeg", headers={"cache-control": "private"})
+
+    add_page(workspaces)
+    ui.run_with(
+        app,
+        title="sam-gym",
+        dark=True,
+        tailwind=False,
+        reconnect_timeout=_PATIENCE,
+        show_welcome_message=False,
+    )
+    # A request has a few bytes around the file.
+    bound = workspaces.max_upload + 2**16
+    app.add_middleware(Guard, token=token, hosts=hosts, max_body=bound)
+    return app
+
+
+def run_server(
+    workspaces: Workspaces,
+    listener: socket.socket,
+    token: str | None,
+    hosts: frozenset[str] | None,
+) -> None:
+    """Serve until the process is interrupted.
+
+    Args:
+        workspaces: of all tabs.
+        listener: listening socket.
+        token: see `Guard`.
+        hosts: see `Guard`.
+    """
+    app = make_app(workspaces, token, hosts)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
+    uvicorn.Server(config).run(sockets=[listener])

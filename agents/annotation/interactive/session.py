@@ -1,0 +1,507 @@
+"""What one person does: the open image, the clicks of the current object, the agent's turn."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.annotation.interactive.drawing import (
+    at_shown_size,
+    heat_map,
+    jpeg,
+    outline,
+    shown_size,
+)
+from agents.annotation.interactive.player import ClickPlayer, PinnedImages, Proposal
+from agents.annotation.interactive.project import Project, SavedObject
+from sam_gym.backbones import BackboneService, Prompts
+from sam_gym.backbones.features import ImageFeatures
+from sam_gym.mask_generation.generator import MaskGenerator
+from sam_gym.utils.transfer import to_device, to_host
+
+P = ParamSpec("P")
+R = TypeVar("R")
+#: Bound on the length of a name.
+MAX_NAME = 100
+#: Bound on the clicks of one object.
+MAX_CLICKS = 200
+
+
+@dataclass(frozen=True)
+class Models:
+    """What all people share.
+
+    Attributes:
+        backbone: the SAM.
+        images: features of the open images.
+        player: the agent, or None.
+        generator: of everything mode.
+        max_pixels: bound on the pixels of an image.
+    """
+
+    backbone: BackboneService
+    images: PinnedImages
+    player: ClickPlayer | None
+    generator: MaskGenerator
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class Click:
+    """A click: (x, y) in pixels of the image, whether positive, whether the agent's."""
+
+    x: float
+    y: float
+    positive: bool
+    by_agent: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """A click or a box, and the mask after it.
+
+    Attributes:
+        prompt: the click, or the box (x0, y0, x1, y1) in pixels of the image.
+        logits: (hm, wm).
+        predicted_iou: SAM's estimate.
+    """
+
+    prompt: Click | tuple[float, float, float, float]
+    logits: Tensor
+    predicted_iou: float
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A mask of everything mode.
+
+    Attributes:
+        record: its RLE, score and category, as the generator gives them.
+        mask: bool (h, w), at the size in which the image is shown.
+        path: its outline.
+    """
+
+    record: dict[str, Any]
+    mask: np.ndarray
+    path: str
+
+
+@dataclass(frozen=True)
+class OpenImage:
+    """The image that a person looks at.
+
+    Attributes:
+        file: path in the project.
+        pixels: uint8 (H, W, 3).
+        shown: JPEG of what is shown.
+        key: secret name of the JPEG, which no other person can guess.
+        handle: in the store of features.
+        features: of the image.
+    """
+
+    file: str
+    pixels: np.ndarray
+    shown: bytes
+    handle: int
+    features: ImageFeatures
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+
+def _locked(
+    method: Callable[Concatenate[Session, P], R],
+) -> Callable[Concatenate[Session, P], R]:
+    """Let actions of a session run one after another."""
+
+    @wraps(method)
+    def call(self: Session, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+class Session:
+    """The work of one person in one browser tab. Methods may be called from any thread.
+
+    Args:
+        models: what all people share.
+        project: images and results.
+
+    Attributes:
+        project: images and results.
+        index: of the open image in `project.files`.
+        name: name of the current object.
+        image: the open image, or None.
+        steps: clicks and boxes of the current object, and their masks.
+        suggestions: masks of everything mode that wait for an answer.
+        selected: index of the suggestion that keys accept or dismiss, or -1.
+    """
+
+    def __init__(self, models: Models, project: Project) -> None:
+        self.models, self.project = models, project
+        self.lock = threading.RLock()
+        self.index = project.first_open()
+        self.name = ""
+        self.image: OpenImage | None = None
+        self.steps: list[Step] = []
+        self.suggestions: list[Suggestion] = []
+        self.selected = -1
+        self._paths: dict[Any, tuple[Any, str]] = {}
+        self._saved: list[SavedObject] = []
+
+    # Images ------------------------------------------------------------------------------------
+
+    @_locked
+    def open(self, index: int) -> None:
+        """Read and encode an image of the project.
+
+        Raises:
+            ValueError, OSError, MemoryError: it cannot be read or encoded; the open image stays.
+        """
+        file = self.project.files[index]
+        pixels = self.project.read(file, self.models.max_pixels)
+        if not all(self.models.backbone.input_size((pixels.shape[0], pixels.shape[1]))):
+            raise ValueError(f"{file}: too thin for SAM.")
+        handle, features = self.models.images.pin(pixels)
+        self.close()
+        self.index = index
+        self.image = OpenImage(file, pixels, jpeg(pixels), handle, features)
+        self._saved = self.project.objects(file, self.image.size)
+
+    @_locked
+    def close(self) -> None:
+        """Let the open image and the clicks on it go."""
+        if self.image is not None:
+            self.models.images.unpin(self.image.handle)
+        self.image, self.steps, self._saved, self._paths = None, [], [], {}
+        self.dismiss_all()
+
+    @_locked
+    def finish_image(self) -> None:
+        """Write that the image is done."""
+        image = self._opened()
+        self.project.set_done(image.file, image.size)
+
+    def _opened(self) -> OpenImage:
+        if self.image is None:
+            raise ValueError("No image is open.")
+        return self.image
+
+    # The current object ------------------------------------------------------------------------
+
+    @property
+    def predicted_iou(self) -> float | None:
+        """SAM's estimate for the current mask, or None without one."""
+        return self.steps[-1].predicted_iou if self.steps else None
+
+    @property
+    def clicks(self) -> list[Click]:
+        """The clicks of the current object."""
+        return [step.prompt for step in self.steps if isinstance(step.prompt, Click)]
+
+    @property
+    def box(self) -> tuple[float, float, float, float] | None:
+        """The last box of the current object, in pixels of the image."""
+        boxes = [step.prompt for step in self.steps if not isinstance(step.prompt, Click)]
+        return boxes[-1] if boxes else None
+
+    @_locked
+    def click(self, x: float, y: float, positive: bool, by_agent: bool = False) -> None:
+        """Add a click at (x, y), in pixels of the image, and decode the mask.
+
+        As in the environments, SAM gets all clicks and the mask before; the first click alone
+        chooses among three masks.
+        """
+        height, width = self._opened().size
+        if len(self.steps) >= MAX_CLICKS:
+            raise ValueError(f"{MAX_CLICKS} clicks are enough: save the object, or reset it.")
+        inside = float(np.clip(x, 0, width - 1)), float(np.clip(y, 0, height - 1))
+        self._decode(Click(*inside, positive, by_agent))
+
+    @_locked
+    def draw_box(self, x0: float, y0: float, x1: float, y1: float) -> None:
+        """Replace the box by one with two corners, in pixels of the image, and decode the mask."""
+        height, width = self._opened().size
+        (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))
+        box = (max(x0, 0.0), max(y0, 0.0), min(x1, width - 1.0), min(y1, height - 1.0))
+        if box[2] - box[0] < 1 or box[3] - box[1] < 1:
+            raise ValueError("This box has no area: drag from corner to corner.")
+        self._decode(box)
+
+    def _decode(self, prompt: Click | tuple[float, float, float, float]) -> None:
+        image, backbone = self._opened(), self.models.backbone
+        is_click = isinstance(prompt, Click)
+        clicks = [*self.clicks, prompt] if isinstance(prompt, Click) else self.clicks
+        box = self.box if isinstance(prompt, Click) else prompt
+
+        def in_frame(points: Sequence[Sequence[float]]) -> Tensor:
+            frame = backbone.to_input_frame(np.array(points), image.size)
+            return to_device(frame[None], backbone.device)
+
+        labels = np.array([[int(click.positive) for click in clicks]], np.int64)
+        prompts = Prompts(
+            points=in_frame([(click.x, click.y) for click in clicks]) if clicks else None,
+            labels=to_device(labels, backbone.device) if clicks else None,
+            boxes=None if box is None else in_frame([box[:2], box[2:]]).reshape(1, 4),
+            # The mask of another box would mislead.
+            masks=self.steps[-1].logits[None] if self.steps and is_click else None,
+        )
+        first = torch.tensor([is_click and not self.steps], device=backbone.device)
+        logits, predicted = backbone.decode_best(image.features, prompts, first)
+        self.steps.append(Step(prompt, logits[0], float(predicted[0])))
+
+    @_locked
+    def undo(self) -> None:
+        """Remove the last click or box."""
+        if self.steps:
+            self.steps.pop()
+
+    @_locked
+    def reset(self) -> None:
+        """Remove all clicks of the current object."""
+        self.steps = []
+
+    @_locked
+    def mask(self) -> np.ndarray:
+        """Return the current mask at the size of the image: bool (H, W)."""
+        return self._mask_at(self._opened().size)
+
+    def _mask_at(self, size: tuple[int, int]) -> np.ndarray:
+        if not self.steps:
+            return np.zeros(size, bool)
+        backbone = self.models.backbone
+        full = backbone.masks_at(self.steps[-1].logits, size)
+        return to_host(full > backbone.mask_threshold)[0]
+
+    # Objects -----------------------------------------------------------------------------------
+
+    @_locked
+    def set_name(self, name: str) -> None:
+        """Name the current object, and those that follow."""
+        self.name = " ".join(name.split())[:MAX_NAME]
+
+    @_locked
+    def save_object(self) -> None:
+        """Write the current object and begin another.
+
+        Raises:
+            ValueError: there is no mask or no name.
+            OSError: it could not be written; the clicks stay.
+        """
+        if not self.steps:
+            raise ValueError("Nothing to save: click an object first.")
+        image, score = self._opened(), self.steps[-1].predicted_iou
+        self.project.add(
+            image.file, self._named(), self.mask(), score=score, clicks=len(self.clicks)
+        )
+        self.steps = []
+        self._refresh()
+
+    def _named(self) -> str:
+        if not self.name:
+            raise ValueError("Name the object first.")
+        return self.name
+
+    @_locked
+    def rename_object(self, number: int | str) -> None:
+        """Give a saved object the current name."""
+        self.project.rename(number, self._named())
+        self._refresh()
+
+    @_locked
+    def remove_object(self, number: int | str) -> None:
+        """Remove a saved object."""
+        self.project.remove(number)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        image = self._opened()
+        self._saved = self.project.objects(image.file, image.size)
+
+    # Everything mode ---------------------------------------------------------------------------
+
+    def suggest(self) -> int:
+        """Find the masks of everything; returns their number.
+
+        People may go on meanwhile; if they open another image, the masks are dropped.
+        """
+        image = self._opened()
+        (masks,) = self.models.generator.generate_masks([image.pixels])
+        found = []
+        for number, record in enumerate(masks.records("coco_rle")):
+            if record["area"]:
+                small = at_shown_size(masks.mask(number))
+                found.append(Suggestion(record, small, outline(small)))
+        with self.lock:
+            if self.image is image:
+                self.suggestions, self.selected = found, 0 if found else -1
+        return len(found)
+
+    @_locked
+    def suggestion_at(self, x: float, y: float) -> int:
+        """Return the smallest suggestion at (x, y), in pixels of the image; -1 without one."""
+        height, width = self._opened().size
+        rows, columns = shown_size((height, width))
+        row, column = int((y + 0.5) * rows / height), int((x + 0.5) * columns / width)
+        row, column = min(max(row, 0), rows - 1), min(max(column, 0), columns - 1)
+        hits = [i for i, own in enumerate(self.suggestions) if own.mask[row, column]]
+        return min(hits, key=lambda i: self.suggestions[i].record["area"], default=-1)
+
+    @_locked
+    def select(self, step: int) -> None:
+        """Select another suggestion, `step` further."""
+        if self.suggestions:
+            self.selected = (self.selected + step) % len(self.suggestions)
+
+    @_locked
+    def accept(self, number: int) -> None:
+        """Save a suggestion as an object."""
+        self._accept([self.suggestions[number]])
+
+    @_locked
+    def accept_all(self) -> None:
+        """Save all suggestions as objects."""
+        self._accept(self.suggestions)
+
+    def _accept(self, chosen: Sequence[Suggestion]) -> None:
+        objects = [
+            (
+                own.record.get("category") or self._named(),
+                own.record["segmentation"],
+                {"score": own.record["predicted_iou"]},
+            )
+            for own in chosen
+        ]
+        self.project.add_all(self._opened().file, objects)
+        self._refresh()
+        self._keep([own for own in self.suggestions if all(own is not c for c in chosen)])
+
+    @_locked
+    def answer(self, x: float, y: float, positive: bool) -> None:
+        """Accept or dismiss the suggestion at (x, y), in pixels of the image, if there is one."""
+        number = self.suggestion_at(x, y)
+        if number >= 0:
+            (self.accept if positive else self.dismiss)(number)
+
+    @_locked
+    def dismiss(self, number: int) -> None:
+        """Drop a suggestion."""
+        self._keep([own for i, own in enumerate(self.suggestions) if i != number])
+
+    @_locked
+    def dismiss_all(self) -> None:
+        """Drop all suggestions."""
+        self._keep([])
+
+    def _keep(self, suggestions: list[Suggestion]) -> None:
+        self.suggestions = suggestions
+        self.selected = min(max(self.selected, 0), len(suggestions) - 1)
+
+    # The agent ---------------------------------------------------------------------------------
+
+    @_locked
+    def proposal(self) -> Proposal:
+        """Return what the agent would do next.
+
+        Raises:
+            ValueError: there is no agent, or it does not know the name of the object.
+        """
+        player, image = self.models.player, self._opened()
+        if player is None:
+            raise ValueError("There is no agent: start the app with --policy.")
+        positive = [click for click in self.clicks if click.positive]
+        cue = None
+        if player.needs_cue and positive:
+            point = np.array([positive[0].x, positive[0].y])
+            x, y = player.backbone.to_input_frame(point, image.size).tolist()
+            cue = (x, y)
+        name = "" if player.needs_cue else self._named()
+        others = [own for own in self.project.names if own in player.known and own != name]
+        logits = self.steps[-1].logits if self.steps else None
+        return player.propose(
+            image.pixels, image.handle, logits, len(self.steps), [name, *others], cue
+        )
+
+    @_locked
+    def agent_step(self) -> bool:
+        """Let the agent click once.
+
+        Returns:
+            Whether it wants to go on: False after `stop`, and when it has no steps left.
+        """
+        player, proposal = self.models.player, self.proposal()
+        assert player is not None
+        if proposal.other == "stop":
+            return False
+        if proposal.other == "undo":
+            # Whether it would undo again does not depend on the mask alone: one is enough.
+            self.undo()
+            return False
+        assert proposal.click is not None
+        x, y, positive = proposal.click
+        size = self._opened().size
+        height, width = player.backbone.input_size(size)
+        self.click(x * size[1] / width, y * size[0] / height, positive, by_agent=True)
+        return len(self.steps) < player.max_steps
+
+    # Views -------------------------------------------------------------------------------------
+
+    @_locked
+    def current(self) -> dict[str, Any]:
+        """Return the current object as the page draws it; positions are fractions of the image."""
+        if self.image is None:
+            return {"path": "", "marks": [], "box": None}
+        height, width = self.image.size
+
+        def fraction(x: float, y: float) -> list[float]:
+            return [(x + 0.5) / width, (y + 0.5) / height]
+
+        marks = [
+            {"at": fraction(c.x, c.y), "positive": c.positive, "agent": c.by_agent}
+            for c in self.clicks
+        ]
+        box = self.box
+        return {
+            "path": outline(self._mask_at(shown_size(self.image.size))) if self.steps else "",
+            "marks": marks,
+            "box": None if box is None else [*fraction(*box[:2]), *fraction(*box[2:])],
+        }
+
+    @_locked
+    def objects(self) -> list[dict[str, Any]]:
+        """Return the saved objects of the image as the page draws them: id, name, score, path."""
+        return [
+            {"id": own.id, "name": own.name, "score": own.score, "path": self._path_of(own)}
+            for own in self._saved
+        ]
+
+    def _path_of(self, saved: SavedObject) -> str:
+        known, path = self._paths.get(saved.id, (None, ""))
+        if known != saved.segmentation:
+            try:
+                path = outline(at_shown_size(saved.mask()))
+            except ValueError:  # of another tool; it is kept in the file as it is
+                path = ""
+            self._paths[saved.id] = saved.segmentation, path
+        return path
+
+    @_locked
+    def heat(self) -> str:
+        """Return the agent's click probabilities as an image's data URL; raises as `proposal`."""
+        backbone, size = self.models.backbone, self._opened().size
+        height, width = backbone.input_size(size)
+        side = backbone.image_size
+        return heat_map(self.proposal().chances, (height / side, width / side))

@@ -1,0 +1,547 @@
+"""The app without a browser: results, clicks, the agent's turn, tabs, and who may talk to it."""
+
+import asyncio
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from stable_baselines3 import PPO
+
+from agents.annotation.clicks import ClickAnnotator
+from agents.annotation.interactive import project as project_module
+from agents.annotation.interactive.drawing import at_shown_size, outline, shown_size
+from agents.annotation.interactive.guard import LOOPBACK, Guard
+from agents.annotation.interactive.project import Project
+from agents.annotation.interactive.session import Session
+from agents.annotation.interactive.workspaces import Workspaces
+from agents.app import AppConfig, load_models, prepare, serve
+from agents.evaluate import PolicyAgent
+from agents.policies.implicit import ImplicitPolicy
+from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
+from sam_gym import Predictor
+from sam_gym.data import make_dataset
+from sam_gym.envs.click import SamSegConfig
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three scenes of different sizes, one in a folder within."""
+    root = tmp_path / "photos"
+    (root / "more").mkdir(parents=True)
+    scenes = make_dataset("scenes", "test", length=3, size=128)
+    for number, name in enumerate(("a.png", "b.png", "more/c.png")):
+        cv2.imwrite(str(root / name), scenes[number].image[: 128 - 30 * number, :, ::-1])
+    return root
+
+
+@pytest.fixture
+def make_policy(tiny_env: dict[str, Any], tmp_path: Path) -> Any:
+    """Returns the path of an untrained policy of `SamSeg-v0` with further arguments."""
+
+    def make(seed: int = 0, **more: Any) -> str:
+        settings = SamSegConfig(**(tiny_env | {"max_steps": 3} | more))
+        vector, core = make_vector_env("SamSeg-v0", 2, settings)
+        backbone = {"name": "tiny", "checkpoint": tiny_env["checkpoint"], "device": "cpu"}
+        names = list(core.dataset.categories)
+        features = {"backbone": backbone, "vocabulary": names, "categories": names, "max_steps": 3}
+        others = [name for name in ("stop", "undo") if getattr(settings, name)]
+        kwargs = {"features": features, "grid": 16, "others": others}
+        model = PPO(ImplicitPolicy, VectorEnvAdaptor(vector), policy_kwargs=kwargs, seed=seed)
+        model.save(tmp_path / "policy.zip")
+        vector.close()
+        return str(tmp_path / "policy.zip")
+
+    return make
+
+
+@pytest.fixture
+def config(photos: Path, tiny_env: dict[str, Any]) -> Any:
+    """Returns a config of the app over the tiny SAM, without an agent unless one is named."""
+
+    def config(**more: Any) -> AppConfig:
+        own = {"images": str(photos), "out": str(photos.parent / "out"), "device": "cpu"}
+        if "policy" not in more:
+            own |= {"backbone": "tiny", "checkpoint": tiny_env["checkpoint"]}
+        return AppConfig(**(own | more))
+
+    return config
+
+
+@pytest.fixture
+def session(config: Any) -> Session:
+    """A session on the first photo."""
+    session = prepare(config())[0].get("tab").session
+    session.open(0)
+    return session
+
+
+def content(session: Session) -> dict[str, Any]:
+    return json.loads(session.project.path.read_text())
+
+
+# The object ------------------------------------------------------------------------------------
+
+
+def test_masks_are_those_of_the_predictor(session: Session) -> None:
+    """The same prompts, one by one: clicks with the mask before, and a box."""
+    assert session.image is not None
+    predictor = Predictor(session.models.backbone)
+    predictor.set_images([session.image.pixels])
+    session.click(30, 40, True)
+    masks, scores, low = predictor.predict(points=[[[30, 40]]], labels=[[1]])
+    best = int(scores[0].argmax())
+    np.testing.assert_array_equal(session.mask(), masks[0][best])
+    assert session.predicted_iou == pytest.approx(scores[0][best], abs=1e-5)
+    session.click(90, 70, False)
+    masks, scores, _ = predictor.predict(
+        points=[[[30, 40], [90, 70]]], labels=[[1, 0]], masks=[low[0][best]], multimask=False
+    )
+    np.testing.assert_array_equal(session.mask(), masks[0][0])
+    session.draw_box(100, 90, 20, 10)
+    masks, _, _ = predictor.predict(
+        points=[[[30, 40], [90, 70]]],
+        labels=[[1, 0]],
+        boxes=[[20, 10, 100, 90]],
+        multimask=False,
+    )
+    np.testing.assert_array_equal(session.mask(), masks[0][0])
+    session.undo()
+    session.undo()
+    assert [click.positive for click in session.clicks] == [True] and session.box is None
+    session.reset()
+    assert not session.mask().any() and session.predicted_iou is None
+
+
+def test_prompts_outside_of_the_image(session: Session) -> None:
+    session.click(-50, 1e6, True)
+    assert (session.clicks[0].x, session.clicks[0].y) == (0, 127)
+    with pytest.raises(ValueError, match="no area"):
+        session.draw_box(300, 300, 400, 400)
+    assert len(session.steps) == 1
+
+
+def test_outlines_cover_the_mask() -> None:
+    yy, xx = np.mgrid[:50, :70]
+    mask = ((xx - 30) ** 2 + (yy - 25) ** 2 < 400) & ((xx - 30) ** 2 + (yy - 25) ** 2 > 60)
+    canvas = np.zeros((500, 700), np.uint8)
+    rings = [
+        np.array([p.split(",") for p in part.rstrip("Z").split()], float)
+        for part in outline(mask).split("M")[1:]
+    ]
+    assert len(rings) == 2  # and a hole
+    cv2.fillPoly(canvas, [np.round(10 * (ring + 0.25)).astype(np.int32) for ring in rings], 1)
+    drawn = canvas[5::10, 5::10] > 0
+    assert (drawn & mask).sum() / (drawn | mask).sum() > 0.93
+    assert outline(np.zeros((5, 5), bool)) == ""
+    assert shown_size((5000, 8000)) == (800, 1280) and shown_size((9, 7)) == (9, 7)
+    assert at_shown_size(np.ones((2000, 10), bool)).shape == (1280, 6)
+
+
+# Results ---------------------------------------------------------------------------------------
+
+
+def test_objects_are_written_at_once_and_read_again(config: Any, session: Session) -> None:
+    session.click(30, 40, True)
+    with pytest.raises(ValueError, match="Name the object"):
+        session.save_object()
+    session.set_name("  red   mug ")
+    mask = session.mask()
+    session.save_object()
+    assert not session.steps and session.objects()[0]["name"] == "red mug"
+    truth = COCO(str(session.project.path))
+    (annotation,) = truth.loadAnns(truth.getAnnIds())
+    np.testing.assert_array_equal(truth.annToMask(annotation), mask)
+    assert annotation["area"] == mask.sum() and annotation["clicks"] == 1
+    assert truth.loadImgs(annotation["image_id"])[0]["file_name"] == "a.png"
+    assert truth.loadRes([annotation | {"score": 0.5}]).anns
+    session.finish_image()
+
+    again = prepare(config(categories="mug, cup"))[0].get("other").session
+    assert again.index == 1  # where it was left
+    assert again.project.names == ["red mug", "mug", "cup"]
+    again.open(0)
+    (saved,) = again.project.objects("a.png", (128, 128))
+    np.testing.assert_array_equal(saved.mask(), mask)
+    again.set_name("cup")
+    again.rename_object(saved.id)
+    categories = {c["id"]: c["name"] for c in content(again)["categories"]}
+    assert categories[content(again)["annotations"][0]["category_id"]] == "cup"
+    again.remove_object(saved.id)
+    assert content(again)["annotations"] == [] and content(again)["images"][0]["done"]
+    with pytest.raises(ValueError, match="removed"):
+        again.rename_object(saved.id)
+
+
+def test_a_failed_write_keeps_the_clicks(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    session.set_name("mug")
+    session.click(30, 40, True)
+    session.save_object()
+    before = session.project.path.read_bytes()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(project_module, "write_atomic", full)
+    session.click(80, 40, True)
+    with pytest.raises(OSError, match="No space"):
+        session.save_object()
+    assert len(session.steps) == 1 and len(session.objects()) == 1
+    assert session.project.path.read_bytes() == before
+    monkeypatch.undo()
+    session.save_object()
+    assert len(content(session)["annotations"]) == 2
+
+
+def test_results_of_other_tools_are_kept(config: Any, photos: Path) -> None:
+    """Polygons, text ids, further entries and images elsewhere outlive a session."""
+    out = photos.parent / "out"
+    out.mkdir()
+    polygon = [[10, 10, 60, 10, 60, 50, 10, 50]]
+    earlier = {
+        "licenses": [{"id": 3}],
+        "images": [
+            {"id": "x1", "file_name": "b.png", "height": 98, "width": 128, "coco_url": "u"},
+            {"id": 7, "file_name": "elsewhere.png", "height": 9, "width": 9},
+        ],
+        "categories": [{"id": 40, "name": "cat"}],
+        "annotations": [
+            {"id": 5, "image_id": "x1", "category_id": 40, "segmentation": polygon, "own": 1},
+            {"id": 6, "image_id": "x1", "category_id": 40, "segmentation": {"counts": "?"}},
+        ],
+    }
+    (out / "annotations.json").write_text(json.dumps(earlier))
+    session = prepare(config())[0].get("tab").session
+    session.open(1)
+    (whole, broken) = session.project.objects("b.png", (98, 128))
+    code = rle.merge(rle.frPyObjects(polygon, 98, 128))
+    np.testing.assert_array_equal(whole.mask(), rle.decode(code))
+    assert [bool(own["path"]) for own in session.objects()] == [True, False]
+    session.set_name("dog")
+    session.click(30, 40, True)
+    session.save_object()
+    now = content(session)
+    assert now["licenses"] == earlier["licenses"] and now["images"] == earlier["images"]
+    assert now["annotations"][:2] == earlier["annotations"]
+    assert now["annotations"][2]["id"] == 7 and now["annotations"][2]["image_id"] == "x1"
+    assert now["categories"] == [{"id": 40, "name": "cat"}, {"id": 41, "name": "dog"}]
+    del broken
+
+    (out / "annotations.json").write_text('{"images": []}')
+    with pytest.raises(ValueError, match=r"annotations.json: no COCO JSON.*another --out"):
+        prepare(config())
+
+
+def test_files_outside_of_the_folder_are_not_read(config: Any, photos: Path) -> None:
+    secret = photos.parent / "secret.png"
+    secret.write_bytes((photos / "a.png").read_bytes())
+    (photos / "link.png").symlink_to(secret)
+    session = prepare(config())[0].get("tab").session
+    assert session.project.files == ["a.png", "b.png", "more/c.png"]
+    for file in ("../secret.png", str(secret), "link.png"):
+        with pytest.raises(ValueError, match="not an image of this folder"):
+            session.project.read(file, 10**8)
+    # A link that came later.
+    os.remove(photos / "b.png")
+    (photos / "b.png").symlink_to(secret)
+    with pytest.raises(ValueError, match="leaves its folder"):
+        session.open(1)
+    assert session.image is None
+
+
+def test_images_that_cannot_be_opened_leave_the_open_one(config: Any, photos: Path) -> None:
+    session = prepare(config(max_pixels=128 * 100))[0].get("tab").session
+    session.open(1)
+    with pytest.raises(ValueError, match="128 x 128 pixels are more than --max-pixels 12,800"):
+        session.open(0)
+    (photos / "a.png").write_bytes((photos / "a.png").read_bytes()[:300])
+    with pytest.raises(ValueError, match="a.png"):
+        session.open(0)
+    assert session.image is not None and session.image.file == "b.png" and session.index == 1
+
+
+# Everything mode -------------------------------------------------------------------------------
+
+
+def test_suggestions(config: Any) -> None:
+    from agents.annotation.everything import Generator
+
+    generator = Generator(
+        (3, 2), pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0
+    )
+    session = prepare(config(generator=generator))[0].get("tab").session
+    session.open(0)
+    assert session.image is not None
+    assert session.suggest() == len(session.suggestions) > 3
+    masks = {k: rle.decode(s.record["segmentation"]) for k, s in enumerate(session.suggestions)}
+    y, x = (int(v[0]) for v in np.nonzero(masks[2]))
+    hit = session.suggestion_at(x, y)
+    areas = {k: m.sum() for k, m in masks.items() if m[y, x]}
+    assert areas[hit] == min(areas.values())
+    with pytest.raises(ValueError, match="Name"):
+        session.accept(hit)
+    session.set_name("thing")
+    count = len(session.suggestions)
+    session.accept(hit)
+    truth = COCO(str(session.project.path))
+    np.testing.assert_array_equal(truth.annToMask(truth.loadAnns([1])[0]), masks[hit])
+    session.select(-1)
+    assert session.selected == count - 2
+    session.dismiss(session.selected)
+    assert session.selected == count - 3 == len(session.suggestions) - 1
+    session.accept_all()
+    assert len(content(session)["annotations"]) == count - 1 and not session.suggestions
+    session.suggest()
+    session.open(1)
+    assert not session.suggestions and session.selected == -1
+
+
+# The agent -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_agent_left_alone_makes_the_mask_that_annotate_makes(
+    config: Any, make_policy: Any, seed: int
+) -> None:
+    policy = make_policy(seed)
+    session = prepare(config(policy=policy))[0].get("tab").session
+    session.open(1)
+    image = session.image
+    assert image is not None
+    session.set_name("star")
+    while session.agent_step():
+        pass
+    assert len(session.steps) == 3 and all(click.by_agent for click in session.clicks)
+    names = ["star", *(n for n in session.models.player.known if n != "star")]
+    annotator = ClickAnnotator(PolicyAgent.load(policy, "cpu"), names, 1)
+    (item,) = annotator.stream(iter([(("b.png", 0), image.pixels)]))
+    (annotation,) = item.annotations
+    np.testing.assert_array_equal(session.mask(), rle.decode(annotation["segmentation"]))
+    assert session.predicted_iou == pytest.approx(annotation["score"], abs=1e-5)
+
+
+def test_people_take_over_and_give_back(config: Any, make_policy: Any) -> None:
+    session = prepare(config(policy=make_policy()))[0].get("tab").session
+    session.open(0)
+    with pytest.raises(ValueError, match="Name"):
+        session.agent_step()
+    session.set_name("starr")
+    with pytest.raises(ValueError, match="Did you mean 'star'"):
+        session.heat()
+    session.set_name("star")
+    before = session.proposal().chances
+    assert before.shape == (2, 16, 16) and before.sum() == pytest.approx(1, abs=1e-5)
+    session.click(30, 40, True)
+    assert np.abs(session.proposal().chances - before).max() > 0
+    session.agent_step()
+    assert [click.by_agent for click in session.clicks] == [False, True]
+    session.undo()
+    session.undo()
+    np.testing.assert_allclose(session.proposal().chances, before, atol=1e-6)
+    header = session.heat().split(",")
+    assert header[0] == "data:image/png;base64"
+    session.project.files.append("gone.png")
+    with pytest.raises((ValueError, OSError), match="gone.png"):
+        session.open(3)
+
+
+def test_an_agent_that_stops(config: Any, make_policy: Any) -> None:
+    session = prepare(config(policy=make_policy(stop=True)))[0].get("tab").session
+    session.open(0)
+    session.set_name("star")
+    player = session.models.player
+    assert player is not None
+    import torch
+
+    with torch.no_grad():
+        player.policy.action_net.others.bias[0] = 100.0
+    assert session.proposal().other == "stop" and session.agent_step() is False
+    assert not session.steps
+
+
+def test_agents_of_instances_look_at_the_first_click(config: Any, make_policy: Any) -> None:
+    session = prepare(config(policy=make_policy(target="instance")))[0].get("tab").session
+    session.open(0)
+    with pytest.raises(ValueError, match="click it first"):
+        session.agent_step()
+    session.click(30, 40, True)
+    here = session.proposal().chances
+    session.reset()
+    session.click(100, 90, True)
+    assert np.abs(session.proposal().chances - here).max() > 0
+    session.agent_step()
+    assert len(session.steps) == 2
+
+
+def test_without_an_agent(session: Session, config: Any, make_policy: Any) -> None:
+    session.set_name("star")
+    with pytest.raises(ValueError, match="--policy"):
+        session.agent_step()
+    with pytest.raises(ValueError, match="not both"):
+        load_models(config(policy=make_policy(), backbone="tiny"))
+    with pytest.raises(ValueError, match="--adapter is for --backbone"):
+        load_models(AppConfig(adapter="a.safetensors"))
+
+
+# Tabs ------------------------------------------------------------------------------------------
+
+
+def png(width: int = 40, height: int = 30) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(np.full((height, width, 3), 90, np.uint8)).save(data, "png")
+    return data.getvalue()
+
+
+def test_tabs_do_not_see_each_other(config: Any) -> None:
+    tabs = prepare(config())[0]
+    one, two = tabs.get("one"), tabs.get("two")
+    assert tabs.get("one") is one
+    one.session.open(0)
+    one.session.set_name("mug")
+    one.session.click(30, 40, True)
+    two.session.open(0)
+    assert not two.session.steps and two.session.name == ""
+    one.session.save_object()
+    two.session.set_name("cup")
+    two.session.click(80, 80, True)
+    two.session.save_object()
+    assert len(content(one.session)["annotations"]) == 2  # nobody's work is lost
+
+    one.show(one.uploads, tabs.upload(one, "../../a.png", png()))
+    assert one.uploads.files == ["__..__a.png"]
+    assert two.uploads.files == [] and one.session.project is one.uploads
+    one.session.click(10, 10, True)
+    one.session.save_object()
+    assert len(content(two.session)["annotations"]) == 2
+    assert one.session.image is not None and two.session.image is not None
+    assert tabs.shown(one.session.image.key) == one.session.image.shown
+    assert tabs.shown("a.png") is None
+    # After a crash, each browser finds its own again.
+    later = prepare(config())[0]
+    assert later.get("one").uploads.files == one.uploads.files
+    assert later.get("two").uploads.files == []
+    written = {p.relative_to(tabs.out).parts[0] for p in tabs.out.rglob("*") if p.is_file()}
+    assert written == {"annotations.json", "uploads"}
+
+
+def test_uploads_are_bounded(config: Any) -> None:
+    tabs = prepare(config(max_uploads=2, max_pixels=4000, images=None))[0]
+    tab = tabs.get("one")
+    with pytest.raises(ValueError, match="more than --max-pixels"):
+        tabs.upload(tab, "big.png", png(100, 100))
+    with pytest.raises(ValueError, match=r"not one of .avif"):
+        tabs.upload(tab, "page.html", b"<html>")
+    with pytest.raises(ValueError, match="text.png"):
+        tabs.upload(tab, "text.png", b"no image")
+    assert tab.uploads.files == [] and not list(tab.uploads.root.iterdir())
+    tabs.upload(tab, "a.png", png())
+    tabs.upload(tab, "A.PNG", png(50))
+    assert tab.uploads.files == ["a.png", "A-2.PNG"]
+    with pytest.raises(ValueError, match="2 images are uploaded"):
+        tabs.upload(tab, "c.png", png())
+
+
+def test_forgotten_tabs_let_their_images_go(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agents.annotation.interactive.workspaces.MAX_TABS", 2)
+    tabs: Workspaces = prepare(config())[0]
+    first = tabs.get("0")
+    first.session.open(0)
+    for name in ("1", "2"):
+        tabs.get(name)
+    assert first.session.image is None and tabs.get("0") is not first
+
+
+# Who may talk to it ----------------------------------------------------------------------------
+
+
+def ask(
+    guard: Guard, body: bytes = b"", kind: str = "http", query: str = "", **headers: str
+) -> Any:
+    """Return the messages that a request gets; the headers' names have "_" for "-"."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    raw = [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()]
+    scope = {"type": kind, "headers": raw, "query_string": query.encode(), "path": "//evil.org"}
+    asyncio.run(guard(scope, receive, send))
+    return sent
+
+
+async def application(scope: Any, receive: Any, send: Any) -> None:
+    message = await receive()
+    await send({"type": "answer", "of": message["type"]})
+
+
+def test_other_pages_cannot_reach_a_loopback_app() -> None:
+    guard = Guard(application, None, LOOPBACK, 100)
+    assert ask(guard, host="127.0.0.1:80")[0]["of"] == "http.request"
+    assert ask(guard, host="[::1]:80", origin="http://[::1]:80")[0]["type"] == "answer"
+    for headers in (
+        {"host": "evil.org"},
+        {},
+        {"host": "localhost:80", "origin": "http://evil.org"},
+        {"host": "localhost:80", "origin": "http://localhost:81"},
+        {"host": "localhost:80", "origin": "null"},
+    ):
+        assert ask(guard, **headers)[0]["status"] == 403
+        assert ask(guard, kind="websocket", **headers)[0]["type"] == "websocket.close"
+
+
+def test_the_token() -> None:
+    guard = Guard(application, "secrét", None, 100)
+    assert ask(guard, host="a")[0]["status"] == 401
+    assert ask(guard, host="a", query="token=secret")[0]["status"] == 401
+    assert ask(guard, host="a", cookie="sam_gym_token=x")[0]["status"] == 401
+    assert ask(guard, kind="websocket", host="a")[0]["type"] == "websocket.close"
+    guard = Guard(application, "s3cret", None, 100)
+    start, _ = ask(guard, host="a", query="token=s3cret")
+    headers = dict(start["headers"])
+    assert start["status"] == 303 and headers[b"location"] == b"/"
+    cookie = headers[b"set-cookie"].decode()
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    assert ask(guard, host="a", cookie=cookie.split(";")[0])[0]["type"] == "answer"
+
+
+def test_bodies_are_bounded() -> None:
+    guard = Guard(application, None, None, 100)
+    assert ask(guard, b"x" * 100, host="a", content_length="100")[0]["of"] == "http.request"
+    assert ask(guard, b"x" * 101, host="a", content_length="101")[0]["status"] == 413
+    assert ask(guard, host="a", content_length="-1")[0]["status"] == 413
+    assert ask(guard, b"x" * 101, host="a")[0]["of"] == "http.disconnect"  # it did not say
+
+
+def test_wrong_options(config: Any, photos: Path) -> None:
+    for more, message in (
+        ({"images": str(photos / "none")}, "no such folder"),
+        ({"out": str(photos / "a.png")}, "is a file"),
+        ({"policy": "explicitt"}, "no such policy"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            prepare(config(**more))
+    pytest.importorskip("nicegui", reason="the app needs NiceGUI: pip install 'sam-gym[app]'")
+    with pytest.raises(OSError, match="--host 203.0.113.7 --port 9: cannot listen"):
+        serve(config(host="203.0.113.7", port=9))
+
+
+def test_a_project_of_many_objects_is_written_quickly(tmp_path: Path) -> None:
+    """Only what is new is formatted again."""
+    project = Project(tmp_path, tmp_path / "annotations.json", ["a.png"])
+    mask = np.zeros((20, 20), bool)
+    mask[3:9, 4:12] = True
+    project.add_all("a.png", [("mug", mask, {})] * 500)
+    texts = {id(row) for row in project._annotations.values()}
+    project.add("a.png", "mug", mask)
+    assert len(texts - {id(row) for row in project._annotations.values()}) == 0
+    assert len(COCO(str(project.path)).anns) == 501

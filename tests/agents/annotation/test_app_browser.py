@@ -1,0 +1,292 @@
+"""The app in Chromium: clicks, the agent, reloads, crashes, tabs, uploads, keys, a phone."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+from sam_gym.data import Sample, make_dataset
+
+pytest.importorskip("nicegui", reason="the app needs NiceGUI: pip install 'sam-gym[app]'")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="drives the browser: pip install playwright"
+)
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
+]
+#: Seconds until something must have happened; a busy machine takes its time.
+PATIENCE = 300
+ARGUMENTS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+).split()
+#: Folder to keep screenshots in, if any.
+SHOTS = os.environ.get("SAM_GYM_SCREENSHOTS")
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Sample]:
+    return [make_dataset("scenes", "test", length=3, size=256)[i] for i in range(3)]
+
+
+@pytest.fixture
+def photos(tmp_path: Path, scenes: list[Sample]) -> Path:
+    root = tmp_path / "photos"
+    root.mkdir()
+    for number, scene in enumerate(scenes):
+        cv2.imwrite(str(root / f"{number}.png"), scene.image[..., ::-1])
+    return root
+
+
+class App:
+    """The app in a process of its own."""
+
+    def __init__(self, photos: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        self.out, self.url = photos.parent / "out", f"http://127.0.0.1:{port}/"
+        self.command = [sys.executable, "-m", "agents.app", "--images", str(photos)]
+        self.command += ["--out", str(self.out), "--policy", "implicit", "--port", port]
+        self.command += ["--device", "cpu"]
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line == f"Open {self.url}\n", line
+        self.process = process
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def annotations(self) -> list[dict[str, Any]]:
+        file = self.out / "annotations.json"  # written with the first object
+        return json.loads(file.read_text())["annotations"] if file.exists() else []
+
+
+@pytest.fixture
+def app(photos: Path) -> Iterator[App]:
+    app = App(photos)
+    app.start()
+    yield app
+    app.kill()
+
+
+@pytest.fixture
+def open_tab(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Returns a page of a browser of its own."""
+    with playwright.sync_playwright() as driver:
+        contexts = []
+
+        def open_tab(url: str, width: int = 1280, height: int = 720, **options: Any) -> Any:
+            context = driver.chromium.launch_persistent_context(
+                str(tmp_path / f"browser{len(contexts)}"),
+                executable_path=CHROMIUM,
+                args=ARGUMENTS,
+                viewport={"width": width, "height": height},
+                **options,
+            )
+            contexts.append(context)
+            context.set_default_timeout(1000 * PATIENCE)
+            page = context.pages[0]
+            page.goto(url, wait_until="commit")
+            loaded(page)
+            return page
+
+        yield open_tab
+        for context in contexts:
+            context.close()
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """Wait until a condition holds; returns its value."""
+    end = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.05)
+    return value
+
+
+def loaded(page: Any) -> None:
+    page.wait_for_function("document.querySelector('.sg-stage img')?.naturalWidth > 0")
+
+
+def path_of(page: Any) -> str:
+    return page.get_attribute("[data-testid=mask]", "d") or ""
+
+
+def marks(page: Any) -> int:
+    return page.locator(".sg-mark").count()
+
+
+def place(page: Any, x: float, y: float, side: int = 256) -> tuple[float, float]:
+    """Return where a pixel of the image is on the page."""
+    box = page.locator(".sg-stage").bounding_box()
+    return box["x"] + (x + 0.5) * box["width"] / side, box["y"] + (y + 0.5) * box["height"] / side
+
+
+def shoot(page: Any, name: str) -> None:
+    if SHOTS:
+        page.screenshot(path=f"{SHOTS}/{name}.png")
+
+
+def middle(mask: np.ndarray) -> tuple[int, int]:
+    """Return the pixel (x, y) deepest inside a mask."""
+    depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5)
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return int(x) - 1, int(y) - 1
+
+
+def test_annotate_a_folder(
+    app: App, open_tab: Callable[..., Any], scenes: list[Sample], tmp_path: Path
+) -> None:
+    page = open_tab(app.url)
+    names = make_dataset("scenes", "test", length=1).categories
+    scene = scenes[0]
+    name = names[scene.categories[0]]
+    x, y = middle(scene.masks[0])
+
+    # The mask appears where the click was.
+    page.mouse.click(*place(page, x, y))
+    first = until(lambda: path_of(page))
+    assert page.evaluate(
+        "at => document.querySelector('[data-testid=mask]').isPointInFill(new DOMPoint(...at))",
+        [x + 0.5, y + 0.5],
+    )
+    until(lambda: page.inner_text("[data-testid=score]").startswith("IoU 0."))
+    shoot(page, "click")
+
+    # Right click, undo, box, reset.
+    page.mouse.click(*place(page, 250, 250), button="right")
+    until(lambda: page.locator(".sg-negative").count() == 1)
+    until(lambda: path_of(page) != first)
+    page.keyboard.press("z")
+    until(lambda: path_of(page) == first)
+    assert marks(page) == 1
+    page.keyboard.press("r")
+    until(lambda: not path_of(page))
+    page.mouse.move(*place(page, x - 40, y - 40))
+    page.mouse.down()
+    page.mouse.move(*place(page, x + 40, y + 40), steps=4)
+    page.mouse.up()
+    until(lambda: path_of(page) and page.locator(".sg-box").count() == 1)
+    page.keyboard.press("r")
+    until(lambda: not path_of(page))
+
+    # The agent finishes; the object is on the disk when the page says so.
+    page.get_by_label("Name of the object").fill(name)
+    page.keyboard.press("Enter")
+    page.keyboard.press("h")
+    page.wait_for_selector(".sg-heat")
+    shoot(page, "heat")
+    page.keyboard.press("f")
+    until(lambda: page.locator(".sg-agent").count() == 5)
+    until(lambda: "done" in page.inner_text("[role=status]"))
+    page.keyboard.press("h")
+    page.keyboard.press("Enter")
+    until(lambda: page.locator(".sg-object").count() == 1)
+    shoot(page, "agent")
+    (annotation,) = app.annotations()
+    assert annotation["clicks"] == 5
+    truth = scene.category_mask(names.index(name))
+    found = COCO(str(app.out / "annotations.json")).annToMask(annotation) > 0
+    assert (found & truth).sum() / (found | truth).sum() > 0.5
+
+    # A reload keeps what was not saved; another tab sees none of it.
+    page.mouse.click(*place(page, x, y))
+    until(lambda: path_of(page))
+    page.reload(wait_until="commit")
+    loaded(page)
+    until(lambda: path_of(page) and marks(page) == 1)
+    assert page.locator(".sg-object").count() == 1
+    other = open_tab(app.url)
+    until(lambda: other.locator(".sg-object").count() == 1)
+    assert marks(other) == 0 and not path_of(other)
+
+    # A crash loses nothing that was saved. Keys alone do the rest.
+    app.kill()
+    app.start()
+    page.reload(wait_until="commit")
+    loaded(page)
+    until(lambda: page.locator(".sg-object").count() == 1)
+    page.keyboard.press("1")
+    until(lambda: page.input_value("input[aria-label='Name of the object']") == name)
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Shift+ArrowDown")
+    page.wait_for_selector(".sg-cursor", state="attached")
+    page.keyboard.press("Space")
+    until(lambda: path_of(page))
+    page.keyboard.press("Enter")
+    until(lambda: len(app.annotations()) == 2)
+    page.keyboard.press("d")
+    until(lambda: page.locator(".sg-object").count() == 0)
+    assert "1 done" in page.inner_text(".sg-bar") and "1.png" in page.inner_text(".sg-bar")
+
+    # The download is COCO.
+    with page.expect_download() as download:
+        page.get_by_label("Download the COCO JSON").click()
+    file = tmp_path / "download.json"
+    download.value.save_as(file)
+    coco = COCO(str(file))
+    assert len(coco.anns) == 2 and coco.loadImgs([1])[0]["file_name"] == "0.png"
+    assert all(coco.annToMask(own).any() for own in coco.anns.values())
+    assert coco.loadRes(list(coco.anns.values())).anns
+
+
+def test_uploads_and_a_phone(app: App, open_tab: Callable[..., Any], tmp_path: Path) -> None:
+    page = open_tab(app.url, 390, 844, has_touch=True, is_mobile=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.touchscreen.tap(*place(page, 128, 128))
+    until(lambda: path_of(page))
+    page.get_by_role("button", name="- negative").tap()
+    page.touchscreen.tap(*place(page, 20, 20))
+    until(lambda: page.locator(".sg-negative").count() == 1)
+    shoot(page, "phone")
+    page.get_by_role("button", name="Reset").tap()
+    until(lambda: marks(page) == 0)
+
+    own = tmp_path / "own.png"
+    cv2.imwrite(str(own), np.full((90, 120, 3), 80, np.uint8))
+    page.set_input_files("input[type=file]", str(own))
+    until(lambda: "own.png" in page.inner_text(".sg-bar"))
+    assert "/ 1" in page.inner_text(".sg-bar")
+    (kept,) = (app.out / "uploads").glob("*/images/*")
+    assert kept.read_bytes() == own.read_bytes()
+    own.write_text("no image")
+    page.set_input_files("input[type=file]", str(own))
+    page.wait_for_selector("text=own.png")
+    page.get_by_role("button", name="Folder").tap()
+    until(lambda: "0.png" in page.inner_text(".sg-bar"))
+
+
+def test_everything(app: App, open_tab: Callable[..., Any]) -> None:
+    page = open_tab(app.url)
+    page.get_by_label("Name of the object").fill("thing")
+    page.keyboard.press("Enter")
+    page.keyboard.press("e")
+    until(lambda: page.locator(".sg-suggestion").count() > 0)
+    count = page.locator(".sg-suggestion").count()
+    shoot(page, "everything")
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    until(lambda: len(app.annotations()) == 1)
+    until(lambda: page.locator(".sg-suggestion").count() == count - 1)
+    page.keyboard.press("l")
+    until(lambda: len(app.annotations()) == count)
+    until(lambda: page.locator(".sg-suggestion").count() == 0)
