@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -168,10 +169,11 @@ class ClickAnnotator:
 
 def check_others(policy: SamPolicy) -> None:
     """Raise `ValueError` if a click policy does not tell what its other actions mean."""
-    others = int(policy.action_space.n) - 2 * policy.grid**2
-    if others != len(policy.others):
+    own: Any = policy
+    others = int(own.action_space.n) - 2 * own.grid**2
+    if others != len(own.others):
         raise ValueError(
-            f"This policy has {others} actions beyond clicks, but names {len(policy.others)} "
+            f"This policy has {others} actions beyond clicks, but names {len(own.others)} "
             "of them. Train it with this version of train_ppo."
         )
 

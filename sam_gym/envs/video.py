@@ -24,7 +24,7 @@ from sam_gym.backbones.video.unroll import Decoded
 from sam_gym.data import VideoDataset
 from sam_gym.data.cache import CachedFrame, FrameCache
 from sam_gym.data.options import VideoDatasetOptions
-from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, Draw, EnvConfig
+from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, Draw, EnvConfig, in_cells
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.metrics import masks as metrics
 from sam_gym.utils.lowres import frame_mask
@@ -484,7 +484,7 @@ class VideoCore(BaseCore[SamVideoConfig, VideoTarget]):
         index = to_device(indices, self.device)
         shown = self.bank.logits[index].sigmoid()
         if self.config.obs == "handle":
-            shown = self._in_cells(shown[:, None])[:, 0]
+            shown = in_cells(self.backbone, shown[:, None])[:, 0]
         mask, memories = to_host(shown, self.bank.pooled[index])
         exists = self.bank.frames[indices] >= 0
         progress = self.now[indices] / (self.lengths[indices] - 1)

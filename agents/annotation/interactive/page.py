@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nicegui import Client, run, ui
 from nicegui.element import Element
@@ -13,6 +13,8 @@ from nicegui.element import Element
 from agents.annotation.interactive.project import ANNOTATIONS, Project
 from agents.annotation.interactive.workspaces import Workspace, Workspaces
 from sam_gym.utils.render import distinct_colour
+
+T = TypeVar("T")
 
 _CSS = Path(__file__).with_name("page.css")
 #: Seconds between the agent's clicks, so that a person can follow and take over.
@@ -196,7 +198,7 @@ class Page:
         """
         async with self._turn:
             try:
-                result = await run.io_bound(work, *args)
+                result = await _in_thread(work, *args)
             except (ValueError, OSError, MemoryError) as error:
                 self.tell(str(error))
                 return False, None
@@ -428,7 +430,7 @@ class Page:
         self.finder.props("loading").disable()
         self.status.set_text("Looking for everything ...")
         try:
-            count = await run.io_bound(self.session.suggest)
+            count = await _in_thread(self.session.suggest)
             least, stable = self.workspaces.models.generator.thresholds
             none = (
                 f"No mask has a predicted IoU of {least} and a stability of {stable}: start the "
@@ -464,7 +466,7 @@ class Page:
 
     async def remove_last(self) -> None:
         """Remove the object that was saved last."""
-        if objects := await run.io_bound(self.session.objects):
+        if objects := await _in_thread(self.session.objects):
             await self._remove(objects[-1]["id"])
 
     async def _remove(self, number: int | str) -> None:
@@ -495,7 +497,7 @@ class Page:
 
     async def _show_queue(self) -> None:
         project, image = self.session.project, self.session.image
-        done = await run.io_bound(project.count_done)
+        done = await _in_thread(project.count_done)
         self.position.set_value(self.session.index + 1 if project.files else None)
         self.total.set_text(f"/ {len(project.files)}")
         self.file.set_text(image.file if image is not None else "")
@@ -506,12 +508,12 @@ class Page:
         self.source.set_visibility(both)
 
     async def _show_current(self) -> None:
-        scene = await run.io_bound(self.session.current)
+        scene = await _in_thread(self.session.current)
         self.canvas.show(**scene)
         heat = ""
         if self.heat.value and self.session.image is not None:
             try:
-                heat = await run.io_bound(self.session.heat)
+                heat = await _in_thread(self.session.heat)
             except ValueError as error:  # while the name is being typed
                 self.status.set_text(str(error))
         self.canvas.show(heat=heat)
@@ -520,7 +522,7 @@ class Page:
         self.score.tooltip("IoU that SAM predicts for this mask")
 
     async def _show_objects(self) -> None:
-        objects = await run.io_bound(self.session.objects)
+        objects = await _in_thread(self.session.objects)
         for own in objects:
             own["colour"] = _css(_number(own["id"]))
         drawn = [{key: own[key] for key in ("id", "path", "colour")} for own in objects]
@@ -554,6 +556,12 @@ class Page:
             self._button("Dismiss", "clear_all", "Esc", self.take_over)
 
 
+async def _in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Call a function in a thread."""
+    result: Any = await run.io_bound(function, *args)  # None only while the server shuts down
+    return result
+
+
 def _number(number: int | str) -> int:
     """Return the number of a colour for an id."""
     return number if isinstance(number, int) else len(number)
@@ -571,5 +579,5 @@ def add_page(workspaces: Workspaces) -> None:
         ui.add_css(_CSS)
         await client.connected()
         assert client.tab_id is not None
-        workspace = await run.io_bound(workspaces.get, client.tab_id)
+        workspace = await _in_thread(workspaces.get, client.tab_id)
         await Page(client, workspaces, workspace).begin()

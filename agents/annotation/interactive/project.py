@@ -176,8 +176,8 @@ class Project:
 
     def _annotated_size(self, file: str) -> tuple[int, int] | None:
         record = self._images[file].record if file in self._images else {}
-        size = record.get("height"), record.get("width")
-        return size if isinstance(size[0], int) and isinstance(size[1], int) else None
+        height, width = record.get("height"), record.get("width")
+        return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
     def put(self, name: str, data: bytes, max_files: int, max_pixels: int) -> int:
         """Write an uploaded image into the folder; returns its index in `files`.
