@@ -309,7 +309,7 @@ def _annotate(
                 advance = partial(bar.advance, task)
                 video = _track(config, name, source, tracker, prompts, advance)
             except (ValueError, OSError) as error:
-                skipped[path] = str(error)
+                skipped[path] = str(error).removeprefix(f"{path}: ")
                 continue
             if config.frames:
                 _write_frames(outputs.annotations.parent, config.video_format, video, source)
