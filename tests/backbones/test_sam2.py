@@ -366,7 +366,9 @@ def test_low_precision_masks(tiny: Backbone, dtype: str) -> None:
 @pytest.mark.parametrize("tune", TUNINGS.names())
 def test_tune_targets(tiny: Backbone, tune: str) -> None:
     if tune.startswith("hq"):
-        with pytest.raises(ValueError, match="Sam2Encoder has none. Take micro or a ViT SAM"):
+        with pytest.raises(
+            ValueError, match="do not go with a SAM for videos: take another tune target"
+        ):
             TUNINGS.get(tune).prepare(tiny.sam)
         return
     if tune.startswith("lora"):
