@@ -78,7 +78,7 @@ def wrong_values(hint: Any) -> list[Any]:
 def example(config: type) -> Any:
     """An instance of a config, with something for fields without a default."""
     hints = get_type_hints(config, include_extras=True)
-    values = {list: [], int: 1, str: "something"}
+    values = {list: [], tuple: (), int: 1, str: "something"}
     return config(
         **{
             own.name: next(values[kind] for kind in values if kind in kinds(hints[own.name]))
