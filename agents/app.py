@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 import tyro
 
@@ -115,10 +116,7 @@ def prepare(config: AppConfig) -> tuple[Workspaces, OutputPaths]:
     """
     check_settings(config, cli.option)
     config.generator.validate()
-    out = Path(config.out)
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file: name a folder.")
-    outputs = OutputPaths.prepare(str(out / ANNOTATIONS), "none")
+    out, outputs = Path(config.out), _outputs(config)
     names = tuple(filter(None, (name.strip() for name in config.categories.split(","))))
     folder = None
     if config.images is not None:
@@ -129,11 +127,19 @@ def prepare(config: AppConfig) -> tuple[Workspaces, OutputPaths]:
     return Workspaces(models, folder, out, names, **bounds), outputs
 
 
+def _outputs(config: AppConfig) -> OutputPaths:
+    out = Path(config.out)
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file: name a folder.")
+    return OutputPaths.prepare(str(out / ANNOTATIONS), "none")
+
+
 def serve(config: AppConfig) -> None:
     """Serve the app until it is interrupted.
 
     Raises:
-        ValueError, OSError: as of `prepare`; or the address cannot be used.
+        ValueError, OSError: as of `prepare`; the token is empty; the address cannot be used; or
+            another process writes the same results.
         ImportError: the extra "app" is not installed.
     """
     try:
@@ -141,15 +147,18 @@ def serve(config: AppConfig) -> None:
     except ImportError as error:
         raise ImportError(f"{error}. The app needs NiceGUI: pip install 'sam-gym[app]'.") from None
     check_settings(config, cli.option)
+    if config.token == "":
+        raise ValueError("--token is empty: pass one, or leave the option out for a random one.")
     listener = _listen(config.host, config.port)
     is_local = config.host in LOOPBACK
     token = config.token
     if token is None and not is_local:
         token = secrets.token_urlsafe(24)
-    workspaces, outputs = prepare(config)
-    with outputs.locked():
+    # Locked before they are read: objects that another process still saves would be overwritten.
+    with _outputs(config).locked():
+        workspaces, outputs = prepare(config)
         name = f"[{config.host}]" if ":" in config.host else config.host
-        query = "" if token is None else f"?token={token}"
+        query = "" if token is None else f"?token={quote(token, safe='')}"
         print(f"Open http://{name}:{config.port}/{query}", flush=True)
         print(f"Results: {outputs.annotations}. Ctrl-C ends the app.", flush=True)
         hosts = LOOPBACK if is_local else None

@@ -139,7 +139,7 @@ export default {
     },
     named(event) {
       if (event.key === "Escape") this.cursor = this.corner = this.drag = null;
-      const keys = "z r n f h e k j l t m d c . , ? enter escape backspace delete pagedown pageup 1 2 3 4 5 6 7 8 9";
+      const keys = "z r n f h e k j l t m d . , ? enter escape backspace delete pagedown pageup 1 2 3 4 5 6 7 8 9";
       const key = event.key.toLowerCase();
       if (!keys.split(" ").includes(key)) return false;
       this.$emit("key", { key: key, shift: event.shiftKey, repeat: event.repeat });

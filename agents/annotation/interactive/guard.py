@@ -5,9 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -24,7 +23,7 @@ class Guard:
     """ASGI middleware that refuses requests of strangers, of other pages, and of large bodies.
 
     A page of another site that is open in the same browser could reach a loopback address: the
-    `Host` has to be one of `hosts`, and an `Origin` the app itself.
+    `Host` has to be one of `hosts`, an `Origin` the app itself, and no other site may embed it.
 
     Args:
         app: the application.
@@ -62,10 +61,13 @@ class Guard:
             same = origin is None or urlsplit(origin).netloc == host
         except ValueError:
             return HTTPStatus.BAD_REQUEST
-        if not same or (self.hosts is not None and name not in self.hosts):
+        # Requests without an `Origin`: frames, images and scripts of other sites, but no links.
+        site, kind = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-dest")
+        embedded = site not in ("none", "same-origin") and kind != "document"
+        if not same or embedded or (self.hosts is not None and name not in self.hosts):
             return HTTPStatus.FORBIDDEN
         if self.token is not None:
-            brought = [*query.get("token", []), _cookie(headers.get("cookie", ""))]
+            brought = [*query.get("token", []), *_tokens(headers.get("cookie", ""))]
             if not any(
                 secrets.compare_digest(own.encode(), self.token.encode()) for own in brought
             ):
@@ -77,7 +79,7 @@ class Guard:
 
     async def _remember(self, send: Send) -> None:
         """Answer with the token as a cookie, and send the browser to the address without it."""
-        cookie = f"{_COOKIE}={self.token}; Path=/; HttpOnly; SameSite=Strict"
+        cookie = f"{_COOKIE}={quote(self.token or '', safe='')}; Path=/; HttpOnly; SameSite=Strict"
         headers = [(b"location", b"/"), (b"set-cookie", cookie.encode())]
         await send({"type": "http.response.start", "status": 303, "headers": headers})
         await send({"type": "http.response.body"})
@@ -98,12 +100,10 @@ class Guard:
         return bounded
 
 
-def _cookie(header: str) -> str:
-    try:
-        cookies = SimpleCookie(header)
-    except CookieError:
-        return ""
-    return cookies[_COOKIE].value if _COOKIE in cookies else ""
+def _tokens(header: str) -> list[str]:
+    """Return the tokens in a `Cookie` header; other servers of this host may add what they like."""
+    pairs = (part.strip().partition("=") for part in header.split(";"))
+    return [unquote(value) for name, _, value in pairs if name == _COOKIE and value]
 
 
 async def _refuse(scope: Scope, send: Send, status: HTTPStatus) -> None:

@@ -13,6 +13,7 @@ from nicegui.element import Element
 from agents.annotation.interactive.project import ANNOTATIONS, Project
 from agents.annotation.interactive.workspaces import Workspace, Workspaces
 from sam_gym.utils.render import distinct_colour
+from sam_gym.utils.text import printable
 
 T = TypeVar("T")
 
@@ -187,6 +188,7 @@ class Page:
 
     def tell(self, text: str) -> None:
         """Tell the person something."""
+        text = printable(text)  # names of files that are no UTF-8 cannot be sent
         self.status.set_text(text)
         ui.notify(text, position="top", multi_line=True, timeout=4000)
 
@@ -198,6 +200,7 @@ class Page:
         """
         async with self._turn:
             try:
+                self.workspaces.use(self.workspace)
                 result = await _in_thread(work, *args)
             except (ValueError, OSError, MemoryError) as error:
                 self.tell(str(error))
@@ -223,10 +226,11 @@ class Page:
         await self._show_all()
 
     async def go(self, step: int) -> None:
-        """Open the image that is `step` further."""
-        index = self.session.index + step
-        if 0 <= index < len(self.session.project.files):
-            await self._open(self.session.project, index)
+        """Open the next image in the direction of `step`, 1 or -1."""
+        project = self.session.project
+        index = project.beside(self.session.index, step)
+        if index is not None:
+            await self._open(project, index)
 
     async def jump(self) -> None:
         """Open the image whose number was typed."""
@@ -274,7 +278,9 @@ class Page:
 
     def export(self) -> None:
         """Download the COCO file."""
-        ui.download.content(self.session.project.text(), ANNOTATIONS)
+        ui.download.content(
+            self.session.project.text().encode(errors="backslashreplace"), ANNOTATIONS
+        )
 
     async def help(self) -> None:
         """Show the keys."""
@@ -289,8 +295,13 @@ class Page:
         height, width = image.size
         return float(fraction[0]) * width - 0.5, float(fraction[1]) * height - 0.5
 
-    async def _on_press(self, event: Any) -> None:
+    def _has_image(self) -> bool:
         if self.session.image is None:
+            self.tell("No image is open: reload the page.")
+        return self.session.image is not None
+
+    async def _on_press(self, event: Any) -> None:
+        if not self._has_image():
             return
         self.playing = False
         x, y = self._at(event.args["at"])
@@ -303,7 +314,7 @@ class Page:
         await self._show_current()
 
     async def _on_box(self, event: Any) -> None:
-        if self.session.image is None:
+        if not self._has_image():
             return
         self.playing = False
         x0, y0, x1, y1 = event.args["box"]
@@ -488,7 +499,7 @@ class Page:
         else:
             height, width = image.size
             src = f"/shown/{image.key}"
-            self.canvas.show(src=src, file=image.file, width=width, height=height)
+            self.canvas.show(src=src, file=printable(image.file), width=width, height=height)
         await self._show_queue()
         await self._show_objects()
         self.name.set_value(self.session.name)
@@ -500,7 +511,7 @@ class Page:
         done = await _in_thread(project.count_done)
         self.position.set_value(self.session.index + 1 if project.files else None)
         self.total.set_text(f"/ {len(project.files)}")
-        self.file.set_text(image.file if image is not None else "")
+        self.file.set_text(printable(image.file) if image is not None else "")
         self.progress.set_text(f"{done} done")
         is_folder = project is self.workspace.folder
         self.source.set_text("Uploads" if is_folder else "Folder")
@@ -564,7 +575,7 @@ async def _in_thread(function: Callable[..., T], *args: Any) -> T:
 
 def _number(number: int | str) -> int:
     """Return the number of a colour for an id."""
-    return number if isinstance(number, int) else len(number)
+    return number if isinstance(number, int) else len(str(number))
 
 
 def _css(number: int) -> str:

@@ -15,9 +15,19 @@ import numpy as np
 from pycocotools import mask as rle
 
 from agents.annotation.files import ImageFolder, OutputPaths
+from sam_gym.data.coco_records import encode_segmentation
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.data.images import Unreadable, read_header
-from sam_gym.data.io import IMAGE_SUFFIXES, Reject, read_image, read_json, resolve
+from sam_gym.data.io import (
+    IMAGE_SUFFIXES,
+    Records,
+    Reject,
+    number_as_text,
+    read_image,
+    read_json,
+    resolve,
+    whole_number,
+)
 from sam_gym.utils.files import plain, write_atomic
 from sam_gym.utils.text import safe_name
 
@@ -64,17 +74,12 @@ class SavedObject:
             ValueError: the segmentation is no COCO mask of this image.
         """
         try:
-            code, (height, width) = self.segmentation, self.size
-            if isinstance(code, list):
-                code = rle.merge(rle.frPyObjects(code, height, width))
-            elif isinstance(code["counts"], list):
-                code = rle.frPyObjects(code, height, width)
-            mask = rle.decode(code).astype(bool)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"annotation {self.id} has no readable mask ({error!r})") from None
-        if mask.shape != self.size:
-            raise ValueError(f"annotation {self.id} has a mask of {mask.shape}, not {self.size}")
-        return mask
+            counts = encode_segmentation(self.segmentation, *self.size, Records("", "skip"))
+        except Reject as reject:
+            raise ValueError(f"annotation {self.id} has no mask: {reject.reason}") from None
+        if counts is None:
+            raise ValueError(f"annotation {self.id} has no mask")
+        return rle.decode({"size": list(self.size), "counts": counts}).astype(bool)
 
 
 class Project:
@@ -91,6 +96,7 @@ class Project:
 
     Attributes:
         files: images, as paths relative to `root`.
+        broken: those that could not be opened when they were last tried.
 
     Raises:
         ValueError: the file is no COCO JSON.
@@ -100,6 +106,7 @@ class Project:
         self, root: Path, path: Path, files: Sequence[str] = (), categories: Sequence[str] = ()
     ) -> None:
         self.root, self.path, self.files = root, path, list(files)
+        self.broken: set[str] = set()
         self._lock = threading.RLock()
         self._rest: dict[str, Any] = {"info": {"description": "annotated with agents.app"}}
         self._images: dict[str, _Row] = {}
@@ -137,12 +144,16 @@ class Project:
             for record in content["categories"]:
                 self._categories[str(record["name"])] = _Row.of(record)
             for record in content["annotations"]:
-                _ = record["image_id"], record["category_id"], record["segmentation"]
+                _ = {record["image_id"], record["category_id"]}, record["segmentation"]
                 self._annotations[record["id"]] = _Row.of(record)
             counts = [len(table) for table in self._tables()]
             if counts != [len(content[name]) for name in _TABLES]:
                 raise ValueError("two records have the same file_name, name or id")
+            for name, count in zip(_TABLES, counts, strict=True):
+                if len({record["id"] for record in content[name]}) != count:
+                    raise ValueError(f"two records of {name} have the same id")
             self._rest = {key: value for key, value in content.items() if key not in _TABLES}
+            _Row.of(self._rest)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self.path}: no COCO JSON with masks ({error!r}). Move it away, or pass another "
@@ -159,25 +170,36 @@ class Project:
             max_pixels: bound on its pixels, checked before they are decoded.
 
         Raises:
-            ValueError, OSError: the file is not in the folder, too large, or no image.
+            ValueError, OSError: the file is not in the folder, too large, no image, or not of the
+                size in the COCO file.
         """
         if file not in self.files:
             raise ValueError(f"{file}: not an image of this folder.")
         try:
             path = resolve(str(self.root), file)  # again: links may have changed
             height, width = read_header(path).size
-        except (Reject, Unreadable) as error:
+        except Reject as reject:
+            raise ValueError(f"{file}: {reject.reason}.") from None
+        except Unreadable as error:
             raise ValueError(f"{file}: {error}.") from None
         if height * width > max_pixels:
             raise ValueError(
                 f"{file}: {width} x {height} pixels are more than --max-pixels {max_pixels:,}."
             )
-        return read_image(path, "image", self._annotated_size(file))
+        annotated = self._annotated_size(file)
+        pixels = read_image(path, "image", annotated)
+        height, width = pixels.shape[:2]
+        if annotated is not None and annotated != (height, width):
+            raise ValueError(
+                f"{file}: {width} x {height} pixels, but {self.path} says {annotated[1]} x "
+                f"{annotated[0]}. Restore the image that was annotated, or pass another --out."
+            )
+        return pixels
 
     def _annotated_size(self, file: str) -> tuple[int, int] | None:
         record = self._images[file].record if file in self._images else {}
-        height, width = record.get("height"), record.get("width")
-        return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+        height, width = whole_number(record.get("height")), whole_number(record.get("width"))
+        return (height, width) if height and width else None
 
     def put(self, name: str, data: bytes, max_files: int, max_pixels: int) -> int:
         """Write an uploaded image into the folder; returns its index in `files`.
@@ -192,7 +214,8 @@ class Project:
             ValueError: it is no image, or one of the bounds is exceeded.
             OSError: it could not be written.
         """
-        stem, suffix = os.path.splitext(safe_name(name).lstrip("."))
+        stem, suffix = os.path.splitext(name)
+        stem = safe_name(stem).lstrip(".")
         if suffix.lower() not in IMAGE_SUFFIXES:
             known = ", ".join(sorted(IMAGE_SUFFIXES))
             raise ValueError(f"{name}: not one of {known}. Convert it to PNG or JPEG.")
@@ -220,8 +243,24 @@ class Project:
             return file in self._images and bool(self._images[file].record.get("done"))
 
     def first_open(self) -> int:
-        """Return the index of the first image that nobody has finished; 0 if there is none."""
-        return next((i for i, file in enumerate(self.files) if not self.is_done(file)), 0)
+        """Return the index of the first image that nobody has finished; 0 if there is none.
+
+        Broken images come last.
+        """
+        left = [i for i, file in enumerate(self.files) if not self.is_done(file)]
+        return min(left, key=lambda i: self.files[i] in self.broken, default=0)
+
+    def beside(self, index: int, step: int) -> int | None:
+        """Return the index of the next image in the direction of `step`, 1 or -1, or None.
+
+        Broken images are passed over.
+        """
+        index += step
+        while 0 <= index < len(self.files):
+            if self.files[index] not in self.broken:
+                return index
+            index += step
+        return None
 
     def count_done(self) -> int:
         """Return the number of finished images."""
@@ -255,7 +294,7 @@ class Project:
             SavedObject(
                 record["id"],
                 names.get(record["category_id"], "?"),
-                record.get("score"),
+                score if isinstance(score := record.get("score"), int | float) else None,
                 record["segmentation"],
                 size,
             )
@@ -327,7 +366,7 @@ class Project:
 
     def _image_record(self, file: str, size: tuple[int, int]) -> dict[str, Any]:
         if file in self._images:
-            return self._images[file].record
+            return self._images[file].record | {"height": size[0], "width": size[1]}
         number = _next_id(row.record["id"] for row in self._images.values())
         return {"id": number, "file_name": file, "height": size[0], "width": size[1]}
 
@@ -360,5 +399,6 @@ class Project:
 
 
 def _next_id(taken: Iterator[int | str]) -> int:
-    """Return a number above all that are taken."""
-    return 1 + max((number for number in taken if isinstance(number, int)), default=0)
+    """Return a number above all that are taken, also as "1" or 1.0, which other tools write."""
+    texts = map(str, map(number_as_text, taken))
+    return 1 + max((int(text) for text in texts if text.isdecimal()), default=0)

@@ -172,9 +172,14 @@ class Session:
             ValueError, OSError, MemoryError: it cannot be read or encoded; the open image stays.
         """
         file = self.project.files[index]
-        pixels = self.project.read(file, self.models.max_pixels)
-        if not all(self.models.backbone.input_size((pixels.shape[0], pixels.shape[1]))):
-            raise ValueError(f"{file}: too thin for SAM.")
+        try:
+            pixels = self.project.read(file, self.models.max_pixels)
+            if not all(self.models.backbone.input_size((pixels.shape[0], pixels.shape[1]))):
+                raise ValueError(f"{file}: too thin for SAM.")
+        except (ValueError, OSError):
+            self.project.broken.add(file)
+            raise
+        self.project.broken.discard(file)
         handle, features = self.models.images.pin(pixels)
         self.close()
         self.index = index
@@ -368,7 +373,14 @@ class Session:
 
     @_locked
     def accept(self, number: int) -> None:
-        """Save a suggestion as an object."""
+        """Save a suggestion as an object.
+
+        Raises:
+            ValueError: it is gone, or has no name.
+            OSError: it could not be written; the suggestion stays.
+        """
+        if not 0 <= number < len(self.suggestions):
+            raise ValueError("This suggestion is gone.")
         self._accept([self.suggestions[number]])
 
     @_locked

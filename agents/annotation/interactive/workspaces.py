@@ -89,6 +89,19 @@ class Workspaces:
             workspace.session.close()
         return made
 
+    def use(self, workspace: Workspace) -> None:
+        """Note that a tab is in use: others let their images go first.
+
+        Raises:
+            ValueError: it had to let its own go.
+        """
+        with self._lock:
+            for tab, own in self._tabs.items():
+                if own is workspace:
+                    self._tabs.move_to_end(tab)
+                    return
+        raise ValueError("Other tabs needed the memory of this one: reload the page.")
+
     def _uploads(self, tab: str) -> Project:
         """Return the uploads of a tab, with those of its earlier visits."""
         own = self.out / UPLOADS / text_digest(tab)

@@ -4,8 +4,11 @@ import asyncio
 import io
 import json
 import os
+import re
+import socket
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import cv2
 import numpy as np
@@ -16,6 +19,7 @@ from pycocotools.coco import COCO
 from stable_baselines3 import PPO
 
 from agents.annotation.clicks import ClickAnnotator
+from agents.annotation.files import OutputPaths
 from agents.annotation.interactive import project as project_module
 from agents.annotation.interactive.drawing import at_shown_size, outline, shown_size
 from agents.annotation.interactive.guard import LOOPBACK, Guard
@@ -239,6 +243,68 @@ def test_results_of_other_tools_are_kept(config: Any, photos: Path) -> None:
         prepare(config())
 
 
+def test_odd_records_of_other_tools(tmp_path: Path, photos: Path) -> None:
+    """Ids as text or as 1.0, empty masks, scores that are no numbers, sizes that are missing."""
+    path = tmp_path / "annotations.json"
+    own = {"image_id": "3", "category_id": 1.0}
+    content = {
+        "images": [{"id": "3", "file_name": "a.png"}],
+        "categories": [{"id": 1.0, "name": "cat"}],
+        "annotations": [
+            own | {"id": 1.0, "segmentation": []},
+            own | {"id": "2", "segmentation": [[1, 2, 3]], "score": "high"},
+            own | {"id": 3.0, "segmentation": {"counts": [4, 5]}},
+            own | {"id": 4.0, "segmentation": {"size": [128, 128], "counts": [-4, 5]}},
+            own | {"id": 5.0, "segmentation": [["a", 1, 2, 3, 4, 5]]},
+        ],
+    }
+    path.write_text(json.dumps(content))
+    project = Project(photos, path, ["a.png", "b.png"])
+    objects = project.objects("a.png", (128, 128))
+    assert [own.name for own in objects] == ["cat"] * 5 and objects[1].score is None
+    for saved in objects:
+        with pytest.raises(ValueError, match="has no mask"):
+            saved.mask()
+    assert project.add("a.png", "dog", np.ones((128, 128), bool)) == 6
+    project.set_done("b.png", (98, 128))
+    now = json.loads(path.read_text())
+    assert now["annotations"][:5] == content["annotations"] and len(now["annotations"]) == 6
+    assert [own["id"] for own in now["images"]] == ["3", 4]
+    assert [own["id"] for own in now["categories"]] == [1.0, 2]
+    truth = COCO(str(path))
+    assert truth.annToMask(truth.anns[6]).all()
+
+    for table, records in (
+        ("categories", [{"name": "cat"}]),
+        ("images", [{"id": 3, "file_name": name} for name in "ab"]),
+        ("annotations", [own | {"id": 1, "segmentation": [], "image_id": [3]}]),
+        ("info", {"year": float("nan")}),
+    ):
+        path.write_text(json.dumps(content | {table: records}))
+        with pytest.raises(ValueError, match="no COCO JSON"):
+            Project(photos, path)
+
+
+def test_an_image_that_was_replaced_is_refused(photos: Path) -> None:
+    path = photos.parent / "annotations.json"
+    project = Project(photos, path, ["a.png"])
+    project.add("a.png", "mug", np.ones((128, 128), bool))
+    cv2.imwrite(str(photos / "a.png"), np.zeros((50, 60, 3), np.uint8))
+    with pytest.raises(ValueError, match="60 x 50 pixels, but .*json says 128 x 128"):
+        project.read("a.png", 10**8)
+
+
+def test_results_are_locked_before_they_are_read(config: Any, photos: Path) -> None:
+    pytest.importorskip("nicegui", reason="the app needs NiceGUI: pip install 'sam-gym[app]'")
+    path = photos.parent / "out" / "annotations.json"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with OutputPaths.prepare(str(path), "none").locked():
+        path.write_text("half of it")
+        with pytest.raises(FileExistsError, match="Another process"):
+            serve(config(port=port))
+
+
 def test_files_outside_of_the_folder_are_not_read(config: Any, photos: Path) -> None:
     secret = photos.parent / "secret.png"
     secret.write_bytes((photos / "a.png").read_bytes())
@@ -265,6 +331,16 @@ def test_images_that_cannot_be_opened_leave_the_open_one(config: Any, photos: Pa
     with pytest.raises(ValueError, match="a.png"):
         session.open(0)
     assert session.image is not None and session.image.file == "b.png" and session.index == 1
+    # The next image is behind it; when all others are done, its error is told again.
+    assert session.project.beside(1, -1) is None and session.project.beside(1, 1) == 2
+    assert session.project.first_open() == 1
+    for index in (1, 2):
+        session.open(index)
+        session.finish_image()
+    assert session.project.first_open() == 0
+    cv2.imwrite(str(photos / "a.png"), np.zeros((50, 60, 3), np.uint8))
+    session.open(0)
+    assert session.project.beside(1, -1) == 0
 
 
 # Everything mode -------------------------------------------------------------------------------
@@ -296,6 +372,8 @@ def test_suggestions(config: Any) -> None:
     assert session.selected == count - 2
     session.dismiss(session.selected)
     assert session.selected == count - 3 == len(session.suggestions) - 1
+    with pytest.raises(ValueError, match="is gone"):
+        session.accept(count - 2)
     session.accept_all()
     assert len(content(session)["annotations"]) == count - 1 and not session.suggestions
     session.suggest()
@@ -444,7 +522,10 @@ def test_uploads_are_bounded(config: Any) -> None:
     tabs.upload(tab, "a.png", png())
     tabs.upload(tab, "A.PNG", png(50))
     assert tab.uploads.files == ["a.png", "A-2.PNG"]
-    with pytest.raises(ValueError, match="2 images are uploaded"):
+    tabs.max_uploads = 3
+    tabs.upload(tab, 100 * "画" + ".png", png())  # longer than names of files may be
+    assert tab.uploads.files[2] == 66 * "画" + ".png"
+    with pytest.raises(ValueError, match="3 images are uploaded"):
         tabs.upload(tab, "c.png", png())
 
 
@@ -453,7 +534,15 @@ def test_forgotten_tabs_let_their_images_go(config: Any, monkeypatch: pytest.Mon
     tabs: Workspaces = prepare(config())[0]
     first = tabs.get("0")
     first.session.open(0)
-    for name in ("1", "2"):
+    tabs.get("1")
+    tabs.use(first)
+    second = tabs.get("1")
+    tabs.use(first)
+    tabs.get("2")
+    assert first.session.image is not None and tabs.get("0") is first
+    with pytest.raises(ValueError, match="reload the page"):
+        tabs.use(second)
+    for name in ("3", "4"):
         tabs.get(name)
     assert first.session.image is None and tabs.get("0") is not first
 
@@ -494,9 +583,14 @@ def test_other_pages_cannot_reach_a_loopback_app() -> None:
         {"host": "localhost:80", "origin": "http://evil.org"},
         {"host": "localhost:80", "origin": "http://localhost:81"},
         {"host": "localhost:80", "origin": "null"},
+        {"host": "localhost:80", "sec_fetch_site": "cross-site", "sec_fetch_dest": "iframe"},
+        {"host": "localhost:80", "sec_fetch_site": "same-site", "sec_fetch_dest": "image"},
     ):
         assert ask(guard, **headers)[0]["status"] == 403
         assert ask(guard, kind="websocket", **headers)[0]["type"] == "websocket.close"
+    link = {"host": "localhost:80", "sec_fetch_site": "cross-site", "sec_fetch_dest": "document"}
+    own = {"host": "localhost:80", "sec_fetch_site": "same-origin", "sec_fetch_dest": "image"}
+    assert ask(guard, **link)[0]["type"] == ask(guard, **own)[0]["type"] == "answer"
 
 
 def test_the_token() -> None:
@@ -505,6 +599,15 @@ def test_the_token() -> None:
     assert ask(guard, host="a", query="token=secret")[0]["status"] == 401
     assert ask(guard, host="a", cookie="sam_gym_token=x")[0]["status"] == 401
     assert ask(guard, kind="websocket", host="a")[0]["type"] == "websocket.close"
+    # Cookies of other servers on the same host are sent, too.
+    guard = Guard(application, "sé c;r=t+", None, 100)
+    start, _ = ask(guard, host="a", query="token=s%C3%A9%20c%3Br%3Dt%2B")
+    cookie = dict(start["headers"])[b"set-cookie"].decode().split(";")[0]
+    assert cookie.isascii()
+    for others in ("", '; prefs={"a": "b"}; x@', "; sam_gym_token=of another app"):
+        headers = {"host": "a", "cookie": f'pre={{"c": 1}}; {cookie}{others}'}
+        assert ask(guard, **headers)[0]["type"] == "answer"
+    assert ask(Guard(application, "", None, 100), host="a")[0]["status"] == 401
     guard = Guard(application, "s3cret", None, 100)
     start, _ = ask(guard, host="a", query="token=s3cret")
     headers = dict(start["headers"])
@@ -533,6 +636,25 @@ def test_wrong_options(config: Any, photos: Path) -> None:
     pytest.importorskip("nicegui", reason="the app needs NiceGUI: pip install 'sam-gym[app]'")
     with pytest.raises(OSError, match="--host 203.0.113.7 --port 9: cannot listen"):
         serve(config(host="203.0.113.7", port=9))
+    with pytest.raises(ValueError, match="--token is empty"):
+        serve(config(host="203.0.113.7", port=9, token=""))
+
+
+def test_keys_of_the_browser_are_those_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nicegui", reason="the app needs NiceGUI: pip install 'sam-gym[app]'")
+    from agents.annotation.interactive import page
+
+    monkeypatch.setattr(page.Page, "_build", lambda self: None)
+    actions = page.Page(MagicMock(), MagicMock(), MagicMock())._actions
+    script = Path(page.__file__).with_name("canvas.js").read_text()
+    (keys,) = re.findall(r'const keys = "(.*)";', script)
+    assert {key for key in keys.split() if not key.isdecimal()} == set(actions)
+    # What is sent is UTF-8, whatever the names of files are, and ids may be of any kind.
+    notify = MagicMock()
+    monkeypatch.setattr(page.ui, "notify", notify)
+    page.Page.tell(MagicMock(), "\udcff.png: not an image")
+    notify.call_args.args[0].encode()
+    assert page._css(page._number(1.0)) != page._css(page._number("id of text"))
 
 
 def test_a_project_of_many_objects_is_written_quickly(tmp_path: Path) -> None:
