@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ from sam_gym.backbones.video.unroll import (
 from sam_gym.data.base import VideoDataset
 from sam_gym.metrics.video import summarize
 from sam_gym.utils.files import make_folder, wait_for_a_later_name, write_json
-from sam_gym.utils.lowres import low_res
+from sam_gym.utils.lowres import frame_mask, low_res
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.render import draw_overlays, save_image, tile
 from sam_gym.utils.runs import refuse_finished, remove_files
@@ -321,28 +320,23 @@ class TrackerTrainer:
         """Masks bool (N, S, S) of the first frame, targets and valid pixels float32
         (N, T, hm, wm), and which are known, bool (N, T)."""
         backbone, shape = self.backbone, self.backbone.mask_shape
-        height, width = backbone.input_size(clip.video.size)
+        content = backbone.input_size(clip.video.size)
         side, count = backbone.image_size, len(clip.objects)
         first = np.zeros((count, side, side), bool)
         targets = np.zeros((count, len(clip.frames), *shape), np.float32)
         valid = np.ones_like(targets)
         known = np.zeros(targets.shape[:2], bool)
 
-        def framed(mask: np.ndarray) -> np.ndarray:
-            full = np.zeros((side, side), np.float32)
-            full[:height, :width] = cv2.resize(mask.astype(np.float32), (width, height))
-            return full
-
         for time in range(len(clip.frames)):
             masks, known[:, time], ignore = clip.masks(time)
             for number, mask in enumerate(masks):
-                full = framed(mask)
+                full = frame_mask(mask, content, side)
                 targets[number, time] = low_res(full, shape)
                 if time == 0:
                     # Even the smallest object keeps a pixel.
                     first[number] = full >= min(0.5, float(full.max()))
             if ignore is not None:
-                valid[:, time] = low_res(framed(ignore), shape) < 0.5
+                valid[:, time] = low_res(frame_mask(ignore, content, side), shape) < 0.5
         return first, targets, valid, known
 
     # Evaluation ----------------------------------------------------------------------------------

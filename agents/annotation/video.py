@@ -242,7 +242,15 @@ def find_videos(paths: Sequence[str]) -> dict[str, str]:
     for path in map(os.path.expanduser, paths):
         if not os.path.exists(path):
             raise FileNotFoundError(f"--video {path}: there is no such file or folder.")
-        if not os.path.isdir(path) or _holds(path, SUFFIXES):
+        if not os.path.isdir(path):
+            found.append(path)
+            continue
+        if _holds(path, SUFFIXES):
+            if _holds(path, VIDEO_SUFFIXES):
+                raise ValueError(
+                    f"--video {path}: the folder holds images, as one video does, and video files. "
+                    "Move the ones or the others into a folder of their own."
+                )
             found.append(path)
             continue
         inside = [
@@ -261,7 +269,7 @@ def find_videos(paths: Sequence[str]) -> dict[str, str]:
         found += own
     names: dict[str, str] = {}
     for path in found:
-        name = os.path.basename(os.path.normpath(path))
+        name = os.path.basename(os.path.abspath(path))
         name = safe_name(name if os.path.isdir(path) else stem(name))
         if name in names:
             raise ValueError(f"{names[name]} and {path} have one name. Rename one of them.")
@@ -269,8 +277,8 @@ def find_videos(paths: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _holds(folder: str, suffixes: Sequence[str]) -> bool:
-    names = os.listdir(folder)
+def _holds(folder: str, suffixes: Collection[str]) -> bool:
+    names = [name for name in os.listdir(folder) if not name.startswith(".")]
     return any(os.path.splitext(name)[1].lower() in suffixes for name in names)
 
 
@@ -363,6 +371,7 @@ def _track(
         check_ids(len(keys), name)
     session = tracker.open([source])
     category: dict[int, str] = {}
+    first: dict[int, int] = {}
     for own in prompts:
         if own.object in keys:
             frame = own.frame if isinstance(own.frame, int) else number_of.get(own.frame)
@@ -370,16 +379,17 @@ def _track(
                 raise ValueError(f"it has no frame {own.frame!r}, which is prompted.")
             number = keys.index(own.object) + 1
             category[number] = own.category
+            first[number] = min(frame, first.get(number, frame))
             session.prompt(0, frame, number, **own.decoded(), clear=False)
     masks: dict[int, dict[int, str]] = {number: {} for number in category}
     ious: dict[int, list[float]] = {number: [] for number in category}
     seen: set[int] = set()
     for reverse in (False, True):
-        for step in session.propagate(reverse=reverse):
+        for step in session.propagate(reverse=reverse, from_prompts=True):
             found = step.masks(overlap=config.video_format != "davis")
             for key, mask, iou in zip(step.objects, found, step.ious.tolist(), strict=True):
                 number = cast(int, key)
-                if mask.any():
+                if (step.frame < first[number]) == reverse and mask.any():
                     code = rle.encode(np.asfortranarray(mask, np.uint8))
                     masks[number][step.frame] = code["counts"].decode("ascii")
                     ious[number].append(iou)
@@ -406,7 +416,7 @@ def _frame_names(source: FrameSource) -> list[str]:
 
 def _written_names(names: Sequence[str], copied: bool) -> list[str]:
     """Return the names of copied frames, whose order every reader understands."""
-    if not copied or sorted(map(stem, names)) == [*map(stem, dict.fromkeys(names))]:
+    if not copied or sorted({*map(stem, names)}) == [*map(stem, names)]:
         return list(names)
     return [f"{number:05d}{Path(name).suffix}" for number, name in enumerate(names)]
 

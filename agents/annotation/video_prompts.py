@@ -23,6 +23,7 @@ from sam_gym.data.coco_records import (
     used_ids,
 )
 from sam_gym.data.io import Records, Reject, whole_number
+from sam_gym.utils.text import safe_name
 
 PromptChoice = Literal["auto", "mask", "box", "point"]
 
@@ -60,7 +61,8 @@ def read_prompts(
     `order_in_video` (the number of the frame, from 0), or else by `file_name`, VIDEO/FRAME.jpg. An
     annotation prompts by its `segmentation`, else its `bbox`, else its `point_coords` (positive
     clicks (x, y), all of them by default, else as `point_labels` say). Annotations of one
-    `track_id` in a video are one object; without it, each is an object.
+    `track_id` in a video are one object; without it, each is an object. In a frame, an object has
+    one mask or box, which clicks may follow.
 
     Args:
         path: the file.
@@ -74,16 +76,22 @@ def read_prompts(
         ValueError: it is not such JSON, a record is invalid, or nothing is prompted.
     """
     data = load_tables(path, ("images", "annotations", "categories"), "COCO file")
-    records = Records(posixpath.basename(path), "raise")
+    records = Records(posixpath.basename(path), "raise", can_skip=False)
     names = read_categories(
         data["categories"], used_ids(data["annotations"], "category_id"), records
     )
     places: dict[int | str, tuple[str, int | str, dict[str, Any]]] = {}
+    folders: dict[str, str] = {}
     for position, record in enumerate(data["images"]):
         with records.validate(record_name("image", record, position)):
-            places[new_id(record, places)] = (*_place(record), record)
+            image_id = new_id(record, places)
+            video, frame, folder = _place(record)
+            if folder and folders.setdefault(video, folder) != folder:
+                raise Reject("two folders have one name", f"{folders[video]} and {folder}")
+            places[image_id] = video, frame, record
     prompts: dict[str, list[ObjectPrompt]] = {}
     categories: dict[tuple[str, Hashable], str] = {}
+    prompted: set[tuple[str, int | str, Hashable]] = set()
     for position, record in enumerate(data["annotations"]):
         with records.validate(record_name("annotation", record, position)):
             image_id = reference(record, "image_id", places)
@@ -103,38 +111,44 @@ def read_prompts(
             if categories.setdefault((video, key), name) != name:
                 raise Reject("track_id has two categories", f"track {track}")
             arguments = _arguments(record, image, choice, records)
+            if (video, frame, key) in prompted and "points" not in arguments:
+                raise Reject("track_id has an earlier prompt in the frame", f"track {track}")
+            prompted.add((video, frame, key))
             prompts.setdefault(video, []).append(ObjectPrompt(key, name, frame, arguments))
     if not prompts:
         raise ValueError(f"{path}: there is no annotation. Annotate objects to track.")
     return list(names.values()), prompts
 
 
-def _place(record: dict[str, Any]) -> tuple[str, int | str]:
-    """Return the video and the frame of an image record; raises `Reject`."""
+def _place(record: dict[str, Any]) -> tuple[str, int | str, str]:
+    """Return the video and the frame of an image record, and the folder that `file_name` tells, or
+    "" if `video_id` counts; raises `Reject`."""
     if not is_missing(record.get("video_id")):
         order = whole_number(record.get("order_in_video"))
         if order is None or order < 0:
             raise Reject(
                 "order_in_video is not the number of a frame", f"got {record.get('order_in_video')}"
             )
-        return str(record_id(record, "video_id")), order
+        return safe_name(str(record_id(record, "video_id"))), order, ""
     name = record.get("file_name")
     folder, file = posixpath.split(str(name).replace("\\", "/"))
     if not isinstance(name, str) or not folder or not file:
         raise Reject("file_name is not VIDEO/FRAME, and there is no video_id", f"got {name!r}")
-    return posixpath.basename(folder), posixpath.splitext(file)[0]
+    video, frame = posixpath.basename(folder), posixpath.splitext(file)[0]
+    return safe_name(video), frame, posixpath.normpath(folder)
 
 
 def _arguments(
     record: dict[str, Any], image: dict[str, Any], choice: PromptChoice, records: Records
 ) -> dict[str, Any]:
     """Return the prompt of an annotation; raises `Reject`."""
-    if choice in ("auto", "mask") and record.get("segmentation"):
+    segmentation = record.get("segmentation")
+    if choice in ("auto", "mask") and segmentation and not is_missing(segmentation):
         height, width = (whole_number(image.get(side)) for side in ("height", "width"))
         if not height or not width:
             raise Reject("the image of a mask has no height and width")
         size = [height, width]
-        counts = encode_segmentation(record["segmentation"], height, width, records)
+        counts = encode_segmentation(segmentation, height, width, records)
         if counts is None or not rle.area({"size": size, "counts": counts}):
             raise Reject("segmentation has no pixel")
         return {"mask": {"size": size, "counts": counts}}
@@ -150,7 +164,7 @@ def _arguments(
             labels = [1] * len(points)
         if not isinstance(labels, list) or len(labels) != len(points):
             raise Reject("point_labels does not have one entry per point", f"got {labels!r}")
-        if not set(labels) <= {0, 1}:
+        if not all(label in (0, 1) for label in labels):
             raise Reject("point_labels must be 0 or 1", f"got {labels!r}")
         return {"points": points.tolist(), "labels": labels}
     wanted = {"auto": "segmentation, bbox or point_coords", "mask": "segmentation"}

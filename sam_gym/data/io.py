@@ -68,15 +68,18 @@ class Records:
     Args:
         file: annotation file or folder, for messages.
         on_error: "raise" or "skip".
+        can_skip: whether the caller takes on_error="skip", for messages.
 
     Attributes:
         skipped: number of skipped records, by reason.
     """
 
-    def __init__(self, file: str, on_error: str) -> None:
+    def __init__(self, file: str, on_error: str, can_skip: bool = True) -> None:
         check_choice("on_error", on_error, ("raise", "skip"))
         self.file = file
         self.on_error = on_error
+        skip = ', or pass on_error="skip" (--on-error skip) to count and skip such records'
+        self._advice = f"Fix or drop it{skip if can_skip else ''}."
         self.skipped: Counter[str] = Counter()
 
     @contextmanager
@@ -88,8 +91,7 @@ class Records:
             if self.on_error == "raise":
                 detail = f" ({reject.detail})" if reject.detail else ""
                 raise reject.error(
-                    f"{self.file}: {record}: {reject.reason}{detail}. Fix or drop it, "
-                    'or pass on_error="skip" (--on-error skip) to count and skip such records.'
+                    f"{self.file}: {record}: {reject.reason}{detail}. {self._advice}"
                 ) from None
             self.skipped[reject.reason] += 1
 

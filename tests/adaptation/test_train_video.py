@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 
 from adaptation import evaluate_video, train_video
 from adaptation.evaluate_video import gain
-from adaptation.video.clips import draw_clip
+from adaptation.video.clips import Clip, draw_clip
 from adaptation.video.options import CONFIGS, VideoOptions, parse_config
 from adaptation.video.trainer import TrackerTrainer
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.sam2 import Sam2
 from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.data import make_video_dataset
+from sam_gym.data.base import FrameAnnotation
 
 
 @pytest.fixture
@@ -257,6 +258,24 @@ def test_training_on_coco_json(tiny: str, tmp_path: Path) -> None:
         ]
     )
     assert set(result["scores"]) == {"0", "2"}
+
+
+def test_the_smallest_object_is_prompted_by_its_pixel(tiny: str) -> None:
+    """Not by the whole frame, where resizing skips the object."""
+
+    class Speck:
+        objects, size = (1,), (600, 800)
+
+        def annotation(self, frame: int) -> FrameAnnotation:
+            masks = np.zeros((1, *self.size), bool)
+            masks[0, 311, 409] = True
+            return FrameAnnotation(masks, np.ones(1, bool), None)
+
+    config = parse_config(["--backbone", tiny, *FEW])
+    trainer = TrackerTrainer(config, config.video.open("train"), None)
+    speck: Any = Speck()
+    first, *_ = trainer._truth(Clip(speck, 0, (0, 1), (0,), False))
+    assert 1 <= np.count_nonzero(first) <= 4
 
 
 def test_clips_show_their_objects() -> None:

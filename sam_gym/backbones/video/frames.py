@@ -86,7 +86,12 @@ class _Folder:
     """Image files, in the order of the numbers in their names."""
 
     def __init__(self, path: Path) -> None:
-        files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES]
+        # macOS puts hidden files beside images.
+        files = [
+            file
+            for file in path.iterdir()
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+        ]
         if not files:
             raise ValueError(f"{path}: no frames. Expected images ({', '.join(SUFFIXES)}).")
         self.files = sorted(files, key=lambda file: _natural(file.name))

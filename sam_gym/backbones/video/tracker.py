@@ -132,6 +132,11 @@ class _Track:
         return self.conditioning.get(frame) or self.tracked.get(frame)
 
     @property
+    def first(self) -> int:
+        """The first prompted frame."""
+        return min(self.conditioning)
+
+    @property
     def known(self) -> Mapping[int, Entry]:
         """Entries of all frames."""
         return ChainMap(self.conditioning, self.tracked)
@@ -446,7 +451,8 @@ class TrackingSession:
             full = F.interpolate(
                 full, (height, width), mode="bilinear", align_corners=False, antialias=True
             )
-            full = (full >= 0.5).float()
+            # Even the smallest object keeps a pixel.
+            full = (full >= full.amax().clamp(1e-6, 0.5)).float()
         full = F.pad(full, (0, side - width, 0, side - height))
         logits = mask_logits(full, backbone.mask_shape)
         tracker = self.tracker
@@ -477,13 +483,17 @@ class TrackingSession:
         start: int | None = None,
         max_frames: int | None = None,
         reverse: bool = False,
+        from_prompts: bool = False,
     ) -> Iterator[TrackedFrame]:
         """Track all objects of all videos, one frame of each video at a time.
 
         Args:
-            start: first frame (None: the earliest prompted one of each video).
+            start: first frame (None: the earliest prompted one of each video; backwards with
+                `from_prompts`, the latest of the first prompted ones of its objects).
             max_frames: maximum number of frames after the first (None: to the end).
             reverse: track backwards.
+            from_prompts: track each object from its own first prompted frame on. By default, as in
+                SAM 2, an object that is prompted late is tracked forwards in earlier frames too.
 
         Raises:
             ValueError: nothing was prompted, or an object has no conditioning frame.
@@ -495,7 +505,8 @@ class TrackingSession:
                 continue
             first = start
             if first is None:
-                first = min(frame for track in tracks.values() for frame in track.conditioning)
+                firsts = [track.first for track in tracks.values()]
+                first = max(firsts) if reverse and from_prompts else min(firsts)
             last = 0 if reverse else len(self.videos[video]) - 1
             if max_frames is not None:
                 last = max(last, first - max_frames) if reverse else min(last, first + max_frames)
@@ -509,7 +520,8 @@ class TrackingSession:
         for step in range(steps):
             now = at(step)
             later = range(step + 1, min(step + self.tracker.batch_size, steps))
-            self._track(now, reverse, [key for other in later for key in at(other).items()])
+            ahead = [key for other in later for key in at(other).items()]
+            self._track(now, reverse, ahead, from_prompts)
             for video, frame in now.items():
                 yield self._shown(video, frame)
 
@@ -531,12 +543,19 @@ class TrackingSession:
                 if not track.conditioning:
                     raise ValueError(f"Object {name!r} of video {video} has no prompt.")
 
-    def _track(self, now: dict[int, int], reverse: bool, ahead: Sequence[tuple[int, int]]) -> None:
-        """Track every object in the present frame of its video; see `_encoded` for `ahead`."""
+    def _track(
+        self,
+        now: dict[int, int],
+        reverse: bool,
+        ahead: Sequence[tuple[int, int]],
+        from_prompts: bool,
+    ) -> None:
+        """Track the objects in the present frames of their videos; see `_encoded` for `ahead`."""
         rows = [
             (video, frame, track)
             for video, frame in now.items()
             for track in self._tracks[video].values()
+            if not from_prompts or (frame <= track.first if reverse else frame >= track.first)
         ]
         buckets: dict[tuple[int, int], list[tuple[int, int, _Track, Recall]]] = {}
         for video, frame, track in rows:

@@ -61,7 +61,11 @@ def prompts(tmp_path: Path) -> str:
         "categories": [{"id": 3, "name": "animal"}, {"id": 7, "name": "thing"}],
         "annotations": [
             {"id": 1, "image_id": 1, "category_id": 7, "segmentation": mask, "bbox": [0, 0, 9, 9]},
-            {"id": 2, "image_id": 1, "category_id": 3, "bbox": [10, 12, 20, 24]},
+            # pandas writes NaN for what is missing.
+            {
+                **{"id": 2, "image_id": 1, "category_id": 3, "bbox": [10, 12, 20, 24]},
+                "segmentation": float("nan"),
+            },
             {"id": 3, "image_id": 2, "category_id": 3, "track_id": 5, "point_coords": [[20, 21]]},
             {"id": 4, "image_id": 3, "category_id": 3, "track_id": 5, "bbox": [9, 9, 30, 20]},
             {"id": 5, "image_id": 4, "category_id": 3, "bbox": [5, 6, 40, 50]},
@@ -235,6 +239,8 @@ def test_options_that_cannot_work_are_refused(
         ({"image_id": 99}, "annotation 2: image_id is not among the images"),
         ({"category_id": 99}, "category_id is not among the categories"),
         ({"track_id": "x"}, "track_id is not a whole number"),
+        ({"bbox": None, "point_coords": [[1, 2]], "point_labels": [[1]]}, "must be 0 or 1"),
+        ({"image_id": 3, "track_id": 5}, "annotation 4: track_id has an earlier prompt in the"),
     ],
 )
 def test_wrong_prompts_are_refused(
@@ -243,8 +249,57 @@ def test_wrong_prompts_are_refused(
     content = json.loads(Path(prompts).read_text())
     content["annotations"][1] |= change
     Path(prompts).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         run("--prompts", prompts)
+    assert "on-error" not in str(error.value)  # which this command lacks
+
+
+def test_prompts_of_two_folders_of_one_name_are_refused(
+    run: Callable[..., Any], prompts: str
+) -> None:
+    content = json.loads(Path(prompts).read_text())
+    content["images"].append({"id": 9, "file_name": "others/fox/8.png"})
+    Path(prompts).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"two folders have one name \(videos/fox and others/fox"):
+        run("--prompts", prompts)
+
+
+def test_late_objects_are_tracked_to_both_ends(
+    run: Callable[..., Any], prompts: str, tmp_path: Path
+) -> None:
+    """An object is the same, whatever else is prompted earlier."""
+    content = json.loads(Path(prompts).read_text())
+    whole = content["annotations"]
+    late = {"id": 9, "image_id": 3, "category_id": 7, "bbox": [20, 9, 25, 40]}
+    early = {"id": 8, "image_id": 5, "category_id": 3, "bbox": [10, 12, 20, 24]}
+    content["images"].append({"id": 5, "video_id": "owl", "order_in_video": 0})
+    found = []
+    for annotations in ([late], [early, late]):
+        content["annotations"] = whole[:2] + annotations
+        Path(prompts).write_text(json.dumps(content))
+        options = ("--prompts", prompts, "--overlays", "none", "--no-frames")
+        _, owl = run(*options, out=f"out{len(annotations)}")
+        found.append(owl.objects[len(annotations)])
+    assert found[0].masks and found[0].masks == found[1].masks
+    assert found[0].score == pytest.approx(found[1].score, abs=1e-4)
+
+
+def test_videos_in_odd_folders(
+    run: Callable[..., Any], videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden files, a relative path, two frames of one stem; a picture beside video files."""
+    fox = videos / "fox"
+    (fox / "._8.png").write_bytes(b"no image")
+    shutil.copy(fox / "9.png", fox / "9.bmp")
+    monkeypatch.chdir(fox)
+    options = ("--everything", "--grid", "3", "3", "--pred-iou-thresh", "0")
+    options += ("--stability-score-thresh", "0", "--max-objects", "1", "--overlays", "none")
+    (annotated,) = run(*options, "--video-format", "davis", video=Path("."))
+    assert annotated.name == "fox" and len(annotated.frames) == FRAMES + 1
+    assert len(list((tmp_path / "out" / "Annotations" / "fox").iterdir())) == FRAMES + 1
+    shutil.copy(fox / "9.png", videos / "cover.png")
+    with pytest.raises(ValueError, match="the folder holds images, as one video does, and video"):
+        run(*options, out="mixed")
 
 
 def test_prompts_of_other_videos_are_refused(

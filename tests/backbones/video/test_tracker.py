@@ -128,6 +128,29 @@ def test_objects_come_and_go(tracker: Callable[..., VideoTracker]) -> None:
     assert masks.sum(axis=0).max() <= 1
 
 
+def test_late_objects_are_tracked_from_their_prompts(tracker: Callable[..., VideoTracker]) -> None:
+    """Both ways, as if nothing else had been prompted earlier."""
+    together, alone = (tracker().open([video(3, 12)]) for _ in range(2))
+    together.prompt(0, 0, "early", box=[10, 5, 60, 40])
+    for session in (together, alone):
+        session.prompt(0, 6, "late", points=[[30, 20]], labels=[1])
+    for reverse, count in ((False, 6), (True, 7)):
+        expected = logits_of(alone, reverse=reverse)
+        found = logits_of(together, reverse=reverse, from_prompts=True)
+        assert len(expected) == count and len(found) == (count if reverse else 12)
+        for key, logits in expected.items():
+            torch.testing.assert_close(found[key][1], logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_of_one_pixel_is_an_object(tracker: Callable[..., VideoTracker]) -> None:
+    session = tracker().open([video(0, 1, (480, 800))])
+    mask = np.zeros((480, 800), bool)
+    for object_is_there in (False, True):
+        mask[101, 203] = object_is_there
+        shown = session.prompt(0, 0, object_is_there, mask=mask)
+        assert (shown.scores[-1] > 0) == object_is_there
+
+
 def test_wrong_prompts_are_refused(tracker: Callable[..., VideoTracker]) -> None:
     session = tracker().open([video(8, 3)])
     with pytest.raises(ValueError, match="prompt an object first"):
