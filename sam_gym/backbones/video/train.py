@@ -5,7 +5,7 @@
 The recipe is SAM 2's (Ravi et al. 2024, appendix D) at a small scale: clips of a few frames,
 unrolled with gradients; objects are prompted by mask, box or click in the first frame, and at times
 corrected by a click in a later one. First come clips of three frames, which teach the matching of
-frames at a third of the cost. The frames of a clip are encoded once; the clip then stays in a pool,
+frames at half the cost. The frames of a clip are encoded once; the clip then stays in a pool,
 from which steps draw other windows, directions and objects of it. With `--photos`, half of the
 clips are made of annotated photographs.
 """
