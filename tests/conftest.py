@@ -1,7 +1,9 @@
 """Models with seeded random weights, so that no test depends on how well `micro` was trained."""
 
 import json
+import multiprocessing
 import os
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -39,6 +41,58 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores, and so do the processes that tests start.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+#: What a process of `start_script` does: all that `python script arguments` does but the imports.
+RUN_SCRIPT = """
+import os, runpy, sys, numpy, torch
+
+for number, path in enumerate(outputs, 1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environment)
+numpy.random.seed()
+torch.seed()
+sys.argv = [script, *arguments]
+if script.endswith(".py"):
+    sys.path.insert(0, os.path.dirname(script))
+    runpy.run_path(script, run_name="__main__")
+else:
+    runpy.run_module(script, run_name="__main__", alter_sys=True)
+"""
+
+
+class Script:
+    """A Python script or module in a process of its own; what it prints goes into a folder.
+
+    The process is a fork of one that has imported our packages, which takes seconds.
+    """
+
+    def __init__(self, outputs: Path, script: str, *arguments: str, **variables: str) -> None:
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["agents.train_ppo", "adaptation.train"])
+        self.outputs = [outputs / "stdout", outputs / "stderr"]
+        given = {"script": script, "arguments": arguments, "environment": os.environ | variables}
+        given |= {"outputs": [str(path) for path in self.outputs], "folder": os.getcwd()}
+        self.process = server.Process(target=exec, args=(RUN_SCRIPT, given))
+        self.process.start()
+
+    def finish(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """Wait for its end; returns its status and what it has printed."""
+        self.process.join(timeout)
+        status = self.process.exitcode
+        if status is None:
+            self.process.kill()
+            raise TimeoutError(f"{self.outputs[0].read_text()}{self.outputs[1].read_text()}")
+        printed = [path.read_text() for path in self.outputs]
+        return subprocess.CompletedProcess(self.process.name, status, *printed)
+
+
+@pytest.fixture(scope="session")
+def start_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Script]:
+    """Starts a script or module with arguments, and with environment variables as keywords."""
+    return lambda *given, **variables: Script(tmp_path_factory.mktemp("out"), *given, **variables)
 
 
 def spread(sam: Sam) -> Sam:

@@ -3,13 +3,11 @@
 import base64
 import hashlib
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -55,19 +53,9 @@ def arguments(tiny_checkpoint: str) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="session")
-def start_training() -> Callable[..., subprocess.Popen[str]]:
+def start_training(start_script: Callable[..., Any]) -> Callable[..., Any]:
     """Starts `train_tiny.py` with arguments, and with more environment variables as keywords."""
-
-    def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(HERE / "train_tiny.py"), *arguments],
-            env=os.environ | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return start
+    return partial(start_script, str(HERE / "train_tiny.py"))
 
 
 def learned(out: Path) -> dict[str, torch.Tensor]:

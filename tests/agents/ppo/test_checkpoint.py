@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,19 +32,18 @@ from sam_gym.utils.training import read_state
 Arguments = Callable[..., list[str]]
 
 
-def killed(start: Callable[..., subprocess.Popen[str]], *arguments: str) -> str:
+def killed(start: Callable[..., Any], *arguments: str) -> str:
     """Let a run be killed; what it had printed."""
-    process = start(*arguments)
-    printed, _ = process.communicate(timeout=600)
-    assert process.returncode == -9, printed
-    return printed
+    done = start(*arguments).finish()
+    assert done.returncode == -9, done
+    return done.stdout
 
 
 @pytest.mark.slow
 def test_a_stopped_run_comes_to_the_same(
     tiny_env: dict[str, Any],
     arguments: Arguments,
-    start_training: Callable[..., subprocess.Popen[str]],
+    start_training: Callable[..., Any],
     assert_same: Callable[[Path, Path], None],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -108,7 +106,7 @@ def test_nothing_to_resume_is_an_error(tmp_path: Path) -> None:
 def test_a_run_that_was_not_started_is_started(
     tiny_env: dict[str, Any],
     arguments: Arguments,
-    start_training: Callable[..., subprocess.Popen[str]],
+    start_training: Callable[..., Any],
     assert_same: Callable[[Path, Path], None],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -132,10 +130,9 @@ def test_a_run_that_was_not_started_is_started(
     assert_same(out, through)
 
     stopped = tmp_path / "stopped"
-    process = start_training("--stop-at", "76", *arguments(stopped, *short))
-    printed, _ = process.communicate(timeout=600)
-    assert process.returncode == 130 and "Traceback" not in printed
-    last = printed.splitlines()[-1]
+    done = start_training("--stop-at", "76", *arguments(stopped, *short)).finish()
+    assert done.returncode == 130 and "Traceback" not in done.stdout + done.stderr
+    last = done.stderr.splitlines()[-1]
     assert last == f"Interrupted. Pass --resume to resume {stopped} at step 64."
     assert [path.stem for path in checkpoints(stopped / "checkpoints")] == [
         "000000000064",

@@ -1,7 +1,6 @@
 """Two processes with half of the environments each learn what one learns with all of them."""
 
 import socket
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.train_ppo import main
 from sam_gym.envs.click import SamSegConfig
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Any]
 Outcome = Callable[[Path], dict[str, Any]]
 
 #: Three rollouts of 32 steps, with a checkpoint after each but the last.
@@ -39,10 +38,8 @@ def run_job(start_training: Start) -> Callable[..., list[tuple[int, str]]]:
             start_training(*more, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **job)
             for rank, more in enumerate((first, ()))
         ]
-        printed = [process.communicate(timeout=600)[0] for process in processes]
-        return [
-            (process.returncode, text) for process, text in zip(processes, printed, strict=True)
-        ]
+        ended = [process.finish() for process in processes]
+        return [(done.returncode, done.stdout + done.stderr) for done in ended]
 
     return run_job
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -63,7 +62,7 @@ def test_the_learning_rate_begins_anew_with_each_domain() -> None:
 def test_a_run_reports_what_is_kept_and_a_stopped_one_comes_to_the_same(
     tiny_env: dict[str, Any],
     arguments: Callable[..., list[str]],
-    start_training: Callable[..., subprocess.Popen[str]],
+    start_training: Callable[..., Any],
     assert_same: Callable[[Path, Path], None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -112,9 +111,8 @@ def test_a_run_reports_what_is_kept_and_a_stopped_one_comes_to_the_same(
 
     # Killed in the second domain, after the checkpoint at the boundary.
     command = arguments(stopped, *options)
-    process = start_training("--die-at", "80", *command)
-    printed, _ = process.communicate(timeout=600)
-    assert process.returncode == -9, printed
+    done = start_training("--die-at", "80", *command).finish()
+    assert done.returncode == -9, done
     main([*command, "--resume"])
     assert_same(stopped, through)
 

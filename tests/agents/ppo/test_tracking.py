@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -129,15 +128,14 @@ def test_mlflow_has_what_tensorboard_has_though_the_run_was_killed(
     store: Path,
     tiny_env: dict[str, Any],
     arguments: Arguments,
-    start_training: Callable[..., subprocess.Popen[str]],
+    start_training: Callable[..., Any],
     assert_same: Callable[[Path, Path], None],
     plain: Path,
 ) -> None:
     out = store.parent / "killed"
     given = arguments(out, *WATCHED, "--mlflow", "--mlflow-experiment", "clicks")
-    process = start_training("--die-at", "108", *given)
-    printed, _ = process.communicate(timeout=600)
-    assert process.returncode == -9, printed
+    done = start_training("--die-at", "108", *given).finish()
+    assert done.returncode == -9, done
     run = MlflowRun(store, "other", name="other", params={}, tags={})
     experiment = run.client.get_experiment_by_name("clicks")
     [found] = run.client.search_runs([experiment.experiment_id])
