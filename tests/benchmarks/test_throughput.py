@@ -35,9 +35,10 @@ from sam_gym.backbones.compiled import FixedShapes
 from sam_gym.utils.shared import SharedObjects
 
 
-def arguments(checkpoint: str, out: Path, growth_images: int = 0) -> list[str]:
+def arguments(tiny_env: dict[str, Any], out: Path, growth_images: int = 0) -> list[str]:
     options = {
-        "checkpoint": checkpoint,
+        "backbone": "tiny",
+        "checkpoint": tiny_env["checkpoint"],
         "device": "cpu",
         "out": out,
         "max-steps": 2,
@@ -62,12 +63,12 @@ def match(micro_checkpoint: str) -> Iterator[Match]:
 
 
 @pytest.mark.slow
-def test_writes_numbers_table_and_page(micro_checkpoint: str, tmp_path: Path) -> None:
+def test_writes_numbers_table_and_page(tiny_env: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    returned = main([*arguments(micro_checkpoint, out, growth_images=16)[:-1], "1", "2", "3"])
+    returned = main([*arguments(tiny_env, out, growth_images=16)[:-1], "1", "2", "3"])
     results = json.loads((out / "results.json").read_text())
     assert results == json.loads(json.dumps(returned))
-    assert results["backbone"] == "micro" and list(results["by_num_envs"]) == ["1", "2", "3"]
+    assert results["backbone"] == "tiny" and list(results["by_num_envs"]) == ["1", "2", "3"]
     for num_envs, kind in itertools.product((1, 2, 3), ("cached", "fresh")):
         numbers = results["by_num_envs"][str(num_envs)][kind]
         assert 0 < numbers["overhead_share"] < 1
@@ -90,9 +91,9 @@ def test_writes_numbers_table_and_page(micro_checkpoint: str, tmp_path: Path) ->
         assert speedup == pytest.approx(numbers["speedup_vs_reference"], abs=1e-3)
 
     # 128 x (image, embedding, mask, two numbers) against 128 x (handle, small mask, two numbers).
-    full = 384 * 384 * 3 + 4 * 128 * 16 * 16 + 4 * 96 * 96 + 16
+    full = 64 * 64 * 3 + 4 * 32 * 4 * 4 + 4 * 16 * 16 + 16
     assert results["rollout_bytes"]["full"] == 128 * full
-    assert results["rollout_bytes"]["handle"] == 128 * (4 + 16 * 16 + 16)
+    assert results["rollout_bytes"]["handle"] == 128 * (4 + 4 * 4 + 16)
     # The same for ViT-B: an image of 1024 x 1024, 64 x 64 x 256 embeddings, masks of 256 x 256.
     full = 1024 * 1024 * 3 + 4 * 256 * 64 * 64 + 4 * 256 * 256 + 16
     vit_b = results["rollout_bytes_vit_b"]
@@ -150,7 +151,7 @@ def test_sides_share_no_embeddings(match: Match) -> None:
 
 @pytest.mark.slow
 def test_disagreement_is_an_error(
-    micro_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_env: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(env: Any, actions: np.ndarray, played: Played) -> float:
         seconds = play_vector(env, actions, played)
@@ -159,7 +160,7 @@ def test_disagreement_is_an_error(
 
     monkeypatch.setattr(playing, "play_vector", wrong)
     with pytest.raises(RuntimeError, match="disagree on cached"):
-        main(arguments(micro_checkpoint, tmp_path / "out"))
+        main(arguments(tiny_env, tmp_path / "out"))
     # The numbers are there to look into it.
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["growth"] is None and results["linear_fit"]["cached"] is None
@@ -168,7 +169,7 @@ def test_disagreement_is_an_error(
 
 @pytest.mark.slow
 def test_another_mask_of_the_reference_is_an_error(
-    micro_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_env: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(env: Any, actions: np.ndarray, played: Played) -> float:
         seconds = play_reference(env, actions, played)
@@ -177,7 +178,7 @@ def test_another_mask_of_the_reference_is_an_error(
 
     monkeypatch.setattr(playing, "play_reference", wrong)
     with pytest.raises(RuntimeError, match="disagree on cached images with 3 env"):
-        main(arguments(micro_checkpoint, tmp_path / "out"))
+        main(arguments(tiny_env, tmp_path / "out"))
 
 
 def test_timers_are_exclusive_and_leave_no_trace(
@@ -213,10 +214,11 @@ def test_timers_are_exclusive_and_leave_no_trace(
 
 
 def test_chunks_count_images_and_time_only_steps(
-    micro_checkpoint: str, monkeypatch: pytest.MonkeyPatch
+    tiny_env: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ThroughputBenchmarkConfig(
-        checkpoint=micro_checkpoint,
+        backbone="tiny",
+        checkpoint=tiny_env["checkpoint"],
         device="cpu",
         num_envs=(1, 2, 65),
         max_steps=2,
