@@ -72,11 +72,16 @@ class Script:
     def __init__(self, outputs: Path, script: str, *arguments: str, **variables: str) -> None:
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["agents.train_ppo", "adaptation.train"])
-        self.outputs = [outputs / "stdout", outputs / "stderr"]
+        self.script, self.outputs = script, [outputs / "stdout", outputs / "stderr"]
         given = {"script": script, "arguments": arguments, "environment": os.environ | variables}
         given |= {"outputs": [str(path) for path in self.outputs], "folder": os.getcwd()}
-        self.process = server.Process(target=exec, args=(RUN_SCRIPT, given))
+        # NiceGUI runs in main processes only.
+        self.process = server.Process(target=exec, args=(RUN_SCRIPT, given), name="MainProcess")
         self.process.start()
+
+    def printed(self) -> str:
+        """Return what it has printed so far."""
+        return self.outputs[0].read_text() if self.outputs[0].exists() else ""
 
     def finish(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Wait for its end; returns its status and what it has printed."""
@@ -84,9 +89,9 @@ class Script:
         status = self.process.exitcode
         if status is None:
             self.process.kill()
-            raise TimeoutError(f"{self.outputs[0].read_text()}{self.outputs[1].read_text()}")
+            raise TimeoutError(f"{self.process} goes on after {timeout} seconds: {self.printed()}")
         printed = [path.read_text() for path in self.outputs]
-        return subprocess.CompletedProcess(self.process.name, status, *printed)
+        return subprocess.CompletedProcess(self.script, status, *printed)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,8 @@
 """The scripts of `examples/` run, with tiny settings."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,16 +30,15 @@ def test_every_example_is_tested() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RUNS)
-def test_example(script: str, tmp_path: Path) -> None:
+def test_example(
+    script: str,
+    start_script: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     options, written, printed = RUNS[script]
     arguments = [option.format(out=tmp_path / "out") for option in options]
-    search = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *arguments],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": search},
-        capture_output=True,
-        text=True,
-    )
+    monkeypatch.chdir(tmp_path)
+    done = start_script(str(EXAMPLES / script), *arguments).finish()
     assert done.returncode == 0, done.stderr
     assert printed in done.stdout and (tmp_path / "out" / written).is_file()

@@ -1,8 +1,6 @@
 """Semantic heads: the training against a plain loop, stops, processes, scores and commands."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,7 +217,7 @@ def test_synchronised_norms_are_torchs_alone() -> None:
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(
-    tiny_name: dict[str, Any], street: str, tmp_path: Path
+    tiny_name: dict[str, Any], street: str, start_script: Callable[..., Any], tmp_path: Path
 ) -> None:
     arguments = [
         *("--backbone", "tiny", "--checkpoint", tiny_name["checkpoint"], "--device", "cpu"),
@@ -227,14 +225,9 @@ def test_two_processes_learn_what_one_learns(
         *("--epochs", "2", "--batch-size", "4", "--views", "2"),
     ]
     alone, together = tmp_path / "alone", tmp_path / "together"
-    finished = subprocess.run(
-        [sys.executable, str(HERE / "train_tiny.py"), *arguments, "--out", str(together)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stdout
+    script = str(HERE / "train_tiny.py")
+    finished = start_script(script, *arguments, "--out", str(together)).finish()
+    assert finished.returncode == 0, finished
     main([*arguments, "--out", str(alone)])
     one, other = (
         load_file(out / "semantic-head-0" / "adapter.safetensors") for out in (alone, together)

@@ -34,8 +34,9 @@ def tiny(tiny_video: str) -> str:
 #: Small clips, few steps.
 FEW = (
     *("--device", "cpu", "--dataset", "clips", "--dataset-kwargs", "size", "64", "frames", "6"),
-    *("--frames", "4", "--objects", "2", "--batch-size", "2", "--steps", "3", "--evaluate", "2"),
+    *("--frames", "4", "--objects", "2", "--batch-size", "2", "--steps", "3", "--evaluate", "1"),
     *("--learning-rate", "1e-3", "--clip", "1", "--prompt.clicks", "2", "--videos", "4"),
+    *("--pictures", "0"),
 )
 
 
@@ -47,7 +48,7 @@ def test_a_run_and_its_evaluation(
     tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    result = run(tiny, out, "--pictures", "1")
+    result = run(tiny, out, "--pictures", "1", "--evaluate", "2")
     names = {"adapter.safetensors", "checkpoint.pt", "config.yaml", "run.json"}
     assert {path.name for path in out.iterdir()} == names | {"pictures", "tensorboard"}
     assert len(list((out / "pictures").iterdir())) == 2
@@ -160,6 +161,7 @@ def test_the_loss_falls_on_one_clip(
         *(tiny, tmp_path / "run", "--held-out", "none", *same, "frames", "4"),
         *("--prompt.kind", "mask", "--prompt.corrected", "0", "--steps", "30"),
         *("--learning-rate", "3e-3", "--parts", "memory", "decoder", "image_encoder"),
+        *("--batch-size", "1"),
     )
     assert len(losses) == 30 and np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]), losses
 

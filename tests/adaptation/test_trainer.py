@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -423,7 +422,9 @@ def test_a_bank_serves_all_methods(make_trainer: MakeTrainer, pair: Stream, stre
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(
-    tiny_name: dict[str, Any], stream: Stream, tmp_path: Path
+    tiny_name: dict[str, Any],
+    start_script: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     arguments = [
@@ -431,14 +432,9 @@ def test_two_processes_learn_what_one_learns(
         *("--domains", "cells,night", "--steps", "3", "--batch-size", "4", "--views", "2"),
         *("--max-images", "2", "--method", "er"),
     ]
-    finished = subprocess.run(
-        [sys.executable, str(HERE / "train_tiny.py"), *arguments, "--out", str(together)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert finished.returncode == 0, finished.stdout
+    script = str(HERE / "train_tiny.py")
+    finished = start_script(script, *arguments, "--out", str(together)).finish()
+    assert finished.returncode == 0, finished
     assert finished.stdout.count("Everything is in") == 1
     main([*arguments, "--out", str(alone)])
     got, expected = (outcome(out / "er-decoder-0") for out in (together, alone))

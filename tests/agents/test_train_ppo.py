@@ -20,7 +20,7 @@ def arguments(env: dict[str, Any], out: Path) -> list[str]:
         *("--env", "SamSeg-v0", "--out", str(out), "--backbone", "tiny"),
         *("--checkpoint", env["checkpoint"], "--device", "cpu", "--train-images", "8"),
         *("--num-envs", "4", "--n-steps", "8", "--batch-size", "16", "--total-timesteps", "96"),
-        *("--eval-every", "32", "--eval-episodes", "4", "--final-episodes", "4"),
+        *("--eval-every", "32", "--eval-episodes", "2", "--final-episodes", "2"),
         *("--checkpoint-every", "32"),
     ]
 

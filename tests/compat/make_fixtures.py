@@ -136,12 +136,12 @@ def numbers_of(backbone: Any, prompts_class: Any) -> dict[str, Any]:
     boxes = torch.tensor([[8.0, 8, 40, 50], [20, 5, 40, 60]]) * scale
     points = torch.tensor([[[20.0, 20], [50, 40]], [[30, 30], [10, 12]]]) * scale
     labels = torch.tensor([[1, 0], [1, -2]])
-    found = {}
+    features, found = backbone.encode(images()), {}
     for name, prompts in (
         ("box", prompts_class(boxes=boxes)),
         ("clicks", prompts_class(points=points, labels=labels)),
     ):
-        logits, iou = backbone.decode(backbone.encode(images()), prompts)[:2]
+        logits, iou = backbone.decode(features, prompts)[:2]
         logits = logits.float()
         found[name] = {
             "shape": list(logits.shape),

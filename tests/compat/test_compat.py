@@ -93,7 +93,9 @@ def vit_b_numbers(
     build: Callable[[], Any], path: Path, added: Callable[..., AbstractContextManager[None]]
 ) -> Any:
     """What `vit_b` gives as a function builds it, with a generated checkpoint."""
-    torch.save(made.generated(build()), path)
+    with torch.device("meta"):  # for names and shapes only
+        sam = build()
+    torch.save(made.generated(sam), path)
     with added("vit_b", build=build):
         return made.numbers_of(load_backbone("vit_b", checkpoint=str(path), device="cpu"), Prompts)
 

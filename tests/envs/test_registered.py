@@ -511,7 +511,8 @@ def test_vector_equals_scalars(
     assert own.single_observation_space == sync.single_observation_space
     assert own.observation_space == sync.observation_space
     assert own.action_space == sync.action_space
-    assert play_side_by_side(own, sync, steps=100, seed=MODES.index(mode)) > 100 / 3
+    steps = 60 if env_id == "SamVideo-v0" else 100  # a step of it takes several times as long
+    assert play_side_by_side(own, sync, steps, seed=MODES.index(mode)) > steps / 3
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])

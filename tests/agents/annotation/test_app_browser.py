@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,26 +52,25 @@ def photos(tmp_path: Path, scenes: list[Sample]) -> Path:
 class App:
     """The app in a process of its own."""
 
-    def __init__(self, photos: Path) -> None:
+    def __init__(self, photos: Path, start_script: Callable[..., Any]) -> None:
+        self.start_script = start_script
+        self.script: Any = None
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         self.out, self.url = photos.parent / "out", f"http://127.0.0.1:{port}/"
-        self.command = [sys.executable, "-m", "agents.app", "--images", str(photos)]
+        self.command = ["agents.app", "--images", str(photos)]
         self.command += ["--out", str(self.out), "--policy", "implicit", "--port", port]
         self.command += ["--device", "cpu"]
-        self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line == f"Open {self.url}\n", line
-        self.process = process
+        script = self.script = self.start_script(*self.command)
+        until(lambda: "\n" in script.printed() or not script.process.is_alive())
+        assert script.printed().startswith(f"Open {self.url}\n"), script.outputs
 
     def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+        if self.script is not None:
+            self.script.process.kill()
+            self.script.finish()
 
     def annotations(self) -> list[dict[str, Any]]:
         file = self.out / "annotations.json"  # written with the first object
@@ -81,8 +78,8 @@ class App:
 
 
 @pytest.fixture
-def app(photos: Path) -> Iterator[App]:
-    app = App(photos)
+def app(photos: Path, start_script: Callable[..., Any]) -> Iterator[App]:
+    app = App(photos, start_script)
     app.start()
     yield app
     app.kill()

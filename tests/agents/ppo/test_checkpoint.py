@@ -48,35 +48,37 @@ def test_a_stopped_run_comes_to_the_same(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    short = ("--total-timesteps", "96", "--checkpoint-every", "32", "--eval-every", "32")
+    short += ("--max-steps", "3")  # episodes go on after a checkpoint
     through = tmp_path / "through"
-    main(arguments(through))
+    main(arguments(through, *short))
     assert not (through / "checkpoints").exists()
 
     stopped, damaged = tmp_path / "stopped", tmp_path / "damaged"
-    killed(start_training, "--die-at", "172", *arguments(stopped))
+    killed(start_training, "--die-at", "76", *arguments(stopped, *short))
     shutil.copytree(stopped, damaged)
     newest, before = checkpoints(stopped / "checkpoints")
-    assert (newest.stem, before.stem) == ("000000000128", "000000000064")
+    assert (newest.stem, before.stem) == ("000000000064", "000000000032")
     with pytest.raises(FileExistsError, match="not finished. Pass --resume"):
-        main(arguments(stopped))
+        main(arguments(stopped, *short))
     with pytest.raises(ValueError, match=r"learning_rate \(0.001 then, 0.5 now\)"):
-        main(arguments(stopped, "--resume", "--learning-rate", "0.5"))
-    main(arguments(stopped, "--resume"))
+        main(arguments(stopped, *short, "--resume", "--learning-rate", "0.5"))
+    main(arguments(stopped, *short, "--resume"))
     assert_same(stopped, through)
-    assert "step 128" in capsys.readouterr().out
+    assert "step 64" in capsys.readouterr().out
 
     newest = checkpoints(damaged / "checkpoints")[0]
     newest.write_bytes(newest.read_bytes()[:-100])
-    main(arguments(damaged, "--resume"))
+    main(arguments(damaged, *short, "--resume"))
     assert_same(damaged, through)
     printed = capsys.readouterr().out
-    assert f"{newest} is damaged" in printed and "step 64" in printed
+    assert f"{newest} is damaged" in printed and "step 32" in printed
 
     writing = tmp_path / "writing"
-    killed(start_training, "--die-in-write", "2", *arguments(writing))
+    killed(start_training, "--die-in-write", "2", *arguments(writing, *short))
     files = sorted(path.name for path in (writing / "checkpoints").iterdir())
     assert len(files) == 2 and files[0].startswith(".000000000064.ckpt.")
-    main(arguments(writing, "--resume"))
+    main(arguments(writing, *short, "--resume"))
     assert_same(writing, through)
 
 
@@ -113,7 +115,7 @@ def test_a_run_that_was_not_started_is_started(
 ) -> None:
     """A job that is restarted passes --resume each time."""
     through, out = tmp_path / "through", tmp_path / "out"
-    short = ("--total-timesteps", "96", "--checkpoint-every", "10000")
+    short = ("--total-timesteps", "96", "--checkpoint-every", "10000", "--max-steps", "3")
     main(arguments(through, *short))
     # The first checkpoint follows the first rollout, whatever --checkpoint-every.
     printed = killed(start_training, "--die-at", "40", *arguments(out, *short, "--resume"))

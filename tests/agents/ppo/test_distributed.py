@@ -21,8 +21,8 @@ from sam_gym.envs.click import SamSegConfig
 Start = Callable[..., Any]
 Outcome = Callable[[Path], dict[str, Any]]
 
-#: Three rollouts of 32 steps, with a checkpoint after each but the last.
-SHORT = ("--total-timesteps", "96", "--checkpoint-every", "32")
+#: Three rollouts of 32 steps, with a checkpoint after each but the last, often within an episode.
+SHORT = ("--total-timesteps", "96", "--checkpoint-every", "32", "--max-steps", "3")
 
 
 @pytest.fixture

@@ -77,6 +77,7 @@ def test_a_run_reports_what_is_kept_and_a_stopped_one_comes_to_the_same(
 
     monkeypatch.setattr(StreamCallback, "_on_step", on_step)
     options = (*STREAM, "--boundaries", "hidden", "--final-episodes", "6", "--max-steps", "4")
+    options += ("--total-timesteps", "96", "--checkpoint-every", "32")
     through, stopped = tmp_path / "through", tmp_path / "stopped"
     results = main(arguments(through, *options))
 
@@ -101,17 +102,17 @@ def test_a_run_reports_what_is_kept_and_a_stopped_one_comes_to_the_same(
     }
     assert (through / "forgetting.png").read_bytes()[:4] == b"\x89PNG"
 
-    # Of 192 steps, each domain has 64, and what was under way when they were over.
+    # Of 96 steps, each domain has 32, and what was under way when they were over.
     for step, domains in seen:
-        stage = (step - 1) // 64
+        stage = (step - 1) // 32
         allowed = {continual["domains"][stage]}
-        if stage and step - 64 * stage <= 4 * 4:
+        if stage and step - 32 * stage <= 4 * 4:
             allowed.add(continual["domains"][stage - 1])
         assert domains <= allowed, step
 
     # Killed in the second domain, after the checkpoint at the boundary.
     command = arguments(stopped, *options)
-    done = start_training("--die-at", "80", *command).finish()
+    done = start_training("--die-at", "40", *command).finish()
     assert done.returncode == -9, done
     main([*command, "--resume"])
     assert_same(stopped, through)
