@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from adaptation import steps
+from adaptation import trainer as trainer_module
 from adaptation.combined import Combined
 from adaptation.evaluation import narrow_fraction, score
 from adaptation.features import FeatureBank
@@ -90,6 +91,8 @@ class Stopped(Exception):
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     """Makes training fail in an optimizer step, counted over all domains."""
+    # It takes up to a second, for event files that nobody reads here.
+    monkeypatch.setattr(trainer_module, "wait_for_a_later_name", lambda folder: None)
 
     def stop_at(step: int | None) -> None:
         taken = 0
