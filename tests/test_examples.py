@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 RUNS = {
     "predict.py": (["--out", "{out}/masks.png"], "masks.png", "predicted IoU"),
     "train_agent.py": (
-        [*"--total-timesteps 64 --num-envs 4 --episodes 4".split(), "--out", "{out}"],
+        [*"--total-timesteps 32 --num-envs 2 --episodes 2".split(), "--out", "{out}"],
         "policy.zip",
         "trained  mean IoU",
     ),
