@@ -33,6 +33,7 @@ for _name, _entry_point in {
     "pointing": "benchmarks.pointing:run",
     "semantic": "benchmarks.semantic.benchmark:run",
     "throughput": "benchmarks.throughput.benchmark:run",
+    "training": "benchmarks.training.benchmark:run",
     "video": "benchmarks.video.benchmark:run",
     "video_speed": "benchmarks.video_speed.benchmark:run",
 }.items():

@@ -1,0 +1,1 @@
+"""`training`: the time of a training run by phase, against another checkout."""
