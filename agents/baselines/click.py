@@ -38,6 +38,7 @@ class CenterAgent(Baseline):
 class ConfidentAgent(Baseline):
     """Plays the positive click, of a coarse grid, whose mask has the highest predicted IoU."""
 
+    slow = True
     tries = 6
 
     @torch.no_grad()
@@ -68,7 +69,7 @@ class ConfidentAgent(Baseline):
             has_mask=~first,
         )
         embeddings = core.store.gather(torch.from_numpy(core.handles))
-        return core.backbone.decode_best(embeddings, prompts, first)[1].cpu().numpy()
+        return core.backbone.predict_iou(embeddings, prompts, first).cpu().numpy()
 
 
 @BASELINES.register("oracle")

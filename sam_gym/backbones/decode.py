@@ -8,8 +8,9 @@ segment_anything modules, read in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,8 @@ from sam_gym.backbones.sam2 import Sam2, VideoSam
 
 #: Below this number of keys, and from it on for queries, a CPU takes `_attend_to_few`.
 _FEW = 32
+#: Prompts whose masks are computed together on a CPU.
+PIECE = 16
 #: Value in `Prompts.labels` for a missing point, which is masked out of every attention.
 NO_POINT = -2
 #: SAM's own label for padding: a token without a position, which does take part in attention.
@@ -268,9 +271,11 @@ def _two_way(
     return transformer.norm_final_attn(queries + attended), keys
 
 
-def _upscale(
-    decoder: MaskDecoder, keys: Tensor, finer: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+#: Finer features of N or one prompts, (N or 1, ...) each, or None.
+Finer = tuple[Tensor, Tensor] | None
+
+
+def _upscale(decoder: MaskDecoder, keys: Tensor, finer: Finer) -> Tensor:
     """`output_upscaling` in channels-last form: (P, h * w, C) -> (P, h * w, k * k, C / 8).
 
     A transposed convolution whose kernel is its stride is a linear map from each pixel to its
@@ -319,6 +324,19 @@ def _unfold(masks: Tensor, grid: tuple[int, int], upscaling: tuple[int, int]) ->
     return x.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(*masks.shape[:2], a * b * h, a * b * w)
 
 
+def _rows_of(finer: Finer, rows: Tensor | slice) -> Finer:
+    """Select prompts; features of one prompt are shared by all."""
+    if finer is None or len(finer[0]) == 1:
+        return finer
+    return finer[0][rows], finer[1][rows]
+
+
+def _as_they_are(features: Tensor, finer: Finer) -> Tensor:
+    """Return features that are upscaled already."""
+    del finer
+    return features
+
+
 @dataclass(frozen=True)
 class MaskTokens:
     """Decoded prompts before their masks are computed.
@@ -326,7 +344,7 @@ class MaskTokens:
     Attributes:
         mask_embeddings: (P, K, C / 8), one per mask token; token 0 is the single mask, 1.. the
             multimask.
-        features: (P, h * w, k * k, C / 8), upscaled image features; k is 4 in SAM.
+        features: (P, h * w, ...), image features that `upscale` takes.
         iou: (P, K), predicted IoU of each mask.
         grid: (h, w) of the embedding.
         upscaling: the two factors of k.
@@ -334,6 +352,9 @@ class MaskTokens:
         tokens: (P, K, C), output of the transformer for the mask tokens, as class heads take it.
         object_score: (P,), logit that the object is in the image, of a `VideoSam`, or None.
         stability: see `ScoringMaskDecoder.stability`; None: the single mask is kept.
+        upscale: features (N, h * w, ...) and `finer` of N or one prompts -> upscaled features
+            (N, h * w, k * k, C / 8), of which masks are computed; k is 4 in SAM.
+        finer: features of P or one prompts that `upscale` takes, too, or None.
     """
 
     mask_embeddings: Tensor
@@ -345,12 +366,13 @@ class MaskTokens:
     tokens: Tensor | None = None
     object_score: Tensor | None = None
     stability: tuple[float, float] | None = None
+    upscale: Callable[[Tensor, Finer], Tensor] = _as_they_are
+    finer: Finer = None
 
     def decode_masks(self, mask_embeddings: Tensor | None = None) -> Tensor:
         """Mask logits (P, M, kh, kw) of mask embeddings (P, M, C / 8), by default of all."""
         chosen = self.mask_embeddings if mask_embeddings is None else mask_embeddings
-        masks = torch.einsum("pmc,pnkc->pmnk", chosen, self.features)
-        logits = _unfold(masks, self.grid, self.upscaling)
+        logits = self._decode(chosen, self.features, self.finer)
         return logits if self.refinement is None else logits + self.refinement[:, None]
 
     def decode_mask_pairs(self, rows: Tensor, which: Tensor) -> Tensor:
@@ -360,10 +382,56 @@ class MaskTokens:
             rows: int64 (N,), the prompt of each.
             which: int64 (N,), its mask token.
         """
-        chosen = self.mask_embeddings[rows, which]
-        masks = torch.einsum("nc,nikc->nik", chosen, self.features[rows])
-        logits = _unfold(masks[:, None], self.grid, self.upscaling)[:, 0]
+        # Each prompt is upscaled once, for all of its masks.
+        own, place = rows.unique(return_inverse=True)
+        chosen = self.mask_embeddings[rows, which][:, None]
+        logits = self._decode(chosen, self.features[own], _rows_of(self.finer, own), place)[:, 0]
         return logits if self.refinement is None else logits + self.refinement[rows]
+
+    def _decode(
+        self, chosen: Tensor, features: Tensor, finer: Finer, place: Tensor | None = None
+    ) -> Tensor:
+        """Upscale features of N prompts, and decode masks of them.
+
+        Args:
+            chosen: (N, M, C / 8), mask embeddings; with `place`, of L prompts.
+            features: (N, h * w, ...).
+            finer: of N prompts, or of one.
+            place: int64 (L,), row of `features` for each of `chosen`; None: they correspond.
+
+        Returns:
+            (N or L, M, kh, kw).
+        """
+
+        def decode(chosen: Tensor, upscaled: Tensor) -> Tensor:
+            masks = torch.einsum("pmc,pnkc->pmnk", chosen, upscaled)
+            return _unfold(masks, self.grid, self.upscaling)
+
+        if (
+            torch.is_grad_enabled()
+            or features.device.type != "cpu"
+            or torch.compiler.is_compiling()
+        ):
+            upscaled = self.upscale(features, finer)
+            return decode(chosen, upscaled if place is None else upscaled[place])
+        # A CPU spends most of the time on memory: pieces stay in its cache.
+        parts, places = [], []
+        for first in range(0, max(1, len(features)), PIECE):
+            piece = slice(first, first + PIECE)
+            upscaled = self.upscale(features[piece], _rows_of(finer, piece))
+            if place is None:
+                parts.append(decode(chosen[piece], upscaled))
+            else:
+                own = ((place >= first) & (place < first + PIECE)).nonzero()[:, 0]
+                parts.append(decode(chosen[own], upscaled[place[own] - first]))
+                places.append(own)
+        logits = torch.cat(parts)
+        return logits if place is None else logits[torch.cat(places).argsort()]
+
+    def upscaled(self) -> MaskTokens:
+        """The same prompts with features that are upscaled."""
+        features = self.upscale(self.features, self.finer)
+        return replace(self, features=features, upscale=_as_they_are, finer=None)
 
     def decode_best_masks(self, multimask: Tensor) -> tuple[Tensor, Tensor]:
         """Mask logits (P, kh, kw) and predicted IoU (P,) of each row's `best_token`.
@@ -379,6 +447,15 @@ class MaskTokens:
         chosen = self.mask_embeddings.take_along_dim(best[..., None], dim=1)
         return self.decode_masks(chosen)[:, 0], self.iou.gather(1, best)[:, 0]
 
+    def best_iou(self, multimask: Tensor) -> Tensor:
+        """Predicted IoU (P,) of the masks of `decode_best_masks`, without computing them.
+
+        Only where `stability` may replace masks, they are.
+        """
+        if self.stability is not None:
+            return self.decode_best_masks(multimask)[1]
+        return self.iou.gather(1, best_token(self.iou, multimask)[:, None])[:, 0]
+
     @classmethod
     def merged(cls, parts: Sequence[tuple[Tensor, MaskTokens]]) -> MaskTokens:
         """Put prompts that were decoded in several calls back in order.
@@ -387,7 +464,8 @@ class MaskTokens:
             parts: rows, int64 (P_i,), and their decoded prompts; all of one grid.
         """
         order = torch.cat([rows for rows, _ in parts]).argsort()
-        own = [vars(part) for _, part in parts]
+        # Their decoders may differ.
+        own = [vars(part.upscaled()) for _, part in parts]
 
         def merge(name: str, value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -436,7 +514,7 @@ def decode_tokens(
 
     embedding = features.embedding
     grid = (embedding.shape[-2], embedding.shape[-1])
-    image = (embedding + dense).flatten(2).transpose(1, 2)
+    image = (embedding + dense).flatten(2).transpose(1, 2).contiguous()
     image_pe = sam.prompt_encoder.get_dense_pe().to(image.dtype).flatten(2).transpose(1, 2)
     tokens, keys = _two_way(decoder.transformer, image, image_pe, tokens, present, rows)
 
@@ -445,8 +523,8 @@ def decode_tokens(
     mask_embeddings = torch.stack([mlp(own[:, k]) for k, mlp in mlps], dim=1)
     iou = decoder.iou_prediction_head(tokens[:, 0])
     last = tokens[:, len(output) - 1]
-    finer: tuple[Tensor, Tensor] | None = None
-    refinement, score, stability = None, None, None
+    finer: Finer = None
+    score, stability = None, None
     if video is not None:
         stability = video.mask_decoder.stability
         score = video.mask_decoder.pred_obj_score_head(last)[:, 0]
@@ -454,14 +532,25 @@ def decode_tokens(
         shared = rows is None or len(features) == 1
         high_res = features["high_res_s1"], features["high_res_s0"]
         finer = high_res if shared else (high_res[0][rows], high_res[1][rows])
-    upscaled, upscaling = _upscale(decoder, keys, finer), upscaling_of(decoder)
-    if hq is not None:
-        own_features = features["hq"] if rows is None else features["hq"][rows]
-        folded = _unfold(upscaled.permute(0, 3, 1, 2), grid, upscaling)
-        refinement = hq.refinement(last, folded, own_features)
-    return MaskTokens(
-        mask_embeddings, upscaled, iou, grid, upscaling, refinement, own, score, stability
+    upscaling = upscaling_of(decoder)
+    decoded = MaskTokens(
+        mask_embeddings=mask_embeddings,
+        features=keys,
+        iou=iou,
+        grid=grid,
+        upscaling=upscaling,
+        tokens=own,
+        object_score=score,
+        stability=stability,
+        upscale=partial(_upscale, decoder),
+        finer=finer,
     )
+    if hq is None:
+        return decoded
+    decoded = decoded.upscaled()
+    own_features = features["hq"] if rows is None else features["hq"][rows]
+    folded = _unfold(decoded.features.permute(0, 3, 1, 2), grid, upscaling)
+    return replace(decoded, refinement=hq.refinement(last, folded, own_features))
 
 
 def best_token(iou: Tensor, multimask: Tensor) -> Tensor:

@@ -45,13 +45,17 @@ class FeatureSpec:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def empty(self, count: int, device: torch.device) -> ImageFeatures:
-        """Uninitialised features of `count` images."""
-        return ImageFeatures(
-            {
-                name: torch.empty((count, *spec.shape), dtype=spec.dtype, device=device)
-                for name, spec in self.tensors.items()
-            }
-        )
+        """Uninitialised features of `count` images; maps are channels-last in memory.
+
+        Decoders and policies read all channels of a cell together.
+        """
+
+        def empty(spec: TensorSpec) -> Tensor:
+            layout = torch.channels_last if len(spec.shape) == 3 else torch.contiguous_format
+            size = (count, *spec.shape)
+            return torch.empty(size, dtype=spec.dtype, device=device, memory_format=layout)
+
+        return ImageFeatures({name: empty(spec) for name, spec in self.tensors.items()})
 
 
 @dataclass(frozen=True, eq=False)

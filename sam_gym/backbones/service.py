@@ -102,6 +102,9 @@ class BackboneService(FeatureSource, Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Decode one mask per prompt set: logits (P, hm, wm), predicted IoU (P,)."""
 
+    def predict_iou(self, features: ImageFeatures, prompts: Prompts, multimask: Tensor) -> Tensor:
+        """Predict the IoU (P,) of the masks of `decode_best`."""
+
     def decode_tokens(self, features: ImageFeatures, prompts: Prompts) -> MaskTokens:
         """Decode P prompt sets up to their mask tokens, from which masks can be chosen."""
 
@@ -406,6 +409,18 @@ class Backbone:
                 multimask,
             )
         return logits.float(), iou.float()
+
+    @torch.no_grad()
+    def predict_iou(self, features: ImageFeatures, prompts: Prompts, multimask: Tensor) -> Tensor:
+        """Predict the IoU of the masks of `decode_best`, without computing masks.
+
+        Arguments as for `decode_best`; values of prompts are not checked.
+
+        Returns:
+            float32 (P,).
+        """
+        with self.autocast():
+            return self.model.decode(features, prompts).best_iou(multimask).float()
 
     @torch.no_grad()
     def decode_tokens(self, features: ImageFeatures, prompts: Prompts) -> MaskTokens:

@@ -559,7 +559,7 @@ class BaseCore(Generic[C, T]):
         embeddings = self.store.gather(handles, "embedding", check=False)
         return {
             "image": np.stack([self.backbone.framed(image) for image in images]),
-            "sam_image_embeddings": to_host(embeddings)[0],
+            "sam_image_embeddings": to_host(embeddings.contiguous())[0],
         }
 
     def info(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from segment_anything import SamPredictor
 
-from sam_gym.backbones import NO_POINT, Backbone, Prompts
+from sam_gym.backbones import NO_POINT, Backbone, Prompts, decode, load_backbone
 from sam_gym.backbones.decode import PADDING_POINT, decode_tokens
 from sam_gym.backbones.hq import encode_pixels
 
@@ -326,3 +326,33 @@ def test_prompts_with_impossible_values_are_refused(
         tiny.decode(features, replace(valid, **changes))
     with pytest.raises(ValueError, match=message):
         tiny.decode_tokens(features, replace(valid, **changes))
+
+
+@pytest.mark.parametrize("name", ["tiny", "micro", "tiny_sam2"])
+def test_masks_are_computed_in_pieces(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = request.getfixturevalue(name)
+    backbone = load_backbone(own, device="cpu") if isinstance(own, str) else own
+    features = backbone.encode(make_images(backbone)[:2])
+    count = 7
+    points = torch.rand((count, 1, 2), generator=torch.manual_seed(0)) * backbone.image_size
+    rows = torch.arange(count) % 2
+    prompts = Prompts(points, torch.ones((count, 1), dtype=torch.int64), rows=rows)
+    monkeypatch.setattr(decode, "PIECE", 3)
+    # With gradients, all masks are computed together.
+    whole = decode_tokens(backbone.sam, features, prompts)
+    every = whole.decode_masks().detach()
+    pairs, which = torch.tensor([6, 0, 3, 3, 1, 6]), torch.tensor([1, 0, 2, 3, 1, 0])
+    first = torch.arange(count) % 3 == 0
+    with torch.no_grad():
+        for tokens in (decode_tokens(backbone.sam, features, prompts), whole.upscaled()):
+            torch.testing.assert_close(tokens.decode_masks(), every)
+            torch.testing.assert_close(tokens.decode_mask_pairs(pairs, which), every[pairs, which])
+            torch.testing.assert_close(tokens.decode_mask_pairs(pairs[:0], which[:0]), every[:0, 0])
+            one = tokens.decode_masks(tokens.mask_embeddings[:, 2:3])
+            torch.testing.assert_close(one[:, 0], every[:, 2])
+            assert torch.equal(tokens.best_iou(first), tokens.decode_best_masks(first)[1])
+    best = backbone.decode_best(features, prompts, first)[1]
+    torch.testing.assert_close(backbone.predict_iou(features, prompts, first), best)
+    assert best.unique().numel() > 1

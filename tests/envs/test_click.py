@@ -257,6 +257,7 @@ def test_the_image_is_seen_in_the_input_frame(
         assert not obs["image"][height:].any() and not obs["image"][:, width:].any()
         embedding = env.core.backbone.encode([image]).embedding[0]
         np.testing.assert_allclose(obs["sam_image_embeddings"], embedding, atol=1e-4)
+        assert obs["sam_image_embeddings"].flags.c_contiguous
 
 
 def test_first_click_into_the_padding_falls_on_the_border(

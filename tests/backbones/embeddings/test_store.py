@@ -47,6 +47,15 @@ def test_gather_gives_the_embeddings_in_order(tiny: Backbone) -> None:
     assert_holds(store, handles[0], 0)
 
 
+def test_maps_are_channels_last_in_memory(tiny: Backbone) -> None:
+    store = make_store(tiny, 70)
+    handles = [store.acquire([picture(number)])[0] for number in range(66)]  # grows once
+    for index in (torch.tensor(handles[-2:]), torch.tensor(handles[:3])):
+        embedding = store.gather(index).embedding
+        assert embedding.is_contiguous(memory_format=torch.channels_last)
+        assert store.gather(index, "embedding").stride() == embedding.stride()
+
+
 @pytest.mark.parametrize("name", ["micro", "micro-v0"])
 def test_fixed_batches_make_features_independent_of_each_other(name: str) -> None:
     """To the last bit, whatever else is missing, and for registered features too."""
