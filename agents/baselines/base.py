@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -33,7 +33,13 @@ class TrainedAgent(Agent, Protocol):
 
 
 class Baseline:
-    """Base class of agents that learn nothing, with a random generator `rng`."""
+    """Base class of agents that learn nothing, with a random generator `rng`.
+
+    Attributes:
+        slow: whether it decodes many times per step; it plays in the final evaluation only.
+    """
+
+    slow: ClassVar[bool] = False
 
     def __init__(self, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)

@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agents.policies.base import NEVER, POLICIES, SamPolicy, StoredFeatures, mix_planes, pooled
+from agents.policies.base import NEVER, POLICIES, Mixer, SamPolicy, StoredFeatures, pooled
 from sam_gym.envs.everything import MAPS
 from sam_gym.utils.settings import Count, checked
 
@@ -39,7 +39,7 @@ class EverythingFeatures(StoredFeatures):
         super().__init__(observation_space, backbone, width)
         self.budget = budget
         self.reduce = nn.Conv2d(self.backbone.embedding_shape[0], width, 1)
-        self.mix = mix_planes(2 * width + len(MAPS) + 2, width)
+        self.mix = Mixer(width, len(MAPS) + 2, width)
 
     def forward(self, observations: PyTorchObs) -> Tensor:
         assert isinstance(observations, dict)
@@ -47,12 +47,9 @@ class EverythingFeatures(StoredFeatures):
         maps = torch.cat([self.plane(observations, name) for name in MAPS], dim=1)
         tried = was_tried(observations).float()[:, None]
         used = observations["num_points"].reshape(-1, 1, 1, 1).float() / self.budget
-        planes = [
-            *(image, image * (1 - maps[:, :1]), maps),
-            F.adaptive_avg_pool2d(tried, self.cells),
-            used.expand(-1, 1, *self.cells),
-        ]
-        return self.mix(torch.cat(planes, dim=1))
+        tried = F.adaptive_avg_pool2d(tried, self.cells)
+        planes = torch.cat([maps, tried, used.expand(-1, 1, *self.cells)], dim=1)
+        return self.mix(image, 1 - maps[:, :1], planes)
 
 
 def was_tried(observations: dict[str, Tensor]) -> Tensor:

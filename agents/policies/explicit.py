@@ -191,7 +191,7 @@ class TextFeatures(ClickFeatures):
         planes = torch.cat([planes, relations(embedding, planes[:, 1:3], mask)], dim=1)
         clip = self.clip_branch(torch.cat([image * planes[:, :1], self.around(planes)], dim=1))
         fused = image + clip + self._attended(image + mask, clip)
-        return self.mix(torch.cat(self._planes(fused, mask, observations), dim=1))
+        return self.mix(fused, mask, self._planes(mask, observations))
 
     def _known_words(self, embedding: Tensor, observations: dict[str, Tensor]) -> Tensor:
         """Return vocabulary indices (B,) of the target words; 0 for unknown and hidden ones.

@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agents.policies.base import NEVER, POLICIES, SamPolicy, StoredFeatures, mix_planes, pooled
+from agents.policies.base import NEVER, POLICIES, Mixer, SamPolicy, StoredFeatures, pooled
 from sam_gym.utils.settings import Count, checked
 
 #: Name of the only action head, in files of earlier versions.
@@ -67,7 +67,7 @@ class ClickFeatures(StoredFeatures):
         with torch.no_grad():
             self.modulation.weight[0] = 0.0
         self.reduce = nn.Conv2d(channels, width, 1)
-        self.mix = mix_planes(2 * width + 2 + int(self.has_cue), width)
+        self.mix = Mixer(width, 2 + int(self.has_cue), width)
         self.words: Tensor
         self.register_buffer("words", torch.zeros(len(categories), dtype=torch.long), False)
         self.set_categories(categories)
@@ -83,20 +83,20 @@ class ClickFeatures(StoredFeatures):
         embedding, mask = self._image(observations)
         target = self.words[observations["target_category"].flatten().long()]
         image = self._modulated(embedding, target)
-        return self.mix(torch.cat(self._planes(image, mask, observations), dim=1))
+        return self.mix(image, mask, self._planes(mask, observations))
 
     def _modulated(self, embedding: Tensor, target: Tensor) -> Tensor:
         """Return image features (B, C, h, w) of an embedding, modulated by words (B,)."""
         gain, bias = self.modulation(target)[:, :, None, None].chunk(2, dim=1)
         return F.relu(self.reduce(embedding) * (1 + gain) + bias)
 
-    def _planes(self, image: Tensor, mask: Tensor, observations: dict[str, Tensor]) -> list[Tensor]:
-        """Return image features (B, C, h, w) and planes of mask, step and cue."""
+    def _planes(self, mask: Tensor, observations: dict[str, Tensor]) -> Tensor:
+        """Return planes of mask, step and cue: (B, 2 or 3, h, w)."""
         step = observations["num_steps"].reshape(-1, 1, 1, 1).float() / self.max_steps
-        planes = [image, image * mask, mask, step.expand_as(mask)]
+        planes = [mask, step.expand_as(mask)]
         if self.has_cue:
             planes.append(self._cue_plane(observations["cue_click"]))
-        return planes
+        return torch.cat(planes, dim=1)
 
     def _image(self, observations: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return embedding (B, C, h, w) and mask probability (B, 1, h, w)."""

@@ -46,13 +46,13 @@ class RunOptions:
     The other options must be the same. Without --resume, an `out` with checkpoints is an error."""
     seed: Seed = 0
     """Seed of the environment, the policy and PPO."""
-    total_timesteps: Count = 50_000
+    total_timesteps: Count = 25_000
     """Environment steps to train for, divided evenly among the domains of a stream."""
     num_envs: Count = 64
     """Number of sub-environments, over all processes."""
     categories: str | None = None
     """Comma-separated categories: the only objects in scenes, the targets in coco."""
-    train_images: Count = 2048
+    train_images: Count = 1024
     """Number of different procedural images to train on; each is encoded once."""
 
 
@@ -102,8 +102,9 @@ class PolicyOptions:
     recalibration_updates: Count | None = None
     """Updates of the recalibration module per environment step (None: 5 for the explicit policy,
     else 1)."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Precision of the policy's features; --dtype sets that of the backbone."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """Precision of the policy's features (auto: bf16-mixed on a CPU with matrix units for bfloat16,
+    else 32-true); --dtype sets that of the backbone."""
     gradient_checkpointing: bool = False
     """Compute features twice in an update to save memory."""
 

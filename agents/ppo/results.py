@@ -102,7 +102,10 @@ def _final_evaluation(
 
 
 def baselines_on_validation(plan: Plan) -> dict[str, float]:
-    """Return the mean IoU of each baseline on the episodes that the learning curve is made of."""
+    """Return the mean IoU of baselines on the episodes that the learning curve is made of.
+
+    Baselines that are `slow` are left out.
+    """
     config = plan.config
     return {
         name: float(
@@ -115,6 +118,7 @@ def baselines_on_validation(plan: Plan) -> dict[str, float]:
             ).ious.mean()
         )
         for name, make in plan.task.baselines.items()
+        if not getattr(make, "slow", False)
     }
 
 

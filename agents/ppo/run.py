@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.evaluate import Evaluation, PolicyAgent, evaluate, film_episodes
 from agents.policies import POLICIES, ImplicitPolicy, SamPolicy
+from agents.policies.base import resolve_precision
 from agents.policies.plots import draw_policy_plots
 from agents.policies.recalibration import TrainRecalibration
 from agents.ppo.callbacks import MonitorCallback, PinRolloutsCallback
@@ -92,7 +93,7 @@ def make_model(
         **{name: getattr(config, name) for name in _OF_PPO},
         policy_kwargs={
             **task_of(config.env).policy_arguments(config, env_config, core),
-            "precision": config.precision,
+            "precision": resolve_precision(config.precision, core.device),
             "gradient_checkpointing": config.gradient_checkpointing,
         },
         seed=config.seed,

@@ -34,6 +34,8 @@ def test_a_run_leaves_everything_it_promises(tiny_env: dict[str, Any], tmp_path:
     span = stored["oracle"]["mean_iou"] - stored["random"]["mean_iou"]
     gain = stored["agent"]["mean_iou"] - stored["random"]["mean_iou"]
     assert stored["gap_closed"] == pytest.approx(gain / span, abs=1e-3)
+    # A baseline of many decodes per step is left out of the curve of the training.
+    assert set(stored["eval_baselines"]) == {"random", "center", "oracle"}
     assert stored["held_out_split"] == "test" and stored["config"]["seed"] == 0
     for picture in ("learning_curve.png", "iou_after_steps.png"):
         assert (tmp_path / "a" / picture).read_bytes()[:4] == b"\x89PNG"

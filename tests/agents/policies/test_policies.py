@@ -9,6 +9,7 @@ import torch
 from stable_baselines3 import PPO
 
 import sam_gym  # noqa: F401
+from agents.policies.base import Mixer, resolve_precision
 from agents.policies.implicit import ClickFeatures, ImplicitPolicy
 from agents.ppo.callbacks import PinRolloutsCallback
 from agents.ppo.vec_env import VectorEnvAdaptor
@@ -55,6 +56,27 @@ def make_model(
         seed=0,
         device="cpu",
     )
+
+
+def test_mixing_is_a_convolution_of_channels_side_by_side() -> None:
+    torch.manual_seed(0)
+    mixer = Mixer(5, 2, 4).to(memory_format=torch.channels_last)
+    image, mask, planes = torch.randn(3, 5, 6, 6), torch.rand(3, 1, 6, 6), torch.rand(3, 2, 6, 6)
+    first, second, third = (layer for layer in mixer.children() if hasattr(layer, "weight"))
+
+    def plain() -> torch.Tensor:
+        x = first(torch.cat([image, image * mask, planes], dim=1)).relu()
+        return third(second(x.relu()).relu()).relu()
+
+    def gradients(output: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(output.square().sum(), list(mixer.parameters())))
+
+    ours = mixer(image, mask, planes)
+    torch.testing.assert_close(ours, plain())
+    for got, expected in zip(gradients(ours), gradients(plain()), strict=True):
+        torch.testing.assert_close(got, expected)
+    again = mixer(image.contiguous(memory_format=torch.channels_last), mask, planes)
+    torch.testing.assert_close(again, ours)
 
 
 def test_both_observation_forms_give_the_same_features(tiny_env: dict[str, Any]) -> None:
@@ -226,6 +248,18 @@ def test_mixed_precision_is_close_and_keeps_weights_in_float32(tiny_env: dict[st
     assert any(
         not torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True)
     )
+
+
+def test_automatic_precision_depends_on_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for fast, expected in ((True, "bf16-mixed"), (False, "32-true")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
+        assert resolve_precision("auto", cpu) == expected
+        assert resolve_precision("auto", cuda) == "32-true"
+        assert resolve_precision("bf16-mixed", cuda) == "bf16-mixed"
+        assert resolve_precision("32-true", cpu) == "32-true"
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert resolve_precision("auto", cpu) == "32-true"
 
 
 def test_misspelt_options_of_the_policy(tiny_env: dict[str, Any]) -> None:
