@@ -50,7 +50,63 @@ def fold_norms(trunk: Any) -> Any:
             own: Any = getattr(block, norm)
             setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), own))
             setattr(block, norm, own.act)
+    for stage in trunk.blocks:
+        for block in stage:
+            if getattr(block, "conv_pw", None) is not None and max(block.conv_dw.stride) > 1:
+                _pad_early(block)
     return trunk
+
+
+def _pad_early(block: Any) -> None:
+    """Let a strided block pad its input instead of the expanded one, six times as large.
+
+    Like TensorFlow, timm pads more at the right and bottom, which costs as much as a convolution.
+    """
+    expand, depthwise = block.conv_pw, block.conv_dw
+    total = depthwise.kernel_size[0] - depthwise.stride[0]
+    before, after = total // 2, total - total // 2
+    block.conv_pw = _PaddedConv((before, after), expand.in_channels, expand.out_channels, 1)
+    block.bn1 = _ZeroBorder(block.bn1, before, after)
+    block.conv_dw = nn.Conv2d(
+        *(depthwise.in_channels, depthwise.out_channels, depthwise.kernel_size, depthwise.stride),
+        groups=depthwise.groups,
+    )
+    for new, old in ((block.conv_pw, expand), (block.conv_dw, depthwise)):
+        new.weight, new.bias = old.weight, old.bias
+
+
+class _PaddedConv(nn.Conv2d):
+    """A convolution of its input with zeros around it: (before, after) rows and columns."""
+
+    def __init__(self, border: tuple[int, int], *args: Any) -> None:
+        super().__init__(*args)
+        self.border = border
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, 2 * self.border))
+
+
+class _ZeroBorder(nn.Module):
+    """An activation, then zeros in the first and last rows and columns.
+
+    Args:
+        act: the activation.
+        before, after: number of rows and columns at the top and left, and at the bottom and right.
+    """
+
+    def __init__(self, act: nn.Module, before: int, after: int) -> None:
+        super().__init__()
+        self.act, self.before, self.after = act, before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, before, after = self.act(x), self.before, self.after
+        if torch.is_grad_enabled():
+            inner = x[..., before:-after, before:-after]
+            return F.pad(inner, (before, after, before, after))
+        for axis in (2, 3):
+            x.narrow(axis, 0, before).zero_()
+            x.narrow(axis, x.shape[axis] - after, after).zero_()
+        return x
 
 
 class _ConvBlock(nn.Sequential):
