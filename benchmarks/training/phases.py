@@ -145,7 +145,7 @@ def main(out: Path, options: list[str]) -> None:
     for (stage, phase), own in watch.seconds.items():
         seconds.setdefault(stage, {})[phase] = own
     content = {
-        "checkout": str(Path(train_ppo.__file__).resolve().parents[1]),
+        "checkout": str(Path(str(train_ppo.__file__)).resolve().parents[1]),
         "seconds": seconds,
         "total": sum(watch.seconds.values()),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
