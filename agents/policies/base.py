@@ -112,7 +112,9 @@ class Mixer(nn.Sequential):
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
         super().__init__(*layers)
 
-    def forward(self, image: Tensor, mask: Tensor, planes: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, image: Tensor, mask: Tensor, planes: Tensor
+    ) -> Tensor:
         """Mix the image (B, C, h, w), the same times a mask (B, 1, h, w), and planes (B, N, h, w).
 
         Nothing of the size of the image is copied to put its channels side by side.

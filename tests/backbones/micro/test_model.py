@@ -1,10 +1,13 @@
 """The image encoder of `micro`, at its smallest size."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from sam_gym.backbones.micro import model
 from sam_gym.backbones.micro.model import FINE, PIECE, MicroEncoder
 
 
@@ -26,6 +29,31 @@ def test_pieces_of_a_batch_change_nothing(encoder: MicroEncoder, count: int) -> 
     # With gradients, the trunk takes the batch as a whole.
     torch.testing.assert_close(found, encoder.forward_with_early(pixels(count)))
     assert found[0].shape == (count, 128, 4, 4) and found[1].shape == (count, FINE, 4, 4)
+
+
+@pytest.mark.parametrize("size", [96, 192])
+def test_blocks_pad_as_those_of_timm(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trunk = model.build_trunk().eval()
+        for module in trunk.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean, 0.0, 0.2)
+                nn.init.normal_(module.bias, 0.0, 0.5)
+        x = torch.randn(2, 3, size, size)
+    ours = model.fold_norms(copy.deepcopy(trunk))
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_pad_early", lambda block: None)
+        theirs = model.fold_norms(copy.deepcopy(trunk))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    with torch.no_grad():
+        for own, other, plain in zip(ours(x), theirs(x), trunk(x), strict=True):
+            torch.testing.assert_close(own, other)
+            torch.testing.assert_close(own, plain, rtol=1e-3, atol=1e-3)
+    for folded in (ours, theirs):
+        sum(own.square().mean() for own in folded(x)).backward()
+    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-3)
 
 
 def test_it_compiles_as_one_graph(encoder: MicroEncoder) -> None:
