@@ -151,6 +151,8 @@ def check_same_config(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     before |= {n: v for n, v in ADDED_OPTIONS.items() if n in after and n not in before}
     if (before.get(_BACKBONE), after.get(_BACKBONE)) == ("micro", renamed_backbone(FIRST_MICRO)):
         before[_BACKBONE] = after[_BACKBONE]  # `restore` compares the weights
+    if after.get("precision") == "auto":
+        before["precision"] = "auto"  # a run goes on in the precision that it began with
     changed = [
         f"{name} ({before.get(name)!r} then, {after.get(name)!r} now)"
         for name in sorted(before.keys() | after.keys())

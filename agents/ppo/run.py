@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -70,6 +70,9 @@ def train(config: TrainPPOConfig) -> dict[str, Any]:
     if config.resume and (results := _complete_results(config)) is not None:
         return results
     state = _state_to_resume(config)
+    if state is not None and config.precision == "auto":
+        begun = state["settings"].get("precision", "32-true")
+        plan = replace(plan, config=replace(config, precision=begun))
     make_folder(config.folder)
     ranks = ProcessGroup.join(plan.training.device)
     with mlflow_run(config, state, ranks) as mlflow:

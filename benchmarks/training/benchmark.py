@@ -48,7 +48,7 @@ class TrainingBenchmarkConfig(OutputOptions):
     """Folder of another checkout of this project, for example of an older commit (git worktree add
     PATH COMMIT)."""
     env: str = "SamSeg-v0"
-    """Environment id."""
+    """Environment id: SamSeg-v0, SamContinual-v0, ..."""
     policy: str | None = None
     """Policy name (None: the default of each checkout, as of all options below)."""
     backbone: Annotated[str | None, tyro.conf.arg(help=backbone_help("SAM to prompt"))] = None

@@ -53,7 +53,8 @@ def test_baselines_of_a_learning_curve_play_the_episodes_of_the_agent(
     (squares / "splits.json").write_text(json.dumps(lists))
     plan = Plan.of(TrainPPOConfig(env_config=own, eval_episodes=2))
     found = baselines_on_validation(plan)
-    assert set(found) == set(plan.task.baselines.names())
+    # One that decodes many times per step is left out.
+    assert set(found) == set(plan.task.baselines.names()) - {"confident"}
     again = evaluate(
         plan.task.baselines.get("oracle")(0), plan.validation, episodes=2, seed=VALIDATION_SEED
     )

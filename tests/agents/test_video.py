@@ -195,7 +195,7 @@ def test_the_command_knows_the_environment() -> None:
     config = read_config(["--env", ENV, "--frames", "12"])
     assert config.policy == "video" and config.env_config.frames == 12  # type: ignore[attr-defined]
     task = task_of(ENV)
-    assert task.training_config(config).dataset_kwargs == {"length": 2048}  # type: ignore[attr-defined]
+    assert task.training_config(config).dataset_kwargs == {"length": 1024}  # type: ignore[attr-defined]
     assert task.held_out_config(config).split == "test"
     named = read_config(["--config", "video_memory"])
     assert (named.env, named.policy, named.train_images) == (ENV, "video", 64)
