@@ -137,6 +137,9 @@ def _train(config: TrainingBenchmarkConfig, checkout: Path, seed: int) -> dict[s
         for name, value in options.items():
             command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
+        *_, last = done.stderr.splitlines() or [""]
+        if done.returncode == 2 and last.startswith(phases.WRONG):
+            raise ValueError(f"{checkout}: {last.removeprefix(phases.WRONG)}")
         if done.returncode:
             raise RuntimeError(f"Training in {checkout} failed:\n{done.stderr[-4000:]}")
         content: dict[str, Any] = json.loads(written.read_text())

@@ -65,6 +65,8 @@ PHASES = {
     ),
     "update": ("stable_baselines3:PPO.train",),
 }
+#: What the last line begins with after a wrong input.
+WRONG = "error: "
 #: Name of the stage and of the phase outside of all functions.
 REST = "other"
 
@@ -156,4 +158,8 @@ def main(out: Path, options: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    try:
+        main(Path(sys.argv[1]), sys.argv[2:])
+    except (ValueError, OSError, ImportError) as wrong:
+        print(f"{WRONG}{wrong}", file=sys.stderr)
+        sys.exit(2)

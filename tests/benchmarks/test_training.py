@@ -38,6 +38,11 @@ def test_another_folder_is_no_checkout(tmp_path: Path) -> None:
         main(["training", "--against", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
+def test_a_wrong_option_ends_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Unknown policy 'implict'\. Did you mean 'implicit'\?"):
+        main(["training", "--policy", "implict", "--out", str(tmp_path)])
+
+
 def test_time_belongs_to_the_innermost_function(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
