@@ -33,7 +33,7 @@ _IMAGE_AXES = {"handle": 1, "sam_image_embeddings": 3}
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return the precision that "auto" stands for: "bf16-mixed" where it halves the time of a CPU.
+    """Return what "auto" stands for: "bf16-mixed" on a CPU with matrix units for bfloat16.
 
     Args:
         precision: "auto", or the precision to return.

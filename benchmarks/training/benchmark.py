@@ -194,8 +194,8 @@ def _write(summary: dict[str, Any], out: Path) -> None:
     files = report.write_results(out, summary, "phases.csv", rows)
     columns = {"stage": "{stage}", "phase": "{phase}"}
     for side in sides:
-        columns |= {f"{side}, s": f"{{{side}_seconds:.1f}}", "share": f"{{{side}_share:.1%}}"}
-        columns[f"share, {side}"] = columns.pop("share")
+        columns[f"{side}, s"] = f"{{{side}_seconds:.1f}}"
+        columns[f"share, {side}"] = f"{{{side}_share:.1%}}"
     names, cells = report.formatted(rows, columns)
     totals = [f"{own['total']:.1f}" for own in sides.values()]
     cells.append(["all", "", *(cell for total in totals for cell in (total, ""))])
