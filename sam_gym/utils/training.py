@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -156,6 +157,25 @@ class SmallTrainer:
                 part.data.copy_(state[name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def warm_up_and_decay(step: int, steps: int, warmup: int, decay: float) -> float:
+    """Return the fraction of the peak learning rate: linear warm-up, constant, linear decay.
+
+    Args:
+        step: number of steps taken.
+        steps: of the training.
+        warmup: steps of warm-up.
+        decay: final fraction of the steps over which the learning rate falls to zero.
+    """
+    warm = min(1.0, (step + 1) / max(1, warmup))
+    return warm * min(1.0, (steps - step) / max(1.0, decay * steps))
+
+
+def single_thread(_: int) -> None:
+    """Let a data worker compute on one thread."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
 
 
 def save_state(state: Mapping[str, Any], path: Path) -> None:

@@ -65,6 +65,13 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(direction, alpha=-size * group["lr"])
 
 
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon optimizes a parameter: it maps features to features."""
+    if parameter.ndim < 2 or "embed" in name or "dwconv" in name:
+        return False
+    return min(parameter.flatten(1).shape) >= 8
+
+
 def muon_and_adamw(
     matrices: Sequence[Tensor], rest: Sequence[Tensor], config: Any, weight_decay: float
 ) -> tuple[torch.optim.Optimizer, ...]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+from sam_gym.data import make_dataset
 from sam_gym.data.base import Dataset, Sample
+from sam_gym.data.options import ReadingOptions
 from sam_gym.data.synthetic.materials import patterned
+from sam_gym.utils.settings import Fraction, Positive
 
 #: Side of a training image.
 SIZE = 384
@@ -207,3 +212,45 @@ def degraded(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
         coded = cv2.imencode(".jpg", image, quality)[1]
         image = np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR))
     return image
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoOptions(ReadingOptions):
+    """Which photographs a training mixes in."""
+
+    photos: tuple[str, ...] = ()
+    """Folders of annotated photographs to mix in, train split: COCO-style (instances_train.json),
+    or images/ with instances/ (PNG files of instance numbers). Without any: generated images
+    only."""
+    photo_weights: tuple[Positive, ...] = ()
+    """How often each folder is drawn (empty: by the square root of its number of images)."""
+    photo_fraction: Fraction = 0.5
+    """Fraction of training data from photographs, if there are any."""
+
+    def photo_mixer(self) -> PhotoMixer | None:
+        """Open the folders; None if there are none.
+
+        Raises:
+            ValueError: there are not as many weights as folders, or an annotation is wrong.
+            FileNotFoundError: a folder does not exist.
+        """
+        if self.photo_weights and len(self.photo_weights) != len(self.photos):
+            raise ValueError(
+                f"photo_weights has {len(self.photo_weights)} entries for {len(self.photos)} "
+                "folders of photos: pass one each."
+            )
+        if not self.photos:
+            return None
+        return PhotoMixer([self._open(root) for root in self.photos], self.photo_weights or None)
+
+    def _open(self, root: str) -> Dataset:
+        folder = Path(root)
+        instances = (folder / "instances").is_dir()
+        annotated = instances or any(folder.glob("instances_*.json"))
+        if folder.is_dir() and not annotated and "annotations" not in self.dataset_kwargs:
+            raise FileNotFoundError(
+                f"{root}: no folder of photos. It needs instances_train.json (COCO-style), or "
+                "images/ with instances/ (PNG files of instance numbers)."
+            )
+        name, own = ("folder", {"target": "instances"}) if instances else ("coco", {})
+        return make_dataset(name, "train", root=root, **own, **self.options_of(name))

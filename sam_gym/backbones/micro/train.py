@@ -30,26 +30,29 @@ from sam_gym.backbones.loading import load_backbone, load_weights, resolve_devic
 from sam_gym.backbones.micro.data import LABEL_STRIDE, NO_LABEL, MicroStream, TrainItem
 from sam_gym.backbones.micro.imagenet import load_imagenet, weights_file
 from sam_gym.backbones.micro.model import STRIDE, build_micro
-from sam_gym.backbones.micro.muon import muon_and_adamw
-from sam_gym.backbones.micro.photos import PhotoMixer
+from sam_gym.backbones.micro.muon import is_hidden_matrix, muon_and_adamw
+from sam_gym.backbones.micro.photos import PhotoMixer, PhotoOptions
 from sam_gym.backbones.micro.prompts import PromptBatch
 from sam_gym.backbones.service import Backbone
-from sam_gym.data import make_dataset
-from sam_gym.data.base import Dataset
-from sam_gym.data.options import ReadingOptions
 from sam_gym.data.synthetic.scenes import Scenes
 from sam_gym.metrics.masks import batch_iou
 from sam_gym.simulation.interactive import Target, click_out
 from sam_gym.utils.files import make_folder, write_json
 from sam_gym.utils.settings import Count, Fraction, Natural, NotNegative, Positive, check_settings
-from sam_gym.utils.training import SmallTrainer, SmallTrainerConfig, save_half
+from sam_gym.utils.training import (
+    SmallTrainer,
+    SmallTrainerConfig,
+    save_half,
+    single_thread,
+    warm_up_and_decay,
+)
 
 #: Cells of the semantic head per cell of the embedding and axis.
 SEMANTIC = STRIDE // LABEL_STRIDE
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainMicroConfig(SmallTrainerConfig, ReadingOptions):
+class TrainMicroConfig(SmallTrainerConfig, PhotoOptions):
     """Train micro, the bundled SAM.
 
     Run the same command again to resume from `--out`. `--steps` may change in between, which moves
@@ -57,13 +60,7 @@ class TrainMicroConfig(SmallTrainerConfig, ReadingOptions):
     """
 
     out: str = "runs/micro"
-    photos: tuple[str, ...] = ()
-    """Folders of photographs to mix in, train split: COCO-style (instances_train.json), or images/
-    with instances/ (PNG files of instance numbers). Without any: scenes only."""
-    photo_weights: tuple[Positive, ...] = ()
-    """How often each folder is drawn (empty: by the square root of its number of images)."""
     photo_fraction: Fraction = 0.65
-    """Fraction of photographs, if there are any; the others are scenes."""
     init: str = "imagenet"
     """Initial weights: random, a file of micro, or imagenet (of the image encoder; the prompt
     encoder and the mask decoder start from micro-v0)."""
@@ -160,13 +157,6 @@ def _load_initial(sam: Sam, init: str) -> None:
     load_weights(sam, "micro", path)
 
 
-def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon optimizes a parameter: it maps features to features."""
-    if parameter.ndim < 2 or "embed" in name:
-        return False
-    return min(parameter.flatten(1).shape) >= 8
-
-
 class MicroTrainer(SmallTrainer):
     """The model and its moving average."""
 
@@ -198,7 +188,7 @@ class MicroTrainer(SmallTrainer):
         matrices = [
             parameter
             for name, parameter in self.sam.named_parameters()
-            if _is_hidden_matrix(name, parameter) and id(parameter) not in taken
+            if is_hidden_matrix(name, parameter) and id(parameter) not in taken
         ]
         taken |= {id(parameter) for parameter in matrices}
         rest = [parameter for parameter in self.parameters if id(parameter) not in taken]
@@ -207,11 +197,8 @@ class MicroTrainer(SmallTrainer):
         self.parts = {"sam": self.sam, "semantic": self.semantic, "average": self.average}
 
     def schedule(self) -> float:
-        """Fraction of the peak learning rate at this step: warm-up, constant, linear decay."""
         config = self.config
-        warm = min(1.0, (self.step + 1) / max(1, config.warmup))
-        cool = min(1.0, (config.steps - self.step) / max(1.0, config.decay * config.steps))
-        return warm * cool
+        return warm_up_and_decay(self.step, config.steps, config.warmup, config.decay)
 
     def train_step(self, items: Sequence[TrainItem]) -> dict[str, float]:
         """One optimizer step; returns numbers for the log."""
@@ -280,42 +267,10 @@ def item_batches(
         sampler=range(start * config.images, total),  # type: ignore[arg-type]
         num_workers=config.workers,
         collate_fn=list,
-        worker_init_fn=_single_thread,
+        worker_init_fn=single_thread,
         prefetch_factor=4 if config.workers else None,
     )
     return iter(loader)
-
-
-def photo_datasets(config: TrainMicroConfig) -> list[Dataset]:
-    """Open the training split of each folder of photographs.
-
-    Raises:
-        ValueError: there are not as many weights as folders, or an annotation is wrong.
-        FileNotFoundError: a folder does not exist.
-    """
-    if config.photo_weights and len(config.photo_weights) != len(config.photos):
-        raise ValueError(
-            f"photo_weights has {len(config.photo_weights)} entries for {len(config.photos)} "
-            "folders of photos: pass one each."
-        )
-    datasets = []
-    for root in config.photos:
-        folder = Path(root)
-        instances = (folder / "instances").is_dir()
-        annotated = instances or any(folder.glob("instances_*.json"))
-        if folder.is_dir() and not annotated and "annotations" not in config.dataset_kwargs:
-            raise FileNotFoundError(
-                f"{root}: no folder of photos. It needs instances_train.json (COCO-style), or "
-                "images/ with instances/ (PNG files of instance numbers)."
-            )
-        name, own = ("folder", {"target": "instances"}) if instances else ("coco", {})
-        datasets.append(make_dataset(name, "train", root=root, **own, **config.options_of(name)))
-    return datasets
-
-
-def _single_thread(_: int) -> None:
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
 
 
 def evaluate(backbone: Backbone, objects: int, num_clicks: int = 5) -> dict[str, float]:
@@ -343,9 +298,7 @@ def train(config: TrainMicroConfig) -> dict[str, float]:
     check_settings(config)
     device = resolve_device(config.device)
     out = make_folder(config.out)
-    photos = None
-    if config.photos:
-        photos = PhotoMixer(photo_datasets(config), config.photo_weights or None)
+    photos = config.photo_mixer()
     trainer = MicroTrainer(config, device)
     trainer.resume(out)
     headline = "loss {loss:.3f}  IoU {iou_first:.3f} -> {iou_last:.3f}".format_map

@@ -29,9 +29,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.loading import load_backbone, read_base, resolve_device
-from sam_gym.backbones.micro.muon import muon_and_adamw
-from sam_gym.backbones.micro.photos import PhotoMixer
-from sam_gym.backbones.micro.train import photo_datasets
+from sam_gym.backbones.micro.muon import is_hidden_matrix, muon_and_adamw
+from sam_gym.backbones.micro.photos import PhotoMixer, PhotoOptions
 from sam_gym.backbones.service import Backbone
 from sam_gym.backbones.spec import BACKBONES, BASE_DIGEST
 from sam_gym.backbones.video.evaluation import (
@@ -49,7 +48,6 @@ from sam_gym.backbones.video.photo_clips import photo_clip
 from sam_gym.backbones.video.prompting import ErrorClicks, first_prompts
 from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.backbones.video.unroll import ClipTargets, tracking_loss, unroll
-from sam_gym.data.options import ReadingOptions
 from sam_gym.data.synthetic.clips import Clips
 from sam_gym.metrics.video import summarize
 from sam_gym.utils.digest import digest_of
@@ -64,7 +62,13 @@ from sam_gym.utils.settings import (
     check_settings,
     whole,
 )
-from sam_gym.utils.training import SmallTrainer, SmallTrainerConfig, save_half
+from sam_gym.utils.training import (
+    SmallTrainer,
+    SmallTrainerConfig,
+    save_half,
+    single_thread,
+    warm_up_and_decay,
+)
 
 #: Sides of clips, and the number of frames that one is generated with.
 SIZES, GENERATED = (256, 320), 24
@@ -77,7 +81,7 @@ SMALLEST = 0.002
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainVideoConfig(SmallTrainerConfig, ReadingOptions):
+class TrainVideoConfig(SmallTrainerConfig, PhotoOptions):
     """Train micro_video, a memory on the frozen micro.
 
     Run the same command again to resume from `--out`. `--steps` may change in between, which moves
@@ -85,12 +89,6 @@ class TrainVideoConfig(SmallTrainerConfig, ReadingOptions):
     """
 
     out: str = "runs/micro_video"
-    photos: tuple[str, ...] = ()
-    """Folders of annotated photographs to make further clips of, as of the training of micro."""
-    photo_weights: tuple[Positive, ...] = ()
-    """How often each folder is drawn (empty: by the square root of its number of images)."""
-    photo_fraction: Fraction = 0.5
-    """Fraction of clips from photographs, if there are any."""
     steps: Count = 500
     images: Count = 8
     """Clips per step."""
@@ -236,7 +234,7 @@ class ClipPool:
             batch_size=None,
             sampler=range(first, last),  # type: ignore[arg-type]
             num_workers=config.workers,
-            worker_init_fn=_single_thread,
+            worker_init_fn=single_thread,
             prefetch_factor=4 if config.workers else None,
         )
         drawn = enumerate(loader, start=first)
@@ -260,11 +258,6 @@ class ClipPool:
     def _encoded(self, raw: RawClip) -> EncodedClip:
         features = self._backbone.encode(raw.images).floating_to(torch.float16)
         return EncodedClip(features, raw.masks, raw.areas)
-
-
-def _single_thread(_: int) -> None:
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
@@ -351,13 +344,6 @@ class TrainedParts(nn.Module):
         return {name.removeprefix("memory."): own for name, own in self.state_dict().items()}
 
 
-def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon optimizes a parameter: it maps features to features."""
-    if parameter.ndim < 2 or "embed" in name or "dwconv" in name:
-        return False
-    return min(parameter.flatten(1).shape) >= 8
-
-
 class MicroVideoTrainer(SmallTrainer):
     """The memory, the mask decoder, and their moving average."""
 
@@ -380,7 +366,7 @@ class MicroVideoTrainer(SmallTrainer):
         self.parameters = list(named.values())
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in named.items():
-            key = _is_hidden_matrix(name, parameter), name.startswith("mask_decoder.")
+            key = is_hidden_matrix(name, parameter), name.startswith("mask_decoder.")
             groups.setdefault(key, []).append(parameter)
         self.optimizers = muon_and_adamw(
             groups[True, False], groups[False, False], config, config.weight_decay
@@ -391,11 +377,8 @@ class MicroVideoTrainer(SmallTrainer):
         self.parts = {"trained": self.trained, "average": self.average}
 
     def schedule(self) -> float:
-        """Fraction of the peak learning rate at this step: warm-up, constant, linear decay."""
         config = self.config
-        warm = min(1.0, (self.step + 1) / max(1, config.warmup))
-        cool = min(1.0, (config.steps - self.step) / max(1.0, config.decay * config.steps))
-        return warm * cool
+        return warm_up_and_decay(self.step, config.steps, config.warmup, config.decay)
 
     def train_step(self, clips: Sequence[EncodedClip]) -> dict[str, float]:
         """One optimizer step; returns numbers for the log."""
@@ -501,10 +484,7 @@ def train(config: TrainVideoConfig) -> dict[str, float]:
         )
     device = resolve_device(config.device)
     out = make_folder(config.out)
-    photos = None
-    if config.photos:
-        folders = photo_datasets(config)  # type: ignore[arg-type]
-        photos = PhotoMixer(folders, config.photo_weights or None)
+    photos = config.photo_mixer()
     trainer = MicroVideoTrainer(config, device)
     trainer.resume(out)
     micro = load_backbone("micro", device=str(device), dtype="float32")
