@@ -61,7 +61,7 @@ class ConfidentAgent(Baseline):
         labels[:, : used - 1] = core.labels[:, : used - 1]
         points[rows, count], labels[rows, count] = (x, y), int(positive)
         device = core.device
-        first = torch.from_numpy(count == 0).to(device)
+        first = core.is_first_prompt(torch.from_numpy(count + 1).to(device))
         prompts = Prompts(
             points=torch.from_numpy(points).to(device),
             labels=torch.from_numpy(labels).to(device),

@@ -118,6 +118,9 @@ class BackboneService(FeatureSource, Protocol):
     def segment(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Classify the pixels of images: label maps uint8 (H, W), indices of the classes."""
 
+    def frame_logits(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Classify cells of the frame: class logits (B, number of classes, h, w)."""
+
     def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in the input frame of an image of (height, width)."""
 
@@ -463,11 +466,18 @@ class Backbone:
         Yields:
             float32 (number of classes, H, W), on the device.
         """
-        source = self.raw_source(self._segmenter.kind)
         for first in range(0, len(images), _SEGMENTED):
             batch = images[first : first + _SEGMENTED]
-            for logits, image in zip(self.segment_logits(source.encode(batch)), batch, strict=True):
+            for logits, image in zip(self.frame_logits(batch), batch, strict=True):
                 yield self.masks_at(logits, (image.shape[0], image.shape[1]))
+
+    def frame_logits(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Classify cells of the frame with the semantic head; arguments and errors of `segment`.
+
+        Returns:
+            Class logits (B, number of classes, h, w) of the frame, float32.
+        """
+        return self.segment_logits(self.raw_source(self._segmenter.kind).encode(images))
 
     @torch.no_grad()
     def segment_logits(self, raw: ImageFeatures) -> Tensor:

@@ -24,6 +24,7 @@ from sam_gym.envs.base_core import (
     in_cells,
 )
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
+from sam_gym.envs.proposals import Proposals
 from sam_gym.envs.rewards import REWARDS, Transition
 from sam_gym.metrics import masks as metrics
 from sam_gym.utils.settings import NotNegative, real, whole
@@ -53,12 +54,20 @@ class ClickConfig(EnvConfig):
     """Keep the previous mask when a click yields one of lower predicted IoU."""
     click_cost: NotNegative = 0.0
     """Cost of every click and undo, subtracted from the reward."""
+    initial_mask: Literal["empty", "semantic"] = "empty"
+    """Mask at the start of an episode: empty, or that of the category by the semantic head of the
+    adapter, which clicks then correct."""
     score: Literal["low", "full"] = "low"
     """Compute the IoU on SAM's low-res mask, or at the size of the image (slower)."""
 
     def validate(self) -> None:
         super().validate()
         REWARDS.get(self.reward)
+        if self.initial_mask == "semantic" and self.target == "instance":
+            raise ValueError(
+                "initial_mask='semantic' is the mask of a category, but target='instance': take "
+                "target='category'."
+            )
 
     @property
     def max_episode_steps(self) -> int:
@@ -134,7 +143,7 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
         self.labels = np.full((num_envs, steps), NO_POINT, np.int64)
         self.ious = np.zeros((num_envs, steps + 1))
         self.predicted_ious = np.zeros((num_envs, steps + 1), np.float32)
-        # Entry 0 of a history is the empty mask before the first click.
+        # Entry 0 of a history is the mask before the first click.
         self.logits = torch.full((num_envs, steps + 1, *mask_shape), -20.0, device=self.device)
         self._low_target = torch.zeros(
             (num_envs, *mask_shape), dtype=torch.bool, device=self.device
@@ -143,6 +152,15 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
         self._nothing = to_host(self._shown(self.logits[:1, 0]))[0]
         #: The current mask as observations show it.
         self.shown = np.repeat(self._nothing, num_envs, axis=0)
+
+    def _open_services(self) -> None:
+        super()._open_services()
+        self._proposals: Proposals | None = None
+        if self.config.initial_mask == "semantic":
+            self._proposals = Proposals(self.backbone, self.dataset.categories)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: own for key, own in super().__getstate__().items() if key != "_proposals"}
 
     def _make_observation_space(self) -> spaces.Dict:
         config, backbone = self.config, self.backbone
@@ -188,6 +206,30 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
         self.num_clicks[indices] = 0
         self.labels[indices] = NO_POINT
         self.shown[indices] = self._nothing
+        if self._proposals is not None:
+            targets = [draw.target for draw in draws]
+            logits = self._proposals.logits(
+                [target.image for target in targets],
+                [target.digest for target in targets],
+                [target.category for target in targets],
+            )
+            self.logits[index, 0] = logits
+            self.ious[indices, 0], self.shown[indices] = to_host(
+                self._low_iou(index, logits), self._shown(logits)
+            )
+            if self.config.score == "full":
+                self.ious[indices, 0] = self._full_iou(np.asarray(indices), logits)
+
+    def is_first_prompt(self, counts: torch.Tensor) -> torch.Tensor:
+        """Whether clicks are decoded without the mask before them, which is empty.
+
+        Args:
+            counts: number of clicks, int (S,).
+
+        Returns:
+            bool (S,).
+        """
+        return (counts == 1) & (self._proposals is None)
 
     def get_state(self) -> list[dict[str, Any]]:
         (logits,) = to_host(self.logits[:, 1 : int(self.num_clicks.max()) + 1])
@@ -344,7 +386,7 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
                 self.labels[indices, :used],
             )
         )
-        first = counts == 1
+        first = self.is_first_prompt(counts)
         previous = self.logits[index, counts - 1]
         prompts = Prompts(points=points, labels=labels, masks=previous, has_mask=~first)
         features = self.store.gather(handles, check=False)
@@ -512,7 +554,8 @@ class SamSegEnv(BaseEnv):
 
     ## Starting State
 
-    No clicks and an empty mask. The environment's random generator draws the image and the target
+    No clicks and an empty mask, or with `initial_mask="semantic"` that of the category by the
+    adapter's semantic head. The environment's random generator draws the image and the target
     from the dataset. `reset(options={"index": i})` takes image `i` instead.
 
     ## Episode End
