@@ -16,6 +16,7 @@ from adaptation.options import TrainConfig
 from adaptation.strategies.semantic import Semantic
 from benchmarks.options import BackboneOptions, provenance, subset
 from benchmarks.report import output_folder
+from benchmarks.semantic.agent import with_agent
 from benchmarks.semantic.heads import (
     HeadName,
     HeadResult,
@@ -85,6 +86,9 @@ class SemanticBenchmarkConfig(DatasetOptions, BackboneOptions):
     vote: bool = False
     """Also measure every head with its probabilities voted within the masks of everything mode,
     which takes as long as `annotate --everything`."""
+    agent: str | None = None
+    """Path of a policy.zip of train_ppo --initial-mask semantic: a third phase, in which it
+    corrects the label maps of the head that it was trained on (None: no such phase)."""
     epochs: Count = 5
     """Epochs of a head's training."""
     augmentations: Count = 4
@@ -113,6 +117,10 @@ def run(config: SemanticBenchmarkConfig) -> dict[str, Any]:
     check_settings(config)
     if config.speed_images:
         check_comparable(config.backbone)
+    if config.agent is not None and not config.adapters:
+        raise ValueError(
+            "--agent corrects the head that it was trained on: pass that adapter as --adapters."
+        )
     pictures = ("pictures/*.png", "labels*/*.png", "confusion_*.csv")
     out = output_folder(config.out, config.overwrite, pictures=pictures)
     spec = DATASETS.get(config.dataset)
@@ -131,9 +139,10 @@ def run(config: SemanticBenchmarkConfig) -> dict[str, Any]:
     ]
     if not (config.zero_shot or config.adapters):
         loaded = [_train(config, name, split, backbone, dataset, out) for name in config.heads]
-    heads = [head for head, _ in loaded]
-    if config.vote:
-        heads += [with_votes(*own) for own in loaded]
+    variants = [(head, with_votes(head, own)) for head, own in loaded] if config.vote else []
+    if config.agent is not None:
+        variants.append(with_agent(loaded, config.agent, config.device))
+    heads = [head for head, _ in loaded] + [variant for _, variant in variants]
     zero_shot = ZeroShot(
         dataset,
         backbone,
@@ -164,7 +173,7 @@ def run(config: SemanticBenchmarkConfig) -> dict[str, Any]:
     measured = []
     for head in heads:
         scores = SemanticMetric(zero_shot.classes, groups, config.boundary)
-        result = HeadResult(head, scores, keep=config.vote)
+        result = HeadResult(head, scores, keep=bool(variants))
         started = time.perf_counter()
         with ProgressBar() as progress:
             task = progress.add_task(f"segmenting, {head.name}", total=len(indices))
@@ -175,6 +184,7 @@ def run(config: SemanticBenchmarkConfig) -> dict[str, Any]:
                 progress.advance(task)
         result.seconds_per_image = (time.perf_counter() - started) / len(indices)
         measured.append(result)
+    by_name = {own.head.name: own for own in measured}
 
     scored = [prompt for result in results for prompt in result.prompts]
     classes = class_rows(scored, metric, overlaps)
@@ -204,8 +214,8 @@ def run(config: SemanticBenchmarkConfig) -> dict[str, Any]:
             for own in measured
         },
         "gains": {
-            one.head.name: gain(voted, one, config.seed)
-            for one, voted in zip(measured, measured[len(loaded) :], strict=False)
+            variant.name: gain(by_name[variant.name], by_name[head.name], config.seed)
+            for head, variant in variants
         },
         "classes": classes,
         "speed": _speed(config, zero_shot, indices),

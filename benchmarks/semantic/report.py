@@ -126,17 +126,16 @@ def write_report(
         page.text(
             "Heads classify every pixel by features of the frozen SAM, without prompts; they were "
             "trained on the training split. Zero-shot knows the classes of an image and a point of "
-            "each. Training: with encoding and one evaluation."
+            "each. _masks: with a head's probabilities voted within the masks of everything mode. "
+            "_agent: corrected by the clicks of an agent. Training: with encoding and one "
+            "evaluation."
         )
     for name, gains in summary["gains"].items():
         shown = "; ".join(
             f"{_PHASES[key]} {value:+.3f} ({low:+.3f} to {high:+.3f})"
             for key, (value, low, high) in gains.items()
         )
-        page.text(
-            f"Gain of the {name} head by voting within the masks of everything mode, with 95% "
-            f"intervals over images: {shown}."
-        )
+        page.text(f"Gain of {name} over the head alone, with 95% intervals over images: {shown}.")
     page.heading("Classes")
     columns = {key: title for key, title in _COLUMNS.items() if key in classes[0]}
     columns |= {f"{own.head.name}_iou": f"IoU, {own.head.name} head" for own in heads}

@@ -245,9 +245,9 @@ def test_votes_within_masks(street: Path, micro_checkpoint: str, tmp_path: Path)
     results = main(arguments(street, micro_checkpoint, out, *options))
     assert list(results["heads"]) == ["seed", "seed_masks"]
     one, voted = (results["heads"][name] for name in ("seed", "seed_masks"))
-    for key, (value, low, high) in results["gains"]["seed"].items():
+    for key, (value, low, high) in results["gains"]["seed_masks"].items():
         assert value == pytest.approx(voted[key] - one[key]) and low <= high
-    assert "by voting within the masks" in (out / "report.html").read_text()
+    assert "Gain of seed_masks over the head alone" in (out / "report.html").read_text()
 
 
 def test_gains_of_the_same_scores_are_zero() -> None:
