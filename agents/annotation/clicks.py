@@ -110,7 +110,7 @@ class ClickAnnotator:
             grid=policy.grid,
             max_steps=max_steps or policy.features["max_steps"],
             keep_best=keep_best,
-            initial_mask=policy.features.get("initial_mask", "empty"),
+            initial_mask=policy.initial_mask,
             stop="stop" in policy.others,
             undo="undo" in policy.others,
         )

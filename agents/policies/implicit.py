@@ -154,6 +154,7 @@ class ImplicitPolicy(SamPolicy):
         *args: as SB3 passes them.
         grid: clicks fall on grid x grid cells.
         others: actions other than clicks, in order: "stop", "undo".
+        initial_mask: the masks that episodes begin with, see `ClickConfig`.
         recalibrate: choose among places only; a module trained on targets (see
             `agents.policies.recalibration`) labels the click positive or negative.
         **kwargs: as `SamPolicy` takes them; `features` has the arguments of `ClickFeatures`.
@@ -162,19 +163,21 @@ class ImplicitPolicy(SamPolicy):
     extractor_class: type[StoredFeatures] = ClickFeatures
     #: Updates of a recalibration per environment step, unless the user says otherwise.
     recalibration_updates = 1
-    arguments = (*SamPolicy.arguments, "grid", "others", "recalibrate")
+    arguments = (*SamPolicy.arguments, "grid", "others", "initial_mask", "recalibrate")
 
     def __init__(
         self,
         *args: Any,
         grid: int,
         others: Sequence[str] = (),
+        initial_mask: str = "empty",
         recalibrate: bool = False,
         **kwargs: Any,
     ) -> None:
         # Policies of earlier versions name their action head.
         check_head(kwargs.pop("head", SPATIAL), type(self).__name__)
         self.grid, self.others, self.recalibrate = grid, list(others), recalibrate
+        self.initial_mask = initial_mask
         self.recalibration: Recalibration | None = None
         super().__init__(*args, **kwargs)
 
@@ -193,7 +196,11 @@ class ImplicitPolicy(SamPolicy):
 
     def action_config(self, num_actions: int) -> dict[str, Any]:
         extractor = cast(ClickFeatures, self.features_extractor)
-        own = {"grid": self.grid, "target": "instance" if extractor.has_cue else "category"}
+        own = {
+            "grid": self.grid,
+            "target": "instance" if extractor.has_cue else "category",
+            "initial_mask": self.initial_mask,
+        }
         # A policy made by hand may have unnamed other actions.
         if self.others or cast(Any, self.action_space).n != num_actions:
             own |= {name: name in self.others for name in ("stop", "undo")}

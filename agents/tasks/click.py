@@ -55,7 +55,6 @@ class ClickTask(Task):
             "backbone": backbone_arguments(env_config),
             "categories": list(core.dataset.categories),
             "max_steps": own.max_steps,
-            "initial_mask": own.initial_mask,
         }
         if issubclass(POLICIES.get(run.policy), ExplicitPolicy):
             clip = {"name": run.clip, "pretrained": run.clip_pretrained}
@@ -67,6 +66,7 @@ class ClickTask(Task):
             "features": features,
             "grid": own.grid,
             "others": ["stop"] * own.stop + ["undo"] * own.undo,
+            "initial_mask": own.initial_mask,
             "recalibrate": run.recalibrate,
         }
 
@@ -120,7 +120,7 @@ class ClickTask(Task):
             "categories": policy.features["categories"],
             "grid": policy.grid,
             "max_steps": policy.features["max_steps"],
-            "initial_mask": policy.features.get("initial_mask", "empty"),
+            "initial_mask": policy.initial_mask,
             "actions": "grid x grid positive clicks row by row, as many negative, then others",
             "others": policy.others,
         }
