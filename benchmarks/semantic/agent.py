@@ -13,6 +13,7 @@ from agents.evaluate import PolicyAgent
 from agents.tasks import task_of_policy
 from benchmarks.semantic.heads import TrainedHead
 from sam_gym.backbones import Backbone
+from sam_gym.utils.digest import digest_of
 
 #: Masks that are corrected side by side.
 _PARALLEL = 16
@@ -43,8 +44,8 @@ def with_agent(
             f"--agent {policy}: it begins with empty masks. Train one with python -m "
             "agents.train_ppo --initial-mask semantic --adapter ADAPTER --stop --undo."
         )
-    identity = agent.policy.features_extractor.backbone.identity
-    matching = [own for own in heads if own[1].identity == identity]
+    weights = digest_of(agent.policy.features_extractor.backbone.model.state_dict())
+    matching = [own for own in heads if digest_of(own[1].model.state_dict()) == weights]
     if not matching:
         own = agent.policy.features["backbone"]["adapter"]
         raise ValueError(

@@ -13,8 +13,10 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from segment_anything import SamPredictor
 
+from agents import train_ppo
 from benchmarks.run import main
 from benchmarks.semantic import benchmark
+from benchmarks.semantic.agent import corrected_labels
 from benchmarks.semantic.heads import HeadResult, TrainedHead, gain
 from benchmarks.semantic.points import POINTS, PointName
 from benchmarks.semantic.zero_shot import ZeroShot, find_prompts
@@ -248,6 +250,60 @@ def test_votes_within_masks(street: Path, micro_checkpoint: str, tmp_path: Path)
     for key, (value, low, high) in results["gains"]["seed_masks"].items():
         assert value == pytest.approx(voted[key] - one[key]) and low <= high
     assert "Gain of seed_masks over the head alone" in (out / "report.html").read_text()
+
+
+def test_an_agent_corrects_a_head(street: Path, tiny_env: dict[str, Any], tmp_path: Path) -> None:
+    tiny = (street, tiny_env["checkpoint"])
+    model = ["--checkpoint", tiny_env["checkpoint"], "--backbone", "tiny"]
+    heads = ["--heads", "seed", "--epochs", "1", "--augmentations", "1", "--no-boundary", *model]
+    main(arguments(*tiny, tmp_path / "a", *heads, "--pictures", "0"))
+    adapter = str(tmp_path / "a/heads/seed/semantic-head-0/adapter.safetensors")
+    own = ["--dataset", "camvid", "--data", str(street), *model]
+    own += ["--adapter", adapter, "--device", "cpu", "--total-timesteps", "16", "--n-steps", "4"]
+    own += ["--num-envs", "4", "--max-steps", "2", "--final-episodes", "2"]
+    own += ["--initial-mask", "semantic", "--out", str(tmp_path / "b")]
+    train_ppo.main(own)
+    agent = ["--agent", str(tmp_path / "b/policy.zip")]
+    out = tmp_path / "out"
+    results = main(arguments(*tiny, out, *model, *agent, "--adapters", adapter, "--save-labels"))
+    head, corrected = results["heads"].values()
+    assert list(results["heads"]) == ["semantic-head-0", "semantic-head-0_agent"]
+    value, low, high = results["gains"]["semantic-head-0_agent"]["mean_iou"]
+    assert value == pytest.approx(corrected["mean_iou"] - head["mean_iou"]) and low <= high
+    before, after = (
+        np.array(Image.open(out / f"labels_semantic-head-0{suffix}/0.png"))
+        for suffix in ("", "_agent")
+    )
+    assert (before != after).any()
+    other = ["--agent", "implicit", "--adapters", adapter]
+    with pytest.raises(ValueError, match="it begins with empty masks"):
+        main(arguments(*tiny, tmp_path / "c", *model, *other))
+    with pytest.raises(ValueError, match="pass that adapter as --adapters"):
+        main(arguments(*tiny, tmp_path / "d", *model, *agent))
+
+
+def test_corrected_labels_pixel_by_pixel() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        logits = rng.normal(size=(4, 6, 7))
+        chosen = rng.choice(4, rng.integers(0, 5), replace=False).tolist()
+        masks = {number: rng.random((6, 7)) < rng.uniform(0.1, 0.9) for number in chosen}
+        before = logits.argmax(axis=0)
+        layers = [masks.get(number, before == number) for number in range(4)]
+        sizes = [int(own.sum()) for own in layers]
+        if len({*sizes}) < 4:
+            continue
+        found = corrected_labels(logits, masks)
+        for y, x in np.ndindex(6, 7):
+            over = [number for number in range(4) if layers[number][y, x]]
+            left = [number for number in range(4) if number not in masks]
+            if over:
+                expected = min(over, key=lambda number: sizes[number])
+            elif left:
+                expected = max(left, key=lambda number: logits[number, y, x])
+            else:
+                expected = before[y, x]
+            assert found[y, x] == expected
 
 
 def test_gains_of_the_same_scores_are_zero() -> None:

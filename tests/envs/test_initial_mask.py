@@ -23,8 +23,12 @@ LOW = 16  # side of the tiny SAM's masks
 def head_of(tiny: Backbone, classes: list[str], path: Path) -> str:
     torch.manual_seed(0)
     head = SEMANTIC_HEADS.get("seed")("embedding", raw_spec(tiny.sam, "embedding"), classes)
-    with torch.no_grad():
-        head.net[-1].weight *= 30  # sure of something everywhere
+    head.eval()
+    scenes = Scenes("train", length=2, size=128)
+    with torch.no_grad():  # sure of something everywhere, and not of the same
+        head.net[-1].weight *= 30
+        raw = tiny.raw_source("embedding").encode([scenes[index].image for index in range(2)])
+        head.net[-1].bias -= head(raw).mean(dim=(0, 2, 3))
     adapter = Adapter(
         *("tiny", tiny.weights_digest, "semantic", "head", ["scenes"]),
         semantic_type="seed",
