@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -189,6 +190,10 @@ class ImplicitPolicy(SamPolicy):
         self._build_mlp_extractor()
         head = SpatialHead(width, self.grid, polarities, num_others)
         self._build_heads(head, num_choices, lr_schedule)
+        if self.initial_mask != "empty" and head.others is not None:
+            # A good mask is soon lost to random clicks: each other action is at first as likely as
+            # all clicks together.
+            nn.init.constant_(head.others.bias, math.log(polarities * self.grid**2))
         # After the optimizer: PPO does not train this module.
         if self.recalibrate:
             features = cast(ClickFeatures, self.make_features_extractor())

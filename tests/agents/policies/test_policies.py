@@ -123,6 +123,21 @@ def test_the_head_reads_logits_off_the_map(tiny_env: dict[str, Any]) -> None:
     assert changed.nonzero().tolist() == [[1, 2]]
 
 
+@pytest.mark.parametrize("others", [["stop"], ["stop", "undo"]])
+def test_masks_to_correct_are_soon_left_alone(tiny_env: dict[str, Any], others: list[str]) -> None:
+    """A new policy stops, undoes or clicks equally often, wherever, if a mask is there already."""
+    env = make_env(tiny_env, grid=4, **dict.fromkeys(others, True))
+    observation = {key: torch.from_numpy(own) for key, own in env.reset(seed=0)[0].items()}
+    names = ("stop", "undo")[: len(others)]
+    policy = make_model(tiny_env, env, {"others": names, "initial_mask": "semantic"}).policy
+    chances = policy.get_distribution(observation).distribution.probs.detach()
+    expected = torch.full((4, len(others)), 1 / (1 + len(others)))
+    torch.testing.assert_close(chances[:, 32:], expected, rtol=0.1, atol=0)
+    plain = make_model(tiny_env, env, {"others": names}).policy
+    chances = plain.get_distribution(observation).distribution.probs
+    assert (chances - 1 / chances.shape[1]).abs().max() < 0.2 / chances.shape[1]
+
+
 def test_training_moves_the_policy_but_not_the_backbone(tiny_env: dict[str, Any]) -> None:
     env = make_env(tiny_env)
     model = make_model(tiny_env, env)
