@@ -21,11 +21,13 @@ from adaptation.options import ModelOptions, PromptName, StreamOptions
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.loading import read_adapter
 from sam_gym.utils import cli
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import output_file, write_json
 from sam_gym.utils.progress import track
 from sam_gym.utils.settings import Count, Seed
 
 
+@documented
 @dataclass
 class EvaluateConfig:
     """Evaluate an adapter."""

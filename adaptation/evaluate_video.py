@@ -23,6 +23,7 @@ from sam_gym.data import VIDEO_DATASETS, VideoDataset, video_dataset_help
 from sam_gym.data.options import ReadingOptions
 from sam_gym.data.splits import check_held_out
 from sam_gym.utils import cli
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_csv, write_json
 from sam_gym.utils.runs import refuse_finished
 from sam_gym.utils.settings import Count, Natural
@@ -31,6 +32,7 @@ from sam_gym.utils.settings import Count, Natural
 _RESAMPLES = 2000
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class HeldOutOptions(ReadingOptions):
     """The videos."""
@@ -57,6 +59,7 @@ class HeldOutOptions(ReadingOptions):
         return spec.make(split, **options), split
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class EvaluateVideoConfig:
     """Evaluate a tracker."""

@@ -12,6 +12,7 @@ from sam_gym.data import DATASETS
 from sam_gym.data.coco import Coco
 from sam_gym.data.options import ReadingOptions
 from sam_gym.data.streams import STREAMS, Domain, Stream, dataset_stream, make_stream
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Count, Positive, Seed, check_settings
 
 #: Prompt of an evaluation; see `adaptation.evaluation.PROMPTS`.
@@ -22,6 +23,7 @@ PromptName = Literal["box", "click", "clicks5"]
 DEFAULT_STEPS = 60
 
 
+@documented
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of the training, the same for every method."""
@@ -73,10 +75,12 @@ def stream_help() -> str:
     datasets = [name for name in DATASETS if name != "domain"]
     return (
         f"Stream of domains: {', '.join(STREAMS.names())}, or a dataset as one domain: "
-        f"{', '.join(datasets)} (None: folders if --data is given, else scenes-domains)."
+        f"{', '.join(datasets)} or module:Class (None: folders if --data is given, else "
+        "scenes-domains)."
     )
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions(ReadingOptions):
     """The domains and their order."""
@@ -118,6 +122,7 @@ class StreamOptions(ReadingOptions):
         return Domain("retention", False, {"val": coco, "test": coco})
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """The SAM and its device."""

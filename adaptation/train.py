@@ -29,6 +29,7 @@ from adaptation.strategy import STRATEGIES
 from adaptation.trainer import Trainer, check_tune
 from sam_gym.backbones.adapters.tuning import tune_help
 from sam_gym.utils import cli
+from sam_gym.utils.fields import documented
 from sam_gym.utils.plots import plot_matrix
 
 
@@ -46,6 +47,7 @@ def method_help() -> str:
     )
 
 
+@documented
 @dataclass
 class AdaptConfig:
     """Adapt a SAM to a stream of domains."""

@@ -27,12 +27,14 @@ from sam_gym.backbones import load_backbone
 from sam_gym.backbones.spec import backbone_help
 from sam_gym.mask_generation.generator import MaskGenerator
 from sam_gym.utils import cli
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Count, check_settings, whole
 
 #: The agent, unless another or a backbone is named.
 DEFAULT_POLICY = "explicit"
 
 
+@documented
 @dataclass(kw_only=True)
 class AppConfig:
     """Annotate images in a browser: click, let an agent click, save COCO JSON.

@@ -27,12 +27,13 @@ from agents.ppo.vec_env import make_vector_env
 from agents.sharing.pull import local_policy
 from agents.sharing.repository import POLICY, PREFIX, RESULTS
 from agents.tasks import check_plays, names_by_environment, task_of
-from sam_gym.data.base import Dataset
+from sam_gym.data import DATASETS, Dataset
 from sam_gym.data.splits import check_held_out
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95
 from sam_gym.utils import cli
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_csv, write_json
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import save_gif, tile
@@ -325,6 +326,7 @@ def policy_help() -> str:
     )
 
 
+@documented
 @dataclass
 class EvaluateConfig:
     """Evaluate a trained policy or a baseline on held-out data."""
@@ -392,6 +394,8 @@ def training_images(policy: str) -> Dataset | None:
         return None
     try:
         run = with_present_names(json.loads(path.read_text())["config"], str(path))
+        if "dataset" in run["env_config"]:
+            DATASETS.get_from_file(run["env_config"]["dataset"])
         return task_of(run["env"]).config_class(**run["env_config"]).open_dataset()
     except (LookupError, TypeError, ValueError, OSError):
         return None

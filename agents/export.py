@@ -18,6 +18,7 @@ from agents.evaluate import PolicyAgent
 from agents.sharing.pull import PolicyOption
 from agents.tasks import task_of_policy
 from sam_gym.utils import cli
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_atomic, write_json
 from sam_gym.utils.runs import refuse_finished
 from sam_gym.utils.settings import Count, check_settings
@@ -28,6 +29,7 @@ FILES = ("policy.onnx", "policy.pt2", "inputs.json")
 TOLERANCE = 1e-4
 
 
+@documented
 @dataclass
 class ExportConfig:
     """Export a policy as ONNX and as a torch.export program, and check that both agree with it.

@@ -22,6 +22,7 @@ from sam_gym.data.io import OnError
 from sam_gym.data.splits import ALL, check_held_out
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.metrics.masks import mean_and_ci95, with_interval
+from sam_gym.utils.fields import documented
 from sam_gym.utils.plots import literal, new_plot, save_figure
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.settings import Seed, check_settings, real, whole
@@ -32,6 +33,7 @@ _REFERENCES = {"random": "#999999", "oracle": "#2e8b57"}
 _TRAINING_ONLY = ("categories", "length")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class AgentsBenchmarkConfig(OutputOptions):
     """Compare trained agents over seeds with random clicks and the standard click rule.

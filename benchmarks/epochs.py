@@ -23,6 +23,7 @@ from sam_gym.backbones import Backbone
 from sam_gym.backbones.adapters.tuning import TUNINGS, tune_help, tuned_weights
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.streams import Domain, Stream, make_stream
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Count, check_settings
 
 #: Column -> format of its cells.
@@ -37,6 +38,7 @@ _COLUMNS = {
 }
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class EpochsBenchmarkConfig(TimedOptions):
     """Time an epoch of training on features from the bank, and one that encodes every step.

@@ -25,6 +25,7 @@ from sam_gym.data import DATASETS
 from sam_gym.data.options import DatasetOptions
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 from sam_gym.simulation.clicks import relative_grid
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import plain
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.settings import Count, Fraction, Natural, check_settings
@@ -37,6 +38,7 @@ _LEAST_FOUND = 0.95
 _SIDES = ("ours", "reference")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class GeneratorBenchmarkConfig(DatasetOptions, TimedOptions):
     """Compare everything mode with segment_anything's SamAutomaticMaskGenerator: time and memory.

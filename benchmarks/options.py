@@ -14,10 +14,12 @@ from adaptation.options import ModelOptions
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.loading import resolve_device, resolve_dtype
 from sam_gym.backbones.spec import BACKBONES
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Seed
 from sam_gym.version import __version__
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """What happens to results that are there already."""
@@ -27,6 +29,7 @@ class OutputOptions:
     error."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions(ModelOptions, OutputOptions):
     """The SAM to measure, and its device."""
@@ -41,6 +44,7 @@ class BackboneOptions(ModelOptions, OutputOptions):
         return load_backbone(**self.arguments, compile=self.compile)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TimedOptions(BackboneOptions):
     """Options of benchmarks that only measure times."""

@@ -15,6 +15,7 @@ from benchmarks import report
 from benchmarks.options import OutputOptions, device_name, provenance
 from sam_gym.data import DATASETS, Sample
 from sam_gym.data.options import DatasetOptions
+from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import track
 from sam_gym.utils.render import draw_heat, save_image, tile
 from sam_gym.utils.settings import Count, Natural, check_settings
@@ -22,6 +23,7 @@ from sam_gym.utils.settings import Count, Natural, check_settings
 _SHOWN = 12
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class PointingBenchmarkConfig(DatasetOptions, OutputOptions):
     """Play the pointing game: does the maximum of a word's map lie on an object of that category?

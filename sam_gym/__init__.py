@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         register_dataset,
         register_video_dataset,
     )
+    from sam_gym.envs.rewards import Transition, register_reward
     from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
     from sam_gym.predictor import Predictions, Predictor
 
@@ -47,6 +48,7 @@ __all__ = [
     "Sample",
     "TrackedFrame",
     "TrackingSession",
+    "Transition",
     "Video",
     "VideoDataset",
     "VideoTracker",
@@ -56,6 +58,7 @@ __all__ = [
     "make_video_dataset",
     "register_backbone",
     "register_dataset",
+    "register_reward",
     "register_video_dataset",
 ]
 
@@ -101,6 +104,7 @@ _LAZY = {
         "register_dataset",
         "register_video_dataset",
     ),
+    "sam_gym.envs.rewards": ("Transition", "register_reward"),
     "sam_gym.mask_generation.generator": ("GeneratorOptions", "MaskGenerator"),
     "sam_gym.predictor": ("Predictions", "Predictor"),
 }

@@ -10,9 +10,11 @@ import numpy as np
 
 from adaptation.features import FeatureBank, Pool
 from adaptation.strategy import STRATEGIES, Strategy
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Count
 
 
+@documented
 @dataclass(frozen=True)
 class BufferOptions:
     """Options of methods that keep images of past domains."""

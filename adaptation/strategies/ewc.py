@@ -14,6 +14,7 @@ from adaptation.objects import ObjectIndices
 from adaptation.steps import make_batch
 from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext
 from sam_gym.backbones.adapters.tuning import bytes_of
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Count, NotNegative
 
 
@@ -27,6 +28,7 @@ class EWC(Strategy):
     quadratic, so two numbers per weight represent it exactly for any number of domains.
     """
 
+    @documented
     @dataclass(frozen=True)
     class Options:
         weight: NotNegative = 1000.0

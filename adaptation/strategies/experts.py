@@ -14,9 +14,11 @@ from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.adapters.routers import RoutedModel, Router
 from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Natural
 
 
+@documented
 @dataclass(frozen=True)
 class RouterOptions:
     """Options of methods that train a router."""

@@ -14,6 +14,7 @@ from adaptation.strategy import STRATEGIES, Batch, Strategy, StrategyContext
 from sam_gym.backbones.adapters.model import embed
 from sam_gym.backbones.adapters.tuning import tuned_weights
 from sam_gym.backbones.decode import decode_tokens
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import NotNegative
 
 
@@ -25,6 +26,7 @@ class LwF(Strategy):
     from before this domain predicts for the same prompt and mask token.
     """
 
+    @documented
     @dataclass(frozen=True)
     class Options:
         weight: NotNegative = 3.0

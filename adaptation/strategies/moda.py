@@ -14,6 +14,7 @@ from adaptation.strategies.experts import Experts, RouterOptions
 from adaptation.strategy import STRATEGIES, StrategyContext, seeded
 from sam_gym.backbones.adapters.routers import TokenRouter, block_inputs, keys_of
 from sam_gym.backbones.adapters.tuning import plain_blocks
+from sam_gym.utils.fields import documented
 
 _LEARNING_RATE, _BATCH = 3e-3, 32
 
@@ -29,6 +30,7 @@ class MoDA(Experts):
     only the classifier on top of them learns.
     """
 
+    @documented
     @dataclass(frozen=True)
     class Options(BufferOptions, RouterOptions):
         """A buffer of images, on which the router is trained."""

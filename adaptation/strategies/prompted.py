@@ -19,12 +19,14 @@ from sam_gym.backbones.adapters.model import ADAPTER_MODULES, Model
 from sam_gym.backbones.adapters.prompt_pools import PromptedModel
 from sam_gym.backbones.adapters.tuning import bytes_of
 from sam_gym.backbones.decode import MaskTokens
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import NotNegative
 
 
 class Prompted(Strategy):
     """Base class of methods whose prompt pool adds tokens to the decoder's."""
 
+    @documented
     @dataclass(frozen=True)
     class Options:
         key_weight: NotNegative = 1.0

@@ -14,6 +14,7 @@ from adaptation.strategies.experts import Experts, RouterOptions
 from adaptation.strategy import STRATEGIES, StrategyContext, seeded
 from sam_gym.backbones.adapters.routers import EmbeddingRouter, pooled_embedding
 from sam_gym.backbones.adapters.tuning import bytes_of
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Count
 
 _LEARNING_RATE = 3e-3
@@ -29,6 +30,7 @@ class SAMCL(Experts):
     so that one pass of the frozen encoder serves router and experts.
     """
 
+    @documented
     @dataclass(frozen=True)
     class Options(RouterOptions):
         buffer_embeddings: Count = 32

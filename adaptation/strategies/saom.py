@@ -21,6 +21,7 @@ from sam_gym.backbones.adapters.class_head import ClassHead
 from sam_gym.backbones.adapters.model import Model, embed
 from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
 from sam_gym.backbones.decode import MaskTokens, Prompts
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Fraction, NotNegative
 from sam_gym.utils.transfer import to_device
 
@@ -38,6 +39,7 @@ class Saom(Strategy):
     predicted IoU is 0.
     """
 
+    @documented
     @dataclass(frozen=True)
     class Options:
         class_weight: NotNegative = 0.5

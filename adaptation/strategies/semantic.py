@@ -25,6 +25,7 @@ from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.base import IGNORED, class_names
 from sam_gym.data.streams import Domain
 from sam_gym.metrics.semantic import class_iou, mean_score
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Count
 from sam_gym.utils.transfer import to_device
 
@@ -50,6 +51,7 @@ class Semantic(Strategy):
     phase 2 of github.com/erik-p04/SAM-Cityscapes-Project.
     """
 
+    @documented
     @dataclass(frozen=True)
     class Options:
         head: Literal["seed", "pyramid"] = "seed"

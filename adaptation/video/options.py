@@ -16,6 +16,7 @@ from sam_gym.data import VIDEO_DATASETS, VideoDataset, video_dataset_help
 from sam_gym.data.options import ReadingOptions
 from sam_gym.utils import cli
 from sam_gym.utils.configs import read_yaml, take_configs, updated
+from sam_gym.utils.fields import documented, text_of
 from sam_gym.utils.files import write_atomic
 from sam_gym.utils.settings import (
     Count,
@@ -38,6 +39,7 @@ Part = Literal[
 ]
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions(ReadingOptions):
     """The videos, and what is taken of them."""
@@ -72,6 +74,7 @@ class VideoOptions(ReadingOptions):
         return VIDEO_DATASETS.get(self.dataset).make(split, **options)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class VideoPromptOptions:
     """How objects are prompted and corrected."""
@@ -88,6 +91,7 @@ class VideoPromptOptions:
     """Fraction of clicks that lie anywhere in the object instead of in an error region."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
     """Weights of the loss."""
@@ -106,6 +110,7 @@ class LossOptions:
     """Compare every so many frames of a clip with their truth, from the first on."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """What is trained, and how."""
@@ -134,6 +139,7 @@ class OptimizerOptions:
     """Precision of training."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class VideoRunOptions:
     """The run."""
@@ -156,6 +162,7 @@ class VideoRunOptions:
     """Number of held-out videos to draw at each evaluation."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TrackerOptions:
     """The tracker that is trained."""
@@ -215,7 +222,7 @@ def parse_config(args: Sequence[str] | None = None) -> TrainTrackerConfig:
         "python -m adaptation.train_video",
         rest,
         default=default,
-        description=f"{TrainTrackerConfig.__doc__} Names: {', '.join(CONFIGS)}.",
+        description=f"{text_of(TrainTrackerConfig)} Names: {', '.join(CONFIGS)}.",
     )
     options = given | config.video.dataset_kwargs
     config = replace(config, video=replace(config.video, dataset_kwargs=options))

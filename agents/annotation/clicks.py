@@ -17,11 +17,13 @@ from sam_gym.data import Sample
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.envs.click import ClickCore, ClickTarget, SamSegConfig
 from sam_gym.utils.digest import digest_of
+from sam_gym.utils.fields import documented
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import draw_episode
 from sam_gym.utils.settings import Count
 
 
+@documented
 @dataclass(kw_only=True)
 class AnnotateConfig(FolderConfig):
     """Annotate a folder of images with a trained agent and write COCO JSON.

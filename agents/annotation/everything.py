@@ -24,6 +24,7 @@ from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 from sam_gym.mask_generation.masks import Masks
 from sam_gym.utils import cli
 from sam_gym.utils.digest import text_digest
+from sam_gym.utils.fields import documented
 from sam_gym.utils.render import draw_masks
 from sam_gym.utils.settings import check_settings
 
@@ -31,6 +32,7 @@ from sam_gym.utils.settings import check_settings
 OBJECT = "object"
 
 
+@documented
 @dataclass(frozen=True)
 class Generator(GeneratorOptions):
     """Options of everything mode; masks are collected as COCO RLE."""
@@ -38,6 +40,7 @@ class Generator(GeneratorOptions):
     output: tyro.conf.Suppress[Literal["coco_rle"]] = "coco_rle"
 
 
+@documented
 @dataclass(kw_only=True)
 class AnnotateEverythingConfig(FolderConfig):
     """Annotate a folder of images with the masks of everything in them and write COCO JSON.

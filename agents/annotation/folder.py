@@ -20,6 +20,7 @@ from agents.annotation.files import (
 )
 from sam_gym.backbones import BackboneService
 from sam_gym.data.coco_writer import CocoWriter, Segmentation
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import write_json
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.text import printable
@@ -28,6 +29,7 @@ from sam_gym.utils.text import printable
 Key = tuple[Any, ...]
 
 
+@documented
 @dataclass(kw_only=True)
 class FolderConfig:
     """Options of every way to annotate a folder."""

@@ -28,6 +28,7 @@ from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.data.labelmaps import CLASSES
 from sam_gym.utils import cli
 from sam_gym.utils.digest import text_digest
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import write_atomic, write_json
 from sam_gym.utils.render import draw_labels
 from sam_gym.utils.settings import check_settings
@@ -36,6 +37,7 @@ from sam_gym.utils.settings import check_settings
 _OF_SEGMENTS = ("category_id", "area", "bbox")
 
 
+@documented
 @dataclass(kw_only=True)
 class AnnotateSemanticConfig(FolderConfig):
     """Label every pixel of a folder of images with the class that an adapter's head gives it.

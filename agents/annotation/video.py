@@ -39,6 +39,7 @@ from sam_gym.data.videos.writer import (
 from sam_gym.mask_generation.generator import MaskGenerator
 from sam_gym.utils import cli
 from sam_gym.utils.digest import file_digest
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_atomic
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.render import draw_masks, save_video
@@ -54,6 +55,7 @@ _JPEG = [
 ]
 
 
+@documented
 @dataclass(kw_only=True)
 class AnnotateVideoConfig:
     """Annotate videos with masklets: a mask of each object in every frame in which it is seen.

@@ -37,6 +37,7 @@ from sam_gym.backbones import load_backbone
 from sam_gym.backbones.loading import resolve_device
 from sam_gym.backbones.micro.muon import muon_and_adamw
 from sam_gym.data.synthetic.scenes import Scenes
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_json
 from sam_gym.utils.settings import Count, Fraction, Natural, NotNegative, check_settings
 from sam_gym.utils.training import SmallTrainer, SmallTrainerConfig, save_half
@@ -44,6 +45,7 @@ from sam_gym.utils.training import SmallTrainer, SmallTrainerConfig, save_half
 MEAN, STD = 0.45, 0.25
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TrainClipConfig(SmallTrainerConfig):
     """Train the bundled CLIP, clip_micro, on captioned scenes.

@@ -1,9 +1,10 @@
 """Policies by name: `POLICIES.get("implicit")`.
 
-A policy of your own is a subclass of `SamPolicy` with the decorator `POLICIES.register("NAME")`.
+A policy of your own is a subclass of one of them: `register_policy("NAME", MyPolicy)`, or
+"module:MyPolicy" as a name.
 """
 
-from agents.policies.base import POLICIES, SamPolicy
+from agents.policies.base import POLICIES, SamPolicy, register_policy
 from agents.policies.everything import EverythingPolicy
 from agents.policies.explicit import ExplicitPolicy
 from agents.policies.implicit import ImplicitPolicy
@@ -24,4 +25,5 @@ __all__ = [
     "ImplicitPolicy",
     "SamPolicy",
     "VideoPolicy",
+    "register_policy",
 ]

@@ -23,8 +23,31 @@ from sam_gym.utils.digest import digest_of
 from sam_gym.utils.registry import Registry
 from sam_gym.utils.settings import checked
 
-#: Policy name, as `--policy` takes it -> class.
-POLICIES: Registry[type[SamPolicy]] = Registry("policy")
+
+def _adopt(found: Any, name: str) -> type[SamPolicy]:
+    if not (isinstance(found, type) and issubclass(found, SamPolicy)):
+        raise ValueError(f"The policy {name!r} is no subclass of SamPolicy, got {found!r}.")
+    return found
+
+
+#: Policy name, as `--policy` takes it -> class; "module:Class" is a name, too.
+POLICIES: Registry[type[SamPolicy]] = Registry("policy", _adopt)
+
+
+def register_policy(name: str, policy: type[SamPolicy]) -> type[SamPolicy]:
+    """Add a policy, so that `train_ppo --policy` and saved policies know its name.
+
+    It plays the environments of the policy whose subclass it is, or those whose `Task.policies`
+    have its name. Worker processes know it if they import the module that calls this;
+    `--policy module:Class` works without registration, except to load a saved policy, for which
+    its module must be imported.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    return POLICIES.add(name, policy)
+
+
 #: Logit of an impossible action; finite, so that exported policies can be compared.
 NEVER = -1e9
 _COMPUTATION = ("precision", "gradient_checkpointing")

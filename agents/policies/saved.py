@@ -13,7 +13,7 @@ from typing import Any
 from agents.policies import POLICIES, SamPolicy
 from agents.policies.spaces import space_from_json, space_from_pickle
 from sam_gym.backbones.loading import renamed_checkpoint, resolve_device
-from sam_gym.backbones.spec import FIRST_MICRO, renamed_backbone
+from sam_gym.backbones.spec import BACKBONES, FIRST_MICRO, HUB_PREFIX, renamed_backbone
 from sam_gym.utils.pickles import Call, read_pickle, to_plain
 from sam_gym.utils.text import reason_of
 from sam_gym.utils.training import read_state
@@ -81,7 +81,7 @@ def _unpickled(value: Any) -> bytes | None:
 def _class_of(data: Mapping[str, Any]) -> type[SamPolicy]:
     """Return the registered class of a saved policy."""
     if data.get("policy_name") is not None:
-        return POLICIES.get(data["policy_name"])
+        return POLICIES.get_from_file(data["policy_name"])
     pickled = _unpickled(data["policy_class"])
     found = data["policy_class"] if pickled is None else read_pickle(pickled)
     name = found.name if isinstance(found, Call) else str(found)
@@ -143,6 +143,8 @@ def _name_backbone(
         if any(shape not in _FIRST_MICRO_MASKS for shape in masks):
             return
     backbone["name"] = present_backbone(backbone.get("name", "micro"), checkpoint, digest)
+    if not backbone["name"].startswith(HUB_PREFIX):
+        BACKBONES.get_from_file(backbone["name"])
 
 
 def _check_frozen(trained_on: Mapping[str, str], policy: SamPolicy) -> None:

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass, replace
 from functools import partial
-from inspect import getdoc
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +24,7 @@ from agents.ppo.config import (
 from agents.tasks import names_by_environment, task_of
 from sam_gym.utils import cli
 from sam_gym.utils.configs import read_yaml, split_option, take_configs, updated
+from sam_gym.utils.fields import text_of
 
 #: Configs in the package, by name, as `--config` takes them.
 CONFIGS = {
@@ -55,7 +55,7 @@ _GROUPS: dict[str, type] = {
 
 def policy_help() -> str:
     """Return the help text of `--policy`: the policies of each environment."""
-    return f"Policy name: {names_by_environment(lambda task: task.policies)}."
+    return f"Policy name: {names_by_environment(lambda task: task.policies)}; or module:Class."
 
 
 def env_of(args: Sequence[str]) -> str | None:
@@ -119,7 +119,7 @@ def _parsed(args: Sequence[str], default: TrainPPOConfig) -> TrainPPOConfig:
     ]
     kind: Any = make_dataclass("TrainPPO", shown)
     try:
-        description = f"{getdoc(TrainPPOConfig)} Names: {', '.join(CONFIGS)}."
+        description = f"{text_of(TrainPPOConfig)} Names: {', '.join(CONFIGS)}."
         parsed = cli.parse(kind, "python -m agents.train_ppo", args, description=description)
     except SystemExit as end:
         if not end.code:  # --help

@@ -12,6 +12,7 @@ import tyro
 from agents.policies.implicit import SPATIAL, check_head
 from sam_gym.envs.base_core import EnvConfig
 from sam_gym.envs.click import SamSegConfig
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import (
     Count,
     Fraction,
@@ -29,6 +30,7 @@ VALIDATION_SEED = 1
 FORMER_NAMES = {"settings": "env_config", "views": "policy_plots"}
 
 
+@documented
 @dataclass(kw_only=True)
 class RunOptions:
     """Environment, policy, output folder and length of the run."""
@@ -56,6 +58,7 @@ class RunOptions:
     """Number of different procedural images to train on; each is encoded once."""
 
 
+@documented
 @dataclass(kw_only=True)
 class PPOOptions:
     """Hyperparameters of PPO and of imitation."""
@@ -80,6 +83,7 @@ class PPOOptions:
     """Number of steps, of total_timesteps, that imitate the oracle, which sees the ground truth."""
 
 
+@documented
 @dataclass(kw_only=True)
 class PolicyOptions:
     """Options of the policy."""
@@ -109,6 +113,7 @@ class PolicyOptions:
     """Compute features twice in an update to save memory."""
 
 
+@documented
 @dataclass(kw_only=True)
 class EvaluationOptions:
     """Evaluations, pictures and films."""
@@ -129,6 +134,7 @@ class EvaluationOptions:
     """Record a held-out episode into `out`/videos every this many training episodes (0: never)."""
 
 
+@documented
 @dataclass(kw_only=True)
 class TrackingOptions:
     """Checkpoints and experiment tracking."""
@@ -146,6 +152,7 @@ class TrackingOptions:
     """Register the finished policy under this name in MLflow's model registry."""
 
 
+@documented
 @dataclass(kw_only=True)
 class TrainPPOConfig(RunOptions, PPOOptions, PolicyOptions, EvaluationOptions, TrackingOptions):
     """Train an agent with PPO and compare it with baselines on held-out data.

@@ -231,9 +231,7 @@ class DistributedPPO(PPO):
         self.policy.action_dist = PerEnvCategorical(choices, self.generators)
         share_gradients(self.policy.optimizer, ranks, max_grad_norm)
         #: Name in `POLICIES` under which a saved policy is loaded again; None if it has none.
-        self.policy_name = next(
-            (name for name, known in POLICIES.items() if known is type(self.policy)), None
-        )
+        self.policy_name = POLICIES.name_of(type(self.policy))
         #: Its spaces in JSON, from which it is loaded again: SB3 pickles them.
         self.policy_spaces = {
             "observation": space_to_json(self.observation_space),

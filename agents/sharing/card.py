@@ -90,7 +90,8 @@ def _is_unseen(results: dict[str, Any], env_config: dict[str, Any]) -> bool:
 
     Former versions did not compare the image files.
     """
-    reads_files = "dataset" in env_config and DATASETS.get(env_config["dataset"]).reads_files
+    name = env_config.get("dataset")
+    reads_files = name is not None and DATASETS.get_from_file(name).reads_files
     shared = results.get("shared_images", None if reads_files else 0)
     return shared == 0 and results["held_out_split"] != env_config["split"]
 

@@ -11,6 +11,7 @@ import tyro
 
 from agents.policies.saved import SHIPPED
 from agents.sharing.repository import CARD, POLICY, PREFIX, RUN_FILES, check_repo_name, hub_errors
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_atomic
 from sam_gym.utils.runs import refuse_finished, remove_files
 
@@ -24,6 +25,7 @@ PolicyOption = Annotated[
 ]
 
 
+@documented
 @dataclass
 class HubPullConfig:
     """Download an agent and print the path of its policy.zip.

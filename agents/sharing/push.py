@@ -19,12 +19,14 @@ from agents.sharing.repository import (
     is_card,
 )
 from agents.sharing.run import TrainingRun
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import write_atomic
 
 #: Files that a repo may hold before the first push.
 _INITIAL_FILES = {".gitattributes", CARD}
 
 
+@documented
 @dataclass
 class HubPushConfig:
     """Write a model card and upload a run, as one commit, to a model repo of the hub.

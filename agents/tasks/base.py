@@ -302,7 +302,7 @@ class Task:
                 parts: Any = [value] if isinstance(value, list) else [(value,)]
                 parts = value.items() if isinstance(value, Mapping) else parts
                 given.append(shell_option(flag, *(x for part in parts for x in part)))
-        if "dataset" in own and DATASETS.get(own["dataset"]).reads_files:
+        if "dataset" in own and DATASETS.get_from_file(own["dataset"]).reads_files:
             given.append("--data PATH")
         given += [f"--{name} PATH" for name in ("checkpoint", "adapter") if own[name] is not None]
         command = f"python -m agents.evaluate --policy {policy} {' '.join(given)}"
@@ -322,7 +322,7 @@ class Task:
 
     def _card_limits(self, own: Mapping[str, Any]) -> list[str]:
         limits = ["It depends on SAM: it cannot segment what SAM does not segment for any prompt."]
-        if "dataset" in own and DATASETS.get(own["dataset"]).procedural:
+        if "dataset" in own and DATASETS.get_from_file(own["dataset"]).procedural:
             limits.append("It was trained on procedural drawings, never on photographs.")
         if own["backbone"].removesuffix("-v0").endswith("micro"):
             limits.append(
@@ -370,13 +370,12 @@ def names_by_environment(names_of: Callable[[Task], Iterable[str]]) -> str:
 
 
 def tasks_of_policy(policy: SamPolicy) -> list[Task]:
-    """Return the tasks that list a policy."""
-    kind = type(policy)
-    return [
-        task
-        for task in TASKS.values()
-        if any(POLICIES.get(name) is kind for name in task.policies if name in POLICIES)
-    ]
+    """Return the tasks that list a policy, or else the nearest class that it is derived from."""
+    for kind in type(policy).__mro__:
+        name = POLICIES.name_of(kind)
+        if tasks := [task for task in TASKS.values() if name in task.policies]:
+            return tasks
+    return []
 
 
 def task_of_policy(policy: SamPolicy) -> Task:

@@ -12,6 +12,7 @@ from adaptation.options import ModelOptions, StreamOptions, TrainConfig
 from adaptation.strategy import STRATEGIES, Strategy
 from benchmarks.options import OutputOptions
 from sam_gym.backbones.adapters.tuning import TUNINGS, tune_help
+from sam_gym.utils.fields import documented
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.settings import Count, check_settings
 
@@ -27,6 +28,7 @@ BEYOND = tuple(
 MethodFlags: Any = method_flags(STRATEGIES.names())
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class ContinualBenchmarkConfig(OutputOptions):
     """Adapt a SAM to a stream of domains with every method, and measure forgetting.

@@ -29,6 +29,7 @@ from sam_gym.data.streams import Domain, Stream
 from sam_gym.mask_generation.generator import GeneratorOptions
 from sam_gym.mask_generation.merging import MergeOptions
 from sam_gym.utils.digest import image_digest
+from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.settings import Count, Positive, check_settings
 
@@ -37,6 +38,7 @@ GRIDS = {"saom_v1": (32, 32), "saom_v2": (64, 64), "panosam": (320, 64)}
 MethodFlags: Any = method_flags(GRIDS)
 
 
+@documented
 @dataclass(frozen=True)
 class FineTuning(TrainConfig):
     """Options of the fine-tuning."""
@@ -54,6 +56,7 @@ class FineTuning(TrainConfig):
     """Adam's learning rate; decays to a tenth along a cosine."""
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class EverythingBenchmarkConfig(DatasetOptions, OutputOptions):
     """Fine-tune everything mode to whole objects, and compare it with the pretrained SAM.

@@ -17,6 +17,7 @@ from sam_gym.data import DATASETS, Dataset
 from sam_gym.data.cache import SampleCache
 from sam_gym.data.options import DatasetOptions
 from sam_gym.metrics.masks import number_of_clicks, number_of_failures
+from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.settings import Count, Natural, check_settings
 
@@ -24,6 +25,7 @@ from sam_gym.utils.settings import Count, Natural, check_settings
 SCENES = 100
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class InteractiveBenchmarkConfig(DatasetOptions, BackboneOptions):
     """Measure the number of clicks (NoC) that a SAM needs per object, and compare with cv2.grabCut.

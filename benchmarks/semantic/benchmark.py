@@ -37,6 +37,7 @@ from sam_gym.data import DATASETS, Dataset, dataset_help
 from sam_gym.data.options import DatasetOptions
 from sam_gym.data.semantic import SemanticDataset
 from sam_gym.metrics.semantic import SemanticMetric, mean_score
+from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.settings import Count, Natural, check_settings
 from sam_gym.utils.text import safe_name
@@ -47,6 +48,7 @@ ROOMS = 100
 SAME = 0.99
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class SemanticBenchmarkConfig(DatasetOptions, BackboneOptions):
     """Segment images semantically: zero-shot, from points, and by heads on the SAM's features.

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 from benchmarks.options import BackboneOptions
 from benchmarks.throughput.reference import check_comparable
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Count, Natural, check_settings, whole
 
 #: Maximum number of environments when growth over images is measured.
 _GROWTH_NUM_ENVS = 64
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class ThroughputBenchmarkConfig(BackboneOptions):
     """Measure environment steps per second against one SamPredictor per environment.

@@ -20,6 +20,7 @@ from benchmarks.options import OutputOptions, provenance
 from benchmarks.training import phases
 from sam_gym.backbones.spec import backbone_help
 from sam_gym.metrics.masks import mean_and_ci95
+from sam_gym.utils.fields import documented
 from sam_gym.utils.plots import new_plot, save_figure
 from sam_gym.utils.settings import Count, Natural, Seed, check_settings
 
@@ -34,6 +35,7 @@ _PASSED = (
 _COLOURS = ("#1e78c8", "#7fb2e0", "#2e8b57", "#a9d3b5", "#e08a1e", "#b04a9a", "#c0392b", "#c5cad0")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TrainingBenchmarkConfig(OutputOptions):
     """Profile `python -m agents.train_ppo`, alone or against another checkout, run by run in turn.

@@ -16,7 +16,7 @@ from benchmarks.options import BackboneOptions, provenance
 from benchmarks.report import output_folder
 from benchmarks.video.report import write_report
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.backbones.spec import BACKBONES, backbone_help
+from sam_gym.backbones.spec import backbone_help, find_spec
 from sam_gym.backbones.video.evaluation import (
     FrameMasks,
     Method,
@@ -32,6 +32,7 @@ from sam_gym.data import VideoDataset
 from sam_gym.data.base import Video
 from sam_gym.data.splits import check_held_out
 from sam_gym.metrics.video import ObjectScore, summarize
+from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.settings import Count, Natural, check_settings
 
@@ -39,6 +40,7 @@ from sam_gym.utils.settings import Count, Natural, check_settings
 COPY, FOLLOW, ORACLE = "mask copied", "previous mask and box", "true box in every frame"
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class VideoBenchmarkConfig(HeldOutOptions, BackboneOptions):
     """Measure the masks of a tracker, J, F and J&F, from one prompt per object.
@@ -147,7 +149,7 @@ def load_images_backbone(config: VideoBenchmarkConfig, backbone: Backbone) -> Ba
     """Load the SAM for images of the baselines."""
     name = config.image_backbone
     if name is None:
-        spec = BACKBONES.get(config.backbone) if config.backbone in BACKBONES else None
+        spec = find_spec(config.backbone)
         if spec is None or not spec.base:
             return backbone
         name = spec.base

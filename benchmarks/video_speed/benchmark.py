@@ -34,6 +34,7 @@ from benchmarks.video_speed.sides import (
 from sam_gym.backbones.loading import resolve_device
 from sam_gym.data.synthetic.clips import Clips
 from sam_gym.metrics.masks import iou
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import plain
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.settings import Count, Natural, Seed, check_settings
@@ -47,6 +48,7 @@ _SIDES = ("ours", "sam2")
 _Track = Callable[[], Iterator[FrameLogits]]
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class VideoSpeedConfig(OutputOptions):
     """Compare VideoTracker with sam2's SAM2VideoPredictor: time per object-frame, and memory.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +106,23 @@ class BackboneSpec:
 BASE_DIGEST = "base_digest"
 #: Digest of the weights that were called "micro" before they became "micro-v0".
 FIRST_MICRO = "7e7f311566767991dab4968d5b6c1b80"
-#: Backbone name -> its specification.
-BACKBONES: Registry[BackboneSpec] = Registry("backbone")
+
+
+def _adopt(found: Any, name: str) -> BackboneSpec:
+    if not isinstance(found, BackboneSpec):
+        raise ValueError(f"The backbone {name!r} is no BackboneSpec, got {found!r}.")
+    return replace(found, name=name)
+
+
+#: Backbone name -> its specification; "module:SPEC" is a name, too.
+BACKBONES: Registry[BackboneSpec] = Registry("backbone", _adopt)
 
 
 def register_backbone(spec: BackboneSpec) -> BackboneSpec:
     """Add a SAM, so that `load_backbone`, environments and commands know its name.
+
+    Worker processes know it if they import the module that calls this; `backbone="module:SPEC"`
+    works in all processes without registration.
 
     Raises:
         ValueError: the name is taken.
@@ -120,8 +131,9 @@ def register_backbone(spec: BackboneSpec) -> BackboneSpec:
 
 
 def find_spec(name: str) -> BackboneSpec | None:
-    """Return the specification of a backbone, or None for an unregistered name."""
-    return BACKBONES.get(name) if name in BACKBONES else None
+    """Return the specification of a backbone, or None if it has none, as on the hub."""
+    known = name in BACKBONES and not name.startswith(HUB_PREFIX)
+    return BACKBONES.get(name) if known else None
 
 
 def renamed_backbone(digest: str) -> str | None:
@@ -137,7 +149,7 @@ def backbones_by_size() -> list[BackboneSpec]:
 def backbone_help(purpose: str) -> str:
     """Return the help text of an option that takes a backbone: its purpose and the valid names."""
     names = ", ".join(spec.name for spec in backbones_by_size())
-    return f"{purpose}: {names}, or {HUB_PREFIX}OWNER/NAME."
+    return f"{purpose}: {names}, {HUB_PREFIX}OWNER/NAME or module:SPEC."
 
 
 def backbone_table() -> str:

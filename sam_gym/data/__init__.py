@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from sam_gym.data.base import (
@@ -35,14 +36,21 @@ __all__ = [
     "video_dataset_table",
 ]
 
-#: Dataset name -> its specification.
-DATASETS: Registry[DatasetSpec[Dataset]] = Registry("dataset")
-#: Name of a dataset of videos -> its specification.
-VIDEO_DATASETS: Registry[DatasetSpec[VideoDataset]] = Registry("video dataset")
+#: Dataset name -> its specification; "module:Class" is a name, too.
+DATASETS: Registry[DatasetSpec[Dataset]] = Registry(
+    "dataset", partial(DatasetSpec.of, ("__len__", "__getitem__", "draw"))
+)
+#: Name of a dataset of videos -> its specification; "module:Class" is a name, too.
+VIDEO_DATASETS: Registry[DatasetSpec[VideoDataset]] = Registry(
+    "video dataset", partial(DatasetSpec.of, ("__len__", "__getitem__"))
+)
 
 
 def register_dataset(spec: DatasetSpec[Dataset]) -> DatasetSpec[Dataset]:
     """Add a dataset, so that `make_dataset`, environments, streams and commands know its name.
+
+    Worker processes know it if they import the module that calls this; `dataset="module:Class"`,
+    the class or a `DatasetSpec`, works in all processes without registration.
 
     Raises:
         ValueError: the name is taken.
@@ -63,7 +71,7 @@ def make_dataset(name: str, split: str = "train", **options: Any) -> Dataset:
     """Make a registered dataset.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS`, or "module:Class".
         split: "train", "val" or "test".
         **options: options of the dataset, for example `root=` of one that reads files.
 
@@ -81,12 +89,12 @@ def make_video_dataset(name: str, split: str = "train", **options: Any) -> Video
 
 def dataset_help() -> str:
     """Return the help text of an option that takes a dataset: the valid names."""
-    return f"Dataset name: {', '.join(DATASETS.names())}."
+    return f"Dataset name: {', '.join(DATASETS.names())}, or module:Class."
 
 
 def video_dataset_help() -> str:
     """Return the help text of an option that takes a dataset of videos: the valid names."""
-    return f"Name of a dataset of videos: {', '.join(VIDEO_DATASETS.names())}."
+    return f"Name of a dataset of videos: {', '.join(VIDEO_DATASETS.names())}, or module:Class."
 
 
 def dataset_table() -> str:

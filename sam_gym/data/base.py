@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -260,6 +260,39 @@ class DatasetSpec(Generic[D]):
     procedural: bool = False
     reads_files: bool = False
     held_out_split: str = "test"
+
+    @classmethod
+    def of(cls, methods: Sequence[str], found: Any, entry_point: str) -> DatasetSpec[D]:
+        """Return what an entry point names, if it is a specification, or that of its class.
+
+        Of a class, the parameters tell whether it is procedural (`length`) and reads files
+        (`root`, without a default).
+
+        Args:
+            methods: names of the methods that the class must have.
+            found: what the entry point names.
+            entry_point: "module:attribute".
+
+        Raises:
+            ValueError: it is neither.
+        """
+        if isinstance(found, DatasetSpec):
+            return replace(found, name=entry_point)
+        missing = [name for name in methods if not callable(getattr(found, name, None))]
+        if missing or not isinstance(found, type):
+            raise ValueError(
+                f"{entry_point!r} is no dataset: expected a class with {', '.join(methods)}, or a "
+                f"DatasetSpec, got {found!r}."
+            )
+        takes = inspect.signature(found).parameters
+        root = takes.get("root")
+        return cls(
+            name=entry_point,
+            entry_point=entry_point,
+            description=(inspect.getdoc(found) or entry_point).splitlines()[0],
+            procedural="length" in takes,
+            reads_files=root is not None and root.default is root.empty,
+        )
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:

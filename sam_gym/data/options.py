@@ -16,9 +16,11 @@ from sam_gym.data import (
     video_dataset_help,
 )
 from sam_gym.data.io import OnError
+from sam_gym.utils.fields import documented
 from sam_gym.utils.registry import Registry
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class ReadingOptions:
     """Options of reading, whatever names the dataset."""
@@ -47,6 +49,7 @@ class ReadingOptions:
         return ({"on_error": self.on_error} if skip else {}) | self.dataset_kwargs
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class DatasetOptions(ReadingOptions):
     """Options that choose a dataset."""
@@ -70,6 +73,7 @@ class DatasetOptions(ReadingOptions):
         return DATASETS.get(self.dataset).make(split, **root | options | own)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class VideoDatasetOptions(ReadingOptions):
     """Options that choose a dataset of videos."""

@@ -26,6 +26,7 @@ from sam_gym.data.options import DatasetOptions
 from sam_gym.envs.handles import HandleSpace
 from sam_gym.envs.prefetch import Prefetcher
 from sam_gym.simulation.clicks import cell_centres
+from sam_gym.utils.fields import documented
 from sam_gym.utils.lowres import frame_mask, low_res
 from sam_gym.utils.settings import (
     Count,
@@ -48,6 +49,7 @@ MAX_DRAWS = 200
 Grid = Annotated[int, whole(2, 64)]
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class EnvConfig:
     """Arguments of all environments, JSON-plain; subclasses add those of a task."""
@@ -112,6 +114,7 @@ class EnvConfig:
         raise NotImplementedError
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig(DatasetOptions, EnvConfig):
     """Arguments of an environment over one dataset."""

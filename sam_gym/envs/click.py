@@ -27,6 +27,7 @@ from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.envs.proposals import Proposals
 from sam_gym.envs.rewards import REWARDS, Transition
 from sam_gym.metrics import masks as metrics
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import NotNegative, real, whole
 from sam_gym.utils.transfer import to_device, to_host
 
@@ -34,6 +35,7 @@ from sam_gym.utils.transfer import to_device, to_host
 EPISODE_ARRAYS = ("steps", "num_clicks", "points", "labels", "ious", "predicted_ious", "shown")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class ClickConfig(EnvConfig):
     """Arguments of the click task; a subclass adds where images come from."""
@@ -41,7 +43,7 @@ class ClickConfig(EnvConfig):
     target: Literal["category", "instance"] = "category"
     """Target: all instances of a category, or one instance shown by a cue click."""
     reward: str = "iou_gain"
-    """Reward name: iou_gain, dice_gain, click_correct, foreground, shaped."""
+    """Reward name: iou_gain, dice_gain, click_correct, foreground, shaped; or module:function."""
     max_steps: Annotated[int, whole(1, 100)] = 5
     """Actions per episode, after which it is truncated."""
     iou_target: Annotated[float, real(above=0, high=1)] | None = None
@@ -79,6 +81,7 @@ class ClickConfig(EnvConfig):
         return []
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class SamSegConfig(ClickConfig, DatasetConfig):
     """Arguments of `SamSeg-v0`."""
@@ -549,8 +552,9 @@ class SamSegEnv(BaseEnv):
 
     ## Rewards
 
-    `reward="iou_gain"` (default), `"dice_gain"`, `"click_correct"`, `"foreground"` or `"shaped"`;
-    see `sam_gym.envs.rewards`. `click_cost` is subtracted for every click and undo.
+    `reward="iou_gain"` (default), `"dice_gain"`, `"click_correct"`, `"foreground"` or `"shaped"`,
+    see `sam_gym.envs.rewards`; or your own, `"module:function"`. `click_cost` is subtracted for
+    every click and undo.
 
     ## Starting State
 

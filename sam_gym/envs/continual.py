@@ -14,12 +14,14 @@ from sam_gym.data.base import Dataset, Sample
 from sam_gym.data.io import OnError
 from sam_gym.data.streams import Stream, make_stream
 from sam_gym.envs.click import EPISODE_ARRAYS, ClickConfig, ClickCore, SamSegEnv, SamSegVectorEnv
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Count
 
 #: Streams in use, by their arguments: opening a stream of files reads all its masks.
 _OPEN: WeakValueDictionary[str, Stream] = WeakValueDictionary()
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class ContinualConfig(ClickConfig):
     """Arguments of `SamContinual-v0`."""

@@ -25,6 +25,7 @@ from sam_gym.envs.base_core import (
 )
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.metrics.panoptic import PART_COVERS, PART_INSIDE, matched_ious
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Count, Fraction, NotNegative
 from sam_gym.utils.transfer import to_device, to_host
 
@@ -41,6 +42,7 @@ MAX_DECODED = 2**18
 MAPS = ("coverage", "overlap", "predicted_iou")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class EverythingConfig(DatasetConfig):
     """Arguments of `SamEverything-v0`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,8 +45,32 @@ class Transition:
 
 Reward = Callable[[Transition], np.ndarray]
 
-#: Reward name -> function from N transitions to float (N,).
-REWARDS: Registry[Reward] = Registry("reward")
+
+def _adopt(found: Any, name: str) -> Reward:
+    if not callable(found):
+        raise ValueError(f"The reward {name!r} is no function of a Transition, got {found!r}.")
+    reward: Reward = found
+    return reward
+
+
+#: Reward name -> function from N transitions to float (N,); "module:function" is a name, too.
+REWARDS: Registry[Reward] = Registry("reward", _adopt)
+
+
+def register_reward(name: str, reward: Reward) -> Reward:
+    """Add a reward of the click task, so that `reward=` takes its name in this process.
+
+    Worker processes (`AsyncVectorEnv`, `SubprocVecEnv`, torchrun) know it if they import the module
+    that calls this; `reward="module:function"` works in all processes without registration.
+
+    Args:
+        name: the name.
+        reward: function from a `Transition` of N steps to the reward of each, float (N,).
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    return REWARDS.add(name, reward)
 
 
 @REWARDS.register("iou_gain")

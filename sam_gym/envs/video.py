@@ -27,6 +27,7 @@ from sam_gym.data.options import VideoDatasetOptions
 from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, Draw, EnvConfig, in_cells
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.metrics import masks as metrics
+from sam_gym.utils.fields import documented
 from sam_gym.utils.lowres import frame_mask
 from sam_gym.utils.settings import whole
 from sam_gym.utils.transfer import to_device, to_host
@@ -45,6 +46,7 @@ _TRACKED_TOGETHER = 8
 _REFERENCES: weakref.WeakKeyDictionary[Any, dict[bytes, np.ndarray]] = weakref.WeakKeyDictionary()
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class SamVideoConfig(VideoDatasetOptions, EnvConfig):
     """Arguments of `SamVideo-v0`."""

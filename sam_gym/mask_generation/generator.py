@@ -28,6 +28,7 @@ from sam_gym.backbones.service import BackboneService, check_rgb
 from sam_gym.backbones.spec import BackboneSpec, find_spec
 from sam_gym.mask_generation.masks import Collected, Masks, run_lengths, to_counts
 from sam_gym.simulation.clicks import relative_grid
+from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.settings import Count, Fraction, Natural, NotNegative, check_settings, whole
 from sam_gym.utils.transfer import to_device, to_host
@@ -43,6 +44,7 @@ _MANY_PIXELS = 2**26
 _CROPS = 8
 
 
+@documented
 @dataclass(frozen=True)
 class GeneratorOptions:
     """Options of everything mode, named as in segment_anything."""

@@ -10,10 +10,12 @@ import numpy as np
 
 from sam_gym.mask_generation.masks import Masks, to_counts
 from sam_gym.metrics.panoptic import Overlaps, encoded
+from sam_gym.utils.fields import documented
 from sam_gym.utils.lowres import low_res
 from sam_gym.utils.settings import Fraction, Natural, real
 
 
+@documented
 @dataclass(frozen=True)
 class MergeOptions:
     """Thresholds of merging."""

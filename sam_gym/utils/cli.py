@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import tyro
 
 from sam_gym.utils.memory import keep_freed_memory
+from sam_gym.utils.registry import PLUGINS
 from sam_gym.utils.settings import check_settings
 from sam_gym.utils.text import printable
 
@@ -73,7 +75,8 @@ def run(
 
     Wrong input ends it with its message and a status, Ctrl-C with status 130, SIGTERM with status
     143; none of them with a traceback. Freed memory is kept for the next tensor
-    (`keep_freed_memory`).
+    (`keep_freed_memory`). Modules that `SAM_GYM_PLUGINS` names are imported first, for what they
+    register.
 
     Args:
         main: the command.
@@ -85,6 +88,8 @@ def run(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: text must not end a run
     try:
+        for module in filter(None, os.environ.get(PLUGINS, "").split(",")):
+            importlib.import_module(module)
         main()
     except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:
         # Names of files may hold control characters.

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import write_atomic, write_json
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.settings import Count, Natural, Positive, Seed
@@ -25,6 +26,7 @@ from sam_gym.utils.text import reason_of
 LOG_EVERY = 20
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class SmallTrainerConfig:
     """Options of the small trainings. Subclasses set their own defaults."""

@@ -17,10 +17,12 @@ from sam_gym.backbones.spec import backbone_help
 from sam_gym.data import DATASETS, Sample, dataset_help
 from sam_gym.data.options import DatasetOptions
 from sam_gym.utils.digest import image_digest
+from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import track
 from sam_gym.utils.settings import Count, Positive, check_settings
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class PrecomputeConfig(DatasetOptions):
     """Encode all images of a dataset and keep their features on disk.

@@ -37,6 +37,7 @@ from sam_gym.backbones.service import Backbone
 from sam_gym.data.synthetic.scenes import Scenes
 from sam_gym.metrics.masks import batch_iou
 from sam_gym.simulation.interactive import Target, click_out
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_json
 from sam_gym.utils.settings import Count, Fraction, Natural, NotNegative, Positive, check_settings
 from sam_gym.utils.training import (
@@ -51,6 +52,7 @@ from sam_gym.utils.training import (
 SEMANTIC = STRIDE // LABEL_STRIDE
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TrainMicroConfig(SmallTrainerConfig, PhotoOptions):
     """Train micro, the bundled SAM.

@@ -51,6 +51,7 @@ from sam_gym.backbones.video.unroll import ClipTargets, tracking_loss, unroll
 from sam_gym.data.synthetic.clips import Clips
 from sam_gym.metrics.video import summarize
 from sam_gym.utils.digest import digest_of
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_json
 from sam_gym.utils.lowres import low_res
 from sam_gym.utils.settings import (
@@ -80,6 +81,7 @@ SHORT = 3
 SMALLEST = 0.002
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TrainVideoConfig(SmallTrainerConfig, PhotoOptions):
     """Train micro_video, a memory on the frozen micro.
