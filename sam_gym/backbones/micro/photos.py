@@ -14,6 +14,7 @@ from sam_gym.data import make_dataset
 from sam_gym.data.base import Dataset, Sample
 from sam_gym.data.options import ReadingOptions
 from sam_gym.data.synthetic.materials import patterned
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Fraction, Positive
 
 #: Side of a training image.
@@ -214,6 +215,7 @@ def degraded(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return image
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class PhotoOptions(ReadingOptions):
     """Which photographs a training mixes in."""
