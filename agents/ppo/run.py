@@ -160,6 +160,10 @@ def _train(
 ) -> dict[str, Any]:
     config, out, stages = plan.config, plan.config.folder, plan.stages
     vector, core = make_vector_env(config.env, ranks.share(config.num_envs), plan.training)
+    # Checkpoints and results name the precision itself: it may be resumed on other hardware.
+    precision, *_ = ranks.gather(resolve_precision(config.precision, core.device))
+    config = replace(config, precision=cast(Any, precision))
+    plan = replace(plan, config=config)
     env = VecMonitor(VectorEnvAdaptor(vector))
     model = make_model(config, plan.training, env, core, ranks, stages)
     agent = PolicyAgent(cast(SamPolicy, model.policy))

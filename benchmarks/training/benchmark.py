@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,8 @@ from sam_gym.utils.settings import Count, Natural, Seed, check_settings
 
 #: Sides of a comparison.
 OURS, OTHER = "this", "other"
+#: What the last line of a command begins with after a wrong input.
+_WRONG = "error: "
 #: Options that train_ppo has under the same name.
 _PASSED = (
     *("env", "policy", "backbone", "total_timesteps", "train_images"),
@@ -84,8 +87,9 @@ def run(config: TrainingBenchmarkConfig) -> dict[str, Any]:
     out = report.output_folder(config.out, config.overwrite, pictures=("phases.png",))
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in checkouts}
     for repeat in range(config.repeats):
-        # The order alternates too: whoever comes second finds files in memory.
-        for side in list(checkouts)[:: 1 - 2 * (repeat % 2)]:
+        # The order alternates too: whoever comes second finds files in memory. An older checkout
+        # comes first: it may not know an option.
+        for side in list(checkouts)[:: 2 * (repeat % 2) - 1]:
             print(f"Run {repeat + 1} of {config.repeats}: {checkouts[side]}", flush=True)
             own = _train(config, checkouts[side], config.seed + repeat)
             print(
@@ -128,7 +132,7 @@ def _checkout(path: str) -> Path:
 
 
 def _train(config: TrainingBenchmarkConfig, checkout: Path, seed: int) -> dict[str, Any]:
-    """Train in a process of its own; return what `phases.main` writes, and the peak memory."""
+    """Train in a process of its own; return what `phases.main` writes, and the results."""
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     if config.threads:
         environment["OMP_NUM_THREADS"] = str(config.threads)
@@ -140,14 +144,32 @@ def _train(config: TrainingBenchmarkConfig, checkout: Path, seed: int) -> dict[s
             command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
         *_, last = done.stderr.splitlines() or [""]
-        if done.returncode == 2 and last.startswith(phases.WRONG):
-            raise ValueError(f"{checkout}: {last.removeprefix(phases.WRONG)}")
+        if done.returncode == 1 and last.startswith(_WRONG):
+            raise ValueError(f"{checkout}: {last.removeprefix(_WRONG)}")
+        if done.returncode == 2:  # a command line that it does not understand, in a box
+            words = re.sub(r"[^\x20-\x7e]", " ", done.stderr).split()
+            raise ValueError(f"{checkout}: {' '.join(words)}")
         if done.returncode:
             raise RuntimeError(f"Training in {checkout} failed:\n{done.stderr[-4000:]}")
         content: dict[str, Any] = json.loads(written.read_text())
+        results = json.loads((Path(scratch) / "run" / "results.json").read_text())
     if Path(content["checkout"]) != checkout:
         raise RuntimeError(f"Python imported {content['checkout']} instead of {checkout}.")
-    return content
+    return content | {
+        "commit": _commit(checkout),
+        "mean_iou": results["agent"]["mean_iou"],
+        "gap_closed": results["gap_closed"],
+    }
+
+
+def _commit(checkout: Path) -> str | None:
+    """Return the commit of a checkout, and whether files differ from it; None without git."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
 
 
 def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -161,13 +183,15 @@ def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for stage in stages
     }
     mean, half = mean_and_ci95(np.array([run["mean_iou"] for run in runs]))
+    gaps = [run["gap_closed"] for run in runs]
     return {
         "checkout": runs[0]["checkout"],
+        "commit": runs[0]["commit"],
         "total": float(np.median([run["total"] for run in runs])),
         "peak_mib": float(np.median([run["peak_mib"] for run in runs])),
         "mean_iou": mean,
         "ci95": half,
-        "gap_closed": float(np.mean([run["gap_closed"] for run in runs])),
+        "gap_closed": None if None in gaps else float(np.mean(gaps)),
         "seconds": seconds,
     }
 
@@ -220,7 +244,7 @@ def _write(summary: dict[str, Any], out: Path) -> None:
         " over the runs."
     )
     for side, own in sides.items():
-        page.text(f"{side}: {own['checkout']}")
+        page.text(f"{side}: {own['checkout']}, commit {own['commit'] or 'unknown'}")
     page.finish(files, settings, "training, seconds by phase", names, cells)
     if "ratio" in summary:
         print(f"time, this / other: {summary['ratio']:.3f}")

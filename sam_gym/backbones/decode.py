@@ -275,7 +275,9 @@ def _two_way(
 Finer = tuple[Tensor, Tensor] | None
 
 
-def _upscale(decoder: MaskDecoder, keys: Tensor, finer: Finer) -> Tensor:
+def _upscale(
+    decoder: MaskDecoder, precision: torch.dtype | None, keys: Tensor, finer: Finer
+) -> Tensor:
     """`output_upscaling` in channels-last form: (P, h * w, C) -> (P, h * w, k * k, C / 8).
 
     A transposed convolution whose kernel is its stride is a linear map from each pixel to its
@@ -284,6 +286,8 @@ def _upscale(decoder: MaskDecoder, keys: Tensor, finer: Finer) -> Tensor:
 
     Args:
         decoder: the module whose weights are used.
+        precision: dtype of the autocast in which the prompts were decoded, or None: it may be over
+            when their masks are computed.
         keys: (P, h * w, C), the image after the transformer.
         finer: SAM 2's features that are added to children and grandchildren, (P, C / 4, 2h, 2w) and
             (P, C / 8, 4h, 4w); one row instead of P if all are of one image. None: nothing.
@@ -295,14 +299,15 @@ def _upscale(decoder: MaskDecoder, keys: Tensor, finer: Finer) -> Tensor:
         count = conv.stride[0] ** 2
         return F.linear(x, weight, conv.bias.repeat(count)).unflatten(-1, (count, -1))
 
-    x = children(keys, first)
-    if finer is not None:
-        x = x + _folded(finer[0], 1)
-    x = act(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
-    x = children(x, second)
-    if finer is not None:
-        x = x + _folded(finer[1], 2)
-    return last_act(x).flatten(2, 3)
+    with torch.autocast(keys.device.type, precision, precision is not None):
+        x = children(keys, first)
+        if finer is not None:
+            x = x + _folded(finer[0], 1)
+        x = act(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
+        x = children(x, second)
+        if finer is not None:
+            x = x + _folded(finer[1], 2)
+        return last_act(x).flatten(2, 3)
 
 
 def _folded(x: Tensor, levels: int) -> Tensor:
@@ -532,7 +537,8 @@ def decode_tokens(
         shared = rows is None or len(features) == 1
         high_res = features["high_res_s1"], features["high_res_s0"]
         finer = high_res if shared else (high_res[0][rows], high_res[1][rows])
-    upscaling = upscaling_of(decoder)
+    upscaling, kind = upscaling_of(decoder), keys.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     decoded = MaskTokens(
         mask_embeddings=mask_embeddings,
         features=keys,
@@ -542,7 +548,7 @@ def decode_tokens(
         tokens=own,
         object_score=score,
         stability=stability,
-        upscale=partial(_upscale, decoder),
+        upscale=partial(_upscale, decoder, precision),
         finer=finer,
     )
     if hq is None:

@@ -266,6 +266,24 @@ def test_low_precision_is_close_and_returns_float32(tiny: Backbone) -> None:
     assert not torch.equal(exact, rough)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masks_are_computed_in_the_precision_of_their_prompts(
+    tiny: Backbone, dtype: torch.dtype
+) -> None:
+    """Whether the autocast is still on or not."""
+    images = make_images(tiny)
+    low = Backbone("tiny", tiny.private_copy(), torch.device("cpu"), dtype)
+    tokens = low.decode_tokens(low.encode(images), together(tiny, images, every_kind(tiny, images)))
+    with low.autocast():
+        expected = tokens.decode_masks()
+    pairs = torch.tensor([1, 0]), torch.tensor([2, 3])
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            assert torch.equal(tokens.decode_masks(), expected)
+            assert torch.equal(tokens.upscaled().decode_masks(), expected)
+            torch.testing.assert_close(tokens.decode_mask_pairs(*pairs), expected[pairs])
+
+
 def test_prompts_that_do_not_fit_are_refused(tiny: Backbone) -> None:
     embeddings = tiny.encode(make_images(tiny)[:2])
     points, labels = torch.zeros(3, 1, 2), torch.ones(3, 1, dtype=torch.int64)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.run import main
-from benchmarks.training import phases
+from benchmarks.training import benchmark, phases
 
 
 @pytest.mark.slow
@@ -28,7 +28,7 @@ def test_two_checkouts_are_trained_in_turn(tmp_path: Path) -> None:
     assert training["baselines"] == 0 < ours["seconds"]["evaluation"]["baselines"]
     parts = sum(seconds for own in ours["seconds"].values() for seconds in own.values())
     assert parts == pytest.approx(ours["total"])
-    assert ours["peak_mib"] > 100
+    assert ours["peak_mib"] > 100 and ours["commit"] == other["commit"]
     for name in ("phases.csv", "phases.png", "report.html"):
         assert (tmp_path / name).stat().st_size
 
@@ -36,6 +36,34 @@ def test_two_checkouts_are_trained_in_turn(tmp_path: Path) -> None:
 def test_another_folder_is_no_checkout(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no agents/train_ppo\.py"):
         main(["training", "--against", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_an_older_checkout_without_an_option_ends_it_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, older = Path(phases.__file__).parents[2], tmp_path / "older"
+    (older / "agents").mkdir(parents=True)
+    (older / "sam_gym").symlink_to(here / "sam_gym")
+    for path in (here / "agents").iterdir():
+        (older / "agents" / path.name).symlink_to(path)
+    (older / "agents" / "train_ppo.py").unlink()
+    command = (
+        "import tyro\nif __name__ == '__main__':\n    tyro.cli(dict[str, int], args=['--env'])\n"
+    )
+    (older / "agents" / "train_ppo.py").write_text(command)
+    with pytest.raises(ValueError, match=r"older: .*Unrecognized options: --env"):
+        main(["training", "--against", str(older), "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().out.count("Run 1 of 1") == 1
+
+
+def test_a_run_without_a_gap_is_summed_up() -> None:
+    run = {
+        **{"checkout": "here", "commit": None, "seconds": {"training": {"encode": 2.0}}},
+        **{"total": 3.0, "peak_mib": 1.0, "mean_iou": 0.5, "gap_closed": None},
+    }
+    summary = benchmark._summary([run, run | {"gap_closed": 0.5, "mean_iou": 0.7}])
+    assert summary["gap_closed"] is None and summary["mean_iou"] == pytest.approx(0.6)
+    assert summary["seconds"]["training"]["encode"] == 2.0
 
 
 def test_a_wrong_option_ends_in_one_line(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from agents.policies.base import resolve_precision
 from agents.ppo.checkpoint import (
     Checkpoint,
     _set_rng_state,
@@ -58,6 +59,9 @@ def test_a_stopped_run_comes_to_the_same(
     killed(start_training, "--die-at", "76", *arguments(stopped, *short))
     shutil.copytree(stopped, damaged)
     newest, before = checkpoints(stopped / "checkpoints")
+    # A run goes on as it began, on other hardware too.
+    precision = newest_checkpoint(stopped / "checkpoints")["settings"]["precision"]
+    assert precision == resolve_precision("auto", torch.device("cpu")) != "auto"
     assert (newest.stem, before.stem) == ("000000000064", "000000000032")
     with pytest.raises(FileExistsError, match="not finished. Pass --resume"):
         main(arguments(stopped, *short))
