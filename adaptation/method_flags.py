@@ -6,12 +6,9 @@ that name, `--FIELD`. Methods that inherit an option from one dataclass share th
 
 from __future__ import annotations
 
-import ast
 import inspect
-import textwrap
 from collections.abc import Iterable
 from dataclasses import field, fields, make_dataclass
-from itertools import pairwise
 from typing import Annotated, Any, get_type_hints
 
 import tyro
@@ -19,6 +16,7 @@ import tyro
 import adaptation.strategies  # noqa: F401  (registers the methods)
 from adaptation.combined import CombinedOptions
 from adaptation.strategy import STRATEGIES
+from sam_gym.utils.settings import field_docs
 
 
 def method_flags(methods: Iterable[str]) -> type[Any]:
@@ -34,7 +32,7 @@ def method_flags(methods: Iterable[str]) -> type[Any]:
     for (owner, name), own in declared.items():
         shared = len(own) > 1
         short = [f"--{name.replace('_', '-')}"] if names.count(name) == 1 and not shared else []
-        text = _field_docs(owner).get(name, name) + (f" ({', '.join(own)})" if shared else "")
+        text = field_docs(owner).get(name, name) + (f" ({', '.join(own)})" if shared else "")
         kind: Any = get_type_hints(owner, include_extras=True)[name]
         flag = Annotated[kind, tyro.conf.arg(help=text, aliases=short)]
         (default,) = (each for each in fields(owner) if each.name == name)
@@ -59,15 +57,3 @@ def options_from_flags(flags: Any, method: str) -> Any:
 
 def _prefixed(method: str, name: str) -> str:
     return f"{method}_{name}".replace("-", "_")
-
-
-def _field_docs(cls: type[Any]) -> dict[str, str]:
-    """The docstrings below the fields of a dataclass."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(definition, ast.ClassDef)
-    return {
-        own.target.id: " ".join(str(below.value.value).split())
-        for own, below in pairwise(definition.body)
-        if isinstance(own, ast.AnnAssign) and isinstance(own.target, ast.Name)
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-    }
