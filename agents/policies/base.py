@@ -182,7 +182,9 @@ class SamPolicy(ActorCriticPolicy):
     its action head in `_build`, and says in `action_config` which environments it fits.
 
     Args:
-        observation_space, action_space, lr_schedule: as SB3 passes them.
+        observation_space: as SB3 passes it.
+        action_space: as SB3 passes it.
+        lr_schedule: as SB3 passes it.
         features: arguments of `extractor_class`; names and numbers only, since SB3 pickles them.
         precision: "32-true", or "bf16-mixed" for features in bfloat16; weights, heads and
             probabilities are float32.

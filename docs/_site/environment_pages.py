@@ -19,11 +19,14 @@ CAPTIONS = {
     "SamSeg-v0": "The bundled agent `implicit` on held-out scenes. White: the target; blue: SAM's "
     "mask; green and red: positive and negative clicks.",
     "SamContinual-v0": "The baseline `oracle`, which sees the ground truth, in three domains of "
-    "the stream. White: the target; the cross: the cue click.",
+    "the stream. White: the target; the ring: the cue click.",
     "SamEverything-v0": "The baseline `greedy` on held-out rooms: each colour is a kept mask, "
     "white outlines are objects.",
     "SamVideo-v0": "The baseline `samurai` on held-out clips. White: the truth.",
 }
+
+#: A row of a docstring's table, and rows below it whose first cell is empty: they continue it.
+_SPLIT_ROW = re.compile(r"^\| *[^ |].*\n(?:\|  +\|.*(?:\n|$))+", re.MULTILINE)
 
 
 def environment_page(env_id: str) -> str:
@@ -32,6 +35,7 @@ def environment_page(env_id: str) -> str:
     text = inspect.cleandoc(scalar.__doc__)
     text = re.split(r"^Args:$", text, maxsplit=1, flags=re.MULTILINE)[0].rstrip()
     summary, _, rest = text.partition("\n")
+    rest = _SPLIT_ROW.sub(_joined, rest)
     sections = dict(re.findall(r"^## (.+)\n\n((?:(?!^## ).*\n?)+)", rest, re.MULTILINE))
     env = gym.make(env_id)
     sections["Observation Space"] += "\n" + _space_tables(env_id, env.observation_space)
@@ -60,14 +64,16 @@ def environment_index() -> str:
 def arguments_table(config: type[Any]) -> str:
     """Return the fields of a config as a table: name, type and range, default, meaning.
 
-    A field that a subclass declares again stands where the subclass puts it.
+    The fields of the task itself come first, those that all environments share last.
     """
     docs = {name: doc for cls in reversed(config.__mro__[:-1]) for name, doc in _docs(cls).items()}
     hints = get_type_hints(config, include_extras=True)
     rows = ["| argument | type | default | meaning |", "|---|---|---|---|"]
     own = "| `render_mode` | `None`, `'rgb_array'` or `'human'` | `None` | What `render()` does: "
     rows.append(f"{own}nothing, return a frame, or show it in a window. |")
-    for each in fields(config):
+    names = [name for cls in config.__mro__[:-1] for name in vars(cls).get("__annotations__", ())]
+    by_name = {each.name: each for each in fields(config)}
+    for each in [by_name[name] for name in dict.fromkeys(names) if name in by_name]:
         meaning = _help(hints[each.name]) or docs[each.name]
         cells = [f"`{each.name}`", kind_text(hints[each.name]), _default(each), meaning]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -86,6 +92,12 @@ def kind_text(hint: Any) -> str:
         others = [kind_text(kind) for kind in get_args(hint) if kind is not type(None)]
         return " or ".join([*others, "None"])
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else f"`{hint}`"
+
+
+def _joined(rows: re.Match[str]) -> str:
+    """Join the rows of `_SPLIT_ROW` into one, cell by cell."""
+    cells = zip(*(row.split("|")[1:-1] for row in rows[0].splitlines()), strict=True)
+    return f"|{'|'.join(' '.join(' '.join(cell).split()) for cell in cells)}|\n"
 
 
 def _docs(cls: type[Any]) -> dict[str, str]:

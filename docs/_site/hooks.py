@@ -11,6 +11,7 @@ from typing import Any
 import api_pages
 import command_pages
 import environment_pages
+import message_pages
 from links import ROOT, SHOWN, relink
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -58,6 +59,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "environments/index.md": environment_pages.environment_index(),
         "commands/index.md": command_pages.command_index(),
         "api/index.md": api_pages.api_index(),
+        "guides/messages.md": message_pages.messages_page(),
     }
     for env_id in ENVIRONMENTS:
         pages[f"environments/{env_id}.md"] = environment_pages.environment_page(env_id)

@@ -543,9 +543,12 @@ class SamSegEnv(BaseEnv):
     | `image`                | uint8 (S, S, 3)                | RGB, in SAM's input frame         |
     | `target_category`      | Discrete(number of categories) | its name is in `info`             |
     | `sam_image_embeddings` | float32 (C, h, w)              | SAM's image embedding             |
-    | `sam_pred_mask_prob`   | float32 (4h, 4w) in [0, 1]     | probability of the current mask   |
+    | `sam_pred_mask_prob`   | float32 (hm, wm) in [0, 1]     | probability of the current mask   |
     | `num_steps`            | Discrete(max_steps + 1)        | actions taken                     |
     | `cue_click`            | float32 (2,) in [0, 1]         | only for `target="instance"`      |
+
+    S is the side of SAM's input frame, (C, h, w) the shape of its embedding, (hm, wm) that of its
+    low-res masks.
 
     With `obs="handle"` (for training) the first and third are replaced by `handle`, int32 (1,),
     the number of the embedding in the store of this process, and the mask is uint8 (h, w).

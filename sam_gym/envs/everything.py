@@ -536,11 +536,14 @@ class SamEverythingEnv(BaseEnv):
     |------------------------|-----------------------------|---------------------------------------|
     | `image`                | uint8 (S, S, 3)             | RGB, in SAM's input frame             |
     | `sam_image_embeddings` | float32 (C, h, w)           | SAM's image embedding                 |
-    | `coverage`             | float32 (4h, 4w) in [0, 1]  | 1 where a mask is kept                |
-    | `overlap`              | float32 (4h, 4w) in [0, 1]  | 1/4 per kept mask, at most 1          |
-    | `predicted_iou`        | float32 (4h, 4w) in [0, 1]  | maximum over the kept masks           |
+    | `coverage`             | float32 (hm, wm) in [0, 1]  | 1 where a mask is kept                |
+    | `overlap`              | float32 (hm, wm) in [0, 1]  | 1/4 per kept mask, at most 1          |
+    | `predicted_iou`        | float32 (hm, wm) in [0, 1]  | maximum over the kept masks           |
     | `tried`                | float32 (grid, grid)        | 1 at cells that were tried            |
     | `num_points`           | Discrete(budget + 1)        | points used                           |
+
+    S is the side of SAM's input frame, (C, h, w) the shape of its embedding, (hm, wm) that of its
+    low-res masks.
 
     With `obs="handle"` (for training) the first two are replaced by `handle`, int32 (1,), the
     number of the embedding in the store of this process. The maps are uint8 (h, w), and `tried` is
