@@ -84,11 +84,12 @@ class _ImagePrompts:
 class Predictor:
     """Segment images with points, boxes and masks, all in pixels of the original images.
 
-    >>> predictor = Predictor("micro")
-    >>> predictor.set_images([image])
-    >>> masks, scores, logits = predictor.predict(points=[[[80, 60]]], labels=[[1]])
-    >>> masks[0].shape  # three masks of the size of the image
-    (3, 480, 640)
+    Examples:
+        >>> predictor = Predictor("micro")
+        >>> predictor.set_images([image])
+        >>> masks, scores, logits = predictor.predict(points=[[[80, 60]]], labels=[[1]])
+        >>> masks[0].shape  # three masks of the size of the image
+        (3, 480, 640)
 
     Args:
         backbone: a registered name (see `load_backbone`) or a backbone.

@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from textwrap import fill
 from unittest import mock
 
 from benchmarks.run import BENCHMARKS
@@ -40,7 +41,7 @@ def commands() -> list[str]:
     return found
 
 
-def help_text(module: str, arguments: str = "", width: int = 80) -> str:
+def help_text(module: str, arguments: str = "", width: int = 76) -> str:
     """Return what `python -m MODULE ARGUMENTS --help` prints on a terminal of `width` columns."""
     argv = [module, *arguments.split(), "--help"]
     printed, handler = io.StringIO(), signal.getsignal(signal.SIGTERM)
@@ -58,7 +59,10 @@ def help_text(module: str, arguments: str = "", width: int = 80) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue())
     if not text.strip():
         raise RuntimeError(f"python -m {' '.join(argv)} printed nothing.")
-    return re.sub(rf"^usage: {re.escape(module)}", f"usage: python -m {module}", text).rstrip()
+    text = re.sub(rf"^usage: {re.escape(module)}", f"usage: python -m {module}", text)
+    # tyro does not wrap descriptions.
+    lines = [line if len(line) <= width else fill(line, width) for line in text.splitlines()]
+    return "\n".join(line.rstrip() for line in lines).rstrip()
 
 
 def command_page(module: str) -> str:
@@ -67,7 +71,7 @@ def command_page(module: str) -> str:
     for arguments in VARIANTS.get(module, [""]):
         if arguments:
             parts.append(f"## {arguments}")
-        parts.append(f"```text\n{help_text(module, arguments)}\n```")
+        parts.append(f"```output\n{help_text(module, arguments)}\n```")
     return "\n\n".join(parts) + "\n"
 
 

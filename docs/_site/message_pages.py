@@ -1,4 +1,4 @@
-"""A page of all messages of exceptions and warnings, so that a search for one leads to its remedy."""
+"""A page of all messages of exceptions and warnings: a search for one leads to its remedy."""
 
 from __future__ import annotations
 

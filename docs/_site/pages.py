@@ -1,0 +1,56 @@
+"""The generated pages of the site, by path."""
+
+from __future__ import annotations
+
+import api_pages
+import command_pages
+import environment_pages
+import message_pages
+from links import ROOT, SHOWN, relink
+
+from sam_gym import ENVIRONMENTS
+from sam_gym.utils.docs import TABLES
+
+MESSAGES = "guides/messages.md"
+
+
+def sections() -> dict[str, list[str | dict[str, str]]]:
+    """Return the entries of each section of `nav` that mkdocs.yml names by "*"."""
+    tutorials = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+    commands = [{module: f"commands/{module}.md"} for module in command_pages.commands()]
+    return {
+        "tutorials": [f"tutorials/{path.name}" for path in tutorials],
+        "environments": ["environments/index.md", *(f"environments/{i}.md" for i in ENVIRONMENTS)],
+        "commands": ["commands/index.md", *commands],
+        "api": ["api/index.md", *(f"api/{page}.md" for page in api_pages.PAGES)],
+        "models": [page for page in SHOWN.values() if page.startswith("models/")],
+    }
+
+
+def generated(repository: str = "") -> dict[str, str]:
+    """Return the Markdown of all generated pages; `repository` is its address, or ""."""
+    pages = {
+        "environments/index.md": environment_pages.environment_index(),
+        "commands/index.md": command_pages.command_index(),
+        "api/index.md": api_pages.api_index(),
+        MESSAGES: message_pages.messages_page(),
+    }
+    for env_id in ENVIRONMENTS:
+        pages[f"environments/{env_id}.md"] = environment_pages.environment_page(env_id)
+    for module in command_pages.commands():
+        pages[f"commands/{module}.md"] = command_pages.command_page(module)
+    for page in api_pages.PAGES:
+        pages[f"api/{page}.md"] = api_pages.api_page(page)
+    for source, page in SHOWN.items():
+        pages[page] = relink((ROOT / source).read_text(), source, page, repository)
+    return pages
+
+
+def filled(text: str, page: str, repository: str = "") -> str:
+    """Return a page of docs/ with its tables (`<!-- table: NAME -->`) and links out of docs/."""
+    text = relink(text, f"docs/{page}", page, repository)
+    for name, render in TABLES.items():
+        marker = f"<!-- table: {name} -->"
+        if marker in text:
+            text = text.replace(marker, relink(render(), "README.md", page, repository))
+    return text
