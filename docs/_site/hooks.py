@@ -15,13 +15,15 @@ from mkdocs.structure.pages import Page
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fill the sections of `nav` that have no pages in mkdocs.yml."""
-    config.nav = _expanded(config.nav, pages.sections())
+    config.nav = _expanded(config.nav, pages.sections(str(config.nav)))
     return config
 
 
 def _expanded(nav: Any, sections: dict[str, list[Any]]) -> Any:
     if isinstance(nav, list):
-        return [item for item in (_expanded(own, sections) for own in nav) if item]
+        items = [_expanded(own, sections) for own in nav]
+        flat = [each for own in items for each in (own if isinstance(own, list) else [own])]
+        return [item for item in flat if item]
     if isinstance(nav, dict):
         items = {title: _expanded(own, sections) for title, own in nav.items()}
         return {title: own for title, own in items.items() if own}

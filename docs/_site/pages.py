@@ -14,12 +14,15 @@ from sam_gym.utils.docs import TABLES
 MESSAGES = "guides/messages.md"
 
 
-def sections() -> dict[str, list[str | dict[str, str]]]:
-    """Return the entries of each section of `nav` that mkdocs.yml names by "*"."""
-    tutorials = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+def sections(nav: str = "") -> dict[str, list[str | dict[str, str]]]:
+    """Return the entries of each section that the `nav` of mkdocs.yml, a text, names by "*"."""
+    docs = ROOT / "docs"
+    written = [path.relative_to(docs).as_posix() for path in sorted(docs.rglob("*.md"))]
+    tutorials = [uri for uri in written if uri.startswith("tutorials/")]
     commands = [{module: f"commands/{module}.md"} for module in command_pages.commands()]
     return {
-        "tutorials": [f"tutorials/{path.name}" for path in tutorials],
+        "tutorials": sorted(tutorials, key=lambda uri: not uri.endswith("/index.md")),
+        "others": [uri for uri in written if f"{uri!r}" not in nav and uri not in tutorials],
         "environments": ["environments/index.md", *(f"environments/{i}.md" for i in ENVIRONMENTS)],
         "commands": ["commands/index.md", *commands],
         "api": ["api/index.md", *(f"api/{page}.md" for page in api_pages.PAGES)],
