@@ -60,9 +60,17 @@ def help_text(module: str, arguments: str = "", width: int = 76) -> str:
     if not text.strip():
         raise RuntimeError(f"python -m {' '.join(argv)} printed nothing.")
     text = re.sub(rf"^usage: {re.escape(module)}", f"usage: python -m {module}", text)
-    # tyro does not wrap descriptions.
-    lines = [line if len(line) <= width else fill(line, width) for line in text.splitlines()]
-    return "\n".join(line.rstrip() for line in lines).rstrip()
+    return "\n\n".join(_wrapped(paragraph, width) for paragraph in text.split("\n\n")).rstrip()
+
+
+def _wrapped(paragraph: str, width: int) -> str:
+    """Wrap a paragraph of a description, which tyro does not."""
+    lines = [line.rstrip() for line in paragraph.splitlines()]
+    if max(map(len, lines), default=0) <= width:
+        return "\n".join(lines)
+    if any(line.startswith(" ") for line in lines):
+        return "\n".join(line if len(line) <= width else fill(line, width) for line in lines)
+    return fill(" ".join(lines), width)
 
 
 def command_page(module: str) -> str:

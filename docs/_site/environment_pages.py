@@ -9,21 +9,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 from gymnasium import spaces
+from make_gifs import FILMS
 
 from sam_gym import ENVIRONMENTS
 from sam_gym.utils.registry import load_entry_point
 from sam_gym.utils.settings import Range, field_docs
-
-#: What the moving picture of each environment shows; `make_gifs.py` makes them.
-CAPTIONS = {
-    "SamSeg-v0": "The bundled agent `implicit` on held-out scenes. White: the target; blue: SAM's "
-    "mask; green and red: positive and negative clicks.",
-    "SamContinual-v0": "The baseline `oracle`, which sees the ground truth, in three domains of "
-    "the stream. White: the target; the ring: the cue click.",
-    "SamEverything-v0": "The baseline `greedy` on held-out rooms: each colour is a kept mask, "
-    "white outlines are objects.",
-    "SamVideo-v0": "The baseline `samurai` on held-out clips. White: the truth.",
-}
 
 #: A row of a docstring's table, and rows below it whose first cell is empty: they continue it.
 _SPLIT_ROW = re.compile(r"^\| *[^ |].*\n(?:\|  +\|.*(?:\n|$))+", re.MULTILINE)
@@ -117,7 +107,7 @@ def _default(each: Field[Any]) -> str:
 
 
 def _picture(env_id: str) -> str:
-    return f"![{env_id}](../assets/environments/{env_id}.gif)\n\n*{CAPTIONS[env_id]}*"
+    return f"![{env_id}](../assets/environments/{env_id}.gif)\n\n*{FILMS[env_id].caption}*"
 
 
 def _facts(env_id: str, env: gym.Env[Any, Any], scalar: type[Any], vector: type[Any]) -> str:
