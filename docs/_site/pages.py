@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import api_pages
 import command_pages
+import cost_pages
 import environment_pages
 import message_pages
 from links import ROOT, SHOWN, relink
@@ -52,7 +53,7 @@ def generated(repository: str = "") -> dict[str, str]:
 def filled(text: str, page: str, repository: str = "") -> str:
     """Return a page of docs/ with its tables (`<!-- table: NAME -->`) and links out of docs/."""
     text = relink(text, f"docs/{page}", page, repository)
-    for name, render in TABLES.items():
+    for name, render in (TABLES | {"costs": cost_pages.costs_table}).items():
         marker = f"<!-- table: {name} -->"
         if marker in text:
             text = text.replace(marker, relink(render(), "README.md", page, repository))

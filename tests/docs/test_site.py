@@ -15,6 +15,7 @@ import pytest
 
 import sam_gym
 from sam_gym import ENVIRONMENTS
+from sam_gym.backbones import BACKBONES
 from sam_gym.utils.registry import load_entry_point
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,12 @@ def test_every_environment_has_a_page(env_id: str) -> None:
 def test_rows_of_a_docstring_table_are_joined() -> None:
     page = module("environment_pages").environment_page("SamVideo-v0")
     assert "of SAM's two other masks: predicted IoU, and IoU with the present mask|" in page
+
+
+def test_costs_of_a_sam() -> None:
+    # 0.97 TFLOP, and an embedding of 256 x 64 x 64.
+    row = module("cost_pages").cost_row(BACKBONES.get("vit_b"))
+    assert row == "| `vit_b` | 93.7 M | 358 MiB | 972 GFLOP | 4 MiB | 256 |"
 
 
 def test_every_public_name_is_in_the_reference() -> None:
