@@ -14,11 +14,12 @@ def cost_row(spec: BackboneSpec) -> str:
     with torch.device("meta"):
         model = spec.build()
     parameters = sum(each.numel() for each in model.parameters())
-    service = spec.service or Backbone
-    features = service(spec.name, model, torch.device("meta"), torch.float32).feature_spec.nbytes
     frame = torch.empty(1, 3, spec.input_size, spec.input_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.image_encoder(frame)
+    # `Backbone` replaces parts of the encoder, so it comes after the count.
+    service = spec.service or Backbone
+    features = service(spec.name, model, torch.device("meta"), torch.float32).feature_spec.nbytes
     cells = [
         f"`{spec.name}`",
         f"{parameters / 1e6:,.1f} M",

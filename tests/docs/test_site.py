@@ -3,7 +3,6 @@
 import importlib.util
 import pkgutil
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -108,7 +107,7 @@ def test_commands_and_options_of_the_pages_exist() -> None:
         commands = re.findall(r"python -m ([\w.]+)([^`\n]*)", text.replace("\\\n", " "))
         for command, rest in commands:
             assert command in known, f"{page}: {command}"
-            words = shlex.split(rest.rstrip(".)"), comments=True)
+            words = [word.rstrip(".,:;)") for word in rest.split()]
             for word in (own.partition("=")[0] for own in words if own.startswith("--")):
                 name = word.removeprefix("--").rpartition(".")[2].replace("-", "_")
                 known_name = name.removeprefix("no_") in names or word in literal
@@ -155,14 +154,14 @@ def test_python_prints_what_the_page_says(
 
 
 def test_links_lead_to_pages_and_headings() -> None:
-    pages = module("pages")
+    pages, relink = module("pages"), module("links").relink
     entries = [entry for section in pages.sections().values() for entry in section]
     named = [uri for entry in entries if isinstance(entry, dict) for uri in entry.values()]
     generated = {pages.MESSAGES, "changelog.md", *named}
     generated |= {entry for entry in entries if isinstance(entry, str)}
     count = 0
     for page, text in PAGES.items():
-        prose = re.sub(r"`[^`\n]*`", "code", _FENCE.sub("", pages.filled(text, page)))
+        prose = re.sub(r"`[^`\n]*`", "code", _FENCE.sub("", relink(text, f"docs/{page}", page)))
         for path, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)\)", prose):
             target = (DOCS / page).parent.joinpath(path).resolve() if path else DOCS / page
             uri = str(target.relative_to(DOCS))
