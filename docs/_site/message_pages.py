@@ -67,6 +67,7 @@ def _text(node: ast.AST) -> str:
 def messages_page() -> str:
     """Return the page as Markdown."""
     rows = [
+        "---\nsearch:\n  boost: 2\n---\n",
         "# All error messages",
         "",
         f"From the source, with {ANYTHING} for values. Each says what to do; search this page for",
