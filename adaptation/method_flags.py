@@ -16,7 +16,7 @@ import tyro
 import adaptation.strategies  # noqa: F401  (registers the methods)
 from adaptation.combined import CombinedOptions
 from adaptation.strategy import STRATEGIES
-from sam_gym.utils.settings import field_docs
+from sam_gym.utils.fields import field_docs
 
 
 def method_flags(methods: Iterable[str]) -> type[Any]:

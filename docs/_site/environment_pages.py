@@ -12,8 +12,9 @@ from gymnasium import spaces
 from make_gifs import FILMS
 
 from sam_gym import ENVIRONMENTS
+from sam_gym.utils.fields import field_docs
 from sam_gym.utils.registry import load_entry_point
-from sam_gym.utils.settings import Range, field_docs
+from sam_gym.utils.settings import Range
 
 #: A row of a docstring's table, and rows below it whose first cell is empty: they continue it.
 _SPLIT_ROW = re.compile(r"^\| *[^ |].*\n(?:\|  +\|.*(?:\n|$))+", re.MULTILINE)
@@ -56,7 +57,7 @@ def arguments_table(config: type[Any]) -> str:
 
     The fields of the task itself come first, those that all environments share last.
     """
-    docs = {name: doc for cls in reversed(config.__mro__[:-1]) for name, doc in _docs(cls).items()}
+    docs = field_docs(config)
     hints = get_type_hints(config, include_extras=True)
     rows = ["| argument | type | default | meaning |", "|---|---|---|---|"]
     own = "| `render_mode` | `None`, `'rgb_array'` or `'human'` | `None` | What `render()` does: "
@@ -64,8 +65,7 @@ def arguments_table(config: type[Any]) -> str:
     names = [name for cls in config.__mro__[:-1] for name in vars(cls).get("__annotations__", ())]
     by_name = {each.name: each for each in fields(config)}
     for each in [by_name[name] for name in dict.fromkeys(names) if name in by_name]:
-        meaning = _help(hints[each.name]) or docs[each.name]
-        cells = [f"`{each.name}`", kind_text(hints[each.name]), _default(each), meaning]
+        cells = [f"`{each.name}`", kind_text(hints[each.name]), _default(each), docs[each.name]]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
@@ -88,16 +88,6 @@ def _joined(rows: re.Match[str]) -> str:
     """Join the rows of `_SPLIT_ROW` into one, cell by cell."""
     cells = zip(*(row.split("|")[1:-1] for row in rows[0].splitlines()), strict=True)
     return f"|{'|'.join(' '.join(' '.join(cell).split()) for cell in cells)}|\n"
-
-
-def _docs(cls: type[Any]) -> dict[str, str]:
-    return field_docs(cls) if "__annotations__" in vars(cls) else {}
-
-
-def _help(hint: Any) -> str | None:
-    """Return the help text that a field has instead of a docstring."""
-    extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-    return next((own.help for own in extras if getattr(own, "help", None)), None)
 
 
 def _default(each: Field[Any]) -> str:

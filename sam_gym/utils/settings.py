@@ -9,17 +9,14 @@ Ranges are tyro's constructor specifications, so `--help` shows them.
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import math
 import operator
 import os
-import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, is_dataclass
-from itertools import pairwise
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import (
@@ -146,18 +143,6 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return call
-
-
-def field_docs(cls: type[Any]) -> dict[str, str]:
-    """Return the docstrings below the fields that a dataclass declares itself, by field."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(definition, ast.ClassDef)
-    return {
-        own.target.id: " ".join(str(below.value.value).split())
-        for own, below in pairwise(definition.body)
-        if isinstance(own, ast.AnnAssign) and isinstance(own.target, ast.Name)
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-    }
 
 
 _NAMES = {
