@@ -94,7 +94,8 @@ def test_commands_print_their_help() -> None:
 
 
 def test_commands_and_options_of_the_pages_exist() -> None:
-    known = {*module("command_pages").commands(), "pytest", "sam_gym.utils.docs"}
+    pages = module("command_pages")
+    known = {*pages.commands(), "sam_gym.utils.docs"}
     sources = [
         path.read_text()
         for package in ("sam_gym", "agents", "adaptation", "benchmarks", "examples")
@@ -106,6 +107,8 @@ def test_commands_and_options_of_the_pages_exist() -> None:
     for page, text in PAGES.items():
         commands = re.findall(r"python -m ([\w.]+)([^`\n]*)", text.replace("\\\n", " "))
         for command, rest in commands:
+            if command.partition(".")[0] not in pages.PACKAGES:
+                continue
             assert command in known, f"{page}: {command}"
             words = [word.rstrip(".,:;)") for word in rest.split()]
             for word in (own.partition("=")[0] for own in words if own.startswith("--")):
