@@ -27,7 +27,7 @@ class Args:
 
     seed: int = 0
     """Seed of the environments, the network and the exploration."""
-    total_timesteps: int = 16_384
+    total_timesteps: int = 4_096
     """Environment steps to train for."""
     num_envs: int = 64
     """Number of sub-environments."""

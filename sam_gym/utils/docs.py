@@ -39,7 +39,7 @@ def refreshed(text: str) -> str:
 
 def main(root: Path) -> None:
     """Rewrite README and docs of a repository where tables are out of date; print the paths."""
-    for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+    for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         text = path.read_text()
         if (current := refreshed(text)) != text:
             print(write_atomic(path, current))

@@ -49,7 +49,7 @@ def _in_source(cls: type) -> dict[str, str]:
         return {}
     body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
     return {
-        item.target.id: below.value.value
+        item.target.id: str(below.value.value)
         for item, below in pairwise(body)
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
