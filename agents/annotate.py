@@ -4,6 +4,7 @@ python -m agents.annotate --policy explicit --images PHOTOS --categories star,ri
 python -m agents.annotate --everything --images PHOTOS
 python -m agents.annotate --semantic --adapter ADAPTER --images PHOTOS
 python -m agents.annotate --video CLIP.mp4 --everything --out MASKLETS
+torchrun --nproc_per_node=2 -m agents.annotate --everything --images PHOTOS
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from agents.annotation.clicks import AnnotateConfig
 from agents.annotation.folder import FolderRun, annotate_folder
+from agents.annotation.merging import AnnotationFile
 from agents.evaluate import PolicyAgent
 from agents.tasks import task_of_policy
 from sam_gym.data.base import split_names
@@ -26,8 +28,8 @@ EVERYTHING, SEMANTIC = "--everything", "--semantic"
 VIDEO = "--video"
 
 
-def annotate(config: AnnotateConfig) -> dict[str, Any]:
-    """Annotate images and write COCO JSON; returns its content.
+def annotate(config: AnnotateConfig) -> AnnotationFile:
+    """Annotate images and write COCO JSON; returns the file.
 
     Raises:
         ValueError, FileNotFoundError: an option, the policy or the folder is wrong.
@@ -46,7 +48,7 @@ def annotate(config: AnnotateConfig) -> dict[str, Any]:
 
 
 def main(args: Sequence[str] | None = None) -> Any:
-    """Run the command line; returns the content of the COCO file, or the annotated videos."""
+    """Run the command line; returns the COCO file, or the annotated videos."""
     args = list(sys.argv[1:] if args is None else args)
     if any(arg == VIDEO or arg.startswith(f"{VIDEO}=") for arg in args):
         from agents.annotation import video

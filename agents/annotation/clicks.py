@@ -97,7 +97,7 @@ class ClickAnnotator:
         min_score: float = 0.0,
         description: str = "",
     ) -> None:
-        self.agent, policy = agent, agent.policy
+        self.agent, policy, self.batch_size = agent, agent.policy, num_envs
         self.categories, self.min_score = categories, min_score
         self.description, self.settings = description, {"categories": list(categories)}
         if "cue_click" in policy.observation_space.spaces:

@@ -17,10 +17,11 @@ from agents.annotation.folder import (
     Key,
     annotate_folder,
 )
+from agents.annotation.merging import AnnotationFile
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.spec import backbone_help
 from sam_gym.data.coco_writer import mask_annotation
-from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
+from sam_gym.mask_generation.generator import CROPS_PER_CALL, GeneratorOptions, MaskGenerator
 from sam_gym.mask_generation.masks import Masks
 from sam_gym.utils import cli
 from sam_gym.utils.digest import text_digest
@@ -78,6 +79,7 @@ class EverythingAnnotator:
         self.backbone = generator.backbone
         self.categories: Sequence[str] = generator.names or (OBJECT,)
         self.settings = {"thresholds": generator.thresholds}
+        self.batch_size = CROPS_PER_CALL
         self.identity = text_digest(generator.backbone.identity, *self.categories)
 
     def keys(self, file: str) -> list[Key]:
@@ -124,8 +126,8 @@ def _annotations(masks: Masks) -> Iterator[dict[str, Any]]:
         )
 
 
-def annotate_everything(config: AnnotateEverythingConfig) -> dict[str, Any]:
-    """Annotate images and write COCO JSON; returns its content.
+def annotate_everything(config: AnnotateEverythingConfig) -> AnnotationFile:
+    """Annotate images and write COCO JSON; returns the file.
 
     Raises:
         ValueError, FileNotFoundError: an option, the weights or the folder is wrong.
@@ -139,7 +141,7 @@ def annotate_everything(config: AnnotateEverythingConfig) -> dict[str, Any]:
     generator = MaskGenerator(backbone, config.generator)
     annotator = EverythingAnnotator(generator, f"everything that {config.backbone} finds")
     content = annotate_folder(run, annotator)
-    if content["images"] and not content["annotations"]:
+    if run.ranks.is_first and content.num_images and not content.num_annotations:
         predicted_iou, stability = generator.thresholds
         print(
             f"No mask has a predicted IoU of {predicted_iou} and a stability of {stability}: lower "
@@ -148,7 +150,7 @@ def annotate_everything(config: AnnotateEverythingConfig) -> dict[str, Any]:
     return content
 
 
-def main(args: Sequence[str]) -> dict[str, Any]:
+def main(args: Sequence[str]) -> AnnotationFile:
     """Run the command line, without --everything."""
     prog = "python -m agents.annotate --everything"
     return annotate_everything(cli.parse(AnnotateEverythingConfig, prog, args))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import itertools
 import json
 import os
 import posixpath
 import tempfile
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,14 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
+from agents.annotation.sources import ImageRecord
 from sam_gym.backbones import BackboneService
-from sam_gym.data.io import (
-    IMAGE_SUFFIXES,
-    image_size,
-    number_as_text,
-    read_image,
-    read_json,
-    whole_number,
-)
-from sam_gym.utils.digest import file_digest, text_digest
-from sam_gym.utils.files import plain, write_atomic
+from sam_gym.data.io import number_as_text, read_image, read_json, whole_number
+from sam_gym.utils.digest import file_digest
+from sam_gym.utils.files import json_line, plain, write_atomic
 from sam_gym.utils.registry import unknown_name
-from sam_gym.utils.render import save_image
-from sam_gym.utils.text import safe_name
 
-#: Suffixes of images that are not read: formats that Pillow and OpenCV lack, and camera raw files,
-#: of which they would read the thumbnail.
-FOREIGN_SUFFIXES = frozenset(
-    ".dcm .exr .fits .heic .heif .hif .jxl .nii .svg .3fr .arw .cr2 .cr3 .crw .dcr .dng .erf .iiq "
-    ".kdc .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf .srw .x3f".split()
-)
-_OVERLAY_SUFFIX = ".jpg"
+OVERLAY_SUFFIX = ".jpg"
 
 
 @dataclass(frozen=True)
@@ -97,13 +84,18 @@ class OutputPaths:
 
     @property
     def partial(self) -> Path:
-        """File of the results so far."""
-        return self.annotations.with_suffix(".partial.jsonl")
+        """Folder of the results so far."""
+        return self.annotations.with_suffix(".partial")
 
     @property
     def overlay_list(self) -> Path:
         """File that names the overlays."""
         return self.annotations.with_name(f".{self.annotations.stem}_overlays.jsonl")
+
+    @property
+    def overlay_lock(self) -> Path:
+        """File that is locked while an overlay is listed."""
+        return self.annotations.with_name(f".{self.annotations.stem}_overlays.lock")
 
     @property
     def lock(self) -> Path:
@@ -126,24 +118,33 @@ class OutputPaths:
                 "--out."
             ) from None
 
-    def listed_overlays(self) -> set[str]:
-        """Return the names of the overlays that earlier runs have written into the same folder."""
-        folder, *names = _json_lines(self.overlay_list) or [None]
-        if folder != os.path.abspath(self.overlays):
-            return set()
-        return {name for name in names if isinstance(name, str) and _is_overlay(name)}
+    def lists_overlays(self) -> bool:
+        """Return whether earlier runs have listed overlays in the same folder."""
+        first = next(_json_lines(self.overlay_list), None)
+        return first == os.path.abspath(self.overlays)
+
+    def listed_overlays(self) -> Iterator[str]:
+        """Yield the names of the overlays that earlier runs have written into the same folder."""
+        if self.lists_overlays():
+            names = islice(_json_lines(self.overlay_list), 1, None)
+            yield from (name for name in names if isinstance(name, str) and _is_overlay(name))
 
     def existing(self) -> set[str]:
         """Return the real paths of files and folders that this and earlier runs write."""
         own = {self.annotations, self.results, self.partial, self.overlay_list, self.lock}
-        own.add(_overlays_beside(self.annotations))
-        own |= {self.labels, self.panoptic, self.panoptic.with_suffix("")}
-        own |= {self.overlays / name for name in self.listed_overlays()}
-        return {os.path.realpath(path) for path in own}
+        own |= {self.overlay_lock, self.labels, self.panoptic, self.panoptic.with_suffix("")}
+        beside = _overlays_beside(self.annotations)
+        if self.overlays != beside:
+            own |= {self.overlays / name for name in self.listed_overlays()}
+        return {os.path.realpath(path) for path in own | {beside}}
 
 
 def _overlays_beside(annotations: Path) -> Path:
     return annotations.with_name(f"{annotations.stem}_overlays")
+
+
+def _is_overlay(name: str) -> bool:
+    return name.endswith(OVERLAY_SUFFIX) and os.path.basename(name) == name
 
 
 def _make_folder(option: str, folder: Path) -> None:
@@ -157,102 +158,10 @@ def _make_folder(option: str, folder: Path) -> None:
         raise OSError(f"{option}: cannot write into {folder} ({reason}).") from error
 
 
-@dataclass
-class ImageFolder:
-    """The files below a folder, as paths relative to it, with slashes.
-
-    Attributes:
-        root: the folder.
-        images: the images, sorted.
-        skipped: file -> why it is not read.
-        others: number of files that are no images, by suffix.
-    """
-
-    root: str
-    images: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    others: Counter[str] = field(default_factory=Counter)
-
-    @classmethod
-    def search(cls, root: str, written: Collection[str] = ()) -> ImageFolder:
-        """List the files below a folder.
-
-        Args:
-            root: the folder.
-            written: real paths of files and folders to leave out.
-
-        Raises:
-            FileNotFoundError: the folder does not exist.
-            ValueError: the folder holds no image.
-        """
-        if not os.path.isdir(root):
-            raise FileNotFoundError(f"{root}: no such folder of images.")
-        found = cls(root)
-
-        def unreadable(error: OSError) -> None:
-            found._skip(error.filename, f"the folder cannot be read ({error.strerror})")
-
-        for parent, folders, names in os.walk(root, onerror=unreadable):
-            real = os.path.realpath(parent)
-            folders[:] = [name for name in folders if os.path.join(real, name) not in written]
-            for name in folders:
-                if os.path.islink(os.path.join(parent, name)):
-                    found._skip(os.path.join(parent, name), "links to folders are not followed")
-            for name in names:
-                if os.path.join(real, name) not in written:
-                    found._add(os.path.join(parent, name))
-        if not found.images:
-            lines = [f"skipped {file}: {reason}" for file, reason in found.skipped.items()][:3]
-            told = "".join(f" {line}." for line in lines + found.ignored())
-            raise ValueError(f"{root}: no image in this folder.{told}")
-        found.images.sort()
-        return found
-
-    def ignored(self) -> list[str]:
-        """Return a line on the files that are no images, if there are any."""
-        if not self.others:
-            return []
-        counts = ", ".join(f"{suffix} {number}" for suffix, number in sorted(self.others.items()))
-        return [f"ignored {self.others.total()} files that are no images ({counts})"]
-
-    def _add(self, path: str) -> None:
-        suffix = os.path.splitext(path)[1].lower()
-        if os.path.islink(path) and not self._is_inside(path):
-            self._skip(path, "the link leaves the folder. Copy the file into it")
-        elif not os.path.isfile(path):
-            self._skip(path, "a broken link" if os.path.islink(path) else "not a regular file")
-        elif suffix in FOREIGN_SUFFIXES:
-            self._skip(path, f"{suffix} files are not read. Convert it to PNG, TIFF or JPEG")
-        elif suffix in IMAGE_SUFFIXES or _is_image(path, suffix):
-            self.images.append(self._relative(path))
-        else:
-            self.others[suffix or "no suffix"] += 1
-
-    def _is_inside(self, path: str) -> bool:
-        return os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.root), ""))
-
-    def _skip(self, path: str, reason: str) -> None:
-        self.skipped[self._relative(path)] = reason
-
-    def _relative(self, path: str) -> str:
-        return Path(path).relative_to(self.root).as_posix()
-
-
-def _is_image(path: str, suffix: str) -> bool:
-    """Return whether Pillow knows the suffix, or else the content, as an image's."""
-    if Image.registered_extensions().get(suffix) in Image.OPEN:
-        return True
-    try:
-        image_size(path)
-    except (ValueError, OSError):
-        return False
-    return True
-
-
-def _frames(path: Path) -> int:
+def _frames(content: bytes) -> int:
     """Return the number of frames of an animation, or of pages of a TIFF file."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(content)) as image:
             # The further pictures of a phone's JPEG are previews.
             return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     except Exception:  # Pillow's readers raise many classes; OpenCV has read the file
@@ -265,36 +174,31 @@ class ImageReader:
     The last image is kept, so that consecutive reads of one file decode it once.
 
     Args:
-        folder: root of the files.
+        root: folder of the files, or the tar file.
         backbone: the SAM that will see the images.
-        sizes: file -> annotated (H, W), of the files that have one.
 
     Attributes:
         broken: file -> why it cannot be used.
         frames: file -> number of frames or pages, of which the first is read, if there are several.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        backbone: BackboneService,
-        sizes: Mapping[str, tuple[int, int]],
-    ) -> None:
-        self.folder, self.backbone, self.sizes = Path(folder), backbone, sizes
+    def __init__(self, root: str, backbone: BackboneService) -> None:
+        self.root, self.backbone = root, backbone
         self.broken: dict[str, str] = {}
         self.frames: dict[str, int] = {}
         self._last: tuple[str, np.ndarray, str] | None = None
 
-    def read(self, file: str) -> tuple[np.ndarray, str] | None:
+    def read(self, record: ImageRecord) -> tuple[np.ndarray, str] | None:
         """Return an image, uint8 (H, W, 3), and the digest of its file; None if it is unusable."""
+        file, annotated = record.file, record.size
         if self._last is not None and self._last[0] == file:
             return self._last[1:]
         if file in self.broken:
             return None
+        self._last = None
         try:
-            digest = file_digest(self.folder / file)
-            annotated = self.sizes.get(file)
-            image = read_image(str(self.folder / file), "image", annotated)
+            content = record.read(self.root)
+            image = read_image(os.path.join(self.root, file), "image", annotated, content)
             height, width = image.shape[:2]
             if annotated is not None and annotated != (height, width):
                 raise ValueError(
@@ -305,85 +209,10 @@ class ImageReader:
         except (ValueError, OSError) as error:
             self.broken[file] = str(error)
             return None
-        if (frames := _frames(self.folder / file)) > 1:
+        if (frames := _frames(content)) > 1:
             self.frames[file] = frames
-        self._last = (file, image, digest)
-        return image, digest
-
-    def digest(self, file: str) -> str | None:
-        """Return the digest of a file; None if it cannot be read."""
-        try:
-            return file_digest(self.folder / file)
-        except OSError:
-            return None
-
-
-class OverlayWriter:
-    """Write overlays, images with masks drawn over them, into one flat folder.
-
-    A list beside the annotations names them, so that a later run can remove them.
-
-    Args:
-        outputs: paths of the run.
-
-    Attributes:
-        failed: overlay -> why it could not be written.
-    """
-
-    def __init__(self, outputs: OutputPaths) -> None:
-        self._outputs, self._listed = outputs, outputs.listed_overlays()
-        self.failed: dict[str, str] = {}
-
-    def write(self, name: str, overlay: np.ndarray) -> None:
-        """Save an overlay, uint8 (H, W, 3)."""
-        if not self._listed:
-            self._write_list(())
-        try:
-            if name not in self._listed:
-                self._listed.add(name)
-                with self._outputs.overlay_list.open("a") as file:
-                    file.write(json.dumps(name) + "\n")
-            save_image(self._outputs.overlays / name, overlay)
-        except (OSError, ValueError) as error:
-            self.failed[name] = str(error)
-
-    def keep_only(self, names: Collection[str]) -> None:
-        """Remove the listed overlays of other names: those of earlier runs with the same --out."""
-        for name in self._listed.difference(names):
-            (self._outputs.overlays / name).unlink(missing_ok=True)
-        if names:
-            self._write_list(sorted(names))
-        else:
-            self._outputs.overlay_list.unlink(missing_ok=True)
-
-    def _write_list(self, names: Iterable[str]) -> None:
-        rows = map(json.dumps, [os.path.abspath(self._outputs.overlays), *names])
-        write_atomic(self._outputs.overlay_list, "".join(f"{row}\n" for row in rows))
-
-
-def overlay_names(labels: Mapping[Any, str]) -> dict[Any, str]:
-    """Return a unique file name for the overlay of each key, safe on every file system.
-
-    Args:
-        labels: key -> text of the name; slashes become "__".
-    """
-    safe = {key: safe_name(label) for key, label in labels.items()}
-    taken = Counter(map(_folded, safe.values()))
-    names = {}
-    for key, name in safe.items():
-        if taken[_folded(name)] > 1 or name != labels[key].replace("/", "__"):
-            name += "-" + text_digest(repr(key))[:8]
-        names[key] = name + _OVERLAY_SUFFIX
-    return names
-
-
-def _folded(name: str) -> str:
-    """Return the form in which file systems that ignore case compare names."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def _is_overlay(name: str) -> bool:
-    return name.endswith(_OVERLAY_SUFFIX) and os.path.basename(name) == name
+        self._last = (file, image, hashlib.sha256(content).hexdigest())
+        return image, self._last[2]
 
 
 class CocoIds:
@@ -391,34 +220,29 @@ class CocoIds:
 
     Args:
         coco: path of the COCO file, or None.
-        files: all image files.
         categories: all category names.
         new_categories: give categories that the file lacks ids that it does not use.
 
     Attributes:
-        images: file -> id, of the files that have one.
-        sizes: file -> annotated (H, W), of the files that have one.
         categories: name -> id.
-        absent: number of images of the COCO file that are not among the files.
         digest: of the COCO file, or None.
+        unknown: images that the COCO file lacks.
+        absent: number of images of the COCO file that are not among the images.
 
     Raises:
         FileNotFoundError: the COCO file does not exist.
-        ValueError: the file is not COCO JSON, or lacks a category or all images.
+        ValueError: the file is not COCO JSON, or lacks a category.
     """
 
     def __init__(
-        self,
-        coco: str | None,
-        files: Sequence[str],
-        categories: Sequence[str],
-        new_categories: bool = False,
+        self, coco: str | None, categories: Sequence[str], new_categories: bool = False
     ) -> None:
-        self.images: dict[str, int | str] = {f: number for number, f in enumerate(files, start=1)}
+        self._coco = coco
+        self._known: dict[str, dict[str, Any]] = {}
         self.categories: dict[str, int | str] = {
             name: number for number, name in enumerate(categories, start=1)
         }
-        self.sizes: dict[str, tuple[int, int]] = {}
+        self.unknown: list[str] = []
         self.absent, self.digest = 0, None
         if coco is None:
             return
@@ -426,29 +250,11 @@ class CocoIds:
         self.digest = file_digest(Path(coco))
         try:
             used = {row.get("category_id") for row in content.get("annotations", ())}
-            known = _by_name(coco, content["images"], "file_name")
+            self._known = _by_name(coco, content["images"], "file_name")
             names = _by_name(coco, content["categories"], "name", used)
         except (KeyError, TypeError, AttributeError) as error:
             message = f"{coco}: no COCO JSON with images and categories ({error!r})."
             raise ValueError(message) from None
-        # Windows writes backslashes.
-        paths = {posixpath.normpath(name.replace("\\", "/")): name for name in known}
-        records = {
-            file: known[file if file in known else paths[file]]
-            for file in files
-            if file in known or file in paths
-        }
-        if not records:
-            raise ValueError(
-                f"{coco} has none of the {len(files)} images (the first is {files[0]!r}): its "
-                "file_name must be a path relative to --images."
-            )
-        self.images = {file: record["id"] for file, record in records.items()}
-        self.absent = len(known) - len(records)
-        for file, record in records.items():
-            height, width = (whole_number(record.get(side)) for side in ("height", "width"))
-            if height is not None and width is not None:
-                self.sizes[file] = (height, width)
         for name in categories:
             if name not in names and not new_categories:
                 raise unknown_name(f"category of {coco}", name, names)
@@ -456,6 +262,36 @@ class CocoIds:
         self.categories = {
             name: names[name]["id"] if name in names else next(unused) for name in categories
         }
+
+    def number(self, images: Iterable[ImageRecord]) -> Iterator[ImageRecord]:
+        """Yield the images that have an id, with it and their annotated size.
+
+        Raises:
+            ValueError: the COCO file lacks all of them.
+        """
+        if self._coco is None:
+            yield from (own._replace(id=number) for number, own in enumerate(images, start=1))
+            return
+        # Windows writes backslashes.
+        paths = {posixpath.normpath(name.replace("\\", "/")): name for name in self._known}
+        self.unknown, numbered, first = [], 0, ""
+        for own in images:
+            first = first or own.file
+            name = own.file if own.file in self._known else paths.get(own.file)
+            if name is None:
+                self.unknown.append(own.file)
+                continue
+            record = self._known[name]
+            height, width = (whole_number(record.get(side)) for side in ("height", "width"))
+            size = None if height is None or width is None else (height, width)
+            numbered += 1
+            yield own._replace(id=record["id"], size=size)
+        if not numbered:
+            raise ValueError(
+                f"{self._coco} has none of the {len(self.unknown)} images (the first is "
+                f"{first!r}): its file_name must be a path relative to --images."
+            )
+        self.absent = len(self._known) - numbered
 
 
 def _by_name(
@@ -509,68 +345,47 @@ class PartialResults:
 
     Args:
         path: path of the file, which may exist already.
-        settings: settings of the run.
 
     Attributes:
         done: key (of strings and numbers) -> result.
-
-    Raises:
-        ValueError: the file belongs to a run with other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self._header = header = {"settings": plain(settings)}
-        self.done: dict[tuple[Any, ...], dict[str, Any]] = {}
-        first, *rows = _json_lines(path) or [header]
-        earlier = first.get("settings") if isinstance(first, dict) else None
-        if first != header and (rows or not isinstance(earlier, dict)):
-            names = _different(earlier if isinstance(earlier, dict) else {}, header["settings"])
-            raise ValueError(
-                f"{path}: left by a run with other settings ({', '.join(names)}). Finish that run "
-                "with its own settings, or remove the file to start over."
-            )
-        for row in rows:
-            if row is not None:
-                self.done[tuple(row["key"])] = row["result"]
-        self._rewrite()
+    def __init__(self, path: Path) -> None:
+        self.path, self.done = path, self.read(path)
+        self.keep_only(lambda *_: True)
+
+    @staticmethod
+    def read(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+        """Return the results in a file, which may not exist."""
+        rows = (row for row in _json_lines(path) if row is not None)
+        return {tuple(row["key"]): row["result"] for row in rows}
 
     def add(self, key: tuple[Any, ...], result: Any) -> None:
         """Append a result, which must be JSON-like."""
         self.done[key] = result
-        with self.path.open("a") as file:
+        with self.path.open("ab") as file:
             file.write(self._line(key, result))
 
-    def keep_only(self, condition: Callable[[tuple[Any, ...], Any], bool]) -> int:
-        """Drop results, given as key and result, that fail a condition; returns their number."""
-        kept = {key: result for key, result in self.done.items() if condition(key, result)}
-        dropped, self.done = len(self.done) - len(kept), kept
-        return dropped
-
-    def finish(self) -> None:
-        """Remove the file."""
-        self.path.unlink(missing_ok=True)
-
-    def _rewrite(self) -> None:
-        """Write the whole file, which drops an incomplete last line."""
-        lines = [self._line(key, result) for key, result in self.done.items()]
-        write_atomic(self.path, json.dumps(self._header) + "\n" + "".join(lines))
+    def keep_only(self, condition: Callable[[tuple[Any, ...], Any], bool]) -> None:
+        """Drop results, given as key and result, that fail a condition, and incomplete lines."""
+        self.done = {key: own for key, own in self.done.items() if condition(key, own)}
+        write_atomic(self.path, b"".join(self._line(key, own) for key, own in self.done.items()))
 
     @staticmethod
-    def _line(key: tuple[Any, ...], result: Any) -> str:
-        return json.dumps({"key": key, "result": plain(result)}) + "\n"
+    def _line(key: tuple[Any, ...], result: Any) -> bytes:
+        return json_line(plain({"key": key, "result": result})) + b"\n"
 
 
-def _different(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def different(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Return the keys whose values differ."""
     return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
 
 
-def _json_lines(path: Path) -> list[Any]:
-    """Read a JSON value per line, None where a line is incomplete; empty if there is no file."""
-    if not path.exists():
-        return []
-    return [_parsed(line) for line in path.read_text(errors="replace").splitlines()]
+def _json_lines(path: Path) -> Iterator[Any]:
+    """Yield a JSON value per line, None where a line is incomplete; nothing without a file."""
+    if path.exists():
+        with path.open(errors="replace") as file:
+            yield from map(_parsed, file)
 
 
 def _parsed(line: str) -> Any:

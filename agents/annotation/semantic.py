@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
 import tyro
-from pycocotools import mask as rle
 
+from agents.annotation.files import OutputPaths
 from agents.annotation.folder import (
     AnnotatedItem,
     FolderConfig,
@@ -21,15 +22,17 @@ from agents.annotation.folder import (
     Key,
     annotate_folder,
 )
+from agents.annotation.merging import AnnotationFile
+from agents.annotation.overlays import NameSet
+from agents.annotation.sources import ImageList
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.spec import backbone_help
-from sam_gym.data.base import IGNORED
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.data.labelmaps import CLASSES
 from sam_gym.utils import cli
 from sam_gym.utils.digest import text_digest
 from sam_gym.utils.fields import documented
-from sam_gym.utils.files import write_atomic, write_json
+from sam_gym.utils.files import write_atomic, write_json, write_tables
 from sam_gym.utils.render import draw_labels
 from sam_gym.utils.settings import check_settings
 
@@ -66,15 +69,17 @@ class SemanticAnnotator:
     Args:
         backbone: the SAM, with a semantic head.
         description: `info` of the annotation file.
+        outputs: paths of the label maps and of the segments of COCO panoptic.
 
     Raises:
         ValueError: it has no semantic head.
     """
 
     new_categories = True
+    batch_size = 1
 
-    def __init__(self, backbone: Backbone, description: str) -> None:
-        self.backbone, self.description = backbone, description
+    def __init__(self, backbone: Backbone, description: str, outputs: OutputPaths) -> None:
+        self.backbone, self.description, self.outputs = backbone, description, outputs
         self.categories: Sequence[str] = backbone.semantic_classes
         if not self.categories:
             raise ValueError(
@@ -101,43 +106,63 @@ class SemanticAnnotator:
         self, key: Key, image: np.ndarray, labels: np.ndarray, probabilities: np.ndarray
     ) -> AnnotatedItem:
         annotations = []
-        for number in np.unique(labels).tolist():
+        found, segments = np.unique(labels, return_inverse=True)
+        for number in found.tolist():
             mask = labels == number
             score = float(probabilities[mask].mean())
             category = self.categories[number]
             annotations.append(mask_annotation(mask, score=score, category=category))
 
         def draw() -> np.ndarray:
-            shown = ", ".join(self.categories[k] for k in np.unique(labels).tolist())
+            shown = ", ".join(self.categories[k] for k in found.tolist())
             return draw_labels(image, labels.astype(np.uint8), caption=shown, height=len(image))
 
-        return AnnotatedItem(key, (labels.shape[0], labels.shape[1]), annotations, draw)
+        def write() -> None:
+            (file,) = key
+            name = _label_file(file)
+            _save_png(self.outputs.labels / name, labels.astype(np.uint8))
+            # The id of a segment, 1, 2, 3, ..., is R + 256 * G + 65536 * B; OpenCV writes B, G, R.
+            ids = np.zeros((*labels.shape, 3), np.uint8)
+            ids[..., 2] = segments.reshape(labels.shape) + 1
+            _save_png(self.outputs.panoptic.with_suffix("") / name, ids)
+
+        return AnnotatedItem(key, (labels.shape[0], labels.shape[1]), annotations, draw, write)
 
 
-def annotate_semantic(config: AnnotateSemanticConfig) -> dict[str, Any]:
-    """Annotate images and write all files; returns the content of the COCO file.
+def annotate_semantic(config: AnnotateSemanticConfig) -> AnnotationFile:
+    """Annotate images and write all files; returns the COCO file.
 
     Raises:
         ValueError, FileNotFoundError: an option, the weights, the adapter or the folder is wrong.
     """
     check_settings(config)
     run = FolderRun.prepare(config)
-    files = [_label_file(file) for file in run.folder.images]
-    if twice := {file for file in files if files.count(file) > 1}:
-        raise ValueError(
-            f"Several images would have the label map {min(twice)}: give them different names, "
-            "apart from the suffix."
-        )
+    if run.images is not None:
+        _check_names(run.images)
     backbone = load_backbone(
         config.backbone, config.checkpoint, config.device, config.dtype, adapter=config.adapter
     )
-    annotator = SemanticAnnotator(backbone, f"classes of pixels by {config.adapter}")
-    content = annotate_folder(run, annotator)
-    _write_labels(run, content, annotator.categories)
-    _write_panoptic(run, content)
-    print(f"Label maps: {run.outputs.labels}")
-    print(f"COCO panoptic: {run.outputs.panoptic}")
-    return content
+    description = f"classes of pixels by {config.adapter}"
+    annotator = SemanticAnnotator(backbone, description, run.outputs)
+    written = annotate_folder(run, annotator)
+    if run.ranks.is_first:
+        run.outputs.labels.mkdir(exist_ok=True)
+        write_json(run.outputs.labels / CLASSES, {"classes": list(annotator.categories)})
+        _write_panoptic(run.outputs.panoptic, written)
+        print(f"Label maps: {run.outputs.labels}")
+        print(f"COCO panoptic: {run.outputs.panoptic}")
+    return written
+
+
+def _check_names(images: ImageList) -> None:
+    """Raise `ValueError` if two images would have one label map."""
+    repeated = set(NameSet(_label_file(own.file) for own in images).repeated)
+    for name in (_label_file(own.file) for own in images if repeated):
+        if NameSet.hash(name) in repeated:
+            raise ValueError(
+                f"Several images would have the label map {name}: give them different names, "
+                "apart from the suffix."
+            )
 
 
 def _label_file(file: str) -> str:
@@ -145,63 +170,31 @@ def _label_file(file: str) -> str:
     return f"{os.path.splitext(file)[0]}.png"
 
 
-def _segments(
-    content: Mapping[str, Any],
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Yield the images of a COCO file with their annotations."""
-    own = defaultdict(list)
-    for annotation in content["annotations"]:
-        own[annotation["image_id"]].append(annotation)
-    for image in content["images"]:
-        yield image, own[image["id"]]
-
-
-def _painted(
-    image: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]], values: Sequence[Any]
-) -> np.ndarray:
-    """Paint a value into the pixels of each annotation: uint8 (H, W) or (H, W, 3), else 255."""
-    shape = (image["height"], image["width"], *np.shape(values[0]))
-    canvas = np.full(shape, IGNORED, np.uint8)
-    for annotation, value in zip(annotations, values, strict=True):
-        canvas[rle.decode(annotation["segmentation"]).astype(bool)] = value
-    return canvas
-
-
 def _save_png(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, cv2.imencode(".png", pixels)[1].tobytes())
 
 
-def _write_labels(run: FolderRun, content: Mapping[str, Any], classes: Sequence[str]) -> None:
-    names = {own["id"]: own["name"] for own in content["categories"]}
-    for image, found in _segments(content):
-        values = [classes.index(names[own["category_id"]]) for own in found]
-        labels = _painted(image, found, values)
-        _save_png(run.outputs.labels / _label_file(image["file_name"]), labels)
-    write_json(run.outputs.labels / CLASSES, {"classes": list(classes)})
-
-
-def _write_panoptic(run: FolderRun, content: Mapping[str, Any]) -> None:
+def _write_panoptic(path: Path, written: AnnotationFile) -> None:
     """Write COCO panoptic: each class of an image is a segment of a category without things."""
-    path = run.outputs.panoptic
-    records = []
-    for image, found in _segments(content):
-        ids = list(range(1, len(found) + 1))
-        name = _label_file(image["file_name"])
-        # The id of a segment is R + 256 * G + 65536 * B; OpenCV writes B, G, R.
-        segments = _painted(image, found, [(0, 0, number) for number in ids])
-        _save_png(path.with_suffix("") / name, segments)
-        about = [
-            {"id": number, "iscrowd": 0} | {key: own[key] for key in _OF_SEGMENTS}
-            for number, own in zip(ids, found, strict=True)
-        ]
-        records.append({"image_id": image["id"], "file_name": name, "segments_info": about})
-    categories = [own | {"isthing": 0} for own in content["categories"]]
-    parts = {name: content[name] for name in ("info", "images")}
-    write_json(path, {**parts, "categories": categories, "annotations": records})
+    of_image = groupby(written.records("annotations"), key=itemgetter("image_id"))
+
+    def records() -> Iterator[dict[str, Any]]:
+        # Each image has a class, so that both tables have the same images in the same order.
+        for image, (image_id, found) in zip(written.records("images"), of_image, strict=True):
+            about = [
+                {"id": number, "iscrowd": 0} | {key: own[key] for key in _OF_SEGMENTS}
+                for number, own in enumerate(found, start=1)
+            ]
+            name = _label_file(image["file_name"])
+            yield {"image_id": image_id, "file_name": name, "segments_info": about}
+
+    categories = [own | {"isthing": 0} for own in written.categories]
+    tables = {"info": written.info, "images": written.records("images")}
+    write_tables(path, tables | {"categories": categories, "annotations": records()})
 
 
-def main(args: Sequence[str]) -> dict[str, Any]:
+def main(args: Sequence[str]) -> AnnotationFile:
     """Run the command line, without --semantic."""
     prog = "python -m agents.annotate --semantic"
     return annotate_semantic(cli.parse(AnnotateSemanticConfig, prog, args))

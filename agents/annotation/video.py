@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, cast
+from typing import Annotated, Literal, NamedTuple, Protocol, cast
 
 import cv2
 import numpy as np
@@ -17,12 +19,14 @@ from pycocotools import mask as rle
 
 from agents.annotation.clicks import AnnotateConfig
 from agents.annotation.everything import EverythingAnnotator, Generator
-from agents.annotation.files import OutputPaths, PartialResults
+from agents.annotation.files import OutputPaths
 from agents.annotation.folder import Annotator
 from agents.annotation.video_prompts import ObjectPrompt, PromptChoice, read_prompts
+from agents.annotation.video_results import VideoResults
 from agents.evaluate import PolicyAgent
 from agents.tasks import task_of_policy
 from sam_gym.backbones import load_backbone
+from sam_gym.backbones.loading import resolve_device
 from sam_gym.backbones.spec import backbone_help
 from sam_gym.backbones.video.frames import SUFFIXES, FrameSource, open_video
 from sam_gym.backbones.video.tracker import VideoTracker
@@ -41,6 +45,7 @@ from sam_gym.utils import cli
 from sam_gym.utils.digest import file_digest
 from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_atomic
+from sam_gym.utils.process_group import ProcessGroup
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.render import draw_masks, save_video
 from sam_gym.utils.settings import Count, check_settings
@@ -185,8 +190,10 @@ class FirstFramePrompter:
         ]
 
 
-def annotate_videos(config: AnnotateVideoConfig) -> list[AnnotatedVideo]:
-    """Annotate videos and write all files; returns the videos.
+def annotate_videos(config: AnnotateVideoConfig) -> list[TrackedVideo]:
+    """Annotate videos and write all files; returns what was tracked.
+
+    The processes of a job share the videos.
 
     Raises:
         ValueError, FileNotFoundError: an option, the weights, the prompts or a path is wrong.
@@ -197,7 +204,8 @@ def annotate_videos(config: AnnotateVideoConfig) -> list[AnnotatedVideo]:
     from_file = None if config.prompts is None else FilePrompter(config.prompts, config.prompt)
     if from_file is not None:
         from_file.check(paths)
-    outputs = _outputs(config)
+    ranks = ProcessGroup.join(cuda=resolve_device(config.device).type == "cuda")
+    outputs = _outputs(config, ranks)
     backbone = load_backbone(
         config.backbone, config.checkpoint, config.device, config.dtype, adapter=config.adapter
     )
@@ -210,8 +218,11 @@ def annotate_videos(config: AnnotateVideoConfig) -> list[AnnotatedVideo]:
         prompter = FirstFramePrompter(EverythingAnnotator(masks, ""))
     else:
         prompter = FirstFramePrompter(_agent(config))
-    with outputs.locked():
-        return _annotate(config, paths, outputs, tracker, prompter)
+    try:
+        with outputs.locked() if ranks.is_first else nullcontext():
+            return _annotate(config, paths, outputs, tracker, prompter, ranks)
+    finally:
+        ranks.leave()
 
 
 def _agent(config: AnnotateVideoConfig) -> Annotator:
@@ -284,15 +295,29 @@ def _holds(folder: str, suffixes: Collection[str]) -> bool:
     return any(os.path.splitext(name)[1].lower() in suffixes for name in names)
 
 
-def _outputs(config: AnnotateVideoConfig) -> OutputPaths:
+def _outputs(config: AnnotateVideoConfig, ranks: ProcessGroup) -> OutputPaths:
     """Make the output folder; refuse one that holds what an interrupted run did not leave."""
     folder = make_folder(config.out)
     paths = OutputPaths(folder / "annotations.json", folder / "overlays", config.overlays != "none")
-    if any(folder.iterdir()) and not paths.partial.exists():
+    if ranks.is_first and any(folder.iterdir()) and not paths.partial.exists():
         raise FileExistsError(
             f"--out {config.out} is not empty, and holds no unfinished run. Pass another folder."
         )
     return paths
+
+
+class TrackedVideo(NamedTuple):
+    """What a run tells of a video.
+
+    Attributes:
+        name: of its folder of frames.
+        frames: number of frames.
+        objects: number of objects.
+    """
+
+    name: str
+    frames: int
+    objects: int
 
 
 def _annotate(
@@ -301,60 +326,64 @@ def _annotate(
     outputs: OutputPaths,
     tracker: VideoTracker,
     prompter: Prompter,
-) -> list[AnnotatedVideo]:
-    settings = asdict(config) | {"prompts_digest": prompter.identity}
-    settings["weights"] = tracker.backbone.identity
-    results = PartialResults(outputs.partial, settings)
-    if results.done:
-        print(f"Resuming: {len(results.done)} of {len(paths)} videos are done.")
-    skipped: dict[str, str] = {}
-    with ProgressBar() as bar:
-        for name, path in paths.items():
-            if (name,) in results.done:
-                continue
-            try:
-                source = open_video(path)
-                task = bar.add_task(printable(name), total=len(source))
-                prompts = prompter.prompts(name, source)
-                advance = partial(bar.advance, task)
-                video = _track(config, name, source, tracker, prompts, advance)
-            except (ValueError, OSError) as error:
-                skipped[path] = str(error).removeprefix(f"{path}: ")
-                continue
-            if config.frames:
-                _write_frames(outputs.annotations.parent, config.video_format, video, source)
-            if outputs.has_overlays:
-                outputs.overlays.mkdir(exist_ok=True)
-                target = outputs.overlays / f"{name}.{config.overlays}"
-                save_video(target, _drawn(video, source), fps=12)
-            results.add((name,), asdict(video))
-    videos = [_restored(results.done[name,]) for name in paths if (name,) in results.done]
-    for line in (f"skipped {path}: {reason}" for path, reason in skipped.items()):
-        print(printable(line))
-    count = sum(len(video.objects) for video in videos)
-    if not videos:
-        raise ValueError("No video was annotated: see the reasons above.")
-    description = f"masklets by {config.backbone}"
-    categories = list(prompter.categories)
-    written = write_masklets(
-        outputs.annotations.parent, videos, categories, config.video_format, description
-    )
-    if not skipped:  # else the next run tracks only those
-        results.finish()
-    print(printable(f"{count} masklets in {len(videos)} videos, {len(skipped)} skipped: {written}"))
+    ranks: ProcessGroup,
+) -> list[TrackedVideo]:
+    if ranks.is_first:
+        settings = asdict(config) | {"prompts_digest": prompter.identity}
+        settings["weights"] = tracker.backbone.identity
+        VideoResults.prepare(outputs.partial, settings)
+    ranks.wait()
+    results, start, frames = VideoResults(outputs.partial, list(paths)), time.monotonic(), 0
+    if ranks.is_first and (done := results.done()):
+        print(f"Resuming: {len(done)} of {len(paths)} videos are done.")
+    with ProgressBar(disable=not ranks.is_first) as bar:
+
+        def work(*, wait: bool = False) -> None:
+            nonlocal frames
+            for name in results.claim(wait=wait):
+                try:
+                    source = open_video(paths[name])
+                    task = bar.add_task(printable(name), total=len(source))
+                    prompts = prompter.prompts(name, source)
+                    advance = partial(bar.advance, task)
+                    video = _track(config, name, source, tracker, prompts, advance)
+                except (ValueError, OSError) as error:
+                    results.skip(name, str(error).removeprefix(f"{paths[name]}: "))
+                    continue
+                if config.frames:
+                    _write_frames(outputs.annotations.parent, config.video_format, video, source)
+                if outputs.has_overlays:
+                    outputs.overlays.mkdir(exist_ok=True)
+                    target = outputs.overlays / f"{name}.{config.overlays}"
+                    save_video(target, _drawn(video, source), fps=12)
+                results.add(video)
+                frames += len(video.frames)
+
+        work()
+        ranks.wait()
+        if ranks.is_first:  # those of the processes of another job that has died meanwhile
+            work(wait=True)
+    seconds, frames = time.monotonic() - start, sum(ranks.gather(frames))
+    videos = [TrackedVideo(own.name, len(own.frames), len(own.objects)) for own in results]
+    if ranks.is_first:
+        skipped = results.skipped()
+        for name, reason in skipped.items():
+            print(printable(f"skipped {paths[name]}: {reason}"))
+        if not videos:
+            raise ValueError("No video was annotated: see the reasons above.")
+        root, categories = outputs.annotations.parent, list(prompter.categories)
+        description = f"masklets by {config.backbone}"
+        written = write_masklets(root, results, categories, config.video_format, description)
+        count = sum(video.objects for video in videos)
+        counts = f"{count} masklets in {len(videos)} videos, {len(skipped)} skipped"
+        print(printable(f"{counts}: {written}"))
+        processes = f" by {ranks.world} processes" if ranks.world > 1 else ""
+        rate = f"{frames / seconds:.1f} frames/s"
+        print(f"{frames} frames tracked in {seconds:.1f} s{processes}: {rate}")
+    ranks.wait()
+    if ranks.is_first and not skipped:  # else the next run tracks only those
+        results.remove()
     return videos
-
-
-def _restored(result: Mapping[str, Any]) -> AnnotatedVideo:
-    """Return a video from a line of JSON, whose keys are text."""
-    objects = {
-        int(number): Masklet(
-            own["category"], own["score"], {int(k): code for k, code in own["masks"].items()}
-        )
-        for number, own in result["objects"].items()
-    }
-    height, width = result["size"]
-    return AnnotatedVideo(result["name"], (height, width), result["frames"], objects)
 
 
 def _track(
@@ -449,6 +478,6 @@ def _drawn(video: AnnotatedVideo, source: FrameSource) -> Iterator[np.ndarray]:
         yield draw_masks(source[frame], masks, caption=f"{video.name} {frame}")
 
 
-def main(args: Sequence[str]) -> list[AnnotatedVideo]:
+def main(args: Sequence[str]) -> list[TrackedVideo]:
     """Run the command line."""
     return annotate_videos(cli.parse(AnnotateVideoConfig, "python -m agents.annotate", args))

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.policies.implicit import ImplicitPolicy
-from agents.ppo.distributed import ALONE, ProcessGroup, share_gradients
+from agents.ppo.distributed import share_gradients
 from sam_gym.envs.click import ClickCore
+from sam_gym.utils.process_group import ALONE, ProcessGroup
 
 
 def recalibration_loss(logits: Tensor, target: Tensor, scored: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.ppo.distributed import ALONE, ProcessGroup
 from agents.ppo.tracking import PictureFile
 from sam_gym.backbones.embeddings.store import EmbeddingStore
+from sam_gym.utils.process_group import ALONE, ProcessGroup
 from sam_gym.utils.progress import ProgressBar
 
 

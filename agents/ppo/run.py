@@ -22,7 +22,7 @@ from agents.policies.recalibration import TrainRecalibration
 from agents.ppo.callbacks import MonitorCallback, PinRolloutsCallback
 from agents.ppo.checkpoint import Checkpoint, check_same_config, checkpoints, newest_checkpoint
 from agents.ppo.config import VALIDATION_SEED, TrainPPOConfig, flat, with_present_names
-from agents.ppo.distributed import ALONE, CountAllProcesses, DistributedPPO, ProcessGroup
+from agents.ppo.distributed import CountAllProcesses, DistributedPPO
 from agents.ppo.imitation import imitate
 from agents.ppo.plan import Plan
 from agents.ppo.results import baselines_on_validation, write_results
@@ -31,8 +31,10 @@ from agents.ppo.tracking import MlflowRun, make_logger, require_mlflow
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.sharing.repository import CARD, POLICY, RESULTS, is_card
 from agents.tasks import task_of
+from sam_gym.backbones.loading import resolve_device
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.utils.files import make_folder, write_atomic
+from sam_gym.utils.process_group import ALONE, ProcessGroup
 from sam_gym.utils.render import save_gif, save_image
 from sam_gym.utils.runs import refuse_finished, remove_files
 from sam_gym.version import __version__
@@ -74,7 +76,9 @@ def train(config: TrainPPOConfig) -> dict[str, Any]:
         begun = state["settings"].get("precision", "32-true")
         plan = replace(plan, config=replace(config, precision=begun))
     make_folder(config.folder)
-    ranks = ProcessGroup.join(plan.training.device)
+    ranks = ProcessGroup.join(
+        cuda=resolve_device(plan.training.device).type == "cuda", resume="Resume with --resume."
+    )
     with mlflow_run(config, state, ranks) as mlflow:
         return _train(plan, state, ranks, mlflow)
 

@@ -9,8 +9,8 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.evaluate import Evaluation
-from agents.ppo.distributed import ALONE, ProcessGroup
 from sam_gym.metrics import continual as continual_metrics
+from sam_gym.utils.process_group import ALONE, ProcessGroup
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputF
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
-from agents.ppo.distributed import ALONE, ProcessGroup
 from sam_gym.utils.cli import stop_at_sigterm
 from sam_gym.utils.files import wait_for_a_later_name
+from sam_gym.utils.process_group import ALONE, ProcessGroup
 
 T = TypeVar("T")
 

@@ -121,6 +121,59 @@ def mask_annotation(mask: np.ndarray | Mapping[str, Any], **values: Any) -> dict
     }
 
 
+class CocoRecords:
+    """Makes the records of one COCO file, whose annotations are numbered 1, 2, 3, ...
+
+    Args:
+        category_ids: category name -> id.
+        segmentation: form of the masks in the file.
+
+    Attributes:
+        annotations: number of annotations so far.
+    """
+
+    def __init__(
+        self, category_ids: Mapping[str, int | str], segmentation: Segmentation = "rle"
+    ) -> None:
+        self._category_ids, self._segmentation = category_ids, segmentation
+        self.annotations = 0
+
+    def categories(self) -> list[dict[str, Any]]:
+        """Return the table of categories."""
+        return [{"id": id, "name": name} for name, id in self._category_ids.items()]
+
+    @staticmethod
+    def image(image_id: int | str, file_name: str, size: tuple[int, int]) -> dict[str, Any]:
+        """Return the record of an image of size (H, W)."""
+        height, width = size
+        return {"id": image_id, "file_name": file_name, "height": height, "width": width}
+
+    def annotation(
+        self, image_id: int | str, annotation: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the record of an annotation, and that of COCO's format of results.
+
+        Results have masks as compressed RLE, and neither boxes nor areas: `COCO.loadRes` computes
+        areas from boxes if there are any, and COCOeval sorts masks into small, medium and large by
+        them.
+
+        Args:
+            image_id: id of its image.
+            annotation: as of `mask_annotation`, with its `category` by name; it may have its
+                `polygons`, which are computed otherwise.
+        """
+        ids = {"image_id": image_id, "category_id": self._category_ids[annotation["category"]]}
+        own = {k: v for k, v in annotation.items() if k not in ("category", "polygons")}
+        result = ids | {key: value for key, value in own.items() if key in _OF_RESULTS}
+        if self._segmentation == "polygons":
+            drawn = annotation.get("polygons")
+            own["segmentation"] = (
+                polygons(rle.decode(own["segmentation"])) if drawn is None else drawn
+            )
+        self.annotations += 1
+        return {"id": self.annotations} | ids | own, result
+
+
 class CocoWriter:
     """Collect images and their annotations for one COCO file.
 
@@ -131,9 +184,7 @@ class CocoWriter:
 
     Attributes:
         content: of the COCO file.
-        results: the annotations in COCO's format of results: with masks as compressed RLE, and
-            without boxes and areas, since `COCO.loadRes` computes areas from boxes if there are
-            any, and COCOeval sorts masks into small, medium and large by them.
+        results: the annotations in COCO's format of results; see `CocoRecords.annotation`.
     """
 
     def __init__(
@@ -142,11 +193,11 @@ class CocoWriter:
         description: str = "",
         segmentation: Segmentation = "rle",
     ) -> None:
-        self._category_ids, self._segmentation = category_ids, segmentation
+        self._records = CocoRecords(category_ids, segmentation)
         self.content: dict[str, Any] = {
             "info": {"description": description},
             "images": [],
-            "categories": [{"id": id, "name": name} for name, id in category_ids.items()],
+            "categories": self._records.categories(),
             "annotations": [],
         }
         self.results: list[dict[str, Any]] = []
@@ -166,15 +217,10 @@ class CocoWriter:
             size: (H, W) of the image.
             annotations: as of `mask_annotation`, each with its `category` by name.
         """
-        images, written = self.content["images"], self.content["annotations"]
+        images = self.content["images"]
         if not images or images[-1]["id"] != image_id:
-            height, width = size
-            image = {"id": image_id, "file_name": file_name, "height": height, "width": width}
-            images.append(image)
+            images.append(self._records.image(image_id, file_name, size))
         for annotation in annotations:
-            ids = {"image_id": image_id, "category_id": self._category_ids[annotation["category"]]}
-            own = {key: value for key, value in annotation.items() if key != "category"}
-            self.results.append(ids | {k: v for k, v in own.items() if k in _OF_RESULTS})
-            if self._segmentation == "polygons":
-                own["segmentation"] = polygons(rle.decode(own["segmentation"]))
-            written.append({"id": len(written) + 1} | ids | own)
+            record, result = self._records.annotation(image_id, annotation)
+            self.content["annotations"].append(record)
+            self.results.append(result)

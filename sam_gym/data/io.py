@@ -169,7 +169,9 @@ def resolve(folder: str, name: object) -> str:
     return path
 
 
-def read_image(path: str, record: str, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(
+    path: str, record: str, size: tuple[int, int] | None = None, content: bytes | None = None
+) -> np.ndarray:
     """Read a colour or grey image as uint8 (H, W, 3), RGB, without its alpha channel.
 
     The image is upright, as viewers and annotation tools show it: turned and flipped by its EXIF
@@ -183,13 +185,14 @@ def read_image(path: str, record: str, size: tuple[int, int] | None = None) -> n
         path: the image file.
         record: name of the record, for messages.
         size: annotated (height, width), or None.
+        content: of the file, if it has been read.
 
     Raises:
         FileNotFoundError: the file is missing.
         ValueError: the file is not an image, is truncated, or holds samples without a known range.
     """
     with _naming(path, record):
-        pixels, bits = decode_image(_read(path), size)
+        pixels, bits = decode_image(_read(path) if content is None else content, size)
     if bits:
         folder = printable(os.path.dirname(path))
         warnings.warn(

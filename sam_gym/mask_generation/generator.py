@@ -41,7 +41,7 @@ _PIXELS = {"cpu": 2**20}
 _MANY_PIXELS = 2**26
 
 #: Crops (or whole images) whose embeddings are held at once.
-_CROPS = 8
+CROPS_PER_CALL = 8
 
 
 @documented
@@ -177,7 +177,7 @@ class MaskGenerator:
             clicked: called with the number of clicks after each decoder call.
         """
         crops, found = self._crops(images), []
-        while batch := list(islice(crops, _CROPS)):
+        while batch := list(islice(crops, CROPS_PER_CALL)):
             for crop, masks in zip(batch, self._of_crops(batch, clicked), strict=True):
                 found.append(masks)
                 if crop.last:

@@ -8,9 +8,10 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -46,24 +47,21 @@ def _within(key: object, item: Any) -> Any:
         raise ValueError(f"{key}: {error}") from error
 
 
-def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> Path:
-    """Write a file atomically: under a random name beside it, then renamed.
+@contextmanager
+def atomic_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """Open a file to write, under a random name beside it; it is renamed when the body ends.
 
-    Any number of processes may write the same file. If writing fails, nothing is left.
+    Any number of processes may write the same file. If the body fails, nothing is left.
 
     Args:
         path: of the file; its folder exists.
-        content: text is encoded as UTF-8, lone surrogates as escapes.
         durable: fsync, so that the file survives a power failure.
     """
     unfinished = path.with_name(f"{unfinished_prefix(path.name)}{secrets.token_hex(8)}")
     try:
         # "x" follows no link that somebody else has put there.
         with unfinished.open("xb") as file:
-            # Names of files that are no UTF-8 have lone surrogates: escapes, as JSON's.
-            file.write(
-                content.encode(errors="backslashreplace") if isinstance(content, str) else content
-            )
+            yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
@@ -73,7 +71,18 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> 
         raise
     if durable:
         _sync_folder(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes, *, durable: bool = False) -> Path:
+    """Write a file as `atomic_file` does; text is encoded by `encoded`."""
+    with atomic_file(path, durable=durable) as file:
+        file.write(encoded(content) if isinstance(content, str) else content)
     return path
+
+
+def encoded(text: str) -> bytes:
+    """Encode text as UTF-8; lone surrogates, which names of files may have, as JSON's escapes."""
+    return text.encode(errors="backslashreplace")
 
 
 def unfinished_prefix(name: str) -> str:
@@ -96,6 +105,61 @@ def write_json(path: Path, results: Mapping[str, Any] | Sequence[Any]) -> Path:
     """Write results as JSON; raises the errors of `plain`."""
     text = json.dumps(plain(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     return write_atomic(path, text)
+
+
+class JsonRows:
+    """Writes a list of JSON values of any length, a line each: `with JsonRows(file) as rows`.
+
+    Args:
+        file: where the list is written.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._is_empty = file, True
+
+    def __enter__(self) -> JsonRows:
+        self._file.write(b"[")
+        return self
+
+    def add(self, value: Any) -> None:
+        """Write a value of JSON types; raises `ValueError` for a number that is not finite."""
+        self._file.write(b"\n" if self._is_empty else b",\n")
+        self._file.write(json_line(value))
+        self._is_empty = False
+
+    def __exit__(self, *_: object) -> None:
+        self._file.write(b"\n]")
+
+
+def write_tables(path: Path, tables: Mapping[str, Any]) -> Path:
+    """Write a JSON object whose lists may be longer than memory.
+
+    Args:
+        path: of the file.
+        tables: name -> value of JSON types. An iterator becomes a list, with a line per element; it
+            is consumed after those before it.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    with atomic_file(path) as file:
+        start = b"{"
+        for name, value in tables.items():
+            file.write(start + b"\n" + json_line(name) + b": ")
+            if isinstance(value, Iterator):
+                with JsonRows(file) as rows:
+                    for row in value:
+                        rows.add(row)
+            else:
+                file.write(json_line(value))
+            start = b","
+        file.write(b"\n}\n")
+    return path
+
+
+def json_line(value: Any) -> bytes:
+    """Encode a value of JSON types; raises `ValueError` for a number that is not finite."""
+    return encoded(json.dumps(value, allow_nan=False, ensure_ascii=False))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from agents.annotation.files import ImageFolder, OutputPaths
+from agents.annotation.files import OutputPaths
+from agents.annotation.sources import ImageFolder
 from sam_gym.data.coco_records import encode_segmentation
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.data.images import Unreadable, read_header

@@ -18,7 +18,7 @@ from sam_gym.data import DATASETS, Sample, dataset_help
 from sam_gym.data.options import DatasetOptions
 from sam_gym.utils.digest import image_digest
 from sam_gym.utils.fields import documented
-from sam_gym.utils.progress import track
+from sam_gym.utils.progress import ThroughputBar
 from sam_gym.utils.settings import Count, Positive, check_settings
 
 
@@ -127,23 +127,28 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
         waiting.clear()
 
     check_written()
-    for number in track(numbers, "encoding"):
-        sample = dataset[number]
-        with _naming(sample):
-            backbone.check_image(sample.image)
-        key = image_digest(sample.image)
-        if disk.get(key) is not None:
-            counts["found"] += 1
-            continue
-        waiting.append((key, sample))
-        if len(waiting) == config.batch_size:
+    with ThroughputBar("encoding", len(numbers), disable=rank > 0) as bar:
+        for done, number in enumerate(numbers, start=1):
+            sample = dataset[number]
+            with _naming(sample):
+                backbone.check_image(sample.image)
+            key = image_digest(sample.image)
+            if disk.get(key) is None:
+                waiting.append((key, sample))
+            else:
+                counts["found"] += 1
+                bar.skip(1)
+            if len(waiting) == config.batch_size:
+                encode()
+            bar.update(done)
+        if waiting:
             encode()
-    if waiting:
-        encode()
+    own = f"process {rank} of {shards}: " if shards > 1 else ""
     print(
-        f"{counts['encoded']} images encoded, {counts['found']} found, "
+        f"{own}{counts['encoded']} images encoded, {counts['found']} found, "
         f"{disk.damaged} damaged files replaced: {disk.folder}"
     )
+    print(f"{own}{bar.summary()}")
     dtype = str(backbone.dtype).removeprefix("torch.")
     print(
         f"Environments read them with disk={config.folder or 'home'!r}, dtype={dtype!r}, "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from pycocotools import mask as rle
 
 from sam_gym.data.videos.davis import FRAMES, MASKS, VOID
 from sam_gym.data.videos.reader import decode
-from sam_gym.utils.files import write_atomic, write_json
+from sam_gym.utils.files import write_atomic, write_tables
 
 #: Formats of masklets: COCO JSON of videos, YouTube-VIS JSON, DAVIS 2017.
 VideoFormat = Literal["coco-video", "youtube-vis", "davis"]
@@ -65,7 +66,7 @@ class AnnotatedVideo:
 
 def write_masklets(
     root: Path,
-    videos: Sequence[AnnotatedVideo],
+    videos: Iterable[AnnotatedVideo],
     categories: Sequence[str],
     video_format: VideoFormat,
     description: str = "",
@@ -74,7 +75,7 @@ def write_masklets(
 
     Args:
         root: the folder.
-        videos: names are unique.
+        videos: names are unique. They are iterated more than once, and held one at a time.
         categories: names of all categories; their ids are 1, 2, 3, ... DAVIS has none.
         video_format: "coco-video" or "youtube-vis", a file annotations.json; "davis", one PNG file
             of ids per frame in Annotations, where a pixel of several objects gets the first id.
@@ -90,71 +91,83 @@ def write_masklets(
         for video in videos:
             _write_ids(root / MASKS / video.name, video)
         return root / MASKS
-    content = {"info": {"description": description}}
     ids = {name: number for number, name in enumerate(categories, start=1)}
     table = [{"id": number, "name": name} for name, number in ids.items()]
-    tables = _coco_tables if video_format == "coco-video" else _youtube_vis_tables
-    return write_json(root / ANNOTATIONS, content | tables(videos, ids) | {"categories": table})
+    tables: dict[str, Iterator[dict[str, Any]]]
+    if video_format == "coco-video":
+        tables = {"images": _coco_images(videos), "annotations": _coco_annotations(videos, ids)}
+    else:
+        annotations = _youtube_vis_annotations(videos, ids)
+        tables = {"videos": _youtube_vis_videos(videos), "annotations": annotations}
+    content: dict[str, Any] = {"info": {"description": description}, **tables, "categories": table}
+    return write_tables(root / ANNOTATIONS, content)
 
 
-def _coco_tables(videos: Sequence[AnnotatedVideo], ids: Mapping[str, int]) -> dict[str, Any]:
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+def _coco_images(videos: Iterable[AnnotatedVideo]) -> Iterator[dict[str, Any]]:
+    numbers = itertools.count(1)
     for video in videos:
         height, width = video.size
-        first = len(images) + 1
         for order, name in enumerate(video.frames):
-            image = {"id": first + order, "file_name": f"{video.name}/{name}"}
+            image = {"id": next(numbers), "file_name": f"{video.name}/{name}"}
             image |= {"height": height, "width": width}
-            images.append(image | {"video_id": video.name, "order_in_video": order})
+            yield image | {"video_id": video.name, "order_in_video": order}
+
+
+def _coco_annotations(
+    videos: Iterable[AnnotatedVideo], ids: Mapping[str, int]
+) -> Iterator[dict[str, Any]]:
+    numbers, first = itertools.count(1), 1
+    for video in videos:
         for track, masklet in video.objects.items():
             for frame, counts in sorted(masklet.masks.items()):
                 code = video.code(counts)
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": first + frame,
-                        "category_id": ids[masklet.category],
-                        "track_id": track,
-                        "segmentation": code,
-                        "area": int(rle.area(code)),
-                        "bbox": rle.toBbox(code).tolist(),
-                        "iscrowd": 0,
-                        "score": masklet.score,
-                    }
-                )
-    return {"images": images, "annotations": annotations}
+                yield {
+                    "id": next(numbers),
+                    "image_id": first + frame,
+                    "category_id": ids[masklet.category],
+                    "track_id": track,
+                    "segmentation": code,
+                    "area": int(rle.area(code)),
+                    "bbox": rle.toBbox(code).tolist(),
+                    "iscrowd": 0,
+                    "score": masklet.score,
+                }
+        first += len(video.frames)
 
 
-def _youtube_vis_tables(videos: Sequence[AnnotatedVideo], ids: Mapping[str, int]) -> dict[str, Any]:
-    records: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+def _youtube_vis_videos(videos: Iterable[AnnotatedVideo]) -> Iterator[dict[str, Any]]:
     for number, video in enumerate(videos, start=1):
-        (height, width), length = video.size, len(video.frames)
-        size = {"height": height, "width": width}
         names = [f"{video.name}/{name}" for name in video.frames]
-        records.append({"id": number, **size, "length": length, "file_names": names})
+        yield {"id": number, **_shape(video), "file_names": names}
+
+
+def _youtube_vis_annotations(
+    videos: Iterable[AnnotatedVideo], ids: Mapping[str, int]
+) -> Iterator[dict[str, Any]]:
+    numbers = itertools.count(1)
+    for number, video in enumerate(videos, start=1):
         for masklet in video.objects.values():
             codes = [
                 video.code(masklet.masks[frame]) if frame in masklet.masks else None
-                for frame in range(length)
+                for frame in range(len(video.frames))
             ]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "video_id": number,
-                    "category_id": ids[masklet.category],
-                    # trackeval asks for the size and iscrowd of each annotation.
-                    **size,
-                    "length": length,
-                    "iscrowd": 0,
-                    "segmentations": codes,
-                    "areas": [code and int(rle.area(code)) for code in codes],
-                    "bboxes": [code and rle.toBbox(code).tolist() for code in codes],
-                    "score": masklet.score,
-                }
-            )
-    return {"videos": records, "annotations": annotations}
+            yield {
+                "id": next(numbers),
+                "video_id": number,
+                "category_id": ids[masklet.category],
+                # trackeval asks for the size and iscrowd of each annotation.
+                **_shape(video),
+                "iscrowd": 0,
+                "segmentations": codes,
+                "areas": [code and int(rle.area(code)) for code in codes],
+                "bboxes": [code and rle.toBbox(code).tolist() for code in codes],
+                "score": masklet.score,
+            }
+
+
+def _shape(video: AnnotatedVideo) -> dict[str, int]:
+    height, width = video.size
+    return {"height": height, "width": width, "length": len(video.frames)}
 
 
 # DAVIS -------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from agents.annotation import folder as module
+from agents.annotation import shards as module
 from agents.annotation.folder import AnnotatedItem, FolderConfig, FolderRun, Key, annotate_folder
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.data.io import read_json
@@ -29,6 +30,7 @@ class Squares:
 
     new_categories, description = False, "squares"
     settings: dict[str, Any] = {}
+    batch_size = 1
 
     def __init__(self, *categories: str, identity: str = "1", stop_after: int = 10**9) -> None:
         self.categories, self.identity, self.left = categories or ("star",), identity, stop_after
@@ -71,7 +73,7 @@ def photos(tmp_path: Path) -> Path:
 def run(photos: Path, annotator: Squares | None = None, **options: Any) -> dict[str, Any]:
     options = {"out": str(photos.parent / "out" / "o.json"), "device": "cpu"} | options
     config = FolderConfig(images=str(photos), **options)
-    return annotate_folder(FolderRun.prepare(config), annotator or Squares())
+    return dict(annotate_folder(FolderRun.prepare(config), annotator or Squares()))
 
 
 def names(content: dict[str, Any]) -> list[str]:
@@ -215,7 +217,7 @@ def test_a_rerun_removes_overlays_of_the_earlier_run(photos: Path) -> None:
     (folder / "mine.jpg").write_bytes(b"")
     with pytest.raises(KeyboardInterrupt):
         run(photos, Squares("cube", stop_after=1))
-    (photos.parent / "out" / "o.partial.jsonl").unlink()
+    shutil.rmtree(photos.parent / "out" / "o.partial")
     (photos / "a.png").unlink()
     run(photos, Squares("star"))
     assert overlays(photos) == ["mine.jpg", "more__b.png__star.jpg"]
@@ -383,8 +385,8 @@ def test_the_differing_settings_are_named(photos: Path) -> None:
     interrupted(photos, 1)
     with pytest.raises(ValueError, match=r"other settings \(segmentation\)"):
         run(photos, segmentation="polygons")
-    (photos.parent / "out" / "o.partial.jsonl").write_bytes(b"\xff\0 garbage\n")
-    with pytest.raises(ValueError, match="other settings"):
+    (photos.parent / "out" / "o.partial" / "plan.json").write_bytes(b"\xff\0 garbage\n")
+    with pytest.raises(ValueError, match="not what an unfinished run leaves"):
         run(photos)
 
 

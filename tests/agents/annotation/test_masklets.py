@@ -85,6 +85,17 @@ def run(tiny_video: str, videos: Path, tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
+def masklets(out: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """The annotations of each (video, track) of a file in the format coco-video, by frame."""
+    content = json.loads((out / "annotations.json").read_text())
+    images = {own["id"]: own for own in content["images"]}
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for own in content["annotations"]:
+        own |= {"frame": images[own["image_id"]]["order_in_video"]}
+        found.setdefault((images[own["image_id"]]["video_id"], own["track_id"]), []).append(own)
+    return found
+
+
 @pytest.mark.parametrize("video_format", ["coco-video", "youtube-vis", "davis"])
 def test_masklets_are_those_of_the_tracker(
     run: Callable[..., Any],
@@ -193,15 +204,18 @@ def test_everything_of_the_first_frame(
     options += ("--stability-score-thresh", "0", "--max-objects", "2", "--overlays", "gif")
     annotated = run(*options, "--no-frames")
     assert [own.name for own in annotated] == ["fox", "owl", "yak"]
+    found = masklets(tmp_path / "out")
     for own in annotated:
-        assert list(own.objects) in ([1], [1, 2])
-        assert all(0 in masklet.masks for masklet in own.objects.values())
+        tracks = range(1, own.objects + 1)
+        assert own.objects in (1, 2) and own.frames == FRAMES
+        assert all(found[own.name, track][0]["frame"] == 0 for track in tracks)
+    assert len(found) == sum(own.objects for own in annotated)
     content = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert content["categories"] == [{"id": 1, "name": "object"}]
     assert not (tmp_path / "out" / "images").exists()
     assert len(list((tmp_path / "out" / "overlays").glob("*.gif"))) == 3
     few = ("--prompts", prompts, "--max-objects", "1", "--no-frames", "--overlays", "none")
-    assert [len(own.objects) for own in run(*few, out="few")] == [1, 1, 1]
+    assert [own.objects for own in run(*few, out="few")] == [1, 1, 1]
 
 
 def test_an_agent_finds_the_objects(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -209,9 +223,8 @@ def test_an_agent_finds_the_objects(run: Callable[..., Any], tmp_path: Path) -> 
     annotated = run(*options, "--video-format", "youtube-vis")
     content = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert [own["name"] for own in content["categories"]] == ["star", "ring"]
-    for own in annotated:
-        assert 1 <= len(own.objects) <= 2
-        assert {masklet.category for masklet in own.objects.values()} <= {"star", "ring"}
+    assert all(1 <= own.objects <= 2 for own in annotated)
+    assert {own["category_id"] for own in content["annotations"]} <= {1, 2}
 
 
 @pytest.mark.parametrize(
@@ -278,10 +291,12 @@ def test_late_objects_are_tracked_to_both_ends(
         content["annotations"] = whole[:2] + annotations
         Path(prompts).write_text(json.dumps(content))
         options = ("--prompts", prompts, "--overlays", "none", "--no-frames")
-        _, owl = run(*options, out=f"out{len(annotations)}")
-        found.append(owl.objects[len(annotations)])
-    assert found[0].masks and found[0].masks == found[1].masks
-    assert found[0].score == pytest.approx(found[1].score, abs=1e-4)
+        out = f"out{len(annotations)}"
+        run(*options, out=out)
+        found.append(masklets(tmp_path / out)["owl", len(annotations)])
+    alone, after = ({own["frame"]: own["segmentation"] for own in frames} for frames in found)
+    assert alone and alone == after
+    assert found[0][0]["score"] == pytest.approx(found[1][0]["score"], abs=1e-4)
 
 
 def test_videos_in_odd_folders(
@@ -295,7 +310,7 @@ def test_videos_in_odd_folders(
     options = ("--everything", "--grid", "3", "3", "--pred-iou-thresh", "0")
     options += ("--stability-score-thresh", "0", "--max-objects", "1", "--overlays", "none")
     (annotated,) = run(*options, "--video-format", "davis", video=Path("."))
-    assert annotated.name == "fox" and len(annotated.frames) == FRAMES + 1
+    assert annotated.name == "fox" and annotated.frames == FRAMES + 1
     assert len(list((tmp_path / "out" / "Annotations" / "fox").iterdir())) == FRAMES + 1
     shutil.copy(fox / "9.png", videos / "cover.png")
     with pytest.raises(ValueError, match="the folder holds images, as one video does, and video"):

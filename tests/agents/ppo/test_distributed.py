@@ -12,11 +12,12 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 from agents.ppo.config import TrainPPOConfig
-from agents.ppo.distributed import ProcessGroup, share_gradients
+from agents.ppo.distributed import share_gradients
 from agents.ppo.run import make_model
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.train_ppo import main
 from sam_gym.envs.click import SamSegConfig
+from sam_gym.utils.process_group import ProcessGroup
 
 Start = Callable[..., Any]
 Outcome = Callable[[Path], dict[str, Any]]

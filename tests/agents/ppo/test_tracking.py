@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents.evaluate import PolicyAgent
 from agents.ppo.config import TrainPPOConfig
-from agents.ppo.distributed import ProcessGroup
 from agents.ppo.run import mlflow_run
 from agents.ppo.tracking import MlflowRun, TensorBoard
 from agents.train_ppo import main
+from sam_gym.utils.process_group import ProcessGroup
 from sam_gym.version import __version__
 
 # What SQLAlchemy says to MLflow.
