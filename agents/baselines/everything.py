@@ -102,7 +102,7 @@ class Greedy(Baseline):
             handle = to_device(core.handles[env_index : env_index + 1], device)
             embedding = core.store.gather(handle)
             ambiguous = torch.ones(count, dtype=torch.bool, device=device)
-            _, predicted = core.backbone.decode_best(embedding, prompts, ambiguous)
+            predicted = core.backbone.predict_iou(embedding, prompts, ambiguous)
             (self.predicted_ious[source],) = to_host(predicted)
         return self.predicted_ious[source]
 

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from agents.policies import POLICIES, SamPolicy
+from agents.policies.base import resolve_precision
 from agents.policies.spaces import space_from_json, space_from_pickle
 from sam_gym.backbones.loading import renamed_checkpoint, resolve_device
 from sam_gym.backbones.spec import BACKBONES, FIRST_MICRO, HUB_PREFIX, renamed_backbone
@@ -197,6 +200,9 @@ def _rebuilt(path: Path, data: dict[str, Any], device: str) -> SamPolicy:
         if model in arguments["features"]:
             arguments["features"][model]["device"] = device
     _name_backbone(arguments["features"].get("backbone", {}), trained_on, observations)
+    if resolve_device(device).type == "cpu" and arguments.get("precision") == "bf16-mixed":
+        # Without matrix units, bfloat16 is several times slower than float32.
+        arguments["precision"] = resolve_precision("auto", torch.device("cpu"))
     policy = policy_class(observations, actions, lambda _: 0.0, **arguments)
     if trained_on is not None:
         _check_frozen(trained_on, policy)

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -33,6 +34,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 #: Images of which `segment` holds the features at once.
 _SEGMENTED = 4
+#: Prompts that a CPU decodes at once: more are not faster, and take more memory.
+_DECODED = 64
 #: Smallest number of points of a compiled call; larger numbers are powers of two.
 _POINTS = 8
 
@@ -395,6 +398,10 @@ class Backbone:
         Returns:
             Mask logits float32 (P, hm, wm) and predicted IoU float32 (P,).
         """
+        if self._takes_pieces(prompts):
+            parts = [self.decode_best(*own) for own in _pieces(features, prompts, multimask)]
+            logits, iou = zip(*parts, strict=True)
+            return torch.cat(logits), torch.cat(iou)
         if self.compiled and len(prompts):
             features, prompts = _with_fixed_shapes(features, prompts)
         work = self._decode_best if len(prompts) else partial(_decode_best, self.model)
@@ -422,8 +429,15 @@ class Backbone:
         Returns:
             float32 (P,).
         """
+        if self._takes_pieces(prompts):
+            pieces = _pieces(features, prompts, multimask)
+            return torch.cat([self.predict_iou(*own) for own in pieces])
         with self.autocast():
             return self.model.decode(features, prompts).best_iou(multimask).float()
+
+    def _takes_pieces(self, prompts: Prompts) -> bool:
+        """Whether prompts are decoded in pieces, which bounds the memory."""
+        return self.device.type == "cpu" and not self.compiled and len(prompts) > _DECODED
 
     @torch.no_grad()
     def decode_tokens(self, features: ImageFeatures, prompts: Prompts) -> MaskTokens:
@@ -566,6 +580,18 @@ def _decode_best(model: Model, names: tuple[str, ...], *inputs: Any) -> tuple[Te
     features = ImageFeatures(dict(zip(names, inputs, strict=False)))
     *prompts, multimask = inputs[len(names) :]
     return model.decode(features, Prompts(*prompts)).decode_best_masks(multimask)
+
+
+def _pieces(
+    features: ImageFeatures, prompts: Prompts, multimask: Tensor
+) -> Iterator[tuple[ImageFeatures, Prompts, Tensor]]:
+    """Yield `_DECODED` prompts at a time with the features of their images."""
+    for index in torch.arange(len(prompts)).split(_DECODED):
+        own, images = prompts.take(index), index
+        if own.rows is not None:
+            images, rows = own.rows.unique(return_inverse=True)
+            own = replace(own, rows=rows)
+        yield features[images], own, multimask[index]
 
 
 def _with_fixed_shapes(features: ImageFeatures, prompts: Prompts) -> tuple[ImageFeatures, Prompts]:

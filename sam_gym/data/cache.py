@@ -12,6 +12,16 @@ from sam_gym.data.base import Dataset, Sample, Video, VideoDataset
 from sam_gym.utils.digest import image_digest
 
 
+def pack_masks(masks: np.ndarray) -> np.ndarray:
+    """Pack masks bool (..., H, W) eight pixels to a byte: uint8 (..., H, ceil(W / 8))."""
+    return np.packbits(masks, axis=-1)
+
+
+def unpack_masks(packed: np.ndarray, width: int) -> np.ndarray:
+    """Unpack masks of `pack_masks` of a width: bool (..., H, W)."""
+    return np.unpackbits(packed, axis=-1, count=width).view(bool)
+
+
 class SampleCache:
     """The most recently used samples of a dataset, with masks packed eight pixels to a byte.
 
@@ -41,6 +51,11 @@ class SampleCache:
         """Bytes of the images, masks and label maps that are kept."""
         return self._bytes
 
+    def clear(self) -> None:
+        """Drop all samples."""
+        self._kept.clear()
+        self._bytes = 0
+
     def __getitem__(self, index: int) -> Sample:
         """Return the sample at `index`, with its digest and without its parts.
 
@@ -50,8 +65,7 @@ class SampleCache:
         if index in self._kept:
             self._kept.move_to_end(index)
             sample, packed = self._kept[index]
-            masks = np.unpackbits(packed, axis=-1, count=sample.image.shape[1]).view(bool)
-            return replace(sample, masks=masks)
+            return replace(sample, masks=unpack_masks(packed, sample.image.shape[1]))
         self.misses += 1
         sample = self.dataset[index]
         if self._check is not None:
@@ -60,7 +74,7 @@ class SampleCache:
             except ValueError as error:
                 raise ValueError(f"{sample.source}: {error}") from error
         sample = replace(sample, parts=None, digest=image_digest(sample.image))
-        packed = np.packbits(sample.masks, axis=-1)
+        packed = pack_masks(sample.masks)
         size = _bytes_of(sample, packed)
         if size <= self.max_bytes:
             self._kept[index] = replace(sample, masks=packed[:0]), packed
@@ -102,7 +116,7 @@ class CachedFrame:
 
     def mask(self, number: int) -> np.ndarray:
         """Return the mask of an object: bool (H, W)."""
-        return np.unpackbits(self.masks[number], axis=-1, count=self.image.shape[1]).view(bool)
+        return unpack_masks(self.masks[number], self.image.shape[1])
 
 
 class FrameCache:
@@ -136,6 +150,12 @@ class FrameCache:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def clear(self) -> None:
+        """Drop all frames and open videos."""
+        self._videos.clear()
+        self._kept.clear()
+        self._bytes = 0
+
     def video(self, index: int) -> Video:
         """Return the video at `index`, kept open."""
         if index not in self._videos:
@@ -163,7 +183,7 @@ class FrameCache:
         except ValueError as error:
             raise ValueError(f"{video.name}, frame {video.frames[number]}: {error}") from error
         prepared = self._prepare(image)
-        packed = np.packbits(annotation.masks, axis=-1)
+        packed = pack_masks(annotation.masks)
         frame = CachedFrame(
             image, prepared, image_digest(prepared), packed, annotation.annotated.copy()
         )

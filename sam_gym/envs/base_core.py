@@ -380,9 +380,10 @@ class BaseCore(Generic[C, T]):
             getattr(self, name)[:] = np.stack([row[name] for row in state])
 
     def close(self) -> None:
-        """Release all targets and embeddings; reset before use."""
+        """Release all targets, embeddings and cached samples; reset before use."""
         self.release(range(self.num_envs))
         self.prefetcher.close()
+        self.samples.clear()
 
     def release(self, indices: Sequence[int]) -> None:
         """Release the targets and embeddings of some sub-environments; reset them before use."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -145,7 +147,7 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         self.single_action_space = self.core.action_space
         self.single_observation_space = self.core.observation_space
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.observation_space = _batched(self.single_observation_space, num_envs)
         self._all = np.arange(num_envs)
         self._ended = np.zeros(num_envs, bool)
         self._rngs = [seeding.np_random(None)[0] for _ in range(num_envs)]
@@ -342,3 +344,20 @@ def make_config(config_class: type[C], env_id: str, kwargs: dict[str, Any]) -> C
         if name not in valid:
             raise unknown_name(f"argument of {env_id}", name, valid)
     return config_class(**kwargs)
+
+
+def _batched(space: spaces.Space[Any], count: int) -> spaces.Space[Any]:
+    """Batch a space as gymnasium's `batch_space` does, without a copy of its bounds for each row.
+
+    Four arrays of bounds per `Box` take more memory than the observations.
+    """
+    if isinstance(space, spaces.Dict):
+        own = {name: _batched(part, count) for name, part in space.items()}
+        return spaces.Dict(own, seed=deepcopy(space.np_random))
+    if type(space) is not spaces.Box:
+        return batch_space(space, count)
+    batch = cast(spaces.Box, batch_space(space, 1))
+    batch._shape = (count, *batch.shape[1:])
+    for name in ("low", "high", "bounded_below", "bounded_above"):
+        setattr(batch, name, np.broadcast_to(getattr(batch, name), batch._shape))
+    return batch

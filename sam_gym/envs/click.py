@@ -273,7 +273,8 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
                 if category is not None:
                     numbers = numbers[sample.categories == category]
                 number = int(rng.choice(numbers))
-                mask, category = sample.masks[number], int(sample.categories[number])
+                # A view would keep the masks of all instances in memory.
+                mask, category = sample.masks[number].copy(), int(sample.categories[number])
                 inside = np.flatnonzero(mask)
                 y, x = divmod(int(inside[rng.integers(len(inside))]), mask.shape[1])
                 cue = (x, y)

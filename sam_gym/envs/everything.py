@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sam_gym.backbones import Prompts
 from sam_gym.data import Dataset, Sample, dataset_help
+from sam_gym.data.cache import pack_masks, unpack_masks
 from sam_gym.envs.base_core import (
     FRAME_HEIGHT,
     MAX_DRAWS,
@@ -38,6 +39,8 @@ MAX_OVERLAP = 4
 #: Maximum of points times embedding cells per decode, beyond one point per sub-environment;
 #: larger sets are decoded in chunks.
 MAX_DECODED = 2**18
+#: Maximum number of mask pixels that are compared, or drawn into maps, at once.
+MAX_PIXELS = 2**24
 #: Observed maps of the kept masks, in the order of `EverythingCore.shown`.
 MAPS = ("coverage", "overlap", "predicted_iou")
 
@@ -113,7 +116,8 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
     """The task of finding all objects: all sub-environments share one `decode` per step.
 
     State of an episode: the image with its objects, the cells tried, and the kept masks. Large sets
-    of points are decoded in chunks (`MAX_DECODED`), which bounds memory. Arguments as for
+    of points are decoded, and masks are compared, in chunks (`MAX_DECODED`, `MAX_PIXELS`), which
+    bounds memory. The masks of targets are packed; `ground_truth` unpacks them. Arguments as for
     `BaseCore`.
     """
 
@@ -179,9 +183,9 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
             objects = [self._low_res(mask) & valid for mask in sample.masks]
             large = np.array([self._is_large_enough(mask) for mask in objects])
             if large.any():
-                sample = replace(
-                    sample, masks=sample.masks[large], categories=sample.categories[large]
-                )
+                # Packed: the masks of a crowded image take more memory than all else of an episode.
+                packed = pack_masks(sample.masks[large])
+                sample = replace(sample, masks=packed, categories=sample.categories[large])
                 return Draw(sample, np.stack(objects)[large], valid)
         raise self._no_target_error(domain)
 
@@ -295,8 +299,7 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
         indices, cells = indices[playing], cells[playing]
         num_kept = max(len(self.kept[i]) for i in indices)
         new, predicted = self._decode(indices, cells)
-        kept = self._masks[to_device(indices, self.device), :num_kept]
-        relations = self._relate(indices, new, predicted, kept)
+        relations = self._relate(indices, new, predicted, num_kept)
         changes: dict[tuple[int, int], tuple[int, int]] = {}
         for row, i in enumerate(indices):
             places, parts[np.flatnonzero(playing)[row]] = self._keep(i, row, num_kept, relations)
@@ -341,15 +344,37 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
         return masks, predicted
 
     def _relate(
-        self, indices: np.ndarray, new: Tensor, predicted: Tensor, kept: Tensor
+        self, indices: np.ndarray, new: Tensor, predicted: Tensor, num_kept: int
     ) -> _Relations:
-        """Compare new masks (S, M, hm, wm) with kept masks (S, K, hm, wm) and the objects."""
+        """Compare new masks (S, M, hm, wm) with the first `num_kept` kept ones and the objects."""
+        parts = [
+            self._relate_some(index, new[rows], predicted[rows], num_kept)
+            for rows, index in self._some(indices, num_kept + new.shape[1])
+        ]
+        return _Relations(*to_host(*(torch.cat(own) for own in zip(*parts, strict=True))))
+
+    def _some(self, indices: np.ndarray, count: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield sub-environments a few at a time, with at most `MAX_PIXELS` of `count` masks each.
+
+        Yields:
+            Their rows in `indices`, and the indices on the device.
+        """
+        few = max(1, MAX_PIXELS // (count * self._valid[0].numel()))
         index = to_device(indices, self.device)
-        pixels, others = new.flatten(2).float(), kept.flatten(2).float()
-        among = torch.cat([others, pixels], dim=1)
+        for start in range(0, len(indices), few):
+            rows = slice(start, start + few)
+            yield rows, index[rows]
+
+    def _relate_some(
+        self, index: Tensor, new: Tensor, predicted: Tensor, num_kept: int
+    ) -> tuple[Tensor, ...]:
+        """Return the fields of `_Relations` of a few sub-environments."""
+        pixels, others = new.flatten(2).float(), self._masks[index, :num_kept].flatten(2).float()
         area = pixels.sum(dim=2)
-        common = pixels @ among.transpose(1, 2)
-        ious = common / (area[:, :, None] + among.sum(dim=2)[:, None] - common).clamp(min=1)
+        # Sums of zeros and ones are exact.
+        common = torch.cat([pixels @ own.transpose(1, 2) for own in (others, pixels)], dim=2)
+        areas = torch.cat([others.sum(dim=2), area], dim=1)
+        ious = common / (area[:, :, None] + areas[:, None] - common).clamp(min=1)
 
         objects = self._objects[index].flatten(2).float()
         scored = pixels * self._valid[index].flatten(1)[:, None]
@@ -358,8 +383,7 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
         overlaps = common / (size + object_size - common).clamp(min=1)
         is_inside = common >= PART_INSIDE * size.clamp(min=1)
         is_part = (is_inside & (common < PART_COVERS * object_size)).any(dim=2)
-        predicted = torch.where(area > 0, predicted, -1.0)
-        return _Relations(*to_host(predicted, ious, overlaps, is_part))
+        return torch.where(area > 0, predicted, -1.0), ious, overlaps, is_part
 
     def _keep(
         self, env_index: int, row: int, before: int, new: _Relations
@@ -411,8 +435,12 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
             predicted = np.zeros((len(indices), num_kept), np.float32)
             for row, i in zip(predicted, indices, strict=True):
                 row[: len(self.kept[i])] = [mask.predicted_iou for mask in self.kept[i]]
-            masks = self._masks[to_device(indices, self.device), :num_kept]
-            (self.shown[indices],) = to_host(self._maps(masks, to_device(predicted, self.device)))
+            quality = to_device(predicted, self.device)
+            maps = [
+                self._maps(self._masks[index, :num_kept], quality[rows])
+                for rows, index in self._some(indices, num_kept)
+            ]
+            (self.shown[indices],) = to_host(torch.cat(maps))
 
     def _maps(self, masks: Tensor, predicted: Tensor) -> Tensor:
         """Return the observed maps of masks bool (S, K, hm, wm): (S, 3, ...), see `MAPS`."""
@@ -465,6 +493,10 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
         full = self.backbone.masks_at(low, self._target(env_index).image.shape[:2]) > 0
         return to_host(full)[0]
 
+    def ground_truth(self, env_index: int) -> Sample:
+        target = self._target(env_index)
+        return replace(target, masks=unpack_masks(target.masks, target.image.shape[1]))
+
     def points(self, env_index: int) -> list[tuple[int, int]]:
         """Return the points of the episode, in order: (x, y) in pixels of the image."""
         return [
@@ -489,7 +521,7 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
             target.image,
             self.masks(env_index),
             self.points(env_index),
-            targets=target.masks,
+            targets=self.ground_truth(env_index).masks,
             caption=f"{self.num_points[env_index]} points  {len(self.kept[env_index])} masks  "
             f"IoU {self.ious[env_index]:.2f}  found {self.found[env_index]:.0%}",
             height=height,

@@ -184,6 +184,18 @@ def saved(tiny_env: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
     return save
 
 
+def test_a_policy_in_bfloat16_plays_in_float32_where_that_is_faster(
+    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved()
+    with zipfile.ZipFile(path) as archive:
+        own = json.loads(archive.read("data"))["policy_kwargs"]
+    changed(path, policy_kwargs=own | {"precision": "bf16-mixed"})
+    for fast, expected in ((True, "bf16-mixed"), (False, "32-true")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
+        assert PolicyAgent.load(path, "cpu").policy.precision == expected
+
+
 def test_policies_that_read_features_as_channels_are_refused(saved: Callable[..., Path]) -> None:
     """On HQ backbones and routed adapters, policies of 84a4160 read more than the embedding."""
     path, name = saved(), "features_extractor.reduce.weight"

@@ -54,7 +54,7 @@ def test_both_forms_agree_for_any_number_of_images(
     observations = policy_inputs(model.policy, env.reset(), core)
     session = onnxruntime.InferenceSession(str(out / "policy.onnx"))
     logits, value = session.run(None, {k: x.numpy() for k, x in observations.items()})
-    agent = PolicyAgent(model.policy)
+    agent = PolicyAgent.load(tmp_path / "policy.zip", "cpu")
     actions = agent.act(core, core.observe(np.arange(3)))
     assert logits.shape == (3, 513) and value.shape == (3, 1)
     np.testing.assert_array_equal(logits.argmax(axis=1), actions)

@@ -6,7 +6,8 @@ import torch
 from segment_anything import SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from sam_gym.backbones import Backbone, Prompts
+from sam_gym.backbones import Backbone, ImageFeatures, Prompts, service
+from sam_gym.backbones.decode import MaskTokens
 
 SHAPES = [(64, 64), (40, 64), (64, 33), (130, 90), (20, 31)]
 
@@ -102,3 +103,33 @@ def test_identity_tells_weights_and_precision_apart(tiny: Backbone) -> None:
     assert identity() == tiny.identity and len(tiny.identity) == 32
     others = {identity(1e-3), identity(name="other"), identity(dtype=torch.bfloat16)}
     assert len(others | {tiny.identity}) == 4
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_cpu_decodes_many_prompts_in_pieces(
+    tiny: Backbone, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    count, asked = 2 * service._DECODED + 5, []
+    features = tiny.encode(some_images())
+    rows = torch.arange(count) % len(features)
+    prompts = Prompts(
+        torch.rand((count, 2, 2), generator=torch.manual_seed(0)) * tiny.image_size,
+        torch.ones((count, 2), dtype=torch.int64),
+        rows=rows if shared else None,
+    )
+    features = features if shared else features[rows]
+    first = torch.arange(count) % 3 == 0
+    whole = tiny.model.decode(features, prompts).decode_best_masks(first)
+    decode = tiny.model.decode
+
+    def counted(features: ImageFeatures, prompts: Prompts) -> MaskTokens:
+        asked.append((len(prompts), len(features)))
+        return decode(features, prompts)
+
+    monkeypatch.setattr(tiny.model, "decode", counted)
+    own = tiny.decode_best(features, prompts, first)
+    for found, expected in zip(own, whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(tiny.predict_iou(features, prompts, first), own[1])
+    assert [prompts for prompts, _ in asked] == 2 * [*2 * [service._DECODED], 5]
+    assert all(images <= (len(features) if shared else prompts) for prompts, images in asked)

@@ -848,3 +848,13 @@ def test_prefetching_changes_nothing(make_vec: Callable[..., SamSegVectorEnv]) -
     assert env.reset()[1]["source"].tolist() == second
     assert len({*first, *second, *third}) == 9
     env.close()
+
+
+def test_a_target_keeps_the_pixels_of_one_instance(make: Make) -> None:
+    env = make(target="instance", dataset_kwargs={"length": 2, "size": SCENE})
+    for seed in range(3):
+        env.reset(seed=seed)
+        mask = env.core.ground_truth(0).mask
+        while isinstance(mask.base, np.ndarray):
+            mask = mask.base
+        assert mask.nbytes == SCENE**2

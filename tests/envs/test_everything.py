@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sam_gym.envs.everything as everything
 from sam_gym.data import Sample
@@ -263,10 +264,12 @@ def test_points_of_a_set_beyond_the_budget_are_ignored(play: Callable[..., Every
 
 
 @pytest.mark.parametrize("decoded", [1, 7 * 16 * 3, 2**18])
+@pytest.mark.parametrize("pixels", [1, 2**24])
 def test_a_set_is_its_points_one_by_one(
-    config: EverythingConfig, monkeypatch: pytest.MonkeyPatch, decoded: int
+    config: EverythingConfig, monkeypatch: pytest.MonkeyPatch, decoded: int, pixels: int
 ) -> None:
     monkeypatch.setattr(everything, "MAX_DECODED", decoded)
+    monkeypatch.setattr(everything, "MAX_PIXELS", pixels)
     settings = replace(
         config,
         **{"dataset": "scenes", "dataset_kwargs": {"length": 4, "size": 96}, "budget": 64},
@@ -293,6 +296,50 @@ def test_a_set_is_its_points_one_by_one(
     np.testing.assert_allclose(whole.shown, single.shown, atol=1e-4)
     for i in range(3):
         np.testing.assert_array_equal(whole.masks(i), single.masks(i))
+
+
+class Largest(TorchDispatchMode):
+    """Records the bytes of the largest tensor that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        outcome = func(*args, **(kwargs or {}))
+        if isinstance(outcome, torch.Tensor):
+            self.nbytes = max(self.nbytes, outcome.untyped_storage().nbytes())
+        return outcome
+
+
+def test_the_memory_of_a_step_does_not_grow_with_masks_and_environments(
+    config: EverythingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the kept masks do, a byte per pixel."""
+    settings = replace(
+        config,
+        **{"dataset": "scenes", "dataset_kwargs": {"length": 4, "size": 96}, "budget": 64},
+        **{"actions": "set", "keep_iou": 0.0, "duplicate_iou": 1.0},
+    )
+    core = EverythingCore(settings, 24)
+    pixels = core.backbone.mask_shape[0] * core.backbone.mask_shape[1]
+    monkeypatch.setattr(everything, "MAX_PIXELS", 80 * pixels)
+    core.reset(range(24), [np.random.default_rng(seed) for seed in range(24)])
+    index, every = np.arange(24), np.ones((24, 64), np.int64)
+    core._try(index, core._cells_of(index, every)[:, :40])
+    new, predicted = core._decode(index, core._cells_of(index, every)[:, 40:])
+    for i in index:
+        core.num_points[i] = 1
+    with Largest() as largest:
+        core._relate(index, new, predicted, 40)
+        core._score(index)
+    assert max(len(kept) for kept in core.kept) > 20
+    target, drawn = core.targets[0], core.ground_truth(0)
+    assert target is not None and target.masks.nbytes * 8 == drawn.masks.nbytes
+    assert largest.nbytes <= max(core._masks.nbytes, 80 * pixels * 4)
+    assert 24 * (40 + 24) * pixels * 4 > 2 * largest.nbytes
 
 
 def test_the_mask_of_a_point_is_that_of_sam(config: EverythingConfig) -> None:

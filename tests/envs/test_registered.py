@@ -15,6 +15,7 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import batch_space
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
 from sam_gym import ENVIRONMENTS
@@ -523,3 +524,43 @@ def test_vector_equals_scalars_over_micro(
     settings = {"backbone": "micro", **micro_env, **more}
     own, sync = make_vec(mode, **settings), make_vec(mode, own=False, **settings)
     assert play_side_by_side(own, sync, steps=30, seed=MODES.index(mode)) > 10
+
+
+@pytest.mark.parametrize("obs", ["full", "handle"])
+def test_bounds_of_a_batch_of_observations_take_the_memory_of_one(make_vec: Make, obs: str) -> None:
+    env = make_vec(AutoresetMode.SAME_STEP, num_envs=5, obs=obs)
+    single, batch = env.single_observation_space, env.observation_space
+    assert batch == batch_space(single, 5) and batch.spaces.keys() == single.spaces.keys()
+    observations, _ = env.reset(seed=0)
+    assert observations in batch
+    for name, own in batch.spaces.items():
+        assert own.shape == (5, *single[name].shape) and own.dtype == single[name].dtype
+        if isinstance(own, gym.spaces.Box) and own.shape[1:] != (1,):
+            for bound in (own.low, own.high, own.bounded_below, own.bounded_above):
+                assert held(bound) <= single[name].low.size * bound.itemsize
+    expected = batch_space(single, 5)
+    for space in (batch, expected):
+        space.seed(3)
+    for found, wanted in zip(batch.sample().values(), expected.sample().values(), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    again = pickle.loads(pickle.dumps(batch))
+    assert again == batch == copy.deepcopy(batch)
+    env.close()
+
+
+def test_a_closed_environment_keeps_no_samples(make_vec: Make) -> None:
+    env = make_vec(AutoresetMode.SAME_STEP)
+    observations, _ = env.reset(seed=0)
+    assert len(env.unwrapped.core.samples)
+    env.close()
+    assert not len(env.unwrapped.core.samples)
+    again, _ = env.reset(seed=0)
+    np.testing.assert_array_equal(again["image"], observations["image"])
+    env.close()
+
+
+def held(array: np.ndarray) -> int:
+    """Bytes of memory that an array keeps."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array.nbytes
