@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, cast
 import numpy as np
 import torch
 import tyro
+from gymnasium import spaces
+from gymnasium.vector import VectorEnv
 
 from agents.baselines import Agent
 from agents.curves import plot_iou_after_steps
@@ -116,6 +118,12 @@ class Evaluation:
         } | ({"by_domain": by_domain} if by_domain else {})
 
 
+def num_actions(space: spaces.Space) -> int:
+    """Return the number of actions of a Discrete or MultiDiscrete space."""
+    own: Any = space
+    return int(np.prod(own.nvec)) if isinstance(space, spaces.MultiDiscrete) else int(own.n)
+
+
 def check_fits(policy: SamPolicy, core: BaseCore[Any, Any]) -> None:
     """Raise `ValueError` if actions mean something else in an environment than to a policy.
 
@@ -123,7 +131,7 @@ def check_fits(policy: SamPolicy, core: BaseCore[Any, Any]) -> None:
         policy: the policy.
         core: of the environment.
     """
-    config, here = core.config, cast(Any, core.action_space).n
+    config, here = core.config, num_actions(core.action_space)
     check_plays(policy, config)
     extractor = cast(StoredFeatures, policy.features_extractor)
     own = policy.action_config(here)
@@ -144,7 +152,7 @@ def check_fits(policy: SamPolicy, core: BaseCore[Any, Any]) -> None:
         raise ValueError(
             f"The policy was trained with {'; '.join(different)}. Pass the options that it had."
         )
-    trained = cast(Any, policy.action_space).n
+    trained = num_actions(policy.action_space)
     if trained != here:
         raise ValueError(
             f"The policy was trained with {trained} actions, the environment has {here}. "
@@ -211,6 +219,35 @@ class PolicyAgent:
         return actions if is_batch else actions[0]
 
 
+class Arena:
+    """Keeps the environment of an evaluation for the next one, if that has the same arguments.
+
+    Its data stays open, and its images need not be read or drawn again.
+    """
+
+    def __init__(self) -> None:
+        self._arguments: tuple[Any, ...] | None = None
+        self._env: VectorEnv | None = None
+
+    def enter(
+        self, env_id: str, num_envs: int, env_config: EnvConfig
+    ) -> tuple[VectorEnv, BaseCore[Any, Any]]:
+        """Return an environment that resets nothing by itself, and its core; reset it first."""
+        arguments = (env_id, num_envs, env_config)
+        if self._env is None or arguments != self._arguments:
+            self.close()
+            mode = {"autoreset_mode": "Disabled"}
+            self._env, _ = make_vector_env(env_id, num_envs, env_config, **mode)
+            self._arguments = arguments
+        return self._env, cast(Any, self._env.unwrapped).core
+
+    def close(self) -> None:
+        """Close the environment, if there is one."""
+        if self._env is not None:
+            self._env.close()
+        self._env = None
+
+
 @checked
 def evaluate(
     agent: Agent,
@@ -221,6 +258,7 @@ def evaluate(
     num_envs: Count = 64,
     seed: Seed = 0,
     score: Literal["low", "full"] = "full",
+    arena: Arena | None = None,
 ) -> Evaluation:
     """Play episodes and record their outcomes.
 
@@ -236,6 +274,7 @@ def evaluate(
         num_envs: maximum number of sub-environments.
         seed: of the episodes.
         score: "full" (IoU at the size of the image) or "low", if the environment has the choice.
+        arena: holds the environment for further evaluations; None: it is made and closed here.
 
     Raises:
         ValueError: an argument is wrong, or the agent does not play the environment.
@@ -245,27 +284,34 @@ def evaluate(
     # Held, so that the environment does not open it again.
     stream = task.stream(env_config)
     env_config, num_envs, per_env = task.share_episodes(env_config, episodes, num_envs)
-    env, core = make_vector_env(env_id, num_envs, env_config)
+    own_arena = arena or Arena()
+    env, core = own_arena.enter(env_id, num_envs, env_config)
     del stream
     observations, _ = env.reset(seed=seed)
     totals = np.zeros(num_envs)
     rows: list[list[dict[str, Any]]] = [[] for _ in range(num_envs)]
     steps: list[list[float]] = [[] for _ in range(num_envs)]
-    while any(len(row) < per_env for row in rows):
+    names = ("iou", *core.reported, "source", "target_name", "domain")
+    while True:
+        if all(len(row) + 1 >= per_env for row in rows):
+            core.prefetcher.close()  # no episode follows these
         actions = agent.act(core, observations)
         observations, reward, terminated, truncated, infos = env.step(actions)
         totals += reward
         ended = terminated | truncated
-        for index, (so_far, over) in enumerate(zip(steps, ended, strict=True)):
-            so_far.append(float((infos["final_info"] if over else infos)["iou"][index]))
+        for index, so_far in enumerate(steps):
+            so_far.append(float(infos["iou"][index]))
         for i in np.flatnonzero(ended):
-            final = infos["final_info"]
             if len(rows[i]) < per_env:
-                names = ("iou", *core.reported, "source", "target_name", "domain")
-                own = {name: final[name][i] for name in names if name in final}
+                own = {name: infos[name][i] for name in names if name in infos}
                 rows[i].append(own | {"reward": totals[i], "steps": steps[i]})
             totals[i], steps[i] = 0.0, []
-    env.close()
+        if all(len(row) == per_env for row in rows):
+            break
+        if ended.any():
+            observations, _ = env.reset(options={"reset_mask": ended})
+    if arena is None:
+        own_arena.close()
     played = [row for own in rows for row in own]
     columns = {name: [row[name] for row in played] for name in played[0]}
     return Evaluation(

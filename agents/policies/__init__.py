@@ -9,13 +9,20 @@ from agents.policies.everything import EverythingPolicy
 from agents.policies.explicit import ExplicitPolicy
 from agents.policies.implicit import ImplicitPolicy
 from agents.policies.video import VideoPolicy
+from agents.policies.video_prompt import VideoPromptPolicy
 from sam_gym.utils.packages import check_agents
 
 # `agents/__init__.py` may have been overwritten by another distribution.
 check_agents()
 
 # Pickles of stable-baselines3 name classes by module: this one, wherever a class is defined.
-for _policy in (EverythingPolicy, ExplicitPolicy, ImplicitPolicy, VideoPolicy):
+for _policy in (
+    EverythingPolicy,
+    ExplicitPolicy,
+    ImplicitPolicy,
+    VideoPolicy,
+    VideoPromptPolicy,
+):
     _policy.__module__ = __name__
 
 __all__ = [
@@ -25,5 +32,6 @@ __all__ = [
     "ImplicitPolicy",
     "SamPolicy",
     "VideoPolicy",
+    "VideoPromptPolicy",
     "register_policy",
 ]

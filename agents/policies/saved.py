@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gymnasium import spaces
 
 from agents.policies import POLICIES, SamPolicy
 from agents.policies.base import resolve_precision
@@ -192,7 +193,8 @@ def _rebuilt(path: Path, data: dict[str, Any], device: str) -> SamPolicy:
     policy_class, arguments = _class_of(data), _arguments_of(data)
     observations, actions = (_space_of(data, kind) for kind in ("observation", "action"))
     grid = arguments.get("grid")
-    if grid is not None and not 0 <= actions.n - grid**2 <= grid**2 + _MAX_OTHERS:
+    discrete = isinstance(actions, spaces.Discrete)
+    if grid is not None and discrete and not 0 <= actions.n - grid**2 <= grid**2 + _MAX_OTHERS:
         raise ValueError(f"{actions.n} actions on a grid of {grid}")
     weights = read_state(io.BytesIO(_entry(path, "policy.pth")))
     trained_on = data.get("policy_weights")

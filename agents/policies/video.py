@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import gymnasium as gym
@@ -10,7 +11,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agents.policies.base import POLICIES, SamPolicy, StoredFeatures
+from agents.policies.base import NEVER, POLICIES, SamPolicy, StoredFeatures
 from sam_gym.utils.settings import Count, checked
 
 
@@ -34,12 +35,14 @@ class VideoFeatures(StoredFeatures):
         super().__init__(observation_space, backbone, width)
         shapes = {name: own.shape for name, own in observation_space.spaces.items()}
         (places, columns), (_, depth) = shapes["places"], shapes["memories"]  # type: ignore[misc]
-        rivals = shapes["rivals"]
-        assert rivals is not None
+        scalars = ["rivals", "progress", *(["budget"] if "budget" in shapes else [])]
+        #: Entries that describe the present frame as a whole.
+        self.scalars = tuple(scalars)
         self.reduce_memory = nn.Sequential(nn.LayerNorm(depth), nn.Linear(depth, width))
         self.of_place = nn.Linear(columns + 2 * width, width)
         self.position = nn.Parameter(torch.zeros(places, width))
-        self.of_frame = nn.Linear(rivals[0] * rivals[1] + 1, width)
+        count = sum(math.prod(shapes[name] or ()) for name in self.scalars)
+        self.of_frame = nn.Linear(count, width)
         self.mix = nn.Sequential(nn.Linear(3 * width, width), nn.ReLU(), nn.Linear(width, width))
 
     def forward(self, observations: PyTorchObs) -> Tensor:
@@ -50,9 +53,8 @@ class VideoFeatures(StoredFeatures):
         # How a memory differs from that of the present frame tells the object from others.
         differs = (memories - memories[:, -1:]) * exists
         own = torch.cat([places, memories, differs], dim=2)
-        frame = torch.cat(
-            [observations["rivals"].flatten(1).float(), observations["progress"].float()], dim=1
-        )
+        scalars = [observations[name].flatten(1).float() for name in self.scalars]
+        frame = torch.cat(scalars, dim=1)
         tokens = F.relu(self.of_place(own) + self.position + self.of_frame(frame)[:, None])
         ends = torch.cat([tokens[:, :1], tokens[:, -1:]], dim=2).expand(-1, tokens.shape[1], -1)
         return F.relu(self.mix(torch.cat([tokens, ends], dim=2)))
@@ -95,31 +97,56 @@ class SlotHead(nn.Module):
         return torch.cat([self.nothing(features[:, -1]), slots], dim=1)
 
 
+class ClickHead(nn.Module):
+    """Logits for going on and for buying a click, by the present frame.
+
+    Args:
+        width: channels of the features.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.choices = nn.Linear(width, 2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.choices(features[:, -1])
+
+
 @POLICIES.register("video")
 class VideoPolicy(SamPolicy):
-    """Decides which memory the present frame replaces, by what is known of all of them.
+    """Decides, by what is known of all memories, which one the present frame replaces, or whether
+    a click is bought in it.
 
     Args:
         *args: as SB3 passes them.
+        task: of the environment: "memory" or "when".
         rule_bias: logit that SAM 2's own action has more than the others at first.
         **kwargs: as `SamPolicy` takes them; `features` has the arguments of `VideoFeatures`.
     """
 
     extractor_class = VideoFeatures
-    arguments = (*SamPolicy.arguments, "rule_bias")
+    arguments = (*SamPolicy.arguments, "task", "rule_bias")
 
-    def __init__(self, *args: Any, rule_bias: float = 0.0, **kwargs: Any) -> None:
-        self.rule_bias = rule_bias
+    def __init__(
+        self, *args: Any, task: str = "memory", rule_bias: float = 0.0, **kwargs: Any
+    ) -> None:
+        self.task, self.rule_bias = task, rule_bias
         super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
         self.mlp_extractor = PooledPlaces(self.features_dim)  # type: ignore[assignment]
         choices = int(cast(gym.spaces.Discrete, self.action_space).n)
-        self._build_heads(SlotHead(self.features_dim), choices, lr_schedule)
+        head = SlotHead if self.task == "memory" else ClickHead
+        self._build_heads(head(self.features_dim), choices, lr_schedule)
 
     def _allowed(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
-        # The last action is SAM 2's own: a start from which there is nothing to unlearn.
-        return torch.cat([logits[:, :-1], logits[:, -1:] + self.rule_bias], dim=1)
+        # A start at SAM 2's own action, the last or the first, from which there is nothing to
+        # unlearn.
+        if self.task == "memory":
+            return torch.cat([logits[:, :-1], logits[:, -1:] + self.rule_bias], dim=1)
+        go_on, click = (logits + logits.new_tensor([self.rule_bias, 0.0])).unbind(dim=1)
+        spent = cast(dict[str, Tensor], obs)["budget"][:, 0] <= 0
+        return torch.stack([go_on, torch.where(spent, NEVER, click)], dim=1)
 
     def action_config(self, num_actions: int) -> dict[str, Any]:
-        return {}
+        return {"task": self.task}

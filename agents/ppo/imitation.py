@@ -64,6 +64,7 @@ def _play(
     is_own = np.array([rng.random() < own_fraction for rng in model.generators])
     env = model.get_env()
     assert env is not None
+    is_own = is_own.reshape(-1, *[1] * (advice.ndim - 1))
     following, rewards, dones, infos = env.step(np.where(is_own, own.cpu().numpy(), advice))
     for i in np.flatnonzero(dones):
         # As in SB3's rollouts: bootstrap the value of truncated episodes.
@@ -72,7 +73,9 @@ def _play(
             rewards[i] += model.gamma * float(model.policy.predict_values(last))
     model.num_timesteps += model.n_envs * model.ranks.world
     unused = torch.zeros(model.n_envs, device=model.device)
-    model.rollout_buffer.add(observations, advice[:, None], rewards, starts, values, unused)
+    model.rollout_buffer.add(
+        observations, advice.reshape(len(advice), -1), rewards, starts, values, unused
+    )
     set_rollout_start(model, following, dones)
 
 
@@ -83,9 +86,8 @@ def _learn(model: DistributedPPO) -> float:
     for _ in range(model.n_epochs):
         for batch in model.rollout_buffer.get(model.batch_size):
             observations = cast(Any, batch.observations)
-            values, log_prob, _ = policy.evaluate_actions(
-                observations, batch.actions.long().flatten()
-            )
+            actions = batch.actions.long().reshape(-1, *cast(Any, model.action_space).shape)
+            values, log_prob, _ = policy.evaluate_actions(observations, actions)
             imitation = -log_prob.mean()
             loss = imitation + model.vf_coef * F.mse_loss(batch.returns, values.flatten())
             policy.optimizer.zero_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.curves import plot_iou_after_steps, plot_learning_curve
-from agents.evaluate import Evaluation, PolicyAgent, evaluate, film_episodes
+from agents.evaluate import Arena, Evaluation, PolicyAgent, evaluate, film_episodes
 from agents.ppo.callbacks import MonitorCallback
 from agents.ppo.config import VALIDATION_SEED
 from agents.ppo.plan import Plan
@@ -89,15 +89,17 @@ def _final_evaluation(
     """Evaluate the policy ("agent") and all baselines on the same episodes."""
     config, held_out, episodes = plan.config, plan.held_out, plan.config.final_episodes
     print(f"Evaluating on {held_out.split}, {episodes} episodes each.")
-    baselines = {name: make(config.seed) for name, make in plan.task.baselines.items()}
+    baselines = {name: make(config.seed) for name, make in plan.task.players(held_out).items()}
     outcomes = {} if outcome is None else {"agent": outcome}
+    arena = Arena()
     for name, player in {"agent": agent, **baselines}.items():
         if name not in outcomes:
             outcomes[name] = evaluate(
-                player, held_out, env_id=config.env, episodes=episodes, seed=2
+                player, held_out, env_id=config.env, episodes=episodes, seed=2, arena=arena
             )
         row = outcomes[name].summary()
         print(f"  {name:10s} mean IoU {with_interval(row['mean_iou'], row['ci95'])}")
+    arena.close()
     return outcomes
 
 
@@ -106,8 +108,8 @@ def baselines_on_validation(plan: Plan) -> dict[str, float]:
 
     Baselines that are `slow` are left out.
     """
-    config = plan.config
-    return {
+    config, arena = plan.config, Arena()
+    found = {
         name: float(
             evaluate(
                 make(config.seed),
@@ -115,11 +117,14 @@ def baselines_on_validation(plan: Plan) -> dict[str, float]:
                 env_id=config.env,
                 episodes=config.eval_episodes,
                 seed=VALIDATION_SEED,
+                arena=arena,
             ).ious.mean()
         )
-        for name, make in plan.task.baselines.items()
+        for name, make in plan.task.players(plan.validation).items()
         if not getattr(make, "slow", False)
     }
+    arena.close()
+    return found
 
 
 def _gap_closed(results: dict[str, Any]) -> float | None:

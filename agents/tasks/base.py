@@ -238,6 +238,10 @@ class Task:
         """
         return []
 
+    def players(self, env_config: EnvConfig) -> dict[str, Callable[[int], Agent]]:
+        """Return the baselines that play under an env config, by name."""
+        return dict(self.baselines.items())
+
     def make_annotator(
         self, agent: TrainedAgent, categories: Sequence[str], config: AnnotateConfig
     ) -> Annotator:

@@ -1,5 +1,6 @@
 """Agents for `SamVideo-v0`: the policy, the baselines, and a training from end to end."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from agents.baselines.video import BASELINES, BoxFilter, DistractorAware, Samurai
+from agents.baselines.video import BASELINES, BY_TASK
+from agents.baselines.video.memory import BoxFilter, DistractorAware, Samurai
 from agents.evaluate import PolicyAgent, evaluate, load_agent
-from agents.policies import VideoPolicy
+from agents.policies import VideoPolicy, VideoPromptPolicy
 from agents.ppo.command_line import read_config
 from agents.ppo.config import TrainPPOConfig
+from agents.ppo.encoding import encoded, unpacked
 from agents.ppo.run import train
 from agents.ppo.vec_env import make_vector_env
 from agents.tasks import task_of
-from sam_gym.envs.video import SamVideoConfig, VideoCore
+from sam_gym.envs.video import MemoryCore, SamVideoConfig
 
 ENV = "SamVideo-v0"
 
@@ -88,7 +91,7 @@ def test_every_baseline_keeps_to_its_rules(settings: SamVideoConfig) -> None:
     assert task_of(ENV).baselines is BASELINES
     outcomes = {
         name: evaluate(load_agent(name, env_id=ENV), settings, env_id=ENV, episodes=6, num_envs=3)
-        for name in BASELINES.names()
+        for name in BY_TASK["memory"].names()
     }
     steps = settings.max_episode_steps
     assert (outcomes["sam2"].counts["kept"] == steps).all()
@@ -102,7 +105,7 @@ def test_every_baseline_keeps_to_its_rules(settings: SamVideoConfig) -> None:
 
 
 def test_the_best_frames_stay(settings: SamVideoConfig) -> None:
-    core = VideoCore(replace(settings, frames=12), 1)
+    core = MemoryCore(replace(settings, frames=12), 1)
     core.reset([0], [np.random.default_rng(0)])
     agent, seen = BASELINES.get("best")(0), []
     for predicted in (0.2, 0.9, 0.4, 0.8, 0.7, 0.6, 0.3, 0.95, 0.1):
@@ -129,7 +132,7 @@ def test_a_box_filter_follows_constant_motion() -> None:
 
 
 def test_samurai_drops_frames_that_do_not_fit(settings: SamVideoConfig) -> None:
-    core = VideoCore(replace(settings, frames=12), 1)
+    core = MemoryCore(replace(settings, frames=12), 1)
     core.reset([0], [np.random.default_rng(0)])
     agent, frames = Samurai(0), []
     for predicted in (0.9, 0.2, 0.9, 0.3, 0.3, 0.9):
@@ -141,7 +144,7 @@ def test_samurai_drops_frames_that_do_not_fit(settings: SamVideoConfig) -> None:
 
 
 def test_dam4sam_keeps_every_fifth_frame_and_distractors(settings: SamVideoConfig) -> None:
-    core = VideoCore(replace(settings, frames=20), 1)
+    core = MemoryCore(replace(settings, frames=20), 1)
     core.reset([0], [np.random.default_rng(0)])
     agent = DistractorAware(0)
     mask = torch.zeros(16, 16, dtype=torch.bool)
@@ -180,7 +183,7 @@ def test_training_from_end_to_end(
         video_every=0,
     )
     results = train(config)
-    assert {"agent", *BASELINES.names()} <= set(results)
+    assert {"agent", *BY_TASK["memory"].names()} <= set(results)
     assert {"mean_iou", "mean_sam2_iou", "mean_gain", "ci95_gain"} <= set(results["agent"])
     assert "gain in J over the rule of SAM 2: " in capsys.readouterr().out
     written = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -197,5 +200,117 @@ def test_the_command_knows_the_environment() -> None:
     task = task_of(ENV)
     assert task.training_config(config).dataset_kwargs == {"length": 1024}  # type: ignore[attr-defined]
     assert task.held_out_config(config).split == "test"
+    run = read_config(["--config", "video_prompt"])
+    assert (run.policy, run.env_config.task, run.env_config.frames) == (
+        "video_prompt",
+        "prompt",
+        16,
+    )  # type: ignore[attr-defined]
+    task.check_run(run)
+    with pytest.raises(ValueError, match="Pass --policy video_prompt .--config video_prompt sets"):
+        task.check_run(replace(run, policy="video"))
+    task.check_run(read_config(["--config", "video_when"]))
     named = read_config(["--config", "video_memory"])
     assert (named.env, named.policy, named.train_images) == (ENV, "video", 64)
+
+
+# The other tasks -------------------------------------------------------------------------------
+
+
+def small(settings: SamVideoConfig, task: Any) -> SamVideoConfig:
+    kwargs = {"length": 3, "size": 64}
+    return replace(
+        settings, task=task, frames=4, grid=8, budget=2, click_cost=0.125, dataset_kwargs=kwargs
+    )
+
+
+@pytest.mark.parametrize("task", ["when", "prompt"])
+def test_each_task_is_trained_and_compared(
+    settings: SamVideoConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    config = TrainPPOConfig(
+        env=ENV,
+        policy="video_prompt" if task == "prompt" else "video",
+        out=str(tmp_path / "run"),
+        env_config=small(settings, task),
+        num_envs=2,
+        n_steps=4,
+        batch_size=8,
+        n_epochs=1,
+        total_timesteps=8,
+        eval_every=8,
+        eval_episodes=1,
+        final_episodes=2,
+        video_every=0,
+    )
+    results = train(config)
+    assert "clicks, oracle " in capsys.readouterr().out
+    for name in ("agent", *BY_TASK[task].names()):
+        own = results[name]
+        paid = own["mean_gain"] - 0.125 * own["mean_clicks"]  # rounded
+        assert own["mean_reward"] == pytest.approx(paid, abs=1e-3), name
+        assert 0 <= own["mean_clicks"] <= 2
+    clicks = [results[name]["mean_clicks"] for name in ("sam2", "spaced", "oracle_worst")]
+    assert clicks == [0, 2, 2] and results["sam2"]["mean_gain"] == 0
+    agent = PolicyAgent.load(tmp_path / "run" / "policy.zip", device="cpu")
+    held_out = replace(config.env_config, split="test")
+    again = evaluate(agent, held_out, env_id=ENV, episodes=2, num_envs=2, seed=2)
+    assert again.summary()["mean_iou"] == pytest.approx(results["agent"]["mean_iou"], abs=1e-3)
+    # An agent of another task is refused.
+    with pytest.raises(ValueError, match=f"The policy was trained with.*task {task}"):
+        evaluate(agent, replace(held_out, task="memory"), env_id=ENV, episodes=1, num_envs=1)
+    with pytest.raises(ValueError, match=f"Unknown baseline of the task {task} 'best'"):
+        evaluate(load_agent("best", env_id=ENV), held_out, env_id=ENV, episodes=1, num_envs=1)
+
+
+def test_no_click_is_bought_beyond_the_budget(settings: SamVideoConfig) -> None:
+    own = small(settings, "when")
+    env, core = make_vector_env(ENV, 2, own)
+    policy = VideoPolicy(
+        core.observation_space,
+        env.single_action_space,  # type: ignore[arg-type]
+        lambda _: 1e-3,
+        features={"backbone": {"name": own.backbone, "device": "cpu"}},
+        task="when",
+        rule_bias=2.0,
+    )
+    observations, _ = env.reset(seed=0)
+    logits, _ = policy.logits_and_value(policy.to_tensors(observations))
+    assert (logits[:, 0] > logits[:, 1] + 1.5).all()
+    for _ in range(own.budget):
+        observations, *_ = env.step(np.ones(2, int))
+    logits, _ = policy.logits_and_value(policy.to_tensors(observations))
+    assert (logits[:, 1] < -1e6).all()
+
+
+def test_choices_of_the_prompt_policy_are_the_actions(settings: SamVideoConfig) -> None:
+    own = small(settings, "prompt")
+    env, core = make_vector_env(ENV, 2, own)
+    torch.manual_seed(0)
+    policy = VideoPromptPolicy(
+        core.observation_space,
+        env.single_action_space,  # type: ignore[arg-type]
+        lambda _: 1e-3,
+        features={"backbone": {"name": own.backbone, "device": "cpu"}},
+        grid=8,
+    )
+    observations, _ = env.reset(seed=0)
+    choices = torch.arange(policy.num_clicks + 1)
+    actions = policy._to_actions(choices, {})
+    assert torch.equal(policy._to_choices(actions.float()), choices)
+    assert actions[[0, 1, 2, 128, -1]].tolist() == [
+        *([0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 2]),
+    ]
+    # What was clicked is not clicked again; the head knows frames and cells apart.
+    clicked = np.array([[3, 17, 1], [2, 40, 0]])
+    observations, *_ = env.step(clicked)
+    logits, values = policy.logits_and_value(policy.to_tensors(observations))
+    assert logits.shape == (2, policy.num_clicks + 1) and values.shape == (2, 1)
+    never = policy._to_choices(torch.from_numpy(clicked))
+    assert (logits < -1e6).nonzero().tolist() == [[0, int(never[0])], [1, int(never[1])]]
+    # A checkpoint holds the state of an episode.
+    content = io.BytesIO()
+    torch.save(encoded({"envs": env.unwrapped.get_state()}), content)  # type: ignore[attr-defined]
+    resumed = env.unwrapped.set_state(unpacked(content.getvalue())["envs"])  # type: ignore[attr-defined]
+    for key in set(observations) - {"handle"}:
+        np.testing.assert_array_equal(resumed[key], observations[key], err_msg=key)

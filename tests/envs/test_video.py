@@ -16,24 +16,24 @@ from sam_gym.backbones.video.prompting import first_prompts
 from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.data.base import FrameAnnotation
 from sam_gym.data.synthetic.clips import Clips
-from sam_gym.envs.video import PLACE_COLUMNS, SamVideoConfig, VideoCore
+from sam_gym.envs.video import PLACE_COLUMNS, MemoryCore, SamVideoConfig
 from sam_gym.metrics.masks import iou
 
 ID = "SamVideo-v0"
 
 
 @pytest.fixture
-def make_core(tiny_video_env: dict[str, Any]) -> Callable[..., VideoCore]:
-    def make_core(num_envs: int = 3, dataset: Any = None, **more: Any) -> VideoCore:
+def make_core(tiny_video_env: dict[str, Any]) -> Callable[..., MemoryCore]:
+    def make_core(num_envs: int = 3, dataset: Any = None, **more: Any) -> MemoryCore:
         config = SamVideoConfig(**tiny_video_env | more)
-        core = VideoCore(config, num_envs, dataset)
+        core = MemoryCore(config, num_envs, dataset)
         core.reset(range(num_envs), [np.random.default_rng(seed) for seed in range(num_envs)])
         return core
 
     return make_core
 
 
-def play(core: VideoCore, actions: Sequence[int] | np.ndarray) -> np.ndarray:
+def play(core: MemoryCore, actions: Sequence[int] | np.ndarray) -> np.ndarray:
     """Play the same actions in all sub-environments; return rewards (steps, num_envs)."""
     rows = np.arange(core.num_envs)
     return np.array([core.step(rows, np.full(core.num_envs, a))[0] for a in actions])
@@ -86,7 +86,7 @@ def test_keeping_every_frame_is_the_tracker(tiny_video_env: dict[str, Any], kind
     assert bank.past_frames[1].tolist() == list(range(19, 4, -1))
 
 
-def test_rows_with_other_memories_do_not_matter(make_core: Callable[..., VideoCore]) -> None:
+def test_rows_with_other_memories_do_not_matter(make_core: Callable[..., MemoryCore]) -> None:
     """Objects with few memories are padded in a batch; alone, they are not."""
     choices = np.array([[0, 1, 6], [0, 2, 6], [3, 0, 6], [0, 1, 6], [0, 0, 6]])
     together = make_core(3)
@@ -105,7 +105,7 @@ def test_rows_with_other_memories_do_not_matter(make_core: Callable[..., VideoCo
         np.testing.assert_array_equal(together.bank.frames[row], core.bank.frames[0])
 
 
-def test_the_memory_follows_the_actions(make_core: Callable[..., VideoCore]) -> None:
+def test_the_memory_follows_the_actions(make_core: Callable[..., MemoryCore]) -> None:
     core = make_core(1, frames=16)
 
     def slots() -> list[int]:
@@ -129,7 +129,7 @@ def test_the_memory_follows_the_actions(make_core: Callable[..., VideoCore]) -> 
     assert core.info([0])["kept"] == [6]
 
 
-def test_what_is_kept_matters_and_pointers_alone_do(make_core: Callable[..., VideoCore]) -> None:
+def test_what_is_kept_matters_and_pointers_alone_do(make_core: Callable[..., MemoryCore]) -> None:
     ends = []
     for actions in ([0] * 5, [6] * 5, [1] * 5):
         core = make_core(1)
@@ -143,7 +143,7 @@ def test_what_is_kept_matters_and_pointers_alone_do(make_core: Callable[..., Vid
 
 @pytest.mark.parametrize("score", ["low", "full"])
 def test_the_reward_is_the_gain_over_the_rule_of_sam2(
-    make_core: Callable[..., VideoCore], score: str
+    make_core: Callable[..., MemoryCore], score: str
 ) -> None:
     core = make_core(3, score=score)
     rewards = play(core, [core.sam2_action] * 6)
@@ -208,7 +208,7 @@ class Stills:
         return self.videos[index]
 
 
-def test_frames_without_truth_do_not_count(make_core: Callable[..., VideoCore]) -> None:
+def test_frames_without_truth_do_not_count(make_core: Callable[..., MemoryCore]) -> None:
     video = Still((64, 64), annotated=[0, 1, 2, 5, 6], seen=[0, 1, 2, 5])
     core = make_core(1, Stills(video), dataset_kwargs={}, frames=9)
     assert core.lengths.tolist() == [7]
@@ -223,7 +223,7 @@ def test_frames_without_truth_do_not_count(make_core: Callable[..., VideoCore]) 
         core.step(np.arange(1), np.array([0]))
 
 
-def test_videos_of_different_lengths_share_a_batch(make_core: Callable[..., VideoCore]) -> None:
+def test_videos_of_different_lengths_share_a_batch(make_core: Callable[..., MemoryCore]) -> None:
     """The reference of a short video does not go on while a longer one is tracked beside it."""
     short, long = (Still((64, 64), range(7), range(7), length) for length in (4, 7))
     core = make_core(2, Stills(short, long), dataset_kwargs={})
@@ -237,7 +237,7 @@ def test_videos_of_different_lengths_share_a_batch(make_core: Callable[..., Vide
     assert core.steps.tolist() == [length - 2 for length in core.lengths]
 
 
-def test_frames_have_one_shape(make_core: Callable[..., VideoCore]) -> None:
+def test_frames_have_one_shape(make_core: Callable[..., MemoryCore]) -> None:
     videos = [Still(size, range(7), range(7)) for size in ((64, 96), (96, 64))]
     core = make_core(2, Stills(*videos), dataset_kwargs={})
     shapes, sizes = set(), set()
@@ -248,7 +248,7 @@ def test_frames_have_one_shape(make_core: Callable[..., VideoCore]) -> None:
     assert len(sizes) == 2 and shapes == {(414, 576, 3)}
 
 
-def test_long_videos_are_cut(make_core: Callable[..., VideoCore]) -> None:
+def test_long_videos_are_cut(make_core: Callable[..., MemoryCore]) -> None:
     core = make_core(1, frames=4, dataset_kwargs={"length": 3, "size": 64, "frames": 20})
     first = set()
     for seed in range(12):
@@ -266,7 +266,7 @@ def test_long_videos_are_cut(make_core: Callable[..., VideoCore]) -> None:
 
 
 def test_impossible_data_and_models(
-    make_core: Callable[..., VideoCore], micro_checkpoint: str
+    make_core: Callable[..., MemoryCore], micro_checkpoint: str
 ) -> None:
     hidden = Still((64, 64), range(7), seen=[3])
     with pytest.raises(ValueError, match=r"stills: 200 draws found no target that covers at least"):
@@ -285,7 +285,7 @@ def test_impossible_data_and_models(
 # Observations, states --------------------------------------------------------------------------
 
 
-def test_observations_tell_what_is_remembered(make_core: Callable[..., VideoCore]) -> None:
+def test_observations_tell_what_is_remembered(make_core: Callable[..., MemoryCore]) -> None:
     core = make_core(2)
     first = core.observe([0, 1])
     assert core.observation_space.contains({key: own[0] for key, own in first.items()})
@@ -303,7 +303,7 @@ def test_observations_tell_what_is_remembered(make_core: Callable[..., VideoCore
     assert core.observe([0])["progress"] == pytest.approx(4 / 7)
 
 
-def test_truth_is_not_observed(make_core: Callable[..., VideoCore]) -> None:
+def test_truth_is_not_observed(make_core: Callable[..., MemoryCore]) -> None:
     """After the prompt, other true masks change rewards, but nothing that an agent sees."""
     seen = []
     for frames in (range(7), [0]):
@@ -344,7 +344,7 @@ def test_episodes_continue_in_another_environment(
         np.testing.assert_array_equal(one[4]["iou"], two[4]["iou"])
 
 
-def test_looking_ahead_changes_nothing_and_is_right(make_core: Callable[..., VideoCore]) -> None:
+def test_looking_ahead_changes_nothing_and_is_right(make_core: Callable[..., MemoryCore]) -> None:
     core = make_core(2)
     play(core, [6, 0, 6])
     before = pickle.dumps(core.get_state())
@@ -356,7 +356,7 @@ def test_looking_ahead_changes_nothing_and_is_right(make_core: Callable[..., Vid
         np.testing.assert_allclose(other.js[np.arange(2), other.now], ahead[:, action], atol=1e-3)
 
 
-def test_a_low_limit_of_the_cache_changes_nothing(make_core: Callable[..., VideoCore]) -> None:
+def test_a_low_limit_of_the_cache_changes_nothing(make_core: Callable[..., MemoryCore]) -> None:
     rewards = [play(make_core(3, cache_mib=size), [0, 1, 6, 6]) for size in (0, 64)]
     np.testing.assert_array_equal(*rewards)
     assert replace(SamVideoConfig(), frames=5).max_episode_steps == 3

@@ -92,7 +92,7 @@ class MemoryBank:
         """
         for name in ("frames", "past_frames"):
             getattr(self, name)[rows] = -1
-        sam, memory, raw = self.tracker.sam, self.tracker.memory, self._raw(features)
+        sam, memory, raw = self.tracker.sam, self.tracker.memory, self.tracker.raw(features)
         # As in SAM 2, a mask's pointer comes from the frame without the mark of a lone one.
         is_mask = prompts.is_mask[:, None, None, None]
         seen = torch.where(is_mask, raw.embedding, features.embedding)
@@ -105,38 +105,68 @@ class MemoryBank:
 
     @torch.no_grad()
     def track(
-        self, rows: np.ndarray, features: ImageFeatures, frames: np.ndarray, lengths: np.ndarray
+        self,
+        rows: np.ndarray,
+        features: ImageFeatures,
+        frames: np.ndarray,
+        lengths: np.ndarray,
+        *given: Any,
     ) -> Decoded:
-        """Find objects in their next frames, which become the present ones.
+        """Find objects in their next frames, which become the present ones, or correct these.
 
         Args:
             rows: int64 (S,), without repetition.
             features: of S frames, from `Backbone.encode`.
             frames: int64 (S,), their numbers.
             lengths: int64 (S,), number of frames of each video.
+            *given: further arguments of `find`, for corrections.
 
         Returns:
             The decoded objects, with the masks that were not chosen.
         """
-        features = self._raw(features)
-        sam, memory, device = self.tracker.sam, self.tracker.memory, self.logits.device
-        nothing = Prompts(
-            torch.zeros((len(rows), 1, 2), device=device),
-            torch.full((len(rows), 1), PADDING_POINT, device=device),
-        )
-        with self.tracker.backbone.autocast():
-            prepared = memory.memory_attention.prepare(features.embedding)
-            conditioned = self._attend(rows, prepared, frames, lengths)
-            several = torch.ones(len(rows), dtype=torch.bool, device=device)
-            conditional = features.merge(embedding=conditioned)
-            decoded = decode_objects(sam, memory, conditional, nothing, several)
-        self._arrive(rows, features, decoded.entry, frames)
+        decoded = self.find(rows, features, frames, lengths, *given)
+        self._arrive(rows, self.tracker.raw(features), decoded.entry, frames)
         return decoded
 
-    def _raw(self, features: ImageFeatures) -> ImageFeatures:
-        """Take the mark of frames without memories, `no_mem_embed`, off features."""
-        lone = self.tracker.sam.no_mem_embed.reshape(1, -1, 1, 1)
-        return features.merge(embedding=features.embedding - lone)
+    @torch.no_grad()
+    def find(
+        self,
+        rows: np.ndarray,
+        features: ImageFeatures,
+        frames: np.ndarray,
+        lengths: np.ndarray,
+        frame_of: Tensor | None = None,
+        prompts: Prompts | None = None,
+        multimask: Tensor | None = None,
+    ) -> Decoded:
+        """Find objects in frames, and encode no memory of it; arguments as for `track`.
+
+        Args:
+            rows: int64 (S,).
+            features: of B frames.
+            frames: int64 (S,).
+            lengths: int64 (S,).
+            frame_of: int64 (S,), the row of `features` of each object; None: B equals S and they
+                correspond.
+            prompts: of S objects in their frames, in pixels of the input frame; None: none.
+            multimask: bool (S,), rows that get the best of three masks; None: all.
+        """
+        sam, memory, device = self.tracker.sam, self.tracker.memory, self.logits.device
+        if prompts is None:
+            prompts = Prompts(
+                torch.zeros((len(rows), 1, 2), device=device),
+                torch.full((len(rows), 1), PADDING_POINT, device=device),
+            )
+        if multimask is None:
+            multimask = torch.ones(len(rows), dtype=torch.bool, device=device)
+        features = self.tracker.raw(features)
+        with self.tracker.backbone.autocast():
+            prepared = memory.memory_attention.prepare(features.embedding)
+            if frame_of is not None:
+                features, prepared = features[frame_of], prepared[frame_of]
+            conditioned = self._attend(rows, prepared, frames, lengths)
+            conditional = features.merge(embedding=conditioned)
+            return decode_objects(sam, memory, conditional, prompts, multimask)
 
     def _attend(
         self, rows: np.ndarray, prepared: Tensor, frames: np.ndarray, lengths: np.ndarray
@@ -202,6 +232,19 @@ class MemoryBank:
         self.past[index] = torch.cat([latest, self.past[index, :-1]], dim=1)
         now = self.frames[rows, self.present][:, None]
         self.past_frames[rows] = np.concatenate([now, self.past_frames[rows, :-1]], axis=1)
+
+    def keep_prompted(self, rows: np.ndarray) -> None:
+        """Remember the present frames of objects as prompted ones, in their next such places.
+
+        As in SAM 2, the slot and the pointer of the frame before are then empty in the next one.
+
+        Args:
+            rows: int64 (S,), without repetition, with an empty place for a prompted frame each.
+        """
+        empty = self.frames[rows, : self.slots[0]] < 0
+        self._move(rows, empty.argmax(axis=1), self.present)
+        self.keep(rows, np.full(len(rows), self.num_slots - 1))
+        self.frames[rows, self.slots[0]] = self.past_frames[rows, 0] = -1
 
     def _move(self, rows: np.ndarray, to: np.ndarray, source: Any) -> None:
         """Copy places of some rows.

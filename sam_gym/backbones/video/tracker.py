@@ -13,7 +13,7 @@ for step in session.propagate():
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -76,7 +76,7 @@ class TrackedFrame:
 
 
 @dataclass
-class _Clicks:
+class Clicks:
     """Prompt of an object in a frame, in the input frame."""
 
     points: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float32))
@@ -108,7 +108,7 @@ class _Clicks:
         )
 
 
-class _Track:
+class Track:
     """What is remembered of an object of a video.
 
     Attributes:
@@ -123,7 +123,7 @@ class _Track:
         self.tracked: dict[int, Entry] = {}
         self.passed: dict[int, bool] = {}
         self.pending: dict[int, tuple[Entry, bool]] = {}
-        self.clicks: dict[int, _Clicks] = {}
+        self.clicks: dict[int, Clicks] = {}
 
     def latest(self, frame: int) -> Entry | None:
         """The most recent entry of a frame, or None."""
@@ -159,7 +159,7 @@ class _Track:
 
 
 @dataclass
-class _Frames:
+class Frames:
     """Encoded frames: raw features, and the embedding as the memory attention prepares it."""
 
     features: ImageFeatures
@@ -250,11 +250,22 @@ class VideoTracker:
         return self.backbone.prepare([self.framed(image) for image in images])
 
     @torch.no_grad()
-    def encode(self, images: Sequence[np.ndarray]) -> _Frames:
+    def encode(self, images: Sequence[np.ndarray]) -> Frames:
         """Encode frames, uint8 (H, W, 3)."""
         with self.backbone.autocast():
             features = self.sam.encode_frames(self.pixels(images))
-            return _Frames(features, self.memory.memory_attention.prepare(features.embedding))
+        return self.prepared(features)
+
+    def raw(self, features: ImageFeatures) -> ImageFeatures:
+        """Take the mark of frames without memories, `no_mem_embed`, off features of `Backbone`."""
+        lone = self.sam.no_mem_embed.reshape(1, -1, 1, 1)
+        return features.merge(embedding=features.embedding - lone)
+
+    @torch.no_grad()
+    def prepared(self, raw: ImageFeatures) -> Frames:
+        """Prepare raw features of frames for the memory attention."""
+        with self.backbone.autocast():
+            return Frames(raw, self.memory.memory_attention.prepare(raw.embedding))
 
     @torch.no_grad()
     def decode(
@@ -289,14 +300,14 @@ class TrackingSession:
 
     def __init__(self, tracker: VideoTracker, videos: Sequence[FrameSource]) -> None:
         self.tracker, self.videos = tracker, videos
-        self._tracks: list[dict[Hashable, _Track]] = [{} for _ in videos]
-        self._cache: dict[tuple[int, int], _Frames] = {}
+        self._tracks: list[dict[Hashable, Track]] = [{} for _ in videos]
+        self._cache: dict[tuple[int, int], Frames] = {}
 
     # Frames --------------------------------------------------------------------------------------
 
     def _encoded(
         self, wanted: Sequence[tuple[int, int]], ahead: Sequence[tuple[int, int]] = ()
-    ) -> tuple[_Frames, list[int]]:
+    ) -> tuple[Frames, list[int]]:
         """Encode frames (video, frame), or look them up.
 
         Args:
@@ -315,13 +326,13 @@ class TrackingSession:
             frames = self.tracker.encode([self.videos[video][frame] for video, frame in chunk])
             for row, key in enumerate(chunk):
                 rows = slice(row, row + 1)
-                self._cache[key] = _Frames(frames.features[rows], frames.prepared[rows])
+                self._cache[key] = Frames(frames.features[rows], frames.prepared[rows])
         surplus = max(0, len(self._cache) - max(size, len(unique)))
         for key in list(self._cache)[:surplus]:  # the oldest
             if key not in unique:
                 del self._cache[key]
         parts = [self._cache[key] for key in unique]
-        together = _Frames(
+        together = Frames(
             ImageFeatures.cat([part.features for part in parts]),
             torch.cat([part.prepared for part in parts]),
         )
@@ -364,7 +375,7 @@ class TrackingSession:
             raise IndexError(
                 f"frame must be from 0 to {len(source) - 1} in video {video}, got {frame}."
             )
-        track = self._tracks[video].setdefault(object, _Track())
+        track = self._tracks[video].setdefault(object, Track())
         try:
             entry = self._prompted(track, video, frame, points, labels, box, mask, clear)
         except Exception:
@@ -377,7 +388,7 @@ class TrackingSession:
 
     def _prompted(
         self,
-        track: _Track,
+        track: Track,
         video: int,
         frame: int,
         points: Any,
@@ -398,7 +409,7 @@ class TrackingSession:
             if box is not None:
                 raise ValueError("A box comes before points: pass it with clear=True.")
             before = track.clicks[frame]
-            clicks = _Clicks(
+            clicks = Clicks(
                 np.concatenate([before.points, clicks.points]),
                 np.concatenate([before.labels, clicks.labels]),
                 before.box,
@@ -419,12 +430,12 @@ class TrackingSession:
         track.clicks[frame] = clicks
         return Entry(*(part[0] for part in decoded))
 
-    def _clicks(self, size: tuple[int, int], points: Any, labels: Any, box: Any) -> _Clicks:
+    def _clicks(self, size: tuple[int, int], points: Any, labels: Any, box: Any) -> Clicks:
         if points is None and box is None:
             raise ValueError("A prompt needs points and labels, a box, or a mask.")
         if (points is None) != (labels is None):
             raise ValueError("points and labels come together.")
-        own, scaled = _Clicks(), self.tracker.backbone.to_input_frame
+        own, scaled = Clicks(), self.tracker.backbone.to_input_frame
         if points is not None:
             places = np.asarray(points, np.float32).reshape(-1, 2)
             kinds = np.asarray(labels, np.int64).reshape(-1)
@@ -457,7 +468,7 @@ class TrackingSession:
         logits = mask_logits(full, backbone.mask_shape)
         tracker = self.tracker
         with torch.no_grad():
-            prompts = _Clicks().prompts(1, full.device, tracker.memory.mask_downsample(full)[:, 0])
+            prompts = Clicks().prompts(1, full.device, tracker.memory.mask_downsample(full)[:, 0])
             single = torch.zeros(1, dtype=torch.bool, device=full.device)
             *_, pointer = tracker.decode(features, prompts, single)
             present = full.flatten(1).any(dim=1)
@@ -484,6 +495,7 @@ class TrackingSession:
         max_frames: int | None = None,
         reverse: bool = False,
         from_prompts: bool = False,
+        videos: Collection[int] | None = None,
     ) -> Iterator[TrackedFrame]:
         """Track all objects of all videos, one frame of each video at a time.
 
@@ -494,6 +506,7 @@ class TrackingSession:
             reverse: track backwards.
             from_prompts: track each object from its own first prompted frame on. By default, as in
                 SAM 2, an object that is prompted late is tracked forwards in earlier frames too.
+            videos: numbers of the videos to track (None: all).
 
         Raises:
             ValueError: nothing was prompted, or an object has no conditioning frame.
@@ -501,7 +514,7 @@ class TrackingSession:
         self._settle()
         spans: dict[int, range] = {}
         for video, tracks in enumerate(self._tracks):
-            if not tracks:
+            if not tracks or (videos is not None and video not in videos):
                 continue
             first = start
             if first is None:
@@ -557,7 +570,7 @@ class TrackingSession:
             for track in self._tracks[video].values()
             if not from_prompts or (frame <= track.first if reverse else frame >= track.first)
         ]
-        buckets: dict[tuple[int, int], list[tuple[int, int, _Track, Recall]]] = {}
+        buckets: dict[tuple[int, int], list[tuple[int, int, Track, Recall]]] = {}
         for video, frame, track in rows:
             if frame not in track.conditioning:
                 own = self._recall(track, frame, reverse, len(self.videos[video]))
@@ -577,7 +590,7 @@ class TrackingSession:
             )
             logits, ious, scores, pointers = self.tracker.decode(
                 features.merge(embedding=conditioned),
-                _Clicks().prompts(len(bucket), where.device),
+                Clicks().prompts(len(bucket), where.device),
                 torch.ones(len(bucket), dtype=torch.bool, device=where.device),
             )
             memories = self.tracker.memorize(features.embedding, logits, scores, False)
@@ -590,7 +603,7 @@ class TrackingSession:
             if self.tracker.keep == "window":
                 track.forget(frame, reverse, self.tracker.memory.slots - 1, POINTERS - 1)
 
-    def _recall(self, track: _Track, frame: int, reverse: bool, num_frames: int) -> Recall:
+    def _recall(self, track: Track, frame: int, reverse: bool, num_frames: int) -> Recall:
         return recall(
             frame,
             list(track.conditioning),

@@ -1,4 +1,4 @@
-"""Baselines of `SamVideo-v0`: which frames to remember."""
+"""Baselines of the task `memory` of `SamVideo-v0`: which frames to remember."""
 
 from __future__ import annotations
 
@@ -9,67 +9,67 @@ import cv2
 import numpy as np
 
 from agents.baselines.base import Agent, Baseline
-from sam_gym.envs.video import PLACE_COLUMNS, VideoCore
+from sam_gym.envs.video import PLACE_COLUMNS, MemoryCore
 from sam_gym.utils.registry import Registry
 from sam_gym.utils.transfer import to_host
 
 #: Baseline name -> class, which takes a seed.
-BASELINES: Registry[Callable[[int], Agent]] = Registry("baseline of SamVideo-v0")
+MEMORY: Registry[Callable[[int], Agent]] = Registry("baseline of the task memory")
 
 _IOU, _PRESENCE = (PLACE_COLUMNS.index(name) for name in ("predicted_iou", "presence"))
 
 
-@BASELINES.register("sam2")
+@MEMORY.register("sam2")
 class LatestFrames(Baseline):
     """SAM 2's own rule: remembers the latest frames."""
 
-    def act(self, core: VideoCore, observations: dict[str, np.ndarray]) -> np.ndarray:
+    def act(self, core: MemoryCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         return np.full(core.num_envs, core.sam2_action)
 
 
-@BASELINES.register("random")
+@MEMORY.register("random")
 class RandomMemory(Baseline):
     """Keeps nothing, or overwrites any memory, at random."""
 
-    def act(self, core: VideoCore, observations: dict[str, np.ndarray]) -> np.ndarray:
+    def act(self, core: MemoryCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         return self.rng.integers(core.sam2_action + 1, size=core.num_envs)
 
 
-@BASELINES.register("first")
+@MEMORY.register("first")
 class FirstFrame(Baseline):
     """Remembers the prompted frame only."""
 
-    def act(self, core: VideoCore, observations: dict[str, np.ndarray]) -> np.ndarray:
+    def act(self, core: MemoryCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         return np.zeros(core.num_envs, np.int64)
 
 
-@BASELINES.register("spaced")
+@MEMORY.register("spaced")
 class SpacedFrames(Baseline):
     """Remembers frames at equal distances, so that its memories span the video."""
 
-    def act(self, core: VideoCore, observations: dict[str, np.ndarray]) -> np.ndarray:
+    def act(self, core: MemoryCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         apart = np.ceil(core.lengths / core.bank.num_slots).astype(int)
         return np.where(core.now % apart == 0, core.sam2_action, 0)
 
 
-@BASELINES.register("confident")
+@MEMORY.register("confident")
 class ConfidentFrames(Baseline):
     """Remembers the latest frames whose predicted IoU and object score are high."""
 
     #: Minimum predicted IoU, and minimum probability that the object is in the frame.
     thresholds = 0.7, 0.5
 
-    def act(self, core: VideoCore, observations: dict[str, np.ndarray]) -> np.ndarray:
+    def act(self, core: MemoryCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         present = observations["places"][:, -1]
         is_good = (present[:, [_IOU, _PRESENCE]] >= self.thresholds).all(axis=1)
         return np.where(is_good, core.sam2_action, 0)
 
 
-@BASELINES.register("best")
+@MEMORY.register("best")
 class BestFrames(Baseline):
     """Remembers the frames of the highest predicted IoU so far."""
 
-    def act(self, core: VideoCore, observations: dict[str, np.ndarray]) -> np.ndarray:
+    def act(self, core: MemoryCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         ious = np.where(core.bank.frames >= 0, core.bank.ious, -1.0)
         slots = ious[:, core.bank.slots]
         worst = slots.argmin(axis=1)
@@ -77,7 +77,7 @@ class BestFrames(Baseline):
         return np.where(is_better, worst + 1, 0)
 
 
-@BASELINES.register("samurai")
+@MEMORY.register("samurai")
 class Samurai(Baseline):
     """Remembers frames that fit the motion, as SAMURAI selects memories (Yang et al. 2024).
 
@@ -98,11 +98,11 @@ class Samurai(Baseline):
         self._stable: dict[int, int] = {}
         self._invalid: dict[int, set[int]] = defaultdict(set)
 
-    def act(self, core: VideoCore, observations: dict[str, np.ndarray]) -> np.ndarray:
+    def act(self, core: MemoryCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         (masks,) = to_host(core.bank.masks[:, core.bank.present])
         return np.array([self._action(core, i, masks[i]) for i in range(core.num_envs)])
 
-    def _action(self, core: VideoCore, row: int, mask: np.ndarray) -> int:
+    def _action(self, core: MemoryCore, row: int, mask: np.ndarray) -> int:
         bank, now = core.bank, int(core.now[row])
         if core.steps[row] == 0:
             self._filters.pop(row, None)
@@ -195,7 +195,7 @@ def _box_iou(one: np.ndarray, other: np.ndarray) -> float:
     return common / (areas - common) if areas > common else 0.0
 
 
-@BASELINES.register("dam4sam")
+@MEMORY.register("dam4sam")
 class DistractorAware(Baseline):
     """Remembers distractors apart from the latest appearance, as DAM4SAM (Videnovic et al. 2025).
 
@@ -218,12 +218,12 @@ class DistractorAware(Baseline):
         self._resolved: dict[int, set[int]] = defaultdict(set)
         self._areas: dict[int, list[int]] = defaultdict(list)
 
-    def act(self, core: VideoCore, observations: dict[str, np.ndarray]) -> np.ndarray:
+    def act(self, core: MemoryCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         masks, rivals = to_host(core.bank.masks[:, core.bank.present], core.rival_masks)
         rows = range(core.num_envs)
         return np.array([self._action(core, i, masks[i], rivals[i]) for i in rows])
 
-    def _action(self, core: VideoCore, row: int, mask: np.ndarray, rivals: np.ndarray) -> int:
+    def _action(self, core: MemoryCore, row: int, mask: np.ndarray, rivals: np.ndarray) -> int:
         bank, now = core.bank, int(core.now[row])
         if core.steps[row] == 0:
             self._resolved[row], self._areas[row] = set(), []
@@ -265,17 +265,18 @@ class DistractorAware(Baseline):
         return False
 
 
-@BASELINES.register("oracle")
+@MEMORY.register("oracle")
 class Oracle(Baseline):
     """Reads the ground truth: the action after which the next mask is best, SAM 2's if any is.
 
     It tries all actions, and looks one frame ahead. The result is a reference, not an upper bound.
     """
 
+    slow = True
     #: Minimum gain in J for which it leaves SAM 2's rule.
     least = 1e-4
 
-    def act(self, core: VideoCore, observations: dict[str, np.ndarray]) -> np.ndarray:
+    def act(self, core: MemoryCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         js = core.next_js(np.arange(core.num_envs))
         best, rule = js.argmax(axis=1), core.sam2_action
         return np.where(js.max(axis=1) > js[:, rule] + self.least, best, rule)
