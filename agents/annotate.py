@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from agents.annotation.clicks import AnnotateConfig
+from agents.annotation.clicks import AnnotateConfig, untrained_words
 from agents.annotation.folder import FolderRun, annotate_folder
 from agents.annotation.merging import AnnotationFile
 from agents.evaluate import PolicyAgent
@@ -21,6 +21,7 @@ from agents.tasks import task_of_policy
 from sam_gym.data.base import split_names
 from sam_gym.utils import cli
 from sam_gym.utils.settings import check_settings
+from sam_gym.utils.text import printable
 
 #: The options that select everything mode or a semantic head instead of an agent.
 EVERYTHING, SEMANTIC = "--everything", "--semantic"
@@ -44,7 +45,13 @@ def annotate(config: AnnotateConfig) -> AnnotationFile:
     features = agent.policy.features
     names = split_names(config.categories, features.get("vocabulary") or features["categories"])
     names = [name for name in names if name]
-    return annotate_folder(run, task.make_annotator(agent, names, config))
+    annotator = task.make_annotator(agent, names, config)
+    for name, nearest in untrained_words(agent.policy, names).items():
+        print(
+            f"The agent was not trained on {printable(name)!r}: its CLIP alone tells where it is. "
+            f"The nearest word of its training is {nearest!r}."
+        )
+    return annotate_folder(run, annotator)
 
 
 def main(args: Sequence[str] | None = None) -> Any:

@@ -19,15 +19,16 @@ from agents.annotation.folder import (
 )
 from agents.annotation.merging import AnnotationFile
 from sam_gym.backbones import load_backbone
-from sam_gym.backbones.spec import backbone_help
+from sam_gym.backbones.spec import BACKBONES, backbone_help
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.mask_generation.generator import CROPS_PER_CALL, GeneratorOptions, MaskGenerator
 from sam_gym.mask_generation.masks import Masks
+from sam_gym.mask_generation.tiles import TiledGenerator, TileOptions
 from sam_gym.utils import cli
 from sam_gym.utils.digest import text_digest
 from sam_gym.utils.fields import documented
 from sam_gym.utils.render import draw_masks
-from sam_gym.utils.settings import check_settings
+from sam_gym.utils.settings import check_settings, whole
 
 #: The only category of a model without a class head.
 OBJECT = "object"
@@ -62,6 +63,9 @@ class AnnotateEverythingConfig(FolderConfig):
     """Precision: auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16."""
     generator: Annotated[Generator, tyro.conf.arg(name="")] = field(default_factory=Generator)
     """Where to prompt and which masks to keep."""
+    tiles: Annotated[int, whole(64)] | None = None
+    """Side in pixels of overlapping tiles, in which large images are segmented, for small objects;
+    masks are joined across borders (None: no tiles)."""
 
 
 class EverythingAnnotator:
@@ -74,7 +78,7 @@ class EverythingAnnotator:
 
     new_categories = True
 
-    def __init__(self, generator: MaskGenerator, description: str) -> None:
+    def __init__(self, generator: MaskGenerator | TiledGenerator, description: str) -> None:
         self.generator, self.description = generator, description
         self.backbone = generator.backbone
         self.categories: Sequence[str] = generator.names or (OBJECT,)
@@ -134,18 +138,29 @@ def annotate_everything(config: AnnotateEverythingConfig) -> AnnotationFile:
     """
     check_settings(config)
     config.generator.validate()
+    if config.tiles is not None and config.generator.crop_n_layers:
+        raise ValueError("--tiles replaces crops: leave out --crop-n-layers.")
     run = FolderRun.prepare(config)
     backbone = load_backbone(
         config.backbone, config.checkpoint, config.device, config.dtype, adapter=config.adapter
     )
     generator = MaskGenerator(backbone, config.generator)
-    annotator = EverythingAnnotator(generator, f"everything that {config.backbone} finds")
+    finder: MaskGenerator | TiledGenerator = generator
+    if config.tiles is not None:
+        finder = TiledGenerator(generator, TileOptions(config.tiles))
+    annotator = EverythingAnnotator(finder, f"everything that {config.backbone} finds")
     content = annotate_folder(run, annotator)
     if run.ranks.is_first and content.num_images and not content.num_annotations:
         predicted_iou, stability = generator.thresholds
         print(
             f"No mask has a predicted IoU of {predicted_iou} and a stability of {stability}: lower "
             "--pred-iou-thresh and --stability-score-thresh."
+        )
+    if config.backbone == "micro" and config.checkpoint is None and config.adapter is None:
+        print(
+            "micro is a small SAM for CPUs. For photographs, pass a real one: --backbone vit_b "
+            f"({BACKBONES.get('vit_b').megabytes} MB to download, 1.5 GB of memory, 100 s per "
+            "image and CPU core; docs/annotate.md)."
         )
     return content
 

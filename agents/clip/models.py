@@ -117,6 +117,11 @@ class Clip:
         """Hex digest of all weights."""
         return digest_of(self.model.state_dict(), self.name)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the vocabulary is open: `clip_micro` knows few words."""
+        return not isinstance(self.tokenizer, WordTokenizer)
+
     def check_known(self, names: Sequence[str]) -> None:
         """Raise `ValueError` for a name with words outside the model's vocabulary."""
         if isinstance(self.tokenizer, WordTokenizer):

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from agents.annotation.clicks import AnnotateConfig, ClickAnnotator
+from agents.annotation.clicks import AnnotateConfig, ClickAnnotator, check_categories
+from agents.annotation.presence import presence_of
 from agents.baselines.base import TrainedAgent
 from agents.baselines.click import BASELINES
 from agents.policies import POLICIES, ExplicitPolicy
@@ -75,6 +76,7 @@ class ClickTask(Task):
     def make_annotator(
         self, agent: TrainedAgent, categories: Sequence[str], config: AnnotateConfig
     ) -> ClickAnnotator:
+        check_categories(agent.policy, categories)  # before presence asks its CLIP for the words
         return ClickAnnotator(
             agent,
             categories,
@@ -83,6 +85,8 @@ class ClickTask(Task):
             config.keep_best,
             config.min_score,
             f"annotated by {config.policy}",
+            presence_of(agent, config.policy, categories, config.min_presence),
+            config.instances,
         )
 
     def export_inputs(self, policy: Any) -> dict[str, ExportInput]:

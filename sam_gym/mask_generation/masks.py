@@ -112,17 +112,11 @@ class Masks:
         """
         if size == self.size:
             return self
-        (x, y), (height, width) = corner, self.size
-        counts = []
-        for index in range(len(self)):
-            whole = np.zeros(size, bool)
-            whole[y : y + height, x : x + width] = self.mask(index)
-            counts.append(to_counts(whole))
-        offset = np.array([x, y], np.float32)
+        offset = np.array(corner, np.float32)
         return replace(
             self,
             size=size,
-            counts=counts,
+            counts=[placed_counts(own, self.size, corner, size) for own in self.counts],
             boxes=self.boxes + np.tile(offset, 2),
             points=self.points + offset,
         )
@@ -236,6 +230,53 @@ def run_lengths(columns: Tensor) -> list[np.ndarray]:
 def to_counts(mask: np.ndarray) -> np.ndarray:
     """Return the run lengths of a mask bool (H, W), as of `Masks.counts`."""
     return run_lengths(torch.from_numpy(np.ascontiguousarray(mask.T))[None])[0]
+
+
+def placed_counts(
+    counts: np.ndarray, small: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """Return the run lengths of a mask in a larger image that contains its own.
+
+    Args:
+        counts: as of `Masks.counts`.
+        small: (h, w) of its own image.
+        corner: (x, y) of the first pixel of this image in the larger one.
+        size: (H, W) of the larger image.
+    """
+    (x, y), rows = corner, small[0]
+    ends = counts.astype(np.int64).cumsum()
+    starts, ends = ends[:-1:2], ends[1::2]
+    starts, ends = starts[ends > starts], ends[ends > starts]
+    # A run of pixels is one piece in each of its columns.
+    first = starts // rows
+    pieces = (ends - 1) // rows - first + 1
+    run = np.repeat(np.arange(len(starts)), pieces)
+    column = first[run] + np.arange(len(run)) - np.repeat(pieces.cumsum() - pieces, pieces)
+    top = np.maximum(starts[run] - column * rows, 0)
+    bottom = np.minimum(ends[run] - column * rows, rows)
+    origin = (column + x) * size[0] + y
+    return _counts_of(origin + top, origin + bottom, size[0] * size[1])
+
+
+def united_counts(every: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the run lengths of the union of masks of one image, as of `Masks.counts`."""
+    ends = [counts.astype(np.int64).cumsum() for counts in every]
+    starts = np.concatenate([own[:-1:2] for own in ends])
+    stops = np.concatenate([own[1::2] for own in ends])
+    order = np.argsort(starts, kind="stable")
+    return _counts_of(starts[order], np.maximum.accumulate(stops[order]), int(ends[0][-1]))
+
+
+def _counts_of(starts: np.ndarray, ends: np.ndarray, length: int) -> np.ndarray:
+    """Return run lengths int32 of runs [start, end), sorted, which may touch or overlap.
+
+    Ends do not decrease.
+    """
+    begins = np.append(True, starts[1:] > ends[:-1])[: len(starts)]
+    flips = np.column_stack([starts[begins], ends[np.append(begins[1:], True)[: len(ends)]]])
+    places = flips.ravel()
+    places = places[places < length]
+    return np.diff(places, prepend=0, append=length).astype(np.int32)
 
 
 def from_counts(counts: np.ndarray, size: tuple[int, int]) -> np.ndarray:

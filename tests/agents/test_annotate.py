@@ -22,6 +22,7 @@ from agents.export import ExportablePolicy
 from agents.policies.everything import EverythingPolicy
 from agents.policies.implicit import ImplicitPolicy
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
+from agents.presence import PresenceConfig, calibrate
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.class_head import ClassHead
@@ -426,3 +427,45 @@ def test_label_maps_and_panoptic_of_a_semantic_head(
     arguments[arguments.index("--adapter") + 1] = str(tmp_path / "none.safetensors")
     with pytest.raises(FileNotFoundError, match="no such adapter file"):
         main([*arguments, "--images", str(photos / "images")])
+
+
+# Presence --------------------------------------------------------------------------------------
+
+
+def test_presence_of_an_own_agent(
+    policy: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = annotate(config(policy, photos))
+    assert "python -m agents.presence --policy" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"no presence.json. Run python -m agents.presence"):
+        annotate(config(policy, photos, min_presence=0.5))
+    few = PresenceConfig(policy=policy, images=4, held_out=4, num_envs=8, others=None, device="cpu")
+    measured = calibrate(few)
+    written = json.loads(Path(policy).with_name("presence.json").read_text())
+    assert written["held_out"] == measured and measured["pairs"] > 16
+    assert 0 <= measured["auroc"] <= 1 and written["clip"]["name"] == "clip_micro"
+    every = annotate(config(policy, photos, min_presence=0.0))
+    for annotation, expected in zip(every["annotations"], whole["annotations"], strict=True):
+        assert 0 <= annotation.pop("presence") <= 1 and annotation == expected
+    assert annotate(config(policy, photos, min_presence=1.0))["annotations"] == []
+
+
+def test_instances_share_the_mask_of_their_category(policy: str, photos: Path) -> None:
+    own = {"categories": "star", "overlays": "none"}
+    whole = annotate(config(policy, photos, **own))["annotations"]
+    found = annotate(config(policy, photos, **own, instances=True))["annotations"]
+    assert len(found) >= len(whole) > 0
+    for annotation in whole:
+        same = ("image_id", "category_id")
+        parts = [one for one in found if all(one[key] == annotation[key] for key in same)]
+        masks = np.stack([rle.decode(one["segmentation"]) for one in parts])
+        assert masks.sum(axis=0).max() == 1
+        assert not (masks.any(axis=0) & (rle.decode(annotation["segmentation"]) == 0)).any()
+        assert {one["clicks"] for one in parts} == {annotation["clicks"]}
+
+
+def test_everything_in_tiles(photos: Path, everything: list[str], shipped: Backbone) -> None:
+    content = main([*everything, "--tiles", "80", "--overlays", "none"])
+    assert len(content["annotations"]) > 3
+    with pytest.raises(ValueError, match="--tiles replaces crops"):
+        main([*everything, "--tiles", "80", "--crop-n-layers", "1"])
