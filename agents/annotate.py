@@ -2,6 +2,7 @@
 
 python -m agents.annotate --policy explicit --images PHOTOS --categories star,ring
 python -m agents.annotate --everything --images PHOTOS
+python -m agents.annotate --config dense --images PHOTOS
 python -m agents.annotate --semantic --adapter ADAPTER --images PHOTOS
 python -m agents.annotate --video CLIP.mp4 --everything --out MASKLETS
 torchrun --nproc_per_node=2 -m agents.annotate --everything --images PHOTOS
@@ -16,6 +17,7 @@ from typing import Any
 from agents.annotation.clicks import AnnotateConfig, untrained_words
 from agents.annotation.folder import FolderRun, annotate_folder
 from agents.annotation.merging import AnnotationFile
+from agents.annotation.presets import with_presets
 from agents.evaluate import PolicyAgent
 from agents.tasks import task_of_policy
 from sam_gym.data.base import split_names
@@ -56,7 +58,7 @@ def annotate(config: AnnotateConfig) -> AnnotationFile:
 
 def main(args: Sequence[str] | None = None) -> Any:
     """Run the command line; returns the COCO file, or the annotated videos."""
-    args = list(sys.argv[1:] if args is None else args)
+    args = with_presets(sys.argv[1:] if args is None else args)
     if any(arg == VIDEO or arg.startswith(f"{VIDEO}=") for arg in args):
         from agents.annotation import video
 

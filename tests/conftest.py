@@ -35,7 +35,7 @@ from sam_gym.backbones.video.memory import VideoMemory
 from sam_gym.data import Sample
 from sam_gym.data.synthetic.clips import Clip, Clips
 from sam_gym.mask_generation.masks import Masks, to_counts
-from sam_gym.utils.render import warn_no_window
+from sam_gym.utils.window import warn_no_window
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores, and so do the processes that tests start.
@@ -350,8 +350,8 @@ def tiny_env(
 def no_display(monkeypatch: pytest.MonkeyPatch) -> None:
     """No window can be opened, and nobody has been told so yet."""
     monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.delenv("DISPLAY", raising=False)
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
+        monkeypatch.delenv(name, raising=False)
     warn_no_window.cache_clear()
 
 

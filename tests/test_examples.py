@@ -17,6 +17,19 @@ RUNS = {
         "policy.zip",
         "trained  mean IoU",
     ),
+    "ppo.py": (
+        [
+            *"--total-timesteps 32 --num-envs 2 --num-steps 8 --train-images 8".split(),
+            *("--eval-episodes", "2", "--out", "{out}/agent.pt"),
+        ],
+        "agent.pt",
+        "held-out IoU:",
+    ),
+    "tune_agent.py": (
+        [*"--trials 2 --total-timesteps 32 --num-envs 2 --episodes 2".split(), "--out", "{out}"],
+        "study.log",
+        "best: trial",
+    ),
     "adapt_and_use.py": (
         [*"--steps 2 --max-images 2".split(), "--out", "{out}"],
         "naive-decoder-0/adapter.safetensors",
@@ -77,6 +90,8 @@ def test_example(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if "import optuna" in (EXAMPLES / script).read_text():
+        pytest.importorskip("optuna")
     options, written, printed = RUNS[script]
     arguments = [option.format(out=tmp_path / "out") for option in options]
     monkeypatch.chdir(tmp_path)

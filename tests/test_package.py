@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
@@ -67,6 +68,8 @@ def test_version_is_that_of_the_file() -> None:
 
     assert sam_gym.__version__ == __version__
     assert [part.isdigit() for part in __version__.split(".")[:2]] == [True, True]
+    citation = (Path(__file__).parents[1] / "CITATION.cff").read_text()
+    assert f"\nversion: {__version__}\n" in citation
 
 
 @pytest.mark.parametrize("env_id", sam_gym.ENVIRONMENTS)

@@ -53,6 +53,9 @@ class AnnotateConfig(FolderConfig):
     Example: python -m agents.annotate --policy explicit --images PHOTOS --categories star,ring
 
     To annotate everything without an agent: `python -m agents.annotate --everything --help`.
+
+    --config NAME or --config FILE.yaml gives options, which flags override.
+    Names: dense, quick, whole_objects.
     """
 
     policy: PolicyOption

@@ -52,6 +52,9 @@ class AnnotateEverythingConfig(FolderConfig):
     `stability_score`. Its category is that of the adapter's class head, with its `category_score`,
     or else "object"; classes that --coco lacks get new ids. Files that cannot be read are reported
     and skipped. Run the same command again to resume an interrupted run.
+
+    --config NAME or --config FILE.yaml gives options, which flags override.
+    Names: dense, quick, whole_objects.
     """
 
     backbone: Annotated[str, tyro.conf.arg(help=backbone_help("SAM to use"))] = "micro"
@@ -160,7 +163,7 @@ def annotate_everything(config: AnnotateEverythingConfig) -> AnnotationFile:
         print(
             "micro is a small SAM for CPUs. For photographs, pass a real one: --backbone vit_b "
             f"({BACKBONES.get('vit_b').megabytes} MB to download, 1.5 GB of memory, 100 s per "
-            "image and CPU core; docs/annotate.md)."
+            "image and CPU core; docs/guides/annotating_images.md)."
         )
     return content
 

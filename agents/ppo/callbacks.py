@@ -18,11 +18,20 @@ from sam_gym.utils.progress import ProgressBar
 
 
 class PinRolloutsCallback(BaseCallback):
-    """Pins the embeddings of a rollout in the store until its update is over."""
+    """Pins the embeddings of a rollout in the store until its update is over.
 
-    def __init__(self, store: EmbeddingStore) -> None:
+    Args:
+        store: of the environment; None: that of the policy.
+    """
+
+    def __init__(self, store: EmbeddingStore | None = None) -> None:
         super().__init__()
-        self.store = store
+        self.store: Any = store
+
+    def _init_callback(self) -> None:
+        if self.store is None:
+            extractor: Any = self.model.policy.features_extractor
+            self.store = extractor.store
 
     def _on_rollout_start(self) -> None:
         self.store.pin_new_epoch()

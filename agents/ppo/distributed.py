@@ -65,6 +65,25 @@ class CountAllProcesses(BaseCallback):
         return True
 
 
+def describe_policy(model: PPO) -> None:
+    """Set the attributes of a model by which `agents.policies.saved` loads its policy again.
+
+    stable-baselines3 saves all attributes of a model.
+    """
+    own: Any = model
+    #: Name in `POLICIES`; None if it has none.
+    own.policy_name = POLICIES.name_of(type(model.policy))
+    #: Its spaces in JSON: SB3 pickles them.
+    own.policy_spaces = {
+        "observation": space_to_json(model.observation_space),
+        "action": space_to_json(model.action_space),
+    }
+    #: Digests of the frozen models that it was trained on; None if it does not say.
+    own.policy_weights = (
+        model.policy.frozen_weights() if isinstance(model.policy, SamPolicy) else None
+    )
+
+
 class DistributedPPO(PPO):
     """PPO with random numbers per sub-environment, over one or several ranks.
 
@@ -121,17 +140,7 @@ class DistributedPPO(PPO):
         choices = cast(CategoricalDistribution, self.policy.action_dist).action_dim
         self.policy.action_dist = PerEnvCategorical(choices, self.generators)
         share_gradients(self.policy.optimizer, ranks, max_grad_norm)
-        #: Name in `POLICIES` under which a saved policy is loaded again; None if it has none.
-        self.policy_name = POLICIES.name_of(type(self.policy))
-        #: Its spaces in JSON, from which it is loaded again: SB3 pickles them.
-        self.policy_spaces = {
-            "observation": space_to_json(self.observation_space),
-            "action": space_to_json(self.action_space),
-        }
-        #: Digests of the frozen models that it was trained on; None if it does not say.
-        self.policy_weights = (
-            self.policy.frozen_weights() if isinstance(self.policy, SamPolicy) else None
-        )
+        describe_policy(self)
 
     def _excluded_save_params(self) -> list[str]:
         own = ["ranks", "first_env", "generators", "_episodes"]

@@ -505,6 +505,39 @@ class BaseCore(Generic[C, T]):
         row = int((y + 0.5) * image_height / height)
         return min(max(column, 0), image_width - 1), min(max(row, 0), image_height - 1)
 
+    # Players -----------------------------------------------------------------------------------
+
+    def keys(self) -> dict[str, int]:
+        """Return the actions that a person chooses by a key."""
+        return {}
+
+    def action_at(self, x: float, y: float, positive: bool) -> int:
+        """Return the action of a click at (x, y), in pixels of the input frame.
+
+        Raises:
+            NotImplementedError: no action is a click.
+        """
+        raise NotImplementedError
+
+    def from_frame(self, env_index: int, x: float, y: float) -> tuple[float, float] | None:
+        """Return where a pixel of `frame` is in the input frame.
+
+        Args:
+            env_index: sub-environment.
+            x, y: pixel of its frame.
+
+        Returns:
+            (x, y) in pixels of the input frame; None outside of the image.
+        """
+        image = self._picture(env_index)
+        rows, columns = self._drawn_size(env_index)
+        left = (self.frame_width - columns) // 2
+        u, v = (x - left + 0.5) / columns, (y - (FRAME_HEIGHT - rows) // 2 + 0.5) / rows
+        if not (0 <= u < 1 and 0 <= v < 1):
+            return None
+        height, width = self.backbone.input_size(image.shape[:2])
+        return u * width - 0.5, v * height - 0.5
+
     # Steps -------------------------------------------------------------------------------------
 
     def check_actions(self, actions: np.ndarray) -> np.ndarray:
@@ -604,12 +637,17 @@ class BaseCore(Generic[C, T]):
         """
         from sam_gym.utils.render import letterbox
 
-        image, height = self._picture(env_index), FRAME_HEIGHT
-        if _drawn_width(image) > self.frame_width:
-            height = max(1, self.frame_width * image.shape[0] // image.shape[1])
+        height, _ = self._drawn_size(env_index)
         drawn = self.render(env_index, height)
         caption = drawn.shape[0] - height
         return letterbox(drawn, FRAME_HEIGHT + caption, self.frame_width)
+
+    def _drawn_size(self, env_index: int) -> tuple[int, int]:
+        """Return the rows and columns of the image in `frame`."""
+        image, height = self._picture(env_index), FRAME_HEIGHT
+        if _drawn_width(image) > self.frame_width:
+            height = max(1, self.frame_width * image.shape[0] // image.shape[1])
+        return height, max(1, round(image.shape[1] * height / image.shape[0]))
 
     def ground_truth(self, env_index: int) -> T:
         """Return the target. Only for rewards, metrics and oracles."""

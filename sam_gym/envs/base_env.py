@@ -16,7 +16,7 @@ from gymnasium.vector.utils import batch_space
 
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.utils.registry import check_choice, unknown_name
-from sam_gym.utils.render import show
+from sam_gym.utils.window import Window
 
 C = TypeVar("C", bound=EnvConfig)
 
@@ -51,6 +51,7 @@ class BaseEnv(gym.Env[Any, Any]):
     def __init__(self, render_mode: str | None = None, **kwargs: Any) -> None:
         check_choice("render_mode", render_mode, RENDER_MODES)
         self.render_mode = render_mode
+        self.window = Window(self.env_id, self.metadata["render_fps"])
         config = make_config(self.config_class, self.env_id, kwargs)
         self.core = self.core_class(config, num_envs=1)
         self.action_space = self.core.action_space
@@ -92,11 +93,16 @@ class BaseEnv(gym.Env[Any, Any]):
             return None
         frame = self.core.frame(0)
         if self.render_mode == "human":
-            show(self.env_id, frame)
+            self.window.show(frame)
             return None
         return frame
 
+    def get_keys_to_action(self) -> dict[tuple[str], int]:
+        """Return the actions that have a key, for `gymnasium.utils.play` and `agents.play`."""
+        return {(key,): action for key, action in self.core.keys().items()}
+
     def close(self) -> None:
+        self.window.close()
         self.core.close()
 
     def _observation(self) -> dict[str, Any]:
@@ -141,6 +147,7 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self.render_mode = render_mode
+        self.window = Window(self.env_id, self.metadata["render_fps"])
         self.num_envs = num_envs
         config = make_config(self.config_class, self.env_id, kwargs)
         self.core = self.core_class(config, num_envs)
@@ -312,11 +319,12 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
             from sam_gym.utils.render import tile
 
             columns = int(np.ceil(np.sqrt(self.num_envs)))
-            show(self.env_id, tile(frames, columns))
+            self.window.show(tile(frames, columns))
             return None
         return frames
 
     def close_extras(self, **kwargs: Any) -> None:
+        self.window.close()
         self.core.close()
 
 

@@ -313,8 +313,11 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
         negative, cell = divmod(int(action), self.config.grid**2)
         return (*self.centre_of(cell), not negative)
 
+    def keys(self) -> dict[str, int]:
+        actions = {"s": self.stop_action, "u": self.undo_action}
+        return {key: action for key, action in actions.items() if action >= 0}
+
     def action_at(self, x: float, y: float, positive: bool) -> int:
-        """Return the click action of the cell that holds (x, y), in pixels of the input frame."""
         return (0 if positive else self.config.grid**2) + self.cell_at(x, y)
 
     def step(

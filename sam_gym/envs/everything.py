@@ -225,6 +225,14 @@ class EverythingCore(BaseCore[EverythingConfig, Sample]):
 
     # Steps -------------------------------------------------------------------------------------
 
+    def keys(self) -> dict[str, int]:
+        return {"s": self.stop_action} if self.stop_action >= 0 else {}
+
+    def action_at(self, x: float, y: float, positive: bool) -> int:
+        if self.config.actions != "points":
+            raise NotImplementedError
+        return self.cell_at(x, y)
+
     def check_actions(self, actions: np.ndarray) -> np.ndarray:
         array = np.asarray(actions)
         grid, cells = self.config.grid, self.config.grid**2

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tyro
+from gymnasium.error import DependencyNotInstalled
 
 from sam_gym.utils.memory import keep_freed_memory
 from sam_gym.utils.registry import PLUGINS
@@ -19,6 +20,16 @@ from sam_gym.utils.settings import check_settings
 from sam_gym.utils.text import printable
 
 T = TypeVar("T")
+
+#: Errors that end a command with one line.
+_WRONG_INPUT = (
+    *(ValueError, OSError, MemoryError, ImportError, FloatingPointError),
+    DependencyNotInstalled,
+)
+
+
+#: How `python -m MODULE` was called instead, for `--help`: the former and the latter.
+called_as = ("", "")
 
 
 def option(name: str) -> str:
@@ -39,6 +50,7 @@ def parse(options: type[T], prog: str, args: Sequence[str] | None = None, **tyro
         SystemExit: after --help, or if the command line cannot be parsed.
         ValueError: a value is out of range, NaN or infinite.
     """
+    prog = prog.replace(*called_as, 1) if called_as[0] else prog
     parsed = tyro.cli(options, prog=prog, args=args, **tyro_options)
     check_settings(parsed, option)
     return parsed
@@ -91,7 +103,7 @@ def run(
         for module in filter(None, os.environ.get(PLUGINS, "").split(",")):
             importlib.import_module(module)
         main()
-    except (ValueError, OSError, MemoryError, ImportError, FloatingPointError) as error:
+    except _WRONG_INPUT as error:
         # Names of files may hold control characters.
         message = "\n".join(map(printable, str(error).splitlines()))
         if status == 1:  # that of a text

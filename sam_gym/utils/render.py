@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -367,30 +364,3 @@ def draw_overlays(
             caption=f"{video.name} {video.frames[number]}",
             height=height,
         )
-
-
-def has_display() -> bool:
-    """Return whether windows can be opened; without a display OpenCV aborts the process."""
-    if sys.platform.startswith("linux"):
-        return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-    return True
-
-
-def show(title: str, frame: np.ndarray) -> None:
-    """Show uint8 (H, W, 3) RGB in a window; warns once if there is no display."""
-    if has_display():
-        try:
-            cv2.imshow(title, frame[..., ::-1])
-            cv2.waitKey(1)
-            return
-        except cv2.error:
-            reason = "this OpenCV has no windows (install opencv-python)"
-    else:
-        reason = "there is no display"
-    warn_no_window(reason)
-
-
-@functools.cache
-def warn_no_window(reason: str) -> None:
-    """Warn that nothing is shown, once per reason."""
-    warnings.warn(f"render_mode='human' shows nothing: {reason}.", stacklevel=4)

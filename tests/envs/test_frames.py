@@ -61,6 +61,24 @@ def test_frames_have_one_shape(settings: dict[str, Any]) -> None:
         np.testing.assert_array_equal(frame, expected)
 
 
+def test_pixels_of_frames_lead_to_pixels_of_images(photos: dict[str, Any]) -> None:
+    env = gym.make("SamSeg-v0", dataset="folder", **photos)
+    core = env.unwrapped.core  # type: ignore[attr-defined]
+    for index in range(2):
+        env.reset(options={"index": index})
+        image = core.ground_truth(0).image
+        frame = env.render()
+        # The caption is below the picture, bars are around both.
+        rows = np.flatnonzero(frame.any(axis=(1, 2)))[:-30]  # type: ignore[union-attr]
+        shown = rows, np.flatnonzero(frame[rows].any(axis=(0, 2)))  # type: ignore[index]
+        for fraction in (0.01, 0.4, 0.99):
+            y, x = (int(own[0] + fraction * (own[-1] - own[0])) for own in shown)
+            column, row = core.to_image(0, *core.from_frame(0, x, y))
+            assert abs(row / image.shape[0] - fraction) < 0.03
+            assert abs(column / image.shape[1] - fraction) < 0.03
+        assert core.from_frame(0, x, rows[-1] + 2) is None  # the caption
+
+
 def test_renderings_are_observations(settings: dict[str, Any]) -> None:
     mode = AutoresetMode.SAME_STEP
     envs = SyncVectorEnv(

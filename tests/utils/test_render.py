@@ -17,7 +17,6 @@ from sam_gym.utils.render import (
     save_gif,
     save_image,
     save_video,
-    show,
     tile,
 )
 
@@ -136,14 +135,6 @@ def test_saved_gif_plays_all_frames(tmp_path: Path) -> None:
         for number, frame in enumerate(frames):
             gif.seek(number)
             np.testing.assert_allclose(np.array(gif.convert("RGB")), frame, atol=2)
-
-
-def test_without_display_it_is_said_once(no_display: None, image: np.ndarray, recwarn) -> None:
-    show("title", image)
-    show("title", image)
-    assert [str(warning.message) for warning in recwarn] == [
-        "render_mode='human' shows nothing: there is no display."
-    ]
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])

@@ -41,6 +41,9 @@ class MemoryCore(FrameByFrameCore):
         last = self.bank.num_slots
         return f"0 (keep nothing) to {last} (overwrite the memory in slot {last})"
 
+    def keys(self) -> dict[str, int]:
+        return {str(action): action for action in range(min(self.bank.num_slots + 1, 10))}
+
     def step(
         self, indices: np.ndarray, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -66,6 +66,9 @@ class WhenCore(FrameByFrameCore):
     def _named_actions(self) -> str:
         return "0 (go on) or 1 (buy a click)"
 
+    def keys(self) -> dict[str, int]:
+        return {"0": 0, "1": 1}
+
     # Steps -------------------------------------------------------------------------------------
 
     def step(
