@@ -17,14 +17,6 @@ RUNS = {
         "policy.zip",
         "trained  mean IoU",
     ),
-    "ppo.py": (
-        [
-            *"--total-timesteps 32 --num-envs 2 --num-steps 8 --train-images 8".split(),
-            *("--eval-episodes", "2", "--out", "{out}/agent.pt"),
-        ],
-        "agent.pt",
-        "held-out IoU:",
-    ),
     "tune_agent.py": (
         [*"--trials 2 --total-timesteps 32 --num-envs 2 --episodes 2".split(), "--out", "{out}"],
         "study.log",

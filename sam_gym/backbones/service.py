@@ -400,8 +400,8 @@ class Backbone:
         """
         if self._takes_pieces(prompts):
             parts = [self.decode_best(*own) for own in _pieces(features, prompts, multimask)]
-            logits, iou = zip(*parts, strict=True)
-            return torch.cat(logits), torch.cat(iou)
+            masks, ious = zip(*parts, strict=True)
+            return torch.cat(masks), torch.cat(ious)
         if self.compiled and len(prompts):
             features, prompts = _with_fixed_shapes(features, prompts)
         work = self._decode_best if len(prompts) else partial(_decode_best, self.model)

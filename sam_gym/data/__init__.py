@@ -38,11 +38,11 @@ __all__ = [
 
 #: Dataset name -> its specification; "module:Class" is a name, too.
 DATASETS: Registry[DatasetSpec[Dataset]] = Registry(
-    "dataset", partial(DatasetSpec.of, ("__len__", "__getitem__", "draw"))
+    "dataset", partial(DatasetSpec[Dataset].of, ("__len__", "__getitem__", "draw"))
 )
 #: Name of a dataset of videos -> its specification; "module:Class" is a name, too.
 VIDEO_DATASETS: Registry[DatasetSpec[VideoDataset]] = Registry(
-    "video dataset", partial(DatasetSpec.of, ("__len__", "__getitem__"))
+    "video dataset", partial(DatasetSpec[VideoDataset].of, ("__len__", "__getitem__"))
 )
 
 
