@@ -21,6 +21,8 @@ GROUPS = {
         "evaluate": ("agents.evaluate", "Evaluate an agent or a baseline on held-out images."),
         "annotate": ("agents.annotate", "Annotate a folder of images, or videos, as COCO JSON."),
         "app": ("agents.app", "Annotate in a browser, with an agent at your side."),
+        "convert": ("agents.convert", "Convert annotations to the formats of other tools."),
+        "presence": ("agents.presence", "Calibrate how an agent tells that nothing is there."),
         "play": ("agents.play", "Play an environment yourself, by mouse and keys."),
         "export": ("agents.export", "Write a policy as ONNX and as a torch.export program."),
         "hub": ("agents.hub", "Share agents on the Hugging Face hub."),
