@@ -11,10 +11,13 @@ import tyro
 
 from sam_gym.data.coco_export import FORMATS, CocoFile, copy_images
 from sam_gym.utils import cli
+from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder
+from sam_gym.utils.settings import check_settings
 from sam_gym.utils.text import printable
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
     """Convert a COCO file, as annotate and the app write it, to the format of another tool.
@@ -45,6 +48,7 @@ def convert(config: ConvertConfig) -> Path:
         FileExistsError: the folder is not empty.
         ValueError: the file is not COCO JSON, a record is invalid, or does not fit the format.
     """
+    check_settings(config)
     file = CocoFile.read(config.annotations)
     out = make_folder(config.out)
     if any(out.iterdir()):

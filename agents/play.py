@@ -20,6 +20,7 @@ from agents.tasks import task_of
 from sam_gym.envs.base_core import EnvConfig
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.utils import cli
+from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Natural, Seed
 from sam_gym.utils.window import Window, has_display, import_pygame
 
@@ -31,6 +32,7 @@ _FPS = 30
 _WAIT_MS = 200
 
 
+@documented
 @dataclass(kw_only=True)
 class PlayConfig:
     """Play an environment by mouse and keys, in a window (pip install 'sam-gym[human]').

@@ -23,6 +23,7 @@ from sam_gym.data.options import DatasetOptions
 from sam_gym.data.splits import check_held_out
 from sam_gym.utils import cli
 from sam_gym.utils.digest import file_digest
+from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import track
 from sam_gym.utils.settings import Count, Seed, check_settings
 
@@ -32,6 +33,7 @@ _OTHERS = 0.25
 _MISSED = 0.05
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class PresenceConfig:
     """Calibrate the presence score of a click agent and write presence.json beside its policy.zip.

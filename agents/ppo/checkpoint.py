@@ -49,7 +49,7 @@ FREE_OPTIONS = (
 #: but only once in `_RARELY` times its duration.
 _SLOW, _RARELY = 0.1, 50.0
 #: Options that earlier checkpoints lack -> the value that they stand for.
-ADDED_OPTIONS = {"env_config.on_error": "raise"}
+ADDED_OPTIONS = {"env_config.on_error": "raise", "env_config.initial_mask": "empty"}
 _BACKBONE = "env_config.backbone"
 #: Attributes of SB3's logger with values not written yet: those of an update are written after the
 #: next rollout.

@@ -435,7 +435,7 @@ def test_label_maps_and_panoptic_of_a_semantic_head(
 def test_presence_of_an_own_agent(
     policy: str, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = annotate(config(policy, photos))
+    whole = annotate(config(policy, photos))["annotations"]
     assert "python -m agents.presence --policy" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"no presence.json. Run python -m agents.presence"):
         annotate(config(policy, photos, min_presence=0.5))
@@ -444,8 +444,8 @@ def test_presence_of_an_own_agent(
     written = json.loads(Path(policy).with_name("presence.json").read_text())
     assert written["held_out"] == measured and measured["pairs"] > 16
     assert 0 <= measured["auroc"] <= 1 and written["clip"]["name"] == "clip_micro"
-    every = annotate(config(policy, photos, min_presence=0.0))
-    for annotation, expected in zip(every["annotations"], whole["annotations"], strict=True):
+    every = annotate(config(policy, photos, min_presence=0.0))["annotations"]
+    for annotation, expected in zip(every, whole, strict=True):
         assert 0 <= annotation.pop("presence") <= 1 and annotation == expected
     assert annotate(config(policy, photos, min_presence=1.0))["annotations"] == []
 

@@ -41,6 +41,8 @@ def configs() -> list[type]:
     found = {method.Options for _, method in STRATEGIES.items()}
     for package in (sam_gym, agents, adaptation, benchmarks):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if module.name == "agents.zoo":  # needs RL Zoo
+                continue
             for name, item in vars(importlib.import_module(module.name)).items():
                 if name.endswith(("Config", "Options")) and is_dataclass(item):
                     found.add(item)
@@ -78,10 +80,16 @@ def wrong_values(hint: Any) -> list[Any]:
 def example(config: type) -> Any:
     """An instance of a config, with something for fields without a default."""
     hints = get_type_hints(config, include_extras=True)
-    values = {list: [], tuple: (), int: 1, str: "something"}
+    values = {list: [], tuple: (), int: 64, str: "something"}
+
+    def value(hint: Any) -> Any:
+        if get_origin(hint) is Literal:
+            return get_args(hint)[0]
+        return next(values[kind] for kind in values if kind in kinds(hint))
+
     return config(
         **{
-            own.name: next(values[kind] for kind in values if kind in kinds(hints[own.name]))
+            own.name: value(hints[own.name])
             for own in fields(config)
             if own.default is MISSING and own.default_factory is MISSING
         }

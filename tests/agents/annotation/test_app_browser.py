@@ -231,6 +231,7 @@ def test_annotate_a_folder(
     until(lambda: path_of(page))
     page.keyboard.press("Enter")
     until(lambda: len(app.annotations()) == 2)
+    until(lambda: page.locator(".sg-object").count() == 1)
     page.keyboard.press("d")
     until(lambda: page.locator(".sg-object").count() == 0)
     assert "1 done" in page.inner_text(".sg-bar") and "1.png" in page.inner_text(".sg-bar")
