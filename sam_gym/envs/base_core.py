@@ -524,7 +524,8 @@ class BaseCore(Generic[C, T]):
 
         Args:
             env_index: sub-environment.
-            x, y: pixel of its frame.
+            x: column of its frame, in pixels.
+            y: row of its frame, in pixels.
 
         Returns:
             (x, y) in pixels of the input frame; None outside of the image.
