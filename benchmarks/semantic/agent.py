@@ -13,6 +13,7 @@ from agents.evaluate import PolicyAgent
 from agents.tasks import task_of_policy
 from benchmarks.semantic.heads import TrainedHead
 from sam_gym.backbones import Backbone
+from sam_gym.data.base import select_categories
 from sam_gym.utils.digest import digest_of
 
 #: Masks that are corrected side by side.
@@ -22,20 +23,26 @@ _SMALLEST = 0.002
 
 
 def with_agent(
-    heads: Sequence[tuple[TrainedHead, Backbone]], policy: str, device: str
+    heads: Sequence[tuple[TrainedHead, Backbone]],
+    policy: str,
+    device: str,
+    classes: str | None = None,
 ) -> tuple[TrainedHead, TrainedHead]:
     """Return a head, and the same head with label maps that an agent corrects.
 
-    The agent is asked about each class that the head finds. What it clicks for replaces the class;
-    smaller masks lie on top of larger ones, and pixels that a class loses get the next likely one.
+    The agent is asked about each of its classes that the head finds. What it clicks for replaces
+    the class; smaller masks lie on top of larger ones, and pixels that a class loses get the next
+    likely one.
 
     Args:
         heads: with the SAMs that carry them.
         policy: path of a policy that was trained on one of them with `initial_mask="semantic"`.
         device: of the policy.
+        classes: comma-separated names of the classes that it corrects (None: all).
 
     Raises:
-        ValueError, FileNotFoundError: the policy is unreadable, or was trained otherwise.
+        ValueError, FileNotFoundError: the policy is unreadable, or was trained otherwise; or a
+            class is unknown.
     """
     agent = PolicyAgent.load(policy, device)
     task_of_policy(agent.policy).require("annotate")
@@ -52,6 +59,8 @@ def with_agent(
             f"--agent {policy} corrects the head of {own}: pass --adapters {own}, to measure it."
         )
     head, backbone = matching[0]
+    known = backbone.semantic_classes
+    asked = {known.index(name) for name in select_categories(classes, known)}
     annotator = ClickAnnotator(agent, backbone.semantic_classes, _PARALLEL)
 
     def segment(images: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -60,7 +69,8 @@ def with_agent(
         for number, (image, own) in enumerate(zip(images, logits, strict=True)):
             areas = np.bincount(own.argmax(axis=0).ravel(), minlength=len(own))
             for category in np.flatnonzero(areas >= _SMALLEST * areas.sum()).tolist():
-                items.append(((str(number), category), image))
+                if category in asked:
+                    items.append(((str(number), category), image))
         corrected: list[dict[int, np.ndarray]] = [{} for _ in images]
         for item in annotator.stream(iter(items)):
             number, category = item.key

@@ -91,6 +91,8 @@ class SemanticBenchmarkConfig(DatasetOptions, BackboneOptions):
     agent: str | None = None
     """Path of a policy.zip of train_ppo --initial-mask semantic: a third phase, in which it
     corrects the label maps of the head that it was trained on (None: no such phase)."""
+    agent_classes: str | None = None
+    """Comma-separated classes that the agent corrects, those of its training (None: all)."""
     epochs: Count = 5
     """Epochs of a head's training."""
     augmentations: Count = 4
@@ -143,7 +145,7 @@ def run(config: SemanticBenchmarkConfig) -> dict[str, Any]:
         loaded = [_train(config, name, split, backbone, dataset, out) for name in config.heads]
     variants = [(head, with_votes(head, own)) for head, own in loaded] if config.vote else []
     if config.agent is not None:
-        variants.append(with_agent(loaded, config.agent, config.device))
+        variants.append(with_agent(loaded, config.agent, config.device, config.agent_classes))
     heads = [head for head, _ in loaded] + [variant for _, variant in variants]
     zero_shot = ZeroShot(
         dataset,

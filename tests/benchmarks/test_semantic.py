@@ -278,6 +278,9 @@ def test_an_agent_corrects_a_head(street: Path, tiny_env: dict[str, Any], tmp_pa
     other = ["--agent", "implicit", "--adapters", adapter]
     with pytest.raises(ValueError, match="it begins with empty masks"):
         main(arguments(*tiny, tmp_path / "c", *model, *other))
+    only = ["--agent-classes", "Tree", "--adapters", adapter]
+    same = main(arguments(*tiny, tmp_path / "e", *model, *agent, *only, "--pictures", "0"))
+    assert same["gains"]["semantic-head-0_agent"]["mean_iou"] == [0.0, 0.0, 0.0]
     with pytest.raises(ValueError, match="pass that adapter as --adapters"):
         main(arguments(*tiny, tmp_path / "d", *model, *agent))
 
