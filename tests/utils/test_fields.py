@@ -68,7 +68,7 @@ def test_a_subclass_lists_inherited_fields() -> None:
         (ClickConfig, ["reward (default 'iou_gain'): Reward name", "grid (default 16): Prompts"]),
         (
             SamSegConfig,
-            ["dataset (default 'scenes'): Dataset name: ade20k", "SAM to prompt: micro"],
+            ["dataset (default 'scenes'): Dataset name: ", "SAM to prompt: "],
         ),
         (TrainPPOConfig, ["gamma (default 0.8): Discount factor", "env (default 'SamSeg-v0')"]),
         (TrainConfig, ["seed (default 0): Seed of weights"]),
