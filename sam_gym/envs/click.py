@@ -161,6 +161,7 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
         self._proposals: Proposals | None = None
         if self.config.initial_mask == "semantic":
             self._proposals = Proposals(self.backbone, self.dataset.categories)
+            self.store.register_feature(self._proposals.name, self._proposals)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: own for key, own in super().__getstate__().items() if key != "_proposals"}
@@ -210,12 +211,10 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
         self.labels[indices] = NO_POINT
         self.shown[indices] = self._nothing
         if self._proposals is not None:
-            targets = [draw.target for draw in draws]
-            logits = self._proposals.logits(
-                [target.image for target in targets],
-                [target.digest for target in targets],
-                [target.category for target in targets],
-            )
+            categories = torch.tensor([draw.target.category for draw in draws])
+            handles = to_device(self.handles[indices], self.device)
+            masks = self.store.gather(handles, self._proposals.name, check=False)
+            logits = masks[torch.arange(len(masks)), categories].float()
             self.logits[index, 0] = logits
             self.ious[indices, 0], self.shown[indices] = to_host(
                 self._low_iou(index, logits), self._shown(logits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,20 +10,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sam_gym.backbones import BackboneService
-from sam_gym.utils.digest import image_digest
+from sam_gym.utils.digest import text_digest
 
-#: Images whose proposals are kept.
-_KEPT = 512
 #: Bound of the logits, as of the empty mask.
 _BOUND = 20.0
 
 
 class Proposals:
-    """The masks of categories by the semantic head of an adapter.
+    """The masks of categories by the semantic head of an adapter, a feature for `EmbeddingStore`.
 
     Args:
         backbone: SAM with a semantic head.
         categories: names, each a class of the head.
+
+    Attributes:
+        name: for `EmbeddingStore.register_feature`.
 
     Raises:
         ValueError: it has no semantic head, or a category is none of its classes.
@@ -41,42 +41,23 @@ class Proposals:
             )
         self._backbone = backbone
         self._rows = [classes.index(name) for name in categories]
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
-
-    def logits(
-        self,
-        images: Sequence[np.ndarray],
-        digests: Sequence[bytes | None],
-        categories: Sequence[int],
-    ) -> Tensor:
-        """Return mask logits of one category in each image: float32 (S, hm, wm), on the device.
-
-        They are the log-odds of the category's probability, at most 20 in size.
-
-        Args:
-            images: uint8 (H, W, 3) each, RGB.
-            digests: `image_digest` of each, where it is known.
-            categories: index in `categories` of each.
-        """
-        known = [
-            digest or image_digest(image) for image, digest in zip(images, digests, strict=True)
-        ]
-        masks = [
-            self._of(image, digest)[category]
-            for image, digest, category in zip(images, known, categories, strict=True)
-        ]
-        return torch.stack(masks).to(self._backbone.device, torch.float32)
-
-    def _of(self, image: np.ndarray, digest: bytes) -> Tensor:
-        """Return the masks of all categories in an image: float16 (categories, hm, wm)."""
-        if digest not in self._kept:
-            self._kept[digest] = self._propose(image)
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(digest)
-        return self._kept[digest]
+        self.name = f"proposals/{text_digest(*categories)}"
 
     @torch.no_grad()
+    def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Return the log-odds of each category's probability, at most 20 in size.
+
+        Args:
+            images: B arrays uint8 (H, W, 3), RGB.
+
+        Returns:
+            Mask logits float16 (B, categories, hm, wm), on the device.
+        """
+        # One by one, for the memory of a head on tiles; the store repeats an image to fill a batch.
+        distinct = {id(image): image for image in images}
+        masks = {key: self._propose(image) for key, image in distinct.items()}
+        return torch.stack([masks[id(image)] for image in images])
+
     def _propose(self, image: np.ndarray) -> Tensor:
         (logits,) = self._backbone.frame_logits([image])
         others = torch.stack(
@@ -85,4 +66,4 @@ class Proposals:
         odds = (logits[self._rows] - others)[None]
         shape = self._backbone.mask_shape
         odds = F.interpolate(odds, shape, mode="bilinear", align_corners=False)[0]
-        return odds.clamp(-_BOUND, _BOUND).half().cpu()
+        return odds.clamp(-_BOUND, _BOUND).half()
