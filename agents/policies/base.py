@@ -152,8 +152,17 @@ class Mixer(nn.Sequential):
         return x
 
 
+def pooled(features: Tensor) -> Tensor:
+    """Pool mean and maximum over all cells, and frames if there are several.
+
+    (B, width, h, w) or (B, T, width, h, w) -> (B, 2 * width).
+    """
+    where = (2, 3) if features.ndim == 4 else (1, 3, 4)
+    return torch.cat([features.mean(dim=where), features.amax(dim=where)], dim=1)
+
+
 class SplitFeatures(nn.Module):
-    """Passes the feature map to the action head, and its pooled form to the value head."""
+    """Passes the features to the action head, and their pooled form to the value head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -168,11 +177,6 @@ class SplitFeatures(nn.Module):
 
     def forward_critic(self, features: Tensor) -> Tensor:
         return self.value(pooled(features))
-
-
-def pooled(features: Tensor) -> Tensor:
-    """Pool mean and maximum over all cells: (B, width, h, w) -> (B, 2 * width)."""
-    return torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
 
 
 class SamPolicy(ActorCriticPolicy):

@@ -10,7 +10,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from agents.policies.base import NEVER, POLICIES, Mixer, SamPolicy, StoredFeatures
+from agents.policies.base import NEVER, POLICIES, Mixer, SamPolicy, StoredFeatures, pooled
 from sam_gym.envs.video import FRAME_COLUMNS
 from sam_gym.envs.video.prompt import STOP
 from sam_gym.utils.settings import Count, checked
@@ -69,29 +69,6 @@ class ClipFeatures(StoredFeatures):
         return F.relu(features + context[..., None, None])
 
 
-class PooledClip(nn.Module):
-    """Passes the features of frames to the action head, and their means to the value head."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.latent_dim_pi, self.latent_dim_vf = width, 64
-        self.value = nn.Sequential(nn.Linear(2 * width, 64), nn.ReLU())
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        return self.forward_actor(features), self.forward_critic(features)
-
-    def forward_actor(self, features: Tensor) -> Tensor:
-        return features
-
-    def forward_critic(self, features: Tensor) -> Tensor:
-        return self.value(_pooled(features))
-
-
-def _pooled(features: Tensor) -> Tensor:
-    """Pool frames and cells: (B, T, width, h, w) -> (B, 2 * width)."""
-    return torch.cat([features.mean(dim=(1, 3, 4)), features.amax(dim=(1, 3, 4))], dim=1)
-
-
 class ClipHead(nn.Module):
     """A logit for each frame, cell and sign, and one for stop: (B, T * grid * grid * 2 + 1).
 
@@ -110,7 +87,7 @@ class ClipHead(nn.Module):
         if clicks.shape[-2:] != (self.grid, self.grid):
             clicks = F.interpolate(clicks, (self.grid, self.grid), mode="bilinear")
         clicks = clicks.unflatten(0, features.shape[:2]).permute(0, 1, 3, 4, 2).flatten(1)
-        return torch.cat([clicks, self.stop(_pooled(features))], dim=1)
+        return torch.cat([clicks, self.stop(pooled(features))], dim=1)
 
 
 @POLICIES.register("video_prompt")
@@ -133,7 +110,7 @@ class VideoPromptPolicy(SamPolicy):
         super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        self.mlp_extractor = PooledClip(self.features_dim)  # type: ignore[assignment]
+        self._build_mlp_extractor()
         frames, cells, _ = cast(gym.spaces.MultiDiscrete, self.action_space).nvec.tolist()
         #: Number of clicks: the number of the choice to stop.
         self.num_clicks = 2 * frames * cells
