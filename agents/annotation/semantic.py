@@ -10,7 +10,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import cv2
 import numpy as np
 import tyro
 
@@ -28,11 +27,13 @@ from agents.annotation.sources import ImageList
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.spec import backbone_help
 from sam_gym.data.coco_writer import mask_annotation
+from sam_gym.data.io import write_png
 from sam_gym.data.labelmaps import CLASSES
+from sam_gym.data.panoptic import segment_colours
 from sam_gym.utils import cli
 from sam_gym.utils.digest import text_digest
 from sam_gym.utils.fields import documented
-from sam_gym.utils.files import write_atomic, write_json, write_tables
+from sam_gym.utils.files import write_json, write_tables
 from sam_gym.utils.render import draw_labels
 from sam_gym.utils.settings import check_settings
 
@@ -120,11 +121,9 @@ class SemanticAnnotator:
         def write() -> None:
             (file,) = key
             name = _label_file(file)
-            _save_png(self.outputs.labels / name, labels.astype(np.uint8))
-            # The id of a segment, 1, 2, 3, ..., is R + 256 * G + 65536 * B; OpenCV writes B, G, R.
-            ids = np.zeros((*labels.shape, 3), np.uint8)
-            ids[..., 2] = segments.reshape(labels.shape) + 1
-            _save_png(self.outputs.panoptic.with_suffix("") / name, ids)
+            write_png(self.outputs.labels / name, labels.astype(np.uint8))
+            ids = segments.reshape(labels.shape) + 1  # 1, 2, 3, ...
+            write_png(self.outputs.panoptic.with_suffix("") / name, segment_colours(ids))
 
         return AnnotatedItem(key, (labels.shape[0], labels.shape[1]), annotations, draw, write)
 
@@ -168,11 +167,6 @@ def _check_names(images: ImageList) -> None:
 def _label_file(file: str) -> str:
     """Path of the label map of an image, in the folder of label maps."""
     return f"{os.path.splitext(file)[0]}.png"
-
-
-def _save_png(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, cv2.imencode(".png", pixels)[1].tobytes())
 
 
 def _write_panoptic(path: Path, written: AnnotationFile) -> None:

@@ -32,8 +32,9 @@ from sam_gym.data.coco_records import (
     used_ids,
 )
 from sam_gym.data.coco_writer import polygons
-from sam_gym.data.io import Records, Reject, resolve
+from sam_gym.data.io import Records, Reject, resolve, write_png
 from sam_gym.data.labelmaps import CLASSES
+from sam_gym.data.panoptic import segment_colours
 from sam_gym.data.videos.writer import davis_palette
 from sam_gym.utils.files import write_atomic, write_json
 from sam_gym.utils.text import safe_name
@@ -308,7 +309,7 @@ def export_labels(file: CocoFile, out: Path, copied: bool) -> None:
         buffer = io.BytesIO()
         picture.save(buffer, format="PNG")
         write_atomic(out / "labels" / f"{image.stem}.png", buffer.getvalue())
-        _save_png(out / "instances" / f"{image.stem}.png", objects)
+        write_png(out / "instances" / f"{image.stem}.png", objects)
     write_json(out / CLASSES, {"classes": names, "background": BACKGROUND_CLASS})
 
 
@@ -335,9 +336,7 @@ def export_panoptic(file: CocoFile, out: Path, copied: bool) -> None:
                     {"id": number, "category_id": own.category, "area": int(visible[number - 1])}
                     | {"bbox": rle.toBbox(code).tolist(), "iscrowd": int(is_crowd(own.record))}
                 )
-        # OpenCV writes blue, green, red.
-        colours = np.stack([ids >> 16, ids >> 8 & 255, ids & 255], axis=2).astype(np.uint8)
-        _save_png(out / "panoptic" / f"{image.stem}.png", colours)
+        write_png(out / "panoptic" / f"{image.stem}.png", segment_colours(ids))
         name = f"{image.stem}.png"
         records.append({"image_id": image.id, "file_name": name, "segments_info": segments})
     categories = [
@@ -346,10 +345,6 @@ def export_panoptic(file: CocoFile, out: Path, copied: bool) -> None:
     ]
     tables = file.tables(copied, categories=categories, annotations=records)
     write_json(out / "panoptic.json", tables)
-
-
-def _save_png(path: Path, pixels: np.ndarray) -> None:
-    write_atomic(path, cv2.imencode(".png", pixels)[1].tobytes())
 
 
 #: Format -> writes a file into a folder, and is told whether the images were copied into it.

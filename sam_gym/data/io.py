@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import cv2
 import numpy as np
 
 from sam_gym.data.images import (
@@ -21,6 +23,7 @@ from sam_gym.data.images import (
     decode_labels,
     read_header,
 )
+from sam_gym.utils.files import write_atomic
 from sam_gym.utils.registry import check_choice
 from sam_gym.utils.text import printable
 
@@ -353,3 +356,15 @@ def _rejecting(path: str, kind: str) -> Iterator[None]:
         raise Reject(f"{kind} cannot be read: {error.problem}", detail) from None
     except OSError as error:
         raise Reject(f"{kind} cannot be read: {error.strerror}", path) from None
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write a PNG file atomically, and the folder that it is in.
+
+    Args:
+        path: of the file.
+        pixels: uint8 or uint16 (H, W), or uint8 (H, W, 3), RGB.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = pixels[..., ::-1] if pixels.ndim == 3 else pixels
+    write_atomic(path, cv2.imencode(".png", stored)[1].tobytes())

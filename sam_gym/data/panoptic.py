@@ -186,3 +186,12 @@ def _segments(records: Sequence[Any], index_of: dict[int | str, int]) -> _Segmen
             raise Reject("iscrowd is neither 0 nor 1", f"got {record['iscrowd']!r}")
         segments[number] = index_of[category], record.get("iscrowd") == 1
     return segments
+
+
+def segment_colours(ids: np.ndarray) -> np.ndarray:
+    """Return the colours that stand for ids of segments (H, W), R + 256 * G + 65536 * B.
+
+    Returns:
+        uint8 (H, W, 3), RGB.
+    """
+    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=2).astype(np.uint8)
