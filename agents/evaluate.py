@@ -26,6 +26,7 @@ from agents.policies.saved import SHIPPED, load_policy
 from agents.ppo.command_line import env_of
 from agents.ppo.config import with_present_names
 from agents.ppo.vec_env import make_vector_env
+from agents.search import best_clicks
 from agents.sharing.pull import local_policy
 from agents.sharing.repository import POLICY, PREFIX, RESULTS
 from agents.tasks import check_plays, names_by_environment, task_of
@@ -165,7 +166,8 @@ class PolicyAgent:
 
     Args:
         policy: the policy.
-        deterministic: take the most likely action instead of sampling.
+        deterministic: take the most likely action, or what the policy's search finds, instead of
+            sampling.
     """
 
     #: A `SamPolicy`; typed `Any`, since its subclass depends on the file.
@@ -215,7 +217,9 @@ class PolicyAgent:
         with self.policy.playing():
             act = self.policy.get_action_and_value
             action, *_ = act(tensors, deterministic=self.deterministic)
-        actions = action.cpu().numpy()
+            actions = action.cpu().numpy()
+            if self.deterministic and self.policy.search:
+                actions = best_clicks(self.policy, cast(Any, core), tensors, actions)
         return actions if is_batch else actions[0]
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from agents.baselines.base import Agent, Baseline
-from sam_gym.backbones import NO_POINT, Prompts
 from sam_gym.envs.click import ClickCore
 from sam_gym.simulation.clicks import error_click, point_grid
 from sam_gym.utils.registry import Registry
@@ -45,31 +44,16 @@ class ConfidentAgent(Baseline):
     def act(self, core: ClickCore, observations: dict[str, np.ndarray]) -> np.ndarray:
         size = core.backbone.image_size
         points = point_grid(self.tries, self.tries, size, size)
-        candidates = [core.action_at(x, y, True) for x, y in points]
+        candidates = np.array([core.action_at(x, y, True) for x, y in points])
+        actions = np.full(core.num_envs, candidates[0])
+        rows = core.playing()
         # One candidate at a time, for the memory of a normal step.
-        predicted = np.stack([self._predicted_iou(core, action) for action in candidates])
-        return np.array(candidates)[predicted.argmax(axis=0)]
-
-    def _predicted_iou(self, core: ClickCore, action: int) -> np.ndarray:
-        rows = np.arange(core.num_envs)
-        x, y, positive = core.click_of(action)
-        count = core.num_clicks
-        used = int(count.max()) + 1
-        points = np.zeros((core.num_envs, used, 2), np.float32)
-        points[:, : used - 1] = core.points[:, : used - 1]
-        labels = np.full((core.num_envs, used), NO_POINT)
-        labels[:, : used - 1] = core.labels[:, : used - 1]
-        points[rows, count], labels[rows, count] = (x, y), int(positive)
-        device = core.device
-        first = core.is_first_prompt(torch.from_numpy(count + 1).to(device))
-        prompts = Prompts(
-            points=torch.from_numpy(points).to(device),
-            labels=torch.from_numpy(labels).to(device),
-            masks=core.logits[torch.from_numpy(rows), torch.from_numpy(count)],
-            has_mask=~first,
-        )
-        embeddings = core.store.gather(torch.from_numpy(core.handles))
-        return core.backbone.predict_iou(embeddings, prompts, first).cpu().numpy()
+        predicted = [
+            core.preview_scores(rows, np.full(len(rows), action)).cpu().numpy()
+            for action in candidates
+        ]
+        actions[rows] = candidates[np.stack(predicted).argmax(axis=0)]
+        return actions
 
 
 @BASELINES.register("oracle")

@@ -198,6 +198,8 @@ class SamPolicy(ActorCriticPolicy):
     extractor_class: type[StoredFeatures]
     #: Whether the features need the pixels of full observations.
     needs_image = False
+    #: Number of likeliest actions that a test-time search decodes; 0: no search.
+    search = 0
     #: Arguments that a saved policy holds, in addition to SB3's.
     arguments: tuple[str, ...] = ("features", *_COMPUTATION)
 

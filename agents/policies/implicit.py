@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import gymnasium as gym
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.policies.base import NEVER, POLICIES, Mixer, SamPolicy, StoredFeatures, pooled
-from sam_gym.utils.settings import Count, checked
+from sam_gym.utils.settings import Count, Natural, checked
 
 #: Name of the only action head, in files of earlier versions.
 SPATIAL = "spatial"
+#: Prefix of the target map's weights in files of earlier versions.
+FORMER_TARGET_MAP = "recalibration."
 
 
 def check_head(head: str, where: str) -> None:
@@ -129,11 +131,12 @@ class SpatialHead(nn.Module):
         return torch.cat([clicks, self.others(pooled(features))], dim=1)
 
 
-class Recalibration(nn.Module):
-    """Segments the target at the resolution of the features: logits (B, h, w).
+class TargetMap(nn.Module):
+    """Predicts the target at the resolution of the features: logits (B, h, w).
 
-    AlignSAM's module takes the embedding times the current mask (and, with words, times the map of
-    the word). The policy's features do too, so the module is a second copy of them with a head.
+    AlignSAM's recalibration module takes the embedding times the current mask (and, with words,
+    times the map of the word). The policy's features do too, so this is a second copy of them with
+    a head.
     """
 
     def __init__(self, features: ClickFeatures) -> None:
@@ -156,15 +159,17 @@ class ImplicitPolicy(SamPolicy):
         grid: clicks fall on grid x grid cells.
         others: actions other than clicks, in order: "stop", "undo".
         initial_mask: the masks that episodes begin with, see `ClickConfig`.
-        recalibrate: choose among places only; a module trained on targets (see
-            `agents.policies.recalibration`) labels the click positive or negative.
+        recalibrate: choose among places only; a target map (see `agents.policies.target_map`)
+            labels the click positive or negative.
+        search: number of clicks that are decoded before one of them is played, see
+            `agents.search`; 0: play the likeliest one.
         **kwargs: as `SamPolicy` takes them; `features` has the arguments of `ClickFeatures`.
     """
 
     extractor_class: type[StoredFeatures] = ClickFeatures
-    #: Updates of a recalibration per environment step, unless the user says otherwise.
+    #: Updates of a target map per environment step, unless the user says otherwise.
     recalibration_updates = 1
-    arguments = (*SamPolicy.arguments, "grid", "others", "initial_mask", "recalibrate")
+    arguments = (*SamPolicy.arguments, "grid", "others", "initial_mask", "recalibrate", "search")
 
     def __init__(
         self,
@@ -173,13 +178,14 @@ class ImplicitPolicy(SamPolicy):
         others: Sequence[str] = (),
         initial_mask: str = "empty",
         recalibrate: bool = False,
+        search: Natural = 0,
         **kwargs: Any,
     ) -> None:
         # Policies of earlier versions name their action head.
         check_head(kwargs.pop("head", SPATIAL), type(self).__name__)
         self.grid, self.others, self.recalibrate = grid, list(others), recalibrate
-        self.initial_mask = initial_mask
-        self.recalibration: Recalibration | None = None
+        self.initial_mask, self.search = initial_mask, search
+        self.target_map: TargetMap | None = None
         super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -195,9 +201,9 @@ class ImplicitPolicy(SamPolicy):
             # all clicks together.
             nn.init.constant_(head.others.bias, math.log(polarities * self.grid**2))
         # After the optimizer: PPO does not train this module.
-        if self.recalibrate:
+        if self.recalibrate or self.search:
             features = cast(ClickFeatures, self.make_features_extractor())
-            self.recalibration = Recalibration(features)
+            self.target_map = TargetMap(features)
 
     def action_config(self, num_actions: int) -> dict[str, Any]:
         extractor = cast(ClickFeatures, self.features_extractor)
@@ -212,33 +218,33 @@ class ImplicitPolicy(SamPolicy):
         return own
 
     def _to_actions(self, choices: Tensor, obs: PyTorchObs) -> Tensor:
-        """Convert choices to actions (B,); the recalibration labels places."""
-        if self.recalibration is None:
+        """Convert choices to actions (B,); with `recalibrate`, the target map labels places."""
+        if not self.recalibrate:
             return choices
         places = self.grid**2
         negative = self._is_negative(obs).gather(1, choices.clamp(max=places - 1)[:, None])[:, 0]
         return choices + places * (negative | (choices >= places))
 
     def _to_choices(self, actions: Tensor) -> Tensor:
-        """Convert actions to choices (B,): with a recalibration, places without labels."""
-        if self.recalibration is None:
+        """Convert actions to choices (B,): with `recalibrate`, places without labels."""
+        if not self.recalibrate:
             return actions
         places = self.grid**2
         return torch.where(actions < 2 * places, actions % places, actions - places)
 
     @torch.no_grad()
     def _is_negative(self, obs: PyTorchObs) -> Tensor:
-        """Return whether the recalibration labels each place negative: bool (B, grid * grid)."""
-        assert self.recalibration is not None
-        return F.adaptive_avg_pool2d(self.recalibration(obs), self.grid).flatten(1) < 0.0
+        """Return whether the target map labels each place negative: bool (B, grid * grid)."""
+        assert self.target_map is not None
+        return F.adaptive_avg_pool2d(self.target_map(obs), self.grid).flatten(1) < 0.0
 
     def logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
         """Return logits float32 (B, A) of all actions, and state values (B, 1).
 
-        With a recalibration, clicks of the other label have `NEVER`.
+        With `recalibrate`, clicks of the other label have `NEVER`.
         """
         logits, value = self._choice_logits_and_value(obs)
-        if self.recalibration is None:
+        if not self.recalibrate:
             return logits, value
         places = self.grid**2
         clicks, negative = logits[:, :places], self._is_negative(obs)
@@ -249,5 +255,15 @@ class ImplicitPolicy(SamPolicy):
     def set_categories(self, categories: Sequence[str]) -> None:
         """Set the names that the numbers in `target_category` stand for."""
         cast(ClickFeatures, self.features_extractor).set_categories(categories)
-        if self.recalibration is not None:
-            self.recalibration.features.set_categories(categories)
+        if self.target_map is not None:
+            self.target_map.features.set_categories(categories)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights, those of earlier versions too, whose target map had another name."""
+        renamed = {
+            name.replace(FORMER_TARGET_MAP, "target_map.", 1)
+            if name.startswith(FORMER_TARGET_MAP)
+            else name: own
+            for name, own in state_dict.items()
+        }
+        return super().load_state_dict(renamed, *args, **kwargs)

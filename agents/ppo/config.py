@@ -101,11 +101,14 @@ class PolicyOptions:
     """Temperature of the softmax that weights the maps of other categories in the explicit policy;
     a low temperature ignores them."""
     recalibrate: bool = False
-    """Let the policy choose locations only; a recalibration module, trained on the targets, labels
-    the clicks (AlignSAM's semantic recalibration)."""
+    """Let the policy choose locations only; a target map, a module that learns to predict the
+    target, labels the clicks (AlignSAM's semantic recalibration)."""
+    search: Natural = 0
+    """Let the trained agent decode this many clicks per step and play the one whose mask agrees
+    best with the target map (0: play the likeliest click)."""
     recalibration_updates: Count | None = None
-    """Updates of the recalibration module per environment step (None: 5 for the explicit policy,
-    else 1)."""
+    """Updates of the target map per environment step, for --recalibrate and --search (None: 5 for
+    the explicit policy, else 1)."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """Precision of the policy's features (auto: bf16-mixed on a CPU with matrix units for bfloat16,
     else 32-true); --dtype sets that of the backbone."""
@@ -180,8 +183,10 @@ class TrainPPOConfig(RunOptions, PPOOptions, PolicyOptions, EvaluationOptions, T
             raise ValueError("--register-model and --mlflow-uri take effect with --mlflow only.")
         if name is not None and (not name.strip() or set(name) & set("/:")):
             raise ValueError(f"register_model must be a name without '/' and ':', got {name!r}.")
-        if updates is not None and not self.recalibrate:
-            raise ValueError("--recalibration-updates takes effect with --recalibrate only.")
+        if updates is not None and not (self.recalibrate or self.search):
+            raise ValueError(
+                "--recalibration-updates takes effect with --recalibrate or --search only."
+            )
         if self.warm_start > self.total_timesteps:
             raise ValueError(
                 f"warm_start must be at most total_timesteps ({self.total_timesteps}), "

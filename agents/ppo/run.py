@@ -18,7 +18,7 @@ from agents.evaluate import Evaluation, PolicyAgent, evaluate, film_episodes
 from agents.policies import POLICIES, ImplicitPolicy, SamPolicy
 from agents.policies.base import resolve_precision
 from agents.policies.plots import draw_policy_plots
-from agents.policies.recalibration import TrainRecalibration
+from agents.policies.target_map import TrainTargetMap
 from agents.ppo.callbacks import MonitorCallback, PinRolloutsCallback
 from agents.ppo.checkpoint import Checkpoint, check_same_config, checkpoints, newest_checkpoint
 from agents.ppo.config import VALIDATION_SEED, TrainPPOConfig, flat, with_present_names
@@ -194,7 +194,7 @@ def _train(
         "watch": monitor,
         "walk": walk,
         "mlflow": mlflow,
-        "recalibration": _recalibration(config, agent, core, ranks),
+        "target_map": _target_map(config, agent, core, ranks),
     }
     callbacks: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
     checkpoint = Checkpoint(
@@ -252,14 +252,14 @@ def _train(
     return results
 
 
-def _recalibration(
+def _target_map(
     config: TrainPPOConfig, agent: PolicyAgent, core: BaseCore[Any, Any], ranks: ProcessGroup
-) -> TrainRecalibration | None:
-    if not config.recalibrate:
+) -> TrainTargetMap | None:
+    if not (config.recalibrate or config.search):
         return None
     policy: ImplicitPolicy = agent.policy
     updates = config.recalibration_updates or policy.recalibration_updates
-    return TrainRecalibration(policy, cast(Any, core), updates, config.learning_rate, ranks=ranks)
+    return TrainTargetMap(policy, cast(Any, core), updates, config.learning_rate, ranks=ranks)
 
 
 def _complete_results(config: TrainPPOConfig) -> dict[str, Any] | None:

@@ -25,8 +25,8 @@ from sam_gym.utils.registry import Registry, unknown_name
 
 C = TypeVar("C", bound=EnvConfig)
 
-#: Optional feature -> the command or option that needs it. Policy plots and recalibration are made
-#: for click policies on a `ClickCore`.
+#: Optional feature -> the command or option that needs it. Policy plots, recalibration and search
+#: are made for click policies on a `ClickCore`.
 FEATURES = {
     "annotate": "agents.annotate",
     "categories": "--categories",
@@ -34,6 +34,7 @@ FEATURES = {
     "hub": "agents.hub push",
     "policy_plots": "--policy-plots",
     "recalibration": "--recalibrate",
+    "search": "--search",
 }
 
 
@@ -138,6 +139,8 @@ class Task:
             )
         if run.recalibrate:
             self.require("recalibration")
+        if run.search:
+            self.require("search")
         if run.policy_plots:
             self.require("policy_plots")
 

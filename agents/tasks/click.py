@@ -41,7 +41,7 @@ class ClickTask(Task):
     policies = ("implicit", "explicit")
     baselines = BASELINES
     supports = frozenset(
-        {"annotate", "categories", "export", "hub", "policy_plots", "recalibration"}
+        {"annotate", "categories", "export", "hub", "policy_plots", "recalibration", "search"}
     )
 
     def scored_at(self, env_config: C, score: str) -> C:
@@ -69,6 +69,7 @@ class ClickTask(Task):
             "others": ["stop"] * own.stop + ["undo"] * own.undo,
             "initial_mask": own.initial_mask,
             "recalibrate": run.recalibrate,
+            "search": run.search,
         }
 
     # Annotation and export ---------------------------------------------------------------------

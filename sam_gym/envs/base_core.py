@@ -567,6 +567,10 @@ class BaseCore(Generic[C, T]):
         """Return whether episodes have reached their maximum number of steps: bool (S,)."""
         return self.steps[indices] >= self.config.max_episode_steps
 
+    def playing(self) -> np.ndarray:
+        """Return the sub-environments whose episode has steps left: int64 (S,)."""
+        return np.flatnonzero(~self._is_over(np.arange(self.num_envs)))
+
     def _check_not_over(self, indices: np.ndarray) -> None:
         """Raise `RuntimeError` if an episode has reached its maximum number of steps."""
         if self._is_over(indices).any():

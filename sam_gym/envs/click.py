@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -381,27 +381,10 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
     def _decode(self, indices: np.ndarray) -> None:
         """Decode all clicks of some sub-environments, each with a new one; score the masks."""
         count = self.num_clicks[indices]
-        used = int(count.max())
-        index, counts, handles, points, labels = (
-            to_device(array, self.device)
-            for array in (
-                indices,
-                count,
-                self.handles[indices],
-                self.points[indices, :used],
-                self.labels[indices, :used],
-            )
+        logits, predicted = self._decoded(
+            indices, count, self.points[indices], self.labels[indices]
         )
-        first = self.is_first_prompt(counts)
-        previous = self.logits[index, counts - 1]
-        prompts = Prompts(points=points, labels=labels, masks=previous, has_mask=~first)
-        features = self.store.gather(handles, check=False)
-        logits, predicted = self.backbone.decode_best(features, prompts, first)
-        if self.config.keep_best:
-            best = to_device(self.predicted_ious[indices, count - 1], self.device)
-            worse = ~first & (predicted < best)
-            logits = torch.where(worse[:, None, None], previous, logits)
-            predicted = torch.where(worse, best, predicted)
+        index, counts = to_device(indices, self.device), to_device(count, self.device)
         self.logits[index, counts] = logits
         # All results for numpy are copied together: the only synchronisation of a step.
         iou, self.predicted_ious[indices, count], self.shown[indices] = to_host(
@@ -410,6 +393,72 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
         if self.config.score == "full":
             iou = self._full_iou(indices, logits)
         self.ious[indices, count] = iou
+
+    def preview(
+        self, indices: np.ndarray, actions: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode one more click of some sub-environments without playing it.
+
+        Args:
+            indices: of sub-environments whose episodes are not over, int (S,); may repeat.
+            actions: a click for each, int (S,).
+
+        Returns:
+            Mask logits float32 (S, hm, wm) and their predicted IoU float32 (S,).
+        """
+        return self._decoded(indices, *self._with_clicks(indices, actions))
+
+    def preview_scores(self, indices: np.ndarray, actions: np.ndarray) -> torch.Tensor:
+        """Return the predicted IoU float32 (S,) of `preview`, without its masks.
+
+        It ignores `keep_best`.
+        """
+        prompts = self._prompts(indices, *self._with_clicks(indices, actions))
+        return self.backbone.predict_iou(*prompts)
+
+    def _with_clicks(
+        self, indices: np.ndarray, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return numbers of clicks, points and labels as they would be after one more click."""
+        count = self.num_clicks[indices]
+        points, labels = self.points[indices], self.labels[indices]
+        for row, (index, action) in enumerate(zip(indices, actions, strict=True)):
+            x, y, positive = self.click_of(action)
+            points[row, count[row]] = self._clip_to_image(index, x, y)
+            labels[row, count[row]] = int(positive)
+        return count + 1, points, labels
+
+    def _decoded(
+        self, indices: np.ndarray, count: np.ndarray, points: np.ndarray, labels: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mask logits (S, hm, wm) and their predicted IoU (S,).
+
+        Args:
+            indices: of the sub-environments, int (S,).
+            count: number of clicks, int (S,).
+            points: float32 (S, max_steps, 2).
+            labels: int (S, max_steps).
+        """
+        features, prompts, first = self._prompts(indices, count, points, labels)
+        logits, predicted = self.backbone.decode_best(features, prompts, first)
+        if self.config.keep_best:
+            best = to_device(self.predicted_ious[indices, count - 1], self.device)
+            worse = ~first & (predicted < best)
+            logits = torch.where(worse[:, None, None], cast(Any, prompts.masks), logits)
+            predicted = torch.where(worse, best, predicted)
+        return logits, predicted
+
+    def _prompts(
+        self, indices: np.ndarray, count: np.ndarray, points: np.ndarray, labels: np.ndarray
+    ) -> tuple[Any, Prompts, torch.Tensor]:
+        """Return features, prompts and which of them are the first, for a decoder call."""
+        used = int(count.max())
+        arrays = (indices, count, self.handles[indices], points[:, :used], labels[:, :used])
+        index, counts, handles, xy, signs = (to_device(array, self.device) for array in arrays)
+        first = self.is_first_prompt(counts)
+        previous = self.logits[index, counts - 1]
+        prompts = Prompts(points=xy, labels=signs, masks=previous, has_mask=~first)
+        return self.store.gather(handles, check=False), prompts, first
 
     def _low_iou(self, index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return the IoU (S,) of low-res masks with the targets of the rows in `index`."""

@@ -10,7 +10,7 @@ import torch
 
 from agents.evaluate import PolicyAgent
 from agents.policies.implicit import ImplicitPolicy
-from agents.policies.recalibration import TrainRecalibration, recalibration_loss
+from agents.policies.target_map import TrainTargetMap, target_loss
 from agents.ppo.config import TrainPPOConfig
 from agents.ppo.run import make_model
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
@@ -46,23 +46,23 @@ def test_loss_against_its_formula() -> None:
         entropy = -(w * (t * np.log(p) + (1 - t) * np.log(1 - p))).sum() / max(w.sum(), 1)
         dice = 1 - (2 * (p * t * w).sum() + 1) / ((p * w).sum() + (t * w).sum() + 1)
         expected.append(entropy + dice)
-    got = recalibration_loss(logits, target, scored)
+    got = target_loss(logits, target, scored)
     assert float(got) == pytest.approx(np.mean(expected), abs=1e-6)
     truth = (target > 0.5).float()
     everywhere = torch.ones_like(scored)
-    assert float(recalibration_loss(40 * truth - 20, truth, everywhere)) < 1e-4
-    assert float(recalibration_loss(20 - 40 * truth, truth, everywhere)) > 10
+    assert float(target_loss(40 * truth - 20, truth, everywhere)) < 1e-4
+    assert float(target_loss(20 - 40 * truth, truth, everywhere)) > 10
 
 
 def test_labels_come_from_the_recalibration(made: Callable[..., Any]) -> None:
     _, policy, core, env = made()
     observations, _ = env.reset(seed=0)
     tensors = policy.to_tensors(observations)
-    torch.nn.init.normal_(policy.recalibration.head.weight, std=3.0)
+    torch.nn.init.normal_(policy.target_map.head.weight, std=3.0)
     assert policy.action_dist.action_dim == 64 + 1
     with torch.no_grad():
         negative = policy._is_negative(tensors)
-        cells = policy.recalibration(tensors)
+        cells = policy.target_map(tensors)
         logits, _ = policy.logits_and_value(tensors)
         choices = policy.get_distribution(tensors).distribution.probs
     assert negative.shape == (4, 64) and cells.shape == (4, *core.backbone.embedding_shape[1:])
@@ -90,25 +90,25 @@ def test_labels_come_from_the_recalibration(made: Callable[..., Any]) -> None:
 
 def test_rewards_teach_the_policy_and_targets_the_recalibration(made: Callable[..., Any]) -> None:
     model, policy, core, _ = made(policy="implicit")
-    own = {id(parameter) for parameter in policy.recalibration.parameters()}
+    own = {id(parameter) for parameter in policy.target_map.parameters()}
     assert not own & {id(p) for g in policy.optimizer.param_groups for p in g["params"]}
-    before = {name: value.clone() for name, value in policy.recalibration.state_dict().items()}
+    before = {name: value.clone() for name, value in policy.target_map.state_dict().items()}
     model.learn(32)
-    for name, value in policy.recalibration.state_dict().items():
+    for name, value in policy.target_map.state_dict().items():
         assert torch.equal(value, before[name]), name
 
     def loss() -> float:
         observations = policy.to_tensors(core.observe(np.arange(4)))
         with torch.no_grad():
-            logits = policy.recalibration(observations)
-        return float(recalibration_loss(logits, *core.soft_targets(logits.shape[-2:])))
+            logits = policy.target_map(observations)
+        return float(target_loss(logits, *core.soft_targets(logits.shape[-2:])))
 
     untaught = loss()
-    model.learn(96, callback=TrainRecalibration(policy, core, updates=4, learning_rate=0.01))
+    model.learn(96, callback=TrainTargetMap(policy, core, updates=4, learning_rate=0.01))
     assert loss() < 0.8 * untaught
     moved = [
         name
-        for name, value in policy.recalibration.state_dict().items()
+        for name, value in policy.target_map.state_dict().items()
         if not torch.equal(value, before[name])
     ]
     assert {"head.weight", "features.reduce.weight"} <= set(moved)
@@ -139,9 +139,9 @@ def test_a_run_with_recalibration_is_saved_and_loaded(
     if policy == "explicit":
         more += ["--clip-pretrained", str(clip_folder)]
     main(arguments(tmp_path, *more))
-    assert len(outcome(tmp_path)["logged"]["recalibration/loss"]) == 3
+    assert len(outcome(tmp_path)["logged"]["target_map/loss"]) == 3
     agent = PolicyAgent.load(tmp_path / "policy.zip", "cpu")
-    assert agent.policy.recalibration is not None
+    assert agent.policy.target_map is not None
     again = PolicyAgent.load(tmp_path / "policy.zip", "cpu")
     for left, right in zip(agent.policy.parameters(), again.policy.parameters(), strict=True):
         assert torch.equal(left, right)

@@ -1,8 +1,11 @@
-"""Semantic recalibration: the policy chooses where to click, a segmenter predicts the label.
+"""A module beside the policy that learns to predict the target, and what it is used for.
 
-After the semantic recalibration module of AlignSAM (Huang et al., CVPR 2024). The module has its
-own copy of the policy's features and learns from the training targets with Dice and binary
-cross-entropy losses. The policy chooses among locations only, which halves its action space.
+- Semantic recalibration, after AlignSAM (Huang et al., CVPR 2024): the policy chooses where to
+  click, and the module labels the click. That halves the policy's action space.
+- Search: the module judges the masks of several clicks before one is played, see `agents.search`.
+
+The module has its own copy of the policy's features and learns from the targets of the training
+with Dice and binary cross-entropy losses. Environments and evaluations never show it a target.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from sam_gym.envs.click import ClickCore
 from sam_gym.utils.process_group import ALONE, ProcessGroup
 
 
-def recalibration_loss(logits: Tensor, target: Tensor, scored: Tensor) -> Tensor:
+def target_loss(logits: Tensor, target: Tensor, scored: Tensor) -> Tensor:
     """Return the sum of Dice and binary cross-entropy losses, averaged over a batch.
 
     Args:
@@ -38,13 +41,13 @@ def recalibration_loss(logits: Tensor, target: Tensor, scored: Tensor) -> Tensor
     return (cross_entropy + dice).mean()
 
 
-class TrainRecalibration(BaseCallback):
-    """Trains the recalibration module of a policy after each environment step.
+class TrainTargetMap(BaseCallback):
+    """Trains the target map of a policy after each environment step.
 
     Args:
-        policy: with a recalibration module.
+        policy: with a target map.
         core: the sub-environments, with their targets.
-        updates: optimizer steps per step of the environments (the paper: 1 for the implicit agent,
+        updates: optimizer steps per step of the environments (AlignSAM: 1 for the implicit agent,
             5 for the explicit one).
         learning_rate: Adam's, constant.
         max_grad_norm: bound on the norm of the gradients.
@@ -61,8 +64,8 @@ class TrainRecalibration(BaseCallback):
         ranks: ProcessGroup = ALONE,
     ) -> None:
         super().__init__()
-        assert policy.recalibration is not None
-        self.module: nn.Module = policy.recalibration
+        assert policy.target_map is not None
+        self.module: nn.Module = policy.target_map
         self.core, self.updates, self.ranks = core, updates, ranks
         self.optimizer = torch.optim.Adam(self.module.parameters(), lr=learning_rate)
         share_gradients(self.optimizer, ranks, max_grad_norm)
@@ -81,10 +84,10 @@ class TrainRecalibration(BaseCallback):
         for _ in range(self.updates):
             logits = self.module(observations)
             target, scored = self.core.soft_targets(cast(Any, logits.shape[-2:]))
-            loss = recalibration_loss(logits, target, scored)
+            loss = target_loss(logits, target, scored)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
         mean = self.ranks.sum(loss.detach()) / self.ranks.world
-        self.logger.record_mean("recalibration/loss", float(mean))
+        self.logger.record_mean("target_map/loss", float(mean))
         return True

@@ -1,0 +1,89 @@
+"""Test-time search of click agents: decode several clicks, and play the one of the best mask.
+
+The candidates are the policy's likeliest clicks and two at the largest errors of the current mask,
+as the policy's target map sees them: a module that learned to predict the target in training. It
+also judges the masks, by their soft IoU with it. The ground truth is never used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sam_gym.envs.click import ClickCore
+from sam_gym.utils.transfer import to_device
+
+
+def soft_iou(probability: Tensor, masks: Tensor) -> Tensor:
+    """Return the soft IoU of masks and probabilities of the target: (B,).
+
+    Args:
+        probability: of each cell, float (B, h, w).
+        masks: covered fraction of each cell, float (B, h, w).
+    """
+    common = (probability * masks).sum(dim=(1, 2))
+    total = (probability + masks).sum(dim=(1, 2)) - common
+    return common / total.clamp(min=1e-6)
+
+
+def error_clicks(probability: Tensor, mask: Tensor, grid: int) -> Tensor:
+    """Return the cells where a mask misses most of the target, and covers most of the rest.
+
+    Args:
+        probability: that a cell belongs to the target, float (B, h, w).
+        mask: probability of the mask, float (B, h, w).
+        grid: clicks fall on grid x grid cells.
+
+    Returns:
+        A positive and a negative click, int64 (B, 2).
+    """
+    errors = torch.stack([probability * (1 - mask), mask * (1 - probability)], dim=1)
+    # Inside of an error, not at its border.
+    smooth = F.avg_pool2d(errors, 3, stride=1, padding=1)
+    cells = F.adaptive_avg_pool2d(smooth, grid).flatten(2).argmax(dim=2)
+    return cells + torch.tensor([0, grid**2], device=cells.device)
+
+
+@torch.no_grad()
+def best_clicks(
+    policy: Any, core: ClickCore, observations: dict[str, Tensor], actions: np.ndarray
+) -> np.ndarray:
+    """Replace clicks by those whose masks the target map judges best.
+
+    Stop and undo are kept, and so are actions of episodes that are over.
+
+    Args:
+        policy: with a target map; it proposes its `policy.search` likeliest clicks.
+        core: the sub-environments.
+        observations: of the sub-environments, as the policy takes them.
+        actions: the policy's choice, int64 (num_envs,).
+
+    Returns:
+        int64 (num_envs,).
+    """
+    grid = policy.grid
+    clicks = 2 * grid**2
+    rows = np.intersect1d(core.playing(), np.flatnonzero(actions < clicks))
+    if not len(rows):
+        return actions
+    index = to_device(rows, core.device)
+    logits = policy.logits_and_value(observations)[0][index, :clicks]
+    target = policy.target_map(observations)[index].sigmoid()
+    mask = policy.features_extractor.plane(observations, "sam_pred_mask_prob")[index, 0]
+    likeliest = logits.topk(min(policy.search, clicks), dim=1).indices
+    candidates = torch.cat([likeliest, error_clicks(target, mask, grid)], dim=1).cpu().numpy()
+    scores = []
+    # One candidate of all sub-environments at a time, for the memory of a normal step.
+    for column in candidates.T:
+        mask_logits, _ = core.preview(rows, column)
+        masks = (mask_logits > core.backbone.mask_threshold).float()
+        cells = F.adaptive_avg_pool2d(masks[:, None], target.shape[1:])[:, 0]
+        scores.append(soft_iou(target, cells))
+    best = torch.stack(scores).argmax(dim=0).cpu().numpy()
+    chosen = actions.copy()
+    chosen[rows] = candidates[np.arange(len(rows)), best]
+    return chosen
