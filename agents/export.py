@@ -35,7 +35,8 @@ class ExportConfig:
     """Export a policy as ONNX and as a torch.export program, and check that both agree with it.
 
     Both take the tensors that inputs.json describes, for any number of images, and return the
-    logits of all actions (B, A) and the state value (B, 1).
+    logits of all actions (B, A) and the state value (B, 1). A policy's search decodes masks, so it
+    is not exported.
 
     Example: python -m agents.export --policy runs/ppo/policy.zip
     """

@@ -148,7 +148,10 @@ class ClickAnnotator:
         )
         self.core = ClickCore(config, num_envs, _NoDataset(categories))
         self.backbone = self.core.backbone
-        label = repr((policy.features, policy.others, policy.features_extractor.identity))
+        searched = (policy.search,) if policy.search else ()
+        label = repr(
+            (policy.features, policy.others, policy.features_extractor.identity, *searched)
+        )
         scored = "" if presence is None else presence.identity
         self.identity = digest_of(policy.state_dict(), label + scored)
 

@@ -112,6 +112,9 @@ def _arguments_of(data: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in (arguments | arguments["features"]).items():
         if name in _SIZES and not (isinstance(value, int) and 0 < value <= _MAX_ARGUMENT):
             raise ValueError(f"{name} must be from 1 to {_MAX_ARGUMENT}, got {value!r}")
+    search = arguments.get("search", 0)
+    if not (isinstance(search, int) and 0 <= search <= _MAX_ARGUMENT):
+        raise ValueError(f"search must be from 0 to {_MAX_ARGUMENT}, got {search!r}")
     return arguments
 
 

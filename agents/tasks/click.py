@@ -141,6 +141,11 @@ class ClickTask(Task):
         facts.append(
             f"**Actions**: {', '.join(actions)}; at most {text(own['max_steps'])} per mask."
         )
+        if config.get("search"):
+            facts.append(
+                f"**Search**: before each click, {text(config['search'] + 2)} clicks are decoded "
+                "and judged by the module that predicts the target."
+            )
         if own["target"] == "instance":
             facts.append("**Target**: one instance, shown by a cue click.")
             limits.append("It needs a cue click for each target, so `annotate` cannot use it.")

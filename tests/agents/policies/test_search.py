@@ -1,0 +1,171 @@
+"""Test-time search: several clicks are decoded, a target map judges their masks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from agents.evaluate import PolicyAgent, evaluate
+from agents.policies.implicit import ImplicitPolicy
+from agents.ppo.config import TrainPPOConfig
+from agents.ppo.run import make_model
+from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
+from agents.search import best_clicks, error_clicks, soft_iou
+from agents.tasks import task_of
+from agents.train_ppo import main
+from sam_gym.envs.click import ClickCore, SamSegConfig
+
+
+@pytest.fixture
+def made(tiny_env: dict[str, Any]) -> Callable[..., tuple[ImplicitPolicy, ClickCore, Any]]:
+    def made(**options: Any) -> tuple[ImplicitPolicy, ClickCore, Any]:
+        click = SamSegConfig(obs="handle", grid=8, stop=True, **(tiny_env | options))
+        config = TrainPPOConfig(
+            num_envs=4, n_steps=8, batch_size=16, train_images=8, search=3, env_config=click
+        )
+        settings = task_of(config.env).training_config(config)
+        env, core = make_vector_env("SamSeg-v0", 4, settings)
+        model = make_model(config, settings, VectorEnvAdaptor(env), core)  # type: ignore[arg-type]
+        return model.policy, core, env  # type: ignore[return-value]
+
+    return made
+
+
+class Truth(torch.nn.Module):
+    """A target map that knows the target."""
+
+    def __init__(self, core: ClickCore) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, observations: dict[str, Tensor]) -> Tensor:
+        shape: Any = self.core.backbone.embedding_shape[1:]
+        return 40.0 * self.core.soft_targets(shape)[0] - 20.0
+
+
+def test_soft_iou_of_hard_masks_is_the_iou() -> None:
+    rng = np.random.default_rng(0)
+    target, masks = (rng.random((5, 6, 7)) < 0.4 for _ in range(2))
+    expected = (target & masks).sum((1, 2)) / (target | masks).sum((1, 2))
+    got = soft_iou(torch.from_numpy(target).float(), torch.from_numpy(masks).float())
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-6)
+    nothing = torch.zeros(1, 6, 7)
+    assert soft_iou(nothing, nothing).tolist() == [0.0]
+
+
+def test_error_clicks_lie_inside_the_largest_errors() -> None:
+    target, mask = torch.zeros(1, 16, 16), torch.zeros(1, 16, 16)
+    target[0, 8:14, 8:14] = 1.0  # missed
+    target[0, 0, 0] = 1.0  # missed, but small
+    mask[0, 1:6, 10:15] = 1.0  # superfluous
+    positive, negative = error_clicks(target, mask, 16)[0].tolist()
+    assert target[0].flatten()[positive] == 1 and positive // 16 in range(9, 13)
+    assert negative >= 256 and mask[0].flatten()[negative - 256] == 1
+    coarse = error_clicks(target, mask, 4)[0].tolist()
+    assert coarse == [2 * 4 + 2, 16 + 0 * 4 + 3] or coarse[0] in (10, 11, 14, 15)
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_a_preview_is_what_the_step_gives(made: Callable[..., Any], keep_best: bool) -> None:
+    _, core, env = made(keep_best=keep_best)
+    env.reset(seed=3)
+    rows, rng = np.arange(4), np.random.default_rng(0)
+    for _ in range(3):
+        actions = rng.integers(2 * 64, size=4)
+        before = (core.logits.clone(), core.points.copy(), core.labels.copy(), core.ious.copy())
+        logits, predicted = core.preview(rows, actions)
+        for own, then in zip(
+            (core.logits, core.points, core.labels, core.ious), before, strict=True
+        ):
+            np.testing.assert_array_equal(np.asarray(own), np.asarray(then))
+        if not keep_best:
+            torch.testing.assert_close(core.preview_scores(rows, actions), predicted)
+        env.step(actions)
+        torch.testing.assert_close(core.logits[rows, core.num_clicks], logits)
+        np.testing.assert_allclose(core.predicted_ious[rows, core.num_clicks], predicted)
+
+
+def test_search_plays_the_candidate_of_the_best_mask(made: Callable[..., Any]) -> None:
+    policy, core, env = made()
+    observations, _ = env.reset(seed=0)
+    policy.target_map = Truth(core)
+    tensors = policy.to_tensors(observations)
+    with torch.no_grad():
+        logits = policy.logits_and_value(tensors)[0][:, :128]
+    likeliest = logits.argmax(dim=1).numpy()
+    chosen = best_clicks(policy, core, tensors, likeliest)
+
+    def judged(actions: np.ndarray) -> np.ndarray:
+        masks = (core.preview(np.arange(4), actions)[0] > 0).float()
+        shape: Any = core.backbone.embedding_shape[1:]
+        cells = torch.nn.functional.adaptive_avg_pool2d(masks[:, None], shape)[:, 0]
+        return soft_iou(core.soft_targets(shape)[0], cells).numpy()
+
+    assert (judged(chosen) >= judged(likeliest) - 1e-5).all()
+    candidates = logits.topk(3, dim=1).indices.numpy()
+    best = np.max([judged(column) for column in candidates.T], axis=0)
+    assert (judged(chosen) >= best - 1e-5).all()
+    assert (
+        PolicyAgent(policy).act(core, observations).tolist() == chosen.tolist()
+        or (
+            logits.argmax(dim=1).numpy() != policy.predict(observations, deterministic=True)[0]
+        ).any()
+    )
+
+
+def test_search_leaves_stops_and_finished_episodes_alone(made: Callable[..., Any]) -> None:
+    policy, core, env = made()
+    observations, _ = env.reset(seed=0)
+    tensors = policy.to_tensors(observations)
+    actions = np.array([core.stop_action, 5, 5, core.stop_action])
+    core.steps[1] = core.config.max_steps
+    core.num_clicks[1] = core.config.max_steps
+    chosen = best_clicks(policy, core, tensors, actions)
+    assert chosen[[0, 1, 3]].tolist() == [core.stop_action, 5, core.stop_action]
+    core.steps[:] = core.config.max_steps
+    assert best_clicks(policy, core, tensors, actions).tolist() == actions.tolist()
+
+
+def test_a_run_with_search_is_saved_loaded_and_evaluated(
+    tiny_env: dict[str, Any],
+    arguments: Callable[..., list[str]],
+    outcome: Callable[[Path], dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    main(arguments(tmp_path, "--search", "2", "--total-timesteps", "96"))
+    assert len(outcome(tmp_path)["logged"]["target_map/loss"]) == 3
+    agent = PolicyAgent.load(tmp_path / "policy.zip", "cpu")
+    assert agent.policy.search == 2 and agent.policy.target_map is not None
+    config = SamSegConfig(split="val", **tiny_env)
+    played = [evaluate(agent, config, episodes=4, num_envs=2).ious for _ in range(2)]
+    np.testing.assert_array_equal(*played)
+
+
+def test_weights_of_earlier_versions_are_renamed(made: Callable[..., Any]) -> None:
+    policy, *_ = made()
+    weights = {
+        name.replace("target_map.", "recalibration."): own + 1.0
+        for name, own in policy.state_dict().items()
+    }
+    policy.load_state_dict(weights)
+    for name, own in policy.target_map.state_dict().items():
+        assert torch.equal(own, weights[f"recalibration.{name}"]), name
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--search", "-1"), "search must be at least 0, got -1"),
+        (("--env", "SamEverything-v0", "--search", "2"), "--search does not work with"),
+    ],
+)
+def test_wrong_options_are_refused_before_work(
+    more: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(["--out", str(tmp_path / "out"), *more])
+    assert not (tmp_path / "out").exists()
