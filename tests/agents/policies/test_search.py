@@ -44,7 +44,7 @@ class Truth(torch.nn.Module):
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
         shape: Any = self.core.backbone.embedding_shape[1:]
-        return 40.0 * self.core.soft_targets(shape)[0] - 20.0
+        return torch.logit(self.core.soft_targets(shape)[0], eps=1e-6)
 
 
 def test_soft_iou_of_hard_masks_is_the_iou() -> None:
@@ -65,8 +65,8 @@ def test_error_clicks_lie_inside_the_largest_errors() -> None:
     positive, negative = error_clicks(target, mask, 16)[0].tolist()
     assert target[0].flatten()[positive] == 1 and positive // 16 in range(9, 13)
     assert negative >= 256 and mask[0].flatten()[negative - 256] == 1
-    coarse = error_clicks(target, mask, 4)[0].tolist()
-    assert coarse == [2 * 4 + 2, 16 + 0 * 4 + 3] or coarse[0] in (10, 11, 14, 15)
+    positive, negative = error_clicks(target, mask, 4)[0].tolist()
+    assert positive in (10, 11, 14, 15) and negative in (16 + 2, 16 + 3, 16 + 6, 16 + 7)
 
 
 @pytest.mark.parametrize("keep_best", [False, True])
@@ -109,12 +109,9 @@ def test_search_plays_the_candidate_of_the_best_mask(made: Callable[..., Any]) -
     candidates = logits.topk(3, dim=1).indices.numpy()
     best = np.max([judged(column) for column in candidates.T], axis=0)
     assert (judged(chosen) >= best - 1e-5).all()
-    assert (
-        PolicyAgent(policy).act(core, observations).tolist() == chosen.tolist()
-        or (
-            logits.argmax(dim=1).numpy() != policy.predict(observations, deterministic=True)[0]
-        ).any()
-    )
+    own, _ = policy.predict(observations, deterministic=True)
+    played = PolicyAgent(policy).act(core, observations)
+    np.testing.assert_array_equal(played, best_clicks(policy, core, tensors, own))
 
 
 def test_search_leaves_stops_and_finished_episodes_alone(made: Callable[..., Any]) -> None:
