@@ -49,7 +49,11 @@ FREE_OPTIONS = (
 #: but only once in `_RARELY` times its duration.
 _SLOW, _RARELY = 0.1, 50.0
 #: Options that earlier checkpoints lack -> the value that they stand for.
-ADDED_OPTIONS = {"env_config.on_error": "raise", "env_config.initial_mask": "empty"}
+ADDED_OPTIONS = {
+    "env_config.on_error": "raise",
+    "env_config.initial_mask": "empty",
+    "search": 0,
+}
 _BACKBONE = "env_config.backbone"
 #: Attributes of SB3's logger with values not written yet: those of an update are written after the
 #: next rollout.
@@ -151,8 +155,10 @@ def check_same_config(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     before |= {n: v for n, v in ADDED_OPTIONS.items() if n in after and n not in before}
     if (before.get(_BACKBONE), after.get(_BACKBONE)) == ("micro", renamed_backbone(FIRST_MICRO)):
         before[_BACKBONE] = after[_BACKBONE]  # `restore` compares the weights
-    if after.get("precision") == "auto":
-        before["precision"] = "auto"  # a run goes on in the precision that it began with
+    # A run goes on with the precision and the search that it began with.
+    for name, default in (("precision", "auto"), ("search", None)):
+        if after.get(name) == default:
+            before[name] = default
     changed = [
         f"{name} ({before.get(name)!r} then, {after.get(name)!r} now)"
         for name in sorted(before.keys() | after.keys())

@@ -103,9 +103,10 @@ class PolicyOptions:
     recalibrate: bool = False
     """Let the policy choose locations only; a target map, a module that learns to predict the
     target, labels the clicks (AlignSAM's semantic recalibration)."""
-    search: Natural = 0
-    """Let the trained agent decode this many clicks per step and play the one whose mask agrees
-    best with the target map (0: play the likeliest click)."""
+    search: Natural | None = None
+    """Let the trained agent decode its this many likeliest clicks, and two at the largest errors of
+    the mask, and play the one whose mask agrees best with the target map (0: play the likeliest
+    click; None: 4, or 0 with --recalibrate)."""
     recalibration_updates: Count | None = None
     """Updates of the target map per environment step, for --recalibrate and --search (None: 5 for
     the explicit policy, else 1)."""
@@ -183,7 +184,7 @@ class TrainPPOConfig(RunOptions, PPOOptions, PolicyOptions, EvaluationOptions, T
             raise ValueError("--register-model and --mlflow-uri take effect with --mlflow only.")
         if name is not None and (not name.strip() or set(name) & set("/:")):
             raise ValueError(f"register_model must be a name without '/' and ':', got {name!r}.")
-        if updates is not None and not (self.recalibrate or self.search):
+        if updates is not None and self.search == 0 and not self.recalibrate:
             raise ValueError(
                 "--recalibration-updates takes effect with --recalibrate or --search only."
             )

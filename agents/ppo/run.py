@@ -72,9 +72,8 @@ def train(config: TrainPPOConfig) -> dict[str, Any]:
     if config.resume and (results := _complete_results(config)) is not None:
         return results
     state = _state_to_resume(config)
-    if state is not None and config.precision == "auto":
-        begun = state["settings"].get("precision", "32-true")
-        plan = replace(plan, config=replace(config, precision=begun))
+    if state is not None:
+        plan = replace(plan, config=_as_begun(config, state["settings"]))
     make_folder(config.folder)
     ranks = ProcessGroup.join(
         cuda=resolve_device(plan.training.device).type == "cuda", resume="Resume with --resume."
@@ -255,9 +254,9 @@ def _train(
 def _target_map(
     config: TrainPPOConfig, agent: PolicyAgent, core: BaseCore[Any, Any], ranks: ProcessGroup
 ) -> TrainTargetMap | None:
-    if not (config.recalibrate or config.search):
-        return None
     policy: ImplicitPolicy = agent.policy
+    if getattr(policy, "target_map", None) is None:
+        return None
     updates = config.recalibration_updates or policy.recalibration_updates
     return TrainTargetMap(policy, cast(Any, core), updates, config.learning_rate, ranks=ranks)
 
@@ -272,6 +271,16 @@ def _complete_results(config: TrainPPOConfig) -> dict[str, Any] | None:
     check_same_config(with_present_names(results["config"], str(path)), asdict(config))
     print(f"{out} holds the complete run. Pass --overwrite instead of --resume to train again.")
     return results
+
+
+def _as_begun(config: TrainPPOConfig, settings: dict[str, Any]) -> TrainPPOConfig:
+    """Return the config with the defaults that its run had when it began."""
+    own: dict[str, Any] = {}
+    if config.precision == "auto":
+        own["precision"] = settings.get("precision", "32-true")
+    if config.search is None:
+        own["search"] = settings.get("search", 0)
+    return replace(config, **own)
 
 
 def _clear(out: Path) -> None:

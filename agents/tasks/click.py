@@ -30,6 +30,15 @@ from sam_gym.envs.click import SamSegConfig
 #: Fields of the env config that an agent cannot do without where it plays.
 _ENVIRONMENT = ("target", "dataset", "backbone", "grid", "max_steps")
 _OTHER_ACTIONS = ("stop", "undo")
+#: Default of `TrainPPOConfig.search`.
+_SEARCH = 4
+
+
+def _search(search: int | None, recalibrate: bool) -> int:
+    """Return what None stands for in `TrainPPOConfig.search`, or the value."""
+    if search is None:
+        return 0 if recalibrate else _SEARCH
+    return search
 
 
 @register
@@ -69,7 +78,7 @@ class ClickTask(Task):
             "others": ["stop"] * own.stop + ["undo"] * own.undo,
             "initial_mask": own.initial_mask,
             "recalibrate": run.recalibrate,
-            "search": run.search,
+            "search": _search(run.search, run.recalibrate),
         }
 
     # Annotation and export ---------------------------------------------------------------------
@@ -141,9 +150,9 @@ class ClickTask(Task):
         facts.append(
             f"**Actions**: {', '.join(actions)}; at most {text(own['max_steps'])} per mask."
         )
-        if config.get("search"):
+        if search := _search(config.get("search", 0), config["recalibrate"]):
             facts.append(
-                f"**Search**: before each click, {text(config['search'] + 2)} clicks are decoded "
+                f"**Search**: before each click, {text(search + 2)} clicks are decoded "
                 "and judged by the module that predicts the target."
             )
         if own["target"] == "instance":

@@ -163,7 +163,7 @@ def test_targets_are_shares_of_what_is_scored(made: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--recalibration-updates", "2"), "with --recalibrate or --search only"),
+        (("--search", "0", "--recalibration-updates", "2"), "with --recalibrate or --search only"),
         (("--recalibrate", "--recalibration-updates", "0"), "must be at least 1, got 0"),
         (("--warm-start", "1000"), "warm_start must be at most total_timesteps"),
     ],
