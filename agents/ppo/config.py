@@ -106,7 +106,7 @@ class PolicyOptions:
     search: Natural | None = None
     """Let the trained agent decode its this many likeliest clicks, and two at the largest errors of
     the mask, and play the one whose mask agrees best with the target map (0: play the likeliest
-    click; None: 4, or 0 with --recalibrate)."""
+    click; None: 2, or 0 with --recalibrate)."""
     recalibration_updates: Count | None = None
     """Updates of the target map per environment step, for --recalibrate and --search (None: 5 for
     the explicit policy, else 1)."""

@@ -31,7 +31,7 @@ from sam_gym.envs.click import SamSegConfig
 _ENVIRONMENT = ("target", "dataset", "backbone", "grid", "max_steps")
 _OTHER_ACTIONS = ("stop", "undo")
 #: Default of `TrainPPOConfig.search`.
-_SEARCH = 4
+_SEARCH = 2
 
 
 def _search(search: int | None, recalibrate: bool) -> int:
