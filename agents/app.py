@@ -1,16 +1,19 @@
-"""Annotate images in a browser, with a click agent at one's side.
+"""Annotate images and videos in a browser, with a click agent at one's side.
 
 python -m agents.app --images PHOTOS --policy explicit
+python -m agents.app --video clip.mp4
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 from urllib.parse import quote
 
 import tyro
@@ -18,13 +21,18 @@ import tyro
 from agents.annotation.everything import Generator
 from agents.annotation.files import OutputPaths
 from agents.annotation.interactive.guard import LOOPBACK
+from agents.annotation.interactive.library import MASKLETS, VideoLibrary
 from agents.annotation.interactive.player import ClickPlayer, PinnedImages
 from agents.annotation.interactive.project import ANNOTATIONS, Project
 from agents.annotation.interactive.session import Models
-from agents.annotation.interactive.workspaces import UPLOADS, Workspaces
+from agents.annotation.interactive.workspaces import UPLOADS, VIDEOS, Workspaces
+from agents.annotation.presence import Calibration
+from agents.annotation.video import find_videos
 from agents.evaluate import PolicyAgent
-from sam_gym.backbones import load_backbone
+from agents.sharing.pull import local_policy
+from sam_gym.backbones import Backbone, BackboneService, load_backbone
 from sam_gym.backbones.spec import backbone_help
+from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.mask_generation.generator import MaskGenerator
 from sam_gym.utils import cli
 from sam_gym.utils.fields import documented
@@ -32,21 +40,28 @@ from sam_gym.utils.settings import Count, check_settings, whole
 
 #: The agent, unless another or a backbone is named.
 DEFAULT_POLICY = "explicit"
+#: The tracker of videos, unless another is named.
+DEFAULT_TRACKER = "micro_video"
 
 
 @documented
 @dataclass(kw_only=True)
 class AppConfig:
-    """Annotate images in a browser: click, let an agent click, save COCO JSON.
+    """Annotate images and videos in a browser: click, let an agent click or a tracker go on.
 
-    Every object is written at once to `out`/annotations.json, which the next start continues.
-    Images that a tab uploads, and their annotations, are in `out`/uploads.
+    Every object is written at once, as COCO JSON, and the next start continues: those of images to
+    `out`/annotations.json, those of videos to `out`/videos/masklets. Videos that are done become
+    the dataset `out`/videos, coco-video. What a tab uploads, and its results, is in `out`/uploads.
 
-    Example: python -m agents.app --images PHOTOS --policy explicit
+    Examples: python -m agents.app --images PHOTOS --policy explicit
+              python -m agents.app --video clip.mp4
     """
 
     images: str | None = None
-    """Folder of images, searched recursively (None: only uploads). Nothing else is read."""
+    """Folder of images and video files, searched recursively (None: only --video and uploads).
+    Nothing else is read."""
+    video: tuple[str, ...] = ()
+    """Video files, folders of frames, or folders of several of these."""
     out: str = "annotations"
     """Folder of the results. Nothing else is written."""
     categories: str = ""
@@ -61,9 +76,23 @@ class AppConfig:
     """Weights of --backbone, .safetensors or .pth (None: its own)."""
     adapter: str | None = None
     """Adapter file for --backbone that adaptation.train wrote."""
+    tracker: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=backbone_help(
+                "Tracker of videos (None: the SAM of images if it has a memory, else micro_video)"
+            )
+        ),
+    ] = None
+    tracker_checkpoint: str | None = None
+    """Weights of --tracker (None: its own)."""
+    tracker_adapter: str | None = None
+    """Adapter file for --tracker that adaptation.train_video wrote."""
+    frames: bool = True
+    """Copy the frames of videos that are done into the dataset."""
     dtype: str = "auto"
-    """Precision of --backbone: auto (bfloat16 on CUDA, else float32), float32, bfloat16 or
-    float16."""
+    """Precision of --backbone and --tracker: auto (bfloat16 on CUDA, else float32), float32,
+    bfloat16 or float16."""
     device: str = "auto"
     """Device: auto (CUDA, then MPS, then CPU), cpu, mps, cuda."""
     host: str = "127.0.0.1"
@@ -75,9 +104,9 @@ class AppConfig:
     max_upload_mib: Count = 64
     """Maximum size of an uploaded file."""
     max_uploads: Count = 100
-    """Maximum number of images that a browser tab uploads."""
+    """Maximum number of images, and of videos, that a browser tab uploads."""
     max_pixels: Count = 100_000_000
-    """Maximum number of pixels of an image."""
+    """Maximum number of pixels of an image, or of a frame of a video."""
     generator: Annotated[Generator, tyro.conf.arg(name="")] = field(default_factory=Generator)
     """Where everything mode prompts, and which masks it keeps."""
 
@@ -93,7 +122,9 @@ def load_models(config: AppConfig) -> Models:
         for name in ("checkpoint", "adapter"):
             if getattr(config, name) is not None:
                 raise ValueError(f"--{name} is for --backbone: name that too.")
-        player = ClickPlayer(PolicyAgent.load(config.policy or DEFAULT_POLICY, config.device))
+        policy = config.policy or DEFAULT_POLICY
+        agent = PolicyAgent.load(policy, config.device)
+        player = ClickPlayer(agent, Calibration.read(local_policy(policy)))
         backbone, images = player.backbone, player.images
     elif config.policy is not None:
         raise ValueError(
@@ -106,7 +137,51 @@ def load_models(config: AppConfig) -> Models:
         )
         images = PinnedImages(backbone)
     generator = MaskGenerator(backbone, config.generator)
-    return Models(backbone, images, player, generator, config.max_pixels)
+    tracker = _LazyTracker(config, backbone)
+    return Models(backbone, images, player, generator, config.max_pixels, tracker)
+
+
+class _LazyTracker:
+    """Loads the tracker of videos when it is first asked for.
+
+    Args:
+        config: its options.
+        backbone: the SAM of images.
+
+    Raises:
+        ValueError: an option of the tracker comes without it.
+    """
+
+    def __init__(self, config: AppConfig, backbone: BackboneService) -> None:
+        for name in ("tracker_checkpoint", "tracker_adapter"):
+            if config.tracker is None and getattr(config, name) is not None:
+                raise ValueError(f"{cli.option(name)} is for --tracker: name that too.")
+        self._config, self._backbone = config, backbone
+        self._lock = threading.Lock()
+        self._tracker: VideoTracker | None = None
+
+    def __call__(self) -> VideoTracker:
+        """Return the tracker.
+
+        Raises:
+            ValueError, OSError: it is no tracker, or its weights are wrong.
+        """
+        with self._lock:
+            if self._tracker is None:
+                self._tracker = self._load()
+            return self._tracker
+
+    def _load(self) -> VideoTracker:
+        config, own = self._config, self._backbone
+        if config.tracker is not None or getattr(own, "memory", None) is None:
+            own = load_backbone(
+                config.tracker or DEFAULT_TRACKER,
+                config.tracker_checkpoint,
+                config.device,
+                config.dtype,
+                adapter=config.tracker_adapter,
+            )
+        return VideoTracker(cast(Backbone, own), keep="window")
 
 
 def prepare(config: AppConfig) -> tuple[Workspaces, OutputPaths]:
@@ -120,13 +195,23 @@ def prepare(config: AppConfig) -> tuple[Workspaces, OutputPaths]:
     config.generator.validate()
     out, outputs = Path(config.out), _outputs(config)
     names = tuple(filter(None, (name.strip() for name in config.categories.split(","))))
-    folder = None
+    folder, library = None, VideoLibrary(out / VIDEOS, config.max_pixels, names)
+    if config.video:
+        library.add(find_videos(config.video))
     if config.images is not None:
-        written = outputs.existing() | {str((out / UPLOADS).resolve())}
-        folder = Project.of_folder(config.images, outputs, written, names)
+        written = outputs.existing() | {str((out / own).resolve()) for own in (UPLOADS, VIDEOS)}
+        # Frames of a video are no images to annotate one by one.
+        written |= {os.path.realpath(path) for path in find_videos(config.video).values()}
+        library.add_below(config.images, written)
+        folder = Project.of_folder(
+            config.images, outputs, written, names, may_be_empty=bool(library.files)
+        )
     models = load_models(config)
+    if library.files or config.tracker is not None:
+        models.tracker()
     bounds = {"max_uploads": config.max_uploads, "max_upload": config.max_upload_mib * 2**20}
-    return Workspaces(models, folder, out, names, **bounds), outputs
+    tabs = Workspaces(models, folder, library, out, names, copy_frames=config.frames, **bounds)
+    return tabs, outputs
 
 
 def _outputs(config: AppConfig) -> OutputPaths:
@@ -162,7 +247,10 @@ def serve(config: AppConfig) -> None:
         name = f"[{config.host}]" if ":" in config.host else config.host
         query = "" if token is None else f"?token={quote(token, safe='')}"
         print(f"Open http://{name}:{config.port}/{query}", flush=True)
-        print(f"Results: {outputs.annotations}. Ctrl-C ends the app.", flush=True)
+        results = [str(outputs.annotations)] if workspaces.folder is not None else []
+        if workspaces.library is not None and workspaces.library.files:
+            results.append(str(workspaces.library.out / MASKLETS))
+        print(f"Results: {' and '.join(results) or config.out}. Ctrl-C ends the app.", flush=True)
         hosts = LOOPBACK if is_local else None
         run_server(workspaces, listener, token, hosts)
 

@@ -24,14 +24,13 @@ from agents.clip.models import load_clip
 from agents.clip.surgery import ClipSurgery
 from agents.policies.explicit import WordMaps
 from agents.sharing.pull import local_policy
+from agents.sharing.repository import PRESENCE
 from sam_gym.backbones import BackboneService
 from sam_gym.data.io import read_json
 from sam_gym.envs.click import ClickCore
 from sam_gym.utils.digest import file_digest
 from sam_gym.utils.files import write_json
 
-#: File beside a policy.zip.
-PRESENCE = "presence.json"
 #: Fraction of the cells whose similarity counts before the first click: the most similar ones.
 _TOP = 0.04
 #: L2 penalty on the weights of a logistic model, whose inputs are standardised.
@@ -124,10 +123,22 @@ def after(core: ClickCore, env_index: int, words: np.ndarray) -> np.ndarray:
         float64 (3,): as of `before`; mean similarity of the mask; mean predicted IoU of the masks
         after each click.
     """
-    cells = core.shown[env_index].astype(np.float64).ravel()
-    inside = float(words @ cells / max(cells.sum(), 1e-6))
     predicted = core.predicted_ious[env_index, 1 : int(core.num_clicks[env_index]) + 1]
-    return np.array([before(words[None])[0, 0], inside, predicted.mean() if len(predicted) else 0])
+    return of_mask(core.shown[env_index], predicted, words)
+
+
+def of_mask(cells: np.ndarray, predicted: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Return the evidence of a mask that clicks have made; see `after`.
+
+    Args:
+        cells: uint8 (h, w), the mask on the cells of the embedding.
+        predicted: predicted IoU of the masks after each click, float (N,).
+        words: map of the category, float32 (h * w,).
+    """
+    weights = cells.astype(np.float64).ravel()
+    inside = float(words @ weights / max(weights.sum(), 1e-6))
+    mean = float(predicted.mean()) if len(predicted) else 0.0
+    return np.array([before(words[None])[0, 0], inside, mean])
 
 
 @dataclass(frozen=True)
@@ -240,6 +251,13 @@ class Presence:
             word: index of the category.
         """
         return float(self.calibration.after(after(core, env_index, self._maps(image)[word])))
+
+    def score_of_mask(
+        self, cells: np.ndarray, predicted: np.ndarray, image: np.ndarray, word: int
+    ) -> float:
+        """Return the presence of a category whose mask clicks have made; see `of_mask`."""
+        evidence = of_mask(cells, predicted, self._maps(image)[word])
+        return float(self.calibration.after(evidence))
 
 
 def presence_of(

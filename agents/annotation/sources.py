@@ -8,7 +8,7 @@ import posixpath
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -233,41 +233,6 @@ def _is_image(path: str) -> bool:
     except (ValueError, OSError):
         return False
     return True
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """The images below a folder.
-
-    Attributes:
-        root: the folder.
-        images: paths relative to it, with slashes, sorted.
-        skipped: file -> why it is not read.
-        others: number of files that are no images, by suffix.
-    """
-
-    root: str
-    images: Sequence[str]
-    skipped: dict[str, str]
-    others: Counter[str]
-
-    @classmethod
-    def search(cls, root: str, written: Collection[str] = ()) -> ImageFolder:
-        """List the images below a folder.
-
-        Args:
-            root: the folder.
-            written: real paths of files and folders to leave out.
-
-        Raises:
-            FileNotFoundError: the folder does not exist.
-            ValueError: the folder holds no image.
-        """
-        search = ImageSearch(root, written)
-        images = [record.file for record in search]
-        if not images:
-            raise search.none_found()
-        return cls(root, images, search.skipped, search.others)
 
 
 class ImageList:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Protocol, cast
 
-import cv2
 import numpy as np
 import tyro
 from pycocotools import mask as rle
@@ -21,6 +19,12 @@ from agents.annotation.clicks import AnnotateConfig
 from agents.annotation.everything import EverythingAnnotator, Generator
 from agents.annotation.files import OutputPaths
 from agents.annotation.folder import Annotator
+from agents.annotation.video_frames import (
+    VIDEO_SUFFIXES,
+    frame_names,
+    write_frames,
+    written_names,
+)
 from agents.annotation.video_prompts import ObjectPrompt, PromptChoice, read_prompts
 from agents.annotation.video_results import VideoResults
 from agents.evaluate import PolicyAgent
@@ -44,20 +48,12 @@ from sam_gym.mask_generation.generator import MaskGenerator
 from sam_gym.utils import cli
 from sam_gym.utils.digest import file_digest
 from sam_gym.utils.fields import documented
-from sam_gym.utils.files import make_folder, write_atomic
+from sam_gym.utils.files import make_folder
 from sam_gym.utils.process_group import ProcessGroup
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.render import draw_masks, save_video
 from sam_gym.utils.settings import Count, check_settings
 from sam_gym.utils.text import printable, safe_name
-
-#: Endings of video files in a folder of videos.
-VIDEO_SUFFIXES = frozenset(".mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg .wmv".split())
-
-_JPEG = [
-    *(cv2.IMWRITE_JPEG_QUALITY, 95),
-    *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),
-]
 
 
 @documented
@@ -351,7 +347,9 @@ def _annotate(
                     results.skip(name, str(error).removeprefix(f"{paths[name]}: "))
                     continue
                 if config.frames:
-                    _write_frames(outputs.annotations.parent, config.video_format, video, source)
+                    folder = outputs.annotations.parent / FRAME_FOLDERS[config.video_format] / name
+                    for _ in write_frames(folder, video.frames, source):
+                        pass
                 if outputs.has_overlays:
                     outputs.overlays.mkdir(exist_ok=True)
                     target = outputs.overlays / f"{name}.{config.overlays}"
@@ -395,7 +393,7 @@ def _track(
     advance: Callable[[], None],
 ) -> AnnotatedVideo:
     """Track the objects of a video from their prompts to both of its ends."""
-    names = _frame_names(source)
+    names = frame_names(source)
     number_of = {stem(own): number for number, own in enumerate(names)}
     keys = list(dict.fromkeys(own.object for own in prompts))[: config.max_objects]
     if config.video_format == "davis":
@@ -431,40 +429,10 @@ def _track(
         number: Masklet(own, float(np.mean(ious[number] or [0.0])), masks[number])
         for number, own in category.items()
     }
-    return AnnotatedVideo(name, source.size, _written_names(names, config.frames), objects)
+    return AnnotatedVideo(name, source.size, written_names(names, config.frames), objects)
 
 
-# Frames ------------------------------------------------------------------------------------------
-
-
-def _frame_names(source: FrameSource) -> list[str]:
-    """Return names of the frames: those of their files, or numbers."""
-    files = getattr(source, "files", None)
-    return (
-        [f"{k:05d}.jpg" for k in range(len(source))] if files is None else [f.name for f in files]
-    )
-
-
-def _written_names(names: Sequence[str], copied: bool) -> list[str]:
-    """Return the names of copied frames, whose order every reader understands."""
-    if not copied or sorted({*map(stem, names)}) == [*map(stem, names)]:
-        return list(names)
-    return [f"{number:05d}{Path(name).suffix}" for number, name in enumerate(names)]
-
-
-def _write_frames(
-    root: Path, video_format: VideoFormat, video: AnnotatedVideo, source: FrameSource
-) -> None:
-    """Copy the frames of a video into the folder of its format."""
-    folder = root / FRAME_FOLDERS[video_format] / video.name
-    folder.mkdir(parents=True, exist_ok=True)
-    files = getattr(source, "files", None)
-    for number, name in enumerate(video.frames):
-        if files is not None:
-            shutil.copyfile(files[number], folder / name)
-            continue
-        coded = cv2.imencode(".jpg", source[number][..., ::-1], _JPEG)[1]
-        write_atomic(folder / name, coded.tobytes())
+# Views -------------------------------------------------------------------------------------------
 
 
 def _drawn(video: AnnotatedVideo, source: FrameSource) -> Iterator[np.ndarray]:

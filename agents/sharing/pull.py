@@ -10,7 +10,15 @@ from typing import Annotated
 import tyro
 
 from agents.policies.saved import SHIPPED
-from agents.sharing.repository import CARD, POLICY, PREFIX, RUN_FILES, check_repo_name, hub_errors
+from agents.sharing.repository import (
+    CARD,
+    POLICY,
+    PREFIX,
+    PRESENCE,
+    RUN_FILES,
+    check_repo_name,
+    hub_errors,
+)
 from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_atomic
 from sam_gym.utils.runs import refuse_finished, remove_files
@@ -53,7 +61,7 @@ def pull(config: HubPullConfig) -> Path:
         PermissionError: the hub refuses the token.
         ConnectionError: the hub cannot be reached, or fails, and the cache has no copy.
     """
-    files = [*RUN_FILES, CARD]
+    files = [*RUN_FILES, PRESENCE, CARD]
     check_repo_name(config.repo)
     if config.out is not None and not config.overwrite:
         refuse_finished(Path(config.out).expanduser(), POLICY)
@@ -84,7 +92,7 @@ def local_policy(policy: str | Path) -> Path:
         return SHIPPED[name]
     if name.startswith(PREFIX):
         repo, _, revision = name.removeprefix(PREFIX).partition("@")
-        return _download(repo, revision or None, [POLICY]) / POLICY
+        return _download(repo, revision or None, [POLICY, PRESENCE]) / POLICY
     return Path(policy)
 
 

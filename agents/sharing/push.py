@@ -10,7 +10,9 @@ from typing import Any
 from agents.sharing.card import model_card
 from agents.sharing.repository import (
     CARD,
+    POLICY,
     PREFIX,
+    PRESENCE,
     RESULTS,
     RUN_FILES,
     TAG,
@@ -33,7 +35,8 @@ class HubPushConfig:
 
     Creates the repo if necessary, and refuses one that holds anything but an agent. Options in
     results.json and in the card are uploaded without folders and servers; policy.zip is uploaded
-    unchanged, with the path of a backbone's checkpoint if the run had one.
+    unchanged, with the path of a backbone's checkpoint if the run had one, and presence.json, the
+    calibration of its presence score, if it has one.
     """
 
     run: str
@@ -70,7 +73,9 @@ def push(config: HubPushConfig) -> str:
         write_atomic(path, card)
         print(f"Wrote {path}; nothing was uploaded.")
         return str(path)
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    from agents.annotation.presence import Calibration
 
     if get_token() is None:
         raise PermissionError(
@@ -83,29 +88,35 @@ def push(config: HubPushConfig) -> str:
         CARD: card.encode(errors="backslashreplace"),
         RESULTS: json.dumps(results, indent=2).encode(),
     }
-    _check_target(api, config)
+    if Calibration.read(run.folder / POLICY) is not None:  # of this policy, else it raises
+        contents[PRESENCE] = run.folder / PRESENCE
+    present = _check_target(api, config)
+    operations: list[Any] = [CommitOperationAdd(*own) for own in contents.items()]
+    if PRESENCE in present and PRESENCE not in contents:  # of an earlier agent
+        operations.append(CommitOperationDelete(PRESENCE))
     with hub_errors(config.repo):
         # None leaves the choice to the defaults of the organisation.
         api.create_repo(config.repo, private=config.private or None, exist_ok=True)
         commit = api.create_commit(
             config.repo,
-            [CommitOperationAdd(name, content) for name, content in contents.items()],
+            operations,
             commit_message=f"Agent with a mean IoU of {run.results['agent']['mean_iou']:.3f}",
         )
     print(f"Pushed to {commit.commit_url}; its name is {PREFIX}{config.repo}.")
     return str(commit.commit_url)
 
 
-def _check_target(api: Any, config: HubPushConfig) -> None:
-    """Raise `FileExistsError` for an existing repo that must not be pushed to."""
+def _check_target(api: Any, config: HubPushConfig) -> set[str]:
+    """Return the files of the repo; raise `FileExistsError` if it must not be pushed to."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     with hub_errors(config.repo):
         try:
             info = api.model_info(config.repo)
         except RepositoryNotFoundError:
-            return
-    files = sorted({file.rfilename for file in info.siblings or []} - _INITIAL_FILES)
+            return set()
+    present = {file.rfilename for file in info.siblings or []}
+    files = sorted(present - _INITIAL_FILES)
     if files and TAG not in (info.tags or []):
         raise FileExistsError(
             f"{config.repo} holds something other than an agent of sam-gym ({files[0]}, ...). "
@@ -115,3 +126,4 @@ def _check_target(api: Any, config: HubPushConfig) -> None:
         raise FileExistsError(
             f"{config.repo} exists and is public. Make it private there, or leave out --private."
         )
+    return present

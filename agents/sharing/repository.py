@@ -11,6 +11,8 @@ from typing import Any
 #: Prefix of the names of policies on the hub.
 PREFIX = "hf://"
 POLICY, RESULTS, CARD = "policy.zip", "results.json", "README.md"
+#: Calibration of an agent's presence score, which not every agent has.
+PRESENCE = "presence.json"
 #: Files of a training run that a repository holds, beside the card.
 RUN_FILES = (POLICY, RESULTS, "learning_curve.png", "episodes.gif")
 #: Tag of the repositories that hold an agent of sam-gym.

@@ -249,8 +249,10 @@ class Hub(BaseHTTPRequestHandler):
                 for line in lines
                 if line["key"] == "file"
             }
+            gone = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
             repo = self.repos[name]
-            repo.commits.append(repo.commits[-1] | added)
+            kept = {file: own for file, own in repo.commits[-1].items() if file not in gone}
+            repo.commits.append(kept | added)
             sha = repo.sha(len(repo.commits) - 1)
             url = f"{constants.ENDPOINT}/{name}/commit/{sha}"
             self.answer({"commitUrl": url, "commitOid": sha})

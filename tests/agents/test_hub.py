@@ -17,16 +17,18 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from agents import train_ppo
+from agents.annotation.presence import Calibration, Logistic
 from agents.evaluate import PolicyAgent, evaluate
 from agents.hub import main
 from agents.sharing.card import model_card
-from agents.sharing.pull import HubPullConfig, pull
+from agents.sharing.pull import HubPullConfig, local_policy, pull
 from agents.sharing.push import HubPushConfig, push
 from agents.sharing.repository import RUN_FILES
 from agents.sharing.run import TrainingRun
 from agents.tasks.base import shell_option
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.utils import cli
+from sam_gym.utils.digest import file_digest
 
 Hub = Any
 
@@ -86,6 +88,30 @@ def test_what_is_pulled_is_what_was_pushed(
     agents = [PolicyAgent.load(name, "cpu") for name in (run / "policy.zip", "hf://me/clicker")]
     first, second = (evaluate(agent, settings, episodes=6, num_envs=3) for agent in agents)
     assert np.array_equal(first.ious, second.ious) and first.targets == second.targets
+
+
+def test_the_calibration_of_presence_goes_along(hub: Hub, run: Path, tmp_path: Path) -> None:
+    policy, model = run / "policy.zip", Logistic((1.0,), 0.5)
+    values = {"clip": {"name": "clip_micro"}, "weights": "w", "before": model, "after": model}
+    calibration = Calibration(file_digest(policy), stop=0.1, threshold=0.5, held_out={}, **values)
+    written = calibration.write(policy).read_bytes()
+    pushed(run)
+    repo = hub.repos["me/clicker"]
+    assert repo.commits[1]["presence.json"] == written
+    copied = pull(HubPullConfig("me/clicker", out=str(tmp_path / "out")))
+    for path in (copied, local_policy("hf://me/clicker")):
+        found = Calibration.read(path)
+        assert found is not None and found.threshold == 0.5
+    # Of another policy: refused; without one, that of the agent before goes.
+    policy.write_bytes(policy.read_bytes() + b"newer")
+    with pytest.raises(ValueError, match="calibrated for another"):
+        pushed(run)
+    assert len(repo.commits) == 2
+    (run / "presence.json").unlink()
+    pushed(run)
+    assert "presence.json" not in repo.commits[2]
+    pull(HubPullConfig("me/clicker", out=str(tmp_path / "out"), overwrite=True))
+    assert not (tmp_path / "out" / "presence.json").exists()
 
 
 def test_a_revision_is_an_agent_of_its_own(hub: Hub, run: Path, tiny_env: dict[str, Any]) -> None:

@@ -61,10 +61,18 @@ export default {
   },
   methods: {
     show(patch) {
-      const other = patch.src !== undefined && patch.src !== this.scene.src;
+      const other = patch.file !== undefined && patch.file !== this.scene.file;
       Object.assign(this.scene, patch);
       if (other) this.drag = this.cursor = this.corner = null;
       if (patch.width) this.fit();
+    },
+    // The newest frame wins: those that arrive after it are dropped.
+    async showFrame(patch) {
+      const image = new Image();
+      const turn = (this.turn = (this.turn || 0) + 1);
+      image.src = patch.src;
+      await image.decode().catch(() => {}); // shown as broken
+      if (turn === this.turn) this.show(patch);
     },
     fit() {
       const { clientWidth, clientHeight } = this.$refs.frame;
@@ -139,7 +147,7 @@ export default {
     },
     named(event) {
       if (event.key === "Escape") this.cursor = this.corner = this.drag = null;
-      const keys = "z r n f h e k j l t m d . , ? enter escape backspace delete pagedown pageup 1 2 3 4 5 6 7 8 9";
+      const keys = "z r n f h e k j l t m d p v o . , < > ? home end enter escape backspace delete pagedown pageup 1 2 3 4 5 6 7 8 9";
       const key = event.key.toLowerCase();
       if (!keys.split(" ").includes(key)) return false;
       this.$emit("key", { key: key, shift: event.shiftKey, repeat: event.repeat });

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from agents.annotation.clicks import check_categories, check_others
+from agents.annotation.presence import Calibration, Presence
 from agents.baselines.base import TrainedAgent
 from agents.tasks import task_of_policy
 from sam_gym.backbones import BackboneService
@@ -74,6 +75,7 @@ class ClickPlayer:
 
     Args:
         agent: the agent.
+        calibration: of its score of presence, or None.
 
     Attributes:
         backbone: the SAM that the agent was trained on.
@@ -83,7 +85,7 @@ class ClickPlayer:
         ValueError: the agent is no click agent.
     """
 
-    def __init__(self, agent: TrainedAgent) -> None:
+    def __init__(self, agent: TrainedAgent, calibration: Calibration | None = None) -> None:
         self.policy = policy = agent.policy
         task_of_policy(policy).require("annotate")
         check_others(policy)
@@ -91,12 +93,38 @@ class ClickPlayer:
         self.images = PinnedImages(self.backbone)
         self.needs_cue = "cue_click" in policy.observation_space.spaces
         self.max_steps = int(policy.features["max_steps"])
+        self._presence: Presence | None = None
+        if calibration is not None and not self.needs_cue:
+            self._presence = Presence(calibration, self.backbone, self.known)
         policy.set_training_mode(False)
 
     @property
     def known(self) -> list[str]:
         """Names that the agent was trained on; it may take others."""
         return list(self.policy.features.get("vocabulary") or self.policy.features["categories"])
+
+    @torch.no_grad()
+    def presence(
+        self, image: np.ndarray, logits: Tensor, predicted: Sequence[float], name: str
+    ) -> float | None:
+        """Return the probability that an image shows what the agent has segmented.
+
+        Args:
+            image: uint8 (H, W, 3).
+            logits: mask logits (hm, wm).
+            predicted: predicted IoU of the masks after each click.
+            name: of the object.
+
+        Returns:
+            The presence; None: the agent is not calibrated, or does not know the name.
+        """
+        if self._presence is None or name not in self.known:
+            return None
+        cells = to_host(in_cells(self.backbone, logits.sigmoid()[None, None]))[0][0, 0]
+        with self.images.lock:
+            return self._presence.score_of_mask(
+                cells, np.array(predicted), image, self.known.index(name)
+            )
 
     @torch.no_grad()
     def propose(

@@ -15,7 +15,8 @@ import numpy as np
 from pycocotools import mask as rle
 
 from agents.annotation.files import OutputPaths
-from agents.annotation.sources import ImageFolder
+from agents.annotation.interactive.queue import Queue
+from agents.annotation.sources import ImageSearch
 from sam_gym.data.coco_records import encode_segmentation
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.data.images import Unreadable, read_header
@@ -83,7 +84,7 @@ class SavedObject:
         return rle.decode({"size": list(self.size), "counts": counts}).astype(bool)
 
 
-class Project:
+class Project(Queue):
     """Images below a folder and their annotations.
 
     Every change is written before the call returns, atomically and to the disk; if writing fails,
@@ -106,8 +107,8 @@ class Project:
     def __init__(
         self, root: Path, path: Path, files: Sequence[str] = (), categories: Sequence[str] = ()
     ) -> None:
-        self.root, self.path, self.files = root, path, list(files)
-        self.broken: set[str] = set()
+        super().__init__(files)
+        self.root, self.path = root, path
         self._lock = threading.RLock()
         self._rest: dict[str, Any] = {"info": {"description": "annotated with agents.app"}}
         self._images: dict[str, _Row] = {}
@@ -120,7 +121,12 @@ class Project:
 
     @classmethod
     def of_folder(
-        cls, images: str, outputs: OutputPaths, written: Collection[str], names: Sequence[str]
+        cls,
+        images: str,
+        outputs: OutputPaths,
+        written: Collection[str],
+        names: Sequence[str],
+        may_be_empty: bool = False,
     ) -> Project:
         """Return the project of all images below a folder.
 
@@ -129,13 +135,17 @@ class Project:
             outputs: paths of the results.
             written: real paths of files and folders to leave out.
             names: categories to begin with.
+            may_be_empty: whether a folder without images is no error.
 
         Raises:
             FileNotFoundError, ValueError: the folder does not exist or holds no image, or the
                 results are no COCO JSON.
         """
-        found = ImageFolder.search(images, written)
-        return cls(Path(images), outputs.annotations, found.images, names)
+        search = ImageSearch(images, written)
+        files = [record.file for record in search]
+        if not files and not may_be_empty:
+            raise search.none_found()
+        return cls(Path(images), outputs.annotations, files, names)
 
     def _load(self) -> None:
         content = read_json(str(self.path), "COCO file")
@@ -238,34 +248,12 @@ class Project:
                 raise
             return len(self.files) - 1
 
+    def results(self) -> list[Path]:
+        return [self.path]
+
     def is_done(self, file: str) -> bool:
-        """Return whether somebody has finished the image."""
         with self._lock:
             return file in self._images and bool(self._images[file].record.get("done"))
-
-    def first_open(self) -> int:
-        """Return the index of the first image that nobody has finished; 0 if there is none.
-
-        Broken images come last.
-        """
-        left = [i for i, file in enumerate(self.files) if not self.is_done(file)]
-        return min(left, key=lambda i: self.files[i] in self.broken, default=0)
-
-    def beside(self, index: int, step: int) -> int | None:
-        """Return the index of the next image in the direction of `step`, 1 or -1, or None.
-
-        Broken images are passed over.
-        """
-        index += step
-        while 0 <= index < len(self.files):
-            if self.files[index] not in self.broken:
-                return index
-            index += step
-        return None
-
-    def count_done(self) -> int:
-        """Return the number of finished images."""
-        return sum(map(self.is_done, self.files))
 
     def set_done(self, file: str, size: tuple[int, int], done: bool = True) -> None:
         """Write that an image of (H, W) is finished, or not."""

@@ -27,6 +27,16 @@ def make_app(workspaces: Workspaces, token: str | None, hosts: frozenset[str] | 
             raise HTTPException(404)
         return Response(data, media_type="image/jpeg", headers={"cache-control": "private"})
 
+    @app.get("/frame/{key}/{number}")
+    def frame(key: str, number: int) -> Response:
+        try:
+            data = workspaces.frame(key, number)
+        except (ValueError, OSError):
+            data = None
+        if data is None:
+            raise HTTPException(404)
+        return Response(data, media_type="image/jpeg", headers={"cache-control": "private"})
+
     add_page(workspaces)
     ui.run_with(
         app,

@@ -6,8 +6,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +19,15 @@ from agents.annotation.interactive.drawing import (
     outline,
     shown_size,
 )
+from agents.annotation.interactive.locking import locked
 from agents.annotation.interactive.player import ClickPlayer, PinnedImages, Proposal
 from agents.annotation.interactive.project import Project, SavedObject
 from sam_gym.backbones import BackboneService, Prompts
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.mask_generation.generator import MaskGenerator
 from sam_gym.utils.transfer import to_device, to_host
 
-P = ParamSpec("P")
-R = TypeVar("R")
 #: Bound on the length of a name.
 MAX_NAME = 100
 #: Bound on the clicks of one object.
@@ -44,7 +43,8 @@ class Models:
         images: features of the open images.
         player: the agent, or None.
         generator: of everything mode.
-        max_pixels: bound on the pixels of an image.
+        max_pixels: bound on the pixels of an image, or of a frame of a video.
+        tracker: returns the tracker of videos, which is loaded with the first of them.
     """
 
     backbone: BackboneService
@@ -52,6 +52,7 @@ class Models:
     player: ClickPlayer | None
     generator: MaskGenerator
     max_pixels: int
+    tracker: Callable[[], VideoTracker]
 
 
 @dataclass(frozen=True)
@@ -120,19 +121,6 @@ class OpenImage:
         return self.pixels.shape[0], self.pixels.shape[1]
 
 
-def _locked(
-    method: Callable[Concatenate[Session, P], R],
-) -> Callable[Concatenate[Session, P], R]:
-    """Let actions of a session run one after another."""
-
-    @wraps(method)
-    def call(self: Session, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self.lock:
-            return method(self, *args, **kwargs)
-
-    return call
-
-
 class Session:
     """The work of one person in one browser tab. Methods may be called from any thread.
 
@@ -164,7 +152,7 @@ class Session:
 
     # Images ------------------------------------------------------------------------------------
 
-    @_locked
+    @locked
     def open(self, index: int) -> None:
         """Read and encode an image of the project.
 
@@ -186,7 +174,7 @@ class Session:
         self.image = OpenImage(file, pixels, jpeg(pixels), handle, features)
         self._saved = self.project.objects(file, self.image.size)
 
-    @_locked
+    @locked
     def close(self) -> None:
         """Let the open image and the clicks on it go."""
         if self.image is not None:
@@ -194,7 +182,7 @@ class Session:
         self.image, self.steps, self._saved, self._paths = None, [], [], {}
         self.dismiss_all()
 
-    @_locked
+    @locked
     def finish_image(self) -> None:
         """Write that the image is done."""
         image = self._opened()
@@ -223,7 +211,7 @@ class Session:
         boxes = [step.prompt for step in self.steps if not isinstance(step.prompt, Click)]
         return boxes[-1] if boxes else None
 
-    @_locked
+    @locked
     def click(self, x: float, y: float, positive: bool, by_agent: bool = False) -> None:
         """Add a click at (x, y), in pixels of the image, and decode the mask.
 
@@ -236,7 +224,7 @@ class Session:
         inside = float(np.clip(x, 0, width - 1)), float(np.clip(y, 0, height - 1))
         self._decode(Click(*inside, positive, by_agent))
 
-    @_locked
+    @locked
     def draw_box(self, x0: float, y0: float, x1: float, y1: float) -> None:
         """Replace the box by one with two corners, in pixels of the image, and decode the mask."""
         height, width = self._opened().size
@@ -268,18 +256,18 @@ class Session:
         logits, predicted = backbone.decode_best(image.features, prompts, first)
         self.steps.append(Step(prompt, logits[0], float(predicted[0])))
 
-    @_locked
+    @locked
     def undo(self) -> None:
         """Remove the last click or box."""
         if self.steps:
             self.steps.pop()
 
-    @_locked
+    @locked
     def reset(self) -> None:
         """Remove all clicks of the current object."""
         self.steps = []
 
-    @_locked
+    @locked
     def mask(self) -> np.ndarray:
         """Return the current mask at the size of the image: bool (H, W)."""
         return self._mask_at(self._opened().size)
@@ -293,12 +281,12 @@ class Session:
 
     # Objects -----------------------------------------------------------------------------------
 
-    @_locked
+    @locked
     def set_name(self, name: str) -> None:
         """Name the current object, and those that follow."""
         self.name = " ".join(name.split())[:MAX_NAME]
 
-    @_locked
+    @locked
     def save_object(self) -> None:
         """Write the current object and begin another.
 
@@ -320,13 +308,13 @@ class Session:
             raise ValueError("Name the object first.")
         return self.name
 
-    @_locked
+    @locked
     def rename_object(self, number: int | str) -> None:
         """Give a saved object the current name."""
         self.project.rename(number, self._named())
         self._refresh()
 
-    @_locked
+    @locked
     def remove_object(self, number: int | str) -> None:
         """Remove a saved object."""
         self.project.remove(number)
@@ -355,7 +343,7 @@ class Session:
                 self.suggestions, self.selected = found, 0 if found else -1
         return len(found)
 
-    @_locked
+    @locked
     def suggestion_at(self, x: float, y: float) -> int:
         """Return the smallest suggestion at (x, y), in pixels of the image; -1 without one."""
         height, width = self._opened().size
@@ -365,13 +353,13 @@ class Session:
         hits = [i for i, own in enumerate(self.suggestions) if own.mask[row, column]]
         return min(hits, key=lambda i: self.suggestions[i].record["area"], default=-1)
 
-    @_locked
+    @locked
     def select(self, step: int) -> None:
         """Select another suggestion, `step` further."""
         if self.suggestions:
             self.selected = (self.selected + step) % len(self.suggestions)
 
-    @_locked
+    @locked
     def accept(self, number: int) -> None:
         """Save a suggestion as an object.
 
@@ -383,7 +371,7 @@ class Session:
             raise ValueError("This suggestion is gone.")
         self._accept([self.suggestions[number]])
 
-    @_locked
+    @locked
     def accept_all(self) -> None:
         """Save all suggestions as objects."""
         self._accept(self.suggestions)
@@ -401,19 +389,19 @@ class Session:
         self._refresh()
         self._keep([own for own in self.suggestions if all(own is not c for c in chosen)])
 
-    @_locked
+    @locked
     def answer(self, x: float, y: float, positive: bool) -> None:
         """Accept or dismiss the suggestion at (x, y), in pixels of the image, if there is one."""
         number = self.suggestion_at(x, y)
         if number >= 0:
             (self.accept if positive else self.dismiss)(number)
 
-    @_locked
+    @locked
     def dismiss(self, number: int) -> None:
         """Drop a suggestion."""
         self._keep([own for i, own in enumerate(self.suggestions) if i != number])
 
-    @_locked
+    @locked
     def dismiss_all(self) -> None:
         """Drop all suggestions."""
         self._keep([])
@@ -424,7 +412,7 @@ class Session:
 
     # The agent ---------------------------------------------------------------------------------
 
-    @_locked
+    @locked
     def proposal(self) -> Proposal:
         """Return what the agent would do next.
 
@@ -447,7 +435,7 @@ class Session:
             image.pixels, image.handle, logits, len(self.steps), [name, *others], cue
         )
 
-    @_locked
+    @locked
     def agent_step(self) -> bool:
         """Let the agent click once.
 
@@ -469,9 +457,21 @@ class Session:
         self.click(x * size[1] / width, y * size[0] / height, positive, by_agent=True)
         return len(self.steps) < player.max_steps
 
+    @locked
+    def presence(self) -> float | None:
+        """Return the probability that the image shows the object that the agent has clicked.
+
+        None: the agent has not clicked, cannot tell, or does not know the name.
+        """
+        player, image = self.models.player, self.image
+        if player is None or image is None or not any(click.by_agent for click in self.clicks):
+            return None
+        predicted = [step.predicted_iou for step in self.steps]
+        return player.presence(image.pixels, self.steps[-1].logits, predicted, self.name)
+
     # Views -------------------------------------------------------------------------------------
 
-    @_locked
+    @locked
     def current(self) -> dict[str, Any]:
         """Return the current object as the page draws it; positions are fractions of the image."""
         if self.image is None:
@@ -492,7 +492,7 @@ class Session:
             "box": None if box is None else [*fraction(*box[:2]), *fraction(*box[2:])],
         }
 
-    @_locked
+    @locked
     def objects(self) -> list[dict[str, Any]]:
         """Return the saved objects of the image as the page draws them: id, name, score, path."""
         return [
@@ -510,7 +510,7 @@ class Session:
             self._paths[saved.id] = saved.segmentation, path
         return path
 
-    @_locked
+    @locked
     def heat(self) -> str:
         """Return the agent's click probabilities as an image's data URL; raises as `proposal`."""
         backbone, size = self.models.backbone, self._opened().size

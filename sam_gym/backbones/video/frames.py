@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from sam_gym.data.base import Video
+from sam_gym.data.images import Unreadable, read_header
 from sam_gym.data.io import read_image
 
 #: Endings of image files in a folder of frames.
@@ -30,16 +31,17 @@ class FrameSource(Protocol):
         """Read a frame, uint8 (H, W, 3), RGB."""
 
 
-def open_video(video: Any) -> FrameSource:
+def open_video(video: Any, max_pixels: int | None = None) -> FrameSource:
     """Open a video.
 
     Args:
         video: path of a video file or of a folder of frames, a sequence of images uint8
             (H, W, 3), RGB, or a video of a dataset.
+        max_pixels: bound on the pixels of a frame of a path, checked before one is decoded.
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: there are no frames, or the file cannot be read.
+        ValueError: there are no frames, they are too large, or the file cannot be read.
     """
     if isinstance(video, Video):
         return _Images(_FramesOf(video))
@@ -47,10 +49,18 @@ def open_video(video: Any) -> FrameSource:
         return _Images(video)
     path = Path(video).expanduser()
     if path.is_dir():
-        return _Folder(path)
+        return _Folder(path, max_pixels)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such video.")
-    return _File(path)
+    return _File(path, max_pixels)
+
+
+def _check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+    height, width = size
+    if height * width > max_pixels:
+        raise ValueError(
+            f"{path}: frames of {width} x {height} pixels are larger than {max_pixels:,} pixels."
+        )
 
 
 class _FramesOf(Sequence[np.ndarray]):
@@ -85,7 +95,7 @@ class _Images:
 class _Folder:
     """Image files, in the order of the numbers in their names."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_pixels: int | None) -> None:
         # macOS puts hidden files beside images.
         files = [
             file
@@ -95,7 +105,13 @@ class _Folder:
         if not files:
             raise ValueError(f"{path}: no frames. Expected images ({', '.join(SUFFIXES)}).")
         self.files = sorted(files, key=lambda file: _natural(file.name))
-        self.size = read_image(str(self.files[0]), self.files[0].name).shape[:2]
+        first = self.files[0]
+        if max_pixels is not None:
+            try:
+                _check_pixels(first, read_header(str(first)).size, max_pixels)
+            except Unreadable as error:
+                raise ValueError(f"{first}: {error}.") from None
+        self.size = read_image(str(first), first.name).shape[:2]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -106,9 +122,13 @@ class _Folder:
 
 
 class _File:
-    """A video file; frames in order are decoded once, others after a search."""
+    """A video file; frames in order are decoded once, others after a search.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        rate: frames per second, 0 if the file does not say.
+    """
+
+    def __init__(self, path: Path, max_pixels: int | None) -> None:
         self.path = path
         self._capture = cv2.VideoCapture(str(path))
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -116,6 +136,11 @@ class _File:
         self._last: tuple[int, np.ndarray] | None = None
         if not self._capture.isOpened() or not self._count:
             raise ValueError(f"{path}: no video that OpenCV can read.")
+        if max_pixels is not None:
+            sides = cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH
+            height, width = (int(self._capture.get(side)) for side in sides)
+            _check_pixels(path, (height, width), max_pixels)
+        self.rate = float(self._capture.get(cv2.CAP_PROP_FPS))
         self.size = self[0].shape[:2]
 
     def __len__(self) -> int:

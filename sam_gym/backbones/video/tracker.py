@@ -368,13 +368,7 @@ class TrackingSession:
             IndexError: there is no such video or frame.
             ValueError: no prompt, a mask beside others, or a wrong shape.
         """
-        if not 0 <= video < len(self.videos):
-            raise IndexError(f"video must be from 0 to {len(self.videos) - 1}, got {video}.")
-        source = self.videos[video]
-        if not 0 <= frame < len(source):
-            raise IndexError(
-                f"frame must be from 0 to {len(source) - 1} in video {video}, got {frame}."
-            )
+        self._check_place(video, frame)
         track = self._tracks[video].setdefault(object, Track())
         try:
             entry = self._prompted(track, video, frame, points, labels, box, mask, clear)
@@ -385,6 +379,51 @@ class TrackingSession:
         conditions = frame not in track.passed or self.tracker.correct == "conditioning"
         track.pending[frame] = entry, conditions
         return self._shown(video, frame)
+
+    def restore(
+        self,
+        video: int,
+        frame: int,
+        object: Hashable,
+        mask: Any,
+        *,
+        prompted: bool,
+        reverse: bool = False,
+    ) -> None:
+        """Take a mask that is known of an earlier session as this one's own result.
+
+        A new session goes on where another ended: restore the prompted frames of each object, and
+        the `slots - 1` frames of its memory before the first one to track.
+
+        Args:
+            video: number of the video.
+            frame: number of the frame.
+            object: name of the object, new or known.
+            mask: bool (H, W); all False: the object is not in sight.
+            prompted: whether the frame conditions all others, as prompted ones do; otherwise it is
+                one that a pass has tracked.
+            reverse: whether that pass went backwards.
+
+        Raises:
+            IndexError: there is no such video or frame.
+            ValueError: the mask has another size than the video.
+        """
+        self._check_place(video, frame)
+        frames, _ = self._encoded([(video, frame)])
+        entry = self._from_mask(frames.features, np.asarray(mask), self.videos[video].size)
+        entry.memory = self.tracker.memorize(
+            frames.features.embedding, entry.logits[None], entry.score[None], prompted
+        )[0]
+        track = self._tracks[video].setdefault(object, Track())
+        (track.conditioning if prompted else track.tracked)[frame] = entry
+        track.passed[frame] = reverse
+
+    def _check_place(self, video: int, frame: int) -> None:
+        if not 0 <= video < len(self.videos):
+            raise IndexError(f"video must be from 0 to {len(self.videos) - 1}, got {video}.")
+        last = len(self.videos[video]) - 1
+        if not 0 <= frame <= last:
+            raise IndexError(f"frame must be from 0 to {last} in video {video}, got {frame}.")
 
     def _prompted(
         self,

@@ -95,7 +95,7 @@ def write_masklets(
     table = [{"id": number, "name": name} for name, number in ids.items()]
     tables: dict[str, Iterator[dict[str, Any]]]
     if video_format == "coco-video":
-        tables = {"images": _coco_images(videos), "annotations": _coco_annotations(videos, ids)}
+        tables = {"images": image_records(videos), "annotations": _coco_annotations(videos, ids)}
     else:
         annotations = _youtube_vis_annotations(videos, ids)
         tables = {"videos": _youtube_vis_videos(videos), "annotations": annotations}
@@ -103,7 +103,8 @@ def write_masklets(
     return write_tables(root / ANNOTATIONS, content)
 
 
-def _coco_images(videos: Iterable[AnnotatedVideo]) -> Iterator[dict[str, Any]]:
+def image_records(videos: Iterable[AnnotatedVideo]) -> Iterator[dict[str, Any]]:
+    """Yield the image records of "coco-video"."""
     numbers = itertools.count(1)
     for video in videos:
         height, width = video.size

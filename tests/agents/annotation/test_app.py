@@ -492,7 +492,7 @@ def test_tabs_do_not_see_each_other(config: Any) -> None:
     two.session.save_object()
     assert len(content(one.session)["annotations"]) == 2  # nobody's work is lost
 
-    one.show(one.uploads, tabs.upload(one, "../../a.png", png()))
+    one.show(*tabs.upload(one, "../../a.png", png()))
     assert one.uploads.files == ["__..__a.png"]
     assert two.uploads.files == [] and one.session.project is one.uploads
     one.session.click(10, 10, True)
@@ -642,19 +642,23 @@ def test_wrong_options(config: Any, photos: Path) -> None:
 
 def test_keys_of_the_browser_are_those_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nicegui", reason="the app needs NiceGUI: pip install 'sam-gym[app]'")
-    from agents.annotation.interactive import page
+    from agents.annotation.interactive import page, widgets
 
     monkeypatch.setattr(page.Page, "_build", lambda self: None)
-    actions = page.Page(MagicMock(), MagicMock(), MagicMock())._actions
+    own = page.Page(MagicMock(), MagicMock(), MagicMock())
     script = Path(page.__file__).with_name("canvas.js").read_text()
     (keys,) = re.findall(r'const keys = "(.*)";', script)
-    assert {key for key in keys.split() if not key.isdecimal()} == set(actions)
+    panels = [own.images.actions, own.videos.actions]
+    assert {key for key in keys.split() if not key.isdecimal()} == {
+        key for actions in [own.actions, *panels] for key in actions
+    }
+    assert not any(own.actions.keys() & actions.keys() for actions in panels)
     # What is sent is UTF-8, whatever the names of files are, and ids may be of any kind.
     notify = MagicMock()
     monkeypatch.setattr(page.ui, "notify", notify)
     page.Page.tell(MagicMock(), "\udcff.png: not an image")
     notify.call_args.args[0].encode()
-    assert page._css(page._number(1.0)) != page._css(page._number("id of text"))
+    assert widgets.css_colour(1) != widgets.css_colour("id of text")
 
 
 def test_a_project_of_many_objects_is_written_quickly(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The app in Chromium: clicks, the agent, reloads, crashes, tabs, uploads, keys, a phone."""
+"""The app in Chromium: clicks, the agent, videos, reloads, crashes, tabs, uploads, keys, phones."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from sam_gym.data import Sample, make_dataset
+from sam_gym.data import Sample, make_dataset, make_video_dataset
 
 pytest.importorskip("nicegui", reason="the app needs NiceGUI: pip install 'sam-gym[app]'")
 playwright = pytest.importorskip(
@@ -52,15 +52,15 @@ def photos(tmp_path: Path, scenes: list[Sample]) -> Path:
 class App:
     """The app in a process of its own."""
 
-    def __init__(self, photos: Path, start_script: Callable[..., Any]) -> None:
+    def __init__(self, photos: Path, start_script: Callable[..., Any], *options: str) -> None:
         self.start_script = start_script
         self.script: Any = None
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         self.out, self.url = photos.parent / "out", f"http://127.0.0.1:{port}/"
         self.command = ["agents.app", "--images", str(photos)]
-        self.command += ["--out", str(self.out), "--policy", "implicit", "--port", port]
-        self.command += ["--device", "cpu"]
+        self.command += ["--out", str(self.out), "--port", port, "--device", "cpu"]
+        self.command += options or ["--policy", "implicit"]
 
     def start(self) -> None:
         script = self.script = self.start_script(*self.command)
@@ -143,11 +143,16 @@ def shoot(page: Any, name: str) -> None:
         page.screenshot(path=f"{SHOTS}/{name}.png")
 
 
+def depth(mask: np.ndarray) -> np.ndarray:
+    """Return the distance of each pixel to the outside of a mask."""
+    padded = np.pad(mask, 1).astype(np.uint8)
+    return cv2.distanceTransform(padded, cv2.DIST_L2, 5)[1:-1, 1:-1]
+
+
 def middle(mask: np.ndarray) -> tuple[int, int]:
     """Return the pixel (x, y) deepest inside a mask."""
-    depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5)
-    y, x = np.unravel_index(depth.argmax(), depth.shape)
-    return int(x) - 1, int(y) - 1
+    y, x = np.unravel_index(depth(mask).argmax(), mask.shape)
+    return int(x), int(y)
 
 
 def test_annotate_a_folder(
@@ -269,7 +274,8 @@ def test_uploads_and_a_phone(app: App, open_tab: Callable[..., Any], tmp_path: P
     own.write_text("no image")
     page.set_input_files("input[type=file]", str(own))
     page.wait_for_selector("text=own.png")
-    page.get_by_role("button", name="Folder").tap()
+    page.locator(".sg-bar button", has_text="Uploads").tap()
+    page.locator(".q-menu .q-item", has_text="Images").tap()
     until(lambda: "0.png" in page.inner_text(".sg-bar"))
 
 
@@ -288,3 +294,167 @@ def test_everything(app: App, open_tab: Callable[..., Any]) -> None:
     page.keyboard.press("l")
     until(lambda: len(app.annotations()) == count)
     until(lambda: page.locator(".sg-suggestion").count() == 0)
+
+
+# Videos ----------------------------------------------------------------------------------------
+
+FRAMES = 8
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Any:
+    """A clip whose file, clip.avi, and a large photo are in the folder of the app."""
+    clip = make_video_dataset("clips", split="test", length=1, frames=FRAMES, size=256)[0]
+    (tmp_path / "photos").mkdir()
+    path = tmp_path / "photos" / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 12, (256, 256))
+    for frame in range(FRAMES):
+        writer.write(np.ascontiguousarray(clip.image(frame)[..., ::-1]))
+    writer.release()
+    large = cv2.resize(clip.image(0), (2000, 2000))
+    cv2.imwrite(str(tmp_path / "photos" / "large.jpg"), large[..., ::-1])
+    return clip
+
+
+@pytest.fixture
+def video_app(clip: Any, tmp_path: Path, start_script: Callable[..., Any]) -> Iterator[App]:
+    app = App(tmp_path / "photos", start_script, "--backbone", "micro")
+    app.start()
+    yield app
+    app.kill()
+
+
+def frame_of(page: Any) -> str:
+    return page.inner_text("[data-testid=frame]")
+
+
+def choose(page: Any, queue: str) -> None:
+    """Take another queue."""
+    page.locator(".sg-bar button", has_text="Images").or_(
+        page.locator(".sg-bar button", has_text="Videos")
+    ).first.click()
+    page.locator(".q-menu .q-item", has_text=queue).click()
+
+
+def test_videos(video_app: App, open_tab: Callable[..., Any], clip: Any, tmp_path: Path) -> None:
+    page = open_tab(video_app.url)
+    truth = [clip.annotation(frame).masks for frame in range(FRAMES)]
+    # The thickest object: SAM takes thin ones apart.
+    depths = [[depth(mask).max() for mask in masks] for masks in truth]
+    number = int(np.min(depths, axis=0).argmax())
+    x, y = middle(truth[0][number])
+    file = video_app.out / "videos" / "masklets" / "clip.json"
+
+    # Outlines of a photo that is shown smaller than it is are where its clicks are.
+    page.mouse.click(*place(page, 8 * x + 4, 8 * y + 4, 2000))
+    until(lambda: path_of(page))
+    inside = "at => document.querySelector('[data-testid=mask]').isPointInFill(new DOMPoint(...at))"
+    assert page.evaluate(inside, [(x + 0.5) * 5, (y + 0.5) * 5])
+    page.keyboard.press("r")
+    until(lambda: not path_of(page))
+
+    # Click an object in the first frame, track it, see it in the last.
+    choose(page, "Videos")
+    until(lambda: frame_of(page) == f"1 / {FRAMES}")
+    page.get_by_label("Name of the object").fill("thing")
+    page.keyboard.press("Enter")
+    page.mouse.click(*place(page, x, y))
+    first = until(lambda: path_of(page))
+    assert page.evaluate(inside, [x + 0.5, y + 0.5])
+    until(lambda: file.exists() and len(json.loads(file.read_text())["annotations"]) == 1)
+    page.keyboard.press("f")
+    page.wait_for_selector("text=Tracking")
+    page.keyboard.press("End")  # the page is usable meanwhile
+    until(lambda: frame_of(page) == f"{FRAMES} / {FRAMES}")
+    until(lambda: not page.inner_text("[data-testid=progress]"))
+    last = until(lambda: path_of(page))
+    assert last != first and marks(page) == 0
+    shoot(page, "video")
+    annotations = json.loads(file.read_text())["annotations"]
+    assert len(annotations) > FRAMES // 2
+
+    # A correction changes this frame at once, and the others by another pass.
+    page.keyboard.press(",")
+    until(lambda: frame_of(page) == f"{FRAMES - 1} / {FRAMES}")
+    before = path_of(page)
+    page.mouse.click(*place(page, 250, 250), button="right")
+    there = middle(truth[-2][number])
+    page.mouse.click(*place(page, *there))
+    until(lambda: marks(page) == 2)
+    corrected = until(lambda: path_of(page))
+    assert corrected != before
+    page.keyboard.press("f")
+    until(lambda: page.inner_text("[data-testid=progress]"))
+    until(lambda: not page.inner_text("[data-testid=progress]"))
+    assert path_of(page) == corrected
+    shoot(page, "correction")
+
+    # A second object, beside the first; undo; a film.
+    page.keyboard.press("Enter")
+    until(lambda: not path_of(page) and page.locator(".sg-object").count() == 1)
+    page.mouse.click(*place(page, 20, 230))
+    until(lambda: page.locator(".sg-item").count() == 2)
+    page.keyboard.press("z")
+    until(lambda: page.locator(".sg-item").count() == 1)
+    page.keyboard.press("Home")
+    until(lambda: frame_of(page).startswith("1 /"))
+    page.keyboard.press("p")
+    until(lambda: frame_of(page) == f"{FRAMES} / {FRAMES}")
+    page.keyboard.press(",")
+    until(lambda: frame_of(page) == f"{FRAMES - 1} / {FRAMES}")
+
+    page.keyboard.press("j")
+    until(lambda: path_of(page) == corrected and marks(page) == 2)
+
+    # A reload and a crash lose nothing.
+    page.reload(wait_until="commit")
+    loaded(page)
+    until(lambda: frame_of(page) == f"{FRAMES - 1} / {FRAMES}")
+    until(lambda: path_of(page) == corrected and marks(page) == 2)
+    video_app.kill()
+    video_app.start()
+    other = open_tab(video_app.url)
+    until(lambda: frame_of(other) == f"{FRAMES - 1} / {FRAMES}")
+    assert marks(other) == 0
+    other.keyboard.press("j")
+    until(lambda: path_of(other) == corrected and marks(other) == 2)
+
+    # The download is COCO; a finished video is a dataset.
+    with other.expect_download() as download:
+        other.get_by_label("Download the COCO JSON").click()
+    target = tmp_path / "download.json"
+    download.value.save_as(target)
+    coco = COCO(str(target))
+    assert all(coco.annToMask(own).any() for own in coco.anns.values())
+    masks = {coco.imgs[own["image_id"]]["order_in_video"]: own for own in coco.anns.values()}
+    found = coco.annToMask(masks[FRAMES - 2]) > 0
+    assert found[there[1], there[0]]
+    other.keyboard.press("d")
+    path = video_app.out / "videos" / "annotations.json"
+    until(path.exists)
+    data = make_video_dataset(
+        "coco-video", split="all", root=str(path.parent), annotations=str(path)
+    )
+    assert len(data[0]) == FRAMES and list(data.categories) == ["thing"]
+
+
+def test_a_video_on_a_phone(
+    video_app: App, open_tab: Callable[..., Any], clip: Any, tmp_path: Path
+) -> None:
+    page = open_tab(video_app.url, 390, 844, has_touch=True, is_mobile=True)
+    own = tmp_path / "own.avi"
+    own.write_bytes((tmp_path / "photos" / "clip.avi").read_bytes())
+    page.set_input_files("input[type=file]", str(own))
+    until(lambda: "own.avi" in page.inner_text(".sg-bar"))
+    until(lambda: frame_of(page) == f"1 / {FRAMES}")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.touchscreen.tap(*place(page, *middle(clip.annotation(0).masks[0])))
+    until(lambda: path_of(page))
+    page.get_by_role("button", name="Next frame (.)").tap()
+    until(lambda: frame_of(page) == f"2 / {FRAMES}")
+    until(lambda: not path_of(page))
+    page.get_by_role("button", name="Forwards").tap()
+    until(lambda: path_of(page))
+    shoot(page, "video-phone")
+    (kept,) = (video_app.out / "uploads").glob("*/videos/videos/*")
+    assert kept.read_bytes() == own.read_bytes()

@@ -2,16 +2,22 @@
 
 import json
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import cv2
 import numpy as np
 import pytest
 from scipy.special import expit
 
 from agents.annotation.clicks import ClickAnnotator
-from agents.annotation.presence import PRESENCE, Calibration, Logistic, Presence
+from agents.annotation.interactive.player import ClickPlayer
+from agents.annotation.interactive.project import Project
+from agents.annotation.interactive.session import Models, Session
+from agents.annotation.presence import Calibration, Logistic, Presence
 from agents.evaluate import PolicyAgent
 from agents.policies.saved import SHIPPED
 from agents.presence import auroc
+from agents.sharing.repository import PRESENCE
 from sam_gym.backbones import load_backbone
 from sam_gym.data import make_dataset
 from sam_gym.data.synthetic.scenes import Scenes
@@ -95,3 +101,31 @@ def test_an_absent_category_has_no_mask_and_is_not_played(monkeypatch: pytest.Mo
         assert annotation["score"] == pytest.approx(alone["score"], abs=1e-4)
         assert annotation["presence"] == pytest.approx(alone["presence"], abs=1e-3)
         assert annotation["presence"] >= calibration.threshold
+
+
+def test_the_app_tells_the_presence_that_annotate_writes(tmp_path: Path) -> None:
+    agent = PolicyAgent.load("explicit", "cpu")
+    calibration = Calibration.read(SHIPPED["explicit"])
+    assert calibration is not None
+    player = ClickPlayer(agent, calibration)
+    models = Models(player.backbone, player.images, player, MagicMock(), 10**8, MagicMock())
+    sample = make_dataset("scenes", "test", length=1)[0]
+    cv2.imwrite(str(tmp_path / "a.png"), sample.image[..., ::-1])
+    words = player.known  # a word's map depends on the others
+    project = Project(tmp_path, tmp_path / "out.json", ["a.png"], words)
+    session = Session(models, project)
+    session.open(0)
+    word = int(sample.categories[0])
+    session.set_name(words[word])
+    session.click(5, 5, True)
+    assert session.presence() is None  # a person's click
+    session.reset()
+    while session.agent_step():
+        pass
+    presence = Presence(calibration, player.backbone, words, 0.0)
+    annotator = ClickAnnotator(agent, words, 1, presence=presence)
+    (item,) = annotator.stream(iter([(("a.png", word), sample.image)]))
+    assert session.presence() == pytest.approx(item.annotations[0]["presence"], abs=1e-3)
+    session.set_name("zebra crossing")
+    assert session.presence() is None
+    session.close()

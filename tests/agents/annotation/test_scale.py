@@ -19,7 +19,7 @@ from PIL import Image
 from agents.annotation.folder import AnnotatedItem, FolderConfig, FolderRun, Key, annotate_folder
 from agents.annotation.overlays import NameSet
 from agents.annotation.shards import images_per_shard
-from agents.annotation.sources import ImageFolder, ImageSearch
+from agents.annotation.sources import ImageSearch
 from sam_gym.data.coco_writer import mask_annotation
 
 SCRIPT = str(Path(__file__).with_name("annotate_squares.py"))
@@ -298,7 +298,7 @@ def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(png(0))
-    assert list(ImageFolder.search(str(tmp_path)).images) == sorted(names)
+    assert [own.file for own in ImageSearch(str(tmp_path))] == sorted(names)
 
 
 # Numbers -----------------------------------------------------------------------------------------

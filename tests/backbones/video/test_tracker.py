@@ -290,3 +290,44 @@ def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
     source = open_video([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)])
     with pytest.raises(ValueError, match=r"frame 1 has the size \(4, 5\), frame 0 has \(4, 4\)"):
         source[1]
+
+
+def test_a_session_goes_on_where_another_ended(tracker: Callable[..., VideoTracker]) -> None:
+    frames, mask = video(0, 12), np.zeros((48, 80), bool)
+    mask[10:30, 20:50] = True
+    whole = tracker().open([frames])
+    whole.prompt(0, 2, "a", mask=mask)
+    expected = logits_of(whole)
+    again = tracker(keep="window").open([frames])
+    again.restore(0, 2, "a", mask, prompted=True)
+    for key, logits in logits_of(again).items():
+        torch.testing.assert_close(logits, expected[key])
+    # Frames that were tracked are recalled: what follows depends on them.
+    later = []
+    for known in (mask, np.zeros_like(mask)):
+        session = tracker(keep="window").open([frames])
+        session.restore(0, 2, "a", mask, prompted=True)
+        session.restore(0, 5, "a", known, prompted=False)
+        found = logits_of(session, start=6)
+        assert sorted(frame for _, frame in found) == list(range(6, 12))
+        later.append(found[0, 6])
+    assert (later[0] - later[1]).abs().max() > 1e-3
+    for place, error, message in (
+        ((1, 0), IndexError, "video must be from 0 to 0"),
+        ((0, 12), IndexError, "frame must be from 0 to 11"),
+    ):
+        with pytest.raises(error, match=message):
+            again.restore(*place, "a", mask, prompted=True)
+    with pytest.raises(ValueError, match="size of the video"):
+        again.restore(0, 0, "b", mask[:-1], prompted=True)
+    assert "b" not in again._tracks[0]
+
+
+def test_large_frames_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "0.png"), np.zeros((40, 50, 3), np.uint8))
+    assert open_video(tmp_path, 2000).size == (40, 50)
+    with pytest.raises(ValueError, match=r"50 x 40 pixels are larger than 1,999"):
+        open_video(tmp_path, 1999)
+    (tmp_path / "0.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"0.png"):
+        open_video(tmp_path, 2000)

@@ -1,0 +1,337 @@
+"""The part of the page for images: clicks, the agent, everything mode, saved objects."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nicegui import ui
+
+from agents.annotation.interactive.drawing import shown_size
+from agents.annotation.interactive.panel import Panel, pixel
+from agents.annotation.interactive.project import ANNOTATIONS
+from agents.annotation.interactive.widgets import css_colour, icon_button, in_thread, text_button
+from sam_gym.utils.text import printable
+
+if TYPE_CHECKING:
+    from agents.annotation.interactive.page import Page
+
+#: Seconds between the agent's clicks, so that a person can follow and take over.
+_PAUSE = 0.25
+
+
+class ImagePanel(Panel):
+    """Annotates images; see `Panel`."""
+
+    keys: ClassVar = {
+        "Z, R": "undo, reset",
+        "Enter": "save the object, or accept the suggestion",
+        "N, F, Esc": "agent's next click, finish, take over",
+        "H": "heat map of the agent",
+        "E": "suggest everything",
+        "J, K, Backspace": "next and previous suggestion, dismiss it",
+        "L": "accept all suggestions",
+        "Delete": "remove the last object",
+        ". and ,": "next, previous image",
+    }
+
+    def __init__(self, page: Page) -> None:
+        super().__init__(page)
+        self.session, self.player = page.workspace.session, page.workspaces.models.player
+        self.playing = False
+        self.actions = {
+            "z": self.undo,
+            "r": self.reset,
+            "enter": self.enter,
+            "n": self.next_click,
+            "f": self.finish,
+            "escape": self.take_over,
+            "h": self.switch_heat,
+            "e": self.suggest,
+            "j": lambda: self.select(1),
+            "k": lambda: self.select(-1),
+            "l": self.accept_all,
+            "backspace": self.dismiss,
+            "delete": self.remove_last,
+            ".": lambda: page.go(1),
+            ",": lambda: page.go(-1),
+        }
+
+    # Layout ------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        with ui.element("div").classes("sg-part") as self.element:
+            with ui.element("div").classes("sg-row"):
+                text_button("Undo", "undo", "Undo (Z)", self.undo)
+                text_button("Reset", "restart_alt", "Reset (R)", self.reset)
+                text_button("Save", "save", "Save the object (Enter)", self.enter, "color=positive")
+            with ui.element("div").classes("sg-group"):
+                self._build_agent()
+            with ui.element("div").classes("sg-group"):
+                ui.label("Everything").classes("sg-title")
+                with ui.element("div").classes("sg-row"):
+                    self.finder = text_button(
+                        "Suggest", "auto_awesome", "Suggest everything (E)", self.suggest
+                    )
+                    self.suggested = ui.element("div").classes("sg-row")
+            with ui.element("div").classes("sg-group"):
+                self.count = ui.label().classes("sg-title")
+                self.objects = ui.element("div").classes("sg-list")
+
+    def _build_agent(self) -> None:
+        ui.label("Agent").classes("sg-title")
+        if self.player is None:
+            ui.label("None: start the app with --policy.").classes("sg-note")
+        else:
+            with ui.element("div").classes("sg-row"):
+                text_button("Next click", "ads_click", "Next click (N)", self.next_click)
+                text_button("Finish", "smart_toy", "Finish (F)", self.finish)
+                self.over = text_button("Take over", "pan_tool", "Esc", self.take_over)
+                self.over.set_visibility(False)
+        self.heat = ui.switch("Heat map", on_change=self._show_current)
+        self.heat.props("dense").set_visibility(self.player is not None)
+
+    def set_visibility(self, visible: bool) -> None:
+        self.element.set_visibility(visible)
+
+    # Of the page -------------------------------------------------------------------------------
+
+    @property
+    def has_image(self) -> bool:
+        return self.session.image is not None
+
+    def unfinished(self) -> str | None:
+        return "Save (Enter) or reset (R) the object first." if self.session.steps else None
+
+    def pause(self) -> None:
+        self.playing = False
+
+    async def finish_file(self) -> bool:
+        worked, _ = await self.page.do(self.session.finish_image)
+        return worked
+
+    def export(self) -> tuple[str, str]:
+        return self.session.project.text(), ANNOTATIONS
+
+    @property
+    def name(self) -> str:
+        return self.session.name
+
+    def names(self) -> list[str]:
+        known = [] if self.player is None or self.player.needs_cue else self.player.known
+        return list(dict.fromkeys([*self.session.project.names, *known]))
+
+    async def set_name(self, name: str) -> None:
+        await self.page.do(self.session.set_name, name)
+        if self.heat.value:
+            await self._show_current()
+
+    async def show(self) -> None:
+        image = self.session.image
+        if image is None:
+            self.page.canvas.show(src="", path="", marks=[], box=None, heat="")
+            self.page.status.set_text(self.page.status.text or "Upload an image to begin.")
+        else:
+            height, width = shown_size(image.size)
+            src = f"/shown/{image.key}"
+            self.page.canvas.show(src=src, file=printable(image.file), width=width, height=height)
+        await self._show_objects()
+        await self._show_current()
+
+    # The object --------------------------------------------------------------------------------
+
+    async def press(self, at: list[float], positive: bool) -> None:
+        self.playing = False
+        assert self.session.image is not None
+        x, y = pixel(at, self.session.image.size)
+        if self.session.suggestions:
+            await self.page.do(self.session.answer, x, y, positive)
+            await self._show_objects()
+            return
+        await self.page.do(self.session.click, x, y, positive)
+        await self._show_current()
+
+    async def box(self, corners: list[float]) -> None:
+        self.playing = False
+        assert self.session.image is not None
+        size = self.session.image.size
+        await self.page.do(
+            self.session.draw_box, *pixel(corners[:2], size), *pixel(corners[2:], size)
+        )
+        await self._show_current()
+
+    async def undo(self) -> None:
+        """Remove the last click or box."""
+        self.playing = False
+        await self.page.do(self.session.undo)
+        await self._show_current()
+
+    async def reset(self) -> None:
+        """Remove all clicks."""
+        self.playing = False
+        await self.page.do(self.session.reset)
+        await self._show_current()
+
+    async def enter(self) -> None:
+        """Save the object, or accept the selected suggestion."""
+        self.playing = False
+        session = self.session
+        if session.suggestions and not session.steps:
+            await self.page.do(session.accept, session.selected)
+        else:
+            await self.page.do(session.save_object)
+        await self._show_objects()
+        self.page.offer()
+        await self._show_current()
+
+    # The agent ---------------------------------------------------------------------------------
+
+    async def next_click(self) -> None:
+        """Let the agent click once."""
+        self.playing = False
+        if self.session.image is not None:
+            await self._agent_step()
+
+    async def _agent_step(self) -> bool:
+        before = len(self.session.steps)
+        worked, goes_on = await self.page.do(self.session.agent_step)
+        await self._show_current()
+        if worked and not goes_on:
+            same = len(self.session.steps) == before
+            self.page.status.set_text(
+                "The agent would stop here." if same else "The agent is done."
+            )
+        return bool(worked and goes_on)
+
+    async def finish(self) -> None:
+        """Let the agent click until it is done or somebody takes over."""
+        if self.session.image is None or self.playing or self.player is None:
+            return
+        self.playing = True
+        self.over.set_visibility(True)
+        try:
+            while self.playing and await self._agent_step():
+                await asyncio.sleep(_PAUSE)
+        finally:
+            self.playing = False
+            self.over.set_visibility(False)
+
+    async def take_over(self) -> None:
+        """Stop the agent, or else drop the suggestions."""
+        if not self.playing and self.session.suggestions:
+            await self.page.do(self.session.dismiss_all)
+            self._show_suggestions()
+        self.playing = False
+
+    async def switch_heat(self) -> None:
+        """Show or hide the agent's click probabilities."""
+        if self.player is not None:
+            self.heat.set_value(not self.heat.value)
+
+    # Everything mode ---------------------------------------------------------------------------
+
+    async def suggest(self) -> None:
+        """Find the masks of everything; the person may go on meanwhile."""
+        if self.session.image is None or not self.finder.enabled:
+            return
+        self.finder.props("loading").disable()
+        self.page.status.set_text("Looking for everything ...")
+        try:
+            count = await in_thread(self.session.suggest)
+            least, stable = self.page.workspaces.models.generator.thresholds
+            none = (
+                f"No mask has a predicted IoU of {least} and a stability of {stable}: start the "
+                "app with lower --pred-iou-thresh and --stability-score-thresh."
+            )
+            found = f"{count} suggestions: click one to accept it, right-click to dismiss it."
+            self.page.status.set_text(found if count else none)
+        except (ValueError, OSError, MemoryError) as error:
+            self.page.tell(str(error))
+        finally:
+            self.finder.props(remove="loading").enable()
+        self._show_suggestions()
+
+    async def select(self, step: int) -> None:
+        """Select another suggestion."""
+        await self.page.do(self.session.select, step)
+        self.page.canvas.show(selected=self.session.selected)
+
+    async def accept_all(self) -> None:
+        """Save all suggestions."""
+        if self.session.suggestions:
+            await self.page.do(self.session.accept_all)
+            await self._show_objects()
+            self.page.offer()
+
+    async def dismiss(self) -> None:
+        """Drop the selected suggestion."""
+        if self.session.suggestions:
+            await self.page.do(self.session.dismiss, self.session.selected)
+            self._show_suggestions()
+
+    # Saved objects -----------------------------------------------------------------------------
+
+    async def remove_last(self) -> None:
+        """Remove the object that was saved last."""
+        if objects := await in_thread(self.session.objects):
+            await self._remove(objects[-1]["id"])
+
+    async def _remove(self, number: int | str) -> None:
+        await self.page.do(self.session.remove_object, number)
+        await self._show_objects()
+
+    async def _rename(self, number: int | str) -> None:
+        await self.page.do(self.session.rename_object, number)
+        await self._show_objects()
+        self.page.offer()
+
+    # Views -------------------------------------------------------------------------------------
+
+    async def _show_current(self) -> None:
+        scene = await in_thread(self.session.current)
+        self.page.canvas.show(**scene)
+        heat = ""
+        if self.heat.value and self.session.image is not None:
+            try:
+                heat = await in_thread(self.session.heat)
+            except ValueError as error:  # while the name is being typed
+                self.page.status.set_text(str(error))
+        self.page.canvas.show(heat=heat)
+        iou = self.session.predicted_iou
+        presence = await in_thread(self.session.presence)
+        text = "" if iou is None else f"IoU {iou:.2f}"
+        self.page.score.set_text(text if presence is None else f"{text}, presence {presence:.2f}")
+
+    async def _show_objects(self) -> None:
+        objects = await in_thread(self.session.objects)
+        for own in objects:
+            own["colour"] = css_colour(own["id"])
+        drawn = [{key: own[key] for key in ("id", "path", "colour")} for own in objects]
+        self.page.canvas.show(objects=drawn)
+        self.count.set_text(f"Objects: {len(objects)}")
+        self.objects.clear()
+        with self.objects:
+            for own in objects:
+                self._show_object(own)
+        self._show_suggestions()
+
+    def _show_object(self, own: dict[str, Any]) -> None:
+        number, score = own["id"], own["score"]
+        with ui.element("div").classes("sg-item"):
+            ui.element("div").classes("sg-dot").style(f"background: {own['colour']}")
+            text = own["name"] if score is None else f"{own['name']}  {score:.2f}"
+            ui.label(text).classes("sg-label")
+            name, remove = lambda: self._rename(number), lambda: self._remove(number)
+            icon_button("drive_file_rename_outline", "Give it the name above", name, "size=sm")
+            icon_button("delete", "Remove", remove, "size=sm")
+
+    def _show_suggestions(self) -> None:
+        found, selected = self.session.suggestions, self.session.selected
+        drawn = [{"path": own.path, "colour": css_colour(i)} for i, own in enumerate(found)]
+        self.page.canvas.show(suggestions=drawn, selected=selected)
+        self.suggested.clear()
+        if not found:
+            return
+        with self.suggested:
+            text_button(f"Accept all {len(found)}", "done_all", "L", self.accept_all)
+            text_button("Dismiss", "clear_all", "Esc", self.take_over)

@@ -1,0 +1,515 @@
+"""What one person does with a video: prompts in frames, objects, passes of the tracker."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from agents.annotation.interactive.drawing import at_shown_size, jpeg, outline, shown_size
+from agents.annotation.interactive.job import Job
+from agents.annotation.interactive.library import VideoLibrary
+from agents.annotation.interactive.locking import locked
+from agents.annotation.interactive.masklets import (
+    UNNAMED,
+    FramePrompt,
+    Masklets,
+    VideoObject,
+    ranges,
+)
+from agents.annotation.interactive.propagation import Prompter, propagate, start_of
+from agents.annotation.interactive.session import MAX_CLICKS, MAX_NAME, Click, Models
+from sam_gym.backbones.video.frames import FrameSource
+
+#: Bound on the objects of a video.
+MAX_OBJECTS = 200
+#: Number of changes that can be undone.
+_HISTORY = 100
+#: Number of frames of an open video that are held as JPEG.
+_SHOWN_FRAMES = 32
+#: Frames per second of a video that does not tell.
+_RATE = 12.0
+
+
+class FrameViewer:
+    """Frames of a video as JPEG, decoded when they are looked at; for any thread.
+
+    Args:
+        source: the frames.
+    """
+
+    def __init__(self, source: FrameSource) -> None:
+        self._source, self._lock = source, threading.Lock()
+        self._shown: OrderedDict[int, bytes] = OrderedDict()
+
+    def jpeg(self, frame: int) -> bytes:
+        """Return a frame as it is shown.
+
+        Raises:
+            ValueError, OSError: it cannot be decoded.
+        """
+        with self._lock:
+            if frame not in self._shown:
+                self._shown[frame] = jpeg(self._source[frame])
+                if len(self._shown) > _SHOWN_FRAMES:
+                    self._shown.popitem(last=False)
+            self._shown.move_to_end(frame)
+            return self._shown[frame]
+
+
+@dataclass(frozen=True)
+class OpenVideo:
+    """The video that a person looks at.
+
+    Attributes:
+        file: in the library.
+        masklets: its objects, which others may change, too.
+        viewer: of its frames.
+        prompter: segments prompted frames.
+        rate: frames per second.
+        key: secret name of its frames, which no other person can guess.
+    """
+
+    file: str
+    masklets: Masklets
+    viewer: FrameViewer
+    prompter: Prompter
+    rate: float
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.masklets.size
+
+    def __len__(self) -> int:
+        return len(self.masklets.frames)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What can be undone: the objects before a change, and their versions after it."""
+
+    before: Mapping[int, VideoObject | None]
+    after: Mapping[int, int | None]
+    frame: int
+
+
+class VideoSession:
+    """The work of one person on a video in one browser tab. Methods may be called from any thread.
+
+    Args:
+        models: what all people share.
+        library: the videos.
+
+    Attributes:
+        library: the videos.
+        index: of the open video in `library.files`.
+        video: the open video, or None.
+        frame: number of the frame that is shown.
+        selected: id of the object that clicks are for; None: the next click begins another.
+        name: name of objects that are begun.
+        job: the pass of the tracker that runs or ran last, or None.
+    """
+
+    def __init__(self, models: Models, library: VideoLibrary) -> None:
+        self.models, self.library = models, library
+        self.lock = threading.RLock()
+        self.index, self.frame, self.name = 0, 0, ""
+        self.video: OpenVideo | None = None
+        self.selected: int | None = None
+        self.job: Job | None = None
+        self._tracked: tuple[int, ...] = ()
+        self._history: deque[_Change] = deque(maxlen=_HISTORY)
+
+    # Videos ------------------------------------------------------------------------------------
+
+    @locked
+    def open(self, index: int) -> None:
+        """Open a video of the library where it was left.
+
+        Raises:
+            ValueError, OSError: it, its results or the tracker cannot be read; the open video
+                stays.
+        """
+        self.check_idle()
+        file = self.library.files[index]
+        tracker = self.models.tracker()
+        try:
+            source = self.library.read(file)
+            if not all(tracker.backbone.input_size(source.size)):
+                raise ValueError(f"{file}: too thin for SAM.")
+            masklets = self.library.masklets(file, source)
+            prompter = Prompter(tracker, self.library.read(file))
+        except (ValueError, OSError):
+            self.library.broken.add(file)
+            raise
+        self.library.broken.discard(file)
+        self.close()
+        rate = float(getattr(source, "rate", 0.0)) or _RATE
+        self.video = OpenVideo(file, masklets, FrameViewer(source), prompter, rate)
+        self.index, self.frame = index, masklets.frame
+
+    @locked
+    def close(self) -> None:
+        """Let the open video go; a pass is stopped, and what it has found is saved."""
+        self.stop(wait=True)
+        self.video, self.selected = None, None
+        self._history.clear()
+
+    def _opened(self) -> OpenVideo:
+        if self.video is None:
+            raise ValueError("No video is open.")
+        return self.video
+
+    @locked
+    def show(self, frame: int) -> None:
+        """Look at another frame; it is limited to those of the video."""
+        self.frame = min(max(frame, 0), len(self._opened()) - 1)
+
+    # Prompts -----------------------------------------------------------------------------------
+
+    @locked
+    def click(self, x: float, y: float, positive: bool) -> None:
+        """Add a click at (x, y), in pixels of the video, to the selected object in this frame.
+
+        Raises:
+            ValueError: there are too many clicks or objects.
+            OSError: the frame could not be read, or the result not be written.
+        """
+        video = self._opened()
+        height, width = video.size
+        click = Click(float(np.clip(x, 0, width - 1)), float(np.clip(y, 0, height - 1)), positive)
+        own = self._begun()
+        if len(own.prompts.get(self.frame, FramePrompt()).clicks) >= MAX_CLICKS:
+            raise ValueError(f"{MAX_CLICKS} clicks are enough: clear this frame (R).")
+        mask, prompt = video.prompter.click(own, self.frame, click)
+        self._set(own, prompt, mask)
+        video.prompter.keep(own, self.frame)
+
+    @locked
+    def draw_box(self, x0: float, y0: float, x1: float, y1: float) -> None:
+        """Replace the clicks on the selected object in this frame by a box with two corners.
+
+        Raises:
+            ValueError: it has no area, or there are too many objects.
+            OSError: as of `click`.
+        """
+        video = self._opened()
+        height, width = video.size
+        (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))
+        box = (max(x0, 0.0), max(y0, 0.0), min(x1, width - 1.0), min(y1, height - 1.0))
+        if box[2] - box[0] < 1 or box[3] - box[1] < 1:
+            raise ValueError("This box has no area: drag from corner to corner.")
+        own = self._begun()
+        mask, prompt = video.prompter.box(own, self.frame, box)
+        self._set(own, prompt, mask)
+        video.prompter.keep(own, self.frame)
+
+    @locked
+    def hide(self) -> None:
+        """Say that the selected object is not in sight in this frame."""
+        self._set(self._chosen(), FramePrompt(), None)
+
+    @locked
+    def clear(self) -> None:
+        """Remove the prompt and the mask of the selected object in this frame."""
+        own = self._chosen()
+        if self.frame not in own.masks:
+            return
+        with self._editing(own.id):
+            own.prompts.pop(self.frame, None)
+            del own.masks[self.frame]
+            if not own.masks:
+                self._opened().masklets.put({own.id: None})
+        if own.id not in self._opened().masklets.objects:
+            self.selected = None
+
+    def _begun(self) -> VideoObject:
+        """Return the selected object, or another that is not kept yet."""
+        objects = self._opened().masklets.objects
+        if self.selected in objects:
+            self._interrupt(self.selected)
+            return objects[self.selected]
+        if len(objects) >= MAX_OBJECTS:
+            raise ValueError(f"{MAX_OBJECTS} objects are enough for a video.")
+        return VideoObject(self._opened().masklets.new_id(), self.name or UNNAMED)
+
+    def _chosen(self) -> VideoObject:
+        objects = self._opened().masklets.objects
+        if self.selected not in objects:
+            raise ValueError("Select an object first.")
+        self._interrupt(self.selected)
+        return objects[self.selected]
+
+    def _set(self, own: VideoObject, prompt: FramePrompt, mask: Any) -> None:
+        with self._editing(own.id):
+            if own.id not in self._opened().masklets.objects:
+                self._opened().masklets.put({own.id: own})
+            own.prompts[self.frame] = prompt
+            own.masks[self.frame] = mask
+        self.selected = own.id
+
+    # Objects -----------------------------------------------------------------------------------
+
+    @locked
+    def set_name(self, name: str) -> None:
+        """Name objects that are begun."""
+        self.name = " ".join(name.split())[:MAX_NAME]
+
+    @locked
+    def select(self, number: int | None) -> None:
+        """Select the object that clicks are for; None: the next click begins another."""
+        self.selected = number
+
+    @locked
+    def select_beside(self, step: int) -> None:
+        """Select another object, `step` further."""
+        ids = list(self._opened().masklets.objects)
+        if ids:
+            at = ids.index(self.selected) + step if self.selected in ids else min(step, 0)
+            self.selected = ids[at % len(ids)]
+
+    @locked
+    def rename(self, number: int) -> None:
+        """Give an object the present name.
+
+        Raises:
+            ValueError: there is no name, or the object is gone.
+        """
+        if not self.name:
+            raise ValueError("Name the object first.")
+        with self._editing(number):
+            self._object(number).name = self.name
+
+    @locked
+    def remove(self, number: int) -> None:
+        """Remove an object from all frames."""
+        self._object(number)
+        with self._editing(number):
+            self._opened().masklets.put({number: None})
+        if self.selected == number:
+            self.selected = None
+
+    def _object(self, number: int) -> VideoObject:
+        objects = self._opened().masklets.objects
+        if number not in objects:
+            raise ValueError("Somebody else has removed this object.")
+        self._interrupt(number)
+        return objects[number]
+
+    # Changes -----------------------------------------------------------------------------------
+
+    def _editing(self, number: int) -> _Editing:
+        return _Editing(self, [number])
+
+    def remember(self, before: dict[int, VideoObject | None]) -> None:
+        """Note a change that can be undone: the objects before it."""
+        objects = self._opened().masklets.objects
+        after = {k: objects[k].version if k in objects else None for k in before}
+        self._history.append(_Change(before, after, self.frame))
+
+    @locked
+    def undo(self) -> None:
+        """Undo the last change of this tab: of a prompt, an object, or a whole pass.
+
+        Raises:
+            ValueError: somebody else has changed the objects since.
+            OSError: it could not be written.
+        """
+        masklets = self._opened().masklets
+        for number in self._tracked:
+            self._interrupt(number)
+        if not self._history:
+            return
+        change = self._history[-1]
+        with masklets.lock:
+            objects = masklets.objects
+            now = {k: objects[k].version if k in objects else None for k in change.after}
+            if now != change.after:
+                self._history.clear()
+                raise ValueError("Somebody else has changed this object since: nothing is undone.")
+            with masklets.changing(*change.before, frame=change.frame, is_new=False):
+                masklets.put(change.before)
+        self._history.pop()
+        if self.selected not in masklets.objects:
+            self.selected = None
+        self.frame = change.frame
+
+    # Passes ------------------------------------------------------------------------------------
+
+    @locked
+    def propagate(self, reverse: bool, only_selected: bool = False) -> None:
+        """Begin to track objects from this frame to an end of the video, in the background.
+
+        Args:
+            reverse: to the beginning of the video.
+            only_selected: track the selected object only, otherwise all.
+
+        Raises:
+            ValueError: another job is running, or there is nothing to track.
+            OSError: the video cannot be read.
+        """
+        video = self._opened()
+        self.check_idle()
+        masklets = video.masklets
+        chosen = [self._chosen().id] if only_selected else list(masklets.objects)
+        end = 0 if reverse else len(video) - 1
+        with masklets.lock:
+            begin = {k: start_of(masklets.objects[k], self.frame, reverse) for k in chosen}
+        starts = {k: frame for k, frame in begin.items() if frame not in (None, end)}
+        if not masklets.objects:
+            raise ValueError("Nothing to track: click an object first.")
+        if not starts:
+            raise ValueError(
+                f"Nothing to track: this is the {'first' if reverse else 'last'} frame."
+            )
+        source = self.library.read(video.file)
+        ids = tuple(starts)
+        first = (max if reverse else min)(starts.values())
+        work = self._pass(source, masklets, ids, starts, reverse)
+        self._tracked = ids
+        label = "Tracking backwards" if reverse else "Tracking"
+        self.job = Job(label, work, abs(end - first) + 1)
+
+    def _pass(
+        self,
+        source: FrameSource,
+        masklets: Masklets,
+        ids: Sequence[int],
+        starts: dict[int, int],
+        reverse: bool,
+    ) -> Generator[int, None, None]:
+        before = masklets.copies(ids)
+        try:
+            yield from propagate(self.models.tracker(), source, masklets, ids, starts, reverse)
+        finally:
+            with masklets.lock:
+                kept = [number for number in ids if number in masklets.objects]
+                with masklets.changing(*kept):
+                    pass
+                after = {number: masklets.objects[number].version for number in kept}
+            self._history.append(_Change({k: before[k] for k in kept}, after, self.frame))
+
+    def _interrupt(self, number: int) -> None:
+        """Stop a pass that tracks an object which is about to be edited."""
+        if number in self._tracked and self.job is not None and self.job.is_running:
+            self.stop(wait=True)
+
+    def stop(self, *, wait: bool = False) -> None:
+        """Stop the job after the present frame; what it has found is kept."""
+        job = self.job
+        if job is not None:
+            job.stop()
+            if wait:
+                job.wait()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a job is running."""
+        return self.job is not None and self.job.is_running
+
+    def check_idle(self) -> None:
+        """Raise `ValueError` if a job is running."""
+        if self.is_busy:
+            assert self.job is not None
+            raise ValueError(f"{self.job.label}: wait for it, or stop it (Esc).")
+
+    @locked
+    def finish(self, *, copy_frames: bool = True) -> Job | None:
+        """Write that the video is done; returns the job that adds it to the dataset.
+
+        Args:
+            copy_frames: copy its frames into the dataset; else it is left out, without a job.
+
+        Raises:
+            ValueError: a job is running.
+            OSError: the file could not be written.
+        """
+        video = self._opened()
+        self.check_idle()
+        video.masklets.set_done()
+        return self.library.copy_frames(video.file) if copy_frames else None
+
+    # Views -------------------------------------------------------------------------------------
+
+    def scene(self) -> dict[str, Any]:
+        """Return the frame as the page draws it; positions are fractions of the frame."""
+        video, frame = self.video, self.frame
+        if video is None:
+            return {"src": "", "file": "", "objects": [], "marks": [], "box": None, "path": ""}
+        height, width = video.size
+        rows, columns = shown_size(video.size)
+        with video.masklets.lock:
+            masks = {own.id: own.masks.get(frame) for own in video.masklets.objects.values()}
+            own = video.masklets.objects.get(self.selected or 0)
+            prompt = own.prompts.get(frame, FramePrompt()) if own else FramePrompt()
+        paths = {
+            number: outline(at_shown_size(mask.decoded(video.size)))
+            for number, mask in masks.items()
+            if mask is not None
+        }
+
+        def fraction(x: float, y: float) -> list[float]:
+            return [(x + 0.5) / width, (y + 0.5) / height]
+
+        marks = [
+            {"at": fraction(c.x, c.y), "positive": c.positive, "agent": False}
+            for c in prompt.clicks
+        ]
+        box = prompt.box
+        chosen = masks.get(self.selected or 0)
+        return {
+            "frame": frame,
+            "src": f"/frame/{video.key}/{frame}",
+            "file": video.file,
+            "width": columns,
+            "height": rows,
+            "path": paths.pop(self.selected, "") if self.selected is not None else "",
+            "objects": [{"id": number, "path": path} for number, path in paths.items()],
+            "marks": marks,
+            "box": None if box is None else [*fraction(*box[:2]), *fraction(*box[2:])],
+            "iou": None if chosen is None else chosen.iou,
+        }
+
+    def objects(self) -> list[dict[str, Any]]:
+        """Return the objects as lists and timelines show them: id, name, score, ranges, prompts.
+
+        Ranges [first, last] are of the frames in which an object is seen.
+        """
+        if self.video is None:
+            return []
+        with self.video.masklets.lock:
+            return [
+                {
+                    "id": own.id,
+                    "name": own.name,
+                    "score": own.score if any(own.masks.values()) else None,
+                    "ranges": ranges([k for k, mask in own.masks.items() if mask]),
+                    "absent": ranges([k for k, mask in own.masks.items() if mask is None]),
+                    "prompts": sorted(own.prompts),
+                }
+                for own in self.video.masklets.objects.values()
+            ]
+
+
+class _Editing:
+    """Writes a change of objects, and notes how to undo it."""
+
+    def __init__(self, session: VideoSession, ids: Sequence[int]) -> None:
+        masklets = session._opened().masklets
+        self._session, self._before = session, masklets.copies(ids)
+        self._writing = masklets.changing(*ids, frame=session.frame)
+
+    def __enter__(self) -> None:
+        self._writing.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._writing.__exit__(*error)
+        if error[0] is None:
+            self._session.remember(self._before)

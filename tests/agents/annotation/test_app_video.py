@@ -1,0 +1,551 @@
+"""Videos in the app without a browser: prompts, passes, undo, results, tabs, what is refused."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from agents.annotation.interactive import masklets as masklets_module
+from agents.annotation.interactive.library import VideoLibrary, is_video
+from agents.annotation.interactive.masklets import Masklets, ranges
+from agents.annotation.interactive.propagation import start_of
+from agents.annotation.interactive.video_session import VideoSession
+from agents.annotation.interactive.workspaces import Workspaces
+from agents.app import AppConfig, load_models, prepare
+from sam_gym.backbones import load_backbone
+from sam_gym.backbones.video.tracker import VideoTracker
+from sam_gym.data import make_video_dataset
+from sam_gym.data.videos.writer import write_masklets
+
+FRAMES, SIZE = 8, 48
+
+
+def write_clip(path: Path, frames: int = FRAMES, size: int = SIZE) -> None:
+    """A video of smooth noise that moves."""
+    rng = np.random.default_rng(len(path.stem))
+    wide = cv2.resize(rng.integers(0, 255, (8, 16, 3), np.uint8), (2 * size, size))
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 12, (size, size))
+    for frame in range(frames):
+        writer.write(np.ascontiguousarray(wide[:, 2 * frame : 2 * frame + size]))
+    writer.release()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A photo, two videos, one of them in a folder within, and a folder of frames elsewhere."""
+    root = tmp_path / "root"
+    (root / "more").mkdir(parents=True)
+    cv2.imwrite(str(root / "photo.png"), np.full((40, 50, 3), 90, np.uint8))
+    write_clip(root / "one.avi")
+    write_clip(root / "more" / "two.avi")
+    return root
+
+
+@pytest.fixture
+def config(root: Path, tiny_env: dict[str, Any], tiny_video: str) -> Callable[..., AppConfig]:
+    """Returns a config of the app over tiny models."""
+
+    def config(**more: Any) -> AppConfig:
+        own = {"images": str(root), "out": str(root.parent / "out"), "device": "cpu"}
+        own |= {"backbone": "tiny", "checkpoint": tiny_env["checkpoint"], "tracker": tiny_video}
+        return AppConfig(**(own | more))
+
+    return config
+
+
+@pytest.fixture
+def tabs(config: Callable[..., AppConfig]) -> Workspaces:
+    return prepare(config())[0]
+
+
+def opened(tabs: Workspaces, tab: str = "tab", index: int = 1) -> VideoSession:
+    """The session of a tab with a video of the library open: one.avi."""
+    workspace = tabs.get(tab)
+    assert workspace.library is not None
+    workspace.show(workspace.library, index)
+    return workspace.videos
+
+
+def ended(session: VideoSession) -> int:
+    """Wait for a pass; return its number of frames."""
+    assert session.job is not None
+    session.job.wait()
+    assert session.job.error == ""
+    return session.job.done
+
+
+def masklets(session: VideoSession) -> Masklets:
+    assert session.video is not None
+    return session.video.masklets
+
+
+def file(session: VideoSession) -> dict[str, Any]:
+    return json.loads(masklets(session).path.read_text())
+
+
+def all_masks(session: VideoSession) -> dict[tuple[int, int], bytes]:
+    size = masklets(session).size
+    return {
+        (own.id, frame): np.packbits(mask.decoded(size)).tobytes()
+        for own in masklets(session).objects.values()
+        for frame, mask in own.masks.items()
+        if mask is not None
+    }
+
+
+# Prompts and passes ----------------------------------------------------------------------------
+
+
+def test_masks_are_those_of_the_tracker(tabs: Workspaces, root: Path, tiny_video: str) -> None:
+    """Clicks and a pass give what a session of the tracker gives."""
+    session = opened(tabs)
+    session.click(20, 24, True)
+    session.click(40, 5, False)
+    session.select(None)
+    session.draw_box(30, 40, 10, 4)
+    assert [own.name for own in masklets(session).objects.values()] == ["object"] * 2
+    session.propagate(reverse=False)
+    assert ended(session) == FRAMES
+
+    tracker = VideoTracker(load_backbone(tiny_video, device="cpu"), keep="window")
+    alone = tracker.open([root / "one.avi"])
+    alone.prompt(0, 0, 1, [[20, 24]], [1])
+    first = alone.prompt(0, 0, 1, [[40, 5]], [0], clear=False).masks()[0]
+    box = alone.prompt(0, 0, 2, box=[10, 4, 30, 40]).masks()[1]
+    # A pass begins with the masks that were seen, as they were saved.
+    again = tracker.open([root / "one.avi"])
+    again.prompt(0, 0, 1, mask=first)
+    again.prompt(0, 0, 2, mask=box)
+    expected = {
+        (number, step.frame): np.packbits(mask).tobytes()
+        for step in again.propagate()
+        for number, mask in zip(step.objects, step.masks(), strict=True)
+        if mask.any()
+    }
+    found = all_masks(session)
+    assert found[1, 0] == np.packbits(first).tobytes() and found[2, 0] == np.packbits(box).tobytes()
+    later = {key: mask for key, mask in expected.items() if key[1]}
+    assert later and later == {key: mask for key, mask in found.items() if key[1]}
+
+
+def test_a_correction_changes_what_follows_and_nothing_before(tabs: Workspaces) -> None:
+    session = opened(tabs)
+    session.click(20, 24, True)
+    session.select(None)
+    session.click(35, 10, True)
+    session.show(7)
+    session.propagate(reverse=False)
+    assert ended(session) == FRAMES  # from the prompts on, wherever one looks
+    before = all_masks(session)
+    session.select(1)
+    session.show(4)
+    session.click(5, 40, True)
+    session.click(44, 44, True)
+    corrected = all_masks(session)
+    assert {key for key in corrected if corrected[key] != before.get(key)} == {(1, 4)}
+    session.propagate(reverse=False, only_selected=True)
+    assert ended(session) == FRAMES - 4
+    after = all_masks(session)
+    changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
+    assert changed <= {(1, frame) for frame in range(4, FRAMES)} and len(changed) > 1
+    assert after[1, 4] == corrected[1, 4]
+    # Backwards, to the prompt in frame 0, which stays.
+    session.propagate(reverse=True, only_selected=True)
+    assert ended(session) == 5
+    assert all_masks(session)[1, 0] == before[1, 0]
+
+    # A whole pass is one step of undo.
+    session.undo()
+    assert all_masks(session) == after
+    session.undo()
+    assert all_masks(session) == corrected
+    session.undo()
+    session.undo()
+    assert all_masks(session) == before
+    for _ in range(10):
+        session.undo()
+    assert not masklets(session).objects and file(session)["annotations"] == []
+
+
+def test_objects_that_begin_late_are_tracked_from_there(tabs: Workspaces) -> None:
+    session = opened(tabs)
+    session.show(2)
+    session.click(20, 24, True)
+    session.select(None)
+    session.show(5)
+    session.click(35, 10, True)
+    first, second = masklets(session).objects.values()
+    assert start_of(first, 5, reverse=False) == 2 and start_of(first, 0, reverse=False) == 2
+    assert start_of(second, 5, reverse=True) == 5 and start_of(first, 1, reverse=True) == 2
+    assert start_of(second, 3, reverse=True) == 5 and start_of(first, 7, reverse=True) == 2
+    session.propagate(reverse=False)
+    assert ended(session) == FRAMES - 2
+    assert sorted(first.masks) == list(range(2, FRAMES))
+    assert sorted(second.masks) == list(range(5, FRAMES))
+    session.propagate(reverse=True)
+    ended(session)
+    assert sorted(first.masks) == sorted(second.masks) == list(range(FRAMES))
+    session.show(0)
+    with pytest.raises(ValueError, match="Nothing to track: this is the first frame"):
+        session.propagate(reverse=True)
+
+
+def test_not_in_sight_clear_and_remove(tabs: Workspaces) -> None:
+    session = opened(tabs)
+    with pytest.raises(ValueError, match="Nothing to track: click"):
+        session.propagate(reverse=False)
+    with pytest.raises(ValueError, match="Select an object"):
+        session.hide()
+    session.set_name("  red   fish ")
+    session.click(20, 24, True)
+    session.show(3)
+    session.hide()
+    session.propagate(reverse=False)
+    ended(session)
+    own = masklets(session).objects[1]
+    assert own.name == "red fish" and own.masks[3] is None and own.prompts[3].clicks == ()
+    assert file(session)["tracks"][0]["absent"][0][0] <= 3
+    session.clear()
+    assert 3 not in own.masks and 3 not in own.prompts
+    session.set_name("cat")
+    session.rename(1)
+    assert {own["name"] for own in file(session)["categories"]} == {"cat"}
+    session.remove(1)
+    assert not masklets(session).objects and session.selected is None
+    session.undo()
+    session.undo()
+    assert masklets(session).objects[1].name == "red fish"
+    session.select_beside(1)
+    assert session.selected == 1
+    with pytest.raises(ValueError, match="no area"):
+        session.draw_box(100, 100, 200, 200)
+
+
+class Slow:
+    """A tracker's `encode` that waits for its turns."""
+
+    def __init__(self, tracker: VideoTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+        import threading
+
+        self.turns, self.started = threading.Semaphore(0), threading.Event()
+        encode = tracker.encode
+
+        def slow(images: Any) -> Any:
+            if threading.current_thread().daemon:  # of a pass
+                self.started.set()
+                assert self.turns.acquire(timeout=60)
+            return encode(images)
+
+        monkeypatch.setattr(tracker, "encode", slow)
+        monkeypatch.setattr(tracker, "batch_size", 1)
+
+
+def test_a_pass_runs_beside_other_work_and_stops(
+    tabs: Workspaces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = opened(tabs)
+    session.click(20, 24, True)
+    slow = Slow(tabs.models.tracker(), monkeypatch)
+    session.propagate(reverse=False)
+    assert slow.started.wait(60) and session.is_busy
+    # Another object, other frames; not another pass, nor another video.
+    session.show(5)
+    session.select(None)
+    session.click(35, 10, True)
+    assert session.is_busy and session.scene()["frame"] == 5
+    for work in (lambda: session.propagate(False), lambda: session.open(0), session.finish):
+        with pytest.raises(ValueError, match=r"Tracking: wait for it, or stop it"):
+            work()
+    slow.turns.release(3)
+    session.stop()
+    assert ended(session) < FRAMES
+    assert 1 <= len(file(session)["annotations"]) < FRAMES
+    # An edit of an object that is tracked stops the pass.
+    session.show(0)
+    session.propagate(reverse=False)
+    slow.turns.release(20)
+    session.select(1)
+    session.click(30, 30, True)
+    assert not session.is_busy and len(masklets(session).objects[1].prompts[0].clicks) == 2
+
+
+# Results ---------------------------------------------------------------------------------------
+
+
+def test_results_are_those_of_annotate_and_continue(
+    config: Callable[..., AppConfig], tabs: Workspaces, tmp_path: Path
+) -> None:
+    session = opened(tabs)
+    session.set_name("fish")
+    session.click(20, 24, True)
+    session.show(3)
+    session.propagate(reverse=False)
+    ended(session)
+    session.click(22, 24, True)
+    session.select(None)
+    session.set_name("cat")
+    session.draw_box(5, 5, 30, 30)
+    found, objects = all_masks(session), session.objects()
+    content = file(session)
+    # The same records as the writer of `annotate --video`.
+    own = masklets(session).annotated()
+    write_masklets(tmp_path, [own], ["fish", "cat"], "coco-video")
+    written = json.loads((tmp_path / "annotations.json").read_text())
+    assert content["images"] == written["images"]
+    assert content["categories"] == written["categories"]
+    plain = [{k: v for k, v in r.items() if k != "predicted_iou"} for r in content["annotations"]]
+    assert plain == written["annotations"]
+    coco = COCO(str(masklets(session).path))
+    assert all(coco.annToMask(record).any() for record in coco.anns.values())
+
+    # After a crash: another process reads it, where it was left, and goes on.
+    again = prepare(config())[0].get("other")
+    assert (
+        isinstance(again.queue, VideoLibrary) and again.queue.files[again.index] == "more/two.avi"
+    )
+    again.show(again.queue, 1)
+    assert again.videos.frame == 3
+    assert all_masks(again.videos) == found and again.videos.objects() == objects
+    assert masklets(again.videos).objects[1].prompts == masklets(session).objects[1].prompts
+    again.videos.select(1)
+    again.videos.click(10, 40, False)
+    assert len(masklets(again.videos).objects[1].prompts[3].clicks) == 2
+    again.videos.propagate(reverse=False)
+    ended(again.videos)
+
+
+def test_finished_videos_become_a_dataset(tabs: Workspaces) -> None:
+    session = opened(tabs)
+    session.set_name("fish")
+    session.click(20, 24, True)
+    session.propagate(reverse=False)
+    ended(session)
+    library, job = session.library, session.finish()
+    assert job is not None
+    job.wait()
+    assert job.error == "" and job.done == FRAMES and library.copying is None
+    assert library.is_done("one.avi") and library.count_done() == 1 and library.first_open() == 0
+    root, path = str(library.out), str(library.out / "annotations.json")
+    data = make_video_dataset("coco-video", split="all", root=root, annotations=path)
+    clip = data[0]
+    assert clip.name == "one" and len(clip) == FRAMES and list(data.categories) == ["fish"]
+    for (_, frame), mask in all_masks(session).items():
+        assert np.packbits(clip.annotation(frame).masks[0]).tobytes() == mask
+    assert np.abs(clip.image(0).astype(int) - library.read("one.avi")[0]).mean() < 5
+    # An edit opens it again.
+    session.show(2)
+    session.click(40, 40, True)
+    assert not library.is_done("one.avi")
+
+
+def test_a_failed_write_changes_nothing(tabs: Workspaces, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = opened(tabs)
+    session.click(20, 24, True)
+    before, found = file(session), all_masks(session)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(masklets_module, "write_atomic", full)
+    with pytest.raises(OSError, match="No space"):
+        session.click(40, 5, False)
+    with pytest.raises(OSError, match="No space"):
+        session.undo()
+    assert all_masks(session) == found and file(session) == before
+    monkeypatch.undo()
+    session.click(40, 5, False)
+    assert len(masklets(session).objects[1].prompts[0].clicks) == 2
+    session.undo()
+    session.undo()
+    assert not masklets(session).objects
+
+
+def test_results_of_another_video_are_refused(tabs: Workspaces, root: Path) -> None:
+    session = opened(tabs)
+    session.click(20, 24, True)
+    path = masklets(session).path
+    assert ranges([5, 1, 2, 7, 6]) == [[1, 2], [5, 7]]
+    library = VideoLibrary(path.parent.parent, 10**8)
+    write_clip(root / "one.avi", frames=5)
+    library.add_below(str(root))
+    with pytest.raises(ValueError, match=r"one.json: no masklets of one.avi, 5 frames.*--out"):
+        library.masklets("one.avi", library.read("one.avi"))
+    path.write_text(path.read_text().replace('"track_id": 1', '"track_id": 9'))
+    with pytest.raises(ValueError, match=r"one.json: no masklets"):
+        Masklets(path, "one.avi", "one", (SIZE, SIZE), [f"{k:05d}.jpg" for k in range(FRAMES)])
+
+
+# Tabs and files --------------------------------------------------------------------------------
+
+
+def test_tabs_share_results_but_nothing_else(tabs: Workspaces) -> None:
+    one, two = opened(tabs, "one"), opened(tabs, "two")
+    assert masklets(one) is masklets(two) and one.selected is two.selected is None
+    one.click(20, 24, True)
+    two.set_name("cat")
+    two.show(4)
+    two.click(30, 30, True)
+    assert (one.selected, two.selected) == (1, 2) and one.frame == 0
+    assert [own["name"] for own in two.objects()] == ["object", "cat"]
+    # Each undoes its own; what others have changed since is kept.
+    one.undo()
+    assert [own["id"] for own in two.objects()] == [2]
+    one.select(2)
+    one.show(6)
+    one.click(5, 5, True)
+    with pytest.raises(ValueError, match="Somebody else"):
+        two.undo()
+    assert sorted(masklets(two).objects[2].prompts) == [4, 6]
+
+    assert one.video is not None and two.video is not None and one.video.key != two.video.key
+    assert tabs.frame(one.video.key, 3) == tabs.frame(two.video.key, 3) is not None
+    assert tabs.frame(one.video.key, FRAMES) is None and tabs.frame("one.avi", 0) is None
+
+
+def test_uploads_are_seen_by_their_tab_alone_and_bounded(
+    config: Callable[..., AppConfig], tmp_path: Path
+) -> None:
+    write_clip(tmp_path / "own.avi")
+    data = (tmp_path / "own.avi").read_bytes()
+    tabs = prepare(config(images=None, max_uploads=2, max_pixels=SIZE * SIZE))[0]
+    one, two = tabs.get("one"), tabs.get("two")
+    one.show(*tabs.upload(one, "../../own.AVI", data))
+    assert one.uploaded_videos.files == ["__..__own.AVI"] == [one.file]
+    assert not two.uploaded_videos.files and "Uploaded videos" not in two.queues()
+    one.videos.click(20, 24, True)
+    for name, content, message in (
+        ("page.html", data, "not one of"),
+        ("list.mp4", b"#EXTM3U\nfile:///etc/hosts\n", "no video that is read"),
+        ("cut.avi", data[:40], "OpenCV|no video"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tabs.upload(one, name, content)
+    write_clip(tmp_path / "large.avi", size=SIZE + 16)
+    with pytest.raises(ValueError, match="larger than 2,304 pixels"):
+        tabs.upload(one, "large.avi", (tmp_path / "large.avi").read_bytes())
+    tabs.upload(one, "__..__own.AVI", data)
+    with pytest.raises(ValueError, match="2 videos are uploaded"):
+        tabs.upload(one, "c.avi", data)
+    assert len(list(one.uploaded_videos.uploads.iterdir())) == 2
+    # After a crash, the browser finds its own again.
+    later = prepare(config(images=None))[0]
+    assert later.get("one").uploaded_videos.files == sorted(one.uploaded_videos.files)
+    assert later.get("two").uploaded_videos.files == []
+    later.get("one").show(later.get("one").uploaded_videos, 1)
+    assert len(later.get("one").videos.objects()) == 1
+
+
+def test_videos_below_the_folder_and_of_the_command_line(
+    config: Callable[..., AppConfig], root: Path, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret.avi"
+    write_clip(secret)
+    (root / "link.avi").symlink_to(secret)
+    frames = root / "frames"
+    frames.mkdir()
+    for number in range(4):
+        Image.fromarray(np.full((SIZE, SIZE, 3), 40 * number, np.uint8)).save(
+            frames / f"{number}.png"
+        )
+    tabs = prepare(config(video=(str(frames),)))[0]
+    assert tabs.library is not None and tabs.folder is not None
+    assert tabs.library.files == ["frames", "more/two.avi", "one.avi"]
+    assert tabs.folder.files == ["photo.png"]  # frames of a video are no images of the queue
+    session = opened(tabs, index=0)
+    session.click(20, 24, True)
+    assert file(session)["images"][1]["file_name"] == "frames/1.png"
+    assert list(tabs.get("tab").queues()) == ["Images", "Videos"]
+    # Links that come later.
+    (root / "one.avi").unlink()
+    (root / "one.avi").symlink_to(secret)
+    with pytest.raises(ValueError, match="leaves its folder"):
+        opened(tabs, index=2)
+    assert session.video is not None and session.video.file == "frames"
+    (frames / "3.png").unlink()
+    (frames / "3.png").symlink_to(secret)
+    with pytest.raises(ValueError, match="leaves its folder"):
+        opened(tabs, "other", index=0)
+    with pytest.raises(ValueError, match="not a video of this folder"):
+        tabs.library.read("../secret.avi")
+    written = {path.relative_to(tabs.out).parts[0] for path in tabs.out.rglob("*")}
+    assert written == {"videos"}
+    # Images let go of the video, and the reverse.
+    workspace = tabs.get("tab")
+    workspace.show(tabs.folder)
+    assert workspace.videos.video is None and workspace.session.image is not None
+    workspace.show(tabs.library, 1)
+    assert workspace.session.image is None
+    shutil.rmtree(frames)
+    os.remove(root / "photo.png")
+    assert prepare(config())[0].get("tab").queues().keys() == {"Videos"}
+
+
+def test_a_pass_of_a_long_video_holds_few_frames(
+    config: Callable[..., AppConfig], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries of the tracker and decoded frames do not grow with the video."""
+    import agents.annotation.interactive.propagation as module
+
+    write_clip(root / "long.avi", frames=20)
+    session = opened(prepare(config())[0], index=0)
+    assert session.video is not None and session.video.file == "long.avi"
+    counts = []
+    passed = module._tracked
+
+    def counted(tracker: VideoTracker, *args: Any) -> Any:
+        sessions = []
+        monkeypatch.setattr(
+            tracker,
+            "open",
+            lambda videos, own=tracker.open: sessions.append(own(videos)) or sessions[0],
+        )
+        for found in passed(tracker, *args):
+            track = sessions[0]._tracks[0][1]
+            counts.append((len(track.tracked), len(sessions[0]._cache)))
+            yield found
+
+    monkeypatch.setattr(module, "_tracked", counted)
+    session.click(20, 24, True)
+    session.propagate(reverse=False)
+    assert ended(session) == 20
+    assert max(tracked for tracked, _ in counts) <= 16 and max(held for _, held in counts) <= 8
+    monkeypatch.setattr("agents.annotation.interactive.video_session._SHOWN_FRAMES", 5)
+    for frame in range(20):
+        session.video.viewer.jpeg(frame)
+    assert len(session.video.viewer._shown) == 5
+
+
+def test_files_that_are_no_videos() -> None:
+    assert is_video(b"\0\0\0\x20ftypisom") and is_video(b"RIFF1234AVI ")
+    assert not any(map(is_video, (b"#EXTM3U\n", b"ffconcat version 1.0", b"", b"\x89PNG\r\n")))
+
+
+def test_trackers(config: Callable[..., AppConfig], tiny_video: str) -> None:
+    with pytest.raises(ValueError, match="--tracker-checkpoint is for --tracker"):
+        load_models(config(tracker=None, tracker_checkpoint="a.safetensors"))
+    with pytest.raises(ValueError, match="no video memory"):
+        load_models(config(tracker="micro")).tracker()
+    with pytest.raises(FileNotFoundError, match="--video"):
+        prepare(config(video=("none.mp4",)))
+    # A SAM with a memory tracks itself.
+    models = load_models(config(tracker=None, backbone=tiny_video, checkpoint=None))
+    assert models.tracker().backbone is models.backbone
+    assert models.tracker() is models.tracker()
+
+
+def test_empty_masks_are_kept(tabs: Workspaces, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = opened(tabs)
+    assert session.video is not None
+    empty = lambda *_, **__: None  # noqa: E731
+    monkeypatch.setattr(session.video.prompter, "_prompt", empty)
+    session.click(20, 24, False)
+    assert session.objects()[0]["absent"] == [[0, 0]] and session.scene()["path"] == ""
+    assert file(session)["annotations"] == [] and len(session.scene()["marks"]) == 1
