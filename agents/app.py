@@ -27,6 +27,7 @@ from agents.annotation.interactive.project import ANNOTATIONS, Project
 from agents.annotation.interactive.session import Models
 from agents.annotation.interactive.workspaces import UPLOADS, VIDEOS, Workspaces
 from agents.annotation.presence import Calibration
+from agents.annotation.sources import ImageSearch
 from agents.annotation.video import find_videos
 from agents.evaluate import PolicyAgent
 from agents.sharing.pull import local_policy
@@ -37,11 +38,14 @@ from sam_gym.mask_generation.generator import MaskGenerator
 from sam_gym.utils import cli
 from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Count, check_settings, whole
+from sam_gym.utils.text import printable
 
 #: The agent, unless another or a backbone is named.
 DEFAULT_POLICY = "explicit"
 #: The tracker of videos, unless another is named.
 DEFAULT_TRACKER = "micro_video"
+#: Maximum number of files that are not read of which the start prints the reason.
+_MOST_LINES = 10
 
 
 @documented
@@ -203,9 +207,13 @@ def prepare(config: AppConfig) -> tuple[Workspaces, OutputPaths]:
         # Frames of a video are no images to annotate one by one.
         written |= {os.path.realpath(path) for path in find_videos(config.video).values()}
         library.add_below(config.images, written)
-        folder = Project.of_folder(
-            config.images, outputs, written, names, may_be_empty=bool(library.files)
-        )
+        search = ImageSearch(config.images, written)
+        files = [record.file for record in search]
+        if not files and not library.files:
+            raise search.none_found()
+        for line in search.left_out(_MOST_LINES):
+            print(printable(line), flush=True)
+        folder = Project(Path(config.images), outputs.annotations, files, names)
     models = load_models(config)
     if library.files or config.tracker is not None:
         models.tracker()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -117,6 +118,19 @@ def _samples(dataset: Dataset, count: int) -> Iterator[tuple[np.ndarray, np.ndar
         yield sample.image, np.unique(sample.categories)
 
 
+def _check_categories(samples: Iterator[tuple[np.ndarray, np.ndarray]], count: int) -> None:
+    """Raise `ValueError` unless a category is present in an image, and one is absent."""
+    shown = missing = False
+    for _, present in samples:
+        shown, missing = shown or len(present) > 0, missing or len(present) < count
+        if shown and missing:
+            return
+    raise ValueError(
+        "The training or held-out images show every category, or none: pass more --images and "
+        "--held-out, or another --dataset."
+    )
+
+
 def play(
     annotator: ClickAnnotator, similarity: Similarity, pairs: list[_Pair], title: str
 ) -> Played:
@@ -182,15 +196,7 @@ def fit(own: Played, others: Played | None) -> tuple[Logistic, Logistic, float, 
 
     Returns:
         The models before and after the clicks, `stop` and `threshold` of `Calibration`.
-
-    Raises:
-        ValueError: all pairs of `own` are present, or all are absent.
     """
-    if not own.present.any() or own.present.all():
-        raise ValueError(
-            "The training images show every category, or none: pass more --images, or another "
-            "--dataset."
-        )
     parts, weights = [own], [own.weight / own.weight.sum()]
     if others is not None:
         parts.append(others)
@@ -218,6 +224,10 @@ def calibrate(config: PresenceConfig) -> dict[str, Any]:
     train, held_out = (config.data.make_dataset(split) for split in ("train", "val"))
     check_held_out(held_out, "val", train)
     names = list(train.categories)
+    for dataset, count in ((train, config.images), (held_out, config.held_out)):
+        _check_categories(_samples(dataset, count), len(names))
+    plain = None if config.others is None else make_dataset(config.others, "train")
+    files = None if config.photos is None else _photo_files(config.photos, config.max_photos)
     annotator = ClickAnnotator(agent, names, config.num_envs)
     similarity = Similarity(clip, annotator.backbone, names)
 
@@ -226,16 +236,17 @@ def calibrate(config: PresenceConfig) -> dict[str, Any]:
         return play(annotator, similarity, pairs, title)
 
     own, others = played(_samples(train, config.images), "training images"), None
-    if config.others is not None:
-        plain = _samples(make_dataset(config.others, "train"), -(-config.images // 4))
-        others = played(_without_categories(image for image, _ in plain), config.others)
+    if plain is not None:
+        few = _samples(plain, -(-config.images // 4))
+        others = played(_without_categories(image for image, _ in few), plain.name)
     models = fit(own, others)
     policy = local_policy(config.policy)
     calibration = Calibration(file_digest(policy), clip, similarity.identity, *models, {})
     found = played(_samples(held_out, config.held_out), "held-out images")
     measured = _measured(calibration, found)
-    if config.photos is not None:
-        photos = played(_without_categories(_photos(config.photos, config.max_photos)), "photos")
+    if files is not None:
+        images = (read_image(path, "image") for path in files)
+        photos = played(_without_categories(images), "photos")
         measured |= _measured_photos(calibration, found, photos)
     path = replace(calibration, held_out=measured).write(policy)
     print(json.dumps(measured, indent=2))
@@ -262,10 +273,17 @@ def _without_categories(
     return ((image, np.zeros(0, np.int64)) for image in images)
 
 
-def _photos(folder: str, count: int) -> Iterator[np.ndarray]:
-    """Yield images of a folder, uint8 (H, W, 3)."""
-    for paths in islice(image_files(folder).values(), count):
-        yield read_image(paths[0], "image")
+def _photo_files(folder: str, count: int) -> list[str]:
+    """Return the first images of a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such folder, or no image in it.
+    """
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"--photos {folder}: no such folder.")
+    if files := [paths[0] for paths in islice(image_files(folder).values(), count)]:
+        return files
+    raise ValueError(f"--photos {folder}: no image in this folder.")
 
 
 if __name__ == "__main__":

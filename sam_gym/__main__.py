@@ -5,6 +5,7 @@ It knows the commands by the names of their modules only, and imports the one th
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,10 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {unknown_name('command', name, COMMANDS)}")
     else:
         module = COMMANDS[name]
+        # Modules of the current folder are found ("my_module:MyDataset"), as by `python -m`; but
+        # none of them hides an installed package.
+        if not sys.flags.safe_path and {"", os.getcwd()}.isdisjoint(sys.path):
+            sys.path.append(os.getcwd())
         if module.startswith("agents."):
             cli.run(check_agents)
         cli.called_as = (f"python -m {module}", f"sam-gym {name}")

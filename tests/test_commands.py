@@ -48,6 +48,19 @@ def test_an_unknown_command_is_one_line_with_the_nearest() -> None:
         main(["trian"])
 
 
+def test_modules_of_the_current_folder_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script `sam-gym` begins without that folder in its path."""
+    (tmp_path / "plugin_of_folder.py").write_text("raise SystemExit('found')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAM_GYM_PLUGINS", "plugin_of_folder")
+    monkeypatch.setattr(sys, "path", [own for own in sys.path if own])
+    with pytest.raises(SystemExit, match="found"):
+        main(["train"])
+    assert sys.path[-1] == str(tmp_path)
+
+
 def test_a_command_takes_its_options_and_names_itself(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["download", "--help"])

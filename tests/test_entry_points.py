@@ -122,7 +122,7 @@ def test_names_of_each_kind_are_imported(outside: None) -> None:
 @pytest.mark.parametrize(
     ("registry", "name", "message"),
     [
-        (REWARDS, "outsidr:seven", "no module 'outsidr' is found. .*PYTHONPATH"),
+        (REWARDS, "outsidr:seven", "No module 'outsidr' is found. .*PYTHONPATH"),
         (REWARDS, "outside:sevn", "Unknown attribute of 'outside' 'sevn'. Did you mean 'seven'"),
         (REWARDS, "outside:number", "'outside:number' is no function of a Transition, got 3"),
         (REWARDS, "sevn", "Unknown reward 'sevn'"),
@@ -233,10 +233,10 @@ def test_commands_import_plugins(
         "import numpy as np\nfrom sam_gym import register_reward\n"
         "register_reward('plugged', lambda steps: np.zeros(len(steps.iou_after)))\n"
     )
-    monkeypatch.setitem(os.environ, "SAM_GYM_PLUGINS", "outside_plugin")
+    monkeypatch.setitem(os.environ, "SAM_GYM_PLUGINS", "outside, outside_plugin,")
     cli.run(lambda: REWARDS.get("plugged"))
     monkeypatch.setitem(os.environ, "SAM_GYM_PLUGINS", "outside_plugim")
-    with pytest.raises(SystemExit, match="No module named 'outside_plugim'"):
+    with pytest.raises(SystemExit, match="SAM_GYM_PLUGINS: No module 'outside_plugim' is found"):
         cli.run(lambda: None)
     monkeypatch.delitem(sys.modules, "outside_plugin")
 

@@ -145,7 +145,11 @@ class FolderRun:
         return cls(config, outputs, ranks, images)
 
 
-def annotate_folder(run: FolderRun, annotator: Annotator) -> AnnotationFile:
+def annotate_folder(
+    run: FolderRun,
+    annotator: Annotator,
+    finish: Callable[[AnnotationFile], None] | None = None,
+) -> AnnotationFile:
     """Annotate images and write COCO JSON and overlays; resume an interrupted run.
 
     The processes of a job share the images; the first one merges the results.
@@ -153,6 +157,8 @@ def annotate_folder(run: FolderRun, annotator: Annotator) -> AnnotationFile:
     Args:
         run: options and files.
         annotator: annotates the images.
+        finish: writes further files of the run, in the first process. Until it has returned, an
+            interrupted run resumes.
 
     Returns:
         The COCO file.
@@ -164,7 +170,7 @@ def annotate_folder(run: FolderRun, annotator: Annotator) -> AnnotationFile:
     ranks = run.ranks
     try:
         with run.outputs.locked() if ranks.is_first else nullcontext():
-            return _FolderAnnotation(run, annotator).annotate()
+            return _FolderAnnotation(run, annotator).annotate(finish)
     finally:
         ranks.leave()
 
@@ -176,7 +182,7 @@ class _FolderAnnotation:
         self.run, self.annotator = run, annotator
         self.overlays = OverlayWriter(run.outputs)
 
-    def annotate(self) -> AnnotationFile:
+    def annotate(self, finish: Callable[[AnnotationFile], None] | None) -> AnnotationFile:
         run, ranks = self.run, self.run.ranks
         ids = self._prepare() if ranks.is_first else None
         ranks.wait()
@@ -200,6 +206,8 @@ class _FolderAnnotation:
             written = merge(shards, run.outputs, self.annotator, run.config.segmentation)
             if run.outputs.overlay_list.exists():
                 self.overlays.keep_only(lambda: shards.summarized("overlays"))
+            if finish is not None:
+                finish(written)
             self._report(ids, shards, written)
             print(throughput.summary())
         (written, *_) = ranks.gather(written)

@@ -143,11 +143,14 @@ def annotate_semantic(config: AnnotateSemanticConfig) -> AnnotationFile:
     )
     description = f"classes of pixels by {config.adapter}"
     annotator = SemanticAnnotator(backbone, description, run.outputs)
-    written = annotate_folder(run, annotator)
-    if run.ranks.is_first:
+
+    def finish(written: AnnotationFile) -> None:
         run.outputs.labels.mkdir(exist_ok=True)
         write_json(run.outputs.labels / CLASSES, {"classes": list(annotator.categories)})
         _write_panoptic(run.outputs.panoptic, written)
+
+    written = annotate_folder(run, annotator, finish)
+    if run.ranks.is_first:
         print(f"Label maps: {run.outputs.labels}")
         print(f"COCO panoptic: {run.outputs.panoptic}")
     return written

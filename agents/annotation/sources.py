@@ -123,6 +123,12 @@ class ImageSearch:
         counts = ", ".join(f"{suffix} {number}" for suffix, number in sorted(self.others.items()))
         return [f"ignored {self.others.total()} files that are no images ({counts})"]
 
+    def left_out(self, most: int) -> list[str]:
+        """Return lines on the first `most` files that are not read, and on the number of others."""
+        lines = [f"skipped {file}: {reason}" for file, reason in self.skipped.items()]
+        more = [f"skipped {len(lines) - most} more"] if len(lines) > most else []
+        return lines[:most] + more
+
     def none_found(self) -> ValueError:
         """Return an error for a folder without images."""
         lines = [f"skipped {file}: {reason}" for file, reason in self.skipped.items()][:3]

@@ -116,11 +116,16 @@ class AnnotateVideoConfig:
         check_settings(self)
         if not self.video:
             raise ValueError("--video needs at least one path.")
-        given = [self.prompts is not None, self.everything, self.policy is not None]
-        if sum(given) != 1:
+        ways = {
+            "--prompts": self.prompts is not None,
+            "--everything": self.everything,
+            "--policy": self.policy is not None,
+        }
+        given = [name for name, is_given in ways.items() if is_given]
+        if len(given) != 1:
             raise ValueError(
                 "Say which objects to track: pass one of --prompts FILE, --everything, or "
-                "--policy NAME --categories NAMES."
+                f"--policy NAME --categories NAMES (got {' and '.join(given) or 'none of them'})."
             )
         if (self.policy is not None) != bool(self.categories.strip(" ,")):
             raise ValueError("--policy and --categories come together.")

@@ -377,7 +377,7 @@ def copy_images(images: Sequence[ExportedImage], source: str, out: Path) -> None
         if not os.path.isfile(paths[image.copied_name]):
             raise FileNotFoundError(
                 f"{paths[image.copied_name]}: no such image. Pass the folder to which file_name "
-                "is relative."
+                "is relative; unpack tar files first, each into a folder of its name."
             )
     (out / "images").mkdir(exist_ok=True)
     for name, path in paths.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import signal
@@ -15,7 +14,7 @@ import tyro
 from gymnasium.error import DependencyNotInstalled
 
 from sam_gym.utils.memory import keep_freed_memory
-from sam_gym.utils.registry import PLUGINS
+from sam_gym.utils.registry import PLUGINS, import_named
 from sam_gym.utils.settings import check_settings
 from sam_gym.utils.text import printable
 
@@ -100,8 +99,11 @@ def run(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: text must not end a run
     try:
-        for module in filter(None, os.environ.get(PLUGINS, "").split(",")):
-            importlib.import_module(module)
+        for module in filter(None, map(str.strip, os.environ.get(PLUGINS, "").split(","))):
+            try:
+                import_named(module)
+            except ValueError as error:
+                raise ValueError(f"{PLUGINS}: {error}") from error
         main()
     except _WRONG_INPUT as error:
         # Names of files may hold control characters.

@@ -13,6 +13,9 @@ T = TypeVar("T")
 
 #: Environment variable: modules, separated by commas, that commands import before they start.
 PLUGINS = "SAM_GYM_PLUGINS"
+#: Names that an error lists; of more, it lists the nearest. Datasets may have thousands of classes.
+_LISTED = 100
+_NEAREST = 10
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
@@ -20,7 +23,11 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
     names = sorted(valid)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"Unknown {kind} {name!r}.{hint} Valid names: {', '.join(names)}.")
+    listed = ", ".join(names)
+    if len(names) > _LISTED:
+        nearest = difflib.get_close_matches(str(name), names, n=_NEAREST, cutoff=0.0)
+        listed = f"{', '.join(nearest)}, and {len(names) - len(nearest):,} others"
+    return ValueError(f"Unknown {kind} {name!r}.{hint} Valid names: {listed}.")
 
 
 def check_choice(kind: str, value: object, valid: Iterable[object]) -> None:
@@ -39,6 +46,22 @@ def is_entry_point(name: object) -> bool:
     return isinstance(name, str) and _ENTRY_POINT.fullmatch(name) is not None
 
 
+def import_named(module: str) -> Any:
+    """Import and return a module that a person has named.
+
+    Raises:
+        ValueError: there is no such module.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # of an import in the module
+        raise ValueError(
+            f"No module {module!r} is found. Run where it lies, or put its folder in PYTHONPATH."
+        ) from error
+
+
 def load_entry_point(entry_point: str) -> Any:
     """Import and return the object that "module:attribute" names.
 
@@ -46,15 +69,7 @@ def load_entry_point(entry_point: str) -> Any:
         ValueError: there is no such module, or it has no such attribute.
     """
     module, _, attribute = entry_point.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # of an import in the module
-        raise ValueError(
-            f"{entry_point!r}: no module {module!r} is found. Run where it lies, or put its "
-            "folder in PYTHONPATH."
-        ) from error
+    found = import_named(module)
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise unknown_name(f"attribute of {module!r}", attribute, _public(found))

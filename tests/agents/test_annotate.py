@@ -1,8 +1,10 @@
 """Annotating a folder: COCO that pycocotools scores, broken files, interrupted runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import cv2
 import numpy as np
@@ -16,6 +18,7 @@ from stable_baselines3 import PPO
 from agents.annotate import AnnotateConfig, annotate, main
 from agents.annotation import clicks as module
 from agents.annotation import everything as annotate_everything
+from agents.annotation import semantic
 from agents.annotation.clicks import ClickAnnotator
 from agents.evaluate import PolicyAgent
 from agents.export import ExportablePolicy
@@ -29,6 +32,7 @@ from sam_gym.backbones.adapters.class_head import ClassHead
 from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.adapters.semantic_head import SEMANTIC_HEADS
 from sam_gym.data import make_dataset
+from sam_gym.data.options import DatasetOptions
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.envs.everything import EverythingConfig
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
@@ -363,7 +367,12 @@ def test_everything_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_label_maps_and_panoptic_of_a_semantic_head(
-    tiny: Backbone, tiny_env: dict, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Backbone,
+    tiny_env: dict,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     classes = ["sky", "road", "car"]
     torch.manual_seed(0)
@@ -382,8 +391,15 @@ def test_label_maps_and_panoptic_of_a_semantic_head(
     arguments = ["--semantic", "--adapter", str(adapter), "--images", str(photos)]
     arguments += ["--backbone", "tiny", "--checkpoint", tiny_env["checkpoint"], "--device", "cpu"]
     arguments += ["--out", str(out)]
+    # Interrupted while it writes the last file, a run resumes.
+    with monkeypatch.context() as patched:
+        patched.setattr(semantic, "_write_panoptic", MagicMock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    capsys.readouterr()
     content = main(arguments)
-    assert "skipped broken.jpg" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Resuming: 5 of 5 are done" in printed and "skipped broken.jpg" in printed
     assert [own["file_name"] for own in content["images"]] == ["a.png", "b.jpg", "more/c.png"]
     expected = tiny.with_model(Model(tiny.sam, segmenter=head)).segment([image])[0]
     assert len(np.unique(expected)) > 1
@@ -440,6 +456,17 @@ def test_presence_of_an_own_agent(
     with pytest.raises(ValueError, match=r"no presence.json. Run python -m agents.presence"):
         annotate(config(policy, photos, min_presence=0.5))
     few = PresenceConfig(policy=policy, images=4, held_out=4, num_envs=8, others=None, device="cpu")
+    # Wrong options fail before the agent plays.
+    (photos.parent / "empty").mkdir(exist_ok=True)
+    star = DatasetOptions(dataset_kwargs={"categories": "star"})
+    for wrong, message in (
+        ({"photos": str(photos.parent / "none")}, "--photos .*none: no such folder"),
+        ({"photos": str(photos.parent / "empty")}, "no image in this folder"),
+        ({"others": "roms"}, "Unknown dataset 'roms'"),
+        ({"data": star}, "show every category, or none"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            calibrate(replace(few, **wrong))
     measured = calibrate(few)
     written = json.loads(Path(policy).with_name("presence.json").read_text())
     assert written["held_out"] == measured and measured["pairs"] > 16

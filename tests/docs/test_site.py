@@ -76,6 +76,25 @@ def test_costs_of_a_sam() -> None:
     assert row == "| `vit_b` | 93.7 M | 358 MiB | 972 GFLOP | 4 MiB | 256 |"
 
 
+def test_paths_that_files_name_exist() -> None:
+    """In pages, docstrings, comments and messages; NAME stands for any name."""
+    folders = ("docs", "agents", "sam_gym", "adaptation", "benchmarks", "examples", "findings")
+    suffixes = (".md", ".py", ".yml", ".yaml", ".sh", ".js", ".css")
+    path = re.compile(
+        rf"(?<![\w/.-])(?:{'|'.join(folders)})/[\w./-]+\.(?:md|py|yml|yaml|sh|json)\b"
+    )
+    files = [own for name in folders for own in (ROOT / name).rglob("*") if own.suffix in suffixes]
+    named = {
+        (found, own.relative_to(ROOT))
+        for own in [*files, *ROOT.glob("*.md")]
+        for found in path.findall(own.read_text())
+        if "NAME" not in found
+    }
+    assert len(named) > 50
+    missing = [f"{own}: {found}" for found, own in named if not (ROOT / found).exists()]
+    assert not missing, missing
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     api = module("api_pages")
     listed = [name for _, names in api.PAGES.values() for name in names]

@@ -40,3 +40,10 @@ def test_unknown_name_lists_the_valid_ones_and_the_nearest(shapes: Registry[int]
 
 def test_no_guess_where_nothing_is_near() -> None:
     assert str(unknown_name("thing", 17, ["b", "a"])) == "Unknown thing 17. Valid names: a, b."
+
+
+def test_of_many_names_the_nearest_are_listed() -> None:
+    names = [f"class {number}" for number in range(3000)]
+    message = str(unknown_name("category", "clas 17", names))
+    assert "Did you mean 'class 17'? Valid names: class 17, " in message
+    assert message.endswith(", and 2,990 others.") and len(message) < 300

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nicegui import ui
 
-from agents.annotation.interactive.drawing import shown_size
 from agents.annotation.interactive.panel import Panel, pixel
 from agents.annotation.interactive.project import ANNOTATIONS
 from agents.annotation.interactive.widgets import css_colour, icon_button, in_thread, text_button
-from sam_gym.utils.text import printable
 
 if TYPE_CHECKING:
     from agents.annotation.interactive.page import Page
@@ -127,14 +125,10 @@ class ImagePanel(Panel):
             await self._show_current()
 
     async def show(self) -> None:
-        image = self.session.image
-        if image is None:
-            self.page.canvas.show(src="", path="", marks=[], box=None, heat="")
+        self.page.canvas.show(**self.session.picture())
+        if self.session.image is None:
+            self.page.canvas.show(path="", marks=[], box=None, heat="")
             self.page.status.set_text(self.page.status.text or "Upload an image to begin.")
-        else:
-            height, width = shown_size(image.size)
-            src = f"/shown/{image.key}"
-            self.page.canvas.show(src=src, file=printable(image.file), width=width, height=height)
         await self._show_objects()
         await self._show_current()
 

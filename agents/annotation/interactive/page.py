@@ -180,9 +180,12 @@ class Page:
 
     async def jump(self) -> None:
         """Open the file whose number was typed."""
-        queue = self.workspace.queue
-        if self.position.value and 1 <= self.position.value <= len(queue.files):
-            await self._open(queue, int(self.position.value) - 1)
+        queue, number = self.workspace.queue, self.position.value
+        if number and 1 <= number <= len(queue.files):
+            await self._open(queue, int(number) - 1)
+        elif queue.files:
+            await self.show_queue()
+            self.tell(f"The files are numbered from 1 to {len(queue.files)}.")
 
     async def done(self) -> None:
         """Mark the file as finished and open the next that is not."""

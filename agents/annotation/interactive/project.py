@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from agents.annotation.files import OutputPaths
 from agents.annotation.interactive.queue import Queue
-from agents.annotation.sources import ImageSearch
 from sam_gym.data.coco_records import encode_segmentation
 from sam_gym.data.coco_writer import mask_annotation
 from sam_gym.data.images import Unreadable, read_header
@@ -118,34 +116,6 @@ class Project(Queue):
             self._load()
         for name in categories:
             self._categories.setdefault(name, _Row.of(self._new_category(name)))
-
-    @classmethod
-    def of_folder(
-        cls,
-        images: str,
-        outputs: OutputPaths,
-        written: Collection[str],
-        names: Sequence[str],
-        may_be_empty: bool = False,
-    ) -> Project:
-        """Return the project of all images below a folder.
-
-        Args:
-            images: the folder.
-            outputs: paths of the results.
-            written: real paths of files and folders to leave out.
-            names: categories to begin with.
-            may_be_empty: whether a folder without images is no error.
-
-        Raises:
-            FileNotFoundError, ValueError: the folder does not exist or holds no image, or the
-                results are no COCO JSON.
-        """
-        search = ImageSearch(images, written)
-        files = [record.file for record in search]
-        if not files and not may_be_empty:
-            raise search.none_found()
-        return cls(Path(images), outputs.annotations, files, names)
 
     def _load(self) -> None:
         content = read_json(str(self.path), "COCO file")

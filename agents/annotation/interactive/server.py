@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import warnings
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Response
@@ -68,4 +69,7 @@ def run_server(
     """
     app = make_app(workspaces, token, hosts)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
-    uvicorn.Server(config).run(sockets=[listener])
+    with warnings.catch_warnings():
+        # NiceGUI looks for the server among all objects of the process. One of torch warns of that.
+        warnings.filterwarnings("ignore", ".*torch.distributed.reduce_op", FutureWarning)
+        uvicorn.Server(config).run(sockets=[listener])

@@ -26,6 +26,7 @@ from sam_gym.backbones import BackboneService, Prompts
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.mask_generation.generator import MaskGenerator
+from sam_gym.utils.text import printable
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Bound on the length of a name.
@@ -470,6 +471,18 @@ class Session:
         return player.presence(image.pixels, self.steps[-1].logits, predicted, self.name)
 
     # Views -------------------------------------------------------------------------------------
+
+    @locked
+    def picture(self) -> dict[str, Any]:
+        """Return the open image as the page draws it: src, file, width and height.
+
+        Paths of masks are in pixels of this width and height, in which the image is shown.
+        """
+        if self.image is None:
+            return {"src": ""}
+        height, width = shown_size(self.image.size)
+        file = printable(self.image.file)
+        return {"src": f"/shown/{self.image.key}", "file": file, "width": width, "height": height}
 
     @locked
     def current(self) -> dict[str, Any]:

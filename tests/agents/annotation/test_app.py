@@ -149,6 +149,33 @@ def test_outlines_cover_the_mask() -> None:
     assert at_shown_size(np.ones((2000, 10), bool)).shape == (1280, 6)
 
 
+def test_masks_are_drawn_where_the_image_is(config: Any, photos: Path) -> None:
+    """Paths are in pixels of the picture's width and height, also of one that is scaled down."""
+    image = np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), dtype=np.uint8)
+    cv2.imwrite(str(photos / "a.png"), image)
+    session = prepare(config())[0].get("tab").session
+    assert session.picture() == {"src": ""}
+    session.open(0)
+    session.draw_box(200, 150, 1800, 1350)
+    picture, mask = session.picture(), session.mask()
+    assert picture["file"] == "a.png" and session.image is not None
+    assert picture["src"] == f"/shown/{session.image.key}"
+    shown = cv2.imdecode(np.frombuffer(session.image.shown, np.uint8), cv2.IMREAD_COLOR)
+    assert shown is not None and shown.shape == (picture["height"], picture["width"], 3)
+
+    session.set_name("thing")
+    paths = [session.current()["path"]]
+    session.save_object()
+    paths += [own["path"] for own in session.objects()]
+    y, x = np.nonzero(mask)
+    for path in paths:
+        points = np.array([p.split(",") for p in re.split("[MZ ]+", path) if p], float)
+        scale = 2000 / picture["width"], 1500 / picture["height"]
+        low, high = points.min(axis=0) * scale, points.max(axis=0) * scale
+        np.testing.assert_allclose(low, (x.min(), y.min()), atol=8)
+        np.testing.assert_allclose(high, (x.max(), y.max()), atol=8)
+
+
 # Results ---------------------------------------------------------------------------------------
 
 
@@ -305,11 +332,18 @@ def test_results_are_locked_before_they_are_read(config: Any, photos: Path) -> N
             serve(config(port=port))
 
 
-def test_files_outside_of_the_folder_are_not_read(config: Any, photos: Path) -> None:
+def test_files_outside_of_the_folder_are_not_read(
+    config: Any, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     secret = photos.parent / "secret.png"
     secret.write_bytes((photos / "a.png").read_bytes())
     (photos / "link.png").symlink_to(secret)
+    (photos / "scan.heic").write_bytes(b"")
     session = prepare(config())[0].get("tab").session
+    assert re.findall("skipped (.*?):", capsys.readouterr().out) == ["link.png", "scan.heic"]
+    monkeypatch.setattr("agents.app._MOST_LINES", 1)
+    prepare(config())
+    assert capsys.readouterr().out.endswith("skipped 1 more\n")
     assert session.project.files == ["a.png", "b.png", "more/c.png"]
     for file in ("../secret.png", str(secret), "link.png"):
         with pytest.raises(ValueError, match="not an image of this folder"):

@@ -252,7 +252,9 @@ def test_annotate_a_folder(
     assert coco.loadRes(list(coco.anns.values())).anns
 
 
-def test_uploads_and_a_phone(app: App, open_tab: Callable[..., Any], tmp_path: Path) -> None:
+def test_uploads_and_a_phone(
+    app: App, open_tab: Callable[..., Any], scenes: list[Sample], tmp_path: Path
+) -> None:
     page = open_tab(app.url, 390, 844, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.touchscreen.tap(*place(page, 128, 128))
@@ -265,12 +267,26 @@ def test_uploads_and_a_phone(app: App, open_tab: Callable[..., Any], tmp_path: P
     until(lambda: marks(page) == 0)
 
     own = tmp_path / "own.png"
-    cv2.imwrite(str(own), np.full((90, 120, 3), 80, np.uint8))
+    cv2.imwrite(str(own), cv2.resize(scenes[0].image[..., ::-1], (2048, 2048)))
     page.set_input_files("input[type=file]", str(own))
     until(lambda: "own.png" in page.inner_text(".sg-bar"))
     assert "/ 1" in page.inner_text(".sg-bar")
     (kept,) = (app.out / "uploads").glob("*/images/*")
     assert kept.read_bytes() == own.read_bytes()
+    # The mask of an image that is shown smaller than it is lies where the click was.
+    x, y = middle(scenes[0].masks[0])
+    page.touchscreen.tap(*place(page, x, y))
+    until(lambda: path_of(page))
+    assert page.evaluate(
+        """([x, y]) => {
+            const mask = document.querySelector("[data-testid=mask]")
+            const { width, height } = mask.ownerSVGElement.viewBox.baseVal
+            return mask.isPointInFill(new DOMPoint(x * width, y * height))
+        }""",
+        [(x + 0.5) / 256, (y + 0.5) / 256],
+    )
+    page.get_by_role("button", name="Reset").tap()
+    until(lambda: marks(page) == 0)
     own.write_text("no image")
     page.set_input_files("input[type=file]", str(own))
     page.wait_for_selector("text=own.png")
