@@ -36,7 +36,8 @@ class Baseline:
     """Base class of agents that learn nothing, with a random generator `rng`.
 
     Attributes:
-        slow: whether it decodes many times per step; it plays in the final evaluation only.
+        slow: whether it decodes many times per step; a training run lets it play in the final
+            evaluation only, and fewer episodes.
     """
 
     slow: ClassVar[bool] = False

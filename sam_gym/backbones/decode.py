@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_gym.backbones.encoders import upscaling_of
@@ -188,10 +188,36 @@ def encode_masks(encoder: PromptEncoder, prompts: Prompts, limit: float | None =
     if prompts.masks is None:
         return none
     masks = prompts.masks if limit is None else prompts.masks.clamp(-limit, limit)
-    dense = encoder.mask_downscaling(masks[:, None])
+    *first, last = encoder.mask_downscaling
+    dense = masks[:, None]
+    for layer in first:
+        dense = layer(dense)
+    # Channels-last as embeddings are: the sum of both needs no copy.
+    dense = last(dense.contiguous(memory_format=torch.channels_last))
     if prompts.has_mask is None:
         return dense
     return torch.where(prompts.has_mask[:, None, None, None], dense, none)
+
+
+def _without_absent_masks(prompts: Prompts) -> Prompts:
+    """Drop mask prompts that no row has, as in the first step of all episodes, on a CPU.
+
+    A GPU would have to finish first, and compiled code would need another graph.
+    """
+    has_mask = prompts.has_mask
+    if has_mask is None or has_mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return prompts
+    if prompts.points is None and prompts.boxes is None:
+        return prompts  # nothing else says how many prompts there are
+    return prompts if has_mask.any() else replace(prompts, masks=None, has_mask=None)
+
+
+def _is_all(mask: Tensor) -> bool:
+    """Whether a mask is known to be all true, as where episodes have equally many clicks.
+
+    Only a CPU is asked: a GPU would have to finish first, and compiled code cannot ask.
+    """
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
 
 
 def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -218,17 +244,53 @@ def _attend_to_few(heads: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
     own = (own == torch.arange(heads, device=q.device)[:, None]).to(q.dtype)[:, None]
     keys = (k[:, None] * (own * (channels // heads) ** -0.5)).flatten(1, 2)
     scores = torch.bmm(keys, q.transpose(1, 2)).unflatten(1, (heads, count))
-    if mask is not None:
+    if mask is not None and not _is_all(mask):
         scores = scores.masked_fill(~mask.transpose(-1, -2), -torch.inf)
     weights = scores.softmax(dim=2).flatten(1, 2).transpose(1, 2)
     return torch.bmm(weights, (v[:, None] * own).flatten(1, 2))
 
 
-def _project_image(layer: Any, keys: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Project the image (P, h * w, C): key and value, and the query of image-to-token attention."""
-    to_image, posed = layer.cross_attn_token_to_image, keys + image_pe
-    look_back = layer.cross_attn_image_to_token.q_proj(posed)
-    return to_image.k_proj(posed), to_image.v_proj(keys), look_back
+def _project_image(layer: Any, keys: Tensor, image_pe: Tensor) -> Sequence[Tensor]:
+    """Project the image (P, h * w, C): key, the query of image-to-token attention, and value."""
+    to_image = layer.cross_attn_token_to_image
+    look_back = layer.cross_attn_image_to_token.q_proj
+    return _project(keys, image_pe, [to_image.k_proj, look_back], [to_image.v_proj])
+
+
+def _project(
+    keys: Tensor, image_pe: Tensor, posed: Sequence[Any], plain: Sequence[Any]
+) -> Sequence[Tensor]:
+    """Apply linear layers to an image.
+
+    A CPU spends most of the time on memory: it reads the image once, in one matrix product for all
+    layers, and never adds positions to it. Since layers are linear, their projections of positions
+    are added instead, which are the same for all images.
+
+    Args:
+        keys: (P, h * w, C).
+        image_pe: (1, h * w, C), positional encoding.
+        posed: layers of `keys + image_pe`.
+        plain: layers of `keys`.
+
+    Returns:
+        (P, h * w, outputs) of each layer.
+    """
+    layers = [*posed, *plain]
+    # A LoRA that is being trained is no plain linear layer.
+    if (
+        torch.is_grad_enabled()
+        or keys.device.type != "cpu"
+        or any(type(own) is not nn.Linear for own in layers)
+    ):
+        with_positions = keys + image_pe
+        return [own(with_positions) for own in posed] + [own(keys) for own in plain]
+    weight = torch.cat([own.weight for own in layers])
+    bias = torch.cat([own.bias for own in layers])
+    sizes = [own.out_features for own in layers]
+    count = sum(sizes[: len(posed)])
+    projected = F.linear(keys, weight, bias)
+    projected[..., :count] += F.linear(image_pe, weight[:count])
+    return projected.split(sizes, dim=-1)
 
 
 def _two_way(
@@ -256,9 +318,9 @@ def _two_way(
         own, q = layer.self_attn, queries if layer.skip_first_layer_pe else queries + tokens
         attended = _attend(own, own.q_proj(q), own.k_proj(q), own.v_proj(queries), mask)
         queries = layer.norm1(attended if layer.skip_first_layer_pe else queries + attended)
-        k, v, look_back = _project_image(layer, keys, image_pe)
+        k, look_back, v = _project_image(layer, keys, image_pe)
         if number == 0 and rows is not None:
-            keys, k, v, look_back = keys[rows], k[rows], v[rows], look_back[rows]
+            keys, k, look_back, v = keys[rows], k[rows], look_back[rows], v[rows]
         to_image, to_tokens = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
         attended = _attend(to_image, to_image.q_proj(queries + tokens), k, v, None)
         queries = layer.norm2(queries + attended)
@@ -266,7 +328,7 @@ def _two_way(
         k, v = to_tokens.k_proj(queries + tokens), to_tokens.v_proj(queries)
         keys = layer.norm4(keys + _attend(to_tokens, look_back, k, v, mask))
     final = transformer.final_attn_token_to_image
-    k, v = final.k_proj(keys + image_pe), final.v_proj(keys)
+    k, v = _project(keys, image_pe, [final.k_proj], [final.v_proj])
     attended = _attend(final, final.q_proj(queries + tokens), k, v, None)
     return transformer.norm_final_attn(queries + attended), keys
 
@@ -494,6 +556,7 @@ def decode_tokens(
     Raises:
         ValueError: P differs from B and the prompts have no rows.
     """
+    prompts = _without_absent_masks(prompts)
     decoder = sam.mask_decoder
     hq = decoder if isinstance(decoder, HqMaskDecoder) else None
     video = sam if isinstance(sam, VideoSam) else None

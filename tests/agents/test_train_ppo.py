@@ -31,6 +31,8 @@ def test_a_run_leaves_everything_it_promises(tiny_env: dict[str, Any], tmp_path:
     stored = json.loads((tmp_path / "a" / "results.json").read_text())
     for name in ("agent", "random", "center", "confident", "oracle"):
         assert set(stored[name]) >= {"mean_iou", "ci95", "episodes"}
+        # One that decodes many times per step plays a quarter.
+        assert stored[name]["episodes"] == (1 if name == "confident" else 2)
     span = stored["oracle"]["mean_iou"] - stored["random"]["mean_iou"]
     gain = stored["agent"]["mean_iou"] - stored["random"]["mean_iou"]
     assert stored["gap_closed"] == pytest.approx(gain / span, abs=1e-3)

@@ -41,15 +41,19 @@ def build_trunk() -> Any:
 
 
 def fold_norms(trunk: Any) -> Any:
-    """Fold the normalisations of a trunk into its convolutions, in place; only activations stay."""
+    """Fold the normalisations of a trunk into its convolutions, in place.
+
+    A convolution takes over its activation, too. Names of weights stay.
+    """
     trunk.eval()
     for block in [trunk, *(block for stage in trunk.blocks for block in stage)]:
         convs = [name for name, own in block.named_children() if isinstance(own, nn.Conv2d)]
         norms = [name for name, own in block.named_children() if isinstance(own, nn.BatchNorm2d)]
         for conv, norm in zip(convs, norms, strict=True):
             own: Any = getattr(block, norm)
-            setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), own))
-            setattr(block, norm, own.act)
+            folded = fuse_conv_bn_eval(getattr(block, conv), own)
+            setattr(block, conv, FusedConv(folded, own.act))
+            setattr(block, norm, nn.Identity())
     for stage in trunk.blocks:
         for block in stage:
             if getattr(block, "conv_pw", None) is not None and max(block.conv_dw.stride) > 1:
@@ -57,49 +61,97 @@ def fold_norms(trunk: Any) -> Any:
     return trunk
 
 
+def _border(conv: nn.Conv2d) -> tuple[int, int]:
+    """Rows and columns that timm pads before and after, for even sizes.
+
+    Like TensorFlow, it pads more at the right and bottom.
+    """
+    total = conv.kernel_size[0] - conv.stride[0]
+    return total // 2, total - total // 2
+
+
 def _pad_early(block: Any) -> None:
     """Let a strided block pad its input instead of the expanded one, six times as large.
 
-    Like TensorFlow, timm pads more at the right and bottom, which costs as much as a convolution.
+    Padding the expanded one costs as much as a convolution.
     """
-    expand, depthwise = block.conv_pw, block.conv_dw
-    total = depthwise.kernel_size[0] - depthwise.stride[0]
-    before, after = total // 2, total - total // 2
-    block.conv_pw = _PaddedConv((before, after), expand.in_channels, expand.out_channels, 1)
-    block.bn1 = _ZeroBorder(block.bn1, before, after)
-    block.conv_dw = nn.Conv2d(
-        *(depthwise.in_channels, depthwise.out_channels, depthwise.kernel_size, depthwise.stride),
-        groups=depthwise.groups,
-    )
-    for new, old in ((block.conv_pw, expand), (block.conv_dw, depthwise)):
-        new.weight, new.bias = old.weight, old.bias
+    block.conv_pw.border = border = _border(block.conv_dw)
+    block.bn1 = _ZeroBorder(*border)
+    block.conv_dw.border = (0, 0)
 
 
-class _PaddedConv(nn.Conv2d):
-    """A convolution of its input with zeros around it: (before, after) rows and columns."""
+class FusedConv(nn.Conv2d):
+    """A convolution and its activation, in one call of oneDNN where no gradient is needed.
 
-    def __init__(self, border: tuple[int, int], *args: Any) -> None:
-        super().__init__(*args)
-        self.border = border
+    On a CPU, an activation of its own reads and writes as much as the convolution.
+
+    Args:
+        conv: the convolution, whose weights it takes over; it may pad as timm's `Conv2dSame`.
+        act: the activation: ReLU, ReLU6 or the identity.
+
+    Attributes:
+        border: rows and columns of zeros before and after the input.
+    """
+
+    def __init__(self, conv: nn.Conv2d, act: nn.Module) -> None:
+        own: Any = conv
+        super().__init__(
+            *(own.in_channels, own.out_channels, own.kernel_size, own.stride, own.padding),
+            groups=conv.groups,
+            device="meta",
+        )
+        self.weight, self.bias, self.act = conv.weight, conv.bias, act
+        # timm's own padding depends on the size; here all are even.
+        self.border = _border(conv) if type(conv) is not nn.Conv2d else (0, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, 2 * self.border))
+        if max(self.border):
+            x = F.pad(x, 2 * self.border)
+        if not _can_fuse(x, self.weight):
+            return self.act(super().forward(x))
+        name, limits = _FUSED_ACTIVATIONS[type(self.act)]
+        return torch.ops.mkldnn._convolution_pointwise(
+            *(x, self.weight, self.bias, self.padding, self.stride, self.dilation),
+            *(self.groups, name, limits, ""),
+        )
+
+
+#: Activation -> its name and limits in oneDNN's calls.
+_FUSED_ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
+    nn.Identity: ("none", []),
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+}
+#: Whether this build of torch has the call, which its own compiler makes.
+_HAS_FUSED = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_convolution_pointwise"
+)
+
+
+def _can_fuse(x: Tensor, weight: Tensor) -> bool:
+    return (
+        _HAS_FUSED
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
 
 
 class _ZeroBorder(nn.Module):
-    """An activation, then zeros in the first and last rows and columns.
+    """Zeros in the first and last rows and columns.
 
     Args:
-        act: the activation.
         before, after: number of rows and columns at the top and left, and at the bottom and right.
     """
 
-    def __init__(self, act: nn.Module, before: int, after: int) -> None:
+    def __init__(self, before: int, after: int) -> None:
         super().__init__()
-        self.act, self.before, self.after = act, before, after
+        self.before, self.after = before, after
 
     def forward(self, x: Tensor) -> Tensor:
-        x, before, after = self.act(x), self.before, self.after
+        before, after = self.before, self.after
         if torch.is_grad_enabled():
             inner = x[..., before:-after, before:-after]
             return F.pad(inner, (before, after, before, after))

@@ -1,6 +1,7 @@
 """The image encoder of `micro`, at its smallest size."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from sam_gym.backbones.micro import model
-from sam_gym.backbones.micro.model import FINE, PIECE, MicroEncoder
+from sam_gym.backbones.micro.model import FINE, PIECE, FusedConv, MicroEncoder
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,40 @@ def test_blocks_pad_as_those_of_timm(size: int, monkeypatch: pytest.MonkeyPatch)
         sum(own.square().mean() for own in folded(x)).backward()
     for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6(), nn.ReLU(), nn.Identity()])
+@pytest.mark.parametrize(("kernel", "stride", "groups"), [(1, 1, 1), (3, 2, 1), (5, 1, 8)])
+def test_a_convolution_with_its_activation(
+    act: nn.Module, kernel: int, stride: int, groups: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(8, 16, kernel, stride, kernel // 2, groups=groups).requires_grad_(False)
+    conv.weight.normal_(generator=generator)
+    conv.bias.normal_(generator=generator)  # type: ignore[union-attr]
+    fused = FusedConv(conv, act)
+    x = 3 * torch.randn(2, 8, 12, 12, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def check(own: FusedConv) -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(own(x), act(conv(x)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(own(x), act(conv(x)))  # with gradients, as two operations
+
+    check(fused)
+    conv.weight.mul_(-2.0)  # as an optimizer or `load_state_dict` changes it
+    check(fused)
+    check(copy.deepcopy(fused))
+    check(pickle.loads(pickle.dumps(fused)))
+
+
+@pytest.mark.skipif(not model._HAS_FUSED, reason="this build of torch has no oneDNN")
+def test_activations_are_part_of_convolutions(encoder: MicroEncoder) -> None:
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        encoder.trunk(pixels(1).contiguous(memory_format=torch.channels_last))
+    called = {event.key for event in profile.key_averages()}
+    assert "mkldnn::_convolution_pointwise" in called
+    assert not called & {"aten::hardtanh_", "aten::clamp_", "aten::convolution"}
 
 
 def test_it_compiles_as_one_graph(encoder: MicroEncoder) -> None:
