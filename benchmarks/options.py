@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
+from segment_anything.modeling import Sam
 
 from adaptation.options import ModelOptions
 from sam_gym.backbones import Backbone, load_backbone
@@ -55,10 +60,27 @@ class TimedOptions(BackboneOptions):
     def load(self) -> Backbone:
         if not self.random_weights:
             return super().load()
-        spec = BACKBONES.get(self.backbone)
+        device = resolve_device(self.device)
+        dtype = resolve_dtype(self.dtype, device)
+        return Backbone(self.backbone, self._random_sam(), device, dtype, self.compile)
+
+    @contextmanager
+    def as_checkpoint(self) -> Iterator[Self]:
+        """Yield the options with random weights, if those are wanted, in a temporary file.
+
+        Environments load their SAM by name and checkpoint.
+        """
+        if not self.random_weights:
+            yield self
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "random.safetensors"
+            save_file(self._random_sam().state_dict(), path)
+            yield replace(self, checkpoint=str(path), random_weights=False)
+
+    def _random_sam(self) -> Sam:
         torch.manual_seed(self.seed)
-        device, sam = resolve_device(self.device), spec.build()
-        return Backbone(self.backbone, sam, device, resolve_dtype(self.dtype, device))
+        return BACKBONES.get(self.backbone).build()
 
 
 def subset(items: Sequence[Any], count: int | None, seed: int) -> list[Any]:

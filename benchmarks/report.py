@@ -87,6 +87,13 @@ def formatted(
     return list(formats), [[cell.format(**row) for cell in formats.values()] for row in rows]
 
 
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = ([cell.replace("|", r"\|") for cell in line] for line in (columns, *rows))
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join((head, "|---" * len(columns) + "|", *body))
+
+
 def side_by_side(frames: Sequence[np.ndarray], gap: int = 8) -> np.ndarray:
     """Join frames uint8 (H, W_i, 3) of equal height horizontally, with a white gap in pixels."""
     space = np.full((frames[0].shape[0], gap, 3), 255, np.uint8)

@@ -4,6 +4,8 @@
     python -m benchmarks.run interactive --dataset folder --data FOLDER --out DIR
     python -m benchmarks.run semantic --dataset camvid --data FOLDER --out DIR
     python -m benchmarks.run throughput --out DIR
+    python -m benchmarks.run throughput --against CHECKOUT --out DIR
+    python -m benchmarks.run gpu --out DIR
     python -m benchmarks.run video --dataset davis --data FOLDER --out DIR
     python -m benchmarks.run interactive --help
 
@@ -29,6 +31,7 @@ for _name, _entry_point in {
     "epochs": "benchmarks.epochs:run",
     "everything": "benchmarks.everything.benchmark:run",
     "generator": "benchmarks.generator:run",
+    "gpu": "benchmarks.gpu:run",
     "interactive": "benchmarks.interactive.benchmark:run",
     "pointing": "benchmarks.pointing:run",
     "semantic": "benchmarks.semantic.benchmark:run",

@@ -34,6 +34,7 @@ from agents.tasks import task_of
 from sam_gym.backbones.loading import resolve_device
 from sam_gym.envs.base_core import BaseCore, EnvConfig
 from sam_gym.utils.files import make_folder, write_atomic
+from sam_gym.utils.memory import release_freed_memory
 from sam_gym.utils.process_group import ALONE, ProcessGroup
 from sam_gym.utils.render import save_gif, save_image
 from sam_gym.utils.runs import refuse_finished, remove_files
@@ -229,6 +230,7 @@ def _train(
         ranks.leave()
         if not ranks.is_first:
             return {}
+        release_freed_memory()
         monitor.evaluate_now()
         outcome = None if walk is None else walk.evaluate_now()
         references = baselines_on_validation(plan)
@@ -239,6 +241,7 @@ def _train(
         policy = out / POLICY
         _save(model, policy)
         env.close()
+        release_freed_memory()
 
         results, files = write_results(
             plan, agent, outcome, references, monitor, walk, core.dataset.name

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.checkouts import checkouts_of
 from benchmarks.options import provenance
 from benchmarks.report import output_folder
-from benchmarks.throughput.config import ThroughputBenchmarkConfig
+from benchmarks.throughput.against import compare_builds, turns
+from benchmarks.throughput.config import KINDS, ThroughputBenchmarkConfig
 from benchmarks.throughput.machine import (
     decoder_speed,
     encoder_speed,
@@ -24,29 +26,52 @@ from sam_gym.backbones import BACKBONES, Backbone
 from sam_gym.envs.click import ClickCore, SamSegConfig
 from sam_gym.utils.progress import ProgressBar
 
-_KINDS = ("cached", "fresh")
-
 
 def run(config: ThroughputBenchmarkConfig) -> dict[str, Any]:
     """Run the benchmark and write its report.
 
     Raises:
         ValueError, FileNotFoundError: an option or the checkpoint is wrong.
-        RuntimeError: the sides disagree on their masks or rewards.
+        RuntimeError: the sides disagree on their masks or rewards (not with random weights in low
+            precision), or the other checkout failed.
     """
     config.validate()
+    checkouts_of(config.against)
     out = output_folder(config.out, config.overwrite)
-    backbone = config.load()
+    with config.as_checkpoint() as own:
+        backbone = own.load()
+        numbers, rows = _measure(own, backbone)
+    summary = {"benchmark": "throughput"} | numbers | provenance(config, backbone)
+    write_report(summary, rows, out)
+    if config.random_weights and backbone.dtype != torch.float32:
+        return summary  # random logits lie near zero, where low precision flips their signs
+    for num_envs_name, measured in summary["by_num_envs"].items():
+        for kind, numbers in measured.items():
+            if not numbers["agreement"]["agree"]:
+                raise RuntimeError(
+                    f"The sides disagree on {kind} images with {num_envs_name} environments, so "
+                    f"their times cannot be compared: {numbers['agreement']}."
+                )
+    return summary
+
+
+def _measure(
+    config: ThroughputBenchmarkConfig, backbone: Backbone
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the numbers of the benchmark, and a row per repeat and side."""
     plain = plain_sam(backbone)
     rows: list[dict[str, Any]] = []
     by_num_envs: dict[str, dict[str, Any]] = {}
     with ProgressBar() as progress:
+        # First, since another checkout may not know an option.
+        task = progress.add_task("both builds", total=turns(config), visible=turns(config) > 0)
+        builds = compare_builds(config, lambda: progress.advance(task))
         # Warm-up, repeats and profile, for cached and for fresh images.
-        total = len(config.num_envs) * len(_KINDS) * (2 * config.repeats + 1)
+        total = len(config.num_envs) * len(KINDS) * (2 * config.repeats + 1)
         task = progress.add_task("stepping", total=total)
         for num_envs in config.num_envs:
             measured, steps = {}, config.steps * num_envs
-            for kind in _KINDS:
+            for kind in KINDS:
                 match = Match(config, backbone, plain, num_envs, fresh=kind == "fresh")
                 for number in range(config.repeats + 1):
                     seconds = match.play()
@@ -76,40 +101,31 @@ def run(config: ThroughputBenchmarkConfig) -> dict[str, Any]:
                 progress.update(task, completed=chunk.images)
     peak_memory = peak_memory_mib(backbone.device)
 
-    summary = {
-        "benchmark": "throughput",
+    numbers = {
         **{
             f"speedup_vs_loop{'' if kind == 'cached' else '_fresh'}": {
                 n: round(measured[kind]["speedup_vs_reference"], 3)
                 for n, measured in by_num_envs.items()
             }
-            for kind in _KINDS
+            for kind in KINDS
         },
         "by_num_envs": by_num_envs,
         "linear_fit": {
             kind: linear_fit(
                 {int(n): measured[kind]["vector_step_ms"] for n, measured in by_num_envs.items()}
             )
-            for kind in _KINDS
+            for kind in KINDS
         },
+        "builds": builds,
         "growth": {"num_envs": config.growth_num_envs, **growth(chunks)} if chunks else None,
         "rollout_bytes": rollout_bytes(config, backbone),
         "rollout_bytes_vit_b": rollout_bytes(config, shapes_of("vit_b")),
-        "encoder": encoder_speed(backbone, plain),
+        "encoder": encoder_speed(backbone, plain, config.encoder_batch),
         "decoder": decoder_speed(backbone, max(config.num_envs)),
-        "mask_iou_with_float32": precision_effect(backbone),
+        "mask_iou_with_float32": precision_effect(backbone, config.precision_images),
         "peak_memory_mib": peak_memory,
-        **provenance(config, backbone),
     }
-    write_report(summary, rows, out)
-    for num_envs_name, measured in by_num_envs.items():
-        for kind, numbers in measured.items():
-            if not numbers["agreement"]["agree"]:
-                raise RuntimeError(
-                    f"The sides disagree on {kind} images with {num_envs_name} environments, so "
-                    f"their times cannot be compared: {numbers['agreement']}."
-                )
-    return summary
+    return numbers, rows
 
 
 def _speed(

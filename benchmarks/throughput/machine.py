@@ -19,6 +19,9 @@ from sam_gym.metrics.masks import batch_iou
 from sam_gym.simulation.clicks import interior_distance
 from sam_gym.utils.transfer import synchronise
 
+#: Maximum time that a matrix product of the roofline is expected to take.
+_MAX_SECONDS = 1.0
+
 
 def _median_seconds(work: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
     """Return the median time of a call on a device, after one warm-up."""
@@ -32,7 +35,7 @@ def _median_seconds(work: Callable[[], Any], device: torch.device, repeats: int 
     return float(np.median(seconds[1:]))
 
 
-def encoder_speed(backbone: Backbone, plain: Sam, batch: int = 16) -> dict[str, float]:
+def encoder_speed(backbone: Backbone, plain: Sam, batch: int) -> dict[str, float]:
     """Return images per second of batched `encode` and of segment_anything's encoder."""
     scenes = make_dataset("scenes", "test", length=batch)
     images = [scenes[i].image for i in range(batch)]
@@ -84,9 +87,7 @@ def decoder_speed(backbone: Backbone, prompts: int) -> dict[str, float]:
     flops = counter.get_total_flops()
     moved = prompts * (backbone.feature_spec.nbytes + 8 * int(np.prod(backbone.mask_shape)))
 
-    side = 8192 if device.type == "cuda" else 2048
-    left = torch.randn(side, side, device=device, dtype=backbone.dtype)
-    flops_per_second = 2 * side**3 / _median_seconds(lambda: left @ left, device)
+    flops_per_second = _matmul_rate(device, backbone.dtype)
     large = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
     copied = torch.empty_like(large)
     bytes_per_second = 8 * large.numel() / _median_seconds(lambda: copied.copy_(large), device)
@@ -102,6 +103,20 @@ def decoder_speed(backbone: Backbone, prompts: int) -> dict[str, float]:
     }
 
 
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP per second of a product of large square matrices."""
+    side, probe = 8192 if device.type == "cuda" else 2048, 256
+
+    def seconds(size: int, repeats: int) -> float:
+        left = torch.randn(size, size, device=device, dtype=dtype)
+        return _median_seconds(lambda: left @ left, device, repeats)
+
+    # On a CPU without units for it, a product in low precision may take a thousand times as long.
+    while side > probe and seconds(probe, 1) * (side / probe) ** 3 > _MAX_SECONDS:
+        side //= 2
+    return 2 * side**3 / seconds(side, 7)
+
+
 def peak_memory_mib(device: torch.device) -> float | None:
     """Return the peak memory of the device, or of the process on a CPU; None on Windows."""
     if device.type == "cuda":
@@ -114,7 +129,7 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def precision_effect(backbone: Backbone, count: int = 32) -> dict[str, dict[str, float]]:
+def precision_effect(backbone: Backbone, count: int) -> dict[str, dict[str, float]]:
     """Return the mean IoU with the float32 masks after one click, by precision.
 
     `model`: encoder and decoder in that precision; `disk`: float32, with the embedding rounded to

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import report
+from sam_gym.utils.cli import print_table
 from sam_gym.utils.plots import MUTED, new_panels, new_plot, save_figure
 
 if TYPE_CHECKING:
@@ -39,6 +40,17 @@ _COLUMNS = {
     "vs reference": "{speedup_vs_reference:.2f}x",
     "vs scalar": "{speedup_vs_scalar:.2f}x",
     "outside of the model": "{overhead_share:.1%}",
+}
+#: Column of the table of both builds -> format of its cells.
+_BUILD_COLUMNS = {
+    "envs": "{envs}",
+    "images": "{kind}",
+    "this, steps/s": "{this_steps_per_second:.0f}",
+    "other": "{other_steps_per_second:.0f}",
+    "this / other": "{ratio:.2f}x",
+    "this, peak MiB": "{this_peak_mib:.0f}",
+    "other, MiB": "{other_peak_mib:.0f}",
+    "largest difference of a reward": "{max_reward_difference:.2g}",
 }
 
 
@@ -86,6 +98,8 @@ def write_report(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path)
         f"{report.counted(settings['steps'], 'step')}."
     )
     page.plot(speed_file, "environment steps per second by number of environments")
+    if summary["builds"] is not None:
+        _write_builds(page, summary["builds"])
     page.heading("Growth of the step time")
     page.plot(growth_file, "milliseconds per vector step by environments and by images seen")
     page.text(_growth_caption(summary))
@@ -104,13 +118,33 @@ def write_report(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path)
     page.finish(files, settings, f"throughput: {summary['backbone']}", columns, table)
 
 
-def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    rows = [
+def _write_builds(page: report.Page, builds: dict[str, Any]) -> None:
+    """Append the comparison with another checkout, and print its table."""
+    table = report.formatted(_rows(builds["by_num_envs"]), _BUILD_COLUMNS)
+    page.heading("This checkout and another one")
+    page.table(*table)
+    page.text(
+        "The vector environments of both checkouts play the same actions in turn, each in a process"
+        " of its own, whose peak memory it is. Medians over the repeats. Rewards of the same images"
+        " and the same SAM differ by rounding only."
+    )
+    for side, own in builds["sides"].items():
+        page.text(
+            f"{side}: {own['checkout']}, commit {own['commit'] or 'unknown'}, {own['backbone']}"
+        )
+    print_table("throughput: both builds", *table)
+
+
+def _rows(by_num_envs: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
         {"envs": num_envs, "kind": kind} | measured[kind]
-        for num_envs, measured in summary["by_num_envs"].items()
+        for num_envs, measured in by_num_envs.items()
         for kind in _KINDS
     ]
-    return report.formatted(rows, _COLUMNS)
+
+
+def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    return report.formatted(_rows(summary["by_num_envs"]), _COLUMNS)
 
 
 def _machine_table(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,6 +16,14 @@ import numpy as np
 import tyro
 
 from benchmarks import report
+from benchmarks.checkouts import (
+    OTHER,
+    OURS,
+    check_imported,
+    checkouts_of,
+    commit_of,
+    environment_of,
+)
 from benchmarks.options import OutputOptions, provenance
 from benchmarks.training import phases
 from sam_gym.backbones.spec import backbone_help
@@ -25,8 +32,6 @@ from sam_gym.utils.fields import documented
 from sam_gym.utils.plots import new_plot, save_figure
 from sam_gym.utils.settings import Count, Natural, Seed, check_settings
 
-#: Sides of a comparison.
-OURS, OTHER = "this", "other"
 #: What the last line of a command begins with after a wrong input.
 _WRONG = "error: "
 #: Options that train_ppo has under the same name.
@@ -81,9 +86,7 @@ def run(config: TrainingBenchmarkConfig) -> dict[str, Any]:
         RuntimeError: a run failed.
     """
     check_settings(config)
-    checkouts = {OURS: Path(phases.__file__).resolve().parents[2]}
-    if config.against is not None:
-        checkouts[OTHER] = _checkout(config.against)
+    checkouts = checkouts_of(config.against)
     out = report.output_folder(config.out, config.overwrite, pictures=("phases.png",))
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in checkouts}
     for repeat in range(config.repeats):
@@ -121,19 +124,9 @@ def _longest(run: dict[str, Any], count: int = 5) -> str:
     return ", ".join(f"{name} {seconds[name]:.0f} s" for name in longest)
 
 
-def _checkout(path: str) -> Path:
-    folder = Path(path).expanduser().resolve()
-    if not (folder / "agents" / "train_ppo.py").is_file():
-        raise ValueError(
-            f"--against {path}: no checkout of this project, it has no agents/train_ppo.py. "
-            "Make one: git worktree add PATH COMMIT."
-        )
-    return folder
-
-
 def _train(config: TrainingBenchmarkConfig, checkout: Path, seed: int) -> dict[str, Any]:
     """Train in a process of its own; return what `phases.main` writes, and the results."""
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    environment = environment_of(checkout)
     if config.threads:
         environment["OMP_NUM_THREADS"] = str(config.threads)
     with tempfile.TemporaryDirectory() as scratch:
@@ -153,23 +146,12 @@ def _train(config: TrainingBenchmarkConfig, checkout: Path, seed: int) -> dict[s
             raise RuntimeError(f"Training in {checkout} failed:\n{done.stderr[-4000:]}")
         content: dict[str, Any] = json.loads(written.read_text())
         results = json.loads((Path(scratch) / "run" / "results.json").read_text())
-    if Path(content["checkout"]) != checkout:
-        raise RuntimeError(f"Python imported {content['checkout']} instead of {checkout}.")
+    check_imported(content["checkout"], checkout)
     return content | {
-        "commit": _commit(checkout),
+        "commit": commit_of(checkout),
         "mean_iou": results["agent"]["mean_iou"],
         "gap_closed": results["gap_closed"],
     }
-
-
-def _commit(checkout: Path) -> str | None:
-    """Return the commit of a checkout, and whether files differ from it; None without git."""
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
 
 
 def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -32,3 +32,13 @@ def keep_freed_memory() -> bool:
     # Versions before about 2.35 accept at most 32 MiB.
     large = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)
     return bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) and large)
+
+
+def release_freed_memory() -> None:
+    """Return freed memory to the system, that which glibc keeps between used memory included.
+
+    A command calls it between stages of its work: what one has freed in small pieces would
+    otherwise add to the peak of the next. Does nothing without glibc.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -23,6 +23,8 @@ from agents.ppo.run import train
 from agents.ppo.vec_env import make_vector_env
 from agents.tasks import task_of
 from agents.train_ppo import main
+from sam_gym.backbones import Prompts, load_backbone, service
+from sam_gym.backbones.features import ImageFeatures
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.envs.everything import EverythingConfig, EverythingCore
 
@@ -168,6 +170,25 @@ def test_greedy_takes_what_sam_trusts_most(settings: EverythingConfig) -> None:
     greedy = BASELINES.get("greedy")(0)
     greedy.predicted_ious = {core.ground_truth(0).source: np.zeros(256)}  # type: ignore[attr-defined]
     assert greedy.act(core, {})[0] == core.stop_action
+
+
+@pytest.mark.parametrize("name", ["grid", "greedy"])
+def test_no_baseline_decodes_all_episodes_at_once(
+    name: str, settings: EverythingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A final evaluation took 15 GB while the prompts of all episodes were decoded together."""
+    model = load_backbone(settings.backbone, settings.checkpoint, "cpu").model
+    decode, counts = model.decode, []
+
+    def counted(features: ImageFeatures, prompts: Prompts) -> Any:
+        counts.append(len(prompts))
+        return decode(features, prompts)
+
+    monkeypatch.setattr(model, "decode", counted)
+    agent = BASELINES.get(name)(0)
+    evaluate(agent, settings, env_id=ENV, episodes=16, num_envs=16)
+    # 64 points of each episode; 256 of each image.
+    assert sum(counts) >= 16 * 64 and max(counts) <= service._DECODED
 
 
 # The commands ----------------------------------------------------------------------------------

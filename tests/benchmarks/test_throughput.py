@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from benchmarks import report
+from benchmarks.checkouts import HERE
 from benchmarks.run import main
-from benchmarks.throughput import playing
+from benchmarks.throughput import against, playing, stepping
 from benchmarks.throughput.benchmark import growth, linear_fit
 from benchmarks.throughput.config import ThroughputBenchmarkConfig
 from benchmarks.throughput.machine import decoder_speed
@@ -298,6 +299,107 @@ def test_warming_up_compiles_all_there_is(
     assert compilations == warm and match.agreement()["agree"]
     match.close()
     assert decoder_speed(backbone, 3)["gflop_per_prompt"] > 0
+
+
+# Random weights --------------------------------------------------------------------------------
+
+
+def test_random_weights_need_no_checkpoint(tiny_env: dict[str, Any]) -> None:
+    model = {"backbone": "tiny", "device": "cpu", "num_envs": (2,)}
+    config = ThroughputBenchmarkConfig(**model, max_steps=2, steps=2, random_weights=True, seed=3)
+    with config.as_checkpoint() as own:
+        assert own.checkpoint is not None and Path(own.checkpoint).is_file()
+        assert own.load().identity == config.load().identity
+        match = Match(own, own.load(), plain_sam(own.load()), num_envs=2, fresh=False)
+        match.play()
+        assert match.agreement()["agree"]
+        match.close()
+    assert not Path(own.checkpoint).exists()
+    with ThroughputBenchmarkConfig(**model).as_checkpoint() as own:
+        assert own.checkpoint is None
+
+
+# Another checkout ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_checkouts_play_the_same_in_turn(tmp_path: Path) -> None:
+    small = ("--backbone", "micro-v0", "--device", "cpu", "--num-envs", "2", "--images", "2")
+    short = ("--steps", "2", "--max-steps", "2", "--repeats", "2", "--growth-images", "0")
+    few = ("--encoder-batch", "1", "--precision-images", "1", "--out", str(tmp_path))
+    other = ("--against", str(HERE), "--against-backbone", "micro-v0")
+    results = main(["throughput", *small, *short, *few, *other])
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    builds = results["builds"]
+    assert builds["sides"]["this"] == builds["sides"]["other"]
+    assert builds["sides"]["this"]["backbone"] == "micro-v0"
+    assert list(builds["by_num_envs"]) == ["2"]
+    for kind in ("cached", "fresh"):
+        numbers = builds["by_num_envs"]["2"][kind]
+        # The same code plays the same images.
+        assert numbers["max_reward_difference"] == 0.0
+        assert len(numbers["ratios"]) == 2 and min(numbers["ratios"]) > 0
+        assert numbers["ratio"] == pytest.approx(np.median(numbers["ratios"]))
+        assert numbers["this_steps_per_second"] > 0 and numbers["this_peak_mib"] > 100
+    assert "This checkout and another one" in (tmp_path / "report.html").read_text()
+
+
+def test_numbers_of_two_checkouts_leave_the_warm_up_out() -> None:
+    def turn(seconds: float, reward: float, peak: float) -> dict[str, Any]:
+        return {"seconds": seconds, "rewards": [[reward, 0.5]], "peak_mib": peak}
+
+    played = {
+        "this": [turn(9.0, 0.0, 50.0), turn(1.0, 0.25, 80.0), turn(2.0, 0.5, 100.0)],
+        "other": [turn(1.0, 0.0, 50.0), turn(2.0, 0.5, 300.0), turn(8.0, 0.5, 400.0)],
+    }
+    assert against._numbers(played, env_steps=16) == {
+        **{"this_steps_per_second": 12.0, "other_steps_per_second": 5.0},
+        **{"this_peak_mib": 100.0, "other_peak_mib": 400.0, "memory_ratio": 0.25},
+        **{"ratios": [2.0, 4.0], "ratio": 3.0, "max_reward_difference": 0.25},
+        "mean_reward_difference": pytest.approx(0.25 / 6),
+    }
+
+
+def test_a_player_encodes_all_images_and_plays_given_actions(
+    tiny_env: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stepping, "ALLOCATORS", ())  # not those of the process of all tests
+    settings = tiny_env | {"split": "test", "obs": "handle", "max_steps": 2}
+    player = stepping.Player(num_envs=3, seed=5, images=8, settings=settings)
+    core: Any = player.env.unwrapped.core  # type: ignore[attr-defined]
+    assert core.samples.misses == 8 and player.prefetchers == [core.prefetcher]
+    assert player.about() == {"checkout": str(HERE), "actions": 512}
+    actions = np.random.default_rng(0).integers(0, 512, (4, 3))
+    played = player.play(actions.tolist())
+    assert core.samples.misses == 8 and played["seconds"] > 0 and played["peak_mib"] > 50
+    env = playing.make_vector(3, settings)
+    env.reset(seed=5)
+    np.testing.assert_array_equal(played["rewards"], [env.step(row)[1] for row in actions])
+    for own in (player.env, env):
+        own.close()
+
+
+@pytest.mark.slow
+def test_a_checkout_that_fails_says_why() -> None:
+    job = {"num_envs": 1, "seed": 0, "images": 0, "settings": {"backbone": "mikro"}}
+    with pytest.raises(RuntimeError, match=r"(?s)failed:.*Did you mean 'micro'\?"):
+        against.Player(HERE, job)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--against", "{tmp}"), r"no agents/train_ppo\.py"),
+        (("--against-backbone", "micro"), "takes effect with --against PATH only"),
+    ],
+)
+def test_what_is_no_checkout_is_refused(
+    tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    given = [option.format(tmp=tmp_path) for option in options]
+    with pytest.raises(ValueError, match=message):
+        main(["throughput", *given, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def _owners(core: Any) -> dict[str, Any]:

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.checkouts import HERE
 from benchmarks.run import main
 from benchmarks.training import benchmark, phases
 
 
 @pytest.mark.slow
 def test_two_checkouts_are_trained_in_turn(tmp_path: Path) -> None:
-    here = Path(phases.__file__).parents[2]
     small = ("--backbone", "micro-v0", "--total-timesteps", "1024", "--final-episodes", "2")
     few = ("--train-images", "8", "--eval-episodes", "2", "--threads", "1", "--out", str(tmp_path))
-    run = main(["training", *small, *few, "--against", str(here)])
+    run = main(["training", *small, *few, "--against", str(HERE)])
     assert json.loads((tmp_path / "results.json").read_text())["ratio"] == run["ratio"] > 0
     ours, other = run["sides"]["this"], run["sides"]["other"]
     # The same code with the same seed learns the same.
@@ -41,10 +41,10 @@ def test_another_folder_is_no_checkout(tmp_path: Path) -> None:
 def test_an_older_checkout_without_an_option_ends_it_before_anything_is_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here, older = Path(phases.__file__).parents[2], tmp_path / "older"
+    older = tmp_path / "older"
     (older / "agents").mkdir(parents=True)
-    (older / "sam_gym").symlink_to(here / "sam_gym")
-    for path in (here / "agents").iterdir():
+    (older / "sam_gym").symlink_to(HERE / "sam_gym")
+    for path in (HERE / "agents").iterdir():
         (older / "agents" / path.name).symlink_to(path)
     (older / "agents" / "train_ppo.py").unlink()
     command = (

@@ -47,6 +47,29 @@ def test_freed_memory_is_used_again() -> None:
     assert left_alone == "False" and many > 10 * max(count, 1)
 
 
+RESIDENT = """
+import numpy, resource
+from pathlib import Path
+from sam_gym.utils.memory import keep_freed_memory, release_freed_memory
+keep_freed_memory()
+arrays = [numpy.ones(2**20, numpy.uint8) for _ in range(256)]
+arrays = arrays[::8]  # in use all over the heap
+pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])
+before = pages()
+release_freed_memory()
+print((before - pages()) * resource.getpagesize() // 2**20)
+"""
+
+
+def test_freed_memory_between_used_memory_goes_back_to_the_system() -> None:
+    if not keep_freed_memory():
+        pytest.skip("no glibc, or an allocator that is tuned already")
+    result = subprocess.run(
+        [sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) > 200  # of the 224 MiB that were freed
+
+
 def test_asking_twice_is_asking_once() -> None:
     assert keep_freed_memory() is keep_freed_memory()
 
