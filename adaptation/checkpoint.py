@@ -19,6 +19,9 @@ _FREE = ("checkpoint_every", "memory_gib", "disk")
 #: Settings under their former names.
 _RENAMED = {"views": "augmentations", "objects_per_view": "objects_per_augmentation"}
 
+#: Options that methods did not have at first, with the values that they had in effect.
+_ADDED = {"semantic": {"class_weights": "none"}}
+
 
 def run_key(strategy: Strategy, config: TrainConfig) -> dict[str, Any]:
     """Everything that decides the results of a run, in plain values."""
@@ -66,7 +69,7 @@ def load_checkpoint(
 
 
 def _with_new_names(key: Mapping[str, Any], strategy: Strategy) -> dict[str, Any]:
-    """A key whose settings have their present names.
+    """A key with the present names of its settings and all present options.
 
     Formerly, `options` held those of all methods, with names such as `ewc_weight`.
     """
@@ -78,4 +81,6 @@ def _with_new_names(key: Mapping[str, Any], strategy: Strategy) -> dict[str, Any
             field.name: old.get(f"{strategy.name}_{field.name}", old.get(field.name))
             for field in fields(strategy.options)
         }
+    if isinstance(options := key.get("method_options"), dict):
+        key["method_options"] = _ADDED.get(strategy.name, {}) | options
     return key

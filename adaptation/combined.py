@@ -90,6 +90,10 @@ class Combined(Strategy):
     def loss(self, batch: Batch, masks: MaskLoss) -> Tensor | float:
         return sum(part.loss(batch, masks) for part in self._parts.values())
 
+    def facts(self) -> dict[str, Any]:
+        found = {name: part.facts() for name, part in self._parts.items()}
+        return {name: own for name, own in found.items() if own}
+
     def adapter(self) -> Adapter:
         return replace(self._leader.adapter(), method=self.name)
 

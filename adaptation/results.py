@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,8 @@ class RunResult:
         narrow: domain -> fraction of held-out objects that consist of boundary pixels only.
         seed: of the run.
         split: that the scores are of.
+        method_options: options of the method, of combined ones those of each.
+        facts: domain -> `Strategy.facts` of its training, of methods that have some.
     """
 
     method: str
@@ -52,6 +55,8 @@ class RunResult:
     narrow: dict[str, float] = field(default_factory=dict)
     seed: int = 0
     split: str = "test"
+    method_options: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def only_stage(self) -> str | None:

@@ -288,6 +288,13 @@ class Strategy:
         """Build the content of the adapter file."""
         return self._adapter(experts=[tuned_weights(self.sam)])
 
+    def facts(self) -> dict[str, Any]:
+        """Return what the training of the current domain depends on and no option tells, as JSON.
+
+        It is saved in run.json.
+        """
+        return {}
+
     def state(self) -> dict[str, Any]:
         """Return the checkpoint state: tensors and plain values. Extend `super().state()`."""
         own = {name: weight.detach().clone() for name, weight in self.trained().items()}

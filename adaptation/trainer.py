@@ -188,6 +188,7 @@ class _Fit:
             self.stream.names,
             seed=self.config.seed,
             split=split,
+            method_options=asdict(strategy.options),
         )
         retention = trainer.retention
         if retention is not None and strategy.evaluations is not None:
@@ -278,6 +279,8 @@ class _Fit:
             return
         if self.step == 0:
             strategy.before_task(self.stage)
+            if facts := strategy.facts():
+                self.result.facts[self.stream.names[self.stage]] = facts
             self.result.trainable = sum(w.numel() for w in strategy.trained().values())
         # Compute missing features here, outside of the timed part.
         for domain in self._domains():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptation.batch_norm import processes, synchronise
+from adaptation.class_weights import Weighting, class_weights, count_pixels
 from adaptation.evaluation import Scores, score_labels
 from adaptation.features import LabelledImages
 from adaptation.strategy import STRATEGIES, Step, Strategy, StrategyContext, seeded
@@ -62,6 +63,10 @@ class Semantic(Strategy):
         frame: finer masks, for five encoder calls per image."""
         epochs: Count = 5
         """Passes over the training images of a domain (--steps: optimizer steps instead)."""
+        class_weights: Weighting = "none"
+        """Weights of the classes in the loss, from their pixels in the training label maps: none;
+        enet: 1 / ln(1.02 + frequency) (ENet); median: median frequency balancing (SegNet). Weights
+        find more of rare classes, and more false ones."""
 
     tunes: ClassVar[tuple[str, ...]] = ("head",)
     default_tune: ClassVar[str] = "head"
@@ -82,6 +87,8 @@ class Semantic(Strategy):
         with seeded(context.seed):
             head = make(self._kind, bank.backbone.raw_source(self._kind).feature_spec, *names)
         self._head = synchronise(head).to(bank.backbone.device)
+        #: Weights of the classes in the current domain, float32 (C,); None: all the same.
+        self._weights: Tensor | None = None
 
     def _pretrained(self) -> Sam:
         return self.context.sam
@@ -115,6 +122,7 @@ class Semantic(Strategy):
     def before_task(self, task: int) -> None:
         super().before_task(task)
         self._head.train()
+        self._weigh()
 
     def draw(self, step: Step) -> LabelledBatch:
         bank, device = self.context.bank, self.context.bank.backbone.device
@@ -136,18 +144,18 @@ class Semantic(Strategy):
         logits = F.interpolate(
             self._head(batch.raw).float(), labels.shape[-2:], mode="bilinear", align_corners=False
         )
-        total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        valid, world = labels != IGNORED, processes()
-        count = valid.sum()
+        weights, valid, world = self._weights, labels != IGNORED, processes()
+        total = F.cross_entropy(logits, labels, weights, ignore_index=IGNORED, reduction="sum")
+        weight = valid.sum() if weights is None else weights[labels[valid]].sum()
         if world > 1:
-            # Gradients are averaged over the processes, whose pixels differ in number.
-            torch.distributed.all_reduce(count)
+            # Gradients are averaged over the processes, whose pixels differ in number and weight.
+            torch.distributed.all_reduce(weight)
         with torch.no_grad():
             classes = logits.shape[1]
             pairs = labels[valid] * (classes + 1) + logits.argmax(dim=1)[valid]
             counts = torch.bincount(pairs, minlength=classes * (classes + 1))
             ious = class_iou(counts.reshape(classes, classes + 1).cpu().numpy())
-        return total * world / count.clamp(min=1), torch.tensor(mean_score(ious))
+        return total * world / weight.clamp(min=1e-6), torch.tensor(mean_score(ious))
 
     def score(self, model: Model, domain: Domain, evaluation: str, split: str) -> Scores:
         return score_labels(model, self.context.bank, domain, split)
@@ -171,12 +179,31 @@ class Semantic(Strategy):
         super().set_state(state)
         self._head.load_state_dict(state["head"])
         self._head.train()
+        if self.task >= 0:
+            self._weigh()
+
+    def facts(self) -> dict[str, Any]:
+        if self._weights is None:
+            return {}
+        return {"class_weights": dict(zip(self._head.classes, self._weights.tolist(), strict=True))}
 
     def kept_bytes(self) -> int:
         return bytes_of(self._head.state_dict().values())
 
     def _images(self, domain: Domain) -> LabelledImages:
         return self.context.bank.labelled(domain, "train", 2 if self.raw == "tiles" else 1)
+
+    def _weigh(self) -> None:
+        """Compute the weights of the classes in the current domain."""
+        rule = self.options.class_weights
+        if rule == "none":
+            return
+        bank, classes = self.context.bank, len(self._head.classes)
+        labels = self._images(bank.stream[self.task]).labels
+        counts = count_pixels((labels[k] for k in range(len(labels))), classes)
+        self._weights = to_device(
+            class_weights(rule, counts).astype(np.float32), bank.backbone.device
+        )
 
     def _head_state(self) -> dict[str, Tensor]:
         return {name: x.detach().cpu().clone() for name, x in self._head.state_dict().items()}

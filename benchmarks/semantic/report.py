@@ -12,6 +12,7 @@ from benchmarks import report
 from benchmarks.semantic.heads import HeadResult
 from benchmarks.semantic.zero_shot import ImageResult, ZeroShot
 from sam_gym.metrics.semantic import class_iou, confusion, mean_score
+from sam_gym.utils.cli import print_table
 from sam_gym.utils.files import write_csv
 from sam_gym.utils.plots import literal, save_figure
 from sam_gym.utils.render import draw_labels, save_image
@@ -136,6 +137,16 @@ def write_report(
             for key, (value, low, high) in gains.items()
         )
         page.text(f"Gain of {name} over the head alone, with 95% intervals over images: {shown}.")
+    if summary["agent"]:
+        header, cells = _agent_table(summary["agent"])
+        page.table(header, cells)
+        print_table("Masks of the agent", header, cells)
+        page.text(
+            "Masks that the agent proposed and that were accepted. Predicted IoU: the lowest of an "
+            "accepted mask, chosen on images of the training split for the highest mean IoU, "
+            "separately for each class; a class whose gain on these images has a 95% interval that "
+            "reaches 0 keeps the head's masks."
+        )
     page.heading("Classes")
     columns = {key: title for key, title in _COLUMNS.items() if key in classes[0]}
     columns |= {f"{own.head.name}_iou": f"IoU, {own.head.name} head" for own in heads}
@@ -191,6 +202,25 @@ def write_report(
     }
     cells.append([_text(total[key]) for key in columns])
     page.finish(files, settings, heading, list(columns.values()), cells)
+
+
+def _agent_table(rows: Sequence[Mapping[str, Any]]) -> tuple[Sequence[str], list[list[str]]]:
+    """Return header and cells of the table of the agent's masks."""
+    header = ("class", "proposed", "accepted", "predicted IoU", "proposed, train", "gain, train")
+    cells = []
+    for row in rows:
+        own = row.get("train_gain")
+        cells.append(
+            [
+                row["class"],
+                str(row["proposed"]),
+                str(row["accepted"]),
+                _text(row.get("threshold", "any")) or "none",
+                _text(row.get("train_proposed")),
+                "" if own is None else f"{own[0]:+.4f} ({own[1]:+.4f} to {own[2]:+.4f})",
+            ]
+        )
+    return header, cells
 
 
 def _text(value: float | int | str | None) -> str:

@@ -1,5 +1,6 @@
 """Semantic heads: the training against a plain loop, stops, processes, scores and commands."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from adaptation import evaluate
 from adaptation.augmentation import Augmentation
 from adaptation.batch_norm import synchronise
+from adaptation.class_weights import Weighting, class_weights, count_pixels
 from adaptation.evaluation import score_labels
 from adaptation.features import FeatureBank
 from adaptation.strategies.semantic import Semantic
@@ -154,9 +156,10 @@ def test_it_learns_and_its_adapter_is_what_was_measured(
     assert any(not torch.equal(first[name], final[name]) for name in final)
 
 
-@pytest.mark.parametrize("head", ["seed", "pyramid"])
+@pytest.mark.parametrize(("head", "weighting"), [("seed", "none"), ("pyramid", "median")])
 def test_a_run_goes_on_as_if_it_had_never_stopped(
     head: str,
+    weighting: Weighting,
     make_trainer: MakeTrainer,
     streets: Stream,
     monkeypatch: pytest.MonkeyPatch,
@@ -164,7 +167,7 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     few = {"steps": None, "batch_size": 2, "checkpoint_every": 1000}
-    own = options(head=head, epochs=3)
+    own = options(head=head, epochs=3, class_weights=weighting)
     make_trainer(whole, **few).fit(streets, "semantic", method_options=own)
     for stop in (5, 4):  # within the second epoch, and within the third
         taken = 0
@@ -190,10 +193,68 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(
         assert all(torch.equal(one[key], other[key]) for key in one)
     runs = [json.loads((x / "semantic-head-0" / "run.json").read_text()) for x in (whole, parts)]
     assert runs[0]["scores"] == runs[1]["scores"]
+    assert runs[0]["method_options"]["class_weights"] == weighting
+    assert runs[0]["facts"] == runs[1]["facts"]
+    assert bool(runs[0]["facts"]) == (weighting != "none")
     with pytest.raises(ValueError, match="a run with another method_options"):
         make_trainer(parts, **few).fit(
             streets, "semantic", method_options=options(head=head, epochs=4), resume=True
         )
+
+
+def test_class_weights_by_hand() -> None:
+    """Two images: 6 pixels of class 0, 2 of class 1; 8 of class 0. Class 2 occurs nowhere."""
+    images = [np.array([[0, 0, 0, 0, 0], [0, 1, 1, 255, 255]]), np.array([[0] * 8 + [255]])]
+    counts = count_pixels([own.astype(np.uint8) for own in images], 3)
+    assert counts.classes.tolist() == [14, 2, 0] and counts.images.tolist() == [16, 8, 0]
+    np.testing.assert_array_equal(class_weights("none", counts), 1)
+    enet = [1 / np.log(1.02 + 14 / 16), 1 / np.log(1.02 + 2 / 16), 1]
+    np.testing.assert_allclose(class_weights("enet", counts), enet)
+    median = (14 / 16 + 2 / 8) / 2
+    np.testing.assert_allclose(class_weights("median", counts), [median / 0.875, median / 0.25, 1])
+    with pytest.raises(ValueError, match="Unknown class weights 'log'"):
+        class_weights("log", counts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", ["enet", "median"])
+def test_the_loss_is_weighted(loaded: Backbone, streets: Stream, rule: Weighting) -> None:
+    """Against torch's weighted mean, with weights counted in all augmented label maps."""
+    bank = FeatureBank(loaded, streets, 2)
+    strategy = Semantic(StrategyContext(bank, "head", options(class_weights=rule)))
+    assert strategy.facts() == {}
+    strategy.before_task(0)
+    labels = bank.labelled(streets[0], "train").labels
+    weights = class_weights(rule, count_pixels((labels[k] for k in range(10)), 11))
+    assert strategy.facts()["class_weights"]["Vehicle"] == pytest.approx(weights[8])
+    assert weights[8] != pytest.approx(weights[3], rel=0.01)
+    batch = strategy.draw(Step(0, 0, 0, 2))
+    loss, _ = strategy.forward(batch)
+    logits = F.interpolate(strategy.module(batch.raw), (64, 64), mode="bilinear")
+    expected = F.cross_entropy(
+        logits, batch.labels, torch.from_numpy(weights).float(), ignore_index=255
+    )
+    torch.testing.assert_close(loss, expected)
+    nothing = dataclasses.replace(batch, labels=torch.full_like(batch.labels, 255))
+    assert strategy.forward(nothing)[0] == 0
+
+
+def test_runs_from_before_class_weights_resume(
+    make_trainer: MakeTrainer, streets: Stream, tmp_path: Path
+) -> None:
+    few = {"steps": 2, "batch_size": 2, "checkpoint_every": 1}
+    folder = tmp_path / "semantic-head-0"
+    make_trainer(tmp_path, **few).fit(streets, "semantic", method_options=options())
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["key"]["method_options"].pop("class_weights") == "none"
+    del checkpoint["result"]["method_options"], checkpoint["result"]["facts"]
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    (folder / "run.json").unlink()
+    weighted = options(class_weights="enet")
+    with pytest.raises(ValueError, match="a run with another method_options"):
+        make_trainer(tmp_path, **few).fit(streets, "semantic", method_options=weighted, resume=True)
+    plain = options(class_weights="none")
+    run = make_trainer(tmp_path, **few).fit(streets, "semantic", method_options=plain, resume=True)
+    assert "class" in run.scores
 
 
 def test_processes_divide_a_batch(loaded: Backbone, streets: Stream) -> None:
@@ -222,7 +283,7 @@ def test_two_processes_learn_what_one_learns(
     arguments = [
         *("--backbone", "tiny", "--checkpoint", tiny_name["checkpoint"], "--device", "cpu"),
         *("--stream", "camvid", "--data", street, "--method", "semantic", "--head", "pyramid"),
-        *("--epochs", "2", "--batch-size", "4", "--views", "2"),
+        *("--epochs", "2", "--batch-size", "4", "--views", "2", "--class-weights", "enet"),
     ]
     alone, together = tmp_path / "alone", tmp_path / "together"
     script = str(HERE / "train_tiny.py")

@@ -16,7 +16,7 @@ from segment_anything import SamPredictor
 from agents import train_ppo
 from benchmarks.run import main
 from benchmarks.semantic import benchmark
-from benchmarks.semantic.agent import corrected_labels
+from benchmarks.semantic.agent import Trial, choose_threshold, corrected_labels
 from benchmarks.semantic.heads import HeadResult, TrainedHead, gain
 from benchmarks.semantic.points import POINTS, PointName
 from benchmarks.semantic.zero_shot import ZeroShot, find_prompts
@@ -252,7 +252,12 @@ def test_votes_within_masks(street: Path, micro_checkpoint: str, tmp_path: Path)
     assert "Gain of seed_masks over the head alone" in (out / "report.html").read_text()
 
 
-def test_an_agent_corrects_a_head(street: Path, tiny_env: dict[str, Any], tmp_path: Path) -> None:
+def test_an_agent_corrects_a_head(
+    street: Path,
+    tiny_env: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     tiny = (street, tiny_env["checkpoint"])
     model = ["--checkpoint", tiny_env["checkpoint"], "--backbone", "tiny"]
     heads = ["--heads", "seed", "--epochs", "1", "--augmentations", "1", "--no-boundary", *model]
@@ -265,7 +270,8 @@ def test_an_agent_corrects_a_head(street: Path, tiny_env: dict[str, Any], tmp_pa
     train_ppo.main(own)
     agent = ["--agent", str(tmp_path / "b/policy.zip")]
     out = tmp_path / "out"
-    results = main(arguments(*tiny, out, *model, *agent, "--adapters", adapter, "--save-labels"))
+    all_masks = ["--adapters", adapter, "--agent-images", "0"]
+    results = main(arguments(*tiny, out, *model, *agent, *all_masks, "--save-labels"))
     head, corrected = results["heads"].values()
     assert list(results["heads"]) == ["semantic-head-0", "semantic-head-0_agent"]
     value, low, high = results["gains"]["semantic-head-0_agent"]["mean_iou"]
@@ -275,6 +281,24 @@ def test_an_agent_corrects_a_head(street: Path, tiny_env: dict[str, Any], tmp_pa
         for suffix in ("", "_agent")
     )
     assert (before != after).any()
+    rows = results["agent"]
+    assert [row["class"] for row in rows] == list(CAMVID)
+    assert all(row["accepted"] == row["proposed"] and "threshold" not in row for row in rows)
+    assert sum(row["proposed"] for row in rows) > 0
+
+    # Masks that do not raise mean IoU on the training images are not accepted.
+    capsys.readouterr()
+    careful = main(arguments(*tiny, tmp_path / "f", *model, *agent, "--adapters", adapter))
+    assert "Masks of the agent" in capsys.readouterr().out
+    for row, own in zip(careful["agent"], rows, strict=True):
+        assert row["proposed"] == own["proposed"]
+        assert 0 <= row["train_best"] <= row["train_proposed"] <= 3
+        useful = row["train_gain"] is not None and row["train_gain"][1] > 0
+        assert (row["threshold"] is not None) == useful
+        assert row["accepted"] == 0 or useful
+    assert "chosen on images of the training split" in (tmp_path / "f/report.html").read_text()
+    with pytest.raises(ValueError, match="chosen on training images. Measure on val or test"):
+        main(arguments(*tiny, tmp_path / "g", *model, *agent, *all_masks[:2], "--split", "train"))
     other = ["--agent", "implicit", "--adapters", adapter]
     with pytest.raises(ValueError, match="it begins with empty masks"):
         main(arguments(*tiny, tmp_path / "c", *model, *other))
@@ -307,6 +331,39 @@ def test_corrected_labels_pixel_by_pixel() -> None:
             else:
                 expected = before[y, x]
             assert found[y, x] == expected
+
+
+def test_thresholds_are_the_best_of_all() -> None:
+    """Against all thresholds in turn, with scores that occur several times."""
+    rng = np.random.default_rng(0)
+    chosen = []
+    for help_of_good in (0, 0, 60, 60, 60):
+        counts = rng.integers(50, 99, (12, 3, 4))
+        trials = []
+        for image in rng.choice(12, 10, replace=False).tolist():
+            score = round(float(rng.random()), 1)
+            change = np.zeros((3, 4), np.int64)
+            moved = int(rng.integers(-40, 9)) + (help_of_good if score > 0.5 else 0)
+            change[0, 0], change[0, 1] = moved, -moved
+            trials.append(Trial(image, score, change))
+        found = choose_threshold(counts, trials, 0)
+        assert found.proposed == 10
+        scores = {}
+        for threshold in (2.0, *(trial.score for trial in trials)):
+            total = counts.sum(axis=0)
+            for trial in trials:
+                total = total + trial.change * (trial.score >= threshold)
+            scores[threshold] = float(class_iou(total).mean())
+        best = max(scores, key=scores.__getitem__)
+        if found.gain is None:
+            assert best == 2.0 and found.threshold is None and found.best == 0
+        else:
+            assert found.gain[0] == pytest.approx(scores[best] - scores[2.0])
+            assert found.best == sum(trial.score >= best for trial in trials)
+            assert found.threshold == (best if found.gain[1] > 0 else None)
+        chosen.append(found.threshold)
+    assert None in chosen[:2] and 0.6 in chosen[2:]
+    assert choose_threshold(counts, [], 0).threshold is None
 
 
 def test_gains_of_the_same_scores_are_zero() -> None:
