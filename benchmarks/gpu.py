@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.options import provenance
-from benchmarks.video_speed.sides import has_peer
+from benchmarks.video_speed.peer import has_peer
 from sam_gym.backbones.download import default_path
 from sam_gym.backbones.loading import resolve_device
 from sam_gym.backbones.spec import BACKBONES, PublishedWeights

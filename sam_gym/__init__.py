@@ -17,7 +17,8 @@ from sam_gym.version import __version__
 if TYPE_CHECKING:
     from sam_gym.backbones import Backbone, BackboneSpec, Prompts, load_backbone, register_backbone
     from sam_gym.backbones.features import ImageFeatures
-    from sam_gym.backbones.video.tracker import TrackedFrame, TrackingSession, VideoTracker
+    from sam_gym.backbones.video.session import TrackedFrame, TrackingSession
+    from sam_gym.backbones.video.tracker import VideoTracker
     from sam_gym.data import (
         Dataset,
         DatasetSpec,
@@ -92,7 +93,8 @@ _LAZY = {
         "register_backbone",
     ),
     "sam_gym.backbones.features": ("ImageFeatures",),
-    "sam_gym.backbones.video.tracker": ("TrackedFrame", "TrackingSession", "VideoTracker"),
+    "sam_gym.backbones.video.session": ("TrackedFrame", "TrackingSession"),
+    "sam_gym.backbones.video.tracker": ("VideoTracker",),
     "sam_gym.data": (
         "Dataset",
         "DatasetSpec",

@@ -158,7 +158,8 @@ class Corrector:
         Returns:
             The choice for each class that the agent is asked about, by name.
         """
-        counts, trials = [], {category: list[Trial]() for category in sorted(self.asked)}
+        counts: list[np.ndarray] = []
+        trials: dict[int, list[Trial]] = {category: [] for category in sorted(self.asked)}
         with ProgressBar() as progress:
             task = progress.add_task("choosing which masks to accept", total=len(indices))
             for first in range(0, len(indices), batch_size):

@@ -18,14 +18,12 @@ import torch
 
 from benchmarks import report
 from benchmarks.options import OutputOptions, device_name, provenance
+from benchmarks.video_speed.peer import Shape, has_peer, random_predictor
 from benchmarks.video_speed.sides import (
     SHAPES,
     FrameLogits,
-    Shape,
     ShapeName,
     draw_prompts,
-    has_peer,
-    random_predictor,
     random_tracker,
     track_ours,
     track_theirs,

@@ -398,6 +398,11 @@ def _rows_of(finer: Finer, rows: Tensor | slice) -> Finer:
     return finer[0][rows], finer[1][rows]
 
 
+def _shared(features: Tensor) -> Tensor:
+    """Return the one row of features that were expanded, others as they are."""
+    return features[:1] if features.stride(0) == 0 else features
+
+
 def _as_they_are(features: Tensor, finer: Finer) -> Tensor:
     """Return features that are upscaled already."""
     del finer
@@ -598,7 +603,7 @@ def decode_tokens(
         score = video.mask_decoder.pred_obj_score_head(last)[:, 0]
     if isinstance(video, Sam2):
         shared = rows is None or len(features) == 1
-        high_res = features["high_res_s1"], features["high_res_s0"]
+        high_res = _shared(features["high_res_s1"]), _shared(features["high_res_s0"])
         finer = high_res if shared else (high_res[0][rows], high_res[1][rows])
     upscaling, kind = upscaling_of(decoder), keys.device.type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

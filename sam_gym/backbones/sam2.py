@@ -12,7 +12,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from segment_anything.modeling import MaskDecoder, Sam
@@ -60,12 +60,34 @@ class Sam2Neck(nn.Module):
             for width in reversed(widths)
         )
 
-    def forward(self, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Stages (B, D, S / s, S / s) of the strides s 4, 8, 16, 32 -> (B, C, ...) of 4, 8, 16."""
-        lateral = [conv(x) for conv, x in zip(self.convs, reversed(stages), strict=True)]
-        coarsest, embedding, eighth, quarter = lateral
+    def forward(
+        self, stages: Sequence[Tensor], further: Sequence[nn.Conv2d] = ()
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Stages (B, D, S / s, S / s) of the strides s 4, 8, 16, 32 -> (B, C, ...) of 4, 8, 16.
+
+        Args:
+            stages: of the trunk.
+            further: 1x1 convolutions of the results of strides 4 and 8, or nothing. The wide maps
+                between are never computed.
+        """
+        convs = [conv[0] for conv in reversed(cast(Any, self.convs))]
+        quarter = pointwise(stages[0], convs[0], *further[:1])
+        eighth = pointwise(stages[1], convs[1], *further[1:])
+        embedding, coarsest = pointwise(stages[2], convs[2]), pointwise(stages[3], convs[3])
         coarsest = F.interpolate(coarsest.float(), scale_factor=2.0, mode="nearest")
         return quarter, eighth, embedding + coarsest
+
+
+def pointwise(x: Tensor, *convs: nn.Conv2d) -> Tensor:
+    """Apply 1x1 convolutions, one after another, as one linear map: (B, D, h, w) -> (B, C, h, w).
+
+    The result is channels-last in memory, and nothing is copied if `x` is.
+    """
+    weight, bias = convs[0].weight.flatten(1), cast(Tensor, convs[0].bias)
+    for conv in convs[1:]:
+        last = conv.weight.flatten(1)
+        weight, bias = last @ weight, F.linear(bias, last, conv.bias)
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
 class Sam2Encoder(nn.Module):
@@ -92,11 +114,17 @@ class Sam2Encoder(nn.Module):
         """The transformer blocks; channels double and sides halve where a stage begins."""
         return self.trunk.blocks
 
-    def pyramid(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels (B, 3, S, S) -> (B, C, S / s, S / s) for the strides 4, 8 and 16."""
+    def pyramid(
+        self, pixels: Tensor, further: Sequence[nn.Conv2d] = ()
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels (B, 3, S, S) -> (B, C, S / s, S / s) for the strides 4, 8 and 16.
+
+        `further` is what `Sam2Neck` applies to the results of strides 4 and 8.
+        """
         # `stop_early` would build a module in every call.
         return self.neck(
-            self.trunk.forward_intermediates(pixels, intermediates_only=True, stop_early=False)
+            self.trunk.forward_intermediates(pixels, intermediates_only=True, stop_early=False),
+            further,
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -191,13 +219,14 @@ class Sam2(VideoSam):
         )
 
     def encode_frames(self, pixels: Tensor) -> ImageFeatures:
-        quarter, eighth, embedding = self.image_encoder.pyramid(pixels)
         decoder: Any = self.mask_decoder
+        further = decoder.conv_s0, decoder.conv_s1
+        quarter, eighth, embedding = self.image_encoder.pyramid(pixels, further)
         return ImageFeatures(
             {
                 "embedding": embedding,
-                "high_res_s1": decoder.conv_s1(eighth),
-                "high_res_s0": decoder.conv_s0(quarter),
+                "high_res_s1": eighth,
+                "high_res_s0": quarter,
             }
         )
 

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from adaptation.augmentation import Augmentation
+from benchmarks.video_speed.peer import Shape, build_peer
 from sam_gym import MaskGenerator, Predictor
 from sam_gym.backbones import BACKBONES, Backbone, Prompts, load_backbone, service
 from sam_gym.backbones.adapters.model import Model
@@ -49,15 +50,15 @@ def images_of(shapes: list[tuple[int, int]]) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def authors(build_sam2: Callable[..., Sam2], build_authors_sam2: Callable[..., Any]) -> Any:
+def authors(build_sam2: Callable[..., Sam2]) -> Any:
     """The authors' SAM 2.1, small, with random weights that all matter."""
     pytest.importorskip("sam2", reason="the package sam2 is not installed")
     from sam2.modeling.sam2_base import SAM2Base
 
-    model = build_authors_sam2(
+    trunk = {"stages": (1, 2, 2, 1), "window_spec": (8, 4, 6, 3), "global_att_blocks": (4,)}
+    model = build_peer(
         SAM2Base,
-        layers=1,
-        hidden=32,
+        Shape(SIZE, WIDTH, 1, 32, {"embed_dim": 8} | trunk),
         sam_mask_decoder_extra_args={
             "dynamic_multimask_via_stability": True,
             "dynamic_multimask_stability_delta": 0.05,

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.run import main
 from benchmarks.video_speed import benchmark, sides
-from benchmarks.video_speed.sides import SHAPES, Shape
+from benchmarks.video_speed.peer import Shape
+from benchmarks.video_speed.sides import SHAPES
 
 NANO = Shape(
     64,

@@ -13,7 +13,8 @@ from agents.annotation.interactive.masklets import FramePrompt, Mask, Masklets, 
 from agents.annotation.interactive.session import Click
 from sam_gym.backbones.video.frames import FrameSource
 from sam_gym.backbones.video.memory import closest_frames
-from sam_gym.backbones.video.tracker import TrackedFrame, TrackingSession, VideoTracker
+from sam_gym.backbones.video.session import TrackedFrame, TrackingSession
+from sam_gym.backbones.video.tracker import VideoTracker
 
 #: Maximum number of prompted frames that a pass, and a click, remember.
 _CONDITIONING, _CLICK_CONDITIONING = 8, 2

@@ -1,15 +1,18 @@
-"""Frames of a video, read one by one: from a file, a folder, or a sequence of images."""
+"""Frames of a video: read one by one from a file, a folder or a sequence of images, and encoded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import cv2
 import numpy as np
+from torch import Tensor
 
+from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.base import Video
 from sam_gym.data.images import Unreadable, read_header
 from sam_gym.data.io import read_image
@@ -29,6 +32,14 @@ class FrameSource(Protocol):
 
     def __getitem__(self, frame: int) -> np.ndarray:
         """Read a frame, uint8 (H, W, 3), RGB."""
+
+
+@dataclass
+class Frames:
+    """Encoded frames: raw features, and the embedding as the memory attention prepares it."""
+
+    features: ImageFeatures
+    prepared: Tensor
 
 
 def open_video(video: Any, max_pixels: int | None = None) -> FrameSource:

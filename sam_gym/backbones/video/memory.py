@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from sam_gym.backbones.video.modules import (
     MemoryAttention,
     MemoryEncoder,
+    Workspace,
+    in_pieces,
+    rotate,
     sine_position,
     sine_time,
 )
@@ -27,6 +30,10 @@ ABSENT = -1024.0
 SCALE, OFFSET = 20.0, -10.0
 #: Precision of stored memories, whatever that of the model.
 STORED = torch.bfloat16
+#: Masks that are encoded together on a CPU.
+PIECE = 4
+#: Largest number of cells of a memory whose keys are kept.
+KEPT_CELLS = 1024
 
 
 @dataclass
@@ -46,6 +53,21 @@ class Entry:
     score: Tensor
     pointer: Tensor
     memory: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MemoryKeys:
+    """What the layers of the attention need of a memory, whatever its age.
+
+    Attributes:
+        memory: the memory, an attribute of an `Entry`.
+        values: (h * w, D), the same in the precision of the model.
+        keys: (h * w, C) of each layer: rotated, without the memory's time.
+    """
+
+    memory: Tensor
+    values: Tensor
+    keys: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -178,7 +200,11 @@ class VideoMemory(nn.Module):
         return torch.where(appears[:, None], self.obj_ptr_proj(tokens), self.no_obj_ptr)
 
     def condition(
-        self, prepared: Tensor, recalls: Sequence[Recall], entries: Sequence[Mapping[int, Entry]]
+        self,
+        prepared: Tensor,
+        recalls: Sequence[Recall],
+        entries: Sequence[Mapping[int, Entry]],
+        kept: Sequence[dict[int, MemoryKeys]] | None = None,
     ) -> Tensor:
         """Condition the embedding of frames on memories.
 
@@ -186,22 +212,102 @@ class VideoMemory(nn.Module):
             prepared: (P, h * w, C), rows of `memory_attention.prepare`.
             recalls: of each row, all of one size.
             entries: frame number -> entry, of each row.
+            kept: of each row, frame number -> keys, which are used again and replaced by those
+                that this frame recalls. On a CPU, without gradients, and where `keeps_keys`.
 
         Returns:
             (P, C, h, w).
         """
         rows = list(zip(recalls, entries, strict=True))
+        slots = torch.tensor([[slot for _, slot in own.frames] for own in recalls])
+        pointers = ages = None
+        if recalls[0].pointers:
+            pointers = torch.stack(
+                [
+                    torch.stack([known[frame].pointer for frame, _ in own.pointers])
+                    for own, known in rows
+                ]
+            )
+            ages = torch.tensor([[age / own.span for _, age in own.pointers] for own in recalls])
+        if kept is not None and self.keeps_keys and in_pieces(prepared):
+            keys = [
+                self._keys_of(prepared, own, known, before)
+                for (own, known), before in zip(rows, kept, strict=True)
+            ]
+            return self._attend_to_keys(prepared, keys, slots, pointers, ages)
         spatial = [
             torch.stack([_encoded(known[frame]) for frame, _ in own.frames]) for own, known in rows
         ]
-        slots = torch.tensor([[slot for _, slot in own.frames] for own in recalls])
-        if not recalls[0].pointers:
-            return self.attend(prepared, torch.stack(spatial), slots)
-        pointers = [
-            torch.stack([known[frame].pointer for frame, _ in own.pointers]) for own, known in rows
-        ]
-        ages = torch.tensor([[age / own.span for _, age in own.pointers] for own in recalls])
-        return self.attend(prepared, torch.stack(spatial), slots, torch.stack(pointers), ages)
+        return self.attend(prepared, torch.stack(spatial), slots, pointers, ages)
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether the keys of memories are worth their space.
+
+        Making them takes at most D / (h * w) of the time of attending to them. In float32 they are
+        2 * depth * C / D times as large as a memory in bfloat16.
+        """
+        return self.grid[0] * self.grid[1] <= KEPT_CELLS
+
+    def _keys_of(
+        self,
+        prepared: Tensor,
+        recalled: Recall,
+        known: Mapping[int, Entry],
+        kept: dict[int, MemoryKeys],
+    ) -> list[MemoryKeys]:
+        """The keys of the memories that a row recalls; `kept` has these afterwards."""
+        place = sine_position(self.maskmem_tpos_enc.shape[-1], *self.grid).to(prepared)
+        before = dict(kept)
+        kept.clear()
+        for frame, _ in recalled.frames:
+            memory, own = _encoded(known[frame]), before.get(frame)
+            if own is None or own.memory is not memory:
+                values = memory.to(prepared).flatten(1).T.contiguous()
+                layers = self.memory_attention.layers
+                placed = (values + place)[None]
+                keys = [layer.cross_attn_image.keys(placed, self.grid)[0] for layer in layers]
+                own = MemoryKeys(memory, values, keys)
+            kept[frame] = own
+        return [kept[frame] for frame, _ in recalled.frames]
+
+    def _attend_to_keys(
+        self,
+        prepared: Tensor,
+        keys: Sequence[Sequence[MemoryKeys]],
+        slots: Tensor,
+        pointers: Tensor | None,
+        ages: Tensor | None,
+    ) -> Tensor:
+        """`attend` to keys that are known but for the time of their memories, which changes."""
+        cells, attention = self.grid[0] * self.grid[1], self.memory_attention
+        layers = [layer.cross_attn_image for layer in attention.layers]
+        times = []  # of each layer, the part of keys that a slot adds: (slots, h * w, C)
+        for cross in layers:
+            time = F.linear(self.maskmem_tpos_enc[:, 0], cross.k_proj.weight)
+            times.append(rotate(time.expand(-1, cells, -1).contiguous(), self.grid))
+        further: list[Tensor] = []
+        tokens = prepared.new_empty(len(keys), 0, self.maskmem_tpos_enc.shape[-1])
+        if pointers is not None and ages is not None:
+            tokens, age = self._pointer_tokens(prepared, pointers, ages)
+            further = [cross.k_proj(tokens + age) for cross in layers]
+        count, places = slots.shape[1] * cells, slots.tolist()
+
+        def recalled(number: int, rows: slice, work: Workspace) -> tuple[Tensor, Tensor]:
+            (row,) = range(*rows.indices(len(keys)))
+            total = count + tokens.shape[1]
+            k = work.empty("keys", (total, times[number].shape[-1]), times[number])
+            v = work.empty("values", (total, tokens.shape[-1]), tokens)
+            each = zip(k[:count].split(cells), v.split(cells), keys[row], places[row], strict=False)
+            for own, value, memory, slot in each:
+                torch.add(memory.keys[number], times[number][slot], out=own)
+                if number == 0:
+                    value.copy_(memory.values)
+            if further:
+                k[count:], v[count:] = further[number][row], tokens[row]
+            return k[None], v[None]
+
+        return attention.attend(prepared, recalled, self.grid)
 
     def attend(
         self,
@@ -232,19 +338,27 @@ class VideoMemory(nn.Module):
         tokens, positions = [memory.flatten(1, 2)], [(place + time).flatten(1, 2)]
         repeats, count = [place.shape[0]] * spatial.shape[1], 0
         if pointers is not None and ages is not None:
-            ages = ages.to(prepared.device)
-            age = self.obj_ptr_tpos_proj(sine_time(ages.flatten(), pointers.shape[-1]))
-            pieces = pointers.shape[-1] // width
-            tokens.append(pointers.to(prepared).unflatten(2, (pieces, width)).flatten(1, 2))
-            age = age.unflatten(0, ages.shape).repeat_interleave(pieces, dim=1)
-            positions.append(age.to(prepared))
+            own, age = self._pointer_tokens(prepared, pointers, ages)
+            tokens.append(own)
+            positions.append(age)
             count = tokens[-1].shape[1]
-            repeats += [pieces] * pointers.shape[1]
+            repeats += [pointers.shape[-1] // width] * pointers.shape[1]
         if exists is not None:
             of_each = torch.tensor(repeats, device=exists.device)
             exists = exists.repeat_interleave(of_each, dim=1)
         memories, places = torch.cat(tokens, dim=1), torch.cat(positions, dim=1)
         return self.memory_attention(prepared, memories, places, self.grid, count, exists)
+
+    def _pointer_tokens(
+        self, prepared: Tensor, pointers: Tensor, ages: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of pointers (P, M, C) of some ages (P, M), and their times: (P, M * C / D, D)."""
+        width, ages = self.maskmem_tpos_enc.shape[-1], ages.to(prepared.device)
+        pieces = pointers.shape[-1] // width
+        tokens = pointers.to(prepared).unflatten(2, (pieces, width)).flatten(1, 2)
+        age = self.obj_ptr_tpos_proj(sine_time(ages.flatten(), pointers.shape[-1]))
+        age = age.unflatten(0, ages.shape).repeat_interleave(pieces, dim=1)
+        return tokens, age.to(prepared)
 
     def memorize(
         self,
@@ -266,15 +380,22 @@ class VideoMemory(nn.Module):
         Returns:
             bfloat16 (P, D, h, w).
         """
-        masks = logits[:, None]
+        frames = self.memory_encoder.project(embedding)
+        size = PIECE if in_pieces(logits) else max(1, len(logits))
+        parts = []
+        for first in range(0, len(logits), size):
+            piece = slice(first, first + size)
+            own = frames[piece] if rows is None else frames[rows[piece]]
+            parts.append(self._memorize(own, logits[piece, None], scores[piece], binary))
+        return torch.cat(parts)
+
+    def _memorize(self, frames: Tensor, masks: Tensor, scores: Tensor, binary: bool) -> Tensor:
         if masks.shape[-2:] != self.mask_size:
             masks = F.interpolate(masks, self.mask_size, mode="bilinear", align_corners=False)
         masks = (masks > 0).to(masks.dtype) if binary else masks.sigmoid()
-        masks = masks * SCALE + OFFSET
-        memory = self.memory_encoder(embedding, masks.to(embedding.dtype), rows)
+        memory = self.memory_encoder(frames, (masks * SCALE + OFFSET).to(frames.dtype))
         absent = (scores <= 0)[:, None, None, None].to(memory.dtype)
-        memory = memory + absent * self.no_obj_embed_spatial[..., None, None]
-        return memory.to(STORED)
+        return (memory + absent * self.no_obj_embed_spatial[..., None, None]).to(STORED)
 
 
 def _encoded(entry: Entry) -> Tensor:

@@ -8,14 +8,16 @@ computed once for all of its objects.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sam_gym.backbones.sam2 import pointwise
 
 
 @lru_cache(maxsize=16)
@@ -72,6 +74,26 @@ def rotate(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return turned.flatten(-2).flatten(-3, -2).to(x.dtype)
 
 
+def in_pieces(x: Tensor) -> bool:
+    """Whether to compute one row of a batch after the other.
+
+    On a CPU, what a layer hands to the next then stays in the cache. With gradients, everything is
+    stored anyway.
+    """
+    return (
+        x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    )
+
+
+def affine(x: Tensor, layer: nn.Linear) -> Tensor:
+    """Apply a linear layer.
+
+    torch fills the result with the bias before it multiplies. On a CPU, adding it afterwards takes
+    a quarter less time, where the result is several times as wide as the input.
+    """
+    return F.linear(x, layer.weight).add_(layer.bias)
+
+
 class RotaryAttention(nn.Module):
     """Attention of one head with rotary embeddings.
 
@@ -87,31 +109,106 @@ class RotaryAttention(nn.Module):
         self.v_proj = nn.Linear(key_width or width, width)
         self.out_proj = nn.Linear(width, width)
 
+    def keys(self, x: Tensor, grid: tuple[int, int], unrotated: int = 0) -> Tensor:
+        """Project and rotate keys: (B, n * h * w + unrotated, D) -> (..., C).
+
+        Args:
+            x: what is attended to, with its position.
+            grid: (h, w).
+            unrotated: number of keys at the end that have no place in the image.
+        """
+        k = self.k_proj(x)
+        placed = k.shape[1] - unrotated
+        if not unrotated:
+            return rotate(k, grid)
+        return torch.cat([rotate(k[:, :placed], grid), k[:, placed:]], dim=1)
+
     def forward(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        keys: Tensor,
+        values: Tensor,
         grid: tuple[int, int],
-        unrotated: int = 0,
         exists: Tensor | None = None,
+        work: Workspace | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
             q: (B, h * w, C).
-            k: (B, n * h * w + unrotated, D).
-            v: like k.
+            keys: (B, T, C), of `keys`.
+            values: (B, T, D), not projected.
             grid: (h, w).
-            unrotated: number of keys at the end that have no place in the image.
-            exists: bool (B, n * h * w + unrotated), keys that count; None: all.
+            exists: bool (B, T), keys that count; None: all.
+            work: of a series of calls without gradients on a CPU.
         """
-        q, k = rotate(self.q_proj(q), grid), self.k_proj(k)
-        placed = k.shape[1] - unrotated
-        k = torch.cat([rotate(k[:, :placed], grid), k[:, placed:]], dim=1)
-        seen = None if exists is None else exists[:, None]
-        out = F.scaled_dot_product_attention(q, k, self.v_proj(v), attn_mask=seen)
-        return self.out_proj(out)
+        q = rotate(self.q_proj(q), grid)
+        if not in_pieces(q):
+            seen = None if exists is None else exists[:, None]
+            out = F.scaled_dot_product_attention(q, keys, self.v_proj(values), attn_mask=seen)
+            return self.out_proj(out)
+        work = Workspace() if work is None else work
+        attended = [
+            _attend(q[row], keys[row], values[row], None if exists is None else exists[row], work)
+            for row in range(len(q))
+        ]
+        return F.linear(torch.stack(attended), *work.folded(self))
+
+
+class Workspace:
+    """What the rows of a batch share while they are computed one after the other.
+
+    Large tensors that are allocated anew are cleared page by page, which on a CPU takes as long as
+    to compute them.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._folded: dict[RotaryAttention, tuple[Tensor, Tensor]] = {}
+
+    def empty(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return a tensor of any content; it is valid until the next of this name."""
+        size, held = math.prod(shape), self._buffers.get(name)
+        if held is None or held.numel() < size or held.dtype != like.dtype:
+            held = self._buffers[name] = like.new_empty(size)
+        return held[:size].view(shape)
+
+    def folded(self, attention: RotaryAttention) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the projections of values and of the result, as one.
+
+        The weights of a query have the sum 1: attention to projected values is the projection of
+        attention to the values themselves, which are narrower.
+        """
+        if attention not in self._folded:
+            v_proj, out_proj = attention.v_proj, attention.out_proj
+            self._folded[attention] = out_proj.weight @ v_proj.weight, out_proj(v_proj.bias)
+        return self._folded[attention]
+
+
+#: Weights of attention that are computed together on a CPU, for this number of queries or more.
+_PIECE, _LEAST = 2**18, 64
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, exists: Tensor | None, work: Workspace
+) -> Tensor:
+    """Attention of N queries (N, C) to T keys (T, C) and values (T, D): (N, D)."""
+    q, keys, values = q * keys.shape[1] ** -0.5, keys.to(q.dtype), values.to(q.dtype)
+    out = q.new_empty(len(q), values.shape[1])
+    size = max(_LEAST, _PIECE // len(keys))
+    for piece, result in zip(q.split(size), out.split(size), strict=True):
+        shape = len(piece), len(keys)
+        scores = torch.mm(piece, keys.T, out=work.empty("scores", shape, q))
+        if exists is not None:
+            scores.masked_fill_(~exists, -torch.inf)
+        weights = torch.softmax(scores, 1, out=work.empty("weights", shape, q))
+        torch.mm(weights, values, out=result)
+    return out
+
+
+#: (number of a layer, rows, workspace) -> keys (B, T, C) of the layer and values (B, T, D) of these
+#: rows. Layers of the same rows are asked for in order.
+Recalled = Callable[[int, slice, Workspace], tuple[Tensor, Tensor]]
 
 
 class MemoryAttentionLayer(nn.Module):
@@ -131,24 +228,25 @@ class MemoryAttentionLayer(nn.Module):
         self.linear2 = nn.Linear(hidden, width)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
-    def attend_to_frame(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend_to_frame(
+        self, x: Tensor, grid: tuple[int, int], work: Workspace | None = None
+    ) -> Tensor:
         """Self-attention with its residual: (B, h * w, C) -> same."""
         own = self.norm1(x)
-        return x + self.self_attn(own, own, own, grid)
+        return x + self.self_attn(own, self.self_attn.keys(own, grid), own, grid, work=work)
 
     def attend_to_memory(
         self,
         x: Tensor,
-        memory: Tensor,
-        position: Tensor,
+        keys: Tensor,
+        values: Tensor,
         grid: tuple[int, int],
-        pointers: int,
         exists: Tensor | None = None,
+        work: Workspace | None = None,
     ) -> Tensor:
-        """Attention to the memory and the MLP, with residuals; see `MemoryAttention`."""
-        own = self.norm2(x)
-        x = x + self.cross_attn_image(own, memory + position, memory, grid, pointers, exists)
-        return x + self.linear2(F.relu(self.linear1(self.norm3(x))))
+        """Attention to the memory and the MLP, with residuals; see `RotaryAttention`."""
+        x = x + self.cross_attn_image(self.norm2(x), keys, values, grid, exists, work)
+        return x + self.linear2(affine(self.norm3(x), self.linear1).relu_())
 
 
 class MemoryAttention(nn.Module):
@@ -163,7 +261,7 @@ class MemoryAttention(nn.Module):
 
     def __init__(self, width: int, memory_width: int, hidden: int, depth: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             MemoryAttentionLayer(width, memory_width, hidden) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
@@ -173,8 +271,7 @@ class MemoryAttention(nn.Module):
         grid = (embedding.shape[-2], embedding.shape[-1])
         position = sine_position(embedding.shape[1], *grid).to(embedding)
         x = embedding.flatten(2).transpose(1, 2) + 0.1 * position
-        first: MemoryAttentionLayer = self.layers[0]  # type: ignore[assignment]
-        return first.attend_to_frame(x, grid)
+        return self.layers[0].attend_to_frame(x, grid)
 
     def forward(
         self,
@@ -198,18 +295,37 @@ class MemoryAttention(nn.Module):
         Returns:
             (P, C, h, w).
         """
-        for number, layer in enumerate(self.layers):
-            if number:
-                x = layer.attend_to_frame(x, grid)  # type: ignore[operator]
-            attend: Any = layer.attend_to_memory
-            x = attend(x, memory, position, grid, pointers, exists)
-        return self.norm(x).transpose(1, 2).unflatten(2, grid)
+
+        def recalled(number: int, rows: slice, _: Workspace) -> tuple[Tensor, Tensor]:
+            placed = memory[rows] + position[rows]
+            keys = self.layers[number].cross_attn_image.keys(placed, grid, pointers)
+            return keys, memory[rows]
+
+        return self.attend(x, recalled, grid, exists)
+
+    def attend(
+        self, x: Tensor, recalled: Recalled, grid: tuple[int, int], exists: Tensor | None = None
+    ) -> Tensor:
+        """Condition prepared frames on keys and values; see `forward`."""
+        step, work, parts = 1 if in_pieces(x) else max(1, len(x)), Workspace(), []
+        for first in range(0, len(x), step):
+            rows = slice(first, first + step)
+            own, seen = x[rows], None if exists is None else exists[rows]
+            for number, layer in enumerate(self.layers):
+                if number:
+                    own = layer.attend_to_frame(own, grid, work)
+                own = layer.attend_to_memory(own, *recalled(number, rows, work), grid, seen, work)
+            parts.append(own)
+        return self.norm(torch.cat(parts)).transpose(1, 2).unflatten(2, grid)
 
 
 class _ChannelNorm(LayerNorm2d):
     """segment_anything's norm of channels in one call, three times as fast on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] < 8 and x.is_contiguous():
+            # Rows of a few channels do not fill a vector: here, pixels do.
+            return super().forward(x)
         own = x.permute(0, 2, 3, 1)
         own = F.layer_norm(own, self.weight.shape, self.weight, self.bias, self.eps)
         return own.permute(0, 3, 1, 2)
@@ -228,7 +344,7 @@ class _ConvNextBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         own = self.norm(self.dwconv(x)).permute(0, 2, 3, 1)
-        own = self.gamma * self.pwconv2(F.gelu(self.pwconv1(own)))
+        own = self.gamma * self.pwconv2(F.gelu(affine(own, self.pwconv1)))
         return x + own.permute(0, 3, 1, 2)
 
 
@@ -256,7 +372,10 @@ class _MaskDownsampler(nn.Module):
         self.encoder = nn.Sequential(*parts, nn.Conv2d(channels, width, 1))
 
     def forward(self, masks: Tensor) -> Tensor:
-        return self.encoder(masks)
+        *rest, last = cast(Any, self.encoder)
+        for part in rest:
+            masks = part(masks)
+        return pointwise(masks, last)
 
 
 class _Fuser(nn.Module):
@@ -295,17 +414,18 @@ class MemoryEncoder(nn.Module):
         self.fuser = _Fuser(width, depth=2)
         self.out_proj = nn.Conv2d(width, memory_width, 1)
 
-    def forward(self, embedding: Tensor, masks: Tensor, rows: Tensor | None = None) -> Tensor:
+    def project(self, embedding: Tensor) -> Tensor:
+        """Compute what depends on the frame only: (B, C, h, w) -> same."""
+        return pointwise(embedding, self.pix_feat_proj)
+
+    def forward(self, frames: Tensor, masks: Tensor) -> Tensor:
         """Encode.
 
         Args:
-            embedding: (B, C, h, w) of frames.
+            frames: (P, C, h, w), rows of `project`.
             masks: (P, 1, S, S), scaled probabilities.
-            rows: int64 (P,), the frame of each mask; None: P equals B and they correspond.
 
         Returns:
             (P, D, h, w).
         """
-        frames = self.pix_feat_proj(embedding)
-        frames = frames if rows is None else frames[rows]
-        return self.out_proj(self.fuser(frames + self.mask_downsampler(masks)))
+        return pointwise(self.fuser(frames + self.mask_downsampler(masks)), self.out_proj)

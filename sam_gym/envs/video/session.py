@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from sam_gym.backbones.embeddings.store import EmbeddingStore
+from sam_gym.backbones.video.frames import Frames
 from sam_gym.backbones.video.memory import ABSENT, Entry
-from sam_gym.backbones.video.tracker import (
-    Clicks,
-    Frames,
-    Track,
-    TrackingSession,
-    VideoTracker,
-)
+from sam_gym.backbones.video.session import TrackingSession
+from sam_gym.backbones.video.track import Clicks, Track
+from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.utils.transfer import to_host
 
 

@@ -1,6 +1,6 @@
 """The video tracker against the authors' predictor, small, with random weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,62 +8,46 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
+from benchmarks.video_speed.peer import Shape, build_predictor
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.sam2 import Sam2Encoder, assemble_sam2, split_state
 from sam_gym.backbones.video.memory import VideoMemory
-from sam_gym.backbones.video.tracker import TrackingSession, VideoTracker
+from sam_gym.backbones.video.session import TrackingSession
+from sam_gym.backbones.video.tracker import VideoTracker
 
 pytest.importorskip("sam2", reason="the package sam2 is not installed")
 
 SIZE, WIDTH, FRAMES = 128, 256, 24
 HEIGHT, LENGTH = 96, 150
-TRUNK = {"stages": (1, 2, 2, 1), "window_spec": (8, 4, 6, 3), "global_att_blocks": (4,)}
+TRUNK = {
+    "embed_dim": 8,
+    "stages": (1, 2, 2, 1),
+    "window_spec": (8, 4, 6, 3),
+    "global_att_blocks": (4,),
+}
 #: How far logits may be from the authors', in units of the standard deviation of theirs.
 TOLERANCE = 1e-4
 
 
-def build_authors(build: Callable[..., Any], postprocess: bool) -> Any:
-    from sam2.sam2_video_predictor import SAM2VideoPredictor
-
+def build_authors(postprocess: bool) -> Any:
     extra = {
         "dynamic_multimask_via_stability": True,
         "dynamic_multimask_stability_delta": 0.05,
         "dynamic_multimask_stability_thresh": 0.98,
     }
     torch.manual_seed(0)
-    model = build(
-        SAM2VideoPredictor,
-        layers=2,
-        hidden=64,
-        sigmoid_scale_for_mem_enc=20.0,
-        sigmoid_bias_for_mem_enc=-10.0,
-        use_mask_input_as_output_without_sam=True,
-        multimask_output_in_sam=True,
-        add_tpos_enc_to_obj_ptrs=True,
-        use_signed_tpos_enc_to_obj_ptrs=True,
-        only_obj_ptrs_in_the_past_for_eval=True,
-        multimask_output_for_tracking=True,
-        multimask_min_pt_num=0,
-        multimask_max_pt_num=1,
+    model = build_predictor(
+        Shape(SIZE, WIDTH, 2, 64, TRUNK),
         sam_mask_decoder_extra_args=extra if postprocess else None,
         binarize_mask_from_pts_for_mem_enc=postprocess,
     )
-    for name, parameter in model.named_parameters():
-        if "gamma" in name or "no_obj" in name or "tpos_enc" in name or "no_mem" in name:
-            nn.init.normal_(parameter, 0.0, 0.5)
     with torch.no_grad():
-        for mlp in model.sam_mask_decoder.output_hypernetworks_mlps:
-            mlp.layers[-1].weight.mul_(50.0)
         # Both signs of the object score occur.
         model.sam_mask_decoder.pred_obj_score_head.layers[-1].weight.mul_(100.0)
         model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(-9.53)
         model.sam_mask_decoder.iou_prediction_head.layers[-1].weight.mul_(20.0)
-    attend = model.memory_attention.forward
-    # Memories are stored as bfloat16, which float32 layers refuse without autocast.
-    model.memory_attention.forward = lambda **own: attend(**own | {"memory": own["memory"].float()})
-    return model.eval()
+    return model
 
 
 def frames() -> np.ndarray:
@@ -86,9 +70,9 @@ def frames() -> np.ndarray:
 class Pair:
     """The same prompts for both."""
 
-    def __init__(self, build: Callable[..., Any], postprocess: bool, folder: Path) -> None:
-        self.authors = build_authors(build, postprocess)
-        sam = assemble_sam2(Sam2Encoder(SIZE, WIDTH, embed_dim=8, **TRUNK))
+    def __init__(self, postprocess: bool, folder: Path) -> None:
+        self.authors = build_authors(postprocess)
+        sam = assemble_sam2(Sam2Encoder(SIZE, WIDTH, **TRUNK))
         image, memory = split_state(self.authors.state_dict())
         sam.load_state_dict(image)
         own = VideoMemory((8, 8), WIDTH, hidden=64, depth=2)
@@ -140,10 +124,8 @@ class Pair:
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "postprocess"])
-def pair(
-    request: pytest.FixtureRequest, tmp_path: Path, build_authors_sam2: Callable[..., Any]
-) -> Pair:
-    return Pair(build_authors_sam2, request.param, tmp_path)
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
+    return Pair(request.param, tmp_path)
 
 
 def disk(x: float, y: float, radius: float) -> np.ndarray:

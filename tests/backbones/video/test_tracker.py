@@ -13,7 +13,8 @@ from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.sam2 import Sam2, memory_state, sam2_state
 from sam_gym.backbones.video.frames import open_video
 from sam_gym.backbones.video.memory import Entry, VideoMemory, closest_frames, recall
-from sam_gym.backbones.video.tracker import TrackingSession, VideoTracker
+from sam_gym.backbones.video.session import TrackingSession
+from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.data import make_video_dataset
 
 
@@ -89,10 +90,26 @@ def test_a_window_gives_the_same_and_does_not_grow(tracker: Callable[..., VideoT
         (track,) = session._tracks[0].values()
         memories = sum(entry.memory is not None for entry in track.known.values())
         sizes.append((len(track.known), memories))
+        assert len(track.keys) == 7
     for key, logits in found[0].items():
         assert torch.equal(logits, found[1][key]), key
     # One conditioning frame beside all others, or beside 15 pointers and 6 memories.
     assert sizes == [(40, 40), (16, 7)]
+
+
+def test_keys_of_large_memories_are_not_kept(
+    tracker: Callable[..., VideoTracker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for cells in (16, 15):
+        monkeypatch.setattr("sam_gym.backbones.video.memory.KEPT_CELLS", cells)
+        session = tracker().open([video(2, 9)])
+        session.prompt(0, 0, 1, [[20.0, 20.0]], [1])
+        found.append(logits_of(session))
+        (track,) = session._tracks[0].values()
+        assert len(track.keys) == (7 if cells == 16 else 0)
+    for key, logits in found[0].items():
+        torch.testing.assert_close(logits, found[1][key], rtol=1e-4, atol=1e-4)
 
 
 def test_corrections_stay(tracker: Callable[..., VideoTracker]) -> None:
