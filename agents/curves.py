@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {
     "agent": "#1464b4",
+    "no_search": "#7fb2e5",
     "random": "#999999",
     "center": "#c08040",
     "confident": "#b04a9a",

@@ -168,13 +168,16 @@ class PolicyAgent:
         policy: the policy.
         deterministic: take the most likely action, or what the policy's search finds, instead of
             sampling.
+        search: let a policy with a search use it.
     """
 
     #: A `SamPolicy`; typed `Any`, since its subclass depends on the file.
     policy: Any
 
-    def __init__(self, policy: SamPolicy, *, deterministic: bool = True) -> None:
-        self.policy, self.deterministic = policy, deterministic
+    def __init__(
+        self, policy: SamPolicy, *, deterministic: bool = True, search: bool = True
+    ) -> None:
+        self.policy, self.deterministic, self.search = policy, deterministic, search
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto") -> PolicyAgent:
@@ -218,7 +221,7 @@ class PolicyAgent:
             act = self.policy.get_action_and_value
             action, *_ = act(tensors, deterministic=self.deterministic)
             actions = action.cpu().numpy()
-            if self.deterministic and self.policy.search:
+            if self.search and self.deterministic and self.policy.search:
                 actions = best_clicks(self.policy, cast(Any, core), tensors, actions)
         return actions if is_batch else actions[0]
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from agents.baselines import Agent
 from agents.curves import plot_iou_after_steps, plot_learning_curve
 from agents.evaluate import Arena, Evaluation, PolicyAgent, evaluate, film_episodes
 from agents.ppo.callbacks import MonitorCallback
@@ -92,17 +93,20 @@ def _final_evaluation(
 ) -> dict[str, Evaluation]:
     """Evaluate the policy ("agent") and all baselines on the same episodes.
 
-    Baselines that are `slow` play a part of them.
+    A policy that searches also plays without ("no_search"). Baselines that are `slow` play a part
+    of the episodes.
     """
     config, held_out, episodes = plan.config, plan.held_out, plan.config.final_episodes
     players, few = plan.task.players(held_out), -(-episodes // _SLOW_SHARE)
     slow = {name for name, make in players.items() if getattr(make, "slow", False)} - {"oracle"}
     least = f", {few} for {' and '.join(sorted(slow))}" if slow else ""
     print(f"Evaluating on {held_out.split}, {episodes} episodes each{least}.")
-    baselines = {name: make(config.seed) for name, make in players.items()}
+    others: dict[str, Agent] = {name: make(config.seed) for name, make in players.items()}
+    if agent.policy.search:
+        others = {"no_search": PolicyAgent(agent.policy, search=False)} | others
     outcomes = {} if outcome is None else {"agent": outcome}
     arena = Arena()
-    for name, player in {"agent": agent, **baselines}.items():
+    for name, player in {"agent": agent, **others}.items():
         if name not in outcomes:
             count = few if name in slow else episodes
             outcomes[name] = evaluate(

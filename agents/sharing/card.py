@@ -17,7 +17,11 @@ from sam_gym.metrics.masks import with_interval
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 #: Agents whose names in the results table need an explanation.
-_SHOWN = {"agent": "**this agent**", "oracle": "oracle (sees the ground truth)"}
+_SHOWN = {
+    "agent": "**this agent**",
+    "no_search": "this agent without search",
+    "oracle": "oracle (sees the ground truth)",
+}
 
 
 def model_card(run: TrainingRun, repo: str, license: str) -> str:

@@ -1,5 +1,6 @@
 """Test-time search: several clicks are decoded, a target map judges their masks."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,8 @@ def test_a_run_with_search_is_saved_loaded_and_evaluated(
 ) -> None:
     main(arguments(tmp_path, "--search", "2", "--total-timesteps", "96"))
     assert len(outcome(tmp_path)["logged"]["target_map/loss"]) == 3
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["no_search"]["episodes"] == results["agent"]["episodes"]
     agent = PolicyAgent.load(tmp_path / "policy.zip", "cpu")
     assert agent.policy.search == 2 and agent.policy.target_map is not None
     config = SamSegConfig(split="val", **tiny_env)
