@@ -122,8 +122,8 @@ def play(config: PlayConfig) -> list[dict[str, float]]:
     """
     if not has_display():
         raise ValueError(
-            "There is no display to play on. In a browser, also of another machine, you can click "
-            "with python -m agents.app."
+            "There is no display to play on. Run python -m agents.app to click in a browser, also "
+            "of another machine."
         )
     pygame = import_pygame()
     own = config.env_config

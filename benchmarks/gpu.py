@@ -168,8 +168,8 @@ def run(config: GpuConfig) -> dict[str, Any]:
         ValueError, FileExistsError: an option is wrong, or the folder holds other parts.
         SystemExit: a part failed, or was not run for lack of time; all results are written.
     """
-    out = make_folder(config.out)
     parts = config.plan()
+    out = make_folder(config.out)
     wanted = [part for part in parts if not config.parts or part.name in config.parts]
     if config.overwrite:
         remove_files(out, (_RESULTS, _TABLE, *(f"{part.name}/{_OUTCOME}" for part in wanted)))

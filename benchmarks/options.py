@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -99,7 +100,8 @@ def provenance(config: Any, backbone: Backbone | None = None) -> dict[str, Any]:
         backbone: the SAM that was measured, if there is one.
     """
     versions = {"sam-gym": __version__, "torch": torch.__version__}
-    own = {"threads": torch.get_num_threads(), "versions": versions, "settings": asdict(config)}
+    settings = json.loads(json.dumps(asdict(config)))  # as results.json has it
+    own = {"threads": torch.get_num_threads(), "versions": versions, "settings": settings}
     if backbone is None:
         return own
     return own | {

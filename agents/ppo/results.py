@@ -19,9 +19,9 @@ from sam_gym.utils.files import write_json
 from sam_gym.utils.plots import plot_matrix
 from sam_gym.utils.render import save_gif
 
-#: A baseline that decodes many times per step plays one in so many of the final episodes. The
-#: oracle plays all: the gap is measured by it.
-_SLOW_SHARE = 4
+#: A baseline that decodes many times per step plays one in so many of the final episodes, but not
+#: fewer than this. The oracle plays all: the gap is measured by it.
+_SLOW_SHARE, _FEWEST = 4, 16
 
 
 def write_results(
@@ -97,9 +97,10 @@ def _final_evaluation(
     of the episodes.
     """
     config, held_out, episodes = plan.config, plan.held_out, plan.config.final_episodes
-    players, few = plan.task.players(held_out), -(-episodes // _SLOW_SHARE)
+    players = plan.task.players(held_out)
+    few = min(episodes, max(-(-episodes // _SLOW_SHARE), _FEWEST))
     slow = {name for name, make in players.items() if getattr(make, "slow", False)} - {"oracle"}
-    least = f", {few} for {' and '.join(sorted(slow))}" if slow else ""
+    least = f", {few} for {' and '.join(sorted(slow))}" if slow and few < episodes else ""
     print(f"Evaluating on {held_out.split}, {episodes} episodes each{least}.")
     others: dict[str, Agent] = {name: make(config.seed) for name, make in players.items()}
     if agent.policy.search:

@@ -199,27 +199,6 @@ def encode_masks(encoder: PromptEncoder, prompts: Prompts, limit: float | None =
     return torch.where(prompts.has_mask[:, None, None, None], dense, none)
 
 
-def _without_absent_masks(prompts: Prompts) -> Prompts:
-    """Drop mask prompts that no row has, as in the first step of all episodes, on a CPU.
-
-    A GPU would have to finish first, and compiled code would need another graph.
-    """
-    has_mask = prompts.has_mask
-    if has_mask is None or has_mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return prompts
-    if prompts.points is None and prompts.boxes is None:
-        return prompts  # nothing else says how many prompts there are
-    return prompts if has_mask.any() else replace(prompts, masks=None, has_mask=None)
-
-
-def _is_all(mask: Tensor) -> bool:
-    """Whether a mask is known to be all true, as where episodes have equally many clicks.
-
-    Only a CPU is asked: a GPU would have to finish first, and compiled code cannot ask.
-    """
-    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
-
-
 def _attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """segment_anything's attention, for projected queries, keys and values."""
 
@@ -244,7 +223,7 @@ def _attend_to_few(heads: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
     own = (own == torch.arange(heads, device=q.device)[:, None]).to(q.dtype)[:, None]
     keys = (k[:, None] * (own * (channels // heads) ** -0.5)).flatten(1, 2)
     scores = torch.bmm(keys, q.transpose(1, 2)).unflatten(1, (heads, count))
-    if mask is not None and not _is_all(mask):
+    if mask is not None:
         scores = scores.masked_fill(~mask.transpose(-1, -2), -torch.inf)
     weights = scores.softmax(dim=2).flatten(1, 2).transpose(1, 2)
     return torch.bmm(weights, (v[:, None] * own).flatten(1, 2))
@@ -561,7 +540,6 @@ def decode_tokens(
     Raises:
         ValueError: P differs from B and the prompts have no rows.
     """
-    prompts = _without_absent_masks(prompts)
     decoder = sam.mask_decoder
     hq = decoder if isinstance(decoder, HqMaskDecoder) else None
     video = sam if isinstance(sam, VideoSam) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -441,10 +441,10 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
         """
         features, prompts, first = self._prompts(indices, count, points, labels)
         logits, predicted = self.backbone.decode_best(features, prompts, first)
-        if self.config.keep_best:
+        if self.config.keep_best and prompts.masks is not None:
             best = to_device(self.predicted_ious[indices, count - 1], self.device)
             worse = ~first & (predicted < best)
-            logits = torch.where(worse[:, None, None], cast(Any, prompts.masks), logits)
+            logits = torch.where(worse[:, None, None], prompts.masks, logits)
             predicted = torch.where(worse, best, predicted)
         return logits, predicted
 
@@ -456,8 +456,11 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
         arrays = (indices, count, self.handles[indices], points[:, :used], labels[:, :used])
         index, counts, handles, xy, signs = (to_device(array, self.device) for array in arrays)
         first = self.is_first_prompt(counts)
-        previous = self.logits[index, counts - 1]
-        prompts = Prompts(points=xy, labels=signs, masks=previous, has_mask=~first)
+        if used == 1 and self._proposals is None:
+            prompts = Prompts(points=xy, labels=signs)  # all are first prompts
+        else:
+            previous = self.logits[index, counts - 1]
+            prompts = Prompts(points=xy, labels=signs, masks=previous, has_mask=~first)
         return self.store.gather(handles, check=False), prompts, first
 
     def _low_iou(self, index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -220,25 +220,6 @@ def test_order_and_company_do_not_matter(tiny: Backbone) -> None:
     torch.testing.assert_close(logits, backwards.flip(0), rtol=0, atol=1e-4 * float(logits.std()))
 
 
-def test_masks_that_no_row_has_are_not_encoded(tiny: Backbone) -> None:
-    embeddings = tiny.encode(make_images(tiny)[:2])
-    points = torch.tensor([[[9.0, 20.0]], [[40.0, 33.0]]])
-    labels, masks = torch.ones((2, 1), dtype=torch.int64), torch.randn(2, *tiny.mask_shape)
-    encoded: list[int] = []
-    layer = tiny.sam.prompt_encoder.mask_downscaling[0]
-    hook = layer.register_forward_hook(lambda *_: encoded.append(1))
-    plain = tiny.decode(embeddings, Prompts(points=points, labels=labels))
-    for has_mask in ([False, False], [False, True]):
-        prompts = Prompts(
-            points=points, labels=labels, masks=masks, has_mask=torch.tensor(has_mask)
-        )
-        found = tiny.decode(embeddings, prompts)
-        torch.testing.assert_close(found[0][0], plain[0][0])
-        assert len(encoded) == sum(has_mask)
-    hook.remove()
-    assert (found[0][1] - plain[0][1]).abs().max() > 1e-3
-
-
 def test_gradients_are_those_of_the_original_modules(tiny: Backbone) -> None:
     sam = tiny.private_copy()
     points, labels = torch.tensor([[[9.0, 20.0], [40.0, 33.0]]]), torch.tensor([[1, 0]])

@@ -274,6 +274,7 @@ def test_uploads_and_a_phone(
     (kept,) = (app.out / "uploads").glob("*/images/*")
     assert kept.read_bytes() == own.read_bytes()
     # The mask of an image that is shown smaller than it is lies where the click was.
+    page.get_by_role("button", name="+ positive").tap()
     x, y = middle(scenes[0].masks[0])
     page.touchscreen.tap(*place(page, x, y))
     until(lambda: path_of(page))
@@ -289,7 +290,7 @@ def test_uploads_and_a_phone(
     until(lambda: marks(page) == 0)
     own.write_text("no image")
     page.set_input_files("input[type=file]", str(own))
-    page.wait_for_selector("text=own.png")
+    page.wait_for_selector("text=own-2.png >> visible=true")
     page.locator(".sg-bar button", has_text="Uploads").tap()
     page.locator(".q-menu .q-item", has_text="Images").tap()
     until(lambda: "0.png" in page.inner_text(".sg-bar"))
