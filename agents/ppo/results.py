@@ -88,6 +88,11 @@ def write_results(
     return results, files
 
 
+def episodes_of_slow(episodes: int) -> int:
+    """Return how many of the final episodes a baseline plays that decodes many times per step."""
+    return min(episodes, max(-(-episodes // _SLOW_SHARE), _FEWEST))
+
+
 def _final_evaluation(
     plan: Plan, agent: PolicyAgent, outcome: Evaluation | None
 ) -> dict[str, Evaluation]:
@@ -98,7 +103,7 @@ def _final_evaluation(
     """
     config, held_out, episodes = plan.config, plan.held_out, plan.config.final_episodes
     players = plan.task.players(held_out)
-    few = min(episodes, max(-(-episodes // _SLOW_SHARE), _FEWEST))
+    few = episodes_of_slow(episodes)
     slow = {name for name, make in players.items() if getattr(make, "slow", False)} - {"oracle"}
     least = f", {few} for {' and '.join(sorted(slow))}" if slow and few < episodes else ""
     print(f"Evaluating on {held_out.split}, {episodes} episodes each{least}.")

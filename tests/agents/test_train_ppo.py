@@ -11,6 +11,7 @@ from agents.evaluate import PolicyAgent
 from agents.ppo.command_line import read_config
 from agents.ppo.config import TrainPPOConfig
 from agents.ppo.plan import Plan
+from agents.ppo.results import episodes_of_slow
 from agents.train_ppo import main
 from sam_gym.envs.click import SamSegConfig
 
@@ -31,8 +32,7 @@ def test_a_run_leaves_everything_it_promises(tiny_env: dict[str, Any], tmp_path:
     stored = json.loads((tmp_path / "a" / "results.json").read_text())
     for name in ("agent", "random", "center", "confident", "oracle"):
         assert set(stored[name]) >= {"mean_iou", "ci95", "episodes"}
-        # One that decodes many times per step plays a quarter.
-        assert stored[name]["episodes"] == (1 if name == "confident" else 2)
+        assert stored[name]["episodes"] == 2
     span = stored["oracle"]["mean_iou"] - stored["random"]["mean_iou"]
     gain = stored["agent"]["mean_iou"] - stored["random"]["mean_iou"]
     assert stored["gap_closed"] == pytest.approx(gain / span, abs=1e-3)
@@ -53,6 +53,11 @@ def test_a_run_leaves_everything_it_promises(tiny_env: dict[str, Any], tmp_path:
     assert again["agent"] == results["agent"]
     events = EventAccumulator(str(tmp_path / "b" / "tensorboard")).Reload()
     assert len(events.Images("eval/policy_plots")) == len(results["eval_curve"]) > 0
+
+
+def test_a_slow_baseline_plays_a_quarter_of_many_episodes() -> None:
+    found = {episodes: episodes_of_slow(episodes) for episodes in (2, 16, 20, 64, 66, 256)}
+    assert found == {2: 2, 16: 16, 20: 16, 64: 16, 66: 17, 256: 64}
 
 
 def test_wrong_input_is_an_error_before_work_starts(tmp_path: Path) -> None:
