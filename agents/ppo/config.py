@@ -126,8 +126,8 @@ class EvaluationOptions:
     """Split of the final evaluation (None: the held-out split of the dataset)."""
     final_episodes: Count = 256
     """Episodes of the final evaluation, for the agent and for each baseline; one that decodes many
-    times per step (confident) plays a quarter of them, at least 16. With a stream, also those of the
-    evaluation after each domain, divided evenly among the domains."""
+    times per step (confident) plays a quarter of them, at least 16. With a stream, also those of
+    the evaluation after each domain, divided evenly among the domains."""
     eval_every: Count = 10_000
     """Environment steps between evaluations on the validation split."""
     eval_episodes: Count = 128
