@@ -218,11 +218,13 @@ class PolicyAgent:
         core.compute_features()
         tensors, is_batch = self.policy.obs_to_tensor(observations)
         with self.policy.playing():
-            act = self.policy.get_action_and_value
-            action, *_ = act(tensors, deterministic=self.deterministic)
-            actions = action.cpu().numpy()
             if self.search and self.deterministic and self.policy.search:
-                actions = best_clicks(self.policy, cast(Any, core), tensors, actions)
+                logits, _ = self.policy.logits_and_value(tensors)
+                actions = best_clicks(self.policy, cast(Any, core), tensors, logits)
+            else:
+                act = self.policy.get_action_and_value
+                action, *_ = act(tensors, deterministic=self.deterministic)
+                actions = action.cpu().numpy()
         return actions if is_batch else actions[0]
 
 

@@ -50,31 +50,31 @@ def error_clicks(probability: Tensor, mask: Tensor, grid: int) -> Tensor:
 
 @torch.no_grad()
 def best_clicks(
-    policy: Any, core: ClickCore, observations: dict[str, Tensor], actions: np.ndarray
+    policy: Any, core: ClickCore, observations: dict[str, Tensor], logits: Tensor
 ) -> np.ndarray:
-    """Replace clicks by those whose masks the target map judges best.
+    """Return the likeliest actions, with clicks replaced by those of the best masks.
 
-    Stop and undo are kept, and so are actions of episodes that are over.
+    The target map judges masks. Stop and undo are kept, and so are actions of episodes that are
+    over.
 
     Args:
         policy: with a target map; it proposes its `policy.search` likeliest clicks.
         core: the sub-environments.
         observations: of the sub-environments, as the policy takes them.
-        actions: the policy's choice, int64 (num_envs,).
+        logits: of all actions, float (num_envs, A).
 
     Returns:
         int64 (num_envs,).
     """
     grid = policy.grid
-    clicks = 2 * grid**2
+    clicks, actions = 2 * grid**2, logits.argmax(dim=1).cpu().numpy()
     rows = np.intersect1d(core.playing(), np.flatnonzero(actions < clicks))
     if not len(rows):
         return actions
     index = to_device(rows, core.device)
-    logits = policy.logits_and_value(observations)[0][index, :clicks]
     target = policy.target_map(observations)[index].sigmoid()
     mask = policy.features_extractor.plane(observations, "sam_pred_mask_prob")[index, 0]
-    likeliest = logits.topk(min(policy.search, clicks), dim=1).indices
+    likeliest = logits[index, :clicks].topk(min(policy.search, clicks), dim=1).indices
     candidates = torch.cat([likeliest, error_clicks(target, mask, grid)], dim=1).cpu().numpy()
     scores = []
     # One candidate of all sub-environments at a time, for the memory of a normal step.

@@ -161,7 +161,7 @@ class ImplicitPolicy(SamPolicy):
         initial_mask: the masks that episodes begin with, see `ClickConfig`.
         recalibrate: choose among places only; a target map (see `agents.policies.target_map`)
             labels the click positive or negative.
-        search: number of clicks that are decoded before one of them is played, see
+        search: number of likeliest clicks that are decoded before one is played, see
             `agents.search`; 0: play the likeliest one.
         **kwargs: as `SamPolicy` takes them; `features` has the arguments of `ClickFeatures`.
     """

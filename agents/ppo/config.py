@@ -104,9 +104,9 @@ class PolicyOptions:
     """Let the policy choose locations only; a target map, a module that learns to predict the
     target, labels the clicks (AlignSAM's semantic recalibration)."""
     search: Natural | None = None
-    """Let the trained agent decode its this many likeliest clicks, and two at the largest errors of
-    the mask, and play the one whose mask agrees best with the target map (0: play the likeliest
-    click; None: 2, or 0 with --recalibrate)."""
+    """Number of likeliest clicks that the trained agent decodes at each step, besides two at the
+    largest errors of the mask. It plays the one whose mask agrees best with the target map, which
+    predicts the target (0: play the likeliest click; None: 2, or 0 with --recalibrate)."""
     recalibration_updates: Count | None = None
     """Updates of the target map per environment step, for --recalibrate and --search (None: 5 for
     the explicit policy, else 1)."""

@@ -190,11 +190,11 @@ def _train(
             cast(Any, vector.unwrapped), plan.stream.names, stages, held_out.final, ranks
         )
     parts = {
-        # The names under which checkpoints keep them.
+        # The names under which checkpoints keep them, those of earlier versions too.
         "watch": monitor,
         "walk": walk,
         "mlflow": mlflow,
-        "target_map": _target_map(config, agent, core, ranks),
+        "recalibration": _target_map(config, agent, core, ranks),
     }
     callbacks: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
     checkpoint = Checkpoint(

@@ -94,9 +94,11 @@ def test_search_plays_the_candidate_of_the_best_mask(made: Callable[..., Any]) -
     reveal_target(policy, core)
     tensors = policy.to_tensors(observations)
     with torch.no_grad():
-        logits = policy.logits_and_value(tensors)[0][:, :128]
+        everything = policy.logits_and_value(tensors)[0]
+    logits = everything[:, :128]
     likeliest = logits.argmax(dim=1).numpy()
-    chosen = best_clicks(policy, core, tensors, likeliest)
+    everything[:, 128:] = -1e9  # no stop
+    chosen = best_clicks(policy, core, tensors, everything)
 
     def judged(actions: np.ndarray) -> np.ndarray:
         masks = (core.preview(np.arange(4), actions)[0] > 0).float()
@@ -109,8 +111,11 @@ def test_search_plays_the_candidate_of_the_best_mask(made: Callable[..., Any]) -
     best = np.max([judged(column) for column in candidates.T], axis=0)
     assert (judged(chosen) >= best - 1e-5).all()
     own, _ = policy.predict(observations, deterministic=True)
+    with torch.no_grad():
+        everything = policy.logits_and_value(tensors)[0]
+    np.testing.assert_array_equal(own, everything.argmax(dim=1))
     played = PolicyAgent(policy).act(core, observations)
-    np.testing.assert_array_equal(played, best_clicks(policy, core, tensors, own))
+    np.testing.assert_array_equal(played, best_clicks(policy, core, tensors, everything))
 
 
 def test_search_leaves_stops_and_finished_episodes_alone(made: Callable[..., Any]) -> None:
@@ -120,10 +125,11 @@ def test_search_leaves_stops_and_finished_episodes_alone(made: Callable[..., Any
     actions = np.array([core.stop_action, 5, 5, core.stop_action])
     core.steps[1] = core.config.max_steps
     core.num_clicks[1] = core.config.max_steps
-    chosen = best_clicks(policy, core, tensors, actions)
+    logits = torch.nn.functional.one_hot(torch.from_numpy(actions), core.action_space.n).float()
+    chosen = best_clicks(policy, core, tensors, logits)
     assert chosen[[0, 1, 3]].tolist() == [core.stop_action, 5, core.stop_action]
     core.steps[:] = core.config.max_steps
-    assert best_clicks(policy, core, tensors, actions).tolist() == actions.tolist()
+    assert best_clicks(policy, core, tensors, logits).tolist() == actions.tolist()
 
 
 def test_a_run_with_search_is_saved_loaded_and_evaluated(
