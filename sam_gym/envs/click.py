@@ -456,8 +456,9 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
         arrays = (indices, count, self.handles[indices], points[:, :used], labels[:, :used])
         index, counts, handles, xy, signs = (to_device(array, self.device) for array in arrays)
         first = self.is_first_prompt(counts)
-        if used == 1 and self._proposals is None:
-            prompts = Prompts(points=xy, labels=signs)  # all are first prompts
+        all_first = used == 1 and self._proposals is None
+        if all_first and not self.backbone.compiled:  # each form of prompts compiles
+            prompts = Prompts(points=xy, labels=signs)
         else:
             previous = self.logits[index, counts - 1]
             prompts = Prompts(points=xy, labels=signs, masks=previous, has_mask=~first)
