@@ -36,7 +36,7 @@ from sam_gym.utils.settings import Count, Natural, Seed, check_settings
 _WRONG = "error: "
 #: Options that train_ppo has under the same name.
 _PASSED = (
-    *("env", "policy", "backbone", "total_timesteps", "train_images"),
+    *("env", "policy", "backbone", "total_timesteps", "train_images", "num_envs"),
     *("final_episodes", "eval_episodes"),
 )
 #: Colours of the phases, in the order of `phases.PHASES`.
@@ -66,6 +66,8 @@ class TrainingBenchmarkConfig(OutputOptions):
     """Environment steps of each run."""
     train_images: Count | None = None
     """Number of different procedural images to train on."""
+    num_envs: Count | None = None
+    """Number of sub-environments."""
     final_episodes: Count | None = None
     """Episodes of the final evaluation, for the agent and for each baseline."""
     eval_episodes: Count | None = None

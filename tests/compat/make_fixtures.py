@@ -25,7 +25,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from segment_anything.build_sam import _build_sam, build_sam_vit_b
+from segment_anything.build_sam import _build_sam
 from segment_anything.modeling import (
     ImageEncoderViT,
     MaskDecoder,
@@ -393,10 +393,6 @@ def main() -> None:
         torch.save(generated(narrow_vit_b()), scratch / "vit_b.pth")
         narrow = load_backbone("vit_b", checkpoint=str(scratch / "vit_b.pth"), device="cpu")
         numbers["narrow_vit_b"] = numbers_of(narrow, Prompts)
-        BACKBONES["vit_b"] = build_sam_vit_b
-        torch.save(generated(build_sam_vit_b()), scratch / "whole.pth")
-        whole = load_backbone("vit_b", checkpoint=str(scratch / "whole.pth"), device="cpu")
-        numbers["vit_b"] = numbers_of(whole, Prompts)
         numbers["adapters"] = _write_adapters(scratch)
         numbers["policies"] = _write_policies(scratch)
         numbers["resumed"] = _write_checkpoint(scratch)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from segment_anything.build_sam import build_sam_vit_b
 
 from adaptation import train as adaptation_train
 from agents import evaluate as agents_evaluate
@@ -89,28 +88,14 @@ def test_backbones(folder: Path) -> None:
     check(made.numbers_of(bundled, Prompts), NUMBERS["micro"], "backbone")
 
 
-def vit_b_numbers(
-    build: Callable[[], Any], path: Path, added: Callable[..., AbstractContextManager[None]]
-) -> Any:
-    """What `vit_b` gives as a function builds it, with a generated checkpoint."""
-    with torch.device("meta"):  # for names and shapes only
-        sam = build()
-    torch.save(made.generated(sam), path)
-    with added("vit_b", build=build):
-        return made.numbers_of(load_backbone("vit_b", checkpoint=str(path), device="cpu"), Prompts)
-
-
 def test_a_narrow_vit_b(
     tmp_path: Path, backbone_added: Callable[..., AbstractContextManager[None]]
 ) -> None:
-    found = vit_b_numbers(made.narrow_vit_b, tmp_path / "narrow.pth", backbone_added)
-    check(found, NUMBERS["narrow_vit_b"], "backbone")
-
-
-@pytest.mark.slow
-def test_vit_b(tmp_path: Path, backbone_added: Callable[..., AbstractContextManager[None]]) -> None:
-    found = vit_b_numbers(build_sam_vit_b, tmp_path / "vit_b.pth", backbone_added)
-    check(found, NUMBERS["vit_b"], "backbone")
+    path = tmp_path / "narrow.pth"
+    torch.save(made.generated(made.narrow_vit_b()), path)
+    with backbone_added("vit_b", build=made.narrow_vit_b):
+        backbone = load_backbone("vit_b", checkpoint=str(path), device="cpu")
+        check(made.numbers_of(backbone, Prompts), NUMBERS["narrow_vit_b"], "backbone")
 
 
 @pytest.mark.parametrize("name", made.ADAPTERS)

@@ -126,9 +126,7 @@ def tiny_env(
     return as_of(env_id, tiny_env)
 
 
-@pytest.fixture(
-    params=itertools.product(("full", "handle"), ("category", "instance")), ids="-".join
-)
+@pytest.fixture(params=[("full", "category"), ("handle", "instance")], ids="-".join)
 def variant(request: pytest.FixtureRequest, env_id: str) -> dict[str, Any]:
     obs, target = request.param
     return as_of(env_id, {"obs": obs, "target": target, "stop": True, "undo": True})
@@ -188,6 +186,12 @@ def rollout(env: gym.Env, seed: int, steps: int, reset: bool = True) -> list[Any
 # The checkers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "variant",
+    list(itertools.product(("full", "handle"), ("category", "instance"))),
+    ids="-".join,
+    indirect=True,
+)
 @pytest.mark.parametrize("checker", [check_env, check_env_for_sb3], ids=["gymnasium", "sb3"])
 def test_checkers_pass(
     checker: Callable[[gym.Env], None],
@@ -498,9 +502,6 @@ def play_side_by_side(own: VectorEnv, sync: SyncVectorEnv, steps: int, seed: int
     return ended_episodes
 
 
-@pytest.mark.parametrize(
-    "variant", [("full", "category"), ("handle", "instance")], ids="-".join, indirect=True
-)
 @pytest.mark.parametrize("mode", MODES)
 def test_vector_equals_scalars(
     env_id: str, make_vec: Make, variant: dict[str, Any], mode: AutoresetMode
@@ -512,7 +513,7 @@ def test_vector_equals_scalars(
     assert own.observation_space == sync.observation_space
     assert own.action_space == sync.action_space
     # Steps of a video take several times as long, and there are more of them in an episode.
-    steps, least = (60, 10) if env_id == "SamVideo-v0" else (100, 33)
+    steps, least = (36, 6) if env_id == "SamVideo-v0" else (60, 20)
     assert play_side_by_side(own, sync, steps, seed=MODES.index(mode)) > least
 
 
