@@ -168,7 +168,7 @@ class ImplicitPolicy(SamPolicy):
 
     extractor_class: type[StoredFeatures] = ClickFeatures
     #: Updates of a target map per environment step, unless the user says otherwise.
-    recalibration_updates = 1
+    recalibration_updates = 2
     arguments = (*SamPolicy.arguments, "grid", "others", "initial_mask", "recalibrate", "search")
 
     def __init__(

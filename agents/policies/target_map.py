@@ -14,7 +14,8 @@ from typing import Any, cast
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,7 +50,7 @@ class TrainTargetMap(BaseCallback):
         core: the sub-environments, with their targets.
         updates: optimizer steps per step of the environments (AlignSAM: 1 for the implicit agent,
             5 for the explicit one).
-        learning_rate: Adam's, constant.
+        rate: Adam's learning rate, as a multiple of PPO's at that time.
         max_grad_norm: bound on the norm of the gradients.
         ranks: the processes of the run, with equally many sub-environments each.
     """
@@ -59,15 +60,15 @@ class TrainTargetMap(BaseCallback):
         policy: ImplicitPolicy,
         core: ClickCore,
         updates: int,
-        learning_rate: float = 1e-3,
+        rate: float = 2.0,
         max_grad_norm: float = 0.5,
         ranks: ProcessGroup = ALONE,
     ) -> None:
         super().__init__()
         assert policy.target_map is not None
         self.module: nn.Module = policy.target_map
-        self.core, self.updates, self.ranks = core, updates, ranks
-        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=learning_rate)
+        self.core, self.updates, self.rate, self.ranks = core, updates, rate, ranks
+        self.optimizer = torch.optim.Adam(self.module.parameters())
         share_gradients(self.optimizer, ranks, max_grad_norm)
 
     def get_state(self) -> dict[str, Any]:
@@ -81,6 +82,9 @@ class TrainTargetMap(BaseCallback):
     def _on_step(self) -> bool:
         # The core is one step ahead, and so are the new observations and its targets.
         observations = obs_as_tensor(self.locals["new_obs"], self.model.device)
+        schedule: Schedule = cast(Any, self.model).lr_schedule
+        now = schedule(cast(Any, self.model)._current_progress_remaining)
+        update_learning_rate(self.optimizer, self.rate * now)
         for _ in range(self.updates):
             logits = self.module(observations)
             target, scored = self.core.soft_targets(cast(Any, logits.shape[-2:]))

@@ -109,7 +109,7 @@ class PolicyOptions:
     predicts the target (0: play the likeliest click; None: 2, or 0 with --recalibrate)."""
     recalibration_updates: Count | None = None
     """Updates of the target map per environment step, for --recalibrate and --search (None: 5 for
-    the explicit policy, else 1)."""
+    the explicit policy, else 2)."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """Precision of the policy's features (auto: bf16-mixed on a CPU with matrix units for bfloat16,
     else 32-true); --dtype sets that of the backbone."""

@@ -261,7 +261,7 @@ def _target_map(
     if getattr(policy, "target_map", None) is None:
         return None
     updates = config.recalibration_updates or policy.recalibration_updates
-    return TrainTargetMap(policy, cast(Any, core), updates, config.learning_rate, ranks=ranks)
+    return TrainTargetMap(policy, cast(Any, core), updates, ranks=ranks)
 
 
 def _complete_results(config: TrainPPOConfig) -> dict[str, Any] | None:

@@ -104,7 +104,7 @@ def test_rewards_teach_the_policy_and_targets_the_recalibration(made: Callable[.
         return float(target_loss(logits, *core.soft_targets(logits.shape[-2:])))
 
     untaught = loss()
-    model.learn(96, callback=TrainTargetMap(policy, core, updates=4, learning_rate=0.01))
+    model.learn(96, callback=TrainTargetMap(policy, core, updates=4, rate=33.0))
     assert loss() < 0.8 * untaught
     moved = [
         name
