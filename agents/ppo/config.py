@@ -48,7 +48,7 @@ class RunOptions:
     The other options must be the same. Without --resume, an `out` with checkpoints is an error."""
     seed: Seed = 0
     """Seed of the environment, the policy and PPO."""
-    total_timesteps: Count = 25_000
+    total_timesteps: Count = 15_000
     """Environment steps to train for, divided evenly among the domains of a stream."""
     num_envs: Count = 64
     """Number of sub-environments, over all processes."""

@@ -42,6 +42,16 @@ class SamVideoConfig(VideoDatasetOptions, EnvConfig):
     def validate(self) -> None:
         super().validate()
         self.options_of(self.dataset)
+        unused = [
+            name
+            for name in ("budget", "click_cost")
+            if self.task == "memory" and getattr(self, name) != getattr(SamVideoConfig, name)
+        ]
+        if unused:
+            raise ValueError(
+                f"{' and '.join(unused)} play no part in the task memory, which has no clicks. "
+                "Leave them out, or pass task='when' or task='prompt'."
+            )
 
     def open_dataset(self) -> VideoDataset:
         """Open the dataset; raises as `make_video_dataset` does."""
