@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from agents.policies.implicit import error_maps
 from sam_gym.envs.click import ClickCore
 from sam_gym.utils.transfer import to_device
 
@@ -30,22 +31,16 @@ def soft_iou(probability: Tensor, masks: Tensor) -> Tensor:
     return common / total.clamp(min=1e-6)
 
 
-def error_clicks(probability: Tensor, mask: Tensor, grid: int) -> Tensor:
+def error_clicks(errors: Tensor) -> Tensor:
     """Return the cells where a mask misses most of the target, and covers most of the rest.
 
     Args:
-        probability: that a cell belongs to the target, float (B, h, w).
-        mask: probability of the mask, float (B, h, w).
-        grid: clicks fall on grid x grid cells.
+        errors: `agents.policies.implicit.error_maps`, float (B, 2, grid * grid).
 
     Returns:
         A positive and a negative click, int64 (B, 2).
     """
-    errors = torch.stack([probability * (1 - mask), mask * (1 - probability)], dim=1)
-    # Inside of an error, not at its border.
-    smooth = F.avg_pool2d(errors, 3, stride=1, padding=1)
-    cells = F.adaptive_avg_pool2d(smooth, grid).flatten(2).argmax(dim=2)
-    return cells + torch.tensor([0, grid**2], device=cells.device)
+    return errors.argmax(dim=2) + torch.tensor([0, errors.shape[2]], device=errors.device)
 
 
 @torch.no_grad()
@@ -73,9 +68,11 @@ def best_clicks(
         return actions
     index = to_device(rows, core.device)
     target = policy.target_map(observations)[index].sigmoid()
-    mask = policy.features_extractor.plane(observations, "sam_pred_mask_prob")[index, 0]
+    mask = policy.target_map.features.plane(observations, "sam_pred_mask_prob")[index, 0]
     likeliest = logits[index, :clicks].topk(min(policy.search, clicks), dim=1).indices
-    candidates = torch.cat([likeliest, error_clicks(target, mask, grid)], dim=1).cpu().numpy()
+    candidates = (
+        torch.cat([likeliest, error_clicks(error_maps(target, mask, grid))], dim=1).cpu().numpy()
+    )
     scores = []
     # One candidate of all sub-environments at a time, for the memory of a normal step.
     for column in candidates.T:

@@ -309,10 +309,10 @@ class SamPolicy(ActorCriticPolicy):
     def _choice_logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
         """Return logits (B, choices) of the distribution, and state values (B, 1)."""
         latent_pi, latent_vf = self.mlp_extractor(self.extract_features(obs))
-        return self._allowed(self.action_net(latent_pi), obs), self.value_net(latent_vf)
+        return self._adjusted(self.action_net(latent_pi), obs), self.value_net(latent_vf)
 
-    def _allowed(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
-        """Return the logits with `NEVER` for impossible choices."""
+    def _adjusted(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
+        """Return logits (B, choices) after fixed rules: `NEVER` for impossible choices, for one."""
         return logits
 
     def _judged(self, obs: PyTorchObs) -> tuple[Distribution, Tensor]:

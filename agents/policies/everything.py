@@ -109,7 +109,7 @@ class EverythingPolicy(SamPolicy):
         head = PixelShuffleHead(width, cells, self.grid, int(self.stop))
         self._build_heads(head, self.grid**2 + int(self.stop), lr_schedule)
 
-    def _allowed(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
+    def _adjusted(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
         tried = was_tried(cast(dict[str, Tensor], obs)).flatten(1)
         return torch.where(F.pad(tried, (0, int(self.stop))), NEVER, logits)
 

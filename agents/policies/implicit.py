@@ -17,6 +17,9 @@ from sam_gym.utils.settings import Count, Natural, checked
 
 #: Name of the only action head, in files of earlier versions.
 SPATIAL = "spatial"
+#: What a cell that the target map finds surely missed, or surely superfluous, adds to the logit of
+#: the click that mends it, and takes from that of the other.
+_GUIDANCE = 5.0
 #: Prefix of the target map's weights in files of earlier versions.
 FORMER_TARGET_MAP = "recalibration."
 
@@ -131,6 +134,22 @@ class SpatialHead(nn.Module):
         return torch.cat([clicks, self.others(pooled(features))], dim=1)
 
 
+def error_maps(probability: Tensor, mask: Tensor, grid: int) -> Tensor:
+    """Return what a mask misses of the target, and what it covers of the rest: (B, 2, grid * grid).
+
+    Each cell is a mean with its neighbours, so that values are high inside of an error, not at its
+    border.
+
+    Args:
+        probability: that a cell belongs to the target, float (B, h, w).
+        mask: probability of the mask, float (B, h, w).
+        grid: the errors are averaged over grid x grid cells.
+    """
+    errors = torch.stack([probability * (1 - mask), mask * (1 - probability)], dim=1)
+    smooth = F.avg_pool2d(errors, 3, stride=1, padding=1)
+    return F.adaptive_avg_pool2d(smooth, grid).flatten(2)
+
+
 class TargetMap(nn.Module):
     """Predicts the target at the resolution of the features: logits (B, h, w).
 
@@ -146,6 +165,12 @@ class TargetMap(nn.Module):
 
     def forward(self, observations: PyTorchObs) -> Tensor:
         return self.head(self.features(observations))[:, 0]
+
+    @torch.no_grad()
+    def errors(self, observations: dict[str, Tensor], grid: int) -> Tensor:
+        """Return `error_maps` of the current masks: (B, 2, grid * grid)."""
+        mask = self.features.plane(observations, "sam_pred_mask_prob")[:, 0]
+        return error_maps(self(observations).sigmoid(), mask, grid)
 
 
 @POLICIES.register("implicit")
@@ -204,6 +229,14 @@ class ImplicitPolicy(SamPolicy):
         if self.recalibrate or self.search:
             features = cast(ClickFeatures, self.make_features_extractor())
             self.target_map = TargetMap(features)
+
+    def _adjusted(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
+        """Guide the clicks by the target map, if the policy searches."""
+        if self.target_map is None or self.recalibrate:
+            return logits
+        missed, superfluous = self.target_map.errors(cast(Any, obs), self.grid).unbind(dim=1)
+        guidance = _GUIDANCE * torch.cat([missed - superfluous, superfluous - missed], dim=1)
+        return logits + F.pad(guidance, (0, len(self.others)))
 
     def action_config(self, num_actions: int) -> dict[str, Any]:
         extractor = cast(ClickFeatures, self.features_extractor)

@@ -139,7 +139,7 @@ class VideoPolicy(SamPolicy):
         head = SlotHead if self.task == "memory" else ClickHead
         self._build_heads(head(self.features_dim), choices, lr_schedule)
 
-    def _allowed(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
+    def _adjusted(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
         # A start at SAM 2's own action, the last or the first, from which there is nothing to
         # unlearn.
         if self.task == "memory":

@@ -117,7 +117,7 @@ class VideoPromptPolicy(SamPolicy):
         head = ClipHead(self.features_dim, self.grid)
         self._build_heads(head, self.num_clicks + 1, lr_schedule)
 
-    def _allowed(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
+    def _adjusted(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
         own = cast(dict[str, Tensor], obs)
         clicked = own["clicks"].permute(0, 1, 3, 4, 2).flatten(2) > 0
         exists = own["frames"][..., :1] > 0

@@ -48,7 +48,7 @@ class RunOptions:
     The other options must be the same. Without --resume, an `out` with checkpoints is an error."""
     seed: Seed = 0
     """Seed of the environment, the policy and PPO."""
-    total_timesteps: Count = 15_000
+    total_timesteps: Count = 10_000
     """Environment steps to train for, divided evenly among the domains of a stream."""
     num_envs: Count = 64
     """Number of sub-environments, over all processes."""
@@ -128,7 +128,7 @@ class EvaluationOptions:
     """Episodes of the final evaluation, for the agent and for each baseline; one that decodes many
     times per step (confident) plays a quarter of them, at least 16. With a stream, also those of
     the evaluation after each domain, divided evenly among the domains."""
-    eval_every: Count = 10_000
+    eval_every: Count = 5_000
     """Environment steps between evaluations on the validation split."""
     eval_episodes: Count = 128
     """Episodes of each evaluation on the validation split during training."""

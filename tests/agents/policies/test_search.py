@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from agents.evaluate import PolicyAgent, evaluate
-from agents.policies.implicit import ImplicitPolicy
+from agents.policies.implicit import ImplicitPolicy, error_maps
 from agents.ppo.config import TrainPPOConfig
 from agents.ppo.run import make_model
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
@@ -61,11 +61,33 @@ def test_error_clicks_lie_inside_the_largest_errors() -> None:
     target[0, 8:14, 8:14] = 1.0  # missed
     target[0, 0, 0] = 1.0  # missed, but small
     mask[0, 1:6, 10:15] = 1.0  # superfluous
-    positive, negative = error_clicks(target, mask, 16)[0].tolist()
+    positive, negative = error_clicks(error_maps(target, mask, 16))[0].tolist()
     assert target[0].flatten()[positive] == 1 and positive // 16 in range(9, 13)
     assert negative >= 256 and mask[0].flatten()[negative - 256] == 1
-    positive, negative = error_clicks(target, mask, 4)[0].tolist()
+    positive, negative = error_clicks(error_maps(target, mask, 4))[0].tolist()
     assert positive in (10, 11, 14, 15) and negative in (16 + 2, 16 + 3, 16 + 6, 16 + 7)
+
+
+def test_the_target_map_guides_clicks(made: Callable[..., Any]) -> None:
+    policy, core, env = made()
+    observations, _ = env.reset(seed=0)
+    tensors = policy.to_tensors(observations)
+    shape: Any = core.backbone.embedding_shape[1:]
+    policy.target_map.forward = lambda _: torch.full((4, *shape), -30.0)
+    with torch.no_grad():
+        unguided, value = policy.logits_and_value(tensors)
+        reveal_target(policy, core)
+        guided, same = policy.logits_and_value(tensors)
+        judged = policy.evaluate_actions(tensors, guided.argmax(dim=1))[1]
+    assert torch.equal(value, same) and torch.equal(guided[:, 128:], unguided[:, 128:])
+    # No mask yet: what is missed is the target, and nothing is superfluous.
+    missed, superfluous = error_maps(core.soft_targets(shape)[0], torch.zeros(4, *shape), 8).unbind(
+        1
+    )
+    assert not superfluous.any()
+    torch.testing.assert_close(guided[:, :64] - unguided[:, :64], 5 * missed)
+    torch.testing.assert_close(guided[:, 64:128] - unguided[:, 64:128], -5 * missed)
+    torch.testing.assert_close(judged, guided.log_softmax(dim=1).max(dim=1).values)
 
 
 @pytest.mark.parametrize("keep_best", [False, True])
