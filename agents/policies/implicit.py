@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import gymnasium as gym
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.policies.base import NEVER, POLICIES, Mixer, SamPolicy, StoredFeatures, pooled
-from sam_gym.utils.settings import Count, Natural, checked
+from sam_gym.utils.settings import Count, checked, whole
 
+#: Largest number of likeliest clicks that a search decodes.
+MAX_SEARCH = 4096
 #: Name of the only action head, in files of earlier versions.
 SPATIAL = "spatial"
 #: What a cell that the target map finds surely missed, or surely superfluous, adds to the logit of
@@ -203,7 +205,7 @@ class ImplicitPolicy(SamPolicy):
         others: Sequence[str] = (),
         initial_mask: str = "empty",
         recalibrate: bool = False,
-        search: Natural = 0,
+        search: Annotated[int, whole(0, MAX_SEARCH)] = 0,
         **kwargs: Any,
     ) -> None:
         # Policies of earlier versions name their action head.

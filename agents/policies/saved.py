@@ -15,6 +15,7 @@ from gymnasium import spaces
 
 from agents.policies import POLICIES, SamPolicy
 from agents.policies.base import resolve_precision
+from agents.policies.implicit import MAX_SEARCH
 from agents.policies.spaces import space_from_json, space_from_pickle
 from sam_gym.backbones.loading import renamed_checkpoint, resolve_device
 from sam_gym.backbones.spec import BACKBONES, FIRST_MICRO, HUB_PREFIX, renamed_backbone
@@ -113,8 +114,8 @@ def _arguments_of(data: Mapping[str, Any]) -> dict[str, Any]:
         if name in _SIZES and not (isinstance(value, int) and 0 < value <= _MAX_ARGUMENT):
             raise ValueError(f"{name} must be from 1 to {_MAX_ARGUMENT}, got {value!r}")
     search = arguments.get("search", 0)
-    if not (isinstance(search, int) and 0 <= search <= _MAX_ARGUMENT):
-        raise ValueError(f"search must be from 0 to {_MAX_ARGUMENT}, got {search!r}")
+    if not (isinstance(search, int) and 0 <= search <= MAX_SEARCH):
+        raise ValueError(f"search must be from 0 to {MAX_SEARCH}, got {search!r}")
     return arguments
 
 

@@ -80,8 +80,16 @@ class TrainTargetMap(BaseCallback):
         self.optimizer.load_state_dict(state)
 
     def _on_step(self) -> bool:
-        # The core is one step ahead, and so are the new observations and its targets.
-        observations = obs_as_tensor(self.locals["new_obs"], self.model.device)
+        self.update(self.locals["new_obs"])
+        return True
+
+    def update(self, new_obs: dict[str, Any]) -> None:
+        """Make the updates of a step of the environments.
+
+        Args:
+            new_obs: what they returned. The core is one step ahead, and so are its targets.
+        """
+        observations = obs_as_tensor(new_obs, self.model.device)
         schedule: Schedule = cast(Any, self.model).lr_schedule
         now = schedule(cast(Any, self.model)._current_progress_remaining)
         update_learning_rate(self.optimizer, self.rate * now)
@@ -94,4 +102,3 @@ class TrainTargetMap(BaseCallback):
             self.optimizer.step()
         mean = self.ranks.sum(loss.detach()) / self.ranks.world
         self.logger.record_mean("target_map/loss", float(mean))
-        return True

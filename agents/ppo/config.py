@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from agents.policies.implicit import SPATIAL, check_head
+from agents.policies.implicit import MAX_SEARCH, SPATIAL, check_head
 from sam_gym.envs.base_core import EnvConfig
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.utils.fields import documented
@@ -103,7 +103,7 @@ class PolicyOptions:
     recalibrate: bool = False
     """Let the policy choose locations only; a target map, a module that learns to predict the
     target, labels the clicks (AlignSAM's semantic recalibration)."""
-    search: Natural | None = None
+    search: Annotated[int, whole(0, MAX_SEARCH)] | None = None
     """Number of likeliest clicks that the trained agent decodes at each step, besides two at the
     largest errors of the mask. It plays the one whose mask agrees best with the target map, which
     predicts the target (0: play the likeliest click; None: 2, or 0 with --recalibrate)."""

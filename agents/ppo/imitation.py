@@ -7,6 +7,7 @@ every state with its own action.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,13 @@ from sam_gym.envs.base_core import BaseCore
 from sam_gym.utils.progress import track
 
 
-def imitate(model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, steps: int) -> None:
+def imitate(
+    model: DistributedPPO,
+    core: BaseCore[Any, Any],
+    expert: Agent,
+    steps: int,
+    after_step: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
     """Train the policy of a new model by imitation. Environments are left in mid-episode.
 
     Args:
@@ -31,6 +38,7 @@ def imitate(model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, step
         expert: the agent to imitate; it may see the ground truth.
         steps: environment steps over all ranks, rounded up to whole rollouts. They count as
             steps of the model.
+        after_step: called after each of them with the observations that it gave.
     """
     env, buffer = model.get_env(), model.rollout_buffer
     assert env is not None
@@ -43,6 +51,8 @@ def imitate(model: DistributedPPO, core: BaseCore[Any, Any], expert: Agent, step
         buffer.reset()
         for _ in range(model.n_steps):
             _play(model, core, expert, own_fraction=number / rounds)
+            if after_step is not None:
+                after_step(rollout_start(model)[0])
         observations, starts = rollout_start(model)
         with torch.no_grad():
             last = model.policy.predict_values(obs_as_tensor(observations, model.device))

@@ -164,13 +164,15 @@ def _train(
 ) -> dict[str, Any]:
     config, out, stages = plan.config, plan.config.folder, plan.stages
     vector, core = make_vector_env(config.env, ranks.share(config.num_envs), plan.training)
-    # Checkpoints and results name the precision itself: it may be resumed on other hardware.
     precision, *_ = ranks.gather(resolve_precision(config.precision, core.device))
     config = replace(config, precision=cast(Any, precision))
-    plan = replace(plan, config=config)
     env = VecMonitor(VectorEnvAdaptor(vector))
     model = make_model(config, plan.training, env, core, ranks, stages)
     agent = PolicyAgent(cast(SamPolicy, model.policy))
+    # Checkpoints and results have the precision and the search themselves: a run may be resumed on
+    # other hardware, or by a version with other defaults.
+    config = replace(config, search=agent.policy.search)
+    plan = replace(plan, config=config)
     held_out = HeldOutEpisodes(plan, agent, tuple(core.dataset.categories))
     if state is None and ranks.is_first:
         _clear(out)
@@ -189,12 +191,13 @@ def _train(
         walk = StreamCallback(
             cast(Any, vector.unwrapped), plan.stream.names, stages, held_out.final, ranks
         )
+    target_map = _target_map(config, agent, core, ranks)
     parts = {
         # The names under which checkpoints keep them, those of earlier versions too.
         "watch": monitor,
         "walk": walk,
         "mlflow": mlflow,
-        "recalibration": _target_map(config, agent, core, ranks),
+        "recalibration": target_map,
     }
     callbacks: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
     checkpoint = Checkpoint(
@@ -215,7 +218,11 @@ def _train(
             checkpoint.restore(model, state)
         elif config.warm_start:
             expert = plan.task.baselines.get("oracle")(config.seed)
-            imitate(model, core, expert, config.warm_start)
+            after_step = None
+            if target_map is not None:  # it learns from every step
+                target_map.init_callback(model)
+                after_step = target_map.update
+            imitate(model, core, expert, config.warm_start, after_step)
         with monitor.bar:
             model.learn(
                 config.total_timesteps - model.num_timesteps,

@@ -105,9 +105,15 @@ def _rows(results: dict[str, Any], facts: CardFacts) -> list[list[str]]:
     agents = [(n, row) for n, row in results.items() if isinstance(row, dict) and "mean_iou" in row]
     return [
         [
-            _SHOWN.get(name, markdown.text(name)),
+            _SHOWN.get(name, markdown.text(name)) + _fewer(row, results["agent"]),
             with_interval(row["mean_iou"], row["ci95"]),
             *(f"{row[f'mean_{count}']:.1f}" for count in facts.counts),
         ]
         for name, row in sorted(agents, key=lambda item: -item[1]["mean_iou"])
     ]
+
+
+def _fewer(row: dict[str, Any], agent: dict[str, Any]) -> str:
+    """Return the episodes of a baseline that played fewer than the agent."""
+    own = row.get("episodes", agent.get("episodes"))
+    return "" if own == agent.get("episodes") else f" ({markdown.text(own)} of these episodes)"

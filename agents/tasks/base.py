@@ -36,6 +36,7 @@ FEATURES = {
     "recalibration": "--recalibrate",
     "search": "--search",
 }
+_WITH_TARGET_MAP = frozenset({"recalibration", "search"})
 
 
 #: Fields of env configs that depend on the machine, or that `_card_evaluation` handles.
@@ -141,6 +142,11 @@ class Task:
             self.require("recalibration")
         if run.search:
             self.require("search")
+        if run.recalibration_updates is not None and not self.supports & _WITH_TARGET_MAP:
+            raise ValueError(
+                "--recalibration-updates trains a target map, and policies of "
+                f"{self.env_id} have none. Leave it out."
+            )
         if run.policy_plots:
             self.require("policy_plots")
 

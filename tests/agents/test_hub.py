@@ -165,13 +165,15 @@ def test_the_card_of_other_kinds_of_agents(run: Path) -> None:
     config["env_config"] |= {"target": "instance", "dataset": "coco", "checkpoint": None}
     config |= {"policy": "explicit", "clip": "ViT-B-16"}
     made.results.update(gap_closed=None, held_out_split="train")
+    made.results["agent"]["episodes"], made.results["confident"]["episodes"] = 64, 16
     text = model_card(made, "me/clicker", "mit")
     assert "agents.evaluate --policy hf://me/clicker --target instance --dataset coco" in text
     assert "--data PATH --split train" in text
     assert "told in words, through the CLIP `ViT-B-16`" in text and "no gap to close" in text
     for said in ("procedural", "same path", "never saw"):
         assert said not in text
-    assert "license: mit" in text
+    assert "license: mit" in text and "over 64 episodes" in text
+    assert "| confident (16 of these episodes) |" in text
 
 
 def test_the_card_claims_unseen_images_only_where_they_were_compared(run: Path) -> None:

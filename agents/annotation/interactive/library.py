@@ -10,7 +10,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from agents.annotation.interactive.job import Job
-from agents.annotation.interactive.masklets import Masklets, is_done
+from agents.annotation.interactive.masklets import Masklets, info_of
 from agents.annotation.interactive.queue import Queue
 from agents.annotation.video_frames import (
     VIDEO_SUFFIXES,
@@ -26,6 +26,8 @@ from sam_gym.utils.text import safe_name
 
 #: Folder of the videos' COCO files in the folder of results.
 MASKLETS = "masklets"
+#: Maximum length of the name of an uploaded video in bytes, without its number and suffix.
+_MAX_LABEL = 180
 #: How files of videos begin, at an offset: MP4 and MOV (their first box), Matroska and WebM, AVI,
 #: MPEG, Windows Media. Playlists, which decoders take for videos, too, would name other files.
 _SIGNATURES = (
@@ -134,7 +136,9 @@ class VideoLibrary(Queue):
             OSError: it could not be written.
         """
         label, suffix = os.path.splitext(name)
-        label = safe_name(label).lstrip(".") or "video"
+        # Room for a number: `safe_name` shortens the name of its results, too.
+        label = safe_name(label).lstrip(".").encode()[:_MAX_LABEL].decode(errors="ignore")
+        label = label or "video"
         if suffix.lower() not in VIDEO_SUFFIXES or not is_video(data[:16]):
             raise ValueError(f"{name}: no video that is read. Convert it to MP4.")
         with self._lock:
@@ -149,10 +153,10 @@ class VideoLibrary(Queue):
             path = write_atomic(folder / file, data)
             try:
                 open_video(path, self.max_pixels)
+                self._add(file, _Place(str(path), str(folder)), os.path.splitext(file)[0])
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise
-            self._add(file, _Place(str(path), str(folder)), os.path.splitext(file)[0])
             return len(self.files) - 1
 
     @property
@@ -161,12 +165,17 @@ class VideoLibrary(Queue):
         return self.out / "videos"
 
     def _add(self, file: str, place: _Place, label: str) -> None:
-        """Add a video; its name is the label, or the whole file where another has that."""
+        """Add a video; its name is the label, or the whole file where another has that.
+
+        Videos that come and go do not change the names of those with results.
+        """
         taken = {own.lower() for own in self._names.values()}
         wanted = [safe_name(own).lstrip(".") or "video" for own in (label, file)]
         free = [own for own in wanted if own.lower() not in taken]
         if not free or file in self._places:
             raise ValueError(f"{place.path}: another video has the name {file}. Rename one.")
+        owners = {own: info_of(self._path_of(own)).get("file") for own in free}
+        free.sort(key=lambda own: 0 if owners[own] == file else 1 if owners[own] is None else 2)
         self.files.append(file)
         self._places[file], self._names[file] = place, free[0]
 
@@ -197,7 +206,10 @@ class VideoLibrary(Queue):
     # Masklets ----------------------------------------------------------------------------------
 
     def _path(self, file: str) -> Path:
-        return self.out / MASKLETS / f"{self._names[file]}.json"
+        return self._path_of(self._names[file])
+
+    def _path_of(self, name: str) -> Path:
+        return self.out / MASKLETS / f"{name}.json"
 
     def results(self) -> list[Path]:
         return [self._path(file) for file in self.files]
@@ -205,7 +217,7 @@ class VideoLibrary(Queue):
     def is_done(self, file: str) -> bool:
         with self._lock:
             known = self._open.get(file)
-        return is_done(self._path(file)) if known is None else known.is_done
+        return bool(info_of(self._path(file)).get("done")) if known is None else known.is_done
 
     def masklets(self, file: str, source: FrameSource) -> Masklets:
         """Return the masklets of a video, the same for all who have it open.
@@ -269,7 +281,7 @@ class _DoneVideos(Iterable[AnnotatedVideo]):
 
     def __iter__(self) -> Iterator[AnnotatedVideo]:
         for path in sorted(self._library.results()):
-            if is_done(path):
+            if info_of(path).get("done"):
                 video = Masklets.read(path).annotated()
                 folder = self._library.out / FRAME_FOLDERS["coco-video"] / video.name
                 if all((folder / name).exists() for name in video.frames):

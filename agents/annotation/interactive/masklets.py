@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -216,6 +216,12 @@ class Masklets:
             found = {number: self.objects.get(number) for number in ids}
             return {number: own and own.copy() for number, own in found.items()}
 
+    def versions(self, ids: Iterable[int]) -> dict[int, int | None]:
+        """Return the versions of objects; None: there is none of this id."""
+        with self.lock:
+            objects = self.objects
+            return {k: objects[k].version if k in objects else None for k in ids}
+
     def put(self, objects: Mapping[int, VideoObject | None]) -> None:
         """Replace objects, without writing the file; None: remove it."""
         with self.lock:
@@ -345,10 +351,10 @@ def ranges(frames: Iterator[int] | Sequence[int]) -> list[list[int]]:
     return found
 
 
-def is_done(path: Path) -> bool:
-    """Return whether the COCO file of a video says that it is done; its first line tells."""
+def info_of(path: Path) -> dict[str, Any]:
+    """Return the `info` of the COCO file of a video, its first line; empty if there is none."""
     try:
         with path.open(encoding="utf-8") as file:
-            return bool(json.loads(file.readline().rstrip().rstrip(",") + "}")["info"]["done"])
+            return dict(json.loads(file.readline().rstrip().rstrip(",") + "}")["info"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return {}

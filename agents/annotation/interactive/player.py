@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from agents.annotation.clicks import check_categories, check_others
 from agents.annotation.presence import Calibration, Presence
 from agents.baselines.base import TrainedAgent
+from agents.search import best_clicks
 from agents.tasks import task_of_policy
 from sam_gym.backbones import BackboneService
 from sam_gym.backbones.embeddings.store import shared_store
@@ -21,6 +23,8 @@ from sam_gym.envs.base_core import in_cells
 from sam_gym.simulation.clicks import cell_centres
 from sam_gym.utils.transfer import to_host
 
+#: A click (x, y, positive), in pixels of the input frame -> mask logits (hm, wm) after it.
+Preview = Callable[[tuple[float, float, bool]], Tensor]
 #: Mask logits before the first click, as environments begin.
 _EMPTY = -20.0
 
@@ -32,8 +36,9 @@ class Proposal:
     Attributes:
         chances: float32 (2, grid, grid), probabilities of positive and of negative clicks on cells
             of the input frame.
-        click: (x, y, positive) of the likeliest action, in pixels of the input frame, or None.
-        other: the likeliest action if it is no click: "stop" or "undo".
+        click: (x, y, positive) of the action that it would take, in pixels of the input frame, or
+            None.
+        other: the action if it is no click: "stop" or "undo".
     """
 
     chances: np.ndarray
@@ -135,8 +140,9 @@ class ClickPlayer:
         steps: int,
         names: Sequence[str],
         cue: tuple[float, float] | None = None,
+        preview: Preview | None = None,
     ) -> Proposal:
-        """Return click probabilities and the likeliest action.
+        """Return click probabilities, and the action that the agent would take.
 
         Args:
             image: uint8 (H, W, 3).
@@ -145,6 +151,7 @@ class ClickPlayer:
             steps: number of clicks so far.
             names: name of the object, followed by names of others in the image.
             cue: (x, y) of a click that shows the object, in pixels of the input frame.
+            preview: decodes clicks for the policy's search; None: the likeliest action.
 
         Raises:
             ValueError: the agent does not know a name, or needs a cue.
@@ -169,16 +176,46 @@ class ClickPlayer:
             tensors, _ = policy.obs_to_tensor(observation)
             with policy.playing():
                 all_logits, _ = policy.logits_and_value(tensors)
+                action = int(all_logits[0].argmax())
+                if preview is not None and policy.search:
+                    own = _OneObject(self, image.shape[:2], preview)
+                    action = int(best_clicks(policy, cast(Any, own), tensors, all_logits)[0])
         (chances,) = to_host(all_logits[0].softmax(dim=0))
-        return self._proposal(chances, image.shape[:2])
+        grid = policy.grid
+        maps = chances[: 2 * grid**2].reshape(2, grid, grid)
+        if action >= 2 * grid**2:
+            return Proposal(maps, None, policy.others[action - 2 * grid**2])
+        return Proposal(maps, self.click_of(action, image.shape[:2]), None)
 
-    def _proposal(self, chances: np.ndarray, size: tuple[int, int]) -> Proposal:
+    def click_of(self, action: int, size: tuple[int, int]) -> tuple[float, float, bool]:
+        """Return the click (x, y, positive) of an action on an image of (H, W).
+
+        It is in pixels of the input frame, and in the image.
+        """
         grid = self.policy.grid
-        action, maps = int(chances.argmax()), chances[: 2 * grid**2].reshape(2, grid, grid)
         negative, cell = divmod(action, grid**2)
-        if negative > 1:
-            return Proposal(maps, None, self.policy.others[action - 2 * grid**2])
         side = self.backbone.image_size / grid
         x, y = cell_centres(np.array(cell), grid, (side, side)).tolist()
         height, width = self.backbone.input_size(size)
-        return Proposal(maps, (min(x, width - 1.0), min(y, height - 1.0), not negative), None)
+        return min(x, width - 1.0), min(y, height - 1.0), not negative
+
+
+class _OneObject:
+    """The object that a person and the agent segment: what `best_clicks` needs of a `ClickCore`.
+
+    Args:
+        player: the agent.
+        size: (H, W) of the image.
+        preview: decodes a click.
+    """
+
+    def __init__(self, player: ClickPlayer, size: tuple[int, int], preview: Preview) -> None:
+        self.backbone, self.device = player.backbone, player.backbone.device
+        self._player, self._size, self._preview = player, size, preview
+
+    def playing(self) -> np.ndarray:
+        return np.arange(1)
+
+    def preview(self, indices: np.ndarray, actions: np.ndarray) -> tuple[Tensor, Tensor]:
+        logits = self._preview(self._player.click_of(int(actions[0]), self._size))
+        return logits[None], logits.new_zeros(1)

@@ -16,6 +16,8 @@ from sam_gym.backbones.video.memory import closest_frames
 from sam_gym.backbones.video.session import TrackedFrame, TrackingSession
 from sam_gym.backbones.video.tracker import VideoTracker
 
+#: Name of the object in the session of a `Prompter`.
+_OBJECT = "object"
 #: Maximum number of prompted frames that a pass, and a click, remember.
 _CONDITIONING, _CLICK_CONDITIONING = 8, 2
 #: Seconds from one write of what a pass has found to the next; and how often what writing took.
@@ -35,7 +37,6 @@ class Prompter:
 
     def __init__(self, tracker: VideoTracker, source: FrameSource) -> None:
         self._session, self._size = tracker.open([source]), source.size
-        self._known: int | None = None
         #: Object, its version and the frame of the last prompt, which a further click continues.
         self._last: tuple[int, int, int] | None = None
 
@@ -44,16 +45,16 @@ class Prompter:
         before = own.prompts.get(frame, FramePrompt())
         prompt = FramePrompt((*before.clicks, click), before.box)
         if self._last == (own.id, own.version, frame):
-            return self._prompt(own, frame, [click], None, clear=False), prompt
+            return self._prompt(frame, [click], None, clear=False), prompt
         self._begin(own, frame, own.masks.get(frame))
-        return self._prompt(own, frame, prompt.clicks, prompt.box), prompt
+        return self._prompt(frame, prompt.clicks, prompt.box), prompt
 
     def box(
         self, own: VideoObject, frame: int, box: tuple[float, float, float, float]
     ) -> tuple[Mask | None, FramePrompt]:
         """Replace the prompt by a box; returns the mask and the prompt of the frame."""
         self._begin(own, frame, None)  # the mask of another box would mislead
-        return self._prompt(own, frame, (), box), FramePrompt((), box)
+        return self._prompt(frame, (), box), FramePrompt((), box)
 
     def keep(self, own: VideoObject, frame: int) -> None:
         """Note that the last result was kept: the next click on the object continues it."""
@@ -62,20 +63,17 @@ class Prompter:
     def _begin(self, own: VideoObject, frame: int, mask: Mask | None) -> None:
         """Let the session know the object by its prompted frames, and its mask in this one."""
         session = self._session
-        if self._known is not None:
-            with suppress(KeyError):  # it failed before the session knew it
-                session.remove(0, self._known)
-        self._known = own.id
+        with suppress(KeyError):  # the first one, or one that failed
+            session.remove(0, _OBJECT)
         others = [other for other in sorted(own.prompts) if other != frame]
         for other in closest_frames(frame, others, _CLICK_CONDITIONING):
             seen = _decoded(own.masks.get(other), self._size)
-            session.restore(0, other, own.id, seen, prompted=True)
+            session.restore(0, other, _OBJECT, seen, prompted=True)
         if mask is not None:
-            session.restore(0, frame, own.id, mask.decoded(self._size), prompted=False)
+            session.restore(0, frame, _OBJECT, mask.decoded(self._size), prompted=False)
 
     def _prompt(
         self,
-        own: VideoObject,
         frame: int,
         clicks: Sequence[Click],
         box: tuple[float, float, float, float] | None,
@@ -85,7 +83,7 @@ class Prompter:
         shown = self._session.prompt(
             0,
             frame,
-            own.id,
+            _OBJECT,
             [(click.x, click.y) for click in clicks] if clicks else None,
             [int(click.positive) for click in clicks] if clicks else None,
             box,
@@ -146,16 +144,18 @@ def _tracked(
     step: int,
 ) -> Iterator[TrackedFrame]:
     """Track objects, each from its start on: a pass is divided where another object begins."""
-    session = tracker.open([source])
+    session, is_empty = tracker.open([source]), True
     stages = sorted({starts[number] for number in ids}, reverse=step < 0)
     for start, end in itertools.zip_longest(stages, stages[1:]):
         for number in ids:
-            if starts[number] == start:
-                with masklets.lock:
-                    own = masklets.objects[number].copy()
+            # Somebody else may have removed it.
+            own = masklets.copies([number])[number] if starts[number] == start else None
+            if own is not None:
                 _restore(session, own, start, masklets.size, tracker.memory.slots - 1, step)
+                is_empty = False
         length = None if end is None else abs(end - start) - 1
-        yield from session.propagate(start=start, max_frames=length, reverse=step < 0)
+        if not is_empty:
+            yield from session.propagate(start=start, max_frames=length, reverse=step < 0)
 
 
 def start_of(own: VideoObject, frame: int, reverse: bool) -> int | None:

@@ -219,11 +219,14 @@ class Session:
         As in the environments, SAM gets all clicks and the mask before; the first click alone
         chooses among three masks.
         """
-        height, width = self._opened().size
         if len(self.steps) >= MAX_CLICKS:
             raise ValueError(f"{MAX_CLICKS} clicks are enough: save the object, or reset it.")
-        inside = float(np.clip(x, 0, width - 1)), float(np.clip(y, 0, height - 1))
-        self._decode(Click(*inside, positive, by_agent))
+        self.steps.append(self._after(self._inside(x, y, positive, by_agent)))
+
+    def _inside(self, x: float, y: float, positive: bool, by_agent: bool) -> Click:
+        height, width = self._opened().size
+        at = float(np.clip(x, 0, width - 1)), float(np.clip(y, 0, height - 1))
+        return Click(*at, positive, by_agent)
 
     @locked
     def draw_box(self, x0: float, y0: float, x1: float, y1: float) -> None:
@@ -233,9 +236,10 @@ class Session:
         box = (max(x0, 0.0), max(y0, 0.0), min(x1, width - 1.0), min(y1, height - 1.0))
         if box[2] - box[0] < 1 or box[3] - box[1] < 1:
             raise ValueError("This box has no area: drag from corner to corner.")
-        self._decode(box)
+        self.steps.append(self._after(box))
 
-    def _decode(self, prompt: Click | tuple[float, float, float, float]) -> None:
+    def _after(self, prompt: Click | tuple[float, float, float, float]) -> Step:
+        """Decode the mask after one more click, or another box."""
         image, backbone = self._opened(), self.models.backbone
         is_click = isinstance(prompt, Click)
         clicks = [*self.clicks, prompt] if isinstance(prompt, Click) else self.clicks
@@ -255,7 +259,7 @@ class Session:
         )
         first = torch.tensor([is_click and not self.steps], device=backbone.device)
         logits, predicted = backbone.decode_best(image.features, prompts, first)
-        self.steps.append(Step(prompt, logits[0], float(predicted[0])))
+        return Step(prompt, logits[0], float(predicted[0]))
 
     @locked
     def undo(self) -> None:
@@ -414,8 +418,11 @@ class Session:
     # The agent ---------------------------------------------------------------------------------
 
     @locked
-    def proposal(self) -> Proposal:
+    def proposal(self, *, search: bool = True) -> Proposal:
         """Return what the agent would do next.
+
+        Args:
+            search: let an agent with a search use it, to find the click.
 
         Raises:
             ValueError: there is no agent, or it does not know the name of the object.
@@ -433,8 +440,20 @@ class Session:
         others = [own for own in self.project.names if own in player.known and own != name]
         logits = self.steps[-1].logits if self.steps else None
         return player.propose(
-            image.pixels, image.handle, logits, len(self.steps), [name, *others], cue
+            *(image.pixels, image.handle, logits, len(self.steps), [name, *others], cue),
+            self._preview if search else None,
         )
+
+    def _preview(self, click: tuple[float, float, bool]) -> Tensor:
+        """Return the mask logits (hm, wm) after a click of the agent, which is not kept."""
+        return self._after(self._agents(click)).logits
+
+    def _agents(self, click: tuple[float, float, bool]) -> Click:
+        """Return a click (x, y, positive) of the agent, in pixels of the input frame."""
+        x, y, positive = click
+        size = self._opened().size
+        height, width = self.models.backbone.input_size(size)
+        return self._inside(x * size[1] / width, y * size[0] / height, positive, True)
 
     @locked
     def agent_step(self) -> bool:
@@ -452,10 +471,8 @@ class Session:
             self.undo()
             return False
         assert proposal.click is not None
-        x, y, positive = proposal.click
-        size = self._opened().size
-        height, width = player.backbone.input_size(size)
-        self.click(x * size[1] / width, y * size[0] / height, positive, by_agent=True)
+        click = self._agents(proposal.click)
+        self.click(click.x, click.y, click.positive, by_agent=True)
         return len(self.steps) < player.max_steps
 
     @locked
@@ -529,4 +546,4 @@ class Session:
         backbone, size = self.models.backbone, self._opened().size
         height, width = backbone.input_size(size)
         side = backbone.image_size
-        return heat_map(self.proposal().chances, (height / side, width / side))
+        return heat_map(self.proposal(search=False).chances, (height / side, width / side))

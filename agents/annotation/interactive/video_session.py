@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from agents.annotation.interactive.locking import locked
 from agents.annotation.interactive.masklets import (
     UNNAMED,
     FramePrompt,
+    Mask,
     Masklets,
     VideoObject,
     ranges,
@@ -222,7 +224,7 @@ class VideoSession:
         own = self._chosen()
         if self.frame not in own.masks:
             return
-        with self._editing(own.id):
+        with self._editing(own):
             own.prompts.pop(self.frame, None)
             del own.masks[self.frame]
             if not own.masks:
@@ -231,28 +233,32 @@ class VideoSession:
             self.selected = None
 
     def _begun(self) -> VideoObject:
-        """Return the selected object, or another that is not kept yet."""
+        """Return the selected object, or another that is not kept yet and has no id."""
         objects = self._opened().masklets.objects
         if self.selected in objects:
-            self._interrupt(self.selected)
-            return objects[self.selected]
+            return self._chosen()
         if len(objects) >= MAX_OBJECTS:
             raise ValueError(f"{MAX_OBJECTS} objects are enough for a video.")
-        return VideoObject(self._opened().masklets.new_id(), self.name or UNNAMED)
+        return VideoObject(0, self.name or UNNAMED)
 
     def _chosen(self) -> VideoObject:
-        objects = self._opened().masklets.objects
-        if self.selected not in objects:
+        if self.selected is not None:
+            self._interrupt(self.selected)
+        own = self._opened().masklets.objects.get(self.selected or 0)
+        if own is None:
             raise ValueError("Select an object first.")
-        self._interrupt(self.selected)
-        return objects[self.selected]
+        return own
 
-    def _set(self, own: VideoObject, prompt: FramePrompt, mask: Any) -> None:
-        with self._editing(own.id):
-            if own.id not in self._opened().masklets.objects:
-                self._opened().masklets.put({own.id: own})
-            own.prompts[self.frame] = prompt
-            own.masks[self.frame] = mask
+    def _set(self, own: VideoObject, prompt: FramePrompt, mask: Mask | None) -> None:
+        masklets = self._opened().masklets
+        with masklets.lock:
+            is_new = not own.id
+            own.id = own.id or masklets.new_id()
+            with self._editing(own, is_new):
+                if is_new:
+                    masklets.put({own.id: own})
+                own.prompts[self.frame] = prompt
+                own.masks[self.frame] = mask
         self.selected = own.id
 
     # Objects -----------------------------------------------------------------------------------
@@ -284,35 +290,42 @@ class VideoSession:
         """
         if not self.name:
             raise ValueError("Name the object first.")
-        with self._editing(number):
-            self._object(number).name = self.name
+        own = self._object(number)
+        with self._editing(own):
+            own.name = self.name
 
     @locked
     def remove(self, number: int) -> None:
         """Remove an object from all frames."""
-        self._object(number)
-        with self._editing(number):
+        with self._editing(self._object(number)):
             self._opened().masklets.put({number: None})
         if self.selected == number:
             self.selected = None
 
     def _object(self, number: int) -> VideoObject:
-        objects = self._opened().masklets.objects
-        if number not in objects:
-            raise ValueError("Somebody else has removed this object.")
         self._interrupt(number)
-        return objects[number]
+        own = self._opened().masklets.objects.get(number)
+        if own is None:
+            raise ValueError("Somebody else has removed this object.")
+        return own
 
     # Changes -----------------------------------------------------------------------------------
 
-    def _editing(self, number: int) -> _Editing:
-        return _Editing(self, [number])
+    @contextmanager
+    def _editing(self, own: VideoObject, is_new: bool = False) -> Iterator[None]:
+        """Write a change of an object, which no pass of this tab tracks, and note how to undo it.
 
-    def remember(self, before: dict[int, VideoObject | None]) -> None:
-        """Note a change that can be undone: the objects before it."""
-        objects = self._opened().masklets.objects
-        after = {k: objects[k].version if k in objects else None for k in before}
-        self._history.append(_Change(before, after, self.frame))
+        Raises:
+            ValueError: another tab has removed or replaced the object since it was looked up.
+        """
+        masklets = self._opened().masklets
+        with masklets.lock:
+            if not is_new and masklets.objects.get(own.id) is not own:
+                raise ValueError("Somebody else has changed this object meanwhile: try again.")
+            before = masklets.copies([own.id])
+            with masklets.changing(own.id, frame=self.frame):
+                yield
+            self._history.append(_Change(before, masklets.versions([own.id]), self.frame))
 
     @locked
     def undo(self) -> None:
@@ -329,9 +342,7 @@ class VideoSession:
             return
         change = self._history[-1]
         with masklets.lock:
-            objects = masklets.objects
-            now = {k: objects[k].version if k in objects else None for k in change.after}
-            if now != change.after:
+            if masklets.versions(change.after) != change.after:
                 self._history.clear()
                 raise ValueError("Somebody else has changed this object since: nothing is undone.")
             with masklets.changing(*change.before, frame=change.frame, is_new=False):
@@ -361,19 +372,22 @@ class VideoSession:
         chosen = [self._chosen().id] if only_selected else list(masklets.objects)
         end = 0 if reverse else len(video) - 1
         with masklets.lock:
-            begin = {k: start_of(masklets.objects[k], self.frame, reverse) for k in chosen}
+            before = {number: own for number, own in masklets.copies(chosen).items() if own}
+        begin = {number: start_of(own, self.frame, reverse) for number, own in before.items()}
         starts = {k: frame for k, frame in begin.items() if frame not in (None, end)}
-        if not masklets.objects:
+        if not before:
             raise ValueError("Nothing to track: click an object first.")
         if not starts:
+            side = "first" if reverse else "last"
             raise ValueError(
-                f"Nothing to track: this is the {'first' if reverse else 'last'} frame."
+                f"Nothing to track: this is the {side} frame."
+                if self.frame == end
+                else f"Nothing to track from here to the {side} frame: click an object here first."
             )
         source = self.library.read(video.file)
-        ids = tuple(starts)
         first = (max if reverse else min)(starts.values())
-        work = self._pass(source, masklets, ids, starts, reverse)
-        self._tracked = ids
+        work = self._pass(source, masklets, {k: before[k] for k in starts}, starts, reverse)
+        self._tracked = tuple(starts)
         label = "Tracking backwards" if reverse else "Tracking"
         self.job = Job(label, work, abs(end - first) + 1)
 
@@ -381,20 +395,23 @@ class VideoSession:
         self,
         source: FrameSource,
         masklets: Masklets,
-        ids: Sequence[int],
-        starts: dict[int, int],
+        before: Mapping[int, VideoObject],
+        starts: Mapping[int, int],
         reverse: bool,
     ) -> Generator[int, None, None]:
-        before = masklets.copies(ids)
+        """Track objects; what others have changed meanwhile stays when the pass is undone."""
+        ids, then = list(before), {number: own.version for number, own in before.items()}
         try:
             yield from propagate(self.models.tracker(), source, masklets, ids, starts, reverse)
         finally:
             with masklets.lock:
-                kept = [number for number in ids if number in masklets.objects]
-                with masklets.changing(*kept):
+                now = masklets.versions(ids)
+                own = [number for number in ids if now[number] == then[number]]
+                with masklets.changing(*ids):
                     pass
-                after = {number: masklets.objects[number].version for number in kept}
-            self._history.append(_Change({k: before[k] for k in kept}, after, self.frame))
+                after = masklets.versions(own)
+            if own:
+                self._history.append(_Change({k: before[k] for k in own}, after, self.frame))
 
     def _interrupt(self, number: int) -> None:
         """Stop a pass that tracks an object which is about to be edited."""
@@ -496,20 +513,3 @@ class VideoSession:
                 }
                 for own in self.video.masklets.objects.values()
             ]
-
-
-class _Editing:
-    """Writes a change of objects, and notes how to undo it."""
-
-    def __init__(self, session: VideoSession, ids: Sequence[int]) -> None:
-        masklets = session._opened().masklets
-        self._session, self._before = session, masklets.copies(ids)
-        self._writing = masklets.changing(*ids, frame=session.frame)
-
-    def __enter__(self) -> None:
-        self._writing.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._writing.__exit__(*error)
-        if error[0] is None:
-            self._session.remember(self._before)

@@ -50,14 +50,14 @@ def photos(tmp_path: Path) -> Path:
 def make_policy(tiny_env: dict[str, Any], tmp_path: Path) -> Any:
     """Returns the path of an untrained policy of `SamSeg-v0` with further arguments."""
 
-    def make(seed: int = 0, **more: Any) -> str:
+    def make(seed: int = 0, search: int = 0, **more: Any) -> str:
         settings = SamSegConfig(**(tiny_env | {"max_steps": 3} | more))
         vector, core = make_vector_env("SamSeg-v0", 2, settings)
         backbone = {"name": "tiny", "checkpoint": tiny_env["checkpoint"], "device": "cpu"}
         names = list(core.dataset.categories)
         features = {"backbone": backbone, "vocabulary": names, "categories": names, "max_steps": 3}
         others = [name for name in ("stop", "undo") if getattr(settings, name)]
-        kwargs = {"features": features, "grid": 16, "others": others}
+        kwargs = {"features": features, "grid": 16, "others": others, "search": search}
         model = PPO(ImplicitPolicy, VectorEnvAdaptor(vector), policy_kwargs=kwargs, seed=seed)
         model.save(tmp_path / "policy.zip")
         vector.close()
@@ -418,11 +418,11 @@ def test_suggestions(config: Any) -> None:
 # The agent -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "search"), [(0, 0), (1, 0), (2, 0), (0, 3)])
 def test_an_agent_left_alone_makes_the_mask_that_annotate_makes(
-    config: Any, make_policy: Any, seed: int
+    config: Any, make_policy: Any, seed: int, search: int
 ) -> None:
-    policy = make_policy(seed)
+    policy = make_policy(seed, search)
     session = prepare(config(policy=policy))[0].get("tab").session
     session.open(1)
     image = session.image
@@ -431,6 +431,8 @@ def test_an_agent_left_alone_makes_the_mask_that_annotate_makes(
     while session.agent_step():
         pass
     assert len(session.steps) == 3 and all(click.by_agent for click in session.clicks)
+    session.heat()
+    assert len(session.steps) == 3  # clicks that were only decoded are not kept
     names = ["star", *(n for n in session.models.player.known if n != "star")]
     annotator = ClickAnnotator(PolicyAgent.load(policy, "cpu"), names, 1)
     (item,) = annotator.stream(iter([(("b.png", 0), image.pixels)]))

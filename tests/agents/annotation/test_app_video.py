@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,8 +235,6 @@ class Slow:
     """A tracker's `encode` that waits for its turns."""
 
     def __init__(self, tracker: VideoTracker, monkeypatch: pytest.MonkeyPatch) -> None:
-        import threading
-
         self.turns, self.started = threading.Semaphore(0), threading.Event()
         encode = tracker.encode
 
@@ -275,6 +275,35 @@ def test_a_pass_runs_beside_other_work_and_stops(
     session.select(1)
     session.click(30, 30, True)
     assert not session.is_busy and len(masklets(session).objects[1].prompts[0].clicks) == 2
+
+
+def test_an_object_that_is_tracked_can_be_renamed(
+    tabs: Workspaces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = opened(tabs)
+    session.click(20, 24, True)
+    slow = Slow(tabs.models.tracker(), monkeypatch)
+    session.propagate(reverse=False)
+    assert slow.started.wait(60)
+    session.set_name("fish")
+    renaming = threading.Thread(target=session.rename, args=[1], daemon=True)
+    renaming.start()  # it waits for the pass, which has to get on
+    time.sleep(0.1)
+    slow.turns.release(20)
+    renaming.join(60)
+    assert not renaming.is_alive() and not session.is_busy
+    assert masklets(session).objects[1].name == "fish"
+
+
+def test_passes_say_why_there_is_nothing_to_track(tabs: Workspaces) -> None:
+    session = opened(tabs)
+    session.show(FRAMES - 1)
+    session.click(20, 24, True)
+    with pytest.raises(ValueError, match="this is the last frame"):
+        session.propagate(reverse=False)
+    session.show(0)
+    with pytest.raises(ValueError, match="from here to the last frame: click an object here"):
+        session.propagate(reverse=False)
 
 
 # Results ---------------------------------------------------------------------------------------
@@ -410,6 +439,107 @@ def test_tabs_share_results_but_nothing_else(tabs: Workspaces) -> None:
     assert tabs.frame(one.video.key, FRAMES) is None and tabs.frame("one.avi", 0) is None
 
 
+def meanwhile(session: VideoSession, monkeypatch: pytest.MonkeyPatch, work: Any) -> None:
+    """Let somebody else work while the next click of a session is computed."""
+    assert session.video is not None
+    prompter, click = session.video.prompter, session.video.prompter.click
+
+    def slow(*args: Any) -> Any:
+        monkeypatch.setattr(prompter, "click", click)
+        found = click(*args)
+        work()
+        return found
+
+    monkeypatch.setattr(prompter, "click", slow)
+
+
+def test_edits_of_two_tabs_at_once(tabs: Workspaces, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = opened(tabs, "one"), opened(tabs, "two")
+    # Both begin an object.
+    one.set_name("fish")
+    two.set_name("cat")
+    meanwhile(one, monkeypatch, lambda: two.click(30, 30, True))
+    one.click(20, 24, True)
+    objects = masklets(one).objects
+    assert {number: own.name for number, own in objects.items()} == {1: "cat", 2: "fish"}
+    assert (one.selected, two.selected) == (2, 1)
+    one.click(40, 5, False)
+    assert len(objects[2].prompts[0].clicks) == 2
+    # Both click on one, in different frames.
+    two.select(2)
+    two.show(4)
+    meanwhile(one, monkeypatch, lambda: two.click(30, 30, True))
+    one.show(1)
+    one.click(22, 24, True)
+    assert sorted(masklets(one).objects[2].prompts) == [0, 1, 4]
+    # One clicks on what the other takes back, or removes.
+    two.show(5)
+    two.click(30, 30, True)
+    one.show(2)
+    for work in (two.undo, lambda: two.remove(2)):
+        meanwhile(one, monkeypatch, work)
+        with pytest.raises(ValueError, match="Somebody else has changed this object meanwhile"):
+            one.click(22, 24, True)
+    assert list(masklets(one).objects) == [1]
+    two.undo()
+    assert sorted(masklets(one).objects[2].prompts) == [0, 1, 4]
+    one.click(22, 24, True)
+    assert sorted(masklets(one).objects[2].prompts) == [0, 1, 2, 4]
+    again = Masklets(masklets(one).path, "one.avi", "one", (SIZE, SIZE), masklets(one).frames)
+    assert all_masks(one).keys() == {
+        (own.id, frame)
+        for own in again.objects.values()
+        for frame, mask in own.masks.items()
+        if mask
+    }
+
+
+def test_a_pass_beside_edits_of_another_tab(
+    tabs: Workspaces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = opened(tabs, "one"), opened(tabs, "two")
+    one.click(20, 24, True)
+    one.select(None)
+    one.show(4)
+    one.click(35, 10, True)
+    one.select(None)
+    one.click(10, 10, True)
+    slow = Slow(tabs.models.tracker(), monkeypatch)
+    one.propagate(reverse=False)
+    assert slow.started.wait(60)
+    two.remove(2)  # before the pass comes to it
+    two.select(1)
+    two.show(6)
+    two.hide()
+    slow.turns.release(30)
+    assert ended(one) == FRAMES
+    # What the other has said stays, as does the object that is gone.
+    tracked = all_masks(one)
+    assert any(number == 3 and frame > 4 for number, frame in tracked)
+    one.undo()
+    assert not any(number == 3 and frame > 4 for number, frame in all_masks(one))
+    assert all_masks(one).items() >= {k: m for k, m in tracked.items() if k[0] == 1}.items()
+    assert 6 in masklets(one).objects[1].prompts and 2 not in masklets(one).objects
+
+
+def test_results_stay_with_their_video(config: Callable[..., AppConfig], root: Path) -> None:
+    (root / "one.avi").rename(root / "one.mov")
+    session = opened(prepare(config())[0])
+    session.click(20, 24, True)
+    assert masklets(session).path.name == "one.json"
+    # A video of the same name but for its ending comes first now.
+    write_clip(root / "one.avi", frames=5)
+    later = prepare(config())[0]
+    assert later.library is not None and later.library.files[1:] == ["one.avi", "one.mov"]
+    assert sorted(masklets(opened(later, index=2)).objects) == [1]
+    other = opened(later, "other", index=1)
+    other.click(20, 24, True)
+    assert masklets(other).path.name == "one.avi.json"
+    (root / "one.mov").unlink()
+    alone = prepare(config())[0]
+    assert masklets(opened(alone, index=1)).path.name == "one.avi.json"
+
+
 def test_uploads_are_seen_by_their_tab_alone_and_bounded(
     config: Callable[..., AppConfig], tmp_path: Path
 ) -> None:
@@ -441,6 +571,25 @@ def test_uploads_are_seen_by_their_tab_alone_and_bounded(
     assert later.get("two").uploaded_videos.files == []
     later.get("one").show(later.get("one").uploaded_videos, 1)
     assert len(later.get("one").videos.objects()) == 1
+
+
+def test_long_names_of_uploads(config: Callable[..., AppConfig], tmp_path: Path) -> None:
+    write_clip(tmp_path / "own.avi")
+    data, name = (tmp_path / "own.avi").read_bytes(), "\N{HIRAGANA LETTER A}" * 90
+    tabs = prepare(config(images=None))[0]
+    workspace = tabs.get("tab")
+    for _ in range(3):
+        tabs.upload(workspace, f"{name}.avi", data)
+    for index in range(3):
+        workspace.show(workspace.uploaded_videos, index)
+        workspace.videos.click(20, 24 + index, True)
+    later = prepare(config(images=None))[0].get("tab")
+    files = later.uploaded_videos.files
+    assert sorted(files) == sorted(workspace.uploaded_videos.files) and len(files) == 3
+    for file in files:
+        later.show(later.uploaded_videos, files.index(file))
+        (click,) = masklets(later.videos).objects[1].prompts[0].clicks
+        assert click.y == 24 + workspace.uploaded_videos.files.index(file)
 
 
 def test_videos_below_the_folder_and_of_the_command_line(

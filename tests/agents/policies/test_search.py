@@ -160,10 +160,11 @@ def test_a_run_with_search_is_saved_loaded_and_evaluated(
     outcome: Callable[[Path], dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    main(arguments(tmp_path, "--search", "2", "--total-timesteps", "96"))
+    main(arguments(tmp_path, "--total-timesteps", "96"))
     assert len(outcome(tmp_path)["logged"]["target_map/loss"]) == 3
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["no_search"]["episodes"] == results["agent"]["episodes"]
+    assert results["config"]["search"] == 2  # the default of this version
     agent = PolicyAgent.load(tmp_path / "policy.zip", "cpu")
     assert agent.policy.search == 2 and agent.policy.target_map is not None
     config = SamSegConfig(split="val", **tiny_env)
@@ -185,8 +186,13 @@ def test_weights_of_earlier_versions_are_renamed(made: Callable[..., Any]) -> No
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--search", "-1"), "search must be at least 0, got -1"),
+        (("--search", "-1"), "search must be from 0 to 4096, got -1"),
+        (("--search", "4097"), "search must be from 0 to 4096, got 4097"),
         (("--env", "SamEverything-v0", "--search", "2"), "--search does not work with"),
+        (
+            ("--env", "SamEverything-v0", "--recalibration-updates", "2"),
+            "policies of SamEverything-v0 have none",
+        ),
     ],
 )
 def test_wrong_options_are_refused_before_work(

@@ -55,6 +55,17 @@ def test_the_policy_learns_what_the_expert_does(tiny_env: dict[str, Any]) -> Non
     assert (rollout_start(model)[1] == (core.steps == 0)).all()
 
 
+def test_the_target_map_learns_from_imitation_too(
+    tiny_env: dict[str, Any],
+    arguments: Callable[..., list[str]],
+    outcome: Callable[[Path], dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Otherwise the search of a policy that has only imitated would judge by chance."""
+    main(arguments(tmp_path, "--warm-start", "64", "--total-timesteps", "64"))
+    assert [step for step, _ in outcome(tmp_path)["logged"]["target_map/loss"]] == [32, 64]
+
+
 @pytest.mark.slow
 def test_a_warm_start_counts_as_part_of_the_run(
     tiny_env: dict[str, Any],
