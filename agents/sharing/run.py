@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -61,7 +62,7 @@ class TrainingRun:
     @property
     def config(self) -> dict[str, Any]:
         """The run's options without those of one machine; absolute paths keep their last part."""
-        return _shareable(self.results["config"])
+        return without_folders(self.results["config"], leave_out=_PRIVATE)
 
 
 def _with_present_backbone(config: dict[str, Any], policy: dict[str, Any]) -> dict[str, Any]:
@@ -74,9 +75,21 @@ def _with_present_backbone(config: dict[str, Any], policy: dict[str, Any]) -> di
     return {"env_config": own | {"backbone": name}}
 
 
-def _shareable(value: Any) -> Any:
+def without_folders(value: Any, leave_out: Collection[str] = ()) -> Any:
+    """Return a JSON value in which absolute paths, keys too, keep their last part only.
+
+    Args:
+        value: the content of a results.json, or a part of it.
+        leave_out: keys that are left out, at any depth.
+    """
     if isinstance(value, dict):
-        return {key: _shareable(item) for key, item in value.items() if key not in _PRIVATE}
+        return {
+            without_folders(key): without_folders(item, leave_out)
+            for key, item in value.items()
+            if key not in leave_out
+        }
+    if isinstance(value, list):
+        return [without_folders(item, leave_out) for item in value]
     if isinstance(value, str) and PurePath(value).is_absolute():
         return PurePath(value).name
     return value

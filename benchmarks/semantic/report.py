@@ -39,6 +39,12 @@ _PHASES = {
     "mean_category_iou": "mean category IoU",
     "image_mean_iou": "mean IoU of an image",
 }
+#: Numbers of the zero-shot phase, which the others share in part.
+NUMBERS = _PHASES | {
+    "mean_prompt_iou": "IoU of a point",
+    "mean_bound": "bound of a point",
+    "mean_mask_iou": "IoU of masks",
+}
 
 
 def write_report(
@@ -98,16 +104,7 @@ def write_report(
         f"image, on {report.counted(summary['images'], 'image')} of {summary['dataset']} "
         f"({summary['split']}). Points and their classes come from the ground truth.",
     )
-    cards = {
-        "mean IoU": "mean_iou",
-        "pixel accuracy": "pixel_accuracy",
-        "mean boundary IoU": "mean_boundary_iou",
-        "mean category IoU": "mean_category_iou",
-        "mean IoU of an image": "image_mean_iou",
-        "IoU of a point": "mean_prompt_iou",
-        "bound of a point": "mean_bound",
-    }
-    page.cards({title: _text(numbers[key]) for title, key in cards.items() if key in numbers})
+    page.cards({title: _text(numbers[key]) for key, title in NUMBERS.items() if key in numbers})
     if heads:
         page.heading("Phases")
         keys = [key for key in _PHASES if key in numbers]

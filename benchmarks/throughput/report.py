@@ -69,7 +69,7 @@ def write_report(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path)
     measured = summary["by_num_envs"][middle]
     phase_file = save_figure(out / "phases.png", _phase_plot(measured))
     growth_file = save_figure(out / "growth.png", _growth_plot(summary))
-    columns, table = _table(summary)
+    columns, table = speed_table(summary)
 
     page = report.Page(
         f"Throughput of SamSeg-v0 with {summary['backbone']}",
@@ -120,7 +120,7 @@ def write_report(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path)
 
 def _write_builds(page: report.Page, builds: dict[str, Any]) -> None:
     """Append the comparison with another checkout, and print its table."""
-    table = report.formatted(_rows(builds["by_num_envs"]), _BUILD_COLUMNS)
+    table = build_table(builds)
     page.heading("This checkout and another one")
     page.table(*table)
     page.text(
@@ -143,8 +143,14 @@ def _rows(by_num_envs: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def speed_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of the speeds of all sides."""
     return report.formatted(_rows(summary["by_num_envs"]), _COLUMNS)
+
+
+def build_table(builds: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of the comparison with another checkout."""
+    return report.formatted(_rows(builds["by_num_envs"]), _BUILD_COLUMNS)
 
 
 def _machine_table(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -199,16 +199,22 @@ def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _write(summary: dict[str, Any], out: Path) -> None:
-    sides, settings, rows = summary["sides"], summary["settings"], _rows(summary)
-    files = report.write_results(out, summary, "phases.csv", rows)
+def phase_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of the seconds and shares of all stages and phases."""
     columns = {"stage": "{stage}", "phase": "{phase}"}
-    for side in sides:
+    for side in summary["sides"]:
         columns[f"{side}, s"] = f"{{{side}_seconds:.1f}}"
         columns[f"share, {side}"] = f"{{{side}_share:.1%}}"
-    names, cells = report.formatted(rows, columns)
-    totals = [f"{own['total']:.1f}" for own in sides.values()]
+    names, cells = report.formatted(_rows(summary), columns)
+    totals = [f"{own['total']:.1f}" for own in summary["sides"].values()]
     cells.append(["all", "", *(cell for total in totals for cell in (total, ""))])
+    return names, cells
+
+
+def _write(summary: dict[str, Any], out: Path) -> None:
+    sides, settings = summary["sides"], summary["settings"]
+    files = report.write_results(out, summary, "phases.csv", _rows(summary))
+    names, cells = phase_table(summary)
     files.append(_plot(sides, out / "phases.png"))
     page = report.Page(
         "Time of a training run",

@@ -283,9 +283,8 @@ def _used_mib(device: torch.device) -> float:
 # Report ------------------------------------------------------------------------------------------
 
 
-def _write(summary: dict[str, Any], out: Path) -> None:
-    rows, settings, memory = summary["rows"], summary["settings"], summary["memory"]
-    files = report.write_results(out, summary, "cases.csv", rows)
+def case_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells of the times of all cases."""
     columns = {
         "videos": "{videos}",
         "objects of each": "{objects}",
@@ -300,7 +299,13 @@ def _write(summary: dict[str, Any], out: Path) -> None:
             "with opening": "{ratio_with_opening:.2f}x",
             "IoU of masks": "{mask_iou:.4f}",
         }
-    table = report.formatted(rows, columns)
+    return report.formatted(summary["rows"], columns)
+
+
+def _write(summary: dict[str, Any], out: Path) -> None:
+    rows, settings, memory = summary["rows"], summary["settings"], summary["memory"]
+    files = report.write_results(out, summary, "cases.csv", rows)
+    table = case_table(summary)
     shape: Shape = SHAPES[settings["shape"]]
     page = report.Page(
         "Speed of tracking",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import api_pages
 import command_pages
 import cost_pages
@@ -10,9 +12,17 @@ import message_pages
 from links import ROOT, SHOWN, relink
 
 from sam_gym import ENVIRONMENTS
-from sam_gym.utils.docs import TABLES
+from sam_gym.backbones.spec import backbone_table
+from sam_gym.data import dataset_table, video_dataset_table
 
 MESSAGES = "guides/messages.md"
+#: Name of a table -> function that renders it.
+TABLES: dict[str, Callable[[], str]] = {
+    "backbones": backbone_table,
+    "datasets": dataset_table,
+    "video datasets": video_dataset_table,
+    "costs": cost_pages.costs_table,
+}
 
 
 def sections(nav: str = "") -> dict[str, list[str | dict[str, str]]]:
@@ -53,7 +63,7 @@ def generated(repository: str = "") -> dict[str, str]:
 def filled(text: str, page: str, repository: str = "") -> str:
     """Return a page of docs/ with its tables (`<!-- table: NAME -->`) and links out of docs/."""
     text = relink(text, f"docs/{page}", page, repository)
-    for name, render in (TABLES | {"costs": cost_pages.costs_table}).items():
+    for name, render in TABLES.items():
         marker = f"<!-- table: {name} -->"
         if marker in text:
             text = text.replace(marker, relink(render(), "README.md", page, repository))
