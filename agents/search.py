@@ -74,13 +74,13 @@ def best_clicks(
         torch.cat([likeliest, error_clicks(error_maps(target, mask, grid))], dim=1).cpu().numpy()
     )
     scores = []
-    # One candidate of all sub-environments at a time, for the memory of a normal step.
-    for column in candidates.T:
-        mask_logits, _ = core.preview(rows, column)
+    step, columns = core.previews_at_once(len(rows)), candidates.T
+    for some in (columns[k : k + step] for k in range(0, len(columns), step)):
+        mask_logits, _ = core.preview(np.tile(rows, len(some)), some.ravel())
         masks = (mask_logits > core.backbone.mask_threshold).float()
         cells = F.adaptive_avg_pool2d(masks[:, None], target.shape[1:])[:, 0]
-        scores.append(soft_iou(target, cells))
-    best = torch.stack(scores).argmax(dim=0).cpu().numpy()
+        scores.append(soft_iou(target.repeat(len(some), 1, 1), cells).reshape(len(some), -1))
+    best = torch.cat(scores).argmax(dim=0).cpu().numpy()
     chosen = actions.copy()
     chosen[rows] = candidates[np.arange(len(rows)), best]
     return chosen

@@ -12,6 +12,8 @@ from sam_gym.backbones import NO_POINT, Backbone
 from sam_gym.predictor import Predictions
 
 SHAPES = [(64, 64), (40, 72), (130, 90), (31, 20)]
+#: One of each architecture.
+SAMS = pytest.mark.parametrize("backbone", ["tiny", "shipped"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,7 @@ def assert_same(ours: tuple[np.ndarray, ...], theirs: tuple[np.ndarray, ...]) ->
     np.testing.assert_allclose(ours[2], theirs[2], rtol=0, atol=1e-4 * theirs[2].std())
 
 
+@SAMS
 @pytest.mark.parametrize("multimask", [True, False], ids=["three masks", "one mask"])
 def test_ragged_batch_equals_the_original_one_by_one(
     backbone: Backbone, images: list[np.ndarray], multimask: bool

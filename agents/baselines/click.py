@@ -47,12 +47,12 @@ class ConfidentAgent(Baseline):
         candidates = np.array([core.action_at(x, y, True) for x, y in points])
         actions = np.full(core.num_envs, candidates[0])
         rows = core.playing()
-        # One candidate at a time, for the memory of a normal step.
-        predicted = [
-            core.preview_scores(rows, np.full(len(rows), action)).cpu().numpy()
-            for action in candidates
-        ]
-        actions[rows] = candidates[np.stack(predicted).argmax(axis=0)]
+        predicted = []
+        step = core.previews_at_once(len(rows))
+        for some in (candidates[k : k + step] for k in range(0, len(candidates), step)):
+            scores = core.preview_scores(np.tile(rows, len(some)), some.repeat(len(rows)))
+            predicted.append(scores.reshape(len(some), -1).cpu().numpy())
+        actions[rows] = candidates[np.concatenate(predicted).argmax(axis=0)]
         return actions
 
 

@@ -31,6 +31,8 @@ from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import NotNegative, real, whole
 from sam_gym.utils.transfer import to_device, to_host
 
+#: Prompts of a call that previews several clicks of each sub-environment.
+_PREVIEWED = 64
 #: Arrays of a `ClickCore` that `get_state` saves, beside the mask logits.
 EPISODE_ARRAYS = ("steps", "num_clicks", "points", "labels", "ious", "predicted_ious", "shown")
 
@@ -407,6 +409,14 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
             Mask logits float32 (S, hm, wm) and their predicted IoU float32 (S,).
         """
         return self._decoded(indices, *self._with_clicks(indices, actions))
+
+    def previews_at_once(self, count: int) -> int:
+        """Return how many clicks of each of `count` sub-environments to preview in one call.
+
+        More than one only fills a small batch: the memory is that of a normal step, or of
+        `_PREVIEWED` prompts. A compiled backbone would compile another batch size.
+        """
+        return 1 if self.backbone.compiled else max(1, _PREVIEWED // max(count, 1))
 
     def preview_scores(self, indices: np.ndarray, actions: np.ndarray) -> torch.Tensor:
         """Return the predicted IoU float32 (S,) of `preview`, without its masks.

@@ -6,6 +6,7 @@ import ast
 import inspect
 import textwrap
 from dataclasses import MISSING, Field, fields
+from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -42,6 +43,7 @@ def field_docs(cls: type) -> dict[str, str]:
     return {name: " ".join(doc.split()) for name, doc in docs.items()}
 
 
+@lru_cache(maxsize=256)  # to parse a module takes longer than the rest of a command line
 def _in_source(cls: type) -> dict[str, str]:
     try:
         source = textwrap.dedent(inspect.getsource(cls))

@@ -52,9 +52,8 @@ def draw_episode(
     """
     canvas, size, scale = _enlarged(image, height)
     large = _at_size(mask, size)
-    canvas[~large] *= 0.62
-    canvas[large] = 0.6 * canvas[large] + 0.4 * np.array(MASK_COLOUR, np.float32)
-    canvas = canvas.astype(np.uint8)
+    tinted = 0.6 * canvas + 0.4 * np.array(MASK_COLOUR, np.float32)
+    canvas = np.where(large[..., None], tinted, 0.62 * canvas).astype(np.uint8)
     _outline(canvas, large, MASK_COLOUR, 2)
     if target is not None:
         _outline(canvas, _at_size(target, size), TARGET_COLOUR, 1)

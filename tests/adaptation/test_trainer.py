@@ -112,7 +112,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
 @pytest.mark.parametrize(
     ("method", "tune"),
     [
-        *((name, "decoder") for name in ("naive", "er", "ewc", "moda", "lwf")),
+        *((name, "decoder") for name in ("naive", "moda", "lwf")),
         *(("coda", "prompts"), ("regcl", "lora_decoder"), ("ewc+er", "decoder")),
     ],
 )

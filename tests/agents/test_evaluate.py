@@ -583,7 +583,7 @@ def test_saved_policies_name_nothing_that_may_move(
 ) -> None:
     """A policy.zip holds the registry name; SB3's own entry names the package `agents.policies`."""
     options = (
-        *("--env", "SamContinual-v0", "--total-timesteps", "64", "--video-every", "0"),
+        *("--env", "SamContinual-v0", "--total-timesteps", "64", "--max-steps", "2"),
         *("--stream-kwargs", "domains", "cells,night", "train_images", "4"),
         *("val_images", "4", "test_images", "4", "size", "64"),
     )

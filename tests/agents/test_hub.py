@@ -1,12 +1,10 @@
 """Agents to and from a local hub that answers the requests of huggingface_hub."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -392,17 +390,15 @@ def test_the_cache_serves_while_nobody_answers(
 
 
 @pytest.mark.slow
-def test_the_command_in_another_process(hub: Hub, run: Path, tmp_path: Path) -> None:
+def test_the_command_in_another_process(
+    hub: Hub, run: Path, start_script: Callable[..., Any], tmp_path: Path
+) -> None:
     home = str(tmp_path / "home")
     settings = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": home, "HF_HUB_CACHE": home}
 
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "agents.hub", *arguments],
-            env=os.environ | settings | {"HF_HUB_OFFLINE": "0"},
-            capture_output=True,
-            text=True,
-        )
+        # Processes of `start_script` have not imported huggingface_hub, which reads settings then.
+        return start_script("agents.hub", *arguments, **settings, HF_HUB_OFFLINE="0").finish()
 
     done = command("push", "--run", str(run), "--repo", "me/clicker", "--private")
     assert done.returncode == 0 and "its name is hf://me/clicker" in done.stdout

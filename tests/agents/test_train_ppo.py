@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.evaluate import PolicyAgent
 from agents.ppo.command_line import read_config
@@ -28,8 +27,8 @@ def arguments(env: dict[str, Any], out: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_run_leaves_everything_it_promises(tiny_env: dict[str, Any], tmp_path: Path) -> None:
-    results = main(arguments(tiny_env, tmp_path / "a"))
-    stored = json.loads((tmp_path / "a" / "results.json").read_text())
+    main(arguments(tiny_env, tmp_path))
+    stored = json.loads((tmp_path / "results.json").read_text())
     for name in ("agent", "random", "center", "confident", "oracle"):
         assert set(stored[name]) >= {"mean_iou", "ci95", "episodes"}
         assert stored[name]["episodes"] == 2
@@ -41,18 +40,11 @@ def test_a_run_leaves_everything_it_promises(tiny_env: dict[str, Any], tmp_path:
     assert stored["held_out_split"] == "test" and stored["config"]["seed"] == 0
     assert stored["config"]["precision"] in ("32-true", "bf16-mixed")
     for picture in ("learning_curve.png", "iou_after_steps.png"):
-        assert (tmp_path / "a" / picture).read_bytes()[:4] == b"\x89PNG"
-    assert (tmp_path / "a" / "episodes.gif").read_bytes()[:3] == b"GIF"
-    assert list((tmp_path / "a" / "tensorboard").rglob("events*"))
-    assert not (tmp_path / "a" / "checkpoints").exists()
-    PolicyAgent.load(tmp_path / "a" / "policy.zip")
-
-    # Pictures of what the policy sees change nothing.
-    again = main([*arguments(tiny_env, tmp_path / "b"), "--views"])
-    assert again["train_curve"] == results["train_curve"]
-    assert again["agent"] == results["agent"]
-    events = EventAccumulator(str(tmp_path / "b" / "tensorboard")).Reload()
-    assert len(events.Images("eval/policy_plots")) == len(results["eval_curve"]) > 0
+        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "episodes.gif").read_bytes()[:3] == b"GIF"
+    assert list((tmp_path / "tensorboard").rglob("events*"))
+    assert not (tmp_path / "checkpoints").exists()
+    PolicyAgent.load(tmp_path / "policy.zip")
 
 
 def test_a_slow_baseline_plays_a_quarter_of_many_episodes() -> None:

@@ -73,30 +73,31 @@ def prompts_of(kind: str, count: int, rng: np.random.Generator, tiny: Backbone) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["clicks", "clicks and some masks", "clicks and masks", "boxes", "some boxes"]
-)
 def test_same_masks_compiled(
-    kind: str, tiny: Backbone, compiled: Backbone, compilations: Compilations
+    tiny: Backbone, compiled: Backbone, compilations: Compilations
 ) -> None:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(5)]
     features = compiled.encode(images)
     torch.testing.assert_close(features.tensors, tiny.encode(images).tensors, rtol=1e-5, atol=1e-5)
-    seen = []
-    for count in (5, 3, 8, 5, 7, 3):
-        prompts = prompts_of(kind, count, rng, tiny)
-        rows = torch.from_numpy(rng.integers(0, 5, count))
-        prompts = Prompts(**{**vars(prompts), "rows": rows})
-        first = torch.from_numpy(rng.random(count) < 0.5)
-        expected, quality = tiny.decode_best(features, prompts, first)
-        logits, iou = compiled.decode_best(features, prompts, first)
-        assert logits.shape == (count, *tiny.mask_shape) and iou.shape == (count,)
-        assert (logits - expected).abs().max() <= 1e-4 * expected.std()
-        torch.testing.assert_close(iou, quality, rtol=1e-4, atol=1e-5)
-        seen.append(compilations.count)
-    # One for the images, and one for up to 4 and up to 8 prompts each.
-    assert seen == [2, 3, 3, 3, 3, 3]
-    none = Prompts(**{k: None if v is None else v[:0] for k, v in vars(prompts).items()})
-    logits, iou = compiled.decode_best(features, none, first[:0])
-    assert logits.shape == (0, *tiny.mask_shape) and iou.shape == (0,)
+    # One for the images; up to 4 and up to 8 prompts without masks, and the same with masks.
+    assert compilations.count == 1
+    for kind, before, after in (
+        *(("clicks", 1, 3), ("boxes", 3, 3), ("some boxes", 3, 3)),
+        *(("clicks and some masks", 3, 5), ("clicks and masks", 5, 5)),
+    ):
+        assert compilations.count == before, kind
+        for count in (5, 3, 8, 5, 7, 3):
+            prompts = prompts_of(kind, count, rng, tiny)
+            rows = torch.from_numpy(rng.integers(0, 5, count))
+            prompts = Prompts(**{**vars(prompts), "rows": rows})
+            first = torch.from_numpy(rng.random(count) < 0.5)
+            expected, quality = tiny.decode_best(features, prompts, first)
+            logits, iou = compiled.decode_best(features, prompts, first)
+            assert logits.shape == (count, *tiny.mask_shape) and iou.shape == (count,)
+            assert (logits - expected).abs().max() <= 1e-4 * expected.std()
+            torch.testing.assert_close(iou, quality, rtol=1e-4, atol=1e-5)
+        none = Prompts(**{k: None if v is None else v[:0] for k, v in vars(prompts).items()})
+        logits, iou = compiled.decode_best(features, none, first[:0])
+        assert logits.shape == (0, *tiny.mask_shape) and iou.shape == (0,)
+        assert compilations.count == after, kind

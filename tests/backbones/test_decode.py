@@ -15,6 +15,8 @@ from sam_gym.backbones.hq import encode_pixels
 
 #: How far logits may be from the predictor's, in units of the standard deviation of its logits.
 TOLERANCE = 1e-4
+#: One of each architecture.
+SAMS = pytest.mark.parametrize("backbone", ["tiny", "shipped"], indirect=True)
 GARBAGE = 7.7e3
 
 
@@ -134,6 +136,7 @@ def assert_same(
     np.testing.assert_allclose(iou.numpy(), expected_iou, atol=1e-4)
 
 
+@SAMS
 @pytest.mark.parametrize("multimask", [False, True])
 def test_ragged_rows_equal_the_predictor(backbone: Backbone, multimask: bool) -> None:
     images = make_images(backbone)
@@ -156,6 +159,7 @@ def test_ragged_rows_equal_the_predictor(backbone: Backbone, multimask: bool) ->
         assert np.abs(one - other).max() > 100 * TOLERANCE * one.std()
 
 
+@SAMS
 @pytest.mark.parametrize(
     "kind",
     [(3, False, False), (0, True, False), (0, False, True), (1, True, False), (2, True, True)],
@@ -182,6 +186,7 @@ def test_uniform_rows_equal_the_predictor(backbone: Backbone, kind: tuple[int, b
         assert_same(backbone, logits[i], iou[i], row.alone(predictors, True))
 
 
+@SAMS
 def test_best_mask_is_the_predictors_choice(backbone: Backbone) -> None:
     images = make_images(backbone)
     predictors = make_predictors(backbone, images)

@@ -17,6 +17,7 @@ def some_images() -> list[np.ndarray]:
     return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in SHAPES]
 
 
+@pytest.mark.parametrize("backbone", ["tiny", "shipped"], indirect=True)
 def test_encoding_a_batch_equals_the_predictors_features(backbone: Backbone) -> None:
     images = some_images()
     embeddings = backbone.encode(images).embedding

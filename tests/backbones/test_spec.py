@@ -1,9 +1,8 @@
 """The table of backbones: what is derived from it, and a backbone that is added from outside."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,11 +69,12 @@ download.main(download.DownloadConfig())
 """
 
 
-def test_a_backbone_is_added_from_outside(tmp_path: Path) -> None:
+def test_a_backbone_is_added_from_outside(
+    start_script: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "script.py").write_text(OUTSIDE)
-    done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True
-    )
+    monkeypatch.chdir(tmp_path)
+    done = start_script("script.py").finish()
     assert done.returncode == 0, done.stderr
     assert "own_sam: not here; https://example.org/own.pth (12 MB)" in done.stdout
 

@@ -2,9 +2,9 @@
 
 import os
 import stat
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,16 +20,20 @@ for number in range(100):
 """
 
 
-def test_two_processes_write_the_same_file(tmp_path: Path) -> None:
-    path, reads = tmp_path / "checkpoint.pt", 0
+def test_two_processes_write_the_same_file(
+    start_script: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    path, script, reads = tmp_path / "out" / "checkpoint.pt", tmp_path / "write.py", 0
     save_state({"values": torch.zeros(1)}, path)
-    writers = [subprocess.Popen([sys.executable, "-c", WRITE, str(path)]) for _ in range(2)]
-    while any(writer.poll() is None for writer in writers):
+    script.write_text(WRITE)
+    writers = [start_script(str(script), str(path)) for _ in range(2)]
+    while any(writer.process.is_alive() for writer in writers):
         values = torch.load(path, weights_only=True)["values"]
         assert (values == values[0]).all()
         reads += 1
-    assert [writer.returncode for writer in writers] == [0, 0] and reads
-    assert list(tmp_path.iterdir()) == [path]
+    assert [writer.finish().returncode for writer in writers] == [0, 0] and reads
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_nothing_is_left_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def test_a_run_with_recalibration_is_saved_and_loaded(
     tmp_path: Path,
 ) -> None:
     more = ["--policy", policy, "--recalibrate", "--reward", "foreground"]
-    more += ["--total-timesteps", "96"]
+    more += ["--total-timesteps", "96", "--max-steps", "2"]
     if policy == "explicit":
         more += ["--clip-pretrained", str(clip_folder)]
     main(arguments(tmp_path, *more))

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from segment_anything.modeling import Sam
 
 from agents.policies.base import resolve_precision
 from agents.ppo.checkpoint import (
@@ -32,6 +34,24 @@ from sam_gym.utils.training import read_state
 
 Arguments = Callable[..., list[str]]
 
+#: Three rollouts; episodes go on after a checkpoint.
+SHORT = ("--total-timesteps", "96", "--eval-every", "32", "--max-steps", "3")
+EVERY, FIRST_ONLY = (("--checkpoint-every", steps) for steps in ("32", "10000"))
+
+
+@pytest.fixture(scope="module")
+def through(
+    build_tiny: Callable[[], Sam],
+    backbone_added: Callable[..., AbstractContextManager[None]],
+    arguments: Arguments,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A run that was not stopped."""
+    out = tmp_path_factory.mktemp("through")
+    with backbone_added("tiny", build=build_tiny):
+        main(arguments(out, *SHORT, *EVERY))
+    return out
+
 
 def killed(start: Callable[..., Any], *arguments: str) -> str:
     """Let a run be killed; what it had printed."""
@@ -46,16 +66,12 @@ def test_a_stopped_run_comes_to_the_same(
     arguments: Arguments,
     start_training: Callable[..., Any],
     assert_same: Callable[[Path, Path], None],
+    through: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    short = ("--total-timesteps", "96", "--checkpoint-every", "32", "--eval-every", "32")
-    short += ("--max-steps", "3")  # episodes go on after a checkpoint
-    through = tmp_path / "through"
-    main(arguments(through, *short))
     assert not (through / "checkpoints").exists()
-
-    stopped, damaged = tmp_path / "stopped", tmp_path / "damaged"
+    stopped, damaged, short = tmp_path / "stopped", tmp_path / "damaged", (*SHORT, *EVERY)
     killed(start_training, "--die-at", "76", *arguments(stopped, *short))
     shutil.copytree(stopped, damaged)
     newest, before = checkpoints(stopped / "checkpoints")
@@ -73,17 +89,15 @@ def test_a_stopped_run_comes_to_the_same(
 
     newest = checkpoints(damaged / "checkpoints")[0]
     newest.write_bytes(newest.read_bytes()[:-100])
-    main(arguments(damaged, *short, "--resume"))
-    assert_same(damaged, through)
-    printed = capsys.readouterr().out
-    assert f"{newest} is damaged" in printed and "step 32" in printed
+    assert newest_checkpoint(damaged / "checkpoints")["step"] == 32
+    assert f"{newest} is damaged" in capsys.readouterr().out
 
     writing = tmp_path / "writing"
     killed(start_training, "--die-in-write", "2", *arguments(writing, *short))
     files = sorted(path.name for path in (writing / "checkpoints").iterdir())
     assert len(files) == 2 and files[0].startswith(".000000000064.ckpt.")
-    main(arguments(writing, *short, "--resume"))
-    assert_same(writing, through)
+    assert newest_checkpoint(writing / "checkpoints")["step"] == 32
+    assert capsys.readouterr().out == ""
 
 
 def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
@@ -114,13 +128,12 @@ def test_a_run_that_was_not_started_is_started(
     arguments: Arguments,
     start_training: Callable[..., Any],
     assert_same: Callable[[Path, Path], None],
+    through: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A job that is restarted passes --resume each time."""
-    through, out = tmp_path / "through", tmp_path / "out"
-    short = ("--total-timesteps", "96", "--checkpoint-every", "10000", "--max-steps", "3")
-    main(arguments(through, *short))
+    out, short = tmp_path / "out", (*SHORT, *FIRST_ONLY)
     # The first checkpoint follows the first rollout, whatever --checkpoint-every.
     printed = killed(start_training, "--die-at", "40", *arguments(out, *short, "--resume"))
     assert "no checkpoint yet. Starting the run." in printed

@@ -73,7 +73,7 @@ def test_a_warm_start_counts_as_part_of_the_run(
     outcome: Callable[[Path], dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    main(arguments(tmp_path, "--warm-start", "64", "--total-timesteps", "128"))
+    main(arguments(tmp_path, "--warm-start", "64", "--total-timesteps", "128", "--max-steps", "2"))
     logged = outcome(tmp_path)["logged"]
     assert [step for step, _ in logged["imitation/loss"]] == [32, 64]
     assert [step for step, _ in logged["rollout/iou"]] == [96, 128]

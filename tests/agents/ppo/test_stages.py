@@ -76,7 +76,7 @@ def test_a_run_reports_what_is_kept_and_a_stopped_one_comes_to_the_same(
         return True
 
     monkeypatch.setattr(StreamCallback, "_on_step", on_step)
-    options = (*STREAM, "--boundaries", "hidden", "--final-episodes", "6", "--max-steps", "4")
+    options = (*STREAM, "--boundaries", "hidden", "--final-episodes", "3", "--max-steps", "3")
     options += ("--total-timesteps", "96", "--checkpoint-every", "32")
     through, stopped = tmp_path / "through", tmp_path / "stopped"
     results = main(arguments(through, *options))
@@ -97,7 +97,7 @@ def test_a_run_reports_what_is_kept_and_a_stopped_one_comes_to_the_same(
         assert name in continual["definitions"]
     assert stored["agent"]["by_domain"] == dict(zip(continual["domains"], matrix[-1], strict=True))
     assert stored["agent"]["mean_iou"] == pytest.approx(continual["last_iou"], abs=2e-4)
-    assert stored["agent"]["episodes"] == 6 and set(stored["oracle"]["by_domain"]) == {
+    assert stored["agent"]["episodes"] == 3 and set(stored["oracle"]["by_domain"]) == {
         *continual["domains"]
     }
     assert (through / "forgetting.png").read_bytes()[:4] == b"\x89PNG"
@@ -106,7 +106,7 @@ def test_a_run_reports_what_is_kept_and_a_stopped_one_comes_to_the_same(
     for step, domains in seen:
         stage = (step - 1) // 32
         allowed = {continual["domains"][stage]}
-        if stage and step - 32 * stage <= 4 * 4:
+        if stage and step - 32 * stage <= 4 * 3:
             allowed.add(continual["domains"][stage - 1])
         assert domains <= allowed, step
 

@@ -176,7 +176,7 @@ def test_a_policy_from_outside_trains_and_is_loaded(
     tiny_env: dict[str, Any], arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     POLICIES.add("own", OwnPolicy)
-    options = ("--policy", "own", "--total-timesteps", "64", "--video-every", "0")
+    options = ("--policy", "own", "--total-timesteps", "64", "--max-steps", "2")
     train_ppo.main(arguments(tmp_path, *options))
     assert type(PolicyAgent.load(tmp_path / "policy.zip", "cpu").policy) is OwnPolicy
 

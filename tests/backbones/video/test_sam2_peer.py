@@ -156,6 +156,7 @@ def test_corrections_and_second_passes_agree(pair: Pair) -> None:
     pair.propagate(start=22, reverse=True)
 
 
+@pytest.mark.parametrize("pair", [True], indirect=True, ids=["postprocess"])
 def test_an_empty_mask_is_an_absent_object(pair: Pair) -> None:
     pair.mask(0, 1, np.zeros((HEIGHT, LENGTH), bool))
     pair.click(1, 2, [[60.0, 60.0]], [1])

@@ -116,7 +116,9 @@ def test_the_loss_falls_on_one_clip(tmp_path: Path) -> None:
     for _ in range(20):
         trainer.step = 0  # the same windows and prompts
         losses.append(trainer.train_step(clips)["loss"])
-    assert losses[-1] < 0.85 * losses[0], losses
+        if max(losses[-2:]) < 0.85 * losses[0]:
+            break
+    assert max(losses[-2:]) < 0.85 * losses[0], losses
 
 
 def test_windows_of_a_clip(tmp_path: Path) -> None:
