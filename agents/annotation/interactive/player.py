@@ -216,6 +216,9 @@ class _OneObject:
     def playing(self) -> np.ndarray:
         return np.arange(1)
 
+    def previews_at_once(self, count: int) -> int:
+        return 1
+
     def preview(self, indices: np.ndarray, actions: np.ndarray) -> tuple[Tensor, Tensor]:
         logits = self._preview(self._player.click_of(int(actions[0]), self._size))
         return logits[None], logits.new_zeros(1)

@@ -418,7 +418,7 @@ def test_suggestions(config: Any) -> None:
 # The agent -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("seed", "search"), [(0, 0), (1, 0), (2, 0), (0, 3)])
+@pytest.mark.parametrize(("seed", "search"), [(0, 0), (1, 0), (2, 0), (0, 3), (1, 3)])
 def test_an_agent_left_alone_makes_the_mask_that_annotate_makes(
     config: Any, make_policy: Any, seed: int, search: int
 ) -> None:
@@ -434,7 +434,7 @@ def test_an_agent_left_alone_makes_the_mask_that_annotate_makes(
     session.heat()
     assert len(session.steps) == 3  # clicks that were only decoded are not kept
     names = ["star", *(n for n in session.models.player.known if n != "star")]
-    annotator = ClickAnnotator(PolicyAgent.load(policy, "cpu"), names, 1)
+    annotator = ClickAnnotator(PolicyAgent.load(policy, "cpu"), names, 1, min_score=-99.0)
     (item,) = annotator.stream(iter([(("b.png", 0), image.pixels)]))
     (annotation,) = item.annotations
     np.testing.assert_array_equal(session.mask(), rle.decode(annotation["segmentation"]))
