@@ -64,7 +64,10 @@ PHASES = {
         "agents.baselines:ConfidentAgent.act",
         "agents.baselines:OracleAgent.act",
     ),
-    "update": ("stable_baselines3:PPO.train",),
+    "update": (
+        "stable_baselines3:PPO.train",
+        "agents.policies.target_map:TrainTargetMap.update",
+    ),
 }
 COMMAND = "agents.train_ppo"
 #: Name of the stage and of the phase outside of all functions.
