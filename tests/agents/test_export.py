@@ -19,9 +19,11 @@ pytest.importorskip("onnxruntime", reason="the export extra is not installed")
 pytest.importorskip("onnxscript", reason="the export extra is not installed")
 
 
-@pytest.mark.parametrize(("kind", "recalibrate"), [("explicit", False), ("implicit", True)])
+@pytest.mark.parametrize(
+    ("kind", "target_map"), [("explicit", "search"), ("implicit", "recalibrate")]
+)
 def test_both_forms_agree_for_any_number_of_images(
-    kind: str, recalibrate: bool, tiny_env: dict, clip_folder: Path, tmp_path: Path
+    kind: str, target_map: str, tiny_env: dict, clip_folder: Path, tmp_path: Path
 ) -> None:
     import onnxruntime
 
@@ -37,9 +39,11 @@ def test_both_forms_agree_for_any_number_of_images(
         features["clip"] = {"name": "clip_micro", "pretrained": str(clip_folder), "device": "cpu"}
     else:
         features["vocabulary"] = names
-    kwargs = {"features": features, "grid": 16, "others": ["stop"], "recalibrate": recalibrate}
-    if recalibrate:
-        kwargs |= {"precision": "bf16-mixed", "gradient_checkpointing": True}
+    kwargs: dict[str, Any] = {"features": features, "grid": 16, "others": ["stop"]}
+    if target_map == "search":
+        kwargs |= {"search": 2}
+    else:
+        kwargs |= {"recalibrate": True, "precision": "bf16-mixed", "gradient_checkpointing": True}
     model = PPO(POLICIES.get(kind), env, policy_kwargs=kwargs, seed=0, device="cpu")
     model.save(tmp_path / "policy.zip")
     out = tmp_path / "out"
@@ -52,7 +56,7 @@ def test_both_forms_agree_for_any_number_of_images(
     observations = policy_inputs(model.policy, env.reset(), core)
     session = onnxruntime.InferenceSession(str(out / "policy.onnx"))
     logits, value = session.run(None, {k: x.numpy() for k, x in observations.items()})
-    agent = PolicyAgent.load(tmp_path / "policy.zip", "cpu")
+    agent = PolicyAgent(PolicyAgent.load(tmp_path / "policy.zip", "cpu").policy, search=False)
     actions = agent.act(core, core.observe(np.arange(3)))
     assert logits.shape == (3, 513) and value.shape == (3, 1)
     np.testing.assert_array_equal(logits.argmax(axis=1), actions)
