@@ -258,7 +258,8 @@ def test_each_task_is_trained_and_compared(
     assert again.summary()["mean_iou"] == pytest.approx(results["agent"]["mean_iou"], abs=1e-3)
     # An agent of another task is refused.
     with pytest.raises(ValueError, match=f"The policy was trained with.*task {task}"):
-        evaluate(agent, replace(held_out, task="memory"), env_id=ENV, episodes=1, num_envs=1)
+        other = replace(held_out, task="memory", budget=4, click_cost=0.01)
+        evaluate(agent, other, env_id=ENV, episodes=1, num_envs=1)
     with pytest.raises(ValueError, match=f"Unknown baseline of the task {task} 'best'"):
         evaluate(load_agent("best", env_id=ENV), held_out, env_id=ENV, episodes=1, num_envs=1)
 
