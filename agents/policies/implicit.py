@@ -238,7 +238,7 @@ class ImplicitPolicy(SamPolicy):
             return logits
         missed, superfluous = self.target_map.errors(cast(Any, obs), self.grid).unbind(dim=1)
         guidance = _GUIDANCE * torch.cat([missed - superfluous, superfluous - missed], dim=1)
-        return logits + F.pad(guidance, (0, len(self.others)))
+        return logits + F.pad(guidance, (0, logits.shape[1] - guidance.shape[1]))
 
     def action_config(self, num_actions: int) -> dict[str, Any]:
         extractor = cast(ClickFeatures, self.features_extractor)
