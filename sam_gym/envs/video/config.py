@@ -49,8 +49,8 @@ class SamVideoConfig(VideoDatasetOptions, EnvConfig):
         ]
         if unused:
             raise ValueError(
-                f"{' and '.join(unused)} play no part in the task memory, which has no clicks. "
-                "Leave them out, or pass task='when' or task='prompt'."
+                f"The task memory has no clicks. Leave out {' and '.join(unused)}, or pass "
+                "task='when' or task='prompt'."
             )
 
     def open_dataset(self) -> VideoDataset:
