@@ -248,14 +248,21 @@ class Slow:
         monkeypatch.setattr(tracker, "batch_size", 1)
 
 
+def slow_pass(session: VideoSession, tabs: Workspaces, monkeypatch: pytest.MonkeyPatch) -> Slow:
+    """Begin a pass that encodes a frame for each turn that it is given."""
+    slow = Slow(tabs.models.tracker(), monkeypatch)
+    session.propagate(reverse=False)
+    assert slow.started.wait(60)
+    return slow
+
+
 def test_a_pass_runs_beside_other_work_and_stops(
     tabs: Workspaces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = opened(tabs)
     session.click(20, 24, True)
-    slow = Slow(tabs.models.tracker(), monkeypatch)
-    session.propagate(reverse=False)
-    assert slow.started.wait(60) and session.is_busy
+    slow = slow_pass(session, tabs, monkeypatch)
+    assert session.is_busy
     # Another object, other frames; not another pass, nor another video.
     session.show(5)
     session.select(None)
@@ -282,9 +289,7 @@ def test_an_object_that_is_tracked_can_be_renamed(
 ) -> None:
     session = opened(tabs)
     session.click(20, 24, True)
-    slow = Slow(tabs.models.tracker(), monkeypatch)
-    session.propagate(reverse=False)
-    assert slow.started.wait(60)
+    slow = slow_pass(session, tabs, monkeypatch)
     session.set_name("fish")
     renaming = threading.Thread(target=session.rename, args=[1], daemon=True)
     renaming.start()  # it waits for the pass, which has to get on
@@ -504,9 +509,7 @@ def test_a_pass_beside_edits_of_another_tab(
     one.click(35, 10, True)
     one.select(None)
     one.click(10, 10, True)
-    slow = Slow(tabs.models.tracker(), monkeypatch)
-    one.propagate(reverse=False)
-    assert slow.started.wait(60)
+    slow = slow_pass(one, tabs, monkeypatch)
     two.remove(2)  # before the pass comes to it
     two.select(1)
     two.show(6)
