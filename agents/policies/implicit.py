@@ -189,7 +189,8 @@ class ImplicitPolicy(SamPolicy):
         recalibrate: choose among places only; a target map (see `agents.policies.target_map`)
             labels the click positive or negative.
         search: number of likeliest clicks that are decoded before one is played, see
-            `agents.search`; 0: play the likeliest one.
+            `agents.search`; 0: play the likeliest one. With a search, the target map's errors are
+            added to the logits of clicks.
         **kwargs: as `SamPolicy` takes them; `features` has the arguments of `ClickFeatures`.
     """
 

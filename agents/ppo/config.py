@@ -106,7 +106,8 @@ class PolicyOptions:
     search: Annotated[int, whole(0, MAX_SEARCH)] | None = None
     """Number of likeliest clicks that the trained agent decodes at each step, besides two at the
     largest errors of the mask. It plays the one whose mask agrees best with the target map, which
-    predicts the target (0: play the likeliest click; None: 2, or 0 with --recalibrate)."""
+    predicts the target and guides the clicks that PPO tries (0: play the likeliest click, unguided;
+    None: 2, or 0 with --recalibrate)."""
     recalibration_updates: Count | None = None
     """Updates of the target map per environment step, for --recalibrate and --search (None: 5 for
     the explicit policy, else 2)."""
