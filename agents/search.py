@@ -31,16 +31,22 @@ def soft_iou(probability: Tensor, masks: Tensor) -> Tensor:
     return common / total.clamp(min=1e-6)
 
 
-def error_clicks(errors: Tensor) -> Tensor:
+def error_clicks(errors: Tensor, grid: int) -> Tensor:
     """Return the cells where a mask misses most of the target, and covers most of the rest.
 
+    Each value is a mean with its neighbours', so that clicks fall inside of an error, not on its
+    border.
+
     Args:
-        errors: `agents.policies.implicit.error_maps`, float (B, 2, grid * grid).
+        errors: `agents.policies.implicit.error_maps`, float (B, 2, h, w).
+        grid: clicks fall on grid x grid cells.
 
     Returns:
         A positive and a negative click, int64 (B, 2).
     """
-    return errors.argmax(dim=2) + torch.tensor([0, errors.shape[2]], device=errors.device)
+    smooth = F.avg_pool2d(errors, 3, stride=1, padding=1)
+    largest = F.adaptive_avg_pool2d(smooth, grid).flatten(2).argmax(dim=2)
+    return largest + torch.tensor([0, grid**2], device=errors.device)
 
 
 @torch.no_grad()
@@ -70,9 +76,8 @@ def best_clicks(
     target = policy.target_map(observations)[index].sigmoid()
     mask = policy.target_map.features.plane(observations, "sam_pred_mask_prob")[index, 0]
     likeliest = logits[index, :clicks].topk(min(policy.search, clicks), dim=1).indices
-    candidates = (
-        torch.cat([likeliest, error_clicks(error_maps(target, mask, grid))], dim=1).cpu().numpy()
-    )
+    at_errors = error_clicks(error_maps(target, mask), grid)
+    candidates = torch.cat([likeliest, at_errors], dim=1).cpu().numpy()
     scores = []
     step, columns = core.previews_at_once(len(rows)), candidates.T
     for some in (columns[k : k + step] for k in range(0, len(columns), step)):

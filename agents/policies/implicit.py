@@ -136,20 +136,14 @@ class SpatialHead(nn.Module):
         return torch.cat([clicks, self.others(pooled(features))], dim=1)
 
 
-def error_maps(probability: Tensor, mask: Tensor, grid: int) -> Tensor:
-    """Return what a mask misses of the target, and what it covers of the rest: (B, 2, grid * grid).
-
-    Each cell is a mean with its neighbours, so that values are high inside of an error, not at its
-    border.
+def error_maps(probability: Tensor, mask: Tensor) -> Tensor:
+    """Return what a mask misses of the target, and what it covers of the rest: (B, 2, h, w).
 
     Args:
         probability: that a cell belongs to the target, float (B, h, w).
         mask: probability of the mask, float (B, h, w).
-        grid: the errors are averaged over grid x grid cells.
     """
-    errors = torch.stack([probability * (1 - mask), mask * (1 - probability)], dim=1)
-    smooth = F.avg_pool2d(errors, 3, stride=1, padding=1)
-    return F.adaptive_avg_pool2d(smooth, grid).flatten(2)
+    return torch.stack([probability * (1 - mask), mask * (1 - probability)], dim=1)
 
 
 class TargetMap(nn.Module):
@@ -169,10 +163,10 @@ class TargetMap(nn.Module):
         return self.head(self.features(observations))[:, 0]
 
     @torch.no_grad()
-    def errors(self, observations: dict[str, Tensor], grid: int) -> Tensor:
-        """Return `error_maps` of the current masks: (B, 2, grid * grid)."""
+    def errors(self, observations: dict[str, Tensor]) -> Tensor:
+        """Return `error_maps` of the current masks: (B, 2, h, w)."""
         mask = self.features.plane(observations, "sam_pred_mask_prob")[:, 0]
-        return error_maps(self(observations).sigmoid(), mask, grid)
+        return error_maps(self(observations).sigmoid(), mask)
 
 
 @POLICIES.register("implicit")
@@ -237,7 +231,8 @@ class ImplicitPolicy(SamPolicy):
         """Guide the clicks by the target map, if the policy searches."""
         if self.target_map is None or self.recalibrate:
             return logits
-        missed, superfluous = self.target_map.errors(cast(Any, obs), self.grid).unbind(dim=1)
+        errors = self.target_map.errors(cast(Any, obs))
+        missed, superfluous = F.adaptive_avg_pool2d(errors, self.grid).flatten(2).unbind(dim=1)
         guidance = _GUIDANCE * torch.cat([missed - superfluous, superfluous - missed], dim=1)
         return logits + F.pad(guidance, (0, logits.shape[1] - guidance.shape[1]))
 

@@ -61,10 +61,10 @@ def test_error_clicks_lie_inside_the_largest_errors() -> None:
     target[0, 8:14, 8:14] = 1.0  # missed
     target[0, 0, 0] = 1.0  # missed, but small
     mask[0, 1:6, 10:15] = 1.0  # superfluous
-    positive, negative = error_clicks(error_maps(target, mask, 16))[0].tolist()
+    positive, negative = error_clicks(error_maps(target, mask), 16)[0].tolist()
     assert target[0].flatten()[positive] == 1 and positive // 16 in range(9, 13)
     assert negative >= 256 and mask[0].flatten()[negative - 256] == 1
-    positive, negative = error_clicks(error_maps(target, mask, 4))[0].tolist()
+    positive, negative = error_clicks(error_maps(target, mask), 4)[0].tolist()
     assert positive in (10, 11, 14, 15) and negative in (16 + 2, 16 + 3, 16 + 6, 16 + 7)
 
 
@@ -81,9 +81,8 @@ def test_the_target_map_guides_clicks(made: Callable[..., Any]) -> None:
         judged = policy.evaluate_actions(tensors, guided.argmax(dim=1))[1]
     assert torch.equal(value, same) and torch.equal(guided[:, 128:], unguided[:, 128:])
     # No mask yet: what is missed is the target, and nothing is superfluous.
-    missed, superfluous = error_maps(core.soft_targets(shape)[0], torch.zeros(4, *shape), 8).unbind(
-        1
-    )
+    errors = error_maps(core.soft_targets(shape)[0], torch.zeros(4, *shape))
+    missed, superfluous = F.adaptive_avg_pool2d(errors, 8).flatten(2).unbind(dim=1)
     assert not superfluous.any()
     torch.testing.assert_close(guided[:, :64] - unguided[:, :64], 5 * missed)
     torch.testing.assert_close(guided[:, 64:128] - unguided[:, 64:128], -5 * missed)
