@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from agents.evaluate import PolicyAgent, evaluate
 from agents.policies.implicit import ImplicitPolicy, error_maps
