@@ -38,6 +38,7 @@ from sam_gym.metrics.masks import mean_and_ci95
 from sam_gym.utils import cli
 from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_csv, write_json
+from sam_gym.utils.provenance import provenance
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import save_gif, tile
 from sam_gym.utils.runs import refuse_finished
@@ -482,7 +483,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     result = evaluate(agent, env_config, env_id=env_id, seed=config.seed, **counts)
     summary, curve = result.summary(), result.curve.round(4).tolist()
     written = {config.policy: summary, "iou_after_steps": curve, "config": asdict(config)}
-    write_json(out / "results.json", written)
+    write_json(out / "results.json", written | provenance())
     write_csv(out / "episodes.csv", result.rows())
     name = config.policy if config.policy in task.baselines.names() else "agent"
     plot_iou_after_steps(out / "iou_after_steps.png", {name: curve})

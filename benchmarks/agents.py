@@ -17,7 +17,7 @@ from agents.baselines.click import BASELINES
 from agents.evaluate import PolicyAgent, evaluate
 from agents.ppo.config import with_present_names
 from benchmarks import report
-from benchmarks.options import OutputOptions, provenance
+from benchmarks.options import OutputOptions
 from sam_gym.data.io import OnError
 from sam_gym.data.splits import ALL, check_held_out
 from sam_gym.envs.click import SamSegConfig
@@ -25,6 +25,7 @@ from sam_gym.metrics.masks import mean_and_ci95, with_interval
 from sam_gym.utils.fields import documented
 from sam_gym.utils.plots import literal, new_plot, save_figure
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.provenance import provenance
 from sam_gym.utils.settings import Seed, check_settings, real, whole
 
 #: Baselines to compare with, and their colours.

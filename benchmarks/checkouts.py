@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
+
+from sam_gym.utils.provenance import HERE
 
 #: Sides of a comparison.
 OURS, OTHER = "this", "other"
-#: Folder of this checkout.
-HERE = Path(__file__).resolve().parents[1]
 
 
 def checkouts_of(against: str | None) -> dict[str, Path]:
@@ -38,13 +37,3 @@ def check_imported(found: str, checkout: Path) -> None:
     """Raise `RuntimeError` if a process has imported another checkout than it was to."""
     if Path(found) != checkout:
         raise RuntimeError(f"Python imported {found} instead of {checkout}.")
-
-
-def commit_of(checkout: Path) -> str | None:
-    """Return the commit of a checkout, and whether files differ from it; None without git."""
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None

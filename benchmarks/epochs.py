@@ -18,12 +18,13 @@ from adaptation.strategies.baselines import Naive
 from adaptation.strategy import StrategyContext
 from adaptation.trainer import falling
 from benchmarks import report
-from benchmarks.options import TimedOptions, provenance
+from benchmarks.options import TimedOptions
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.adapters.tuning import TUNINGS, tune_help, tuned_weights
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.streams import Domain, Stream, make_stream
 from sam_gym.utils.fields import documented
+from sam_gym.utils.provenance import provenance
 from sam_gym.utils.settings import Count, check_settings
 
 #: Column -> format of its cells.

@@ -17,7 +17,7 @@ from pycocotools import mask as rle
 from segment_anything import SamAutomaticMaskGenerator
 
 from benchmarks import report
-from benchmarks.options import TimedOptions, provenance
+from benchmarks.options import TimedOptions
 from benchmarks.throughput.machine import peak_memory_mib
 from benchmarks.throughput.reference import check_comparable, plain_sam
 from sam_gym.backbones import Backbone
@@ -28,6 +28,7 @@ from sam_gym.simulation.clicks import relative_grid
 from sam_gym.utils.fields import documented
 from sam_gym.utils.files import plain
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.provenance import provenance
 from sam_gym.utils.settings import Count, Fraction, Natural, check_settings
 from sam_gym.utils.transfer import synchronise
 

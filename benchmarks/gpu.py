@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.options import provenance
 from benchmarks.video_speed.peer import has_peer
 from sam_gym.backbones.download import default_path
 from sam_gym.backbones.loading import resolve_device
 from sam_gym.backbones.spec import BACKBONES, PublishedWeights
 from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_atomic, write_json
+from sam_gym.utils.provenance import provenance
 from sam_gym.utils.registry import check_choice
 from sam_gym.utils.runs import remove_files
 from sam_gym.utils.settings import Positive, Seed, check_settings

@@ -1,13 +1,11 @@
-"""Options and provenance that benchmarks share."""
+"""Options that benchmarks share."""
 
 from __future__ import annotations
 
-import json
-import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +20,6 @@ from sam_gym.backbones.loading import resolve_device, resolve_dtype
 from sam_gym.backbones.spec import BACKBONES
 from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Seed
-from sam_gym.version import __version__
 
 
 @documented
@@ -90,31 +87,3 @@ def subset(items: Sequence[Any], count: int | None, seed: int) -> list[Any]:
         return list(items)
     chosen = np.random.default_rng(seed).choice(len(items), count, replace=False)
     return [items[i] for i in np.sort(chosen).tolist()]
-
-
-def provenance(config: Any, backbone: Backbone | None = None) -> dict[str, Any]:
-    """Return the provenance of results: versions, options, and the backbone with its device.
-
-    Args:
-        config: a dataclass of options.
-        backbone: the SAM that was measured, if there is one.
-    """
-    versions = {"sam-gym": __version__, "torch": torch.__version__}
-    settings = json.loads(json.dumps(asdict(config)))  # as results.json has it
-    own = {"threads": torch.get_num_threads(), "versions": versions, "settings": settings}
-    if backbone is None:
-        return own
-    return own | {
-        "backbone": backbone.name,
-        "backbone_identity": backbone.identity,
-        "device": device_name(backbone.device),
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "compiled": backbone.compiled,
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of a device, for example "cuda (NVIDIA H100)"."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({platform.machine()})"

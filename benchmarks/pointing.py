@@ -12,11 +12,12 @@ from agents.clip.models import load_clip
 from agents.clip.pointing import Redundant, pointing_game, redundant_feature, word_maps
 from agents.clip.surgery import ClipSurgery, min_max
 from benchmarks import report
-from benchmarks.options import OutputOptions, device_name, provenance
+from benchmarks.options import OutputOptions
 from sam_gym.data import DATASETS, Sample
 from sam_gym.data.options import DatasetOptions
 from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import track
+from sam_gym.utils.provenance import device_name, provenance
 from sam_gym.utils.render import draw_heat, save_image, tile
 from sam_gym.utils.settings import Count, Natural, check_settings
 

@@ -14,9 +14,11 @@ from agents.ppo.callbacks import MonitorCallback
 from agents.ppo.config import VALIDATION_SEED
 from agents.ppo.plan import Plan
 from agents.ppo.stages import StreamCallback
+from sam_gym.envs.base_core import BaseCore
 from sam_gym.metrics.masks import with_interval
 from sam_gym.utils.files import write_json
 from sam_gym.utils.plots import plot_matrix
+from sam_gym.utils.provenance import provenance
 from sam_gym.utils.render import save_gif
 
 #: A baseline that decodes many times per step plays one in so many of the final episodes, but not
@@ -31,7 +33,7 @@ def write_results(
     eval_baselines: dict[str, float],
     monitor: MonitorCallback,
     walk: StreamCallback | None,
-    title: str,
+    core: BaseCore[Any, Any],
 ) -> tuple[dict[str, Any], list[Path]]:
     """Compare a trained policy with the baselines and write results.json and pictures.
 
@@ -42,7 +44,7 @@ def write_results(
         eval_baselines: from `baselines_on_validation`.
         monitor: has the curves of the training.
         walk: has the results after each domain, of a run over a stream.
-        title: name of the training data, for a heading.
+        core: the sub-environments of the training.
 
     Returns:
         The content of results.json, and the files written.
@@ -62,7 +64,7 @@ def write_results(
     if walk is not None:
         results["continual"] = own = walk.results()
         print("  " + ", ".join(f"{n} {own[n]:.3f}" for n in ("last_iou", "avg_iou", "ff_iou")))
-        title = f"{config.policy} on {title}: held-out episodes after each domain"
+        title = f"{config.policy} on {core.dataset.name}: held-out episodes after each domain"
         files.append(plot_matrix(out / "forgetting.png", walk.matrix, walk.names, title))
     results |= {
         "held_out_split": held_out.split,
@@ -70,6 +72,7 @@ def write_results(
         "training_seconds": round(trained - monitor.started, 1),
         "total_seconds": round(time.monotonic() - monitor.started, 1),
         "config": asdict(config),
+        **provenance(backbone=core.backbone),
         "train_curve": monitor.train_curve,
         "eval_curve": monitor.eval_curve,
         "eval_baselines": eval_baselines,

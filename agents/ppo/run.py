@@ -250,9 +250,7 @@ def _train(
         env.close()
         release_freed_memory()
 
-        results, files = write_results(
-            plan, agent, outcome, references, monitor, walk, core.dataset.name
-        )
+        results, files = write_results(plan, agent, outcome, references, monitor, walk, core)
         if mlflow is not None:
             mlflow.finish(files, policy, config.register_model)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -16,10 +16,10 @@ from adaptation.strategy import STRATEGIES
 from adaptation.trainer import Trainer, check_tune
 from benchmarks.continual.config import ContinualBenchmarkConfig, with_defaults
 from benchmarks.continual.report import pictures, write_report
-from benchmarks.options import provenance
 from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.data.streams import Stream, low_res_ceiling
 from sam_gym.utils.digest import text_digest
+from sam_gym.utils.provenance import provenance
 
 
 def jobs_of(config: ContinualBenchmarkConfig) -> dict[str, tuple[str, str]]:

@@ -18,7 +18,7 @@ from adaptation.trainer import Trainer, check_tune
 from benchmarks.everything.measuring import SHOWN, ZERO_SHOT, Measuring
 from benchmarks.everything.report import write_report
 from benchmarks.everything.scores import Split
-from benchmarks.options import OutputOptions, provenance
+from benchmarks.options import OutputOptions
 from benchmarks.report import output_folder, refuse_unfinished
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.tuning import tune_help
@@ -31,6 +31,7 @@ from sam_gym.mask_generation.merging import MergeOptions
 from sam_gym.utils.digest import image_digest
 from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.provenance import provenance
 from sam_gym.utils.settings import Count, Positive, check_settings
 
 #: Method -> point grid, columns and rows.

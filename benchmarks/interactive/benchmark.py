@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.interactive.clicking import Item, Result, click_batch, run_grabcut
 from benchmarks.interactive.grabcut import LONGEST_SIDE
 from benchmarks.interactive.report import write_report
-from benchmarks.options import BackboneOptions, provenance, subset
+from benchmarks.options import BackboneOptions, subset
 from benchmarks.report import output_folder
 from sam_gym.data import DATASETS, Dataset
 from sam_gym.data.cache import SampleCache
@@ -19,6 +19,7 @@ from sam_gym.data.options import DatasetOptions
 from sam_gym.metrics.masks import number_of_clicks, number_of_failures
 from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.provenance import provenance
 from sam_gym.utils.settings import Count, Natural, check_settings
 
 #: Default number of images of an endless procedural dataset.

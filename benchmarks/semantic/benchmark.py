@@ -15,7 +15,7 @@ import tyro
 from adaptation.class_weights import Weighting
 from adaptation.options import TrainConfig
 from adaptation.strategies.semantic import Semantic
-from benchmarks.options import BackboneOptions, provenance, subset
+from benchmarks.options import BackboneOptions, subset
 from benchmarks.report import output_folder
 from benchmarks.semantic.agent import Acceptance, Corrector, load_corrector
 from benchmarks.semantic.heads import (
@@ -41,6 +41,7 @@ from sam_gym.data.splits import check_held_out
 from sam_gym.metrics.semantic import SemanticMetric, mean_score
 from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.provenance import provenance
 from sam_gym.utils.settings import Count, Natural, check_settings
 from sam_gym.utils.text import safe_name
 

@@ -13,16 +13,10 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from benchmarks.checkouts import (
-    OTHER,
-    OURS,
-    check_imported,
-    checkouts_of,
-    commit_of,
-    environment_of,
-)
+from benchmarks.checkouts import OTHER, OURS, check_imported, checkouts_of, environment_of
 from benchmarks.throughput import stepping
 from benchmarks.throughput.config import KINDS, ThroughputBenchmarkConfig
+from sam_gym.utils.provenance import commit_of
 
 
 class Player:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from benchmarks.checkouts import checkouts_of
-from benchmarks.options import provenance
 from benchmarks.report import output_folder
 from benchmarks.throughput.against import compare_builds, turns
 from benchmarks.throughput.config import KINDS, ThroughputBenchmarkConfig
@@ -25,6 +24,7 @@ from benchmarks.throughput.report import write_report
 from sam_gym.backbones import BACKBONES, Backbone
 from sam_gym.envs.click import ClickCore, SamSegConfig
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.provenance import provenance
 
 
 def run(config: ThroughputBenchmarkConfig) -> dict[str, Any]:

@@ -16,20 +16,14 @@ import numpy as np
 import tyro
 
 from benchmarks import report
-from benchmarks.checkouts import (
-    OTHER,
-    OURS,
-    check_imported,
-    checkouts_of,
-    commit_of,
-    environment_of,
-)
-from benchmarks.options import OutputOptions, provenance
+from benchmarks.checkouts import OTHER, OURS, check_imported, checkouts_of, environment_of
+from benchmarks.options import OutputOptions
 from benchmarks.training import phases
 from sam_gym.backbones.spec import backbone_help
 from sam_gym.metrics.masks import mean_and_ci95
 from sam_gym.utils.fields import documented
 from sam_gym.utils.plots import new_plot, save_figure
+from sam_gym.utils.provenance import commit_of, provenance
 from sam_gym.utils.settings import Count, Natural, Seed, check_settings
 
 #: What the last line of a command begins with after a wrong input.

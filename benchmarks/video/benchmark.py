@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from adaptation.evaluate_video import HeldOutOptions, gain
-from benchmarks.options import BackboneOptions, provenance
+from benchmarks.options import BackboneOptions
 from benchmarks.report import output_folder
 from benchmarks.video.report import write_report
 from sam_gym.backbones import Backbone, load_backbone
@@ -34,6 +34,7 @@ from sam_gym.data.splits import check_held_out
 from sam_gym.metrics.video import ObjectScore, summarize
 from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.provenance import provenance
 from sam_gym.utils.settings import Count, Natural, check_settings
 
 #: Names of the baselines, in tables.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks import report
-from benchmarks.options import OutputOptions, device_name, provenance
+from benchmarks.options import OutputOptions
 from benchmarks.video_speed.peer import Shape, has_peer, random_predictor
 from benchmarks.video_speed.sides import (
     SHAPES,
@@ -35,6 +35,7 @@ from sam_gym.metrics.masks import iou
 from sam_gym.utils.fields import documented
 from sam_gym.utils.files import plain
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.provenance import device_name, provenance
 from sam_gym.utils.settings import Count, Natural, Seed, check_settings
 from sam_gym.utils.transfer import synchronise
 

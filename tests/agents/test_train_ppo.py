@@ -37,6 +37,7 @@ def test_a_run_leaves_everything_it_promises(tiny_env: dict[str, Any], tmp_path:
     assert stored["gap_closed"] == pytest.approx(gain / span, abs=1e-3)
     # A baseline of many decodes per step is left out of the curve of the training.
     assert set(stored["eval_baselines"]) == {"random", "center", "oracle"}
+    assert stored["backbone"] == "tiny" and stored["versions"].keys() >= {"sam-gym", "torch"}
     assert stored["held_out_split"] == "test" and stored["config"]["seed"] == 0
     assert stored["config"]["precision"] in ("32-true", "bf16-mixed")
     for picture in ("learning_curve.png", "iou_after_steps.png"):

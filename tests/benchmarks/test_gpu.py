@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu
-from benchmarks.checkouts import HERE
 from benchmarks.gpu import GpuConfig, Part
 from benchmarks.run import load, main
 from sam_gym.utils import cli
+from sam_gym.utils.provenance import HERE
 
 SCRIPT = HERE / "benchmarks" / "gpu.sh"
 #: Limits that no part reaches, however busy the machine is.

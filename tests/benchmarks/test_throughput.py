@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from benchmarks import report
-from benchmarks.checkouts import HERE
 from benchmarks.run import main
 from benchmarks.throughput import against, playing, stepping
 from benchmarks.throughput.benchmark import growth, linear_fit
@@ -33,6 +32,7 @@ from benchmarks.throughput.playing import (
 from benchmarks.throughput.reference import plain_sam
 from sam_gym.backbones import loading, service
 from sam_gym.backbones.compiled import FixedShapes
+from sam_gym.utils.provenance import HERE
 from sam_gym.utils.shared import SharedObjects
 
 

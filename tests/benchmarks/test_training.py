@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.checkouts import HERE
 from benchmarks.run import main
 from benchmarks.training import benchmark, phases
+from sam_gym.utils.provenance import HERE
 
 
 @pytest.mark.slow
