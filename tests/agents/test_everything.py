@@ -216,7 +216,7 @@ def test_training_from_end_to_end_and_a_stopped_one_comes_to_the_same(
         "--video-every",
         "0",
     )
-    results = main(arguments(through, *options))
+    results = main(arguments(through, *options, "--pictures"))
 
     stored = json.loads((through / "results.json").read_text())
     assert {"agent", *BASELINES.names()} <= stored.keys()

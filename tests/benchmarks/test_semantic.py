@@ -265,7 +265,7 @@ def test_an_agent_corrects_a_head(
     adapter = str(tmp_path / "a/heads/seed/semantic-head-0/adapter.safetensors")
     own = ["--dataset", "camvid", "--data", str(street), *model]
     own += ["--adapter", adapter, "--device", "cpu", "--total-timesteps", "16", "--n-steps", "4"]
-    own += ["--num-envs", "4", "--max-steps", "2", "--final-episodes", "2"]
+    own += ["--num-envs", "4", "--max-steps", "2", "--final-episodes", "2", "--no-pictures"]
     own += ["--initial-mask", "semantic", "--out", str(tmp_path / "b")]
     train_ppo.main(own)
     agent = ["--agent", str(tmp_path / "b/policy.zip")]

@@ -124,7 +124,7 @@ def test_policies(folder: Path, name: str, tmp_path: Path) -> None:
 
 
 def test_a_stopped_training_resumes(folder: Path) -> None:
-    arguments = [*made.train_arguments("ppo"), "--max-steps", "3", "--resume"]
+    arguments = [*made.train_arguments("ppo"), "--max-steps", "3", "--resume", "--no-pictures"]
     check(made.curves_of(train_ppo.main(arguments)), NUMBERS["resumed"], "run")
 
 
