@@ -52,7 +52,8 @@ def arguments(tiny_checkpoint: str) -> Callable[..., list[str]]:
             *small,
             *("--out", str(out), "--backbone", "tiny", "--checkpoint", tiny_checkpoint),
             *("--device", "cpu", "--train-images", "8", "--num-envs", "4", "--n-steps", "8"),
-            *("--batch-size", "16", "--total-timesteps", "192", "--checkpoint-every", "64"),
+            *("--batch-size", "16", "--n-epochs", "2", "--total-timesteps", "192"),
+            *("--checkpoint-every", "64"),
             *("--eval-every", "64", "--eval-episodes", "2", "--final-episodes", "2", *more),
         ]
 
