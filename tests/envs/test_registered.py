@@ -228,7 +228,7 @@ def test_returned_types_are_plain(make: Make, variant: dict[str, Any]) -> None:
 
 def test_same_seed_gives_the_same_numbers(make: Make, variant: dict[str, Any]) -> None:
     one, other = rollout(make(**variant), 5, 24), rollout(make(**variant), 5, 24)
-    assert sum(len(entry) == 2 for entry in one) > 3  # several episodes
+    assert sum(len(entry) == 2 for entry in one) > 2  # several episodes
     assert_equal(one, other)
 
 
