@@ -491,10 +491,10 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     write_csv(out / "episodes.csv", result.rows())
     files = [RESULTS, "episodes.csv"]
     if config.pictures:
+        plot, film = (out / name for name in _PICTURES)
         name = config.policy if config.policy in task.baselines.names() else "agent"
-        plot_iou_after_steps(out / _PICTURES[0], {name: curve})
-        frames = film_episodes(agent, env_config, env_id=env_id, seed=config.seed)
-        save_gif(out / _PICTURES[1], frames)
+        plot_iou_after_steps(plot, {name: curve})
+        save_gif(film, film_episodes(agent, env_config, env_id=env_id, seed=config.seed))
         files += _PICTURES
     print(json.dumps(summary, indent=2))
     *others, last = files
