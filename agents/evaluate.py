@@ -41,11 +41,13 @@ from sam_gym.utils.files import make_folder, write_csv, write_json
 from sam_gym.utils.provenance import provenance
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import save_gif, tile
-from sam_gym.utils.runs import refuse_finished
+from sam_gym.utils.runs import refuse_finished, remove_files
 from sam_gym.utils.settings import Count, Seed, checked
 
 #: Approximate maximum number of frames of a film.
 MAX_FRAMES = 32
+#: Files that the command writes beside results.json and episodes.csv: a plot and a film.
+_PICTURES = ("iou_after_steps.png", "episodes.gif")
 
 
 @dataclass(frozen=True)
@@ -403,6 +405,8 @@ class EvaluateConfig:
     """Seed of the episodes."""
     categories: str | None = None
     """Comma-separated categories: the only objects in scenes, the targets in coco."""
+    pictures: bool = True
+    """Draw iou_after_steps.png and episodes.gif."""
     env_config: Annotated[EnvConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: SamSegConfig(split="test")
     )
@@ -479,18 +483,23 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         if train is not None:
             check_held_out(dataset, env_config.split, train)
     out = make_folder(config.folder)
+    remove_files(out, _PICTURES)  # of an earlier evaluation
     counts: dict[str, Any] = {"episodes": config.episodes, "num_envs": config.num_envs}
     result = evaluate(agent, env_config, env_id=env_id, seed=config.seed, **counts)
     summary, curve = result.summary(), result.curve.round(4).tolist()
     written = {config.policy: summary, "iou_after_steps": curve, "config": asdict(config)}
     write_json(out / "results.json", written | provenance())
     write_csv(out / "episodes.csv", result.rows())
-    name = config.policy if config.policy in task.baselines.names() else "agent"
-    plot_iou_after_steps(out / "iou_after_steps.png", {name: curve})
-    frames = film_episodes(agent, env_config, env_id=env_id, seed=config.seed)
-    save_gif(out / "episodes.gif", frames)
+    files = [RESULTS, "episodes.csv"]
+    if config.pictures:
+        plot, film = (out / name for name in _PICTURES)
+        name = config.policy if config.policy in task.baselines.names() else "agent"
+        plot_iou_after_steps(plot, {name: curve})
+        save_gif(film, film_episodes(agent, env_config, env_id=env_id, seed=config.seed))
+        files += _PICTURES
     print(json.dumps(summary, indent=2))
-    print(f"Wrote results.json, episodes.csv, iou_after_steps.png and episodes.gif to {out}.")
+    *others, last = files
+    print(f"Wrote {', '.join(others)} and {last} to {out}.")
     return summary
 
 

@@ -46,6 +46,7 @@ def main(
             eval_episodes=episodes,
             final_episodes=1,  # those are for the report of the best agent
             video_every=0,
+            pictures=False,
             out=str(out / f"trial-{trial.number}"),
             overwrite=True,
         )

@@ -204,6 +204,7 @@ def test_a_policy_from_outside_is_trained_and_loaded(outside: None, tmp_path: Pa
         train_images=2,
         eval_episodes=1,
         final_episodes=1,
+        pictures=False,
         out=str(out),
     )
     results = train(config)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.special import expit
 
 from agents.baselines.base import TrainedAgent
@@ -66,6 +65,8 @@ class Logistic:
             value = weight @ (np.logaddexp(0.0, logits) - y * logits)
             penalty = _PENALTY * np.append(b[:-1], 0.0)
             return value + penalty @ b, z.T @ (weight * (expit(logits) - y)) + 2 * penalty
+
+        from scipy.optimize import minimize  # here, since it takes long to import
 
         b = minimize(loss, np.zeros(z.shape[1]), jac=True).x
         weights = b[:-1] / scale

@@ -41,6 +41,7 @@ _MAX_THREADS = 1024
 #: checkpoint frequency and device.
 FREE_OPTIONS = (
     *("out", "overwrite", "resume", "checkpoint_every", "policy_plots", "video_every"),
+    "pictures",
     *("mlflow", "mlflow_uri", "mlflow_experiment", "register_model"),
     *("env_config.data", "env_config.device"),
     *("env_config.cache_mib", "env_config.store_gib", "env_config.disk_gib"),

@@ -138,6 +138,9 @@ class EvaluationOptions:
     policy, into `out`/policy_plots."""
     video_every: Natural = 2_000
     """Record a held-out episode into `out`/videos every this many training episodes (0: never)."""
+    pictures: bool = True
+    """Draw learning_curve.png, iou_after_steps.png, episodes.gif and, with a stream, forgetting.png
+    at the end. Without, a short run ends seconds earlier; results.json has the numbers."""
 
 
 @documented

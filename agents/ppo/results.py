@@ -35,7 +35,7 @@ def write_results(
     walk: StreamCallback | None,
     core: BaseCore[Any, Any],
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Compare a trained policy with the baselines and write results.json and pictures.
+    """Compare a trained policy with the baselines; write results.json and, if asked for, pictures.
 
     Args:
         plan: the run.
@@ -59,13 +59,9 @@ def write_results(
     for line in task.compare(results, tuple(outcomes)):
         print(f"  {line}")
 
-    pictures = ("learning_curve.png", "iou_after_steps.png", "episodes.gif")
-    files = [out / name for name in ("results.json", *pictures)]
     if walk is not None:
         results["continual"] = own = walk.results()
         print("  " + ", ".join(f"{n} {own[n]:.3f}" for n in ("last_iou", "avg_iou", "ff_iou")))
-        title = f"{config.policy} on {core.dataset.name}: held-out episodes after each domain"
-        files.append(plot_matrix(out / "forgetting.png", walk.matrix, walk.names, title))
     results |= {
         "held_out_split": held_out.split,
         "shared_images": plan.shared_images,
@@ -79,16 +75,33 @@ def write_results(
         "iou_after_steps": curves,
     }
     write_json(out / "results.json", results)
+    files = [out / "results.json"]
+    if config.pictures:
+        files += _draw(plan, agent, results, walk, core.dataset.name)
+    return results, files
+
+
+def _draw(
+    plan: Plan, agent: PolicyAgent, results: dict[str, Any], walk: StreamCallback | None, title: str
+) -> list[Path]:
+    """Draw the pictures of a run; return the files."""
+    config = plan.config
+    names = ("learning_curve.png", "iou_after_steps.png", "episodes.gif")
+    learning, steps, film = files = [config.folder / name for name in names]
     plot_learning_curve(
-        out / "learning_curve.png",
-        monitor.train_curve,
-        monitor.eval_curve,
-        eval_baselines,
+        learning,
+        results["train_curve"],
+        results["eval_curve"],
+        results["eval_baselines"],
         plan.validation.split,
     )
-    plot_iou_after_steps(out / "iou_after_steps.png", curves)
-    save_gif(out / "episodes.gif", film_episodes(agent, held_out, env_id=config.env, seed=3))
-    return results, files
+    plot_iou_after_steps(steps, results["iou_after_steps"])
+    save_gif(film, film_episodes(agent, plan.held_out, env_id=config.env, seed=3))
+    if walk is not None:
+        heading = f"{config.policy} on {title}: held-out episodes after each domain"
+        path = config.folder / "forgetting.png"
+        files.append(plot_matrix(path, walk.matrix, walk.names, heading))
+    return files
 
 
 def episodes_of_slow(episodes: int) -> int:

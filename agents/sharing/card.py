@@ -84,6 +84,7 @@ def _model_card(run: TrainingRun, repo: str, license: str) -> str:
         rows=_rows(results, facts),
         gap_closed=results["gap_closed"],
         policy=policy,
+        pictures=run.pictures,
         config=yaml.safe_dump(config, sort_keys=False).rstrip(),
     )
     return f"{card}\n"

@@ -10,11 +10,11 @@ from typing import Any
 from agents.sharing.card import model_card
 from agents.sharing.repository import (
     CARD,
+    PICTURES,
     POLICY,
     PREFIX,
     PRESENCE,
     RESULTS,
-    RUN_FILES,
     TAG,
     check_repo_name,
     hub_errors,
@@ -83,7 +83,7 @@ def push(config: HubPushConfig) -> str:
         )
     api = HfApi()
     results = run.results | {"config": run.config}
-    contents: dict[str, Any] = {name: run.folder / name for name in RUN_FILES}
+    contents: dict[str, Any] = {name: run.folder / name for name in (POLICY, *run.pictures)}
     contents |= {
         CARD: card.encode(errors="backslashreplace"),
         RESULTS: json.dumps(results, indent=2).encode(),
@@ -92,8 +92,9 @@ def push(config: HubPushConfig) -> str:
         contents[PRESENCE] = run.folder / PRESENCE
     present = _check_target(api, config)
     operations: list[Any] = [CommitOperationAdd(*own) for own in contents.items()]
-    if PRESENCE in present and PRESENCE not in contents:  # of an earlier agent
-        operations.append(CommitOperationDelete(PRESENCE))
+    for name in (PRESENCE, *PICTURES):
+        if name in present and name not in contents:  # of an earlier agent
+            operations.append(CommitOperationDelete(name))
     with hub_errors(config.repo):
         # None leaves the choice to the defaults of the organisation.
         api.create_repo(config.repo, private=config.private or None, exist_ok=True)

@@ -13,8 +13,10 @@ PREFIX = "hf://"
 POLICY, RESULTS, CARD = "policy.zip", "results.json", "README.md"
 #: Calibration of an agent's presence score, which not every agent has.
 PRESENCE = "presence.json"
+#: Pictures of a training run that a repository holds, unless the run drew none.
+PICTURES = ("learning_curve.png", "episodes.gif")
 #: Files of a training run that a repository holds, beside the card.
-RUN_FILES = (POLICY, RESULTS, "learning_curve.png", "episodes.gif")
+RUN_FILES = (POLICY, RESULTS, *PICTURES)
 #: Tag of the repositories that hold an agent of sam-gym.
 TAG = "sam-gym"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from agents.policies.saved import present_backbone, read_data
 from agents.ppo.config import with_present_names
-from agents.sharing.repository import POLICY, RESULTS, RUN_FILES
+from agents.sharing.repository import PICTURES, POLICY, RESULTS
 
 #: Options that tell where a run wrote and how it was started.
 _PRIVATE = (
@@ -33,6 +33,13 @@ class TrainingRun:
     results: dict[str, Any]
     features: dict[str, Any]
 
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Names of its pictures for a repository; none after `train_ppo --no-pictures`."""
+        config = self.results.get("config") if isinstance(self.results, dict) else None
+        drawn = config.get("pictures", True) if isinstance(config, dict) else True
+        return PICTURES if drawn else ()
+
     @classmethod
     def read(cls, folder: Path) -> TrainingRun:
         """Read and check the folder of a run.
@@ -43,11 +50,7 @@ class TrainingRun:
         """
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder. Pass that of a run of train_ppo.")
-        for name in RUN_FILES:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder}: no {name} in this folder. A run of train_ppo writes it at its end."
-                )
+        _check_present(folder, (POLICY, RESULTS))
         try:
             results = json.loads((folder / RESULTS).read_text())
         except ValueError as error:
@@ -57,12 +60,22 @@ class TrainingRun:
             config = with_present_names(results["config"], str(folder / RESULTS))
             results["config"] = config | _with_present_backbone(config, data)
         features = data.get("policy_kwargs", {}).get("features")
-        return cls(folder, results, features if isinstance(features, dict) else {})
+        run = cls(folder, results, features if isinstance(features, dict) else {})
+        _check_present(folder, run.pictures)
+        return run
 
     @property
     def config(self) -> dict[str, Any]:
         """The run's options without those of one machine; absolute paths keep their last part."""
         return without_folders(self.results["config"], leave_out=_PRIVATE)
+
+
+def _check_present(folder: Path, names: Collection[str]) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder}: no {name} in this folder. A run of train_ppo writes it at its end."
+            )
 
 
 def _with_present_backbone(config: dict[str, Any], policy: dict[str, Any]) -> dict[str, Any]:

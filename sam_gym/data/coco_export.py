@@ -16,7 +16,6 @@ import cv2
 import numpy as np
 from PIL import Image
 from pycocotools import mask as rle
-from scipy.spatial import KDTree
 
 from sam_gym.data.base import BACKGROUND_CLASS, IGNORED
 from sam_gym.data.coco import TABLES
@@ -237,6 +236,8 @@ def joined_outline(mask: np.ndarray) -> np.ndarray:
     Returns:
         int64 (N, 2), at least three centres of pixels (x, y).
     """
+    from scipy.spatial import KDTree  # here, since it takes long to import
+
     found, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     contours = [contour[:, 0] for contour in found]
     bounds = np.cumsum([0, *map(len, contours)])

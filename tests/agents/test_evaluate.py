@@ -330,6 +330,8 @@ def test_command_line_writes_its_files(tiny_env: dict[str, Any], tmp_path: Path)
     with pytest.raises(FileExistsError, match="out holds a finished run"):
         main([*arguments, "--seed", "1"])
     assert json.loads((out / "results.json").read_text()) == results
+    assert main([*arguments, "--overwrite", "--no-pictures"]) == summary
+    assert {path.name for path in out.iterdir()} == {"results.json", "episodes.csv"}
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,7 @@ def test_a_trained_agent_does_not_play_images_that_may_be_training_images(
     policy = saved()
     arguments = ["--dataset", dataset, "--data", str(squares), "--backbone", "tiny"]
     arguments += ["--checkpoint", tiny_env["checkpoint"], "--device", "cpu", "--episodes", "2"]
-    arguments += ["--num-envs", "2", "--out", str(tmp_path / "out")]
+    arguments += ["--num-envs", "2", "--out", str(tmp_path / "out"), "--no-pictures"]
     options = ["--dataset-kwargs"]
     if dataset == "coco":
         options += ["annotations", str(squares / "all.json")]
@@ -383,7 +385,7 @@ def test_images_that_a_policy_was_trained_on_are_known_from_its_run(
     arguments = ["--policy", str(policy), "--dataset", "coco", "--data", str(squares)]
     arguments += ["--backbone", "tiny", "--checkpoint", tiny_env["checkpoint"], "--device", "cpu"]
     arguments += ["--episodes", "2", "--num-envs", "2", "--out", str(tmp_path / "out")]
-    arguments += ["--dataset-kwargs", "annotations", str(squares / "all.json")]
+    arguments += ["--no-pictures", "--dataset-kwargs", "annotations", str(squares / "all.json")]
     for options in (["split_seed", "2"], ["split_seed", "1", "--split", "all"], ["--split", "all"]):
         with pytest.raises(ValueError, match=r"images of split '(test|all)' are training images"):
             main([*arguments, *options])

@@ -216,7 +216,7 @@ def test_training_from_end_to_end_and_a_stopped_one_comes_to_the_same(
         "--video-every",
         "0",
     )
-    results = main(arguments(through, *options))
+    results = main(arguments(through, *options, "--pictures"))
 
     stored = json.loads((through / "results.json").read_text())
     assert {"agent", *BASELINES.names()} <= stored.keys()
@@ -264,7 +264,7 @@ def test_training_from_end_to_end_and_a_stopped_one_comes_to_the_same(
         evaluate(agent, SamSegConfig(**clicks, grid=8, stop=True), episodes=2)
 
     place = ("--backbone", "tiny", "--checkpoint", str(settings.checkpoint), "--device", "cpu")
-    out = ("--out", str(tmp_path / "evaluated"), "--episodes", "2")
+    out = ("--out", str(tmp_path / "evaluated"), "--episodes", "2", "--no-pictures")
     summary = evaluate_command.main([*place, *out, *TASK, "--policy", str(through / "policy.zip")])
     assert summary["mean_points"] <= 4
     assert (tmp_path / "evaluated" / "episodes.csv").is_file()

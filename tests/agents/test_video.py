@@ -242,6 +242,7 @@ def test_each_task_is_trained_and_compared(
         eval_episodes=1,
         final_episodes=2,
         video_every=0,
+        pictures=task == "prompt",
     )
     results = train(config)
     assert "clicks, oracle " in capsys.readouterr().out

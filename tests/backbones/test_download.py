@@ -53,7 +53,7 @@ def server() -> Iterator[Server]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
         behaviour.url = f"http://127.0.0.1:{listening.server_port}/sam.pth"
-        thread = threading.Thread(target=listening.serve_forever, daemon=True)
+        thread = threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield behaviour
         listening.shutdown()

@@ -2,6 +2,8 @@
 
 import csv
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,28 @@ from benchmarks.run import main
 from sam_gym.envs.click import SamSegConfig
 
 
-@pytest.fixture
-def trained(tiny_env: dict[str, Any], tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(
+    tiny_checkpoint: str,
+    build_tiny: Callable[[], Any],
+    backbone_added: Callable[..., AbstractContextManager[None]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """Folder of a run of two rollouts, on scenes of two things."""
-    out = tmp_path / "trained"
+    out = tmp_path_factory.mktemp("trained") / "run"
+    env: dict[str, Any] = {"backbone": "tiny", "checkpoint": tiny_checkpoint, "device": "cpu"}
+    env |= {"dataset_kwargs": {"length": 8, "size": 128}}
     run = config.TrainPPOConfig(
         out=str(out), num_envs=4, n_steps=8, batch_size=16, total_timesteps=64, eval_episodes=2,
-        final_episodes=2, video_every=0, categories="ring,star",
-        env_config=SamSegConfig(obs="handle", **tiny_env),
+        final_episodes=2, video_every=0, pictures=False, categories="ring,star",
+        env_config=SamSegConfig(obs="handle", **env),
     )  # fmt: skip
-    train_ppo.train(run)
+    with backbone_added("tiny", build=build_tiny):
+        train_ppo.train(run)
     return out
 
 
+@pytest.mark.usefixtures("tiny_env")
 def test_agents_are_compared_on_words(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "compared"
     results = main(
@@ -65,6 +76,7 @@ def test_held_out_images_are_not_restricted(tmp_path: Path) -> None:
     assert len(settings.open_dataset().categories) == 10 and policy.is_file()
 
 
+@pytest.mark.usefixtures("tiny_env")
 def test_clicks_are_counted_on_request_only(trained: Path, tmp_path: Path) -> None:
     args = ["--run", f"mine={trained}", "--out", str(tmp_path / "out"), "--episodes", "4"]
     results = main(["agents", *args, "--device", "cpu"])

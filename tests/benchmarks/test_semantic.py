@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,15 +241,27 @@ def test_heads_are_a_second_phase(street: Path, micro_checkpoint: str, tmp_path:
         main(arguments(street, micro_checkpoint, tmp_path / "d", *options, "--split", "train"))
 
 
-def test_votes_within_masks(street: Path, micro_checkpoint: str, tmp_path: Path) -> None:
+def test_votes_within_masks(
+    street: Path,
+    tiny_checkpoint: str,
+    build_tiny: Callable[[], Any],
+    add_backbone: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    add_backbone("tiny", build=build_tiny, thresholds=(0.0, 0.0))
     out = tmp_path / "out"
     options = ["--heads", "seed", "--epochs", "1", "--augmentations", "1", "--vote"]
-    results = main(arguments(street, micro_checkpoint, out, *options))
+    options += ["--backbone", "tiny", "--save-labels"]
+    results = main(arguments(street, tiny_checkpoint, out, *options))
     assert list(results["heads"]) == ["seed", "seed_masks"]
     one, voted = (results["heads"][name] for name in ("seed", "seed_masks"))
     for key, (value, low, high) in results["gains"]["seed_masks"].items():
         assert value == pytest.approx(voted[key] - one[key]) and low <= high
     assert "Gain of seed_masks over the head alone" in (out / "report.html").read_text()
+    alone, masked = (
+        np.array(Image.open(out / f"labels_{name}/0.png")) for name in ("seed", "seed_masks")
+    )
+    assert (alone != masked).any()
 
 
 def test_an_agent_corrects_a_head(
@@ -265,7 +277,7 @@ def test_an_agent_corrects_a_head(
     adapter = str(tmp_path / "a/heads/seed/semantic-head-0/adapter.safetensors")
     own = ["--dataset", "camvid", "--data", str(street), *model]
     own += ["--adapter", adapter, "--device", "cpu", "--total-timesteps", "16", "--n-steps", "4"]
-    own += ["--num-envs", "4", "--max-steps", "2", "--final-episodes", "2"]
+    own += ["--num-envs", "4", "--max-steps", "2", "--final-episodes", "2", "--no-pictures"]
     own += ["--initial-mask", "semantic", "--out", str(tmp_path / "b")]
     train_ppo.main(own)
     agent = ["--agent", str(tmp_path / "b/policy.zip")]

@@ -15,9 +15,9 @@ from sam_gym.utils.provenance import HERE
 
 @pytest.mark.slow
 def test_two_checkouts_are_trained_in_turn(tmp_path: Path) -> None:
-    small = ("--backbone", "micro-v0", "--num-envs", "16", "--total-timesteps", "256")
-    small += ("--final-episodes", "2")
-    few = ("--train-images", "8", "--eval-episodes", "2", "--threads", "1", "--out", str(tmp_path))
+    small = ("--backbone", "micro-v0", "--num-envs", "4", "--total-timesteps", "64")
+    small += ("--final-episodes", "1")
+    few = ("--train-images", "8", "--eval-episodes", "1", "--threads", "1", "--out", str(tmp_path))
     run = main(["training", *small, *few, "--against", str(HERE)])
     assert json.loads((tmp_path / "results.json").read_text())["ratio"] == run["ratio"] > 0
     ours, other = run["sides"]["this"], run["sides"]["other"]

@@ -50,6 +50,10 @@ HOLDS = {
 }
 
 
+def evaluate(arguments: list[str]) -> Any:
+    return agents_evaluate.main([*arguments, "--no-pictures"])
+
+
 def check(found: Any, recorded: Any, kind: str, at: str = "") -> None:
     """Compare nested numbers; floats to 1e-4, since another CPU or torch rounds differently."""
     message = f"{at}: {found!r}, recorded was {recorded!r}. {HOLDS[kind]}"
@@ -117,14 +121,12 @@ def test_a_stopped_adaptation_resumes(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", made.POLICIES)
 def test_policies(folder: Path, name: str, tmp_path: Path) -> None:
-    found = made.policy_numbers(
-        PolicyAgent, agents_evaluate.main, name, made.policy_path(name), tmp_path
-    )
+    found = made.policy_numbers(PolicyAgent, evaluate, name, made.policy_path(name), tmp_path)
     check(found, NUMBERS["policies"][name], "policy", name)
 
 
 def test_a_stopped_training_resumes(folder: Path) -> None:
-    arguments = [*made.train_arguments("ppo"), "--max-steps", "3", "--resume"]
+    arguments = [*made.train_arguments("ppo"), "--max-steps", "3", "--resume", "--no-pictures"]
     check(made.curves_of(train_ppo.main(arguments)), NUMBERS["resumed"], "run")
 
 
@@ -135,9 +137,7 @@ def test_a_hub_repository(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     (repository / "refs" / "main").write_text("0123abc")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    found = made.policy_numbers(
-        PolicyAgent, agents_evaluate.main, "implicit", "hf://me/clicker", tmp_path
-    )
+    found = made.policy_numbers(PolicyAgent, evaluate, "implicit", "hf://me/clicker", tmp_path)
     check(found, NUMBERS["policies"]["implicit"], "hub")
 
     again = shutil.copytree(folder / "hub", tmp_path / "again")

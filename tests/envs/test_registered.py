@@ -1,7 +1,6 @@
 """The contract of every registered environment."""
 
 import copy
-import itertools
 import json
 import pickle
 import warnings
@@ -164,7 +163,7 @@ def assert_equal(one: Any, other: Any, path: str = "") -> None:
         assert one.keys() == other.keys(), path
         for key in one:
             assert_equal(one[key], other[key], f"{path}/{key}")
-    elif isinstance(one, (tuple, list)):
+    elif isinstance(one, (tuple, list)) or getattr(one, "dtype", None) == np.dtype(object):
         assert len(one) == len(other), path
         for i, (a, b) in enumerate(zip(one, other, strict=True)):
             assert_equal(a, b, f"{path}/{i}")
@@ -186,12 +185,6 @@ def rollout(env: gym.Env, seed: int, steps: int, reset: bool = True) -> list[Any
 # The checkers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "variant",
-    list(itertools.product(("full", "handle"), ("category", "instance"))),
-    ids="-".join,
-    indirect=True,
-)
 @pytest.mark.parametrize("checker", [check_env, check_env_for_sb3], ids=["gymnasium", "sb3"])
 def test_checkers_pass(
     checker: Callable[[gym.Env], None],
@@ -227,8 +220,8 @@ def test_returned_types_are_plain(make: Make, variant: dict[str, Any]) -> None:
 
 
 def test_same_seed_gives_the_same_numbers(make: Make, variant: dict[str, Any]) -> None:
-    one, other = rollout(make(**variant), 5, 40), rollout(make(**variant), 5, 40)
-    assert sum(len(entry) == 2 for entry in one) > 3  # several episodes
+    one, other = rollout(make(**variant), 5, 24), rollout(make(**variant), 5, 24)
+    assert sum(len(entry) == 2 for entry in one) > 2  # several episodes
     assert_equal(one, other)
 
 
@@ -243,10 +236,13 @@ def test_seed_alone_decides(make: Make) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_same_seed_gives_the_same_numbers_in_a_vector(make_vec: Make, mode: AutoresetMode) -> None:
+    # Episodes end, where that is followed by a reset.
+    max_steps = 10 if mode == AutoresetMode.DISABLED else 4
+
     def log(seed: int) -> list[Any]:
-        envs = make_vec(mode, max_steps=20)
+        envs = make_vec(mode, max_steps=max_steps)
         entries: list[Any] = [envs.reset(seed=seed)]
-        actions = random_actions(np.random.default_rng(0), envs.single_action_space, (15, 3))
+        actions = random_actions(np.random.default_rng(0), envs.single_action_space, (8, 3))
         return entries + [envs.step(action) for action in actions]
 
     assert_equal(log(3), log(3))
@@ -285,14 +281,14 @@ def test_vector_spec_survives_json(make_vec: Make, variant: dict[str, Any]) -> N
 def test_a_copy_continues_alike_and_shares_the_model(
     make: Make, variant: dict[str, Any], clone: Callable[[gym.Env], gym.Env]
 ) -> None:
-    env = make(max_steps=9, **variant)
-    rollout(env, 2, 12)
+    env = make(max_steps=6, **variant)
+    rollout(env, 2, 8)
     other = clone(env)
     assert other.unwrapped.core.backbone is env.unwrapped.core.backbone
     assert other.unwrapped.core.store is env.unwrapped.core.store
-    expected = rollout(env, 3, 20, reset=False)
+    expected = rollout(env, 3, 12, reset=False)
     env.close()
-    assert_equal(rollout(other, 3, 20, reset=False), expected)
+    assert_equal(rollout(other, 3, 12, reset=False), expected)
 
 
 def test_pickle_holds_neither_model_nor_embeddings(env_id: str, micro_env: dict[str, Any]) -> None:
@@ -311,7 +307,7 @@ def test_pickle_holds_neither_model_nor_embeddings(env_id: str, micro_env: dict[
 def test_a_copied_vector_continues_alike(make_vec: Make, variant: dict[str, Any]) -> None:
     envs = make_vec(AutoresetMode.NEXT_STEP, **variant)
     envs.reset(seed=0)
-    actions = random_actions(np.random.default_rng(0), envs.single_action_space, (20, 3))
+    actions = random_actions(np.random.default_rng(0), envs.single_action_space, (12, 3))
     for action in actions[:7]:
         envs.step(action)
     other = pickle.loads(pickle.dumps(envs))
@@ -495,14 +491,25 @@ def play_side_by_side(own: VectorEnv, sync: SyncVectorEnv, steps: int, seed: int
         ended_episodes += int(ended.sum())
         if disabled and ended.any():
             game.reset(options={"reset_mask": ended})
-        elif step % 50 == 20 and ended.any():
+        elif step % 25 == 10 and ended.any():
             game.reset()
-        elif step % 50 == 40:
+        elif step % 25 == 20:
             game.reset(seed=[step, None, 7])
     return ended_episodes
 
 
-@pytest.mark.parametrize("mode", MODES)
+# Each mode and each variant, but not all pairs: only SAME_STEP gives observations in two places.
+@pytest.mark.parametrize(
+    ("mode", "variant"),
+    [
+        (AutoresetMode.NEXT_STEP, ("full", "category")),
+        (AutoresetMode.SAME_STEP, ("full", "category")),
+        (AutoresetMode.SAME_STEP, ("handle", "instance")),
+        (AutoresetMode.DISABLED, ("handle", "instance")),
+    ],
+    ids=lambda own: own.value if isinstance(own, AutoresetMode) else "-".join(own),
+    indirect=["variant"],
+)
 def test_vector_equals_scalars(
     env_id: str, make_vec: Make, variant: dict[str, Any], mode: AutoresetMode
 ) -> None:
@@ -513,10 +520,12 @@ def test_vector_equals_scalars(
     assert own.observation_space == sync.observation_space
     assert own.action_space == sync.action_space
     # Steps of a video take several times as long, and there are more of them in an episode.
-    steps, least = (36, 6) if env_id == "SamVideo-v0" else (60, 20)
+    steps, least = (22, 5) if env_id == "SamVideo-v0" else (32, 10)
     assert play_side_by_side(own, sync, steps, seed=MODES.index(mode)) > least
 
 
+# The tests above play a video environment over a model of the same kind already.
+@pytest.mark.parametrize("env_id", sorted({*ENVIRONMENTS} - {"SamVideo-v0"}), indirect=True)
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
 def test_vector_equals_scalars_over_micro(
     env_id: str, make_vec: Make, micro_env: dict[str, Any], mode: AutoresetMode
@@ -524,7 +533,7 @@ def test_vector_equals_scalars_over_micro(
     more = as_of(env_id, {"stop": True, "undo": True, "max_steps": 4})
     settings = {"backbone": "micro", **micro_env, **more}
     own, sync = make_vec(mode, **settings), make_vec(mode, own=False, **settings)
-    assert play_side_by_side(own, sync, steps=30, seed=MODES.index(mode)) > 10
+    assert play_side_by_side(own, sync, steps=22, seed=MODES.index(mode)) > 6
 
 
 @pytest.mark.parametrize("obs", ["full", "handle"])

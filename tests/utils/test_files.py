@@ -15,7 +15,7 @@ from sam_gym.utils.training import save_state
 WRITE = """
 import sys, pathlib, torch
 from sam_gym.utils.training import save_state
-for number in range(100):
+for number in range(40):
     save_state({"values": torch.full((20_000,), number)}, pathlib.Path(sys.argv[1]))
 """
 

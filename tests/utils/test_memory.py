@@ -21,7 +21,7 @@ from sam_gym.utils.memory import keep_freed_memory
 print(keep_freed_memory())
 def work():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
+    for _ in range(5):
         numpy.ones(2**26, numpy.uint8)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 work()
@@ -30,7 +30,7 @@ print(work())
 
 
 def faults(**environment: str) -> tuple[str, int]:
-    """Whether the settings were taken, and the page faults of 20 arrays of 64 MiB."""
+    """Whether the settings were taken, and the page faults of 5 arrays of 64 MiB."""
     # Large pages would hide how many small ones there are.
     env = {"NUMPY_MADVISE_HUGEPAGE": "0"} | environment
     result = subprocess.run(

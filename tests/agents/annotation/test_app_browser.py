@@ -85,30 +85,32 @@ def app(photos: Path, start_script: Callable[..., Any]) -> Iterator[App]:
     app.kill()
 
 
-@pytest.fixture
-def open_tab(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Returns a page of a browser of its own."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium; tabs of different contexts share neither cookies nor storage."""
     with playwright.sync_playwright() as driver:
-        contexts = []
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
 
-        def open_tab(url: str, width: int = 1280, height: int = 720, **options: Any) -> Any:
-            context = driver.chromium.launch_persistent_context(
-                str(tmp_path / f"browser{len(contexts)}"),
-                executable_path=CHROMIUM,
-                args=ARGUMENTS,
-                viewport={"width": width, "height": height},
-                **options,
-            )
-            contexts.append(context)
-            context.set_default_timeout(1000 * PATIENCE)
-            page = context.pages[0]
-            page.goto(url, wait_until="commit")
-            loaded(page)
-            return page
 
-        yield open_tab
-        for context in contexts:
-            context.close()
+@pytest.fixture
+def open_tab(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Returns a page of a context of its own, as of another browser."""
+    contexts = []
+
+    def open_tab(url: str, width: int = 1280, height: int = 720, **options: Any) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        context.set_default_timeout(1000 * PATIENCE)
+        page = context.new_page()
+        page.goto(url, wait_until="commit")
+        loaded(page)
+        return page
+
+    yield open_tab
+    for context in contexts:
+        context.close()
 
 
 def until(condition: Callable[[], Any]) -> Any:

@@ -79,7 +79,7 @@ def test_a_run_reports_what_is_kept_and_a_stopped_one_comes_to_the_same(
     options = (*STREAM, "--boundaries", "hidden", "--final-episodes", "3", "--max-steps", "3")
     options += ("--total-timesteps", "96", "--checkpoint-every", "32")
     through, stopped = tmp_path / "through", tmp_path / "stopped"
-    results = main(arguments(through, *options))
+    results = main(arguments(through, *options, "--pictures"))
 
     stored = json.loads((through / "results.json").read_text())
     continual = stored["continual"]

@@ -145,7 +145,7 @@ def test_mlflow_has_what_tensorboard_has_though_the_run_was_killed(
     assert max(step for points in in_tensorboard(out).values() for step, _ in points) == 96
     assert status(run) == "RUNNING"
 
-    main([*given, "--resume", "--register-model", "clicker"])
+    main([*given, "--resume", "--register-model", "clicker", "--pictures"])
     assert_same(out, plain)
     recorded = in_tensorboard(out)
     assert in_mlflow(run) == recorded
