@@ -32,8 +32,9 @@ from agents.sharing.repository import POLICY, PREFIX, RESULTS
 from agents.tasks import check_plays, names_by_environment, task_of
 from sam_gym.data import DATASETS, Dataset
 from sam_gym.data.splits import check_held_out
-from sam_gym.envs.base_core import BaseCore, EnvConfig
+from sam_gym.envs.base_core import BaseCore
 from sam_gym.envs.click import SamSegConfig
+from sam_gym.envs.config import EnvConfig
 from sam_gym.metrics.masks import mean_and_ci95
 from sam_gym.utils import cli
 from sam_gym.utils.fields import documented

@@ -17,8 +17,8 @@ import tyro
 import sam_gym  # noqa: F401  (registers the environments)
 from agents.ppo.command_line import env_of
 from agents.tasks import task_of
-from sam_gym.envs.base_core import EnvConfig
 from sam_gym.envs.click import SamSegConfig
+from sam_gym.envs.config import EnvConfig
 from sam_gym.utils import cli
 from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Natural, Seed

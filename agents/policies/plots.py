@@ -12,8 +12,8 @@ from agents.evaluate import PolicyAgent
 from agents.policies.explicit import TextFeatures
 from agents.ppo.vec_env import make_vector_env
 from agents.tasks import task_of
-from sam_gym.envs.base_core import EnvConfig
 from sam_gym.envs.click import ClickCore
+from sam_gym.envs.config import EnvConfig
 from sam_gym.utils.render import draw_heat, tile
 
 _HEIGHT = 224

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from agents.policies.implicit import MAX_SEARCH, SPATIAL, check_head
-from sam_gym.envs.base_core import EnvConfig
 from sam_gym.envs.click import SamSegConfig
+from sam_gym.envs.config import EnvConfig
 from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import (
     Count,

@@ -10,7 +10,7 @@ from agents.ppo.stages import Stages
 from agents.tasks import Task, task_of
 from sam_gym.data.splits import check_held_out, copied_images, shared_images
 from sam_gym.data.streams import Stream
-from sam_gym.envs.base_core import EnvConfig
+from sam_gym.envs.config import EnvConfig
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.sharing.repository import CARD, POLICY, RESULTS, is_card
 from agents.tasks import task_of
 from sam_gym.backbones.loading import resolve_device
-from sam_gym.envs.base_core import BaseCore, EnvConfig
+from sam_gym.envs.base_core import BaseCore
+from sam_gym.envs.config import EnvConfig
 from sam_gym.utils.files import make_folder, write_atomic
 from sam_gym.utils.memory import release_freed_memory
 from sam_gym.utils.process_group import ALONE, ProcessGroup

@@ -18,7 +18,8 @@ from gymnasium.vector import (
 from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvObs
 
-from sam_gym.envs.base_core import BaseCore, EnvConfig
+from sam_gym.envs.base_core import BaseCore
+from sam_gym.envs.config import EnvConfig
 
 
 def make_vector_env(

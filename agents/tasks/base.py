@@ -20,7 +20,8 @@ from agents.sharing.markdown import code, one_line
 from agents.sharing.run import TrainingRun
 from sam_gym.data import DATASETS
 from sam_gym.data.streams import Stream
-from sam_gym.envs.base_core import BaseCore, DatasetConfig, EnvConfig
+from sam_gym.envs.base_core import BaseCore
+from sam_gym.envs.config import DatasetConfig, EnvConfig
 from sam_gym.utils.registry import Registry, unknown_name
 
 C = TypeVar("C", bound=EnvConfig)

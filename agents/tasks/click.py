@@ -24,8 +24,9 @@ from agents.tasks.base import (
     register,
     shell_option,
 )
-from sam_gym.envs.base_core import BaseCore, EnvConfig
+from sam_gym.envs.base_core import BaseCore
 from sam_gym.envs.click import SamSegConfig
+from sam_gym.envs.config import EnvConfig
 
 #: Fields of the env config that an agent cannot do without where it plays.
 _ENVIRONMENT = ("target", "dataset", "backbone", "grid", "max_steps")

@@ -10,7 +10,8 @@ import numpy as np
 from agents.tasks.base import C, register
 from agents.tasks.click import ClickTask
 from sam_gym.data.streams import Stream
-from sam_gym.envs.base_core import BaseCore, EnvConfig
+from sam_gym.envs.base_core import BaseCore
+from sam_gym.envs.config import EnvConfig
 from sam_gym.envs.continual import ContinualConfig
 
 

@@ -9,7 +9,8 @@ from agents.baselines.everything import BASELINES
 from agents.sharing.markdown import text
 from agents.sharing.run import TrainingRun
 from agents.tasks.base import CardFacts, Task, backbone_arguments, register
-from sam_gym.envs.base_core import BaseCore, EnvConfig
+from sam_gym.envs.base_core import BaseCore
+from sam_gym.envs.config import EnvConfig
 from sam_gym.envs.everything import EverythingConfig
 
 

@@ -10,7 +10,8 @@ from agents.baselines.base import Agent
 from agents.baselines.video import BASELINES, BY_TASK
 from agents.tasks.base import C, Task, backbone_arguments, register
 from sam_gym.data import VIDEO_DATASETS
-from sam_gym.envs.base_core import BaseCore, EnvConfig
+from sam_gym.envs.base_core import BaseCore
+from sam_gym.envs.config import EnvConfig
 from sam_gym.envs.video import SamVideoConfig
 
 #: Task -> the config that trains it.

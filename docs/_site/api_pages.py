@@ -43,7 +43,7 @@ PAGES: dict[str, tuple[str, list[str]]] = {
             "sam_gym.envs.base_env.BaseEnv",
             "sam_gym.envs.base_env.BaseVectorEnv",
             "sam_gym.envs.base_core.BaseCore",
-            "sam_gym.envs.base_core.EnvConfig",
+            "sam_gym.envs.config.EnvConfig",
             "Transition",
             "register_reward",
             "sam_gym.envs.rewards.iou_gain",

@@ -14,7 +14,8 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from sam_gym.envs.base_core import BaseCore, EnvConfig
+from sam_gym.envs.base_core import BaseCore
+from sam_gym.envs.config import EnvConfig
 from sam_gym.utils.registry import check_choice, unknown_name
 from sam_gym.utils.window import Window
 

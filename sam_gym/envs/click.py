@@ -14,16 +14,9 @@ from torch.nn import functional as F
 from sam_gym.backbones import NO_POINT, Prompts
 from sam_gym.data import Dataset
 from sam_gym.data.base import select_categories
-from sam_gym.envs.base_core import (
-    FRAME_HEIGHT,
-    MAX_DRAWS,
-    BaseCore,
-    DatasetConfig,
-    Draw,
-    EnvConfig,
-    in_cells,
-)
+from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, Draw, in_cells
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
+from sam_gym.envs.config import DatasetConfig, EnvConfig
 from sam_gym.envs.proposals import Proposals
 from sam_gym.envs.rewards import REWARDS, Transition
 from sam_gym.metrics import masks as metrics

@@ -15,16 +15,9 @@ from torch import Tensor
 from sam_gym.backbones import Prompts
 from sam_gym.data import Dataset, Sample, dataset_help
 from sam_gym.data.cache import pack_masks, unpack_masks
-from sam_gym.envs.base_core import (
-    FRAME_HEIGHT,
-    MAX_DRAWS,
-    BaseCore,
-    DatasetConfig,
-    Draw,
-    Grid,
-    in_cells,
-)
+from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, Draw, in_cells
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
+from sam_gym.envs.config import DatasetConfig, Grid
 from sam_gym.metrics.panoptic import PART_COVERS, PART_INSIDE, matched_ious
 from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Count, Fraction, NotNegative

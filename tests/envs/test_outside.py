@@ -15,8 +15,9 @@ from gymnasium.utils.env_checker import check_env
 
 from sam_gym.backbones import Prompts
 from sam_gym.data import Dataset, Sample
-from sam_gym.envs.base_core import MAX_DRAWS, BaseCore, DatasetConfig, Draw
+from sam_gym.envs.base_core import MAX_DRAWS, BaseCore, Draw
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
+from sam_gym.envs.config import DatasetConfig
 from sam_gym.metrics.masks import batch_iou
 from sam_gym.utils.render import draw_masks
 from sam_gym.utils.transfer import to_device, to_host

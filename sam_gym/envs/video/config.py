@@ -11,7 +11,7 @@ from sam_gym.backbones.spec import backbone_help
 from sam_gym.backbones.video.prompting import PromptKind
 from sam_gym.data import VideoDataset
 from sam_gym.data.options import VideoDatasetOptions
-from sam_gym.envs.base_core import EnvConfig
+from sam_gym.envs.config import EnvConfig
 from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import NotNegative, whole
 
