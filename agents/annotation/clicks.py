@@ -191,12 +191,11 @@ class ClickAnnotator:
         ]
         missing = core.num_envs - len(targets)
         core.set_targets(range(core.num_envs), targets + targets[-1:] * missing)
-        playing = np.arange(core.num_envs) < len(targets)
-        while playing.any():
+        core.end_episodes(range(len(targets), core.num_envs))
+        while len(indices := core.playing()):
             actions = self.agent.act(core, core.observe(np.arange(core.num_envs)))
-            indices = np.flatnonzero(playing)
-            _, terminated, truncated = core.step(indices, actions[indices])
-            playing[indices] = ~(terminated | truncated)
+            _, terminated, _ = core.step(indices, actions[indices])
+            core.end_episodes(indices[terminated])
 
     def _annotated(self, env_index: int, key: Key, image: np.ndarray) -> AnnotatedItem:
         """Annotation of a sub-environment's mask, if it has pixels and sufficient scores."""

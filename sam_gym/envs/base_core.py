@@ -474,6 +474,10 @@ class BaseCore(Generic[C, T]):
         """Return the sub-environments whose episode has steps left: int64 (S,)."""
         return np.flatnonzero(~self._is_over(np.arange(self.num_envs)))
 
+    def end_episodes(self, indices: Sequence[int] | np.ndarray) -> None:
+        """Let no steps be left in the episodes of some sub-environments, until they are reset."""
+        self.steps[indices] = self.config.max_episode_steps
+
     def _check_not_over(self, indices: np.ndarray) -> None:
         """Raise `RuntimeError` if an episode has reached its maximum number of steps."""
         if self._is_over(indices).any():

@@ -33,7 +33,7 @@ from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.adapters.semantic_head import SEMANTIC_HEADS
 from sam_gym.data import make_dataset
 from sam_gym.data.options import DatasetOptions
-from sam_gym.envs.click import SamSegConfig
+from sam_gym.envs.click import ClickCore, SamSegConfig
 from sam_gym.envs.everything import EverythingConfig
 from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 
@@ -109,6 +109,26 @@ def test_the_file_is_coco_and_can_be_scored(
     evaluation.accumulate()
     evaluation.summarize()
     assert evaluation.stats[0] == pytest.approx(1.0)
+
+
+def test_a_search_decodes_for_episodes_that_go_on(
+    policy: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = PolicyAgent.load(policy, "cpu")
+    annotator = ClickAnnotator(agent, ["star", "ring"], 4, min_score=-99.0)
+    playing: list[list[int]] = []
+
+    def act(core: ClickCore, observations: dict[str, Any]) -> np.ndarray:
+        # Where `best_clicks` would decode. The second episode stops at its second step.
+        playing.append(core.playing().tolist())
+        stop = core.action_space.n - 1
+        return np.array([0, stop if len(playing) == 2 else 1, 2, 3])
+
+    monkeypatch.setattr(agent, "act", act)
+    image = cv2.imread(str(photos / "b.jpg"))[..., ::-1]
+    items = [(("b.jpg", category), image) for category in (0, 1)]
+    found = [item.annotations[0]["clicks"] for item in annotator.stream(iter(items))]
+    assert playing == [[0, 1], [0, 1], [0]] and found == [3, 1]
 
 
 def test_masks_are_those_of_the_agent_alone(policy: str, photos: Path) -> None:
