@@ -11,7 +11,6 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
-from scipy.stats import rankdata
 
 from agents.annotation.clicks import ClickAnnotator
 from agents.annotation.presence import Calibration, Logistic, Similarity, after, before
@@ -152,6 +151,8 @@ def play(
 
 def auroc(scores: np.ndarray, present: np.ndarray) -> float:
     """Return the area under the ROC curve: P(score of a present pair > of an absent one)."""
+    from scipy.stats import rankdata  # here, since it takes long to import
+
     ranks, positive = rankdata(scores), np.count_nonzero(present)
     pairs = positive * np.count_nonzero(~present)
     return float((ranks[present].sum() - positive * (positive + 1) / 2) / pairs)

@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from pycocotools.coco import COCO
 
 from sam_gym.data import Sample, make_dataset, make_video_dataset
 
-pytest.importorskip("nicegui", reason="the app needs NiceGUI: pip install 'sam-gym[app]'")
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="drives the browser: pip install playwright"
 )
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("nicegui") is None, reason="the app needs NiceGUI: pip install 'sam-gym[app]'"
+    ),
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
 ]
 #: Seconds until something must have happened; a busy machine takes its time.
