@@ -28,7 +28,7 @@ from agents.ppo.config import with_present_names
 from agents.ppo.vec_env import make_vector_env
 from agents.search import best_clicks
 from agents.sharing.pull import local_policy
-from agents.sharing.repository import POLICY, PREFIX, RESULTS
+from agents.sharing.repository import FILM, POLICY, PREFIX, RESULTS, STEPS
 from agents.tasks import check_plays, names_by_environment, task_of
 from sam_gym.data import DATASETS, Dataset
 from sam_gym.data.splits import check_held_out
@@ -39,7 +39,7 @@ from sam_gym.metrics.masks import mean_and_ci95
 from sam_gym.utils import cli
 from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_csv, write_json
-from sam_gym.utils.provenance import provenance
+from sam_gym.utils.provenance import own_commit, provenance
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import save_gif, tile
 from sam_gym.utils.runs import refuse_finished, remove_files
@@ -48,7 +48,7 @@ from sam_gym.utils.settings import Count, Seed, checked
 #: Approximate maximum number of frames of a film.
 MAX_FRAMES = 32
 #: Files that the command writes beside results.json and episodes.csv: a plot and a film.
-_PICTURES = ("iou_after_steps.png", "episodes.gif")
+_PICTURES = (STEPS, FILM)
 
 
 @dataclass(frozen=True)
@@ -483,13 +483,14 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
             check_held_out(dataset, env_config.split)
         if train is not None:
             check_held_out(dataset, env_config.split, train)
+    own_commit()  # for results.json
     out = make_folder(config.folder)
     remove_files(out, _PICTURES)  # of an earlier evaluation
     counts: dict[str, Any] = {"episodes": config.episodes, "num_envs": config.num_envs}
     result = evaluate(agent, env_config, env_id=env_id, seed=config.seed, **counts)
     summary, curve = result.summary(), result.curve.round(4).tolist()
     written = {config.policy: summary, "iou_after_steps": curve, "config": asdict(config)}
-    write_json(out / "results.json", written | provenance())
+    write_json(out / RESULTS, written | provenance())
     write_csv(out / "episodes.csv", result.rows())
     files = [RESULTS, "episodes.csv"]
     if config.pictures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -18,8 +18,8 @@ from adaptation.strategy import Step, Strategy, StrategyContext
 from adaptation.trainer import falling
 from benchmarks import report
 from benchmarks.options import TimedOptions
+from benchmarks.semantic.heads import HeadName
 from sam_gym.backbones import Backbone
-from sam_gym.backbones.adapters.semantic_head import SEMANTIC_HEADS
 from sam_gym.backbones.adapters.tuning import TUNINGS, tune_help
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.data.streams import Domain, Stream, dataset_stream, make_stream
@@ -46,16 +46,16 @@ _COLUMNS = {
 class EpochsBenchmarkConfig(TimedOptions):
     """Time an epoch of training on features from the bank, and one that encodes every step.
 
-    Both see the same augmented images, objects and prompts, and must end with the same weights.
-    Semantic heads learn from the label maps of `rooms`, all other weights from the objects of
-    `--domain`.
+    Both see the same augmented images, objects and prompts, and end with the same weights but for
+    rounding. Semantic heads learn from the label maps of `rooms`, each image once; all other
+    weights from the objects of `--domain`.
     """
 
     tune: Annotated[
         tuple[str, ...],
         tyro.conf.arg(help=f"{tune_help('Tune targets with a frozen encoder', True)}."),
     ] = ("decoder", "hq")
-    heads: tuple[str, ...] = ()
+    heads: tuple[HeadName, ...] = ()
     """Semantic heads to train as well: seed, pyramid (`adaptation.train --method semantic`)."""
     images: Count = 16
     """Number of training images."""
@@ -102,8 +102,6 @@ def run(config: EpochsBenchmarkConfig) -> dict[str, Any]:
                 f"--tune {name} trains the encoder, so embeddings cannot be kept: take decoder, hq "
                 "or lora_decoder."
             )
-    for name in config.heads:
-        SEMANTIC_HEADS.get(name)
     objects = make_stream(
         "scenes-domains", domains=config.domain, train_images=config.images, seed=config.seed
     )
@@ -117,8 +115,8 @@ def run(config: EpochsBenchmarkConfig) -> dict[str, Any]:
     columns, cells = report.formatted(rows, _COLUMNS)
     page = report.Page(
         "Training on embeddings that are computed once",
-        f"{backbone.name}: an epoch over "
-        f"{report.counted(config.images * config.augmentations, 'augmented image')}, "
+        f"{backbone.name}: an epoch over {report.counted(config.images, 'image')} in "
+        f"{report.counted(config.augmentations, 'augmentation')} (of semantic heads: in one each), "
         "with features from the bank and with an encoder that runs in every step. Same images, "
         "objects and prompts.",
     )
@@ -138,7 +136,7 @@ def _compare(
     backbone: Backbone,
     stream: Stream,
     tune: str,
-    head: str | None = None,
+    head: HeadName | None = None,
 ) -> dict[str, Any]:
     sizes: tuple[Any, ...] = (config.augmentations, config.objects_per_image, None, config.seed)
     # Alternate steps, so that other load on the machine affects both alike.
@@ -172,22 +170,25 @@ class _Side:
     """One of the two ways to train, step by step."""
 
     def __init__(
-        self, config: EpochsBenchmarkConfig, bank: FeatureBank, tune: str, head: str | None
+        self,
+        config: EpochsBenchmarkConfig,
+        bank: FeatureBank,
+        tune: str,
+        head: HeadName | None,
     ) -> None:
         self.config, self.domain = config, bank.stream[0]
         if head is None:
             self.strategy: Strategy = Naive(StrategyContext(bank, tune, seed=config.seed))
-            count = len(bank.train(self.domain).rows)
+            whole = -(-len(bank.train(self.domain).rows) // config.batch_size)
         else:
-            options = Semantic.Options(head=cast(Any, head))
+            options = Semantic.Options(head=head)
             self.strategy = Semantic(StrategyContext(bank, tune, options, config.seed))
-            count = bank.count(self.domain, "train")
+            whole = self.strategy.epoch_steps(0, config.batch_size)
         self.strategy.digest(self.domain)  # augments the images, which is not timed
         self.strategy.before_task(0)
         self.learner = Learner(self.strategy)
         weights = list(self.strategy.trained().values())
         self.optimizer = self.strategy.make_optimizer(weights, _RATE)
-        whole = -(-count // config.batch_size)
         self.steps = whole if config.max_steps is None else min(whole, config.max_steps)
         self.seconds, self.loss = 0.0, 0.0
 

@@ -140,7 +140,7 @@ class EvaluationOptions:
     """Record a held-out episode into `out`/videos every this many training episodes (0: never)."""
     pictures: bool = True
     """Draw learning_curve.png, iou_after_steps.png, episodes.gif and, with a stream, forgetting.png
-    at the end. Without, a short run ends seconds earlier; results.json has the numbers."""
+    at the end. --no-pictures saves seconds; the numbers are in results.json."""
 
 
 @documented

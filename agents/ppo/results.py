@@ -14,6 +14,7 @@ from agents.ppo.callbacks import MonitorCallback
 from agents.ppo.config import VALIDATION_SEED
 from agents.ppo.plan import Plan
 from agents.ppo.stages import StreamCallback
+from agents.sharing.repository import CURVE, FILM, FORGETTING, RESULTS, STEPS
 from sam_gym.envs.base_core import BaseCore
 from sam_gym.metrics.masks import with_interval
 from sam_gym.utils.files import write_json
@@ -74,8 +75,8 @@ def write_results(
         "eval_baselines": eval_baselines,
         "iou_after_steps": curves,
     }
-    write_json(out / "results.json", results)
-    files = [out / "results.json"]
+    write_json(out / RESULTS, results)
+    files = [out / RESULTS]
     if config.pictures:
         files += _draw(plan, agent, results, walk, core.dataset.name)
     return results, files
@@ -86,8 +87,7 @@ def _draw(
 ) -> list[Path]:
     """Draw the pictures of a run; return the files."""
     config = plan.config
-    names = ("learning_curve.png", "iou_after_steps.png", "episodes.gif")
-    learning, steps, film = files = [config.folder / name for name in names]
+    learning, steps, film = files = [config.folder / name for name in (CURVE, STEPS, FILM)]
     plot_learning_curve(
         learning,
         results["train_curve"],
@@ -99,7 +99,7 @@ def _draw(
     save_gif(film, film_episodes(agent, plan.held_out, env_id=config.env, seed=3))
     if walk is not None:
         heading = f"{config.policy} on {title}: held-out episodes after each domain"
-        path = config.folder / "forgetting.png"
+        path = config.folder / FORGETTING
         files.append(plot_matrix(path, walk.matrix, walk.names, heading))
     return files
 

@@ -29,7 +29,7 @@ from agents.ppo.results import baselines_on_validation, write_results
 from agents.ppo.stages import PerStageSchedule, Stages, StreamCallback
 from agents.ppo.tracking import MlflowRun, make_logger, require_mlflow
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
-from agents.sharing.repository import CARD, POLICY, RESULTS, is_card
+from agents.sharing.repository import CARD, CURVE, FILM, FORGETTING, POLICY, RESULTS, STEPS, is_card
 from agents.tasks import task_of
 from sam_gym.backbones.loading import resolve_device
 from sam_gym.envs.base_core import BaseCore
@@ -37,6 +37,7 @@ from sam_gym.envs.config import EnvConfig
 from sam_gym.utils.files import make_folder, write_atomic
 from sam_gym.utils.memory import release_freed_memory
 from sam_gym.utils.process_group import ALONE, ProcessGroup
+from sam_gym.utils.provenance import own_commit
 from sam_gym.utils.render import save_gif, save_image
 from sam_gym.utils.runs import refuse_finished, remove_files
 from sam_gym.version import __version__
@@ -51,8 +52,8 @@ _OF_PPO = ("n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "clip_ran
 
 #: Files that a run writes into its folder.
 _WRITTEN = (
-    *(POLICY, RESULTS, "learning_curve.png", "iou_after_steps.png", "episodes.gif"),
-    *("forgetting.png", "policy_plots/step-*.png", "videos/step-*.gif", "checkpoints/*.ckpt"),
+    *(POLICY, RESULTS, CURVE, STEPS, FILM, FORGETTING),
+    *("policy_plots/step-*.png", "videos/step-*.gif", "checkpoints/*.ckpt"),
     "tensorboard/**/events.out.tfevents.*",
 )
 
@@ -68,6 +69,7 @@ def train(config: TrainPPOConfig) -> dict[str, Any]:
         FileExistsError: `out` holds a run, and neither --resume nor --overwrite is given.
         ConnectionError: another process of the job has stopped, or MLflow does not answer.
     """
+    own_commit()  # for results.json
     if config.mlflow:
         require_mlflow(_mlflow_place(config))
     plan = Plan.of(config)

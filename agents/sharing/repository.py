@@ -13,8 +13,12 @@ PREFIX = "hf://"
 POLICY, RESULTS, CARD = "policy.zip", "results.json", "README.md"
 #: Calibration of an agent's presence score, which not every agent has.
 PRESENCE = "presence.json"
-#: Pictures of a training run that a repository holds, unless the run drew none.
-PICTURES = ("learning_curve.png", "episodes.gif")
+#: Pictures of a training run: its curve, the IoU after each step of final episodes, and a film.
+CURVE, STEPS, FILM = "learning_curve.png", "iou_after_steps.png", "episodes.gif"
+#: That of a run over a stream of domains.
+FORGETTING = "forgetting.png"
+#: Pictures that a repository holds, unless the run drew none.
+PICTURES = (CURVE, FILM)
 #: Files of a training run that a repository holds, beside the card.
 RUN_FILES = (POLICY, RESULTS, *PICTURES)
 #: Tag of the repositories that hold an agent of sam-gym.

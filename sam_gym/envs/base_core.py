@@ -22,10 +22,7 @@ from sam_gym.envs.handles import HandleSpace
 from sam_gym.envs.prefetch import Prefetcher
 from sam_gym.simulation.clicks import cell_centres
 from sam_gym.utils.lowres import frame_mask, low_res
-from sam_gym.utils.settings import (
-    Count,
-    checked,
-)
+from sam_gym.utils.settings import Count, checked
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Height of the picture in a frame, without its caption, in pixels.
@@ -475,7 +472,7 @@ class BaseCore(Generic[C, T]):
         return np.flatnonzero(~self._is_over(np.arange(self.num_envs)))
 
     def end_episodes(self, indices: Sequence[int] | np.ndarray) -> None:
-        """Let no steps be left in the episodes of some sub-environments, until they are reset."""
+        """End the episodes of some sub-environments: sets `steps` to their maximum."""
         self.steps[indices] = self.config.max_episode_steps
 
     def _check_not_over(self, indices: np.ndarray) -> None:

@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ def provenance(config: Any = None, backbone: Backbone | None = None) -> dict[str
     own: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "versions": {"sam-gym": __version__, "torch": torch.__version__},
-        "commit": commit_of(HERE),
+        "commit": own_commit(),
     }
     if config is not None:
         own["settings"] = json.loads(json.dumps(asdict(config)))
@@ -45,12 +46,22 @@ def provenance(config: Any = None, backbone: Backbone | None = None) -> dict[str
     }
 
 
+@cache
+def own_commit() -> str | None:
+    """Return the commit of this checkout when this was first called, see `commit_of`.
+
+    Commands call it before long work, during which files may change.
+    """
+    return commit_of(HERE)
+
+
 def commit_of(checkout: Path) -> str | None:
     """Return the commit of a checkout, and whether files differ from it; None if it is none."""
     # An installed package may lie inside of a checkout of something else.
     if not (checkout / ".git").exists():
         return None
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "-C", str(checkout), "describe", "--always"]
+    command += ["--exclude", "*", "--dirty", "--abbrev=40"]  # no tags
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:

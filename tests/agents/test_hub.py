@@ -409,9 +409,11 @@ def test_the_command_in_another_process(
     done = command("push", "--run", str(run), "--repo", "me/clicker", "--private")
     assert done.returncode == 0 and "its name is hf://me/clicker" in done.stdout
     assert hub.repos["me/clicker"].private
-    done = command("pull", "--repo", "me/clicker")
-    path = Path(done.stdout.strip())
+    path = pull(HubPullConfig("me/clicker"))
     assert path.read_bytes() == (run / "policy.zip").read_bytes()
+    failed = command("pull", "--repo", "me/none")
+    assert failed.returncode == 1 and failed.stderr.splitlines()[-1].startswith("error: me/none: ")
+    assert "Traceback" not in failed.stderr
 
 
 def test_the_command_line(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

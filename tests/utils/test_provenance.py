@@ -38,6 +38,8 @@ def test_commit_is_that_of_the_checkout_itself(tmp_path: Path) -> None:
     command = [*git, "rev-parse", "HEAD"]
     commit = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     assert commit_of(tmp_path) == commit
+    subprocess.run([*git, "tag", "-a", "v1", "-m", "release"], check=True)
+    assert commit_of(tmp_path) == commit
     (tmp_path / "file").write_text("b")
     assert commit_of(tmp_path) == f"{commit}-dirty"
     # An environment inside of a project is no checkout of that project.

@@ -90,6 +90,25 @@ def test_the_target_map_guides_clicks(made: Callable[..., Any]) -> None:
     torch.testing.assert_close(judged, guided.log_softmax(dim=1).max(dim=1).values)
 
 
+def test_guidance_is_sharp(made: Callable[..., Any]) -> None:
+    """An error in one cell adds to the click there, and to no other."""
+    policy, core, env = made()
+    tensors = policy.to_tensors(env.reset(seed=0)[0])
+    shape: Any = core.backbone.embedding_shape[1:]
+    logits = torch.full((4, *shape), -30.0)
+    logits[:, 1, 2] = 30.0
+    policy.target_map.forward = lambda _: logits
+    with torch.no_grad():
+        guided = policy.logits_and_value(tensors)[0]
+        policy.target_map.forward = lambda _: torch.full((4, *shape), -30.0)
+        added = (guided - policy.logits_and_value(tensors)[0])[0]
+    rows, columns = (8 // side for side in shape)  # clicks per cell of the map
+    expected = torch.zeros(2, 8, 8)
+    expected[0, rows : 2 * rows, 2 * columns : 3 * columns] = 5.0
+    expected[1] = -expected[0]
+    torch.testing.assert_close(added[:128], expected.flatten())
+
+
 @pytest.mark.parametrize("keep_best", [False, True])
 def test_a_preview_is_what_the_step_gives(made: Callable[..., Any], keep_best: bool) -> None:
     _, core, env = made(keep_best=keep_best)
