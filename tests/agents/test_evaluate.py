@@ -551,7 +551,7 @@ def test_policies_of_other_programs_know_their_sam(tmp_path: Path) -> None:
         return PolicyAgent.load(path, "cpu").policy.features_extractor.backbone.name
 
     policy: Any = PolicyAgent.load(SHIPPED["implicit"], "cpu").policy
-    arguments = {"features": policy.features, "grid": policy.grid}
+    arguments = {"features": policy.features, "grid": policy.grid, "search": policy.search}
     first = str(BACKBONES.get("micro-v0").weights)
     sam = {"name": "micro", "checkpoint": first, "device": "cpu", "dtype": "auto"}
     assert loaded(policy_kwargs=arguments | {"features": policy.features | {"backbone": sam}}) == (

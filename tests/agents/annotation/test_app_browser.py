@@ -244,7 +244,8 @@ def test_annotate_a_folder(
     until(lambda: page.locator(".sg-object").count() == 2)
     page.keyboard.press("d")
     until(lambda: page.locator(".sg-object").count() == 0)
-    assert "1 done" in page.inner_text(".sg-bar") and "1.png" in page.inner_text(".sg-bar")
+    until(lambda: "1 done" in page.inner_text(".sg-bar"))
+    assert "1.png" in page.inner_text(".sg-bar")
 
     # The download is COCO.
     with page.expect_download() as download:
