@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 from sam_gym.utils import cli
+from sam_gym.utils.provenance import own_commit
 from sam_gym.utils.registry import Registry, load_entry_point
 
 #: Benchmark name -> "module:function". The function takes a config dataclass as its argument
@@ -70,6 +71,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         raise SystemExit(0)
     run, config_class = load(name)
     config: Any = cli.parse(config_class, f"python -m benchmarks.run {name}", options)
+    own_commit()  # for results.json
     try:
         return run(config)
     except KeyboardInterrupt as stop:
