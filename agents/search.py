@@ -7,14 +7,13 @@ also judges the masks, by their soft IoU with it. The ground truth is never used
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agents.policies.implicit import error_maps
 from sam_gym.envs.click import ClickCore
 from sam_gym.utils.transfer import to_device
 
@@ -31,21 +30,23 @@ def soft_iou(probability: Tensor, masks: Tensor) -> Tensor:
     return common / total.clamp(min=1e-6)
 
 
-def error_clicks(errors: Tensor, grid: int) -> Tensor:
-    """Return the cells where a mask misses most of the target, and covers most of the rest.
+def error_clicks(probability: Tensor, masks: Tensor, grid: int) -> Tensor:
+    """Return the cells where masks miss most of the target, and cover most of the rest.
 
     Each value is a mean with its neighbours', so that clicks fall inside of an error, not on its
     border.
 
     Args:
-        errors: `agents.policies.implicit.error_maps`, float (B, 2, h, w).
+        probability: that a place belongs to the target, float (B, h, w).
+        masks: covered fraction of each place, float (B, h, w).
         grid: clicks fall on grid x grid cells.
 
     Returns:
         A positive and a negative click, int64 (B, 2).
     """
-    smooth = F.avg_pool2d(errors, 3, stride=1, padding=1)
-    largest = F.adaptive_avg_pool2d(smooth, grid).flatten(2).argmax(dim=2)
+    errors = torch.stack([probability * (1 - masks), masks * (1 - probability)], dim=1)
+    cells = F.adaptive_avg_pool2d(errors, grid)
+    largest = F.avg_pool2d(cells, 3, stride=1, padding=1).flatten(2).argmax(dim=2)
     return largest + torch.tensor([0, grid**2], device=errors.device)
 
 
@@ -74,18 +75,23 @@ def best_clicks(
         return actions
     index = to_device(rows, core.device)
     target = policy.target_map(observations)[index].sigmoid()
-    mask = policy.target_map.features.plane(observations, "sam_pred_mask_prob")[index, 0]
+    masks = _covered(core, core.logits[index, to_device(core.num_clicks[rows], core.device)], target)
     likeliest = logits[index, :clicks].topk(min(policy.search, clicks), dim=1).indices
-    at_errors = error_clicks(error_maps(target, mask), grid)
+    at_errors = error_clicks(target, masks, grid)
     candidates = torch.cat([likeliest, at_errors], dim=1).cpu().numpy()
     scores = []
     step, columns = core.previews_at_once(len(rows)), candidates.T
     for some in (columns[k : k + step] for k in range(0, len(columns), step)):
         mask_logits, _ = core.preview(np.tile(rows, len(some)), some.ravel())
-        masks = (mask_logits > core.backbone.mask_threshold).float()
-        cells = F.adaptive_avg_pool2d(masks[:, None], target.shape[1:])[:, 0]
-        scores.append(soft_iou(target.repeat(len(some), 1, 1), cells).reshape(len(some), -1))
+        masks = _covered(core, mask_logits, target)
+        scores.append(soft_iou(target.repeat(len(some), 1, 1), masks).reshape(len(some), -1))
     best = torch.cat(scores).argmax(dim=0).cpu().numpy()
     chosen = actions.copy()
     chosen[rows] = candidates[np.arange(len(rows)), best]
     return chosen
+
+
+def _covered(core: ClickCore, mask_logits: Tensor, target: Tensor) -> Tensor:
+    """Return the fraction of each place of a target map (B, h, w) that masks cover: (B, h, w)."""
+    masks = (mask_logits > core.backbone.mask_threshold).float()
+    return F.adaptive_avg_pool2d(masks[:, None], cast(Any, target.shape[1:]))[:, 0]

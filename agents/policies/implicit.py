@@ -22,6 +22,8 @@ SPATIAL = "spatial"
 #: What a cell that the target map finds surely missed, or surely superfluous, adds to the logit of
 #: the click that mends it, and takes from that of the other.
 _GUIDANCE = 5.0
+#: Largest number of values of a target map along a side of a cell.
+MAX_FINENESS = 16
 #: Prefix of the target map's weights in files of earlier versions.
 FORMER_TARGET_MAP = "recalibration."
 
@@ -136,37 +138,33 @@ class SpatialHead(nn.Module):
         return torch.cat([clicks, self.others(pooled(features))], dim=1)
 
 
-def error_maps(probability: Tensor, mask: Tensor) -> Tensor:
-    """Return what a mask misses of the target, and what it covers of the rest: (B, 2, h, w).
-
-    Args:
-        probability: that a cell belongs to the target, float (B, h, w).
-        mask: probability of the mask, float (B, h, w).
-    """
-    return torch.stack([probability * (1 - mask), mask * (1 - probability)], dim=1)
-
-
 class TargetMap(nn.Module):
-    """Predicts the target at the resolution of the features: logits (B, h, w).
+    """Predicts the target: logits (B, fineness * h, fineness * w) of features (B, width, h, w).
 
     AlignSAM's recalibration module takes the embedding times the current mask (and, with words,
     times the map of the word). The policy's features do too, so this is a second copy of them with
-    a head.
+    a head. Like SAM's decoder, the head finds in an embedding what is finer than its cells.
+
+    Args:
+        features: a copy of the policy's.
+        fineness: values along a side of a cell of the features.
     """
 
-    def __init__(self, features: ClickFeatures) -> None:
+    def __init__(self, features: ClickFeatures, fineness: int = 1) -> None:
         super().__init__()
-        self.features = features
-        self.head = nn.Conv2d(features.features_dim, 1, 1)
+        self.features, self.fineness = features, fineness
+        self.head = nn.Conv2d(features.features_dim, fineness**2, 1)
 
     def forward(self, observations: PyTorchObs) -> Tensor:
-        return self.head(self.features(observations))[:, 0]
+        return F.pixel_shuffle(self.head(self.features(observations)), self.fineness)[:, 0]
 
     @torch.no_grad()
-    def errors(self, observations: dict[str, Tensor]) -> Tensor:
-        """Return `error_maps` of the current masks: (B, 2, h, w)."""
-        mask = self.features.plane(observations, "sam_pred_mask_prob")[:, 0]
-        return error_maps(self(observations).sigmoid(), mask)
+    def balance(self, observations: dict[str, Tensor], grid: int) -> Tensor:
+        """Return how much more the current masks miss than cover too much, -1 to 1: (B, grid, grid)."""
+        mask = self.features.plane(observations, "sam_pred_mask_prob")
+        target = self(observations).sigmoid()[:, None]
+        missed = F.adaptive_avg_pool2d(target, grid) - F.adaptive_avg_pool2d(mask, grid)
+        return missed[:, 0]
 
 
 @POLICIES.register("implicit")
@@ -185,13 +183,18 @@ class ImplicitPolicy(SamPolicy):
         search: number of likeliest clicks that are decoded before one is played, see
             `agents.search`; 0: play the likeliest one. With a search, the target map's errors are
             added to the logits of clicks.
+        fineness: values of the target map along a side of a cell of the embedding; policies of
+            earlier versions have 1.
         **kwargs: as `SamPolicy` takes them; `features` has the arguments of `ClickFeatures`.
     """
 
     extractor_class: type[StoredFeatures] = ClickFeatures
     #: Updates of a target map per environment step, unless the user says otherwise.
     recalibration_updates = 2
-    arguments = (*SamPolicy.arguments, "grid", "others", "initial_mask", "recalibrate", "search")
+    arguments = (
+        *SamPolicy.arguments,
+        *("grid", "others", "initial_mask", "recalibrate", "search", "fineness"),
+    )
 
     def __init__(
         self,
@@ -201,12 +204,13 @@ class ImplicitPolicy(SamPolicy):
         initial_mask: str = "empty",
         recalibrate: bool = False,
         search: Annotated[int, whole(0, MAX_SEARCH)] = 0,
+        fineness: Annotated[int, whole(1, MAX_FINENESS)] = 1,
         **kwargs: Any,
     ) -> None:
         # Policies of earlier versions name their action head.
         check_head(kwargs.pop("head", SPATIAL), type(self).__name__)
         self.grid, self.others, self.recalibrate = grid, list(others), recalibrate
-        self.initial_mask, self.search = initial_mask, search
+        self.initial_mask, self.search, self.fineness = initial_mask, search, fineness
         self.target_map: TargetMap | None = None
         super().__init__(*args, **kwargs)
 
@@ -225,15 +229,14 @@ class ImplicitPolicy(SamPolicy):
         # After the optimizer: PPO does not train this module.
         if self.recalibrate or self.search:
             features = cast(ClickFeatures, self.make_features_extractor())
-            self.target_map = TargetMap(features)
+            self.target_map = TargetMap(features, self.fineness)
 
     def _adjusted(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
         """Guide the clicks by the target map, if the policy searches."""
         if self.target_map is None or self.recalibrate:
             return logits
-        errors = self.target_map.errors(cast(Any, obs))
-        missed, superfluous = F.adaptive_avg_pool2d(errors, self.grid).flatten(2).unbind(dim=1)
-        guidance = _GUIDANCE * torch.cat([missed - superfluous, superfluous - missed], dim=1)
+        missed = self.target_map.balance(cast(Any, obs), self.grid).flatten(1)
+        guidance = _GUIDANCE * torch.cat([missed, -missed], dim=1)
         return logits + F.pad(guidance, (0, logits.shape[1] - guidance.shape[1]))
 
     def action_config(self, num_actions: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 from agents.policies import POLICIES, SamPolicy
 from agents.policies.base import resolve_precision
-from agents.policies.implicit import MAX_SEARCH
+from agents.policies.implicit import MAX_FINENESS, MAX_SEARCH
 from agents.policies.spaces import space_from_json, space_from_pickle
 from sam_gym.backbones.loading import renamed_checkpoint, resolve_device
 from sam_gym.backbones.spec import BACKBONES, FIRST_MICRO, HUB_PREFIX, renamed_backbone
@@ -36,6 +36,8 @@ SHIPPED = {
 _LIMITS = {"data": 2**28, "policy.pth": 2**30}
 #: Largest value of the arguments of policies that decide how large a model is.
 _MAX_ARGUMENT, _SIZES = 4096, ("width", "grid", "num_heads")
+#: Smallest and largest values of further arguments; policies without them have the smallest.
+_RANGES = {"search": (0, MAX_SEARCH), "fineness": (1, MAX_FINENESS)}
 #: Largest number of actions that are no clicks.
 _MAX_OTHERS = 64
 #: Masks in observations, and their shapes over the first micro: in full, and beside a handle.
@@ -113,9 +115,10 @@ def _arguments_of(data: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in (arguments | arguments["features"]).items():
         if name in _SIZES and not (isinstance(value, int) and 0 < value <= _MAX_ARGUMENT):
             raise ValueError(f"{name} must be from 1 to {_MAX_ARGUMENT}, got {value!r}")
-    search = arguments.get("search", 0)
-    if not (isinstance(search, int) and 0 <= search <= MAX_SEARCH):
-        raise ValueError(f"search must be from 0 to {MAX_SEARCH}, got {search!r}")
+    for name, (low, high) in _RANGES.items():
+        value = arguments.get(name, low)
+        if not (isinstance(value, int) and low <= value <= high):
+            raise ValueError(f"{name} must be from {low} to {high}, got {value!r}")
     return arguments
 
 

@@ -33,6 +33,8 @@ _ENVIRONMENT = ("target", "dataset", "backbone", "grid", "max_steps")
 _OTHER_ACTIONS = ("stop", "undo")
 #: Default of `TrainPPOConfig.search`.
 _SEARCH = 2
+#: Values of a target map along a side of a cell: with `micro`, as many as a mask has.
+_FINENESS = 4
 
 
 def _search(search: int | None, recalibrate: bool) -> int:
@@ -80,6 +82,7 @@ class ClickTask(Task):
             "initial_mask": own.initial_mask,
             "recalibrate": run.recalibrate,
             "search": _search(run.search, run.recalibrate),
+            "fineness": _FINENESS,
         }
 
     # Annotation and export ---------------------------------------------------------------------
