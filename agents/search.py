@@ -75,7 +75,9 @@ def best_clicks(
         return actions
     index = to_device(rows, core.device)
     target = policy.target_map(observations)[index].sigmoid()
-    masks = _covered(core, core.logits[index, to_device(core.num_clicks[rows], core.device)], target)
+    masks = _covered(
+        core, core.logits[index, to_device(core.num_clicks[rows], core.device)], target
+    )
     likeliest = logits[index, :clicks].topk(min(policy.search, clicks), dim=1).indices
     at_errors = error_clicks(target, masks, grid)
     candidates = torch.cat([likeliest, at_errors], dim=1).cpu().numpy()

@@ -160,7 +160,11 @@ class TargetMap(nn.Module):
 
     @torch.no_grad()
     def balance(self, observations: dict[str, Tensor], grid: int) -> Tensor:
-        """Return how much more the current masks miss than cover too much, -1 to 1: (B, grid, grid)."""
+        """Return what masks miss of the target less what they cover of the rest, by cell.
+
+        Returns:
+            -1 to 1, float (B, grid, grid).
+        """
         mask = self.features.plane(observations, "sam_pred_mask_prob")
         target = self(observations).sigmoid()[:, None]
         missed = F.adaptive_avg_pool2d(target, grid) - F.adaptive_avg_pool2d(mask, grid)

@@ -62,10 +62,11 @@ def test_labels_come_from_the_recalibration(made: Callable[..., Any]) -> None:
     assert policy.action_dist.action_dim == 64 + 1
     with torch.no_grad():
         negative = policy._is_negative(tensors)
-        cells = policy.target_map(tensors)
+        target = policy.target_map(tensors)
         logits, _ = policy.logits_and_value(tensors)
         choices = policy.get_distribution(tensors).distribution.probs
-    assert negative.shape == (4, 64) and cells.shape == (4, *core.backbone.embedding_shape[1:])
+    height, width = core.backbone.embedding_shape[1:]
+    assert negative.shape == (4, 64) and target.shape == (4, 4 * height, 4 * width)
     assert not negative.all() and negative.any()
     chances = logits.softmax(dim=1)
     assert torch.allclose(chances[:, :64] + chances[:, 64:128], choices[:, :64], atol=1e-6)

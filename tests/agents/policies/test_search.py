@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from agents.evaluate import PolicyAgent, evaluate
-from agents.policies.implicit import ImplicitPolicy, error_maps
+from agents.policies.implicit import ImplicitPolicy
 from agents.ppo.config import TrainPPOConfig
 from agents.ppo.run import make_model
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
@@ -62,11 +62,15 @@ def test_error_clicks_lie_inside_the_largest_errors() -> None:
     target[0, 8:14, 8:14] = 1.0  # missed
     target[0, 0, 0] = 1.0  # missed, but small
     mask[0, 1:6, 10:15] = 1.0  # superfluous
-    positive, negative = error_clicks(error_maps(target, mask), 16)[0].tolist()
+    positive, negative = error_clicks(target, mask, 16)[0].tolist()
     assert target[0].flatten()[positive] == 1 and positive // 16 in range(9, 13)
     assert negative >= 256 and mask[0].flatten()[negative - 256] == 1
-    positive, negative = error_clicks(error_maps(target, mask), 4)[0].tolist()
+    positive, negative = error_clicks(target, mask, 4)[0].tolist()
     assert positive in (10, 11, 14, 15) and negative in (16 + 2, 16 + 3, 16 + 6, 16 + 7)
+    # A mask beside the target is wrong twice, within the same cells of the grid too.
+    target, mask = torch.zeros(1, 16, 16), torch.zeros(1, 16, 16)
+    target[0, 4:, 4::2], mask[0, 4:, 5::2] = 1.0, 1.0
+    assert error_clicks(target, mask, 4).tolist() == [[10, 16 + 10]]
 
 
 def test_the_target_map_guides_clicks(made: Callable[..., Any]) -> None:
@@ -82,9 +86,7 @@ def test_the_target_map_guides_clicks(made: Callable[..., Any]) -> None:
         judged = policy.evaluate_actions(tensors, guided.argmax(dim=1))[1]
     assert torch.equal(value, same) and torch.equal(guided[:, 128:], unguided[:, 128:])
     # No mask yet: what is missed is the target, and nothing is superfluous.
-    errors = error_maps(core.soft_targets(shape)[0], torch.zeros(4, *shape))
-    missed, superfluous = F.adaptive_avg_pool2d(errors, 8).flatten(2).unbind(dim=1)
-    assert not superfluous.any()
+    missed = F.adaptive_avg_pool2d(core.soft_targets(shape)[0][:, None], 8).flatten(1)
     torch.testing.assert_close(guided[:, :64] - unguided[:, :64], 5 * missed)
     torch.testing.assert_close(guided[:, 64:128] - unguided[:, 64:128], -5 * missed)
     torch.testing.assert_close(judged, guided.log_softmax(dim=1).max(dim=1).values)
@@ -157,6 +159,20 @@ def test_search_plays_the_candidate_of_the_best_mask(made: Callable[..., Any]) -
     np.testing.assert_array_equal(own, everything.argmax(dim=1))
     played = PolicyAgent(policy).act(core, observations)
     np.testing.assert_array_equal(played, best_clicks(policy, core, tensors, everything))
+
+
+def test_the_target_map_is_finer_than_the_embedding(made: Callable[..., Any]) -> None:
+    policy, core, env = made()
+    tensors = policy.to_tensors(env.reset(seed=0)[0])
+    height, width = core.backbone.embedding_shape[1:]
+    assert policy.fineness == 4
+    features = policy.target_map.features(tensors)
+    with torch.no_grad():
+        target = policy.target_map(tensors)
+        assert target.shape == (4, 4 * height, 4 * width)
+        # Each cell of the embedding gives the 4 x 4 values of its own place, row by row.
+        own = policy.target_map.head(features)[2, :, 1, 3].reshape(4, 4)
+    torch.testing.assert_close(target[2, 4:8, 12:16], own)
 
 
 def test_search_leaves_stops_and_finished_episodes_alone(made: Callable[..., Any]) -> None:
