@@ -44,6 +44,7 @@ from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import save_gif, tile
 from sam_gym.utils.runs import refuse_finished, remove_files
 from sam_gym.utils.settings import Count, Seed, checked
+from sam_gym.utils.text import listed
 
 #: Approximate maximum number of frames of a film.
 MAX_FRAMES = 32
@@ -500,8 +501,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         save_gif(film, film_episodes(agent, env_config, env_id=env_id, seed=config.seed))
         files += _PICTURES
     print(json.dumps(summary, indent=2))
-    *others, last = files
-    print(f"Wrote {', '.join(others)} and {last} to {out}.")
+    print(f"Wrote {listed(files)} to {out}.")
     return summary
 
 

@@ -22,6 +22,7 @@ from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder, write_atomic, write_json
 from sam_gym.utils.runs import refuse_finished
 from sam_gym.utils.settings import Count, check_settings
+from sam_gym.utils.text import listed
 
 #: Files of an exported policy.
 FILES = ("policy.onnx", "policy.pt2", "inputs.json")
@@ -114,8 +115,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         for name in FILES:
             write_atomic(out / name, (Path(folder) / name).read_bytes())
     print(json.dumps(results, indent=2))
-    *others, last = FILES
-    print(f"Wrote {', '.join(others)} and {last} to {out}.")
+    print(f"Wrote {listed(FILES)} to {out}.")
     return results
 
 

@@ -40,6 +40,7 @@ from sam_gym.utils.process_group import ALONE, ProcessGroup
 from sam_gym.utils.provenance import own_commit
 from sam_gym.utils.render import save_gif, save_image
 from sam_gym.utils.runs import refuse_finished, remove_files
+from sam_gym.utils.text import listed
 from sam_gym.version import __version__
 
 T = TypeVar("T")
@@ -257,8 +258,7 @@ def _train(
         if mlflow is not None:
             mlflow.finish(files, policy, config.register_model)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    *others, last = [policy.name, *(file.name for file in files)]
-    print(f"Wrote {', '.join(others)} and {last} to {out}.")
+    print(f"Wrote {listed([policy.name, *(file.name for file in files)])} to {out}.")
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from textwrap import shorten
 
 #: Characters that some file system refuses in a file name.
@@ -17,6 +18,12 @@ def printable(text: str) -> str:
     Names of files may hold them.
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return "a", "a and b", or "a, b and c"."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def reason_of(error: Exception) -> str:

@@ -6,13 +6,17 @@ import pickle
 import pytest
 import torch
 
-from sam_gym.utils.text import printable, reason_of, safe_name
+from sam_gym.utils.text import listed, printable, reason_of, safe_name
 
 
 def test_only_what_cannot_be_shown_is_escaped() -> None:
     for text in ("a b/c.png", "日本 é", "100 % \\"):
         assert printable(text) == text
     assert printable("a\x1b[2J\n\udcff\u202e") == r"a\x1b[2J\n\udcff\u202e"
+
+
+def test_lists_read_as_a_sentence_does() -> None:
+    assert [listed("abc"[:count]) for count in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
 
 
 def test_reasons_are_one_line_without_advice_to_load_unsafely() -> None:
