@@ -60,7 +60,9 @@ import os, runpy, sys, numpy, torch
 for number, file in enumerate(files):
     os.dup2(file.fileno(), number)
     file.close()
-sys.stdin = open(0, closefd=False)
+# Those of before have noted what kinds of files they are.
+sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)
 sys.executable = executable
 os.chdir(folder)
 os.environ.clear()
