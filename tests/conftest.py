@@ -16,6 +16,7 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ from sam_gym.backbones.spec import find_spec
 from sam_gym.backbones.video.memory import VideoMemory
 from sam_gym.data import Sample
 from sam_gym.data.synthetic.clips import Clip, Clips
+from sam_gym.envs.video import core as video_core
 from sam_gym.mask_generation.masks import Masks, to_counts
 from sam_gym.utils.window import warn_no_window
 
@@ -367,10 +369,7 @@ def tiny_video_weights(
 def tiny_video(
     add_backbone: Callable[..., None], build_sam2: Callable[..., Sam2], tiny_video_weights: Path
 ) -> str:
-    """Name of a small SAM 2 with a memory, both of random weights.
-
-    Tests share the model, and with it what is kept per model: how SAM 2's own rule tracks a target.
-    """
+    """Name of a small SAM 2 with a memory, both of random weights."""
     memory = (tiny_memory, memory_state)
     weights = {"build": build_sam2, "weights": tiny_video_weights}
     add_backbone("tiny_video", **weights, memory=memory, **TINY_SAM2)
@@ -385,7 +384,8 @@ OPENED: dict[Any, Clip] = {}
 def tiny_video_env(tiny_video: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Arguments of a video environment over `tiny_video` and eight clips.
 
-    Clips stay open: to compose one costs more than to play a tiny episode.
+    Clips stay open: to compose one costs more than to play a tiny episode. Tests share the model,
+    and what it has found under SAM 2's own rule, unless they ask for `own_references`.
     """
     compose = Clips.__getitem__
 
@@ -398,6 +398,13 @@ def tiny_video_env(tiny_video: str, monkeypatch: pytest.MonkeyPatch) -> dict[str
     monkeypatch.setattr(Clips, "__getitem__", get)
     own = {"backbone": tiny_video, "device": "cpu", "frames": 8, "store_gib": 0.1}
     return own | {"dataset_kwargs": {"length": 8, "size": 64}}
+
+
+@pytest.fixture
+def own_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Episodes under SAM 2's own rule are played again: in batches of another size, as other tests
+    may have played them, the last bits differ."""
+    monkeypatch.setattr(video_core, "_REFERENCES", WeakKeyDictionary())
 
 
 @pytest.fixture(scope="session")
