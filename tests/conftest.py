@@ -71,6 +71,8 @@ os.environ.clear()
 os.environ.update(environment)
 numpy.random.seed()
 torch.seed()
+if "OMP_NUM_THREADS" in environment:
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
 sys.argv = [script, *arguments]
 if script.endswith(".py"):
     sys.path.insert(0, os.path.dirname(script))
