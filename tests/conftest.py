@@ -3,13 +3,20 @@
 import json
 import multiprocessing
 import os
+import socket
+import socketserver
 import subprocess
+import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -34,6 +41,7 @@ from sam_gym.backbones.spec import find_spec
 from sam_gym.backbones.video.memory import VideoMemory
 from sam_gym.data import Sample
 from sam_gym.data.synthetic.clips import Clip, Clips
+from sam_gym.envs.video import core as video_core
 from sam_gym.mask_generation.masks import Masks, to_counts
 from sam_gym.utils.window import warn_no_window
 
@@ -47,17 +55,24 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 #: Not huggingface_hub, which reads environment variables when it is imported.
 PRELOADED = ["agents.train_ppo", "adaptation.train", "matplotlib.figure", "fastapi", "socketio"]
 
-#: What a process of `start_script` does: all that `python script arguments` does but the imports.
+#: What a fork does: all that `python script arguments` does but the imports.
 RUN_SCRIPT = """
 import os, runpy, sys, numpy, torch
 
-for number, path in enumerate(outputs, 1):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+for number, file in enumerate(files):
+    os.dup2(file.fileno(), number)
+    file.close()
+# Those of before have noted what kinds of files they are.
+sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)
+sys.executable = executable
 os.chdir(folder)
 os.environ.clear()
 os.environ.update(environment)
 numpy.random.seed()
 torch.seed()
+if "OMP_NUM_THREADS" in environment:
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
 sys.argv = [script, *arguments]
 if script.endswith(".py"):
     sys.path.insert(0, os.path.dirname(script))
@@ -65,6 +80,52 @@ if script.endswith(".py"):
 else:
     runpy.run_module(script, run_name="__main__", alter_sys=True)
 """
+
+#: An executable in place of Python: it hands its command over and ends as the fork does.
+LAUNCHER = """#!{python} -IS
+import json, os, socket, sys
+
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+socket.send_fds(server, [b"."], [0, 1, 2])
+given = {{"folder": os.getcwd(), "environment": dict(os.environ), "command": sys.argv[1:]}}
+server.sendall(json.dumps(given).encode() + b"\\n")
+status = int(server.makefile().readline())
+if status < 0:
+    os.kill(os.getpid(), -status)
+os._exit(status)
+"""
+
+
+def fork(
+    script: str,
+    arguments: Sequence[str],
+    files: Sequence[int],
+    environment: dict[str, str],
+    folder: str,
+    executable: str = sys.executable,
+) -> multiprocessing.process.BaseProcess:
+    """Run a Python script or module in a fork of a process that has imported our packages.
+
+    Args:
+        script: path of a script (.py), or name of a module.
+        arguments: its arguments.
+        files: descriptors of its input, output and errors; they are closed here.
+        environment: its environment variables.
+        folder: its working directory.
+        executable: what it finds as `sys.executable`.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(PRELOADED)
+    # Connections can be sent to a process.
+    given = {"script": script, "arguments": arguments, "files": [Connection(own) for own in files]}
+    given |= {"environment": environment, "folder": folder, "executable": executable}
+    # NiceGUI runs in main processes only.
+    process = server.Process(target=exec, args=(RUN_SCRIPT, given), name="MainProcess")
+    process.start()
+    for file in given["files"]:
+        file.close()
+    return process
 
 
 class Script:
@@ -74,18 +135,14 @@ class Script:
     """
 
     def __init__(self, outputs: Path, script: str, *arguments: str, **variables: str) -> None:
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(PRELOADED)
         self.script, self.outputs = script, [outputs / "stdout", outputs / "stderr"]
-        given = {"script": script, "arguments": arguments, "environment": os.environ | variables}
-        given |= {"outputs": [str(path) for path in self.outputs], "folder": os.getcwd()}
-        # NiceGUI runs in main processes only.
-        self.process = server.Process(target=exec, args=(RUN_SCRIPT, given), name="MainProcess")
-        self.process.start()
+        files = [os.open(os.devnull, os.O_RDONLY)]
+        files += [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in self.outputs]
+        self.process = fork(script, arguments, files, os.environ | variables, os.getcwd())
 
     def printed(self) -> str:
         """Return what it has printed so far."""
-        return self.outputs[0].read_text() if self.outputs[0].exists() else ""
+        return self.outputs[0].read_text()
 
     def finish(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Wait for its end; returns its status and what it has printed."""
@@ -96,6 +153,41 @@ class Script:
             raise TimeoutError(f"{self.process} goes on after {timeout} seconds: {self.printed()}")
         printed = [path.read_text() for path in self.outputs]
         return subprocess.CompletedProcess(self.script, status, *printed)
+
+
+class Launches(socketserver.StreamRequestHandler):
+    """Forks for one launcher, and ends the fork if the launcher is ended."""
+
+    def handle(self) -> None:
+        _, files, *_ = socket.recv_fds(self.connection, 1, 3)
+        given = json.loads(self.rfile.readline())
+        script, *arguments = given["command"][given["command"][0] == "-m" :]
+        process = fork(
+            script, arguments, files, given["environment"], given["folder"], self.server.launcher
+        )
+        if process.sentinel not in wait([process.sentinel, self.connection]):
+            process.kill()
+        process.join()
+        with suppress(BrokenPipeError):
+            self.wfile.write(f"{process.exitcode}\n".encode())
+
+
+@pytest.fixture(scope="session")
+def forking_python() -> Iterator[str]:
+    """An executable in place of Python that takes `SCRIPT.py ...` or `-m MODULE ...`.
+
+    Commands that start processes of `sys.executable` can be tested with it in less time.
+    """
+    # Not in pytest's folders: names of sockets are short.
+    with tempfile.TemporaryDirectory() as folder:
+        address, launcher = os.path.join(folder, "socket"), Path(folder) / "python"
+        launcher.write_text(LAUNCHER.format(python=sys.executable, address=address))
+        launcher.chmod(0o755)
+        with socketserver.ThreadingUnixStreamServer(address, Launches) as server:
+            server.launcher = str(launcher)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield server.launcher
+            server.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -201,12 +293,18 @@ def add_backbone(
         yield lambda name, **changes: stack.enter_context(backbone_added(name, **changes))
 
 
-@pytest.fixture
-def hq_micro(add_backbone: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Name of an HQ-SAM with random weights, small enough to be tuned in tests."""
+@pytest.fixture(scope="session")
+def hq_micro_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "hq_micro.safetensors"
     save_file(seeded(hq_micro_sam).state_dict(), path)
-    add_backbone("hq_micro", build=hq_micro_sam, weights=path, features=("embedding", "hq"))
+    return path
+
+
+@pytest.fixture
+def hq_micro(add_backbone: Callable[..., None], hq_micro_weights: Path) -> str:
+    """Name of an HQ-SAM with random weights, small enough to be tuned in tests."""
+    weights = {"build": hq_micro_sam, "weights": hq_micro_weights}
+    add_backbone("hq_micro", **weights, features=("embedding", "hq"))
     return "hq_micro"
 
 
@@ -222,21 +320,29 @@ def build_sam2() -> Callable[..., Sam2]:
     return build
 
 
+#: What the specifications of the small SAM 2 share.
+TINY_SAM2: dict[str, Any] = {
+    "convert": sam2_state,
+    "thresholds": (0.1, 0.1),
+    "features": ("embedding", "high_res_s1", "high_res_s0"),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_sam2_weights(
+    build_sam2: Callable[..., Sam2], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny_sam2.safetensors"
+    save_file(build_sam2().state_dict(), path)
+    return path
+
+
 @pytest.fixture
 def tiny_sam2(
-    add_backbone: Callable[..., None], build_sam2: Callable[..., Sam2], tmp_path: Path
+    add_backbone: Callable[..., None], build_sam2: Callable[..., Sam2], tiny_sam2_weights: Path
 ) -> str:
     """Name of a small SAM 2 with random weights."""
-    path = tmp_path / "tiny_sam2.safetensors"
-    save_file(build_sam2().state_dict(), path)
-    add_backbone(
-        "tiny_sam2",
-        build=build_sam2,
-        weights=path,
-        convert=sam2_state,
-        thresholds=(0.1, 0.1),
-        features=("embedding", "high_res_s1", "high_res_s0"),
-    )
+    add_backbone("tiny_sam2", build=build_sam2, weights=tiny_sam2_weights, **TINY_SAM2)
     return "tiny_sam2"
 
 
@@ -249,25 +355,26 @@ def tiny_memory() -> VideoMemory:
     return memory
 
 
-@pytest.fixture
-def tiny_video(
-    add_backbone: Callable[..., None], build_sam2: Callable[..., Sam2], tmp_path: Path
-) -> str:
-    """Name of a small SAM 2 with a memory, both of random weights."""
+@pytest.fixture(scope="session")
+def tiny_video_weights(
+    build_sam2: Callable[..., Sam2], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         memory = tiny_memory()
-    path = tmp_path / "tiny_video.safetensors"
+    path = tmp_path_factory.mktemp("weights") / "tiny_video.safetensors"
     save_file(build_sam2().state_dict() | memory.state_dict(), path)
-    add_backbone(
-        "tiny_video",
-        build=build_sam2,
-        weights=path,
-        convert=sam2_state,
-        thresholds=(0.1, 0.1),
-        features=("embedding", "high_res_s1", "high_res_s0"),
-        memory=(tiny_memory, memory_state),
-    )
+    return path
+
+
+@pytest.fixture
+def tiny_video(
+    add_backbone: Callable[..., None], build_sam2: Callable[..., Sam2], tiny_video_weights: Path
+) -> str:
+    """Name of a small SAM 2 with a memory, both of random weights."""
+    memory = (tiny_memory, memory_state)
+    weights = {"build": build_sam2, "weights": tiny_video_weights}
+    add_backbone("tiny_video", **weights, memory=memory, **TINY_SAM2)
     return "tiny_video"
 
 
@@ -279,7 +386,8 @@ OPENED: dict[Any, Clip] = {}
 def tiny_video_env(tiny_video: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Arguments of a video environment over `tiny_video` and eight clips.
 
-    Clips stay open: to compose one costs more than to play a tiny episode.
+    Clips stay open: to compose one costs more than to play a tiny episode. Tests share the model,
+    and what it has found under SAM 2's own rule, unless they ask for `own_references`.
     """
     compose = Clips.__getitem__
 
@@ -292,6 +400,13 @@ def tiny_video_env(tiny_video: str, monkeypatch: pytest.MonkeyPatch) -> dict[str
     monkeypatch.setattr(Clips, "__getitem__", get)
     own = {"backbone": tiny_video, "device": "cpu", "frames": 8, "store_gib": 0.1}
     return own | {"dataset_kwargs": {"length": 8, "size": 64}}
+
+
+@pytest.fixture
+def own_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Episodes under SAM 2's own rule are played again: in batches of another size, as other tests
+    may have played them, the last bits differ."""
+    monkeypatch.setattr(video_core, "_REFERENCES", WeakKeyDictionary())
 
 
 @pytest.fixture(scope="session")

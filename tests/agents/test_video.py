@@ -22,6 +22,8 @@ from agents.ppo.vec_env import make_vector_env
 from agents.tasks import task_of
 from sam_gym.envs.video import MemoryCore, SamVideoConfig
 
+pytestmark = pytest.mark.usefixtures("own_references")
+
 ENV = "SamVideo-v0"
 
 

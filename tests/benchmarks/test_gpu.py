@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,16 @@ def command(out: Path, *more: str) -> list[str]:
 
 @pytest.mark.slow
 def test_the_script_runs_all_parts_and_keeps_what_is_finished(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], forking_python: str
 ) -> None:
     out = tmp_path / "out"
-    done = subprocess.run(["bash", SCRIPT, *command(out)], capture_output=True, text=True)
+    path = os.pathsep.join([os.path.dirname(forking_python), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", SCRIPT, *command(out)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": path},
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text())
     names = [part.name for part in gpu.quick_parts()]
@@ -99,8 +106,12 @@ def two_parts() -> Sequence[Part]:
 
 @pytest.mark.slow
 def test_a_part_that_fails_or_takes_too_long_does_not_stop_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    forking_python: str,
 ) -> None:
+    monkeypatch.setattr(sys, "executable", forking_python)
     monkeypatch.setattr(gpu, "quick_parts", two_parts)
     options = ["gpu", "--device", "cpu", "--quick", "--out", str(tmp_path)]
     with pytest.raises(SystemExit, match="2 of 2 parts are missing: wrong, slow"):

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from segment_anything import SamPredictor
 
 from agents import train_ppo
 from benchmarks.run import main
-from benchmarks.semantic import benchmark
+from benchmarks.semantic import benchmark, heads
 from benchmarks.semantic.agent import Trial, choose_threshold, corrected_labels
 from benchmarks.semantic.heads import HeadResult, TrainedHead, gain
 from benchmarks.semantic.points import POINTS, PointName
@@ -23,6 +24,7 @@ from benchmarks.semantic.zero_shot import ZeroShot, find_prompts
 from sam_gym.backbones import Backbone
 from sam_gym.data import make_dataset
 from sam_gym.data.labelmaps import CAMVID
+from sam_gym.mask_generation.generator import GeneratorOptions, MaskGenerator
 from sam_gym.metrics.semantic import SemanticMetric, class_iou, confusion
 
 
@@ -247,8 +249,11 @@ def test_votes_within_masks(
     build_tiny: Callable[[], Any],
     add_backbone: Callable[..., None],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     add_backbone("tiny", build=build_tiny, thresholds=(0.0, 0.0))
+    few = partial(MaskGenerator, options=GeneratorOptions(grid=(8, 8)))
+    monkeypatch.setattr(heads, "MaskGenerator", few)
     out = tmp_path / "out"
     options = ["--heads", "seed", "--epochs", "1", "--augmentations", "1", "--vote"]
     options += ["--backbone", "tiny", "--save-labels"]

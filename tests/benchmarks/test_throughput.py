@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -36,19 +37,21 @@ from sam_gym.utils.provenance import HERE
 from sam_gym.utils.shared import SharedObjects
 
 
-def arguments(tiny_env: dict[str, Any], out: Path, growth_images: int = 0) -> list[str]:
-    options = {
+def arguments(tiny_env: dict[str, Any], out: Path, **more: int) -> list[str]:
+    options: dict[str, Any] = {
         "backbone": "tiny",
         "checkpoint": tiny_env["checkpoint"],
         "device": "cpu",
         "out": out,
-        "max-steps": 2,
+        "max_steps": 2,
         "steps": 2,
-        "repeats": 2,
+        "repeats": 1,
         "images": 2,
-        "growth-images": growth_images,
+        "growth_images": 0,
+        "encoder_batch": 1,
+        "precision_images": 1,
     }
-    pairs = [(f"--{key}", str(value)) for key, value in options.items()]
+    pairs = [(f"--{key}", str(value)) for key, value in (options | more).items()]
     return ["throughput", *(word for pair in pairs for word in pair), "--num-envs", "3"]
 
 
@@ -66,7 +69,8 @@ def match(micro_checkpoint: str) -> Iterator[Match]:
 @pytest.mark.slow
 def test_writes_numbers_table_and_page(tiny_env: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    returned = main([*arguments(tiny_env, out, growth_images=16)[:-1], "1", "2", "3"])
+    more = {"repeats": 2, "growth_images": 16, "encoder_batch": 4, "precision_images": 16}
+    returned = main([*arguments(tiny_env, out, **more)[:-1], "1", "2", "3"])
     results = json.loads((out / "results.json").read_text())
     assert results == json.loads(json.dumps(returned))
     assert results["backbone"] == "tiny" and list(results["by_num_envs"]) == ["1", "2", "3"]
@@ -322,7 +326,10 @@ def test_random_weights_need_no_checkpoint(tiny_env: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_two_checkouts_play_the_same_in_turn(tmp_path: Path) -> None:
+def test_two_checkouts_play_the_same_in_turn(
+    tmp_path: Path, forking_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", forking_python)
     small = ("--backbone", "micro-v0", "--device", "cpu", "--num-envs", "2", "--images", "2")
     short = ("--steps", "2", "--max-steps", "2", "--repeats", "2", "--growth-images", "0")
     few = ("--encoder-batch", "1", "--precision-images", "1", "--out", str(tmp_path))

@@ -14,7 +14,10 @@ from sam_gym.utils.provenance import HERE
 
 
 @pytest.mark.slow
-def test_two_checkouts_are_trained_in_turn(tmp_path: Path) -> None:
+def test_two_checkouts_are_trained_in_turn(
+    tmp_path: Path, forking_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", forking_python)
     small = ("--backbone", "micro-v0", "--num-envs", "4", "--total-timesteps", "64")
     small += ("--final-episodes", "1")
     few = ("--train-images", "8", "--eval-episodes", "1", "--threads", "1", "--out", str(tmp_path))
@@ -67,7 +70,10 @@ def test_a_run_without_a_gap_is_summed_up() -> None:
     assert summary["seconds"]["training"]["encode"] == 2.0
 
 
-def test_a_wrong_option_ends_in_one_line(tmp_path: Path) -> None:
+def test_a_wrong_option_ends_in_one_line(
+    tmp_path: Path, forking_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", forking_python)
     with pytest.raises(ValueError, match=r"Unknown policy 'implict'\. Did you mean 'implicit'\?"):
         main(["training", "--policy", "implict", "--out", str(tmp_path)])
 

@@ -19,6 +19,8 @@ from sam_gym.data.synthetic.clips import Clips
 from sam_gym.envs.video import PLACE_COLUMNS, MemoryCore, SamVideoConfig
 from sam_gym.metrics.masks import iou
 
+pytestmark = pytest.mark.usefixtures("own_references")
+
 ID = "SamVideo-v0"
 
 

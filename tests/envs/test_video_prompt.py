@@ -17,6 +17,8 @@ from sam_gym.envs.video import FRAME_COLUMNS, PromptCore, SamVideoConfig, make_c
 from sam_gym.envs.video.prompt import NEGATIVE, POSITIVE, STOP
 from sam_gym.metrics.masks import iou
 
+pytestmark = pytest.mark.usefixtures("own_references")
+
 ID = "SamVideo-v0"
 Make = Callable[..., PromptCore]
 FRAMES = 4

@@ -13,6 +13,8 @@ from sam_gym.data.base import FrameAnnotation
 from sam_gym.envs.video import SamVideoConfig, WhenCore, make_core
 from sam_gym.simulation.clicks import error_click
 
+pytestmark = pytest.mark.usefixtures("own_references")
+
 ID = "SamVideo-v0"
 Make = Callable[..., WhenCore]
 
