@@ -11,9 +11,10 @@ import tyro
 from sam_gym.backbones.embeddings.disk import DEFAULT_BYTES
 from sam_gym.backbones.spec import backbone_help
 from sam_gym.data import DATASETS, Dataset
+from sam_gym.data.augmented import Augmented
 from sam_gym.data.options import DatasetOptions
 from sam_gym.utils.fields import documented
-from sam_gym.utils.settings import Fraction, Natural, Positive, check_settings, whole
+from sam_gym.utils.settings import Count, Fraction, Natural, Positive, check_settings, whole
 
 Grid = Annotated[int, whole(2, 64)]
 
@@ -88,13 +89,20 @@ class EnvConfig:
 class DatasetConfig(DatasetOptions, EnvConfig):
     """Arguments of an environment over one dataset."""
 
+    augmentations: Count = 1
+    """Augmentations per image of the split train: the image itself, then crops, half of them
+    flipped. More of them help where there are a few hundred photographs; each is encoded once."""
+
     def validate(self) -> None:
         super().validate()
         self.options_of(self.dataset)
 
     def open_dataset(self) -> Dataset:
-        """Open the dataset; raises as `make_dataset` does."""
-        return self.make_dataset(self.split)
+        """Open the dataset, with its augmentations; raises as `make_dataset` does."""
+        dataset = self.make_dataset(self.split)
+        if self.augmentations == 1 or self.split != "train":
+            return dataset
+        return Augmented(dataset, self.augmentations)
 
     @property
     def held_out_split(self) -> str:
