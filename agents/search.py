@@ -22,8 +22,8 @@ def soft_iou(probability: Tensor, masks: Tensor) -> Tensor:
     """Return the soft IoU of masks and probabilities of the target: (B,).
 
     Args:
-        probability: of each cell, float (B, h, w).
-        masks: covered fraction of each cell, float (B, h, w).
+        probability: that a pixel of the map belongs to the target, float (B, h, w).
+        masks: covered fraction of each pixel, float (B, h, w).
     """
     common = (probability * masks).sum(dim=(1, 2))
     total = (probability + masks).sum(dim=(1, 2)) - common
@@ -33,12 +33,12 @@ def soft_iou(probability: Tensor, masks: Tensor) -> Tensor:
 def error_clicks(probability: Tensor, masks: Tensor, grid: int) -> Tensor:
     """Return the cells where masks miss most of the target, and cover most of the rest.
 
-    Each value is a mean with its neighbours', so that clicks fall inside of an error, not on its
-    border.
+    The errors of a cell count with the mean of its neighbourhood, so that clicks fall inside of an
+    error, not on its border.
 
     Args:
-        probability: that a place belongs to the target, float (B, h, w).
-        masks: covered fraction of each place, float (B, h, w).
+        probability: that a pixel of the map belongs to the target, float (B, h, w).
+        masks: covered fraction of each pixel, float (B, h, w).
         grid: clicks fall on grid x grid cells.
 
     Returns:
@@ -46,7 +46,8 @@ def error_clicks(probability: Tensor, masks: Tensor, grid: int) -> Tensor:
     """
     errors = torch.stack([probability * (1 - masks), masks * (1 - probability)], dim=1)
     cells = F.adaptive_avg_pool2d(errors, grid)
-    largest = F.avg_pool2d(cells, 3, stride=1, padding=1).flatten(2).argmax(dim=2)
+    near = F.avg_pool2d(cells, 3, stride=1, padding=1)
+    largest = (cells + near).flatten(2).argmax(dim=2)
     return largest + torch.tensor([0, grid**2], device=errors.device)
 
 
@@ -75,9 +76,7 @@ def best_clicks(
         return actions
     index = to_device(rows, core.device)
     target = policy.target_map(observations)[index].sigmoid()
-    masks = _covered(
-        core, core.logits[index, to_device(core.num_clicks[rows], core.device)], target
-    )
+    masks = _covered(core, core.current_logits(rows), target)
     likeliest = logits[index, :clicks].topk(min(policy.search, clicks), dim=1).indices
     at_errors = error_clicks(target, masks, grid)
     candidates = torch.cat([likeliest, at_errors], dim=1).cpu().numpy()
@@ -94,6 +93,6 @@ def best_clicks(
 
 
 def _covered(core: ClickCore, mask_logits: Tensor, target: Tensor) -> Tensor:
-    """Return the fraction of each place of a target map (B, h, w) that masks cover: (B, h, w)."""
+    """Return the fraction of each pixel of a target map (B, h, w) that masks cover: (B, h, w)."""
     masks = (mask_logits > core.backbone.mask_threshold).float()
     return F.adaptive_avg_pool2d(masks[:, None], cast(Any, target.shape[1:]))[:, 0]

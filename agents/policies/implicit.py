@@ -22,8 +22,8 @@ SPATIAL = "spatial"
 #: What a cell that the target map finds surely missed, or surely superfluous, adds to the logit of
 #: the click that mends it, and takes from that of the other.
 _GUIDANCE = 5.0
-#: Largest number of values of a target map along a side of a cell.
-MAX_FINENESS = 16
+#: Largest upscale factor of a target map.
+MAX_UPSCALE = 16
 #: Prefix of the target map's weights in files of earlier versions.
 FORMER_TARGET_MAP = "recalibration."
 
@@ -139,28 +139,28 @@ class SpatialHead(nn.Module):
 
 
 class TargetMap(nn.Module):
-    """Predicts the target: logits (B, fineness * h, fineness * w) of features (B, width, h, w).
+    """Predicts the target: logits (B, factor * h, factor * w) from features (B, width, h, w).
 
     AlignSAM's recalibration module takes the embedding times the current mask (and, with words,
     times the map of the word). The policy's features do too, so this is a second copy of them with
-    a head. Like SAM's decoder, the head finds in an embedding what is finer than its cells.
+    a head. As in SAM's decoder, masks come out finer than the embedding.
 
     Args:
         features: a copy of the policy's.
-        fineness: values along a side of a cell of the features.
+        upscale_factor: that of the pixel shuffle, from the features to the map.
     """
 
-    def __init__(self, features: ClickFeatures, fineness: int = 1) -> None:
+    def __init__(self, features: ClickFeatures, upscale_factor: int = 1) -> None:
         super().__init__()
-        self.features, self.fineness = features, fineness
-        self.head = nn.Conv2d(features.features_dim, fineness**2, 1)
+        self.features, self.upscale_factor = features, upscale_factor
+        self.head = nn.Conv2d(features.features_dim, upscale_factor**2, 1)
 
     def forward(self, observations: PyTorchObs) -> Tensor:
-        return F.pixel_shuffle(self.head(self.features(observations)), self.fineness)[:, 0]
+        return F.pixel_shuffle(self.head(self.features(observations)), self.upscale_factor)[:, 0]
 
     @torch.no_grad()
     def balance(self, observations: dict[str, Tensor], grid: int) -> Tensor:
-        """Return what masks miss of the target less what they cover of the rest, by cell.
+        """Return the target's share of each cell, less the mask's.
 
         Returns:
             -1 to 1, float (B, grid, grid).
@@ -185,10 +185,9 @@ class ImplicitPolicy(SamPolicy):
         recalibrate: choose among places only; a target map (see `agents.policies.target_map`)
             labels the click positive or negative.
         search: number of likeliest clicks that are decoded before one is played, see
-            `agents.search`; 0: play the likeliest one. With a search, the target map's errors are
-            added to the logits of clicks.
-        fineness: values of the target map along a side of a cell of the embedding; policies of
-            earlier versions have 1.
+            `agents.search`; 0: play the likeliest one. With a search, the errors of the mask, as
+            the target map sees them, are added to the logits of clicks.
+        upscale_factor: of the target map, over the embedding; policies of earlier versions have 1.
         **kwargs: as `SamPolicy` takes them; `features` has the arguments of `ClickFeatures`.
     """
 
@@ -197,9 +196,10 @@ class ImplicitPolicy(SamPolicy):
     recalibration_updates = 2
     arguments = (
         *SamPolicy.arguments,
-        *("grid", "others", "initial_mask", "recalibrate", "search", "fineness"),
+        *("grid", "others", "initial_mask", "recalibrate", "search", "upscale_factor"),
     )
 
+    @checked
     def __init__(
         self,
         *args: Any,
@@ -208,13 +208,14 @@ class ImplicitPolicy(SamPolicy):
         initial_mask: str = "empty",
         recalibrate: bool = False,
         search: Annotated[int, whole(0, MAX_SEARCH)] = 0,
-        fineness: Annotated[int, whole(1, MAX_FINENESS)] = 1,
+        upscale_factor: Annotated[int, whole(1, MAX_UPSCALE)] = 1,
         **kwargs: Any,
     ) -> None:
         # Policies of earlier versions name their action head.
         check_head(kwargs.pop("head", SPATIAL), type(self).__name__)
         self.grid, self.others, self.recalibrate = grid, list(others), recalibrate
-        self.initial_mask, self.search, self.fineness = initial_mask, search, fineness
+        self.initial_mask, self.search = initial_mask, search
+        self.upscale_factor = upscale_factor
         self.target_map: TargetMap | None = None
         super().__init__(*args, **kwargs)
 
@@ -233,7 +234,7 @@ class ImplicitPolicy(SamPolicy):
         # After the optimizer: PPO does not train this module.
         if self.recalibrate or self.search:
             features = cast(ClickFeatures, self.make_features_extractor())
-            self.target_map = TargetMap(features, self.fineness)
+            self.target_map = TargetMap(features, self.upscale_factor)
 
     def _adjusted(self, logits: Tensor, obs: PyTorchObs) -> Tensor:
         """Guide the clicks by the target map, if the policy searches."""
@@ -274,7 +275,8 @@ class ImplicitPolicy(SamPolicy):
     def _is_negative(self, obs: PyTorchObs) -> Tensor:
         """Return whether the target map labels each place negative: bool (B, grid * grid)."""
         assert self.target_map is not None
-        return F.adaptive_avg_pool2d(self.target_map(obs), self.grid).flatten(1) < 0.0
+        target = self.target_map(obs).sigmoid()
+        return F.adaptive_avg_pool2d(target, self.grid).flatten(1) < 0.5
 
     def logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
         """Return logits float32 (B, A) of all actions, and state values (B, 1).

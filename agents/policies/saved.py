@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 from agents.policies import POLICIES, SamPolicy
 from agents.policies.base import resolve_precision
-from agents.policies.implicit import MAX_FINENESS, MAX_SEARCH
+from agents.policies.implicit import MAX_SEARCH, MAX_UPSCALE
 from agents.policies.spaces import space_from_json, space_from_pickle
 from sam_gym.backbones.loading import renamed_checkpoint, resolve_device
 from sam_gym.backbones.spec import BACKBONES, FIRST_MICRO, HUB_PREFIX, renamed_backbone
@@ -37,7 +37,7 @@ _LIMITS = {"data": 2**28, "policy.pth": 2**30}
 #: Largest value of the arguments of policies that decide how large a model is.
 _MAX_ARGUMENT, _SIZES = 4096, ("width", "grid", "num_heads")
 #: Smallest and largest values of further arguments; policies without them have the smallest.
-_RANGES = {"search": (0, MAX_SEARCH), "fineness": (1, MAX_FINENESS)}
+_RANGES = {"search": (0, MAX_SEARCH), "upscale_factor": (1, MAX_UPSCALE)}
 #: Largest number of actions that are no clicks.
 _MAX_OTHERS = 64
 #: Masks in observations, and their shapes over the first micro: in full, and beside a handle.

@@ -3,7 +3,7 @@
 - Semantic recalibration, after AlignSAM (Huang et al., CVPR 2024): the policy chooses where to
   click, and the module labels the click. That halves the policy's action space.
 - Search: the module judges the masks of several clicks before one is played, see `agents.search`,
-  and guides the policy: its errors are added to the logits of clicks.
+  and guides the policy: the errors that it sees in a mask are added to the logits of clicks.
 
 The module has its own copy of the policy's features and learns from the targets of the training
 with Dice and binary cross-entropy losses. Environments and evaluations never show it a target.

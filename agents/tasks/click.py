@@ -33,8 +33,6 @@ _ENVIRONMENT = ("target", "dataset", "backbone", "grid", "max_steps")
 _OTHER_ACTIONS = ("stop", "undo")
 #: Default of `TrainPPOConfig.search`.
 _SEARCH = 2
-#: Values of a target map along a side of a cell: with `micro`, as many as a mask has.
-_FINENESS = 4
 
 
 def _search(search: int | None, recalibrate: bool) -> int:
@@ -64,6 +62,7 @@ class ClickTask(Task):
         self, run: Any, env_config: EnvConfig, core: BaseCore[Any, Any]
     ) -> dict[str, Any]:
         own: Any = env_config
+        backbone = core.backbone
         features: dict[str, Any] = {
             "backbone": backbone_arguments(env_config),
             "categories": list(core.dataset.categories),
@@ -82,7 +81,8 @@ class ClickTask(Task):
             "initial_mask": own.initial_mask,
             "recalibrate": run.recalibrate,
             "search": _search(run.search, run.recalibrate),
-            "fineness": _FINENESS,
+            # The target map is as fine as a mask.
+            "upscale_factor": max(1, backbone.mask_shape[0] // backbone.embedding_shape[1]),
         }
 
     # Annotation and export ---------------------------------------------------------------------

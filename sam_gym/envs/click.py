@@ -368,10 +368,8 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
     def _undo(self, indices: np.ndarray) -> None:
         """Remove the last click of some sub-environments."""
         self.num_clicks[indices] = np.maximum(self.num_clicks[indices] - 1, 0)
-        count = self.num_clicks[indices]
-        self.labels[indices, count] = NO_POINT
-        index, counts = to_device(indices, self.device), to_device(count, self.device)
-        self.shown[indices] = to_host(self._shown(self.logits[index, counts]))[0]
+        self.labels[indices, self.num_clicks[indices]] = NO_POINT
+        self.shown[indices] = to_host(self._shown(self.current_logits(indices)))[0]
 
     def _decode(self, indices: np.ndarray) -> None:
         """Decode all clicks of some sub-environments, each with a new one; score the masks."""
@@ -524,9 +522,14 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
             "source": np.array([t.source for t in targets], object),
         }
 
+    def current_logits(self, indices: np.ndarray) -> torch.Tensor:
+        """Return the logits of the current masks of some sub-environments, float32 (S, hm, wm)."""
+        index, counts = (to_device(own, self.device) for own in (indices, self.num_clicks[indices]))
+        return self.logits[index, counts]
+
     def mask(self, env_index: int) -> np.ndarray:
         """Return the current mask at the size of the image: bool (H, W)."""
-        logits = self.logits[env_index, int(self.num_clicks[env_index])]
+        (logits,) = self.current_logits(np.array([env_index]))
         return self._mask_at(logits, self._target(env_index))
 
     def _mask_at(self, logits: torch.Tensor, target: ClickTarget) -> np.ndarray:

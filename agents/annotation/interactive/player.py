@@ -178,7 +178,7 @@ class ClickPlayer:
                 all_logits, _ = policy.logits_and_value(tensors)
                 action = int(all_logits[0].argmax())
                 if preview is not None and policy.search:
-                    own = _OneObject(self, image.shape[:2], preview)
+                    own = _OneObject(self, image.shape[:2], logits, preview)
                     action = int(best_clicks(policy, cast(Any, own), tensors, all_logits)[0])
         (chances,) = to_host(all_logits[0].softmax(dim=0))
         grid = policy.grid
@@ -206,12 +206,19 @@ class _OneObject:
     Args:
         player: the agent.
         size: (H, W) of the image.
+        logits: mask logits (hm, wm) so far.
         preview: decodes a click.
     """
 
-    def __init__(self, player: ClickPlayer, size: tuple[int, int], preview: Preview) -> None:
+    def __init__(
+        self, player: ClickPlayer, size: tuple[int, int], logits: Tensor, preview: Preview
+    ) -> None:
         self.backbone, self.device = player.backbone, player.backbone.device
         self._player, self._size, self._preview = player, size, preview
+        self._logits = logits
+
+    def current_logits(self, indices: np.ndarray) -> Tensor:
+        return self._logits[None]
 
     def playing(self) -> np.ndarray:
         return np.arange(1)

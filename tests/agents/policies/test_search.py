@@ -165,7 +165,7 @@ def test_the_target_map_is_finer_than_the_embedding(made: Callable[..., Any]) ->
     policy, core, env = made()
     tensors = policy.to_tensors(env.reset(seed=0)[0])
     height, width = core.backbone.embedding_shape[1:]
-    assert policy.fineness == 4
+    assert policy.upscale_factor == 4
     features = policy.target_map.features(tensors)
     with torch.no_grad():
         target = policy.target_map(tensors)
