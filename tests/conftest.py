@@ -176,7 +176,8 @@ class Launches(socketserver.StreamRequestHandler):
 def forking_python() -> Iterator[str]:
     """An executable in place of Python that takes `SCRIPT.py ...` or `-m MODULE ...`.
 
-    Commands that start processes of `sys.executable` can be tested with it in less time.
+    Commands that start processes of `sys.executable` can be tested with it in less time. It has
+    imported our packages: where another PYTHONPATH is what is tested, take the real one.
     """
     # Not in pytest's folders: names of sockets are short.
     with tempfile.TemporaryDirectory() as folder:

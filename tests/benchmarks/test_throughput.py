@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -326,10 +325,7 @@ def test_random_weights_need_no_checkpoint(tiny_env: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_two_checkouts_play_the_same_in_turn(
-    tmp_path: Path, forking_python: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "executable", forking_python)
+def test_two_checkouts_play_the_same_in_turn(tmp_path: Path) -> None:
     small = ("--backbone", "micro-v0", "--device", "cpu", "--num-envs", "2", "--images", "2")
     short = ("--steps", "2", "--max-steps", "2", "--repeats", "2", "--growth-images", "0")
     few = ("--encoder-batch", "1", "--precision-images", "1", "--out", str(tmp_path))

@@ -25,7 +25,7 @@ from sam_gym.envs.click import ClickCore, SamSegConfig
 @pytest.fixture
 def made(tiny_env: dict[str, Any]) -> Callable[..., tuple[ImplicitPolicy, ClickCore, Any]]:
     def made(**options: Any) -> tuple[ImplicitPolicy, ClickCore, Any]:
-        click = SamSegConfig(obs="handle", grid=8, stop=True, **(tiny_env | options))
+        click = SamSegConfig(obs="handle", grid=8, stop=True, undo=True, **(tiny_env | options))
         config = TrainPPOConfig(
             num_envs=4, n_steps=8, batch_size=16, train_images=8, search=3, env_config=click
         )
@@ -38,11 +38,10 @@ def made(tiny_env: dict[str, Any]) -> Callable[..., tuple[ImplicitPolicy, ClickC
 
 
 def reveal_target(policy: Any, core: ClickCore) -> None:
-    """Let the target map know the target."""
+    """Let the target map know the target, at the resolution of masks."""
 
     def forward(observations: dict[str, Tensor]) -> Tensor:
-        shape: Any = core.backbone.embedding_shape[1:]
-        return torch.logit(core.soft_targets(shape)[0], eps=1e-6)
+        return torch.logit(core.soft_targets(core.backbone.mask_shape)[0], eps=1e-6)
 
     policy.target_map.forward = forward
 
@@ -67,6 +66,10 @@ def test_error_clicks_lie_inside_the_largest_errors() -> None:
     assert negative >= 256 and mask[0].flatten()[negative - 256] == 1
     positive, negative = error_clicks(target, mask, 4)[0].tolist()
     assert positive in (10, 11, 14, 15) and negative in (16 + 2, 16 + 3, 16 + 6, 16 + 7)
+    # A click mends a small error where it is.
+    target, mask = torch.zeros(1, 16, 16), torch.zeros(1, 16, 16)
+    target[0, 5, 7] = mask[0, 9, 3] = 1.0
+    assert error_clicks(target, mask, 16).tolist() == [[5 * 16 + 7, 256 + 9 * 16 + 3]]
     # A mask beside the target is wrong twice, within the same cells of the grid too.
     target, mask = torch.zeros(1, 16, 16), torch.zeros(1, 16, 16)
     target[0, 4:, 4::2], mask[0, 4:, 5::2] = 1.0, 1.0
@@ -86,7 +89,8 @@ def test_the_target_map_guides_clicks(made: Callable[..., Any]) -> None:
         judged = policy.evaluate_actions(tensors, guided.argmax(dim=1))[1]
     assert torch.equal(value, same) and torch.equal(guided[:, 128:], unguided[:, 128:])
     # No mask yet: what is missed is the target, and nothing is superfluous.
-    missed = F.adaptive_avg_pool2d(core.soft_targets(shape)[0][:, None], 8).flatten(1)
+    target = core.soft_targets(core.backbone.mask_shape)[0]
+    missed = F.adaptive_avg_pool2d(target[:, None], 8).flatten(1)
     torch.testing.assert_close(guided[:, :64] - unguided[:, :64], 5 * missed)
     torch.testing.assert_close(guided[:, 64:128] - unguided[:, 64:128], -5 * missed)
     torch.testing.assert_close(judged, guided.log_softmax(dim=1).max(dim=1).values)
@@ -133,26 +137,31 @@ def test_a_preview_is_what_the_step_gives(made: Callable[..., Any], keep_best: b
 
 def test_search_plays_the_candidate_of_the_best_mask(made: Callable[..., Any]) -> None:
     policy, core, env = made()
-    observations, _ = env.reset(seed=0)
+    env.reset(seed=0)
     reveal_target(policy, core)
+    # The current mask is neither the first nor the last one that was decoded.
+    undo = core.stop_action + 1
+    for actions in ([70, 9, 27, 3], [1, 2, 90, 80], [undo, 5, undo, 6]):
+        observations, *_ = env.step(np.array(actions))
+    assert core.num_clicks.tolist() == [1, 3, 1, 3]
     tensors = policy.to_tensors(observations)
     with torch.no_grad():
         everything = policy.logits_and_value(tensors)[0]
     logits = everything[:, :128]
-    likeliest = logits.argmax(dim=1).numpy()
     everything[:, 128:] = -1e9  # no stop
     chosen = best_clicks(policy, core, tensors, everything)
 
-    def judged(actions: np.ndarray) -> np.ndarray:
-        masks = (core.preview(np.arange(4), actions)[0] > 0).float()
-        shape: Any = core.backbone.embedding_shape[1:]
-        cells = torch.nn.functional.adaptive_avg_pool2d(masks[:, None], shape)[:, 0]
-        return soft_iou(core.soft_targets(shape)[0], cells).numpy()
-
-    assert (judged(chosen) >= judged(likeliest) - 1e-5).all()
-    candidates = logits.topk(3, dim=1).indices.numpy()
-    best = np.max([judged(column) for column in candidates.T], axis=0)
-    assert (judged(chosen) >= best - 1e-5).all()
+    rows = np.arange(4)
+    target = core.soft_targets(core.backbone.mask_shape)[0]
+    now = torch.stack([core.logits[row, core.num_clicks[row]] for row in rows])
+    candidates = torch.cat(
+        [logits.topk(3, dim=1).indices, error_clicks(target, (now > 0).float(), 8)], dim=1
+    ).numpy()
+    judged = [
+        soft_iou(target, (core.preview(rows, column)[0] > 0).float()) for column in candidates.T
+    ]
+    best = torch.stack(judged).argmax(dim=0).numpy()
+    np.testing.assert_array_equal(chosen, candidates[rows, best])
     own, _ = policy.predict(observations, deterministic=True)
     with torch.no_grad():
         everything = policy.logits_and_value(tensors)[0]
