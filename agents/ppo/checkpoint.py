@@ -53,6 +53,7 @@ _SLOW, _RARELY = 0.1, 50.0
 ADDED_OPTIONS = {
     "env_config.on_error": "raise",
     "env_config.initial_mask": "empty",
+    "env_config.augmentations": 1,
     "search": 0,
 }
 _BACKBONE = "env_config.backbone"
