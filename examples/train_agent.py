@@ -16,7 +16,7 @@ from agents.tasks import task_of
 
 
 def main(
-    total_timesteps: int = 20_000,
+    total_timesteps: int = 10_000,
     num_envs: int = 64,
     episodes: int = 128,
     out: Path = Path("runs/example_agent"),
