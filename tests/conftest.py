@@ -63,7 +63,8 @@ for number, file in enumerate(files):
     os.dup2(file.fileno(), number)
     file.close()
 # Those of before have noted what kinds of files they are.
-sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+# Lines are written at once: tests read what a process has printed before it was killed.
+sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", 1, closefd=False)
 sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)
 sys.executable = executable
 os.chdir(folder)
