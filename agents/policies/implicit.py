@@ -159,16 +159,18 @@ class TargetMap(nn.Module):
         return F.pixel_shuffle(self.head(self.features(observations)), self.upscale_factor)[:, 0]
 
     @torch.no_grad()
-    def balance(self, observations: dict[str, Tensor], grid: int) -> Tensor:
-        """Return the target's share of each cell, less the mask's.
+    def coverage(self, observations: PyTorchObs, grid: int) -> Tensor:
+        """Return the fraction of each cell that the target covers: (B, grid, grid)."""
+        return F.adaptive_avg_pool2d(self(observations).sigmoid(), grid)
+
+    def missed(self, observations: dict[str, Tensor], grid: int) -> Tensor:
+        """Return how much more of each cell the target covers than the mask does.
 
         Returns:
             -1 to 1, float (B, grid, grid).
         """
-        mask = self.features.plane(observations, "sam_pred_mask_prob")
-        target = self(observations).sigmoid()[:, None]
-        missed = F.adaptive_avg_pool2d(target, grid) - F.adaptive_avg_pool2d(mask, grid)
-        return missed[:, 0]
+        mask = self.features.plane(observations, "sam_pred_mask_prob")[:, 0]
+        return self.coverage(observations, grid) - F.adaptive_avg_pool2d(mask, grid)
 
 
 @POLICIES.register("implicit")
@@ -240,7 +242,7 @@ class ImplicitPolicy(SamPolicy):
         """Guide the clicks by the target map, if the policy searches."""
         if self.target_map is None or self.recalibrate:
             return logits
-        missed = self.target_map.balance(cast(Any, obs), self.grid).flatten(1)
+        missed = self.target_map.missed(cast(Any, obs), self.grid).flatten(1)
         guidance = _GUIDANCE * torch.cat([missed, -missed], dim=1)
         return logits + F.pad(guidance, (0, logits.shape[1] - guidance.shape[1]))
 
@@ -271,12 +273,10 @@ class ImplicitPolicy(SamPolicy):
         places = self.grid**2
         return torch.where(actions < 2 * places, actions % places, actions - places)
 
-    @torch.no_grad()
     def _is_negative(self, obs: PyTorchObs) -> Tensor:
         """Return whether the target map labels each place negative: bool (B, grid * grid)."""
         assert self.target_map is not None
-        target = self.target_map(obs).sigmoid()
-        return F.adaptive_avg_pool2d(target, self.grid).flatten(1) < 0.5
+        return self.target_map.coverage(obs, self.grid).flatten(1) < 0.5
 
     def logits_and_value(self, obs: PyTorchObs) -> tuple[Tensor, Tensor]:
         """Return logits float32 (B, A) of all actions, and state values (B, 1).

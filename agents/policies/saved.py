@@ -34,10 +34,13 @@ SHIPPED = {
 #: Largest sizes in bytes to which the entries of a policy.zip are unpacked: spaces of pixels are
 #: large in `data` when they are pickled.
 _LIMITS = {"data": 2**28, "policy.pth": 2**30}
-#: Largest value of the arguments of policies that decide how large a model is.
-_MAX_ARGUMENT, _SIZES = 4096, ("width", "grid", "num_heads")
-#: Smallest and largest values of further arguments; policies without them have the smallest.
-_RANGES = {"search": (0, MAX_SEARCH), "upscale_factor": (1, MAX_UPSCALE)}
+#: Smallest and largest values of the arguments of policies that decide how large a model is, or
+#: how much it decodes.
+_RANGES = {
+    **dict.fromkeys(("width", "grid", "num_heads"), (1, 4096)),
+    "search": (0, MAX_SEARCH),
+    "upscale_factor": (1, MAX_UPSCALE),
+}
 #: Largest number of actions that are no clicks.
 _MAX_OTHERS = 64
 #: Masks in observations, and their shapes over the first micro: in full, and beside a handle.
@@ -113,10 +116,9 @@ def _arguments_of(data: Mapping[str, Any]) -> dict[str, Any]:
     pickled = _unpickled(data["policy_kwargs"])
     arguments = data["policy_kwargs"] if pickled is None else to_plain(read_pickle(pickled))
     for name, value in (arguments | arguments["features"]).items():
-        if name in _SIZES and not (isinstance(value, int) and 0 < value <= _MAX_ARGUMENT):
-            raise ValueError(f"{name} must be from 1 to {_MAX_ARGUMENT}, got {value!r}")
-    for name, (low, high) in _RANGES.items():
-        value = arguments.get(name, low)
+        if name not in _RANGES:
+            continue
+        low, high = _RANGES[name]
         if not (isinstance(value, int) and low <= value <= high):
             raise ValueError(f"{name} must be from {low} to {high}, got {value!r}")
     return arguments
