@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptation.augmentation import Augmentation, low_res_target
+from adaptation.frame_transform import FrameTransform, low_res_target
 from adaptation.sequences import CompressedArrays, LazySequence
 from sam_gym.backbones import Backbone
 from sam_gym.backbones.embeddings.disk import DiskStore
@@ -242,12 +242,12 @@ class FeatureBank:
 
     def _augmented(
         self, domain: Domain, number: int, copy: int, sample: Sample, scale: int = 1
-    ) -> tuple[Augmentation, np.random.Generator]:
+    ) -> tuple[FrameTransform, np.random.Generator]:
         """An augmentation of a training image, and the generator that it was drawn with."""
         rng = self._rng("view", domain.name, number, copy)
         size, image_size = scale * self.backbone.image_size, sample.image.shape[:2]
         squash = self.backbone.squashes
-        return Augmentation.draw(rng, image_size, size, plain=copy == 0, squash=squash), rng
+        return FrameTransform.draw(rng, image_size, size, plain=copy == 0, squash=squash), rng
 
     def _augment_all(self, domain: Domain) -> AugmentedImages:
         shape = self.backbone.mask_shape

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptation.augmentation import low_res_target
+from adaptation.frame_transform import low_res_target
 from adaptation.strategies.nearest import nearest_points
 from benchmarks.everything.scores import Split
 from sam_gym.backbones import Backbone, Prompts

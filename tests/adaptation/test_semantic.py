@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from adaptation import evaluate
-from adaptation.augmentation import Augmentation
 from adaptation.batch_norm import synchronise
 from adaptation.class_weights import Weighting, class_weights, count_pixels
 from adaptation.evaluation import score_labels
 from adaptation.features import FeatureBank
+from adaptation.frame_transform import FrameTransform
 from adaptation.strategies.semantic import Semantic
 from adaptation.strategy import STRATEGIES, Step, StrategyContext
 from adaptation.train import main
@@ -69,7 +69,7 @@ def test_labels_follow_the_pixels() -> None:
     )
     image = np.repeat(20 * labels[..., None], 3, axis=2)
     for seed, plain in ((0, True), (1, False), (2, False), (3, False)):
-        drawn = Augmentation.draw(np.random.default_rng(seed), (240, 320), 64, plain)
+        drawn = FrameTransform.draw(np.random.default_rng(seed), (240, 320), 64, plain)
         frame, own = drawn.frame(image)[..., 0], drawn.labels(labels)
         inside = own != 255
         assert inside.any() and (frame[~inside] == 124).mean() > 0.9

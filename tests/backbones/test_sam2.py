@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adaptation.augmentation import Augmentation
+from adaptation.frame_transform import FrameTransform
 from benchmarks.video_speed.peer import Shape, build_peer
 from sam_gym import MaskGenerator, Predictor
 from sam_gym.backbones import BACKBONES, Backbone, Prompts, load_backbone, service
@@ -460,13 +460,13 @@ def test_augmentations_fill_the_squashed_frame(tiny: Backbone) -> None:
     rng, (image,) = np.random.default_rng(0), images_of([(50, 90)])
     mask = np.zeros((50, 90), bool)
     mask[10:40, 30:60] = True
-    plain = Augmentation.draw(rng, (50, 90), tiny.image_size, plain=True, squash=True)
+    plain = FrameTransform.draw(rng, (50, 90), tiny.image_size, plain=True, squash=True)
     smooth = cv2.GaussianBlur(image, (0, 0), 3)
     difference = plain.frame(smooth).astype(float) - tiny.framed(smooth)
     assert np.abs(difference).mean() < 2
     low = np.round(tiny.framed(mask[..., None].repeat(3, 2) * np.uint8(255))[..., 0] / 255.0) > 0
     assert iou(plain.mask(mask), low) > 0.9
-    free = Augmentation.draw(rng, (50, 90), tiny.image_size, plain=False, squash=True)
+    free = FrameTransform.draw(rng, (50, 90), tiny.image_size, plain=False, squash=True)
     assert free.scale[1] / free.scale[0] == pytest.approx(90 / 50)
     dataset: Any = [Sample(image, mask[None], np.zeros(1, int), "image")]
     small = torch.from_numpy(low_res(frame_mask(mask, (64, 64), 64), tiny.mask_shape))

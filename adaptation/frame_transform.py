@@ -20,7 +20,7 @@ _THRESHOLDS = (0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class FrameTransform:
     """An affine map from an image to the model's frame.
 
     Attributes:
@@ -42,7 +42,7 @@ class Augmentation:
         size: int,
         plain: bool,
         squash: bool = False,
-    ) -> Augmentation:
+    ) -> FrameTransform:
         """Draw a flip and a scale about a random place, as in CoSAM's release.
 
         The release has random flips and large-scale jitter, in a wider range of scales.
