@@ -136,10 +136,10 @@ def quick_parts() -> list[Part]:
     images = ("--encoder-batch", "1", "--precision-images", "1")
     grid = ("--grids", "2x2", "--images", "1", "--no-memory", *_model(model), *_thresholds(model))
     cases = ("--cases", "1x1", "--frames", "3", "--repeats", "1", "--memory-frames", "0")
-    own = ("--backbone", model, *least, *few, *images, "--dtype", "bfloat16")
+    own = ("--backbone", model, *least, *few, *images, "--dtype", "float32")
     return [
-        Part(f"throughput-{model}-bfloat16", "throughput", own),
-        Part(f"generator-{model}-float32", "generator", (*grid, "--dtype", "float32")),
+        Part(f"throughput-{model}-float32", "throughput", own),
+        Part(f"generator-{model}-bfloat16", "generator", (*grid, "--dtype", "bfloat16")),
         Part("video_speed-small", "video_speed", ("--shape", "small", *cases)),
     ]
 

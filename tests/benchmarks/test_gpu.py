@@ -46,11 +46,11 @@ def test_the_script_runs_all_parts_and_keeps_what_is_finished(
         assert part["status"] == "done" and part["seconds"] > 0 and not part["message"]
         assert part["results"] == json.loads((out / name / "results.json").read_text())
     dtypes = [results["parts"][name]["results"]["dtype"] for name in names[:2]]
-    assert dtypes == ["bfloat16", "float32"]
+    assert dtypes == ["float32", "bfloat16"]
     table = (out / "table.md").read_text()
     for heading in ("Environments", "Models", "Everything mode", "Tracking", "Parts"):
         assert f"\n## {heading}\n\n| " in table
-    assert "| micro-v0, random weights | bfloat16 | 2 | cached |" in table
+    assert "| micro-v0, random weights | float32 | 2 | cached |" in table
     assert "A trial of the script" in table and f"Table: {out / 'table.md'}" in done.stdout
     assert (out / "report.html").is_file() and (out / "parts.csv").is_file()
 
