@@ -70,17 +70,14 @@ def main(
         for split, count in (("train", videos), ("val", held_out)):
             if not (data / f"instances_{split}.json").exists():
                 write_time_lapses(data, split, count, frames, every)
-    source = ["--dataset", "coco-video", "--data", str(data)]
-    train_video.main(
-        [*source, "--steps", str(steps), "--learning-rate", str(learning_rate)]
-        + ["--parts", "memory", "--prompt.kind", "mask", "--prompt.corrected", "0"]
-        + ["--seed", str(seed), "--out", str(out / f"run-{seed}"), "--overwrite"]
-    )
-    report = evaluate_video.main(
-        [*source, "--adapter", str(out / f"run-{seed}" / "adapter.safetensors"), "--split", "val"]
-        + ["--overlays", "2", "--out", str(out / f"report-{seed}"), "--overwrite"]
-    )
-    before, after = (report["scores"][name]["J&F"] for name in ("without adapter", "adapted"))
+    run, report = out / f"run-{seed}", out / f"report-{seed}"
+    source = ["--dataset", "coco-video", "--data", str(data), "--overwrite"]
+    what = ["--parts", "memory", "--prompt.kind", "mask", "--prompt.corrected", "0"]
+    pace = ["--steps", str(steps), "--learning-rate", str(learning_rate), "--seed", str(seed)]
+    train_video.main([*source, *what, *pace, "--out", str(run)])
+    adapter = ["--adapter", str(run / "adapter.safetensors"), "--split", "val"]
+    result = evaluate_video.main([*source, *adapter, "--overlays", "2", "--out", str(report)])
+    before, after = (result["scores"][name]["J&F"] for name in ("without adapter", "adapted"))
     print(f"held-out J&F {before:.3f} before, {after:.3f} after")
 
 

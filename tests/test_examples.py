@@ -66,6 +66,11 @@ RUNS = {
         "film.gif",
         "and a correction in frame",
     ),
+    "fine_tune_tracker.py": (
+        [*"--videos 4 --held-out 1 --frames 8 --steps 1".split(), "--out", "{out}"],
+        "run-0/adapter.safetensors",
+        "held-out J&F",
+    ),
 }
 TUTORIALS = sorted((EXAMPLES.parent / "docs" / "tutorials").glob("*.md"))
 

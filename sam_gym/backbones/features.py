@@ -147,6 +147,11 @@ class ImageFeatures:
         """The same features with floating-point tensors in another precision."""
         return self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
+    def as_in(self, spec: FeatureSpec) -> ImageFeatures:
+        """The same features in the dtypes of a specification that has their names."""
+        dtypes = {name: own.dtype for name, own in spec.tensors.items()}
+        return ImageFeatures({name: x.to(dtypes[name]) for name, x in self.tensors.items()})
+
     def merge(self, **tensors: Tensor) -> ImageFeatures:
         """These features and further ones; a name that exists is replaced."""
         return ImageFeatures({**self.tensors, **tensors})

@@ -557,9 +557,7 @@ class RawFeatureSource:
         """Compute the raw features of prepared pixels: (B, 3, S, S), tiles (B, 5, 3, S, S)."""
         with self._backbone.autocast():
             features = raw_features(self._backbone.sam, pixels, self.kind)
-        dtypes = {name: own.dtype for name, own in self.feature_spec.tensors.items()}
-        tensors = {name: x.to(dtypes[name]) for name, x in features.tensors.items()}
-        return ImageFeatures(tensors).map(Tensor.contiguous)
+        return features.as_in(self.feature_spec).map(Tensor.contiguous)
 
 
 def _labels(logits: Tensor) -> np.ndarray:

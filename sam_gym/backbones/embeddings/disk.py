@@ -46,7 +46,7 @@ class DiskStore:
         source: computes the features.
         folder: root of the store; it is made if it does not exist. None: `default_folder()`.
         dtype: "float32" keeps features exactly; "float16" and "bfloat16" take half the space.
-            Integer features keep their dtype.
+            Integer features and those that the source computes in half precision keep their dtype.
         max_bytes: bound on all files of this backbone and precision together.
 
     Raises:
@@ -74,10 +74,11 @@ class DiskStore:
         except OSError as error:
             self._stop_writing(error)
         self.dtype, self.max_bytes = DTYPES[dtype], max_bytes
+        self._source_spec = source.feature_spec
         #: Shapes and dtypes in the files.
         self.spec = FeatureSpec(
             {
-                name: own._replace(dtype=self.dtype) if own.dtype.is_floating_point else own
+                name: own._replace(dtype=self.dtype) if own.dtype == torch.float32 else own
                 for name, own in source.feature_spec.tensors.items()
             }
         )
@@ -95,7 +96,10 @@ class DiskStore:
         return self.path(key).is_file()
 
     def get(self, key: bytes) -> ImageFeatures | None:
-        """Read the features of one image, float32 on the CPU; None if missing or damaged."""
+        """Read the features of one image, on the CPU, in the dtypes of the source.
+
+        None: they are missing or damaged.
+        """
         path = self.path(key)
         try:
             content = path.read_bytes()
@@ -112,7 +116,7 @@ class DiskStore:
             return None
         with suppress(OSError):  # it may just have been evicted, or the folder be read-only
             os.utime(path)
-        return features.floating_to(torch.float32)
+        return features.as_in(self._source_spec)
 
     def _parse(self, content: bytes) -> ImageFeatures | None:
         from safetensors import SafetensorError
@@ -137,9 +141,10 @@ class DiskStore:
         Raises:
             ValueError: they have other shapes, or values that the precision cannot hold.
         """
-        kept = features.to("cpu").floating_to(self.dtype).map(Tensor.contiguous)
-        if len(kept) != 1 or kept.spec != self.spec:
-            raise ValueError(f"Expected one image with {self.spec}, got {len(kept)}, {kept.spec}.")
+        expected, got = self._source_spec, features.spec
+        if len(features) != 1 or got != expected:
+            raise ValueError(f"Expected one image with {expected}, got {len(features)} with {got}.")
+        kept = features.to("cpu").as_in(self.spec).map(Tensor.contiguous)
         for name, tensor in kept.tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(
@@ -151,7 +156,7 @@ class DiskStore:
                 self._write(self.path(key), {k: v[0] for k, v in kept.tensors.items()})
             except OSError as error:
                 self._stop_writing(error)
-        return kept.floating_to(torch.float32)
+        return kept.as_in(self._source_spec)
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """Write a file with its own checksum, and count its bytes."""

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sam_gym.backbones import Backbone
+from sam_gym.backbones import Backbone, load_backbone
+from sam_gym.backbones.adapters.model import RAW_KINDS
 from sam_gym.backbones.embeddings import disk as disk_module
 from sam_gym.backbones.embeddings import store
 from sam_gym.backbones.embeddings.disk import DiskStore
@@ -151,6 +152,30 @@ def test_memory_store_takes_from_disk_and_keeps_there(tiny: Backbone, tmp_path: 
     assert (first.encoded, second.encoded) == (2, 1)
     assert same(got[:2], expected)
     assert same(got[2:], tiny.encode(images[2:]))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RAW_KINDS if kind != "pixels"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_features_of_heads_and_decoders_are_kept_in_the_dtypes_that_they_have(
+    kind: str, dtype: str, micro: Backbone, hq_micro: str, tmp_path: Path
+) -> None:
+    """Features of several strides are half precision, beside an embedding in float32."""
+    backbone = load_backbone(hq_micro, device="cpu") if kind == "early" else micro
+    source = backbone.raw_source(kind)
+    images = [np.full((64, 96, 3), shade, np.uint8) for shade in (10, 90)]
+    stores = []
+    for _ in range(2):
+        own = EmbeddingStore(source, disk=DiskStore(source, tmp_path, dtype))
+        stores.append((own, own.gather(torch.tensor(own.acquire(images)))))
+    (first, written), (second, read) = stores
+    assert (first.encoded, second.encoded) == (2, 0)
+    assert written.spec == read.spec == source.feature_spec
+    direct = source.encode(images)
+    for name, tensor in read.tensors.items():
+        assert torch.equal(tensor, written[name])
+        exact = dtype == "float32" or tensor.dtype == torch.float16
+        expected = direct[name] if exact else direct[name].half().float()
+        assert torch.equal(tensor, expected)
 
 
 def test_environment_with_a_disk_store(
