@@ -20,8 +20,9 @@ from adaptation.objects import BatchTargets
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.model import Model, embed
 from sam_gym.backbones.adapters.tuning import TUNINGS, bytes_of, trainable, tuned_weights
-from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
+from sam_gym.backbones.decode import MaskTokens, decode_tokens
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.prompts import Prompts
 from sam_gym.data.streams import Domain
 from sam_gym.utils.registry import Registry, unknown_name
 from sam_gym.utils.settings import check_settings

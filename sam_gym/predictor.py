@@ -16,8 +16,8 @@ import torch
 from numpy.typing import ArrayLike
 
 from sam_gym.backbones import NO_POINT, BackboneService, Prompts, load_backbone
-from sam_gym.backbones.decode import unknown_label
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.prompts import unknown_label
 from sam_gym.backbones.zoom import Window, low_res_logits
 from sam_gym.utils.transfer import to_device, to_host
 

@@ -20,7 +20,8 @@ from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.class_head import ClassHead
 from sam_gym.backbones.adapters.model import Model, embed
 from sam_gym.backbones.adapters.tuning import bytes_of, tuned_weights
-from sam_gym.backbones.decode import MaskTokens, Prompts
+from sam_gym.backbones.decode import MaskTokens
+from sam_gym.backbones.prompts import Prompts
 from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import Fraction, NotNegative
 from sam_gym.utils.transfer import to_device

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.semantic.points import POINTS, PointName
 from sam_gym.backbones import Backbone
-from sam_gym.backbones.decode import Prompts
+from sam_gym.backbones.prompts import Prompts
 from sam_gym.data import Dataset, Sample
 from sam_gym.data.base import IGNORED, class_names
 from sam_gym.metrics.masks import iou

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_gym.backbones.service import BackboneService
+from sam_gym.backbones.protocols import BackboneService
 
 #: Sides of the window in those of the bounding box.
 MARGIN = 1.4

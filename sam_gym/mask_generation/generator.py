@@ -22,9 +22,11 @@ from segment_anything.utils.amg import (
 from torch import Tensor
 from torchvision.ops import nms
 
-from sam_gym.backbones.decode import MaskTokens, Prompts
+from sam_gym.backbones.decode import MaskTokens
 from sam_gym.backbones.features import ImageFeatures
-from sam_gym.backbones.service import BackboneService, check_rgb
+from sam_gym.backbones.prompts import Prompts
+from sam_gym.backbones.protocols import BackboneService
+from sam_gym.backbones.service import check_rgb
 from sam_gym.backbones.spec import BackboneSpec, find_spec
 from sam_gym.mask_generation.masks import Collected, Masks, run_lengths, to_counts
 from sam_gym.simulation.clicks import relative_grid

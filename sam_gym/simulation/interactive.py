@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import torch
 
-from sam_gym.backbones.decode import NO_POINT, Prompts
 from sam_gym.backbones.features import ImageFeatures
-from sam_gym.backbones.service import BackboneService
+from sam_gym.backbones.prompts import NO_POINT, Prompts
+from sam_gym.backbones.protocols import BackboneService
 from sam_gym.backbones.zoom import KEEP, Window, low_res_logits
 from sam_gym.metrics.masks import iou
 from sam_gym.simulation.clicks import Click, error_click

@@ -19,7 +19,7 @@ from adaptation.strategy import STRATEGIES, Strategy
 from adaptation.trainer import Trainer
 from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.model import Model
-from sam_gym.backbones.decode import Prompts
+from sam_gym.backbones.prompts import Prompts
 from sam_gym.data.streams import Stream, make_stream
 
 #: Few steps of everything.

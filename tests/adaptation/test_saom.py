@@ -30,7 +30,8 @@ from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.class_head import ClassHead
 from sam_gym.backbones.adapters.model import Model
-from sam_gym.backbones.decode import MaskTokens, Prompts
+from sam_gym.backbones.decode import MaskTokens
+from sam_gym.backbones.prompts import Prompts
 from sam_gym.data.streams import Domain, Stream, dataset_stream
 
 MakeTrainer = Callable[..., Trainer]

@@ -10,8 +10,9 @@ import torch
 from segment_anything import SamPredictor
 
 from sam_gym.backbones import NO_POINT, Backbone, Prompts, decode, load_backbone
-from sam_gym.backbones.decode import PADDING_POINT, decode_tokens
+from sam_gym.backbones.decode import decode_tokens
 from sam_gym.backbones.hq import encode_pixels
+from sam_gym.backbones.prompts import PADDING_POINT
 
 #: How far logits may be from the predictor's, in units of the standard deviation of its logits.
 TOLERANCE = 1e-4

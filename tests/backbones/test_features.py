@@ -12,7 +12,7 @@ from sam_gym.backbones.adapters.routers import EmbeddingRouter, RoutedModel
 from sam_gym.backbones.embeddings.disk import DiskStore
 from sam_gym.backbones.embeddings.store import EmbeddingStore
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures, TensorSpec
-from sam_gym.backbones.service import BackboneService, FeatureSource
+from sam_gym.backbones.protocols import BackboneService, FeatureSource
 from sam_gym.utils.digest import image_digest
 
 

@@ -14,7 +14,7 @@ from sam_gym.backbones import Backbone, load_backbone
 from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.model import raw_spec
 from sam_gym.backbones.adapters.semantic_head import SEMANTIC_HEADS
-from sam_gym.backbones.decode import Prompts
+from sam_gym.backbones.prompts import Prompts
 from sam_gym.data.synthetic.scenes import Scenes
 
 LOW = 16  # side of the tiny SAM's masks

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sam_gym.backbones.adapters.class_head import ClassHead
 from sam_gym.backbones.adapters.semantic_head import SemanticHead
-from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
+from sam_gym.backbones.decode import MaskTokens, decode_tokens
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures, TensorSpec
 from sam_gym.backbones.hq import (
     early_channels,
@@ -20,6 +20,7 @@ from sam_gym.backbones.hq import (
     feature_spec,
     with_hq_features,
 )
+from sam_gym.backbones.prompts import Prompts
 from sam_gym.backbones.stages import encode_stages, encode_tiles, stage_spec
 from sam_gym.utils.registry import Registry, unknown_name
 

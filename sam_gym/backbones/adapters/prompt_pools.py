@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_gym.backbones.adapters.model import ADAPTER_MODULES, AdapterModule, Model
-from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
+from sam_gym.backbones.decode import MaskTokens, decode_tokens
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.prompts import Prompts
 
 
 def query_of(embeddings: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ from sam_gym.backbones.adapters.model import (
     raw_features,
 )
 from sam_gym.backbones.adapters.tuning import plain_blocks
-from sam_gym.backbones.decode import MaskTokens, Prompts, decode_tokens
+from sam_gym.backbones.decode import MaskTokens, decode_tokens
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures, TensorSpec
 from sam_gym.backbones.hq import encode_pixels, feature_spec
+from sam_gym.backbones.prompts import Prompts
 
 #: Returns the prepared pixels of some images, (B, 3, S, S).
 Pixels = Callable[[], Tensor]

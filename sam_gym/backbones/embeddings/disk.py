@@ -16,7 +16,8 @@ from filelock import FileLock
 from torch import Tensor
 
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures
-from sam_gym.backbones.service import DTYPES, FeatureSource
+from sam_gym.backbones.protocols import FeatureSource
+from sam_gym.backbones.service import DTYPES
 from sam_gym.utils.files import write_atomic
 from sam_gym.utils.home import home
 from sam_gym.utils.registry import check_choice

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sam_gym.backbones.embeddings.disk import DiskStore
 from sam_gym.backbones.features import ImageFeatures
-from sam_gym.backbones.service import FeatureSource
+from sam_gym.backbones.protocols import FeatureSource
 from sam_gym.utils.digest import image_digest
 
 #: Handles travel through float32 observations, which hold integers exactly below this.

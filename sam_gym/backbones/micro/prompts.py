@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_gym.backbones.decode import NO_POINT, Prompts
 from sam_gym.backbones.micro.data import TrainItem
 from sam_gym.backbones.micro.photos import SIZE
+from sam_gym.backbones.prompts import NO_POINT, Prompts
 from sam_gym.simulation.clicks import interior_distance
 from sam_gym.utils.lowres import low_res
 

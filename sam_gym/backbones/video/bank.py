@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_gym.backbones.decode import PADDING_POINT, Prompts
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.prompts import PADDING_POINT, Prompts
 from sam_gym.backbones.video.memory import Entry
 from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.backbones.video.unroll import POINTERS, Decoded, FirstPrompts, decode_objects

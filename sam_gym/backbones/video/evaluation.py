@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import torch
 
-from sam_gym.backbones.decode import NO_POINT, Prompts
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.prompts import NO_POINT, Prompts
 from sam_gym.backbones.service import Backbone
 from sam_gym.backbones.video.prompting import PromptKind
 from sam_gym.backbones.video.tracker import VideoTracker

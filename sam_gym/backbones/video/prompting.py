@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_gym.backbones.decode import NO_POINT, PADDING_POINT, Prompts
+from sam_gym.backbones.prompts import NO_POINT, PADDING_POINT, Prompts
 from sam_gym.backbones.video.unroll import Decoded, FirstPrompts
 from sam_gym.simulation.clicks import interior_distance
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_gym.backbones.decode import PADDING_POINT, Prompts
+from sam_gym.backbones.prompts import PADDING_POINT, Prompts
 from sam_gym.backbones.video.memory import Entry, MemoryKeys
 
 

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from sam_gym.backbones.adapters.model import Model
-from sam_gym.backbones.decode import Prompts
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.prompts import Prompts
 from sam_gym.backbones.sam2 import VideoSam
 from sam_gym.backbones.service import Backbone
 from sam_gym.backbones.video.frames import Frames, open_video

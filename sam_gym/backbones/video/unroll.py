@@ -13,15 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sam_gym.backbones.decode import (
-    NO_POINT,
-    PADDING_POINT,
-    MaskTokens,
-    Prompts,
-    best_token,
-    decode_tokens,
-)
+from sam_gym.backbones.decode import MaskTokens, best_token, decode_tokens
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.prompts import NO_POINT, PADDING_POINT, Prompts
 from sam_gym.backbones.sam2 import VideoSam
 from sam_gym.backbones.video.memory import ABSENT, Entry, Recall, VideoMemory, recall
 from sam_gym.metrics.masks import batch_iou

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from sam_gym.backbones.decode import NO_POINT, Prompts
+from sam_gym.backbones.prompts import NO_POINT, Prompts
 from sam_gym.backbones.video.unroll import LIMIT
 from sam_gym.data import VideoDataset
 from sam_gym.envs.base_core import Draw

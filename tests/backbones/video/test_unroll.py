@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sam_gym.backbones.decode import NO_POINT, PADDING_POINT, MaskTokens, Prompts
+from sam_gym.backbones.decode import MaskTokens
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.prompts import NO_POINT, PADDING_POINT, Prompts
 from sam_gym.backbones.video.memory import Entry
 from sam_gym.backbones.video.prompting import ErrorClicks, first_prompts
 from sam_gym.backbones.video.tracker import VideoTracker
