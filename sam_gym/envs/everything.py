@@ -33,7 +33,7 @@ MAX_OVERLAP = 4
 #: larger sets are decoded in chunks.
 MAX_DECODED = 2**18
 #: Maximum number of mask pixels that are compared, or drawn into maps, at once.
-MAX_PIXELS = 2**24
+MAX_PIXELS = 2**22
 #: Observed maps of the kept masks, in the order of `EverythingCore.shown`.
 MAPS = ("coverage", "overlap", "predicted_iou")
 
