@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from sam_gym.utils.transfer import to_device
 
+#: (x0, y0, x1, y1) in pixels, without x1 and y1.
+Window = tuple[int, int, int, int]
+
 
 class Frame(Protocol):
     """A square input frame of S x S pixels."""
@@ -23,8 +26,16 @@ class Frame(Protocol):
     def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in the frame of an image of (height, width)."""
 
-    def masks_at(self, logits: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Resize low-res logits (..., hm, wm) to an image's size, (..., height, width)."""
+    def masks_at(
+        self, logits: Tensor, image_size: tuple[int, int], window: Window | None = None
+    ) -> Tensor:
+        """Resize low-res logits (..., hm, wm) to an image's size, (..., height, width).
+
+        Args:
+            logits: of masks.
+            image_size: (height, width).
+            window: compute this part of the result only.
+        """
 
     def framed(self, image: np.ndarray) -> np.ndarray:
         """Bring an image uint8 (H, W, 3) into the frame: uint8 (S, S, 3)."""
@@ -54,9 +65,13 @@ class PaddedFrame:
     def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         return self._resizer.get_preprocess_shape(*image_size, self.size)
 
-    def masks_at(self, logits: Tensor, image_size: tuple[int, int]) -> Tensor:
+    def masks_at(
+        self, logits: Tensor, image_size: tuple[int, int], window: Window | None = None
+    ) -> Tensor:
         height, width = self.input_size(image_size)
         full = _resized(logits, (self.size, self.size))
+        if window is not None:
+            return _resized_window(full[..., :height, :width], image_size, window)
         if (height, width) != tuple(full.shape[-2:]) or (height, width) != tuple(image_size):
             full = _resized(full[..., :height, :width], image_size)
         return full
@@ -102,7 +117,11 @@ class SquashedFrame:
     def input_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         return self.size, self.size
 
-    def masks_at(self, logits: Tensor, image_size: tuple[int, int]) -> Tensor:
+    def masks_at(
+        self, logits: Tensor, image_size: tuple[int, int], window: Window | None = None
+    ) -> Tensor:
+        if window is not None:
+            return _resized_window(logits.float(), image_size, window)
         return _resized(logits, image_size)
 
     def framed(self, image: np.ndarray) -> np.ndarray:
@@ -132,3 +151,20 @@ def _resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
     flat = logits.reshape(-1, 1, *logits.shape[-2:]).float()
     full = F.interpolate(flat, size, mode="bilinear", align_corners=False)
     return full.reshape(*logits.shape[:-2], *size)
+
+
+def _resized_window(logits: Tensor, size: tuple[int, int], window: Window) -> Tensor:
+    """Return a window of `_resized`, but for rounding."""
+
+    def neighbours(cells: int, pixels: int, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The two cells that pixels from `first` to `last` lie between, and the second's weight."""
+        places = torch.arange(first, last, dtype=torch.float64, device=logits.device) + 0.5
+        places = (places * (cells / pixels) - 0.5).clamp(min=0)
+        one = places.long().clamp(max=cells - 1)
+        return one, (one + 1).clamp(max=cells - 1), (places - one).float()
+
+    x0, y0, x1, y1 = window
+    one, other, weight = neighbours(logits.shape[-2], size[0], y0, y1)
+    rows = torch.lerp(logits[..., one, :], logits[..., other, :], weight[:, None])
+    one, other, weight = neighbours(logits.shape[-1], size[1], x0, x1)
+    return torch.lerp(rows[..., one], rows[..., other], weight)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sam_gym.backbones.decode import MaskTokens
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures
+from sam_gym.backbones.frames import Window
 from sam_gym.backbones.prompts import Prompts
 
 
@@ -94,8 +95,13 @@ class BackboneService(FeatureSource, Protocol):
     def to_input_frame(self, points: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
         """Scale (x, y) pixels of an image of (height, width) to the input frame."""
 
-    def masks_at(self, logits: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Resize low-res logits (..., hm, wm) to an image's size, (..., height, width)."""
+    def masks_at(
+        self, logits: Tensor, image_size: tuple[int, int], window: Window | None = None
+    ) -> Tensor:
+        """Resize low-res logits (..., hm, wm) to an image's size, (..., height, width).
+
+        With a window (x0, y0, x1, y1) in pixels, only this part of it.
+        """
 
     def framed(self, image: np.ndarray) -> np.ndarray:
         """Bring an image into the input frame, uint8 (S, S, 3)."""

@@ -24,7 +24,7 @@ from sam_gym.backbones.compiled import FixedShapes, padded_size
 from sam_gym.backbones.decode import MaskTokens
 from sam_gym.backbones.encoders import upscaling_of
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures
-from sam_gym.backbones.frames import Frame, PaddedFrame, SquashedFrame
+from sam_gym.backbones.frames import Frame, PaddedFrame, SquashedFrame, Window
 from sam_gym.backbones.prompts import NO_POINT, Prompts
 from sam_gym.backbones.sam2 import VideoSam
 from sam_gym.utils.digest import digest_of
@@ -211,9 +211,17 @@ class Backbone:
         scale = np.array([width / image_size[1], height / image_size[0]])
         return (np.asarray(points, np.float64) * scale).astype(np.float32)
 
-    def masks_at(self, logits: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Resize low-res logits (..., hm, wm) to an image's size, (..., height, width)."""
-        return self._frame.masks_at(logits, image_size)
+    def masks_at(
+        self, logits: Tensor, image_size: tuple[int, int], window: Window | None = None
+    ) -> Tensor:
+        """Resize low-res logits (..., hm, wm) to an image's size, (..., height, width).
+
+        Args:
+            logits: of masks.
+            image_size: (height, width).
+            window: (x0, y0, x1, y1) in pixels, without x1 and y1: only this part of it.
+        """
+        return self._frame.masks_at(logits, image_size, window)
 
     def framed(self, image: np.ndarray) -> np.ndarray:
         """Bring an image into the input frame, uint8 (S, S, 3); padding is black."""

@@ -3,10 +3,14 @@
 Gives the results of segment_anything's `SamAutomaticMaskGenerator` with the same options, for many
 images at once. Clicks of all images share decoder calls, masks are filtered by predicted IoU before
 they are upsampled, and leave a call as run lengths.
+
+In images and crops of more than a megapixel, the stability of masks is measured at a megapixel, so
+that only stable ones are drawn in full, each in a window around it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -28,7 +32,7 @@ from sam_gym.backbones.prompts import Prompts
 from sam_gym.backbones.protocols import BackboneService
 from sam_gym.backbones.service import check_rgb
 from sam_gym.backbones.spec import BackboneSpec, find_spec
-from sam_gym.mask_generation.masks import Collected, Masks, run_lengths, to_counts
+from sam_gym.mask_generation.masks import Collected, Masks, placed_counts, run_lengths, to_counts
 from sam_gym.simulation.clicks import relative_grid
 from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import ProgressBar
@@ -41,6 +45,11 @@ _CELLS = {"cpu": 2**14}
 _MANY_CELLS = 2**20
 _PIXELS = {"cpu": 2**20}
 _MANY_PIXELS = 2**26
+#: Pixels up to which masks are measured at the size of the image; larger ones at this size.
+_MEASURED = 2**20
+#: Cells around those above a threshold that interpolation may lift above it; one would do but for
+#: the two steps from low-res masks to the frame and from there to the image.
+_MARGIN = 2
 
 #: Crops (or whole images) whose embeddings are held at once.
 CROPS_PER_CALL = 8
@@ -262,7 +271,8 @@ class MaskGenerator:
             logits = backbone.class_logits(tokens)
             probabilities = logits[prompts, which].float().softmax(dim=-1)
         height, width = crop.pixels.shape[:2]
-        at_once = max(1, self._pixels // max(height * width, backbone.image_size**2))
+        measured = math.prod(_measured_size((height, width)))
+        at_once = max(1, self._pixels // max(measured, backbone.image_size**2))
         for start in range(0, len(prompts), at_once):
             few = slice(start, start + at_once)
             with backbone.autocast():
@@ -293,7 +303,8 @@ class MaskGenerator:
             crop: the crop of the masks.
         """
         level, offset = self.backbone.mask_threshold, self.options.stability_score_offset
-        height, width = crop.pixels.shape[:2]
+        size = crop.pixels.shape[:2]
+        height, width = _measured_size(size)
         # Transposed: run lengths go down the columns.
         logits = self.backbone.masks_at(low.transpose(1, 2), (width, height))
         # Comparisons with float output are several times faster on a CPU than with bool output.
@@ -303,13 +314,55 @@ class MaskGenerator:
         stability = inner / outer.clamp(min=1)
         # A threshold of 0 keeps empty masks too.
         stable = (stability >= self.thresholds[1]).nonzero()[:, 0]
-        logits = logits[stable]
-        boxes = _boxes(logits.amax(dim=2) > level, logits.amax(dim=1) > level)
         whole = [0, 0, crop.image_size[1], crop.image_size[0]]
-        kept = (~is_box_near_crop_edge(boxes, list(crop.box), whole)).nonzero()[:, 0]
-        counts = run_lengths(torch.gt(logits, level, out=torch.empty_like(logits))[kept].bool())
+
+        def inside(boxes: Tensor) -> Tensor:
+            return (~is_box_near_crop_edge(boxes, list(crop.box), whole)).nonzero()[:, 0]
+
+        if (height, width) == size:
+            logits = logits[stable]
+            boxes = _boxes(logits.amax(dim=2) > level, logits.amax(dim=1) > level)
+            kept = inside(boxes)
+            counts = run_lengths(torch.gt(logits, level, out=torch.empty_like(logits))[kept].bool())
+        else:
+            every = [self._enlarged(own, size) for own in low[stable]]
+            boxes = torch.stack([box for box, _ in every]) if every else stable.new_zeros((0, 4))
+            kept = inside(boxes)
+            counts = [every[number][1] for number in kept.tolist()]
         keep = stable[kept]
         return keep, stability[keep], boxes[kept], counts
+
+    def _enlarged(self, low: Tensor, size: tuple[int, int]) -> tuple[Tensor, np.ndarray]:
+        """Return the box int64 (4,) and the run lengths of a mask in an image.
+
+        Args:
+            low: its logits (hm, wm).
+            size: (H, W) of the image.
+        """
+        backbone, level = self.backbone, self.backbone.mask_threshold
+        (above,) = to_host(low > level)
+        places = [np.flatnonzero(above.any(axis=axis)) for axis in (0, 1)]
+        ends = []
+        # Columns, then rows: pixels of the image per cell, and the window.
+        for cells, length, shown, own in zip(
+            low.shape[::-1], size[::-1], backbone.input_size(size)[::-1], places, strict=True
+        ):
+            each = backbone.image_size / cells * length / shown
+            first, last = (own[0], own[-1]) if len(own) else (0, -1)
+            start = max(0, math.floor((first - _MARGIN) * each))
+            ends.append((start, min(length, math.ceil((last + 1 + _MARGIN) * each))))
+        (x0, x1), (y0, y1) = ends
+        if not len(places[0]) or x0 >= x1 or y0 >= y1:
+            return torch.zeros(4, dtype=torch.int64, device=low.device), np.array(
+                [math.prod(size)], np.int32
+            )
+        # Transposed: run lengths go down the columns.
+        logits = backbone.masks_at(low.T, size[::-1], (y0, x0, y1, x1))
+        columns = torch.gt(logits, level, out=torch.empty_like(logits)).bool()[None]
+        box = _boxes(columns.any(dim=2), columns.any(dim=1))[0]
+        box += torch.tensor([x0, y0, x0, y0], device=box.device) * columns.any()
+        (counts,) = run_lengths(columns)
+        return box, placed_counts(counts, (y1 - y0, x1 - x0), (x0, y0), size)
 
     def _of_crop(self, crop: _Crop, masks: Masks) -> Masks:
         """Remove duplicates, sort by predicted IoU, and convert to pixels of the image."""
@@ -327,6 +380,15 @@ class MaskGenerator:
             threshold = max(options.box_nms_thresh, options.crop_nms_thresh)
             masks = without_small_regions(masks, options.min_mask_region_area, threshold)
         return masks
+
+
+def _measured_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) at which masks of an image of (height, width) are measured."""
+    pixels = math.prod(size)
+    if pixels <= _MEASURED:
+        return size
+    scale = math.sqrt(_MEASURED / pixels)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def without_small_regions(masks: Masks, least_area: int, nms_thresh: float) -> Masks:
