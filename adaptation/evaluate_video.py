@@ -98,6 +98,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     make_folder(folder)
     # Wrong data is refused before torch is imported.
     from sam_gym.backbones import load_backbone
+    from sam_gym.backbones.spec import check_tracks
     from sam_gym.backbones.video.evaluation import score_videos, track
     from sam_gym.backbones.video.tracker import VideoTracker
     from sam_gym.metrics.video import summarize
@@ -105,6 +106,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     from sam_gym.utils.render import draw_overlays, save_video
 
     model = config.model
+    check_tracks(model.backbone)
     adapters: dict[str, str | None] = (
         {"tracker": None} if model.adapter is None else {"adapted": model.adapter}
     )

@@ -32,7 +32,7 @@ from agents.annotation.video import find_videos
 from agents.evaluate import PolicyAgent
 from agents.sharing.pull import local_policy
 from sam_gym.backbones import Backbone, BackboneService, load_backbone
-from sam_gym.backbones.spec import backbone_help
+from sam_gym.backbones.spec import backbone_help, check_tracks, tracker_help
 from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.mask_generation.generator import MaskGenerator
 from sam_gym.utils import cli
@@ -83,7 +83,7 @@ class AppConfig:
     tracker: Annotated[
         str | None,
         tyro.conf.arg(
-            help=backbone_help(
+            help=tracker_help(
                 "Tracker of videos (None: the SAM of images if it has a memory, else micro_video)"
             )
         ),
@@ -160,6 +160,8 @@ class _LazyTracker:
         for name in ("tracker_checkpoint", "tracker_adapter"):
             if config.tracker is None and getattr(config, name) is not None:
                 raise ValueError(f"{cli.option(name)} is for --tracker: name that too.")
+        if config.tracker is not None:
+            check_tracks(config.tracker)
         self._config, self._backbone = config, backbone
         self._lock = threading.Lock()
         self._tracker: VideoTracker | None = None

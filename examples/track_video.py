@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 from scipy.ndimage import distance_transform_edt
 
-from sam_gym import TrackingSession, Video, VideoTracker, load_backbone, make_video_dataset
+from sam_gym import TrackingSession, Video, VideoTracker, make_video_dataset
 from sam_gym.backbones.video.frames import open_video
 from sam_gym.metrics.masks import iou
 from sam_gym.metrics.video import VideoScorer, summarize
@@ -55,7 +55,7 @@ def main(
         corrections: Clicks that correct the tracker.
         out: The film.
     """
-    tracker = VideoTracker(load_backbone(backbone))
+    tracker = VideoTracker(backbone)
     out.parent.mkdir(parents=True, exist_ok=True)
     if video is not None:
         if point is None:

@@ -23,6 +23,7 @@ from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.adapters.tuning import VIDEO
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.spec import check_tracks
 from sam_gym.backbones.video.evaluation import score_videos, track
 from sam_gym.backbones.video.prompting import ErrorClicks, PromptKind, first_prompts
 from sam_gym.backbones.video.tracker import VideoTracker
@@ -154,6 +155,7 @@ class TrackerTrainer:
         if batch % world:
             raise ValueError(f"--batch-size {batch} does not divide among {world} processes.")
         model = asdict(config.model)
+        check_tracks(model["backbone"])
         self.backbone = load_backbone(
             model["backbone"],
             model["checkpoint"],

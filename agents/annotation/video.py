@@ -31,7 +31,7 @@ from agents.evaluate import PolicyAgent
 from agents.tasks import task_of_policy
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.loading import resolve_device
-from sam_gym.backbones.spec import backbone_help
+from sam_gym.backbones.spec import check_tracks, tracker_help
 from sam_gym.backbones.video.frames import SUFFIXES, FrameSource, open_video
 from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.data.base import split_names
@@ -99,7 +99,7 @@ class AnnotateVideoConfig:
     """Copy the frames into the folder; those of video files become JPEG."""
     overlays: Literal["mp4", "gif", "none"] = "mp4"
     """Format of the drawn videos in the folder overlays."""
-    backbone: Annotated[str, tyro.conf.arg(help=backbone_help("Tracker to use"))] = "micro_video"
+    backbone: Annotated[str, tyro.conf.arg(help=tracker_help("Tracker to use"))] = "micro_video"
     checkpoint: str | None = None
     """Weights of the tracker (None: its own)."""
     adapter: str | None = None
@@ -114,6 +114,7 @@ class AnnotateVideoConfig:
     def validate(self) -> None:
         """Raise `ValueError` if an option is wrong."""
         check_settings(self)
+        check_tracks(self.backbone)
         if not self.video:
             raise ValueError("--video needs at least one path.")
         ways = {

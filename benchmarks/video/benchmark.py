@@ -16,7 +16,7 @@ from benchmarks.options import BackboneOptions
 from benchmarks.report import output_folder
 from benchmarks.video.report import write_report
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.backbones.spec import backbone_help, find_spec
+from sam_gym.backbones.spec import check_tracks, find_spec, tracker_help
 from sam_gym.backbones.video.evaluation import (
     FrameMasks,
     Method,
@@ -54,9 +54,7 @@ class VideoBenchmarkConfig(HeldOutOptions, BackboneOptions):
 
     out: str = "runs/video"
     """Folder for results.json, objects.csv, overlays and report.html."""
-    backbone: Annotated[str, tyro.conf.arg(help=backbone_help("Tracker to measure"))] = (
-        "micro_video"
-    )
+    backbone: Annotated[str, tyro.conf.arg(help=tracker_help("Tracker to measure"))] = "micro_video"
     prompts: tuple[PromptKind, ...] = ("mask", "box", "point")
     """Prompts of the tracker, one or several."""
     protocol: Literal["davis", "sav", "all"] = "davis"
@@ -78,6 +76,7 @@ def run(config: VideoBenchmarkConfig) -> dict[str, Any]:
         ValueError, FileNotFoundError: an option, the data or the checkpoint is wrong.
     """
     check_settings(config)
+    check_tracks(config.backbone)
     if not config.prompts:
         raise ValueError("--prompts needs at least one of mask, box, point.")
     out = output_folder(config.out, config.overwrite, pictures=["overlay-*.gif"])

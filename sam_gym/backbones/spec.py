@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,10 +146,35 @@ def backbones_by_size() -> list[BackboneSpec]:
     return sorted((spec for spec in BACKBONES.values()), key=lambda spec: spec.megabytes)
 
 
+def _trackers() -> list[str]:
+    """Names of the backbones with a video memory."""
+    return [spec.name for spec in backbones_by_size() if spec.memory is not None]
+
+
+def check_tracks(name: str) -> None:
+    """Raise `ValueError` if a backbone is known to have no video memory.
+
+    Commands call it before weights are downloaded. Of a model of the hub, it is not known before.
+    """
+    spec = find_spec(name)
+    if spec is not None and spec.memory is None:
+        raise ValueError(
+            f"{name!r} has no video memory, which tracking needs. Take {', '.join(_trackers())}."
+        )
+
+
 def backbone_help(purpose: str) -> str:
     """Return the help text of an option that takes a backbone: its purpose and the valid names."""
-    names = ", ".join(spec.name for spec in backbones_by_size())
-    return f"{purpose}: {names}, {HUB_PREFIX}OWNER/NAME or module:SPEC."
+    return _help(purpose, [spec.name for spec in backbones_by_size()])
+
+
+def tracker_help(purpose: str) -> str:
+    """Return the help text of an option that takes a backbone with a video memory."""
+    return _help(purpose, _trackers())
+
+
+def _help(purpose: str, names: Sequence[str]) -> str:
+    return f"{purpose}: {', '.join(names)}, {HUB_PREFIX}OWNER/NAME or module:SPEC."
 
 
 def backbone_table() -> str:

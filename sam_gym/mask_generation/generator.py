@@ -28,6 +28,7 @@ from torchvision.ops import nms
 
 from sam_gym.backbones.decode import MaskTokens
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.loading import load_backbone
 from sam_gym.backbones.prompts import Prompts
 from sam_gym.backbones.protocols import BackboneService
 from sam_gym.backbones.service import check_rgb
@@ -134,16 +135,21 @@ class MaskGenerator:
     """Generates all masks of images.
 
     Args:
-        backbone: the SAM.
+        backbone: the SAM, a registered name (see `load_backbone`) or a backbone.
         options: the grid, thresholds and crops.
 
     Raises:
-        ValueError: an option is wrong.
+        ValueError: an option is wrong, or whatever `load_backbone` raises.
     """
 
-    def __init__(self, backbone: BackboneService, options: GeneratorOptions | None = None) -> None:
-        self.backbone, self.options = backbone, options or GeneratorOptions()
+    def __init__(
+        self, backbone: str | BackboneService, options: GeneratorOptions | None = None
+    ) -> None:
+        self.options = options or GeneratorOptions()
         self.options.validate()
+        if isinstance(backbone, str):
+            backbone = load_backbone(backbone)
+        self.backbone = backbone
         #: Minimum predicted IoU (exclusive) and minimum stability.
         self.thresholds = self.options.thresholds(backbone.name)
         self.names: tuple[str, ...] = backbone.classes

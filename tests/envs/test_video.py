@@ -267,14 +267,12 @@ def test_long_videos_are_cut(make_core: Callable[..., MemoryCore]) -> None:
     assert len(first) > 3
 
 
-def test_impossible_data_and_models(
-    make_core: Callable[..., MemoryCore], micro_checkpoint: str
-) -> None:
+def test_impossible_data_and_models(make_core: Callable[..., MemoryCore]) -> None:
     hidden = Still((64, 64), range(7), seen=[3])
     with pytest.raises(ValueError, match=r"stills: 200 draws found no target that covers at least"):
         make_core(1, Stills(hidden), dataset_kwargs={})
-    with pytest.raises(ValueError, match=r"has no video memory: load micro_video or a SAM 2\.1"):
-        gym.make(ID, backbone="micro", checkpoint=micro_checkpoint, device="cpu")
+    with pytest.raises(ValueError, match=r"'vit_b' has no video memory, .* micro_video, "):
+        gym.make(ID, backbone="vit_b", device="cpu")
     with pytest.raises(ValueError, match=r"Unknown video dataset 'clip'\. Did you mean 'clips'"):
         gym.make(ID, dataset="clip")
     with pytest.raises(ValueError, match=r"has no clicks\. Leave out budget and click_cost, or"):

@@ -77,6 +77,10 @@ def assert_same(
         assert type(own["area"]) is int and type(own["predicted_iou"]) is float
 
 
+def test_a_name_is_loaded() -> None:
+    assert MaskGenerator("micro-v0").backbone is load_backbone("micro-v0")
+
+
 def test_thresholds_suit_the_backbone_unless_set() -> None:
     assert GeneratorOptions().thresholds("vit_b") == (0.88, 0.95)
     assert GeneratorOptions().thresholds("micro") == (0.5, 0.7)

@@ -1,7 +1,7 @@
 """Track objects through videos: many objects of many videos in one batch.
 
 ```python
-tracker = VideoTracker(load_backbone("sam2.1_hiera_tiny"))
+tracker = VideoTracker("sam2.1_hiera_tiny")
 session = tracker.open([frames, "clip.mp4", "folder/of/frames"])
 session.prompt(video=0, frame=0, object=1, points=[[210, 350]], labels=[1])
 session.prompt(video=1, frame=0, object="dog", box=[40, 60, 200, 180])
@@ -22,9 +22,11 @@ from torch import Tensor
 
 from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.loading import load_backbone
 from sam_gym.backbones.prompts import Prompts
 from sam_gym.backbones.sam2 import VideoSam
 from sam_gym.backbones.service import Backbone
+from sam_gym.backbones.spec import check_tracks
 from sam_gym.backbones.video.frames import Frames, open_video
 from sam_gym.backbones.video.memory import VideoMemory
 from sam_gym.backbones.video.session import TrackingSession
@@ -35,7 +37,7 @@ class VideoTracker:
     """Opens sessions in which objects are prompted and tracked.
 
     Args:
-        backbone: a SAM 2.
+        backbone: a SAM with a video memory: a registered name (see `load_backbone`) or a backbone.
         memory: its memory; by default `backbone.memory`.
         correct: what a prompt on a frame that was tracked already becomes. "conditioning": a
             conditioning frame, which all others attend to and no pass tracks again. "sam2": the
@@ -49,12 +51,13 @@ class VideoTracker:
             that come next.
 
     Raises:
-        ValueError: an option is unknown, or the backbone has no memory.
+        ValueError: an option is unknown, the backbone has no memory, or whatever `load_backbone`
+            raises.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: str | Backbone,
         memory: VideoMemory | None = None,
         *,
         correct: Literal["conditioning", "sam2"] = "conditioning",
@@ -70,6 +73,9 @@ class VideoTracker:
                 raise ValueError(f"{name} must be one of {', '.join(valid)}, got {value!r}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if isinstance(backbone, str):
+            check_tracks(backbone)
+            backbone = load_backbone(backbone)
         own = backbone.memory if memory is None else memory
         sam = backbone.model.sam
         if own is None or not isinstance(sam, VideoSam):

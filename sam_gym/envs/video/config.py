@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sam_gym.backbones.spec import backbone_help
+from sam_gym.backbones.spec import check_tracks, tracker_help
 from sam_gym.backbones.video.prompting import PromptKind
 from sam_gym.data import VideoDataset
 from sam_gym.data.options import VideoDatasetOptions
@@ -21,9 +21,7 @@ from sam_gym.utils.settings import NotNegative, whole
 class SamVideoConfig(VideoDatasetOptions, EnvConfig):
     """Arguments of `SamVideo-v0`."""
 
-    backbone: Annotated[str, tyro.conf.arg(help=backbone_help("SAM 2 to track with"))] = (
-        "micro_video"
-    )
+    backbone: Annotated[str, tyro.conf.arg(help=tracker_help("SAM to track with"))] = "micro_video"
     task: Literal["memory", "when", "prompt"] = "memory"
     """Decide which frames are remembered (memory), in which frames a click is bought while the
     video is tracked (when), or where a clip is clicked (prompt)."""
@@ -41,6 +39,7 @@ class SamVideoConfig(VideoDatasetOptions, EnvConfig):
 
     def validate(self) -> None:
         super().validate()
+        check_tracks(self.backbone)
         self.options_of(self.dataset)
         unused = [
             name

@@ -197,6 +197,13 @@ def test_options_are_checked(tracker: Callable[..., VideoTracker], tiny: Backbon
             tracker(**options)
     with pytest.raises(ValueError, match="no video memory: load micro_video or a SAM 2.1"):
         VideoTracker(tiny)
+    # Before weights are downloaded.
+    with pytest.raises(ValueError, match="'vit_h' has no video memory, which tracking needs. Take"):
+        VideoTracker("vit_h")
+
+
+def test_a_name_is_loaded(tiny_video: str) -> None:
+    assert VideoTracker(tiny_video).backbone is load_backbone(tiny_video)
 
 
 def test_a_checkpoint_brings_its_memory(
