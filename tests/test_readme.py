@@ -42,7 +42,7 @@ SMALLER = {
     "grid=(32, 32)": "grid=(4, 4)",
     "Trainer(out=": "Trainer(TrainConfig(steps=1, max_images=1), out=",
     'fit("SamContinual-v0"': 'fit(make_stream(domains="cells,night")',
-    'load_backbone("sam2.1_hiera_tiny")': "tiny_sam2",
+    'VideoTracker("sam2.1_hiera_tiny")': "VideoTracker(tiny_sam2)",
     '["clip.mp4", "folder/of/frames"]': "videos",
 }
 
