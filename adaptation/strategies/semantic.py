@@ -63,10 +63,10 @@ class Semantic(Strategy):
         frame: finer masks, for five encoder calls per image."""
         epochs: Count = 5
         """Passes over the training images of a domain (--steps: optimizer steps instead)."""
-        class_weights: Weighting = "none"
-        """Weights of the classes in the loss, from their pixels in the training label maps: none;
-        enet: 1 / ln(1.02 + frequency) (ENet); median: median frequency balancing (SegNet). Weights
-        find more of rare classes, and more false ones."""
+        class_weights: Weighting = "enet"
+        """Weights of the classes in the loss, from their pixels in the training label maps: none,
+        as in the SAM-Cityscapes code; enet: 1 / ln(1.02 + frequency) (ENet); median: median
+        frequency balancing (SegNet). Weights find more of rare classes, and more false ones."""
 
     tunes: ClassVar[tuple[str, ...]] = ("head",)
     default_tune: ClassVar[str] = "head"

@@ -81,7 +81,7 @@ def test_training_is_a_plain_loop(
 ) -> None:
     """Against torch's modules on images that are encoded for every batch."""
     trainer = make_trainer(tmp_path, steps=None, batch_size=2, augmentations=1)
-    trainer.fit(streets, "semantic", method_options=options(epochs=2))
+    trainer.fit(streets, "semantic", method_options=options(epochs=2, class_weights="none"))
     got = load_file(tmp_path / "semantic-head-0" / "adapter.safetensors")
 
     bank = FeatureBank(loaded, streets, 1)
@@ -243,7 +243,8 @@ def test_runs_from_before_class_weights_resume(
 ) -> None:
     few = {"steps": 2, "batch_size": 2, "checkpoint_every": 1}
     folder = tmp_path / "semantic-head-0"
-    make_trainer(tmp_path, **few).fit(streets, "semantic", method_options=options())
+    plain = options(class_weights="none")
+    make_trainer(tmp_path, **few).fit(streets, "semantic", method_options=plain)
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert checkpoint["key"]["method_options"].pop("class_weights") == "none"
     del checkpoint["result"]["method_options"], checkpoint["result"]["facts"]
@@ -252,7 +253,6 @@ def test_runs_from_before_class_weights_resume(
     weighted = options(class_weights="enet")
     with pytest.raises(ValueError, match="a run with another method_options"):
         make_trainer(tmp_path, **few).fit(streets, "semantic", method_options=weighted, resume=True)
-    plain = options(class_weights="none")
     run = make_trainer(tmp_path, **few).fit(streets, "semantic", method_options=plain, resume=True)
     assert "class" in run.scores
 

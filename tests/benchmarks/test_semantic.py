@@ -278,7 +278,9 @@ def test_an_agent_corrects_a_head(
     tiny = (street, tiny_env["checkpoint"])
     model = ["--checkpoint", tiny_env["checkpoint"], "--backbone", "tiny"]
     heads = ["--heads", "seed", "--epochs", "1", "--augmentations", "1", "--no-boundary", *model]
-    main(arguments(*tiny, tmp_path / "a", *heads, "--pictures", "0"))
+    # A head that is wrong in places, which the agent changes.
+    heads += ["--class-weights", "none", "--pictures", "0"]
+    main(arguments(*tiny, tmp_path / "a", *heads))
     adapter = str(tmp_path / "a/heads/seed/semantic-head-0/adapter.safetensors")
     own = ["--dataset", "camvid", "--data", str(street), *model]
     own += ["--adapter", adapter, "--device", "cpu", "--total-timesteps", "16", "--n-steps", "4"]
