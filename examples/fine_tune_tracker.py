@@ -22,8 +22,8 @@ def write_time_lapses(root: Path, split: str, videos: int, frames: int, every: i
     """Write every so manieth frame of clips, and their masks as `annotations_SPLIT.json`."""
     clips = make_video_dataset("clips", split, length=videos, frames=(frames - 1) * every + 1)
     names, written = [f"{frame:05d}.png" for frame in range(frames)], []
-    for clip in (clips[number] for number in range(videos)):
-        video = f"{split}_{clip.name}"
+    for number in range(videos):
+        clip, video = clips[number], f"{split}_{number:03d}"
         folder = root / "images" / video
         folder.mkdir(parents=True, exist_ok=True)
         masks: list[dict[int, str]] = [{} for _ in clip.objects]
@@ -33,8 +33,8 @@ def write_time_lapses(root: Path, split: str, videos: int, frames: int, every: i
                 if mask.any():
                     own[frame] = rle.encode(np.asfortranarray(mask))["counts"].decode()
         objects = {
-            number: Masklet(clips.categories[category], 1.0, own)
-            for number, category, own in zip(clip.objects, clip.categories, masks, strict=True)
+            track: Masklet(clips.categories[category], 1.0, own)
+            for track, category, own in zip(clip.objects, clip.categories, masks, strict=True)
         }
         written.append(AnnotatedVideo(video, clip.size, names, objects))
     path = write_masklets(root, written, clips.categories, "coco-video")
@@ -48,7 +48,7 @@ def main(
     frames: int = 12,
     every: int = 16,
     steps: int = 200,
-    learning_rate: float = 1e-4,
+    learning_rate: float = 5e-4,
     seed: int = 0,
     out: Path = Path("runs/example_fine_tuning"),
 ) -> None:
