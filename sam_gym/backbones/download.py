@@ -25,9 +25,12 @@ _TIMEOUT = 30.0
 
 
 def published_weights() -> dict[str, PublishedWeights]:
-    """Published checkpoint of each backbone that has one, the smallest first."""
-    specs = backbones_by_size()
-    return {s.name: s.weights for s in specs if isinstance(s.weights, PublishedWeights)}
+    """Published checkpoint, with checksum, of each backbone that has one; the smallest first."""
+    return {
+        spec.name: spec.weights
+        for spec in backbones_by_size()
+        if isinstance(spec.weights, PublishedWeights) and spec.weights.sha256 is not None
+    }
 
 
 def default_path(name: str) -> Path:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-
 from sam_gym.backbones.encoders import State
 from sam_gym.backbones.sam2 import PyramidEncoder, Sam2, assemble_sam2, split_state
 from sam_gym.backbones.video.memory import VideoMemory
@@ -20,6 +19,8 @@ from sam_gym.backbones.video.perceiver import Perceiver
 
 #: Beginning of the names, in the published checkpoint, of the weights of the spatial perceiver.
 PERCEIVER_PREFIX = "spatial_perceiver."
+#: Channels and numbers of blocks of the stages of RepViT-M1.
+WIDTHS, DEPTHS = (48, 96, 192, 384), (2, 2, 14, 2)
 
 
 class EdgeTamEncoder(PyramidEncoder):
@@ -36,8 +37,8 @@ class EdgeTamEncoder(PyramidEncoder):
         self,
         img_size: int = 1024,
         out_chans: int = 256,
-        embed_dims: Sequence[int] = (48, 96, 192, 384),
-        depths: Sequence[int] = (2, 2, 14, 2),
+        embed_dims: Sequence[int] = WIDTHS,
+        depths: Sequence[int] = DEPTHS,
     ) -> None:
         from timm.models.repvit import RepVit
 

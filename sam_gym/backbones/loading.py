@@ -365,6 +365,11 @@ def _weights_of(spec: BackboneSpec) -> Path:
         raise ValueError(
             f"Backbone {spec.name!r} has no weights of its own: pass checkpoint='PATH'."
         )
+    if spec.weights.sha256 is None:
+        raise ValueError(
+            f"Backbone {spec.name!r} is not downloaded, since no checksum of its weights is known: "
+            f"get {spec.weights.url} yourself and pass checkpoint='PATH'."
+        )
     # `python -m sam_gym.backbones.download` must not find its module imported already.
     from sam_gym.backbones.download import published_checkpoint
 
@@ -396,8 +401,8 @@ def load_backbone(
     A checkpoint or adapter that was written since is loaded again; objects that exist keep theirs.
 
     Args:
-        name: a key of `BACKBONES`; "hf:OWNER/NAME" (a SAM, SAM-HQ or SAM 2 on the Hugging Face
-            hub, or a local folder in its format); or "module:SPEC", a `BackboneSpec` of yours.
+        name: a key of `BACKBONES`; "hf:OWNER/NAME" (a SAM, SAM-HQ, SAM 2 or EdgeTAM on the Hugging
+            Face hub, or a local folder in its format); or "module:SPEC", a `BackboneSpec` of yours.
         checkpoint: path of the weights. By default, the bundled weights, or the published ones,
             which are downloaded to `SAM_GYM_HOME` on first use.
         device: "auto" (CUDA, then MPS, then CPU), or a torch device.

@@ -273,7 +273,9 @@ def test_impossible_data_and_models(
     hidden = Still((64, 64), range(7), seen=[3])
     with pytest.raises(ValueError, match=r"stills: 200 draws found no target that covers at least"):
         make_core(1, Stills(hidden), dataset_kwargs={})
-    with pytest.raises(ValueError, match=r"has no video memory: load micro_video or a SAM 2\.1"):
+    with pytest.raises(
+        ValueError, match=r"has no video memory: load micro_video, edgetam or a SAM 2\.1"
+    ):
         gym.make(ID, backbone="micro", checkpoint=micro_checkpoint, device="cpu")
     with pytest.raises(ValueError, match=r"Unknown video dataset 'clip'\. Did you mean 'clips'"):
         gym.make(ID, dataset="clip")

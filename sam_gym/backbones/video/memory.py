@@ -273,8 +273,8 @@ class VideoMemory(nn.Module):
     def keeps_keys(self) -> bool:
         """Whether the keys of memories are worth their space.
 
-        Making them takes at most D / (h * w) of the time of attending to them from h * w cells. In float32 they are
-        2 * depth * C / D times as large as a memory in bfloat16.
+        Making them takes at most D / (h * w) of the time in which the h * w cells of a frame attend
+        to them. In float32 they are 2 * depth * C / D times as large as a memory in bfloat16.
         """
         return self.grid[0] * self.grid[1] <= KEPT_CELLS
 

@@ -87,9 +87,7 @@ class Perceiver(nn.Module):
         depth: number of layers.
     """
 
-    def __init__(
-        self, width: int = 64, latents: int = 256, side: int = 16, depth: int = 2
-    ) -> None:
+    def __init__(self, width: int = 64, latents: int = 256, side: int = 16, depth: int = 2) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(latents, width))
         self.latents_2d = nn.Parameter(torch.randn(side * side, width))

@@ -35,7 +35,7 @@ class VideoTracker:
     """Opens sessions in which objects are prompted and tracked.
 
     Args:
-        backbone: a SAM 2.
+        backbone: a SAM with a video memory.
         memory: its memory; by default `backbone.memory`.
         correct: what a prompt on a frame that was tracked already becomes. "conditioning": a
             conditioning frame, which all others attend to and no pass tracks again. "sam2": the
@@ -73,7 +73,9 @@ class VideoTracker:
         own = backbone.memory if memory is None else memory
         sam = backbone.model.sam
         if own is None or not isinstance(sam, VideoSam):
-            raise ValueError(f"{backbone!r} has no video memory: load micro_video or a SAM 2.1.")
+            raise ValueError(
+                f"{backbone!r} has no video memory: load micro_video, edgetam or a SAM 2.1."
+            )
         if type(backbone.model) is not Model:
             raise ValueError(
                 f"{backbone!r}: this adapter chooses weights or prompts by image, which tracking "
