@@ -21,6 +21,15 @@ from sam_gym.backbones.hq import HqMaskDecoder
 from sam_gym.backbones.sam2 import PyramidEncoder, Sam2, Sam2Encoder, assemble_sam2
 from sam_gym.backbones.spec import HUB_PREFIX
 
+#: Type of a model -> transformers' class of its image part. Not every version has all of them.
+_CLASSES = {
+    "sam": "SamModel",
+    "sam_hq": "SamHQModel",
+    "sam2": "Sam2Model",
+    "sam2_video": "Sam2Model",
+    "edgetam": "EdgeTamModel",
+    "edgetam_video": "EdgeTamModel",
+}
 #: (pattern, replacement) from transformers' names to segment_anything's, applied in this order.
 _NAMES = [
     (
@@ -106,7 +115,7 @@ def load_from_hub(name: str) -> Sam:
         ValueError: it is a model of another kind.
     """
     try:
-        from transformers import AutoConfig, EdgeTamModel, Sam2Model, SamHQModel, SamModel
+        import transformers
     except ImportError as error:
         raise ImportError(
             f"Backbone '{HUB_PREFIX}{name}' needs transformers: pip install 'sam-gym[hf]'."
@@ -114,16 +123,13 @@ def load_from_hub(name: str) -> Sam:
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser())
     try:
-        config: Any = AutoConfig.from_pretrained(name)
-        kinds: dict[str, Any] = {"sam": SamModel, "sam_hq": SamHQModel}
-        kinds |= {"sam2": Sam2Model, "sam2_video": Sam2Model}
-        kinds |= {"edgetam": EdgeTamModel, "edgetam_video": EdgeTamModel}
-        if config.model_type not in kinds:
+        config: Any = transformers.AutoConfig.from_pretrained(name)
+        if config.model_type not in _CLASSES:
             raise ValueError(
                 f"{HUB_PREFIX}{name} is a model of type {config.model_type!r}; expected "
-                f"{', '.join(map(repr, kinds))}."
+                f"{', '.join(map(repr, _CLASSES))}."
             )
-        model = kinds[config.model_type].from_pretrained(name)
+        model = getattr(transformers, _CLASSES[config.model_type]).from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(
             f"{HUB_PREFIX}{name}: could not be loaded from the hub or from that folder ({error})."

@@ -83,7 +83,9 @@ def randomized(model: Any) -> Any:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
     """A small model, and the folder where transformers saved it."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = pytest.importorskip(
+        "transformers", "5.0", reason="transformers is not installed"
+    )
     config = transformers.EdgeTamConfig(**parts_of_config(transformers))
     model, folder = randomized(transformers.EdgeTamModel(config)), tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
@@ -202,7 +204,9 @@ class Pair:
     """The same weights, frames and prompts for transformers and for us."""
 
     def __init__(self, score: float) -> None:
-        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        transformers = pytest.importorskip(
+            "transformers", "5.0", reason="transformers is not installed"
+        )
         config = transformers.EdgeTamVideoConfig(
             **parts_of_config(transformers),
             image_size=SIZE,
