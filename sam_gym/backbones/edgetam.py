@@ -8,7 +8,6 @@ many layers of attention, no time of object pointers, and no mark of absent obje
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,15 +65,12 @@ def split_edgetam_state(state: State) -> tuple[State, State]:
     perceiver = {k: value for k, value in state.items() if k.startswith(PERCEIVER_PREFIX)}
     image, memory = split_state({k: value for k, value in state.items() if k not in perceiver})
     # timm's lists of features, which the authors use, have flat names.
+    trunk = "image_encoder.trunk."
     image = {
-        re.sub(r"^(image_encoder\.trunk)\.body\.(?:(stages)_)?", _nested, name): value
-        for name, value in image.items()
+        name.replace(f"{trunk}body.stages_", f"{trunk}stages.").replace(f"{trunk}body.", trunk): own
+        for name, own in image.items()
     }
     return image, memory | perceiver
-
-
-def _nested(found: re.Match[str]) -> str:
-    return f"{found[1]}.{found[2]}." if found[2] else f"{found[1]}."
 
 
 def edgetam_state(state: State) -> State:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_gym.backbones import BACKBONES, Backbone, Prompts, load_backbone
-from sam_gym.backbones.download import published_weights
+from sam_gym.backbones import BACKBONES, Backbone, Prompts, download, load_backbone
 from sam_gym.backbones.edgetam import EdgeTamEncoder, edgetam_memory_state, edgetam_state
 from sam_gym.backbones.encoders import State
 from sam_gym.backbones.hub import converted
@@ -398,4 +397,11 @@ def test_a_checkpoint_is_loaded_strictly(tmp_path: Path, add_backbone: Callable[
 def test_weights_without_checksum_are_not_downloaded() -> None:
     with pytest.raises(ValueError, match=r"get https://github.com/.*edgetam.pt yourself and pass"):
         load_backbone("edgetam", device="cpu")
-    assert "edgetam" not in published_weights()
+    with pytest.raises(ValueError, match="no checksum of its weights is known"):
+        download.main(download.DownloadConfig(("edgetam",)))
+    assert "edgetam" not in download.published_weights()
+
+
+def test_windows_have_whole_cells() -> None:
+    with pytest.raises(ValueError, match=r"grid of \(6, 8\) cells .* into \(4, 4\) windows"):
+        VideoMemory((6, 8), WIDTH, perceiver=Perceiver(64, LATENTS, side=4))

@@ -170,6 +170,9 @@ class VideoMemory(nn.Module):
         perceiver: compresses memories, or None.
         dates_pointers: whether object pointers have the distance of their frames.
         marks_absence: whether memories of frames without the object are marked.
+
+    Raises:
+        ValueError: the grid has no whole number of cells for each window of the perceiver.
     """
 
     no_obj_embed_spatial: nn.Parameter | None
@@ -192,6 +195,11 @@ class VideoMemory(nn.Module):
         self.grid, self.slots = grid, slots
         #: Of the tokens of a memory.
         self.layout = TokenLayout(grid) if perceiver is None else perceiver.layout
+        if any(own % side for own, side in zip(grid, self.layout.grid, strict=True)):
+            raise ValueError(
+                f"A grid of {grid} cells cannot be divided into {self.layout.grid} windows: take a "
+                "Perceiver whose side divides both."
+            )
         #: (height, width) of the masks that are encoded.
         self.mask_size = (grid[0] * math.prod(strides), grid[1] * math.prod(strides))
         self.memory_attention = MemoryAttention(width, memory_width, hidden, depth)
