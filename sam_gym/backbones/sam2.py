@@ -100,11 +100,10 @@ class PyramidEncoder(nn.Module):
         out_chans: channels of the embedding.
     """
 
-    def __init__(self, trunk: nn.Module, img_size: int = 1024, out_chans: int = 256) -> None:
+    def __init__(self, trunk: Any, img_size: int = 1024, out_chans: int = 256) -> None:
         super().__init__()
-        self.img_size = img_size
-        self.trunk: Any = trunk
-        self.neck = Sam2Neck([own["num_chs"] for own in self.trunk.feature_info], out_chans)
+        self.img_size, self.trunk = img_size, trunk
+        self.neck = Sam2Neck([own["num_chs"] for own in trunk.feature_info], out_chans)
 
     def pyramid(
         self, pixels: Tensor, further: Sequence[nn.Conv2d] = ()

@@ -206,7 +206,8 @@ class MemoryBank:
         self.memories[index, place], self.pointers[index, place] = memory, entry.pointer.float()
         self.masks[index, place], self.logits[index] = mask, logits
         placed = self.tracker.memory.map_of(memory.float())
-        cells = F.adaptive_avg_pool2d(mask[:, None].float(), placed.shape[-2:])[:, 0]
+        grid = self.tracker.memory.layout.grid
+        cells = F.adaptive_avg_pool2d(mask[:, None].float(), grid)[:, 0]
         cells = torch.where(mask.any(dim=(1, 2))[:, None, None], cells, 1.0)
         weighted = (placed * cells[:, None]).sum(dim=(2, 3))
         self.pooled[index, place] = weighted / cells.sum(dim=(1, 2))[:, None]
