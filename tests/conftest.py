@@ -25,12 +25,14 @@ from segment_anything.modeling import (
 from torch import nn
 
 from sam_gym.backbones import BACKBONES, Backbone, BackboneSpec, load_backbone
+from sam_gym.backbones.edgetam import EdgeTamEncoder, edgetam_memory_state, edgetam_state
 from sam_gym.backbones.encoders import assemble
 from sam_gym.backbones.hq import HqMaskDecoder
 from sam_gym.backbones.micro.model import FINE, STRIDE, UPSCALING, MicroEncoder, build_micro
 from sam_gym.backbones.sam2 import Sam2, Sam2Encoder, assemble_sam2, memory_state, sam2_state
 from sam_gym.backbones.spec import find_spec
 from sam_gym.backbones.video.memory import VideoMemory
+from sam_gym.backbones.video.perceiver import Perceiver
 from sam_gym.data import Sample
 from sam_gym.data.synthetic.clips import Clip, Clips
 from sam_gym.envs.video import core as video_core
@@ -196,9 +198,9 @@ def tiny_sam2(
     return "tiny_sam2"
 
 
-def tiny_memory() -> VideoMemory:
+def tiny_memory(**options: Any) -> VideoMemory:
     """A small video memory, for the tiny SAM 2."""
-    memory = VideoMemory((4, 4), 32, 16, hidden=32, depth=2)
+    memory = VideoMemory((4, 4), 32, 16, hidden=32, depth=2, **options)
     for name, parameter in memory.named_parameters():
         if "gamma" in name or "no_obj" in name or "tpos_enc" in name:
             nn.init.normal_(parameter, 0.0, 0.5)
@@ -226,6 +228,38 @@ def tiny_video(
     weights = {"build": build_sam2, "weights": tiny_video_weights}
     add_backbone("tiny_video", **weights, memory=memory, **TINY_SAM2)
     return "tiny_video"
+
+
+def small_edgetam() -> Sam2:
+    """A small EdgeTAM with random weights."""
+    encoder = EdgeTamEncoder(64, 32, embed_dims=(8, 8, 16, 16), depths=(1, 1, 2, 1))
+    return assemble_sam2(encoder, 32, 64, 4)
+
+
+def small_edgetam_memory() -> VideoMemory:
+    """A memory of seven tokens, for the small EdgeTAM."""
+    perceiver = Perceiver(16, latents=3, side=2)
+    own = {"perceiver": perceiver, "dates_pointers": False, "marks_absence": False}
+    return tiny_memory(**own)
+
+
+@pytest.fixture(scope="session")
+def tiny_edgetam_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        memory = small_edgetam_memory()
+    path = tmp_path_factory.mktemp("weights") / "tiny_edgetam.safetensors"
+    save_file(seeded(small_edgetam).state_dict() | memory.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def tiny_edgetam(add_backbone: Callable[..., None], tiny_edgetam_weights: Path) -> str:
+    """Name of a small EdgeTAM with its memory, both of random weights."""
+    own = {"convert": edgetam_state, "memory": (small_edgetam_memory, edgetam_memory_state)}
+    given = TINY_SAM2 | own | {"build": small_edgetam, "weights": tiny_edgetam_weights}
+    add_backbone("tiny_edgetam", **given)
+    return "tiny_edgetam"
 
 
 #: Clips of `tiny_video_env`.

@@ -47,7 +47,7 @@ from sam_gym.utils.training import read_state, save_state
 PARTS: Mapping[str, tuple[str, ...]] = {
     "memory": ("memory.",),
     "memory_attention": ("memory.memory_attention.",),
-    "memory_encoder": ("memory.memory_encoder.",),
+    "memory_encoder": ("memory.memory_encoder.", "memory.spatial_perceiver."),
     "decoder": ("mask_decoder.", "no_mem_embed"),
     "prompt_encoder": ("prompt_encoder.",),
     "image_encoder": ("image_encoder.",),

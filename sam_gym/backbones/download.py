@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 from filelock import FileLock
 
-from sam_gym.backbones.spec import PublishedWeights, backbones_by_size
+from sam_gym.backbones.spec import PublishedWeights, backbones_by_size, find_spec
 from sam_gym.utils.digest import file_digest
 from sam_gym.utils.home import home
 from sam_gym.utils.progress import ProgressBar
@@ -25,18 +25,27 @@ _TIMEOUT = 30.0
 
 
 def published_weights() -> dict[str, PublishedWeights]:
-    """Published checkpoint of each backbone that has one, the smallest first."""
-    specs = backbones_by_size()
-    return {s.name: s.weights for s in specs if isinstance(s.weights, PublishedWeights)}
+    """Published checkpoint, with checksum, of each backbone that has one; the smallest first."""
+    return {
+        spec.name: spec.weights
+        for spec in backbones_by_size()
+        if isinstance(spec.weights, PublishedWeights) and spec.weights.sha256 is not None
+    }
 
 
 def default_path(name: str) -> Path:
     """Return the path of a published checkpoint: `SAM_GYM_HOME/checkpoints/FILE`.
 
     Raises:
-        ValueError: no published checkpoint belongs to this name.
+        ValueError: no published checkpoint with a checksum belongs to this name.
     """
-    published = published_weights()
+    published, spec = published_weights(), find_spec(name)
+    weights = None if spec is None else spec.weights
+    if isinstance(weights, PublishedWeights) and weights.sha256 is None:
+        raise ValueError(
+            f"Backbone {name!r} is not downloaded, since no checksum of its weights is known: get "
+            f"{weights.url} yourself and pass checkpoint='PATH'."
+        )
     check_choice("published backbone", name, published)
     return home() / "checkpoints" / published[name].filename
 

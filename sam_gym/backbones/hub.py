@@ -1,4 +1,4 @@
-"""Load SAM, HQ-SAM and SAM 2 models of the Hugging Face hub as our modules.
+"""Load SAM, HQ-SAM, SAM 2 and EdgeTAM models of the Hugging Face hub as our modules.
 
 Masks equal those of transformers, except for two differences of transformers (5.24) to the authors'
 code, which we follow: HQ-SAM upscales the image embedding before the two-way transformer instead of
@@ -15,11 +15,21 @@ from typing import Any
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, Sam
 from torch import nn
 
+from sam_gym.backbones.edgetam import DEPTHS, EdgeTamEncoder
 from sam_gym.backbones.encoders import State, assemble
 from sam_gym.backbones.hq import HqMaskDecoder
-from sam_gym.backbones.sam2 import Sam2, Sam2Encoder, assemble_sam2
+from sam_gym.backbones.sam2 import PyramidEncoder, Sam2, Sam2Encoder, assemble_sam2
 from sam_gym.backbones.spec import HUB_PREFIX
 
+#: Type of a model -> transformers' class of its image part. Not every version has all of them.
+_CLASSES = {
+    "sam": "SamModel",
+    "sam_hq": "SamHQModel",
+    "sam2": "Sam2Model",
+    "sam2_video": "Sam2Model",
+    "edgetam": "EdgeTamModel",
+    "edgetam_video": "EdgeTamModel",
+}
 #: (pattern, replacement) from transformers' names to segment_anything's, applied in this order.
 _NAMES = [
     (
@@ -27,6 +37,8 @@ _NAMES = [
         "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
     ),
     (r"^no_memory_embedding$", "no_mem_embed"),
+    (r"^vision_encoder\.backbone\.timm_model\.stages_", "image_encoder.trunk.stages."),
+    (r"^vision_encoder\.backbone\.timm_model\.", "image_encoder.trunk."),
     (r"^vision_encoder\.backbone\.", "image_encoder.trunk."),
     (r"(\.trunk\.patch_embed)\.projection\.", r"\1.proj."),
     (r"(\.trunk\.blocks\.\d+)\.layer_norm([12])\.", r"\1.norm\2."),
@@ -74,7 +86,7 @@ _NAMES = [
 
 
 def converted(state: State) -> State:
-    """Convert a state dict of `SamModel`, `SamHQModel` or `Sam2Model` to our names."""
+    """Convert a state dict of a model of `load_from_hub` to our names."""
     result = {}
     for name, value in state.items():
         if name == "prompt_encoder.shared_embedding.positional_embedding":
@@ -90,7 +102,9 @@ def converted(state: State) -> State:
 
 
 def load_from_hub(name: str) -> Sam:
-    """Load a model of type `sam`, `sam_hq`, `sam2` or `sam2_video` (without its memory).
+    """Load a model of type `sam`, `sam_hq`, `sam2` or `edgetam`.
+
+    Those of the types `sam2_video` and `edgetam_video` are loaded without their memory.
 
     Args:
         name: OWNER/NAME on the hub, or a local folder that `save_pretrained` wrote.
@@ -101,7 +115,7 @@ def load_from_hub(name: str) -> Sam:
         ValueError: it is a model of another kind.
     """
     try:
-        from transformers import AutoConfig, Sam2Model, SamHQModel, SamModel
+        import transformers
     except ImportError as error:
         raise ImportError(
             f"Backbone '{HUB_PREFIX}{name}' needs transformers: pip install 'sam-gym[hf]'."
@@ -109,15 +123,13 @@ def load_from_hub(name: str) -> Sam:
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser())
     try:
-        config: Any = AutoConfig.from_pretrained(name)
-        kinds: dict[str, Any] = {"sam": SamModel, "sam_hq": SamHQModel}
-        kinds |= {"sam2": Sam2Model, "sam2_video": Sam2Model}
-        if config.model_type not in kinds:
+        config: Any = transformers.AutoConfig.from_pretrained(name)
+        if config.model_type not in _CLASSES:
             raise ValueError(
                 f"{HUB_PREFIX}{name} is a model of type {config.model_type!r}; expected "
-                f"{', '.join(map(repr, kinds))}."
+                f"{', '.join(map(repr, _CLASSES))}."
             )
-        model = kinds[config.model_type].from_pretrained(name)
+        model = getattr(transformers, _CLASSES[config.model_type]).from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(
             f"{HUB_PREFIX}{name}: could not be loaded from the hub or from that folder ({error})."
@@ -133,14 +145,16 @@ def load_from_hub(name: str) -> Sam:
 
 
 def build(config: Any) -> Sam:
-    """Build the model of a `SamConfig`, `SamHQConfig` or `Sam2Config` with random weights."""
+    """Build the model of a configuration of a type of `load_from_hub` with random weights."""
     vision, head = config.vision_config, config.mask_decoder_config
-    if config.model_type.startswith("sam2"):
-        return _build_sam2(config.prompt_encoder_config.image_size, vision, head)
+    for kind, encoder_of in (("sam2", _hiera), ("edgetam", _repvit)):
+        if config.model_type.startswith(kind):
+            encoder = encoder_of(config.prompt_encoder_config.image_size, vision)
+            return _build_sam2(encoder, head)
     if vision.patch_size != 16:
         raise ValueError(f"Expected patches of 16 pixels, got {vision.patch_size}.")
     is_hq = config.model_type == "sam_hq"
-    encoder = ImageEncoderViT(
+    vit = ImageEncoderViT(
         img_size=vision.image_size,
         embed_dim=vision.hidden_size,
         depth=vision.num_hidden_layers,
@@ -155,7 +169,7 @@ def build(config: Any) -> Sam:
         global_attn_indexes=tuple(vision.global_attn_indexes),
     )
     decoder = partial(HqMaskDecoder, vit_dim=vision.hidden_size) if is_hq else MaskDecoder
-    sam = assemble(encoder, head.hidden_size, head.mlp_dim, head.num_attention_heads, decoder)
+    sam = assemble(vit, head.hidden_size, head.mlp_dim, head.num_attention_heads, decoder)
     # transformers' two-way blocks have another epsilon than segment_anything's.
     for layer in sam.mask_decoder.transformer.layers:  # type: ignore[union-attr]
         for norm in (layer.norm1, layer.norm2, layer.norm3, layer.norm4):  # type: ignore[union-attr]
@@ -163,10 +177,10 @@ def build(config: Any) -> Sam:
     return sam
 
 
-def _build_sam2(size: int, vision: Any, head: Any) -> Sam2:
-    """Build a SAM 2 of frames of `size` pixels from the configurations of encoder and decoder."""
+def _hiera(size: int, vision: Any) -> Sam2Encoder:
+    """Build the encoder of a SAM 2 for frames of `size` pixels."""
     trunk = vision.backbone_config
-    encoder = Sam2Encoder(
+    return Sam2Encoder(
         size,
         vision.fpn_hidden_size,
         embed_dim=trunk.hidden_size,
@@ -176,6 +190,19 @@ def _build_sam2(size: int, vision: Any, head: Any) -> Sam2:
         window_spec=tuple(trunk.window_size_per_stage),
         global_att_blocks=tuple(trunk.global_attention_blocks),
     )
+
+
+def _repvit(size: int, vision: Any) -> EdgeTamEncoder:
+    """Build the encoder of an EdgeTAM for frames of `size` pixels."""
+    trunk = vision.backbone_config
+    if trunk.architecture.partition(".")[0] != "repvit_m1":
+        raise ValueError(f"Expected the architecture 'repvit_m1', got {trunk.architecture!r}.")
+    depths = (trunk.model_args or {}).get("depth", DEPTHS)
+    return EdgeTamEncoder(size, vision.fpn_hidden_size, vision.backbone_channel_list[::-1], depths)
+
+
+def _build_sam2(encoder: PyramidEncoder, head: Any) -> Sam2:
+    """Build a SAM 2 from its encoder and the configuration of its decoder."""
     sam = assemble_sam2(encoder, head.hidden_size, head.mlp_dim, head.num_attention_heads)
     delta, least = head.dynamic_multimask_stability_delta, head.dynamic_multimask_stability_thresh
     sam.mask_decoder.stability = (delta, least) if head.dynamic_multimask_via_stability else None

@@ -396,8 +396,8 @@ def load_backbone(
     A checkpoint or adapter that was written since is loaded again; objects that exist keep theirs.
 
     Args:
-        name: a key of `BACKBONES`; "hf:OWNER/NAME" (a SAM, SAM-HQ or SAM 2 on the Hugging Face
-            hub, or a local folder in its format); or "module:SPEC", a `BackboneSpec` of yours.
+        name: a key of `BACKBONES`; "hf:OWNER/NAME" (a SAM, SAM-HQ, SAM 2 or EdgeTAM on the Hugging
+            Face hub, or a local folder in its format); or "module:SPEC", a `BackboneSpec` of yours.
         checkpoint: path of the weights. By default, the bundled weights, or the published ones,
             which are downloaded to `SAM_GYM_HOME` on first use.
         device: "auto" (CUDA, then MPS, then CPU), or a torch device.

@@ -90,29 +90,20 @@ def pointwise(x: Tensor, *convs: nn.Conv2d) -> Tensor:
     return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
-class Sam2Encoder(nn.Module):
-    """Image encoder of SAM 2: float32 (B, 3, S, S) -> (B, out_chans, S / 16, S / 16).
+class PyramidEncoder(nn.Module):
+    """Image encoder of a SAM 2: float32 (B, 3, S, S) -> (B, out_chans, S / 16, S / 16).
 
     Args:
+        trunk: a model of timm with `feature_info` and `forward_intermediates`, whose stages have
+            the strides 4, 8, 16 and 32.
         img_size: S, a multiple of 32.
         out_chans: channels of the embedding.
-        **trunk: arguments of timm's `HieraDet`.
     """
 
-    def __init__(self, img_size: int = 1024, out_chans: int = 256, **trunk: Any) -> None:
-        from timm.models.hieradet_sam2 import HieraDet
-
+    def __init__(self, trunk: Any, img_size: int = 1024, out_chans: int = 256) -> None:
         super().__init__()
-        self.img_size = img_size
-        hiera: Any = HieraDet(num_classes=0, **trunk)
-        hiera.head = nn.Identity()
-        self.trunk: Any = hiera
-        self.neck = Sam2Neck([own["num_chs"] for own in self.trunk.feature_info], out_chans)
-
-    @property
-    def blocks(self) -> nn.Sequential:
-        """The transformer blocks; channels double and sides halve where a stage begins."""
-        return self.trunk.blocks
+        self.img_size, self.trunk = img_size, trunk
+        self.neck = Sam2Neck([own["num_chs"] for own in trunk.feature_info], out_chans)
 
     def pyramid(
         self, pixels: Tensor, further: Sequence[nn.Conv2d] = ()
@@ -129,6 +120,28 @@ class Sam2Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.pyramid(pixels)[2]
+
+
+class Sam2Encoder(PyramidEncoder):
+    """Image encoder of SAM 2, a Hiera.
+
+    Args:
+        img_size: side of the input frame, a multiple of 32.
+        out_chans: channels of the embedding.
+        **trunk: arguments of timm's `HieraDet`.
+    """
+
+    def __init__(self, img_size: int = 1024, out_chans: int = 256, **trunk: Any) -> None:
+        from timm.models.hieradet_sam2 import HieraDet
+
+        hiera: Any = HieraDet(num_classes=0, **trunk)
+        hiera.head = nn.Identity()
+        super().__init__(hiera, img_size, out_chans)
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        """The transformer blocks; channels double and sides halve where a stage begins."""
+        return self.trunk.blocks
 
 
 class ScoringMaskDecoder(MaskDecoder):
@@ -264,7 +277,7 @@ def memory_state(state: State) -> State:
 
 
 def assemble_sam2(
-    encoder: Sam2Encoder, width: int = 256, mlp_dim: int = 2048, num_heads: int = 8
+    encoder: PyramidEncoder, width: int = 256, mlp_dim: int = 2048, num_heads: int = 8
 ) -> Sam2:
     """Combine an image encoder with SAM 2's decoder; arguments as of `assemble`."""
     sam = assemble(encoder, width, mlp_dim, num_heads, Sam2MaskDecoder)

@@ -9,6 +9,12 @@ from typing import Any
 
 from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 
+from sam_gym.backbones.edgetam import (
+    build_edgetam,
+    build_edgetam_memory,
+    edgetam_memory_state,
+    edgetam_state,
+)
 from sam_gym.backbones.encoders import (
     State,
     build_mobile_sam,
@@ -41,12 +47,13 @@ class PublishedWeights:
 
     Attributes:
         url: official address.
-        sha256: SHA-256 of the file, hexadecimal.
+        sha256: SHA-256 of the file, hexadecimal. None: unknown; since a download could not be
+            checked, `load_backbone` then needs `checkpoint=`.
         megabytes: size of the file, rounded.
     """
 
     url: str
-    sha256: str
+    sha256: str | None
     megabytes: int
 
     @property
@@ -183,6 +190,8 @@ def backbone_table() -> str:
     for spec in backbones_by_size():
         if isinstance(spec.weights, PublishedWeights):
             weights = f"{spec.weights.megabytes:,} MB, [download]({spec.weights.url})"
+            if spec.weights.sha256 is None:
+                weights += ", `checkpoint=`"
         else:
             weights = "`checkpoint=`" if spec.weights is None else f"{spec.megabytes} MB, bundled"
         rows.append(f"| `{spec.name}` | {spec.description} | {weights} | {spec.source} |")
@@ -349,3 +358,18 @@ for _size, _build, _sha256, _megabytes in (
             memory=(VideoMemory, memory_state),
         )
     )
+register_backbone(
+    BackboneSpec(
+        name="edgetam",
+        build=build_edgetam,
+        description="EdgeTAM, RepViT-M1",
+        source="[EdgeTAM](https://github.com/facebookresearch/EdgeTAM), Apache-2.0",
+        weights=PublishedWeights(
+            "https://github.com/facebookresearch/EdgeTAM/raw/main/checkpoints/edgetam.pt", None, 56
+        ),
+        convert=edgetam_state,
+        thresholds=(0.8, 0.95),
+        features=("embedding", "high_res_s1", "high_res_s0"),
+        memory=(build_edgetam_memory, edgetam_memory_state),
+    )
+)

@@ -181,6 +181,29 @@ def test_training_goes_on_from_an_adapter(tiny: str, tmp_path: Path) -> None:
     assert isinstance(VideoTracker(backbone).sam, Sam2)
 
 
+def test_edgetam_is_trained(tiny_edgetam: str, tmp_path: Path) -> None:
+    """Its perceiver with the memory encoder; statistics of its encoder stay."""
+    parts = ("--parts", "memory_encoder", "image_encoder")
+    run(tiny_edgetam, tmp_path / "run", *parts, "--held-out", "none")
+    path = tmp_path / "run" / "adapter.safetensors"
+    names = load_file(path).keys()
+    trained = ("memory.spatial_perceiver.latents", "memory.memory_encoder.out_proj.weight")
+    assert names >= {*trained} and not any("memory_attention" in name for name in names)
+    plain, adapted = (
+        load_backbone(tiny_edgetam, device="cpu", adapter=adapter) for adapter in (None, str(path))
+    )
+    for memory in (plain.memory, adapted.memory):
+        assert memory is not None
+    moved = adapted.memory.spatial_perceiver.latents - plain.memory.spatial_perceiver.latents
+    assert moved.abs().max() > 0
+    before, after = (own.model.sam.state_dict() for own in (plain, adapted))
+    assert not torch.equal(
+        *(own["image_encoder.trunk.stem.conv1.c.weight"] for own in (before, after))
+    )
+    statistics = [name for name in before if "running" in name]
+    assert statistics and all(torch.equal(before[name], after[name]) for name in statistics)
+
+
 def write_videos(root: Path, lengths: dict[str, int], **changes: Any) -> str:
     """Videos of a moving square, train and val alike, as COCO-style JSON."""
     for split in ("train", "val"):

@@ -15,7 +15,6 @@ from benchmarks.throughput.reference import check_comparable
 from sam_gym.backbones import BACKBONES, download, load_backbone, register_backbone
 from sam_gym.backbones.embeddings import precompute
 from sam_gym.backbones.hq import feature_spec
-from sam_gym.backbones.sam2 import Sam2
 from sam_gym.backbones.spec import PublishedWeights, backbone_table, backbones_by_size
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.mask_generation.generator import GeneratorOptions
@@ -100,8 +99,10 @@ def test_specifications_describe_their_models(name: str) -> None:
     assert spec.input_size == sam.image_encoder.img_size
     assert spec.features == tuple(feature_spec(sam).tensors)
     if isinstance(spec.weights, PublishedWeights):
-        size = sum(v.numel() * v.element_size() for v in sam.state_dict().values()) / 1e6
-        size += 30 * isinstance(sam, Sam2)  # the memory in the file
+        with torch.device("meta"):
+            parts = [sam] if spec.memory is None else [sam, spec.memory[0]()]
+        weights = [own for part in parts for own in part.state_dict().values()]
+        size = sum(own.numel() * own.element_size() for own in weights) / 1e6
         assert spec.megabytes == pytest.approx(size, rel=0.05)
     else:
         assert isinstance(spec.weights, Path) and spec.weights.is_file()
@@ -129,7 +130,7 @@ def test_help_lists_the_table(
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     listed = backbones_by_size()
     if config is download.DownloadConfig:
-        listed = [spec for spec in listed if isinstance(spec.weights, PublishedWeights)]
+        listed = [BACKBONES.get(name) for name in download.published_weights()]
     names = [spec.name for spec in listed]
     assert ", ".join(names) in text and "own_sam" in names
 
@@ -160,3 +161,5 @@ def test_the_table_as_markdown(add_backbone: Callable[..., None]) -> None:
     (row,) = (row for row in rows if "`vit_h`" in row)
     assert "2,565 MB, [download](https://dl.fbaipublicfiles.com/" in row and "Apache-2.0" in row
     assert any("5.5 MB, bundled" in row for row in rows)
+    (row,) = (row for row in rows if "`edgetam`" in row)
+    assert "edgetam.pt), `checkpoint=` |" in row

@@ -44,9 +44,14 @@ def play(core: MemoryCore, actions: Sequence[int] | np.ndarray) -> np.ndarray:
 # The memory ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["mask", "box", "point"])
-def test_keeping_every_frame_is_the_tracker(tiny_video_env: dict[str, Any], kind: Any) -> None:
-    backbone = load_backbone(tiny_video_env["backbone"], device="cpu")
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [("tiny_video", kind) for kind in ("mask", "box", "point")] + [("tiny_edgetam", "mask")],
+)
+def test_keeping_every_frame_is_the_tracker(
+    request: pytest.FixtureRequest, tiny_video_env: dict[str, Any], model: str, kind: Any
+) -> None:
+    backbone = load_backbone(request.getfixturevalue(model), device="cpu")
     tracker = VideoTracker(backbone)
     videos = [Clips("train", frames=20, size=64)[index] for index in (0, 1)]
     truths = [clip.annotation(0).masks[0] for clip in videos]
@@ -86,6 +91,15 @@ def test_keeping_every_frame_is_the_tracker(tiny_video_env: dict[str, Any], kind
     kept = [19 - k for k in range(bank.num_slots)]
     assert bank.frames[0].tolist() == [0, *kept, 19]
     assert bank.past_frames[1].tolist() == list(range(19, 4, -1))
+
+
+def test_a_memory_of_tokens_plays(make_core: Callable[..., MemoryCore], tiny_edgetam: str) -> None:
+    core = make_core(2, backbone=tiny_edgetam)
+    rewards = play(core, [0, core.sam2_action, 1])
+    assert np.isfinite(rewards).all()
+    width = core.bank.tracker.memory.maskmem_tpos_enc.shape[-1]
+    assert core.bank.memories.shape[2:] == (7, width) and core.bank.pooled.shape[2:] == (width,)
+    assert core.bank.pooled[:, core.bank.present].abs().min() > 0
 
 
 def test_rows_with_other_memories_do_not_matter(make_core: Callable[..., MemoryCore]) -> None:

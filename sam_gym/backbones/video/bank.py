@@ -49,7 +49,7 @@ class MemoryBank:
         frames: int64 (N, places), frame of each place.
         ious: float32 (N, places), predicted IoU.
         scores: float32 (N, places), logit that the object is in the frame.
-        memories: bfloat16 (N, places, D, h, w).
+        memories: bfloat16 (N, places, *memory_shape), see `VideoMemory`.
         pointers: float32 (N, places, C).
         masks: bool (N, places, hm, wm), low-res.
         pooled: float32 (N, places, D), the memory's mean over the mask, or over the frame where the
@@ -61,7 +61,7 @@ class MemoryBank:
 
     def __init__(self, tracker: VideoTracker, num_rows: int, num_prompted: int = 1) -> None:
         self.tracker, backbone = tracker, tracker.backbone
-        width, height, breadth = backbone.embedding_shape
+        width, *_ = backbone.embedding_shape
         self.num_slots = tracker.memory.slots - 1
         self.slots = np.arange(num_prompted, num_prompted + self.num_slots)
         self.present = num_prompted + self.num_slots
@@ -73,7 +73,7 @@ class MemoryBank:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=backbone.device)
 
-        self.memories = zeros(*rows, depth, height, breadth, dtype=torch.bfloat16)
+        self.memories = zeros(*rows, *tracker.memory.memory_shape, dtype=torch.bfloat16)
         self.pointers, self.pooled = zeros(*rows, width), zeros(*rows, depth)
         self.masks = zeros(*rows, *backbone.mask_shape, dtype=torch.bool)
         self.past = zeros(num_rows, POINTERS - 1, width)
@@ -205,9 +205,11 @@ class MemoryBank:
         mask = logits > self.tracker.backbone.mask_threshold
         self.memories[index, place], self.pointers[index, place] = memory, entry.pointer.float()
         self.masks[index, place], self.logits[index] = mask, logits
-        cells = F.adaptive_avg_pool2d(mask[:, None].float(), self.tracker.memory.grid)[:, 0]
+        placed = self.tracker.memory.map_of(memory.float())
+        grid = self.tracker.memory.layout.grid
+        cells = F.adaptive_avg_pool2d(mask[:, None].float(), grid)[:, 0]
         cells = torch.where(mask.any(dim=(1, 2))[:, None, None], cells, 1.0)
-        weighted = (memory.float() * cells[:, None]).sum(dim=(2, 3))
+        weighted = (placed * cells[:, None]).sum(dim=(2, 3))
         self.pooled[index, place] = weighted / cells.sum(dim=(1, 2))[:, None]
         self.frames[rows, place] = frames
         self.ious[rows, place], self.scores[rows, place] = to_host(entry.iou, entry.score)

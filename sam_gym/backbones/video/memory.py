@@ -1,6 +1,7 @@
 """What a SAM 2 remembers of an object, which memories a frame attends to, and how.
 
-Ravi et al. 2024; the rules are those of the authors' `SAM2Base` in evaluation mode.
+Ravi et al. 2024; the rules are those of the authors' `SAM2Base` in evaluation mode. A memory is a
+map of the frame, (D, h, w), or, with the perceiver of EdgeTAM, a short row of tokens, (T, D).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch.nn import functional as F
 from sam_gym.backbones.video.modules import (
     MemoryAttention,
     MemoryEncoder,
+    TokenLayout,
     Workspace,
     in_pieces,
-    rotate,
-    sine_position,
     sine_time,
 )
+from sam_gym.backbones.video.perceiver import Perceiver
 
 #: Logit of every pixel of an object that is not in the frame.
 ABSENT = -1024.0
@@ -45,7 +46,7 @@ class Entry:
         iou: float32 (), predicted IoU.
         score: float32 (), logit that the object is in the frame.
         pointer: (C,), object pointer.
-        memory: bfloat16 (D, h, w), or None before it is encoded.
+        memory: bfloat16, of `VideoMemory.memory_shape`, or None before it is encoded.
     """
 
     logits: Tensor
@@ -61,8 +62,8 @@ class MemoryKeys:
 
     Attributes:
         memory: the memory, an attribute of an `Entry`.
-        values: (h * w, D), the same in the precision of the model.
-        keys: (h * w, C) of each layer: rotated, without the memory's time.
+        values: (T, D), its tokens in the precision of the model.
+        keys: (T, C) of each layer: rotated, without the memory's time.
     """
 
     memory: Tensor
@@ -166,7 +167,15 @@ class VideoMemory(nn.Module):
         slots: number of temporal positions of memories.
         strides: of the mask encoder; their product is the number of pixels of a mask per cell.
         base: factor of the channels of the mask encoder.
+        perceiver: compresses memories, or None.
+        dates_pointers: whether object pointers have the distance of their frames.
+        marks_absence: whether memories of frames without the object are marked.
+
+    Raises:
+        ValueError: the grid has no whole number of cells for each window of the perceiver.
     """
+
+    no_obj_embed_spatial: nn.Parameter | None
 
     def __init__(
         self,
@@ -178,9 +187,19 @@ class VideoMemory(nn.Module):
         slots: int = 7,
         strides: Sequence[int] = (2, 2, 2, 2),
         base: int = 1,
+        perceiver: Perceiver | None = None,
+        dates_pointers: bool = True,
+        marks_absence: bool = True,
     ) -> None:
         super().__init__()
         self.grid, self.slots = grid, slots
+        #: Of the tokens of a memory.
+        self.layout = TokenLayout(grid) if perceiver is None else perceiver.layout
+        if any(own % side for own, side in zip(grid, self.layout.grid, strict=True)):
+            raise ValueError(
+                f"A grid of {grid} cells cannot be divided into {self.layout.grid} windows: take a "
+                "Perceiver whose side divides both."
+            )
         #: (height, width) of the masks that are encoded.
         self.mask_size = (grid[0] * math.prod(strides), grid[1] * math.prod(strides))
         self.memory_attention = MemoryAttention(width, memory_width, hidden, depth)
@@ -188,12 +207,30 @@ class VideoMemory(nn.Module):
         self.maskmem_tpos_enc = nn.Parameter(torch.zeros(slots, 1, 1, memory_width))
         self.no_mem_pos_enc = nn.Parameter(torch.zeros(1, 1, width))  # published, but never used
         self.no_obj_ptr = nn.Parameter(torch.zeros(1, width))
-        self.no_obj_embed_spatial = nn.Parameter(torch.zeros(1, memory_width))
-        for parameter in (self.maskmem_tpos_enc, self.no_obj_ptr, self.no_obj_embed_spatial):
-            nn.init.trunc_normal_(parameter, std=0.02)
+        absent = nn.Parameter(torch.zeros(1, memory_width)) if marks_absence else None
+        self.register_parameter("no_obj_embed_spatial", absent)
+        for parameter in (self.maskmem_tpos_enc, self.no_obj_ptr, absent):
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
         self.mask_downsample = nn.Conv2d(1, 1, 4, stride=4)
         self.obj_ptr_proj = MLP(width, width, width, 3)
-        self.obj_ptr_tpos_proj = nn.Linear(width, memory_width)
+        self.obj_ptr_tpos_proj = nn.Linear(width, memory_width) if dates_pointers else None
+        self.spatial_perceiver = perceiver
+
+    @property
+    def memory_shape(self) -> tuple[int, ...]:
+        """Shape of a memory: (D, h, w), or (T, D) with a perceiver."""
+        width = self.maskmem_tpos_enc.shape[-1]
+        return (width, *self.grid) if self.spatial_perceiver is None else (self.layout.count, width)
+
+    def tokens(self, memories: Tensor) -> Tensor:
+        """Tokens of memories (..., *memory_shape): (..., T, D)."""
+        return memories.flatten(-2).mT if self.spatial_perceiver is None else memories
+
+    def map_of(self, memories: Tensor) -> Tensor:
+        """The tokens of memories (..., *memory_shape) that have a place: (..., D, h', w')."""
+        placed = self.tokens(memories)[..., self.layout.free :, :]
+        return placed.mT.unflatten(-1, self.layout.grid)
 
     def point_to(self, tokens: Tensor, appears: Tensor) -> Tensor:
         """Object pointers (P, C) of mask tokens (P, C); `appears` is bool (P,)."""
@@ -244,8 +281,8 @@ class VideoMemory(nn.Module):
     def keeps_keys(self) -> bool:
         """Whether the keys of memories are worth their space.
 
-        Making them takes at most D / (h * w) of the time of attending to them. In float32 they are
-        2 * depth * C / D times as large as a memory in bfloat16.
+        Making them takes at most D / (h * w) of the time in which the h * w cells of a frame attend
+        to them. In float32 they are 2 * depth * C / D times as large as a memory in bfloat16.
         """
         return self.grid[0] * self.grid[1] <= KEPT_CELLS
 
@@ -257,16 +294,16 @@ class VideoMemory(nn.Module):
         kept: dict[int, MemoryKeys],
     ) -> list[MemoryKeys]:
         """The keys of the memories that a row recalls; `kept` has these afterwards."""
-        place = sine_position(self.maskmem_tpos_enc.shape[-1], *self.grid).to(prepared)
+        place = self.layout.position(self.maskmem_tpos_enc.shape[-1]).to(prepared)
         before = dict(kept)
         kept.clear()
         for frame, _ in recalled.frames:
             memory, own = _encoded(known[frame]), before.get(frame)
             if own is None or own.memory is not memory:
-                values = memory.to(prepared).flatten(1).T.contiguous()
+                values = self.tokens(memory.to(prepared)).contiguous()
                 layers = self.memory_attention.layers
                 placed = (values + place)[None]
-                keys = [layer.cross_attn_image.keys(placed, self.grid)[0] for layer in layers]
+                keys = [layer.cross_attn_image.keys(placed, self.layout)[0] for layer in layers]
                 own = MemoryKeys(memory, values, keys)
             kept[frame] = own
         return [kept[frame] for frame, _ in recalled.frames]
@@ -280,12 +317,12 @@ class VideoMemory(nn.Module):
         ages: Tensor | None,
     ) -> Tensor:
         """`attend` to keys that are known but for the time of their memories, which changes."""
-        cells, attention = self.grid[0] * self.grid[1], self.memory_attention
+        cells, attention = self.layout.count, self.memory_attention
         layers = [layer.cross_attn_image for layer in attention.layers]
-        times = []  # of each layer, the part of keys that a slot adds: (slots, h * w, C)
+        times = []  # of each layer, the part of keys that a slot adds: (slots, T, C)
         for cross in layers:
             time = F.linear(self.maskmem_tpos_enc[:, 0], cross.k_proj.weight)
-            times.append(rotate(time.expand(-1, cells, -1).contiguous(), self.grid))
+            times.append(self.layout.rotate(time.expand(-1, cells, -1).contiguous()))
         further: list[Tensor] = []
         tokens = prepared.new_empty(len(keys), 0, self.maskmem_tpos_enc.shape[-1])
         if pointers is not None and ages is not None:
@@ -322,7 +359,7 @@ class VideoMemory(nn.Module):
 
         Args:
             prepared: (P, h * w, C), rows of `memory_attention.prepare`.
-            spatial: (P, N, D, h, w), memories.
+            spatial: (P, N, *memory_shape), memories.
             slots: int64 (P, N), the row of `maskmem_tpos_enc` of each.
             pointers: (P, M, C), object pointers, or None.
             ages: float32 (P, M), how far their frames are, as a fraction of the longest distance.
@@ -332,8 +369,8 @@ class VideoMemory(nn.Module):
             (P, C, h, w).
         """
         width = self.maskmem_tpos_enc.shape[-1]
-        memory = spatial.to(prepared).flatten(3).transpose(2, 3)
-        place = sine_position(width, *self.grid).to(prepared)
+        memory = self.tokens(spatial.to(prepared))
+        place = self.layout.position(width).to(prepared)
         time = self.maskmem_tpos_enc[slots.to(prepared.device), 0]
         tokens, positions = [memory.flatten(1, 2)], [(place + time).flatten(1, 2)]
         repeats, count = [place.shape[0]] * spatial.shape[1], 0
@@ -347,7 +384,9 @@ class VideoMemory(nn.Module):
             of_each = torch.tensor(repeats, device=exists.device)
             exists = exists.repeat_interleave(of_each, dim=1)
         memories, places = torch.cat(tokens, dim=1), torch.cat(positions, dim=1)
-        return self.memory_attention(prepared, memories, places, self.grid, count, exists)
+        return self.memory_attention(
+            prepared, memories, places, self.grid, self.layout, count, exists
+        )
 
     def _pointer_tokens(
         self, prepared: Tensor, pointers: Tensor, ages: Tensor
@@ -356,6 +395,8 @@ class VideoMemory(nn.Module):
         width, ages = self.maskmem_tpos_enc.shape[-1], ages.to(prepared.device)
         pieces = pointers.shape[-1] // width
         tokens = pointers.to(prepared).unflatten(2, (pieces, width)).flatten(1, 2)
+        if self.obj_ptr_tpos_proj is None:
+            return tokens, torch.zeros_like(tokens)
         age = self.obj_ptr_tpos_proj(sine_time(ages.flatten(), pointers.shape[-1]))
         age = age.unflatten(0, ages.shape).repeat_interleave(pieces, dim=1)
         return tokens, age.to(prepared)
@@ -378,7 +419,7 @@ class VideoMemory(nn.Module):
             rows: int64 (P,), the frame of each object; None: P equals B and they correspond.
 
         Returns:
-            bfloat16 (P, D, h, w).
+            bfloat16 (P, *memory_shape).
         """
         frames = self.memory_encoder.project(embedding)
         size = PIECE if in_pieces(logits) else max(1, len(logits))
@@ -394,8 +435,12 @@ class VideoMemory(nn.Module):
             masks = F.interpolate(masks, self.mask_size, mode="bilinear", align_corners=False)
         masks = (masks > 0).to(masks.dtype) if binary else masks.sigmoid()
         memory = self.memory_encoder(frames, (masks * SCALE + OFFSET).to(frames.dtype))
-        absent = (scores <= 0)[:, None, None, None].to(memory.dtype)
-        return (memory + absent * self.no_obj_embed_spatial[..., None, None]).to(STORED)
+        if self.no_obj_embed_spatial is not None:
+            absent = (scores <= 0)[:, None, None, None].to(memory.dtype)
+            memory = memory + absent * self.no_obj_embed_spatial[..., None, None]
+        if self.spatial_perceiver is not None:
+            memory = self.spatial_perceiver(memory)
+        return memory.to(STORED)
 
 
 def _encoded(entry: Entry) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
@@ -74,6 +75,41 @@ def rotate(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return turned.flatten(-2).flatten(-3, -2).to(x.dtype)
 
 
+@dataclass(frozen=True)
+class TokenLayout:
+    """What the tokens of a memory stand for: first those without a place, then those of a grid.
+
+    Attributes:
+        grid: (h, w) of the tokens that have a place.
+        free: number of tokens without one.
+    """
+
+    grid: tuple[int, int]
+    free: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of tokens."""
+        return self.free + self.grid[0] * self.grid[1]
+
+    def position(self, channels: int) -> Tensor:
+        """Position encoding, zero for tokens without a place: float32 (tokens, C)."""
+        placed = sine_position(channels, *self.grid)
+        return F.pad(placed, (0, 0, self.free, 0)) if self.free else placed
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Apply rotary embeddings to the tokens that have a place.
+
+        Args:
+            x: (..., n * tokens, C), n memories after another.
+        """
+        if not self.free:
+            return rotate(x, self.grid)
+        memories = x.unflatten(-2, (-1, self.count))
+        free, placed = memories.split([self.free, self.count - self.free], dim=-2)
+        return torch.cat([free, rotate(placed, self.grid)], dim=-2).flatten(-3, -2)
+
+
 def in_pieces(x: Tensor) -> bool:
     """Whether to compute one row of a batch after the other.
 
@@ -109,19 +145,18 @@ class RotaryAttention(nn.Module):
         self.v_proj = nn.Linear(key_width or width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def keys(self, x: Tensor, grid: tuple[int, int], unrotated: int = 0) -> Tensor:
-        """Project and rotate keys: (B, n * h * w + unrotated, D) -> (..., C).
+    def keys(self, x: Tensor, layout: TokenLayout, others: int = 0) -> Tensor:
+        """Project and rotate keys: (B, n * tokens + others, D) -> (..., C).
 
         Args:
             x: what is attended to, with its position.
-            grid: (h, w).
-            unrotated: number of keys at the end that have no place in the image.
+            layout: of the tokens of each memory.
+            others: number of keys at the end that belong to no memory, which are not rotated.
         """
         k = self.k_proj(x)
-        placed = k.shape[1] - unrotated
-        if not unrotated:
-            return rotate(k, grid)
-        return torch.cat([rotate(k[:, :placed], grid), k[:, placed:]], dim=1)
+        if not others:
+            return layout.rotate(k)
+        return torch.cat([layout.rotate(k[:, :-others]), k[:, -others:]], dim=1)
 
     def forward(
         self,
@@ -233,7 +268,8 @@ class MemoryAttentionLayer(nn.Module):
     ) -> Tensor:
         """Self-attention with its residual: (B, h * w, C) -> same."""
         own = self.norm1(x)
-        return x + self.self_attn(own, self.self_attn.keys(own, grid), own, grid, work=work)
+        keys = self.self_attn.keys(own, TokenLayout(grid))
+        return x + self.self_attn(own, keys, own, grid, work=work)
 
     def attend_to_memory(
         self,
@@ -279,6 +315,7 @@ class MemoryAttention(nn.Module):
         memory: Tensor,
         position: Tensor,
         grid: tuple[int, int],
+        layout: TokenLayout,
         pointers: int,
         exists: Tensor | None = None,
     ) -> Tensor:
@@ -286,9 +323,10 @@ class MemoryAttention(nn.Module):
 
         Args:
             x: (P, h * w, C), rows of `prepare`.
-            memory: (P, T, D): spatial memories of h * w tokens each, then tokens of pointers.
+            memory: (P, T, D): spatial memories, then tokens of pointers.
             position: (P, T, D), position and time of each token.
             grid: (h, w).
+            layout: of the tokens of each spatial memory.
             pointers: number of tokens of pointers.
             exists: bool (P, T), tokens that count; None: all.
 
@@ -298,7 +336,7 @@ class MemoryAttention(nn.Module):
 
         def recalled(number: int, rows: slice, _: Workspace) -> tuple[Tensor, Tensor]:
             placed = memory[rows] + position[rows]
-            keys = self.layers[number].cross_attn_image.keys(placed, grid, pointers)
+            keys = self.layers[number].cross_attn_image.keys(placed, layout, pointers)
             return keys, memory[rows]
 
         return self.attend(x, recalled, grid, exists)

@@ -79,7 +79,9 @@ class VideoTracker:
         own = backbone.memory if memory is None else memory
         sam = backbone.model.sam
         if own is None or not isinstance(sam, VideoSam):
-            raise ValueError(f"{backbone!r} has no video memory: load micro_video or a SAM 2.1.")
+            raise ValueError(
+                f"{backbone!r} has no video memory: load micro_video, edgetam or a SAM 2.1."
+            )
         if type(backbone.model) is not Model:
             raise ValueError(
                 f"{backbone!r}: this adapter chooses weights or prompts by image, which tracking "

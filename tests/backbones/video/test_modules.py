@@ -70,7 +70,8 @@ def test_attention_in_pieces_is_attention(
     prepared, exists = normal(3, 16, 32), torch.rand((3, 6), generator=random) > 0.3
     exists[:, 0] = True
     slots = torch.tensor([[6, 1, 0]]).expand(3, -1)
-    given = normal(3, 3, 16, 4, 4), slots, normal(3, 3, 32), torch.rand((3, 3), generator=random)
+    spatial = normal(3, 3, *memory.memory_shape)
+    given = spatial, slots, normal(3, 3, 32), torch.rand((3, 3), generator=random)
     monkeypatch.setattr(modules, "_PIECE", 1)
     monkeypatch.setattr(modules, "_LEAST", 5)
     for seen in (None, exists):
@@ -88,7 +89,7 @@ def test_kept_keys_change_no_result(memory: VideoMemory) -> None:
 
     def entry() -> Entry:
         zero = torch.zeros(())
-        return Entry(zero, zero, zero, normal(32), normal(16, 4, 4).bfloat16())
+        return Entry(zero, zero, zero, normal(32), normal(*memory.memory_shape).bfloat16())
 
     tracks: list[dict[int, Entry]] = [{0: entry()} for _ in range(2)]
     kept: list[dict[int, MemoryKeys]] = [{} for _ in tracks]

@@ -1,6 +1,7 @@
 """The video tracker: batches, memory that does not grow, frames, wrong inputs."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from sam_gym.backbones import Backbone, load_backbone
-from sam_gym.backbones.sam2 import Sam2, memory_state, sam2_state
+from sam_gym.backbones.edgetam import edgetam_memory_state, edgetam_state
+from sam_gym.backbones.sam2 import Sam2
 from sam_gym.backbones.video.frames import open_video
 from sam_gym.backbones.video.memory import Entry, VideoMemory, closest_frames, recall
 from sam_gym.backbones.video.session import TrackingSession
@@ -195,7 +197,7 @@ def test_options_are_checked(tracker: Callable[..., VideoTracker], tiny: Backbon
     for options in ({"correct": "never"}, {"keep": "some"}, {"batch_size": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             tracker(**options)
-    with pytest.raises(ValueError, match="no video memory: load micro_video or a SAM 2.1"):
+    with pytest.raises(ValueError, match="no video memory: load micro_video, edgetam or a SAM 2.1"):
         VideoTracker(tiny)
     # Before weights are downloaded.
     with pytest.raises(ValueError, match="'vit_h' has no video memory, which tracking needs. Take"):
@@ -216,8 +218,8 @@ def test_a_checkpoint_brings_its_memory(
     add_backbone(
         "whole",
         build=build_sam2,
-        convert=sam2_state,
-        memory=(lambda: VideoMemory((4, 4), 32, 16, hidden=32, depth=2), memory_state),
+        convert=edgetam_state,
+        memory=(lambda: deepcopy(memory), edgetam_memory_state),
     )
     image, path = build_sam2().state_dict(), tmp_path / "whole.pt"
 
