@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ class Page:
         self.status = ui.label().classes("sg-note sg-status").props("role=status aria-live=polite")
         self.name = ui.input("Name of the object", on_change=self._on_name).props("dense outlined")
         self.name.props("maxlength=100 clearable")
+        self.name.on("blur", self.name_given)  # also after Enter, see canvas.js
         self.offered = ui.element("div").classes("sg-row")
         with ui.element("div").classes("sg-row"):
             self.polarity = ui.toggle(
@@ -255,7 +257,7 @@ class Page:
         key = event.args["key"]
         action = self.actions.get(key) or self.panel.actions.get(key)
         if key.isdigit():
-            self._take(int(key) - 1)
+            await self._take(int(key) - 1)
         elif action is not None and (not event.args["repeat"] or key in self.panel.repeated):
             await action()
 
@@ -275,6 +277,11 @@ class Page:
     async def _on_name(self, event: Any) -> None:
         await self.panel.set_name(event.value or "")
 
+    async def name_given(self) -> None:
+        """Apply the name that has been typed or chosen."""
+        if self.panel.has_image:
+            await self.panel.name_given()
+
     def offer(self) -> None:
         """Show names as buttons."""
         names = self.panel.names()
@@ -282,15 +289,17 @@ class Page:
         self.offered.clear()
         with self.offered:
             for number, name in enumerate(names[:_OFFERED]):
-                chip = ui.button(name, on_click=lambda _, number=number: self._take(number))
+                chip = ui.button(name, on_click=partial(self._take, number))
                 chip.props("dense outline no-caps").classes("sg-chip")
                 if number < 9:
                     chip.tooltip(f"Key {number + 1}")
 
-    def _take(self, number: int) -> None:
+    async def _take(self, number: int) -> None:
         names = self.panel.names()
         if number < len(names):
             self.name.set_value(names[number])
+            await self.panel.set_name(names[number])
+            await self.name_given()
 
     # Views -------------------------------------------------------------------------------------
 

@@ -170,6 +170,9 @@ class VideoPanel(Panel):
     async def set_name(self, name: str) -> None:
         await self.page.do(self.session.set_name, name)
 
+    async def name_given(self) -> None:
+        await self._change(self.session.name_selected)
+
     async def show(self) -> None:
         if self.session.video is None:
             self.page.canvas.show(src="")
@@ -243,10 +246,12 @@ class VideoPanel(Panel):
         )
 
     async def _change(self, work: Any, *args: Any) -> None:
-        """Change objects and draw them."""
+        """Change objects, draw them, and tell what the work returns, if anything."""
         self.playing = False
         before = self.session.frame
-        await self.page.do(work, *args)
+        worked, told = await self.page.do(work, *args)
+        if worked and told:
+            self.page.status.set_text(printable(told))
         await self._show_objects()
         if self.session.frame != before:
             self._wanted = None

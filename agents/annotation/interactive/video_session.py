@@ -127,6 +127,8 @@ class VideoSession:
         self.selected: int | None = None
         self.job: Job | None = None
         self._tracked: tuple[int, ...] = ()
+        # Names that objects get when the pass that tracks them has ended.
+        self._waiting: dict[int, str] = {}
         self._history: deque[_Change] = deque(maxlen=_HISTORY)
 
     # Videos ------------------------------------------------------------------------------------
@@ -269,6 +271,37 @@ class VideoSession:
         self.name = " ".join(name.split())[:MAX_NAME]
 
     @locked
+    def name_selected(self) -> str:
+        """Give the selected object the present name if it has none of its own; can be undone.
+
+        An object that is being tracked gets it when the pass has ended.
+
+        Returns:
+            What people are told, or "".
+        """
+        if self.video is None:
+            return ""
+        masklets = self.video.masklets
+        with masklets.lock:
+            own = masklets.objects.get(self.selected or 0)
+            if own is None or self.name in ("", own.name):
+                return ""
+            if own.name != UNNAMED:
+                return (
+                    f'{own.name} {own.id} keeps its name: the pencil renames it. "{self.name}" is '
+                    "for objects that are begun."
+                )
+            if own.id in self._tracked:
+                self._waiting[own.id] = self.name
+                return f'{own.name} {own.id} becomes "{self.name}" when tracking has ended.'
+            self._name(own, self.name)
+        return f'{UNNAMED} {own.id} is "{self.name}" now.'
+
+    def _name(self, own: VideoObject, name: str) -> None:
+        with self._editing(own):
+            own.name = name
+
+    @locked
     def select(self, number: int | None) -> None:
         """Select the object that clicks are for; None: the next click begins another."""
         self.selected = number
@@ -290,9 +323,7 @@ class VideoSession:
         """
         if not self.name:
             raise ValueError("Name the object first.")
-        own = self._object(number)
-        with self._editing(own):
-            own.name = self.name
+        self._name(self._object(number), self.name)
 
     @locked
     def remove(self, number: int) -> None:
@@ -412,6 +443,11 @@ class VideoSession:
                 after = masklets.versions(own)
             if own:
                 self._history.append(_Change({k: before[k] for k in own}, after, self.frame))
+            with masklets.lock:
+                waiting, self._waiting, self._tracked = self._waiting, {}, ()
+                for number, name in waiting.items():
+                    if (named := masklets.objects.get(number)) is not None:
+                        self._name(named, name)
 
     def _interrupt(self, number: int) -> None:
         """Stop a pass that tracks an object which is about to be edited."""

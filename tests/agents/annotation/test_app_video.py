@@ -231,6 +231,41 @@ def test_not_in_sight_clear_and_remove(tabs: Workspaces) -> None:
         session.draw_box(100, 100, 200, 200)
 
 
+def test_a_name_that_is_typed_after_the_click(tabs: Workspaces) -> None:
+    """The selected object takes it while it has none of its own; undo takes it back."""
+    session = opened(tabs)
+    assert session.name_selected() == ""
+    session.click(20, 24, True)
+    for typed in ("c", "ca", "car"):
+        session.set_name(typed)
+    assert session.name_selected() == 'object 1 is "car" now.'
+    assert [own["name"] for own in file(session)["categories"]] == ["car"]
+    session.set_name("dog")
+    assert "keeps its name: the pencil" in session.name_selected()
+    assert masklets(session).objects[1].name == "car"
+    session.undo()
+    assert masklets(session).objects[1].name == "object" and len(all_masks(session)) == 1
+    assert session.selected == 1 and session.name_selected() == 'object 1 is "dog" now.'
+
+
+def test_a_name_that_is_typed_while_the_object_is_tracked(
+    tabs: Workspaces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass goes on, and the object is named at its end."""
+    session = opened(tabs)
+    session.click(20, 24, True)
+    slow = slow_pass(session, tabs, monkeypatch)
+    session.set_name("fish")
+    assert "when tracking has ended" in session.name_selected() and session.is_busy
+    slow.turns.release(20)
+    assert ended(session) == FRAMES
+    assert file(session)["tracks"][0]["name"] == "fish"
+    session.undo()
+    assert masklets(session).objects[1].name == "object" and len(all_masks(session)) > 1
+    session.undo()
+    assert len(all_masks(session)) == 1
+
+
 class Slow:
     """A tracker's `encode` that waits for its turns."""
 
