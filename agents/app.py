@@ -276,9 +276,9 @@ def serve(config: AppConfig) -> None:
     # Locked before they are read: objects that another process still saves would be overwritten.
     out = Path(config.out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    locked = _outputs(config)
-    with locked.locked():
-        with _removed_on_failure(made, locked.lock):
+    paths = _outputs(config)
+    with paths.locked():
+        with _removed_on_failure(made, paths.lock):
             workspaces, outputs = prepare(config)
         name = f"[{config.host}]" if ":" in config.host else config.host
         query = "" if token is None else f"?token={quote(token, safe='')}"

@@ -301,7 +301,7 @@ def _check_video(path: str) -> None:
             raise ValueError("an image")
         open_video(path)
     except (ValueError, OSError) as error:
-        reason = str(error).removeprefix(f"{path}: ").rstrip(".")
+        reason = str(error).removeprefix(f"{Path(path)}: ").rstrip(".")
         raise ValueError(
             f"--video {path}: {reason}. Name a video file, or a folder of frames."
         ) from None

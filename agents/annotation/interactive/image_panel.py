@@ -173,6 +173,7 @@ class ImagePanel(Panel):
         self.playing = False
         worked, told = await self.page.do(self.session.undo)
         if told:
+            self.page.name.set_value(self.session.name)
             await self._show_objects()
         await self._show_current()
         if worked and told:

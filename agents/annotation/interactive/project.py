@@ -56,13 +56,13 @@ class Edit:
     Attributes:
         before: by id, their records before it; None: there was none.
         after: by id, their records after it.
-        names: by id, their names before it.
+        categories: by id, their names and categories before it.
         order: ids of all objects before it.
     """
 
     before: dict[int | str, _Row | None]
     after: dict[int | str, _Row | None]
-    names: dict[int | str, str]
+    categories: dict[int | str, tuple[str, _Row]]
     order: tuple[int | str, ...]
 
 
@@ -351,8 +351,12 @@ class Project(Queue):
                 if row is None:
                     del table[number]
                     continue
-                if number in edit.names:  # the category may have gone meanwhile
-                    own = {"category_id": self._category(edit.names[number])}
+                if number in edit.categories:  # it may have gone meanwhile
+                    name, category = edit.categories[number]
+                    taken = {own.record["id"] for own in self._categories.values()}
+                    if category.record["id"] not in taken:
+                        self._categories.setdefault(name, category)
+                    own = {"category_id": self._category(name)}
                     row = row if own.items() <= row.record.items() else _Row.of(row.record | own)
                 table[number] = row
             self._annotations = {k: table[k] for k in (*edit.order, *table) if k in table}
@@ -395,15 +399,15 @@ class Project(Queue):
             before = [dict(table) for table in self._tables()]
             _, categories, objects = before
             edit = Edit({}, {}, {}, tuple(objects))
-            names = {row.record["id"]: name for name, row in categories.items()}
+            named = {row.record["id"]: (name, row) for name, row in categories.items()}
             try:
                 yield edit
                 for number in {**objects, **self._annotations}:
                     old, new = objects.get(number), self._annotations.get(number)
                     if old is not new:
                         edit.before[number], edit.after[number] = old, new
-                        if old is not None and old.record["category_id"] in names:
-                            edit.names[number] = names[old.record["category_id"]]
+                        if old is not None and old.record["category_id"] in named:
+                            edit.categories[number] = named[old.record["category_id"]]
                 used = {row.record["category_id"] for row in self._annotations.values()}
                 self._categories = {
                     name: row

@@ -117,12 +117,14 @@ class _Change:
         label: what was done, for people.
         edit: of the project.
         steps: clicks that became the object.
+        name: of that object.
         accepted: suggestions that became objects.
     """
 
     label: str
     edit: Edit
     steps: Sequence[Step] = ()
+    name: str = ""
     accepted: Sequence[Suggestion] = ()
 
 
@@ -304,7 +306,8 @@ class Session:
     def undo(self) -> str:
         """Remove the last click or box; without one, undo the last change of saved objects.
 
-        The clicks of an object that was saved, and suggestions that were accepted, come back.
+        The clicks and the name of an object that was saved come back, as do suggestions that were
+        accepted.
 
         Returns:
             What people are told, or "".
@@ -325,7 +328,7 @@ class Session:
             self._history.clear()
             raise
         self._history.pop()
-        self.steps = list(change.steps)
+        self.steps, self.name = list(change.steps), change.name or self.name
         self._keep([*self.suggestions, *change.accepted])
         self._refresh()
         return f"Undone: {change.label}."
@@ -367,7 +370,7 @@ class Session:
         image, score = self._opened(), self.steps[-1].predicted_iou
         values = {"score": score, "clicks": len(self.clicks)}
         edit = self.project.add_all(image.file, [(self._named(), self.mask(), values)])
-        self._changed(_Change(f"save {self.name}", edit, steps=self.steps))
+        self._changed(_Change(f"save {self.name}", edit, self.steps, self.name))
         self.steps = []
 
     def _named(self) -> str:
@@ -385,8 +388,8 @@ class Session:
     def remove_object(self, number: int | str) -> None:
         """Remove a saved object."""
         edit = self.project.remove(number)
-        (name,) = edit.names.values() or ("an object",)
-        self._changed(_Change(f"remove {name}", edit))
+        names = [name for name, _ in edit.categories.values()] or ["an object"]
+        self._changed(_Change(f"remove {names[0]}", edit))
 
     def _changed(self, change: _Change) -> None:
         self._history.append(change)

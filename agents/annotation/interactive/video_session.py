@@ -441,7 +441,7 @@ class VideoSession:
             with masklets.changing(*change.before, frame=change.frame, is_new=False):
                 masklets.put(change.before)
         self._history.pop()
-        if self.selected not in masklets.objects:
+        if self.selected is not None and self.selected not in masklets.objects:
             self.selected, self._begins = None, change.begins
         self.frame = change.frame
         return ""
