@@ -872,6 +872,82 @@ def test_keys_of_the_browser_are_those_of_the_page(monkeypatch: pytest.MonkeyPat
     assert widgets.css_colour(1) != widgets.css_colour("id of text")
 
 
+def test_the_page_tells_when_all_that_can_be_read_is_done(
+    config: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nicegui", reason="the app needs NiceGUI: pip install 'sam-gym[app]'")
+    from agents.annotation.interactive import page
+
+    async def at_once(work: Any, *args: Any) -> Any:
+        return work(*args)
+
+    async def drawn(*_: Any) -> None:
+        pass
+
+    for name in ("_build", "_show_all", "show_queue"):
+        monkeypatch.setattr(page.Page, name, drawn if name != "_build" else lambda _: None)
+    monkeypatch.setattr(page, "in_thread", at_once)
+    (photos / "more" / "c.png").write_bytes(b"")
+    tabs = prepare(config())[0]
+    own = page.Page(MagicMock(), tabs, tabs.get("tab"))
+    own.status, told = MagicMock(), []
+    monkeypatch.setattr(own, "tell", told.append)
+
+    async def work() -> None:
+        await own.begin()
+        await own.done()
+        assert own.workspace.file == "b.png" and not told
+        await own.done()
+        await own.go(1)
+
+    asyncio.run(work())
+    assert "c.png" in told[0] and told[1:] == [
+        "All readable files are done (1 could not be read).",
+        "This is the last file that can be opened.",
+    ]
+
+
+def test_the_page_tells_of_a_search_in_its_image_alone(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nicegui", reason="the app needs NiceGUI: pip install 'sam-gym[app]'")
+    from agents.annotation.everything import Generator
+    from agents.annotation.interactive.image_panel import ImagePanel
+
+    generator = Generator((3, 2), pred_iou_thresh=0.0, stability_score_thresh=0.0)
+    tabs = prepare(config(generator=generator))[0]
+    page = MagicMock(workspaces=tabs, workspace=tabs.get("tab"))
+    session = page.workspace.session
+    session.open(0)
+
+    async def do(work: Any, *args: Any) -> tuple[bool, Any]:
+        page.status.text = ""
+        return True, work(*args)
+
+    page.do, page.status.set_text = do, lambda text: setattr(page.status, "text", text)
+    panel = ImagePanel(page)
+    panel.timer, panel.finder = MagicMock(), MagicMock()
+    monkeypatch.setattr(panel, "_show_suggestions", lambda: None)
+
+    async def work() -> None:
+        await panel.suggest()
+        session.search.wait()
+        await panel._poll()
+        count = len(session.suggestions)
+        assert page.tell.call_args.args[0].startswith(f"{count} suggestion")
+        # One that has not ended when the image is left.
+        page.tell.reset_mock()
+        with session.lock:  # it needs this to end
+            await panel.suggest()
+            assert page.status.text.startswith("Looking for everything")
+            session.open(1)
+        await panel._poll()
+        page.tell.assert_not_called()
+        assert page.status.text == "" and not panel.timer.active and not session.suggestions
+
+    asyncio.run(work())
+
+
 def test_a_project_of_many_objects_is_written_quickly(tmp_path: Path) -> None:
     """Only what is new is formatted again."""
     project = Project(tmp_path, tmp_path / "annotations.json", ["a.png"])
