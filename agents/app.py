@@ -10,7 +10,8 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, cast
@@ -204,6 +205,9 @@ def prepare(config: AppConfig) -> tuple[Workspaces, OutputPaths]:
     folder, library = None, VideoLibrary(out / VIDEOS, config.max_pixels, names)
     if config.video:
         library.add(find_videos(config.video))
+        for path in map(os.path.expanduser, config.video):
+            if os.path.isfile(path):
+                _check_video(library, path)
     if config.images is not None:
         written = outputs.existing() | {str((out / own).resolve()) for own in (UPLOADS, VIDEOS)}
         # Frames of a video are no images to annotate one by one.
@@ -224,11 +228,31 @@ def prepare(config: AppConfig) -> tuple[Workspaces, OutputPaths]:
     return tabs, outputs
 
 
+def _check_video(library: VideoLibrary, path: str) -> None:
+    """Raise `ValueError` if a named file cannot be opened here, such as one that is too large."""
+    file = os.path.basename(os.path.abspath(path))
+    try:
+        library.read(file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--video {path}: {str(error).removeprefix(f'{file}: ')}") from None
+
+
 def _outputs(config: AppConfig) -> OutputPaths:
-    out = Path(config.out)
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file: name a folder.")
-    return OutputPaths.prepare(str(out / ANNOTATIONS), "none")
+    return OutputPaths.prepare(str(Path(config.out) / ANNOTATIONS), "none")
+
+
+@contextmanager
+def _removed_on_failure(folders: Sequence[Path], lock: Path) -> Iterator[None]:
+    """Remove folders that were made for nothing, innermost first, and the lock in them."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if folders:
+                lock.unlink(missing_ok=True)
+            for folder in folders:
+                folder.rmdir()
+        raise
 
 
 def serve(config: AppConfig) -> None:
@@ -252,8 +276,12 @@ def serve(config: AppConfig) -> None:
     if token is None and not is_local:
         token = secrets.token_urlsafe(24)
     # Locked before they are read: objects that another process still saves would be overwritten.
-    with _outputs(config).locked():
-        workspaces, outputs = prepare(config)
+    out = Path(config.out)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    paths = _outputs(config)
+    with paths.locked():
+        with _removed_on_failure(made, paths.lock):
+            workspaces, outputs = prepare(config)
         name = f"[{config.host}]" if ":" in config.host else config.host
         query = "" if token is None else f"?token={quote(token, safe='')}"
         print(f"Open http://{name}:{config.port}/{query}", flush=True)

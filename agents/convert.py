@@ -14,7 +14,7 @@ from sam_gym.utils import cli
 from sam_gym.utils.fields import documented
 from sam_gym.utils.files import make_folder
 from sam_gym.utils.settings import check_settings
-from sam_gym.utils.text import printable
+from sam_gym.utils.text import counted, printable
 
 
 @documented
@@ -58,7 +58,11 @@ def convert(config: ConvertConfig) -> Path:
     FORMATS[config.format](file, out, config.images is not None)
     count = sum(len(image.objects) for image in file.images)
     note = f", {file.empty} without a pixel left out" if file.empty else ""
-    print(printable(f"{count} objects in {len(file.images)} images{note}: {out}"))
+    print(
+        printable(
+            f"{counted(count, 'object')} in {counted(len(file.images), 'image')}{note}: {out}"
+        )
+    )
     return out
 
 

@@ -26,6 +26,7 @@ from sam_gym.data.streams import Domain, Stream, dataset_stream, make_stream
 from sam_gym.utils.fields import documented
 from sam_gym.utils.provenance import provenance
 from sam_gym.utils.settings import Count, check_settings
+from sam_gym.utils.text import counted
 
 #: Adam's learning rate at the start.
 _RATE = 1e-3
@@ -115,8 +116,8 @@ def run(config: EpochsBenchmarkConfig) -> dict[str, Any]:
     columns, cells = report.formatted(rows, _COLUMNS)
     page = report.Page(
         "Training on embeddings that are computed once",
-        f"{backbone.name}: an epoch over {report.counted(config.images, 'image')} in "
-        f"{report.counted(config.augmentations, 'augmentation')} (of semantic heads: in one each), "
+        f"{backbone.name}: an epoch over {counted(config.images, 'image')} in "
+        f"{counted(config.augmentations, 'augmentation')} (of semantic heads: in one each), "
         "with features from the bank and with an encoder that runs in every step. Same images, "
         "objects and prompts.",
     )

@@ -30,6 +30,7 @@ from sam_gym.utils.files import plain
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.provenance import provenance
 from sam_gym.utils.settings import Count, Fraction, Natural, check_settings
+from sam_gym.utils.text import counted
 from sam_gym.utils.transfer import synchronise
 
 #: Masks of this IoU count as equal.
@@ -273,7 +274,7 @@ def _write(summary: dict[str, Any], out: Path) -> None:
     page = report.Page(
         "Everything mode",
         f"{summary['backbone']}: MaskGenerator and segment_anything's SamAutomaticMaskGenerator "
-        f"on {report.counted(settings['images'], 'image')}, with the same weights and options.",
+        f"on {counted(settings['images'], 'image')}, with the same weights and options.",
     )
     page.cards({f"speed-up, {row['grid']}": f"{row['ratio']:.2f}x" for row in rows})
     page.table(*table)

@@ -20,6 +20,7 @@ from sam_gym.utils.progress import track
 from sam_gym.utils.provenance import device_name, provenance
 from sam_gym.utils.render import draw_heat, save_image, tile
 from sam_gym.utils.settings import Count, Natural, check_settings
+from sam_gym.utils.text import counted
 
 _SHOWN = 12
 
@@ -124,8 +125,8 @@ def _write(
     page = report.Page(
         f"Pointing game of {title}",
         "Does the maximum of a word's map lie on an object of that category? "
-        f"{report.counted(summary['words'], 'word')} in "
-        f"{report.counted(summary['images'], 'image')}.",
+        f"{counted(summary['words'], 'word')} in "
+        f"{counted(summary['images'], 'image')}.",
     )
     accuracy = summary["accuracy"] | {"chance": summary["chance"]}
     shown = {"CLIP Surgery": "surgery", "plain CLIP": "plain CLIP", "chance": "chance"}

@@ -14,6 +14,7 @@ import numpy as np
 from sam_gym.utils.cli import print_table
 from sam_gym.utils.files import make_folder, plain, write_atomic, write_csv, write_json
 from sam_gym.utils.runs import refuse_finished, remove_files
+from sam_gym.utils.text import counted
 
 INK, BLUE, ORANGE = "#1d2733", "#1e78c8", "#e08a1e"
 
@@ -62,11 +63,6 @@ def refuse_unfinished(out: Path, checkpoints: str) -> None:
 def mib(number: float | None) -> str:
     """Return a number of MiB as text."""
     return "unknown" if number is None else f"{number:.0f}"
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, for example "1 run" or "2 runs"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def over_runs(runs: int, what: str = "") -> str:

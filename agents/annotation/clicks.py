@@ -27,6 +27,7 @@ from sam_gym.utils.fields import documented
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import draw_episode, draw_masks
 from sam_gym.utils.settings import Count, Fraction
+from sam_gym.utils.text import counted
 
 #: An item to annotate, with its image uint8 (H, W, 3).
 Item = tuple[Key, np.ndarray]
@@ -204,7 +205,7 @@ class ClickAnnotator:
         mask, clicks = core.mask(env_index), core.clicks(env_index)
         score = float(core.predicted_ious[env_index, clicked])
         values: dict[str, Any] = {"clicks": clicked, "category": name}
-        caption = f"{name}  score {score:.2f}  {clicked} clicks"
+        caption = f"{name}  score {score:.2f}  {counted(clicked, 'click')}"
         keep = bool(mask.any()) and score >= self.min_score
         if self.presence is not None:
             presence = self.presence.score(core, env_index, image, category)
@@ -224,7 +225,9 @@ class ClickAnnotator:
         def draw() -> np.ndarray:
             if self.instances:
                 masks = [own.mask for own in found]
-                return draw_masks(image, masks, caption=f"{caption}  {len(masks)} instances")
+                return draw_masks(
+                    image, masks, caption=f"{caption}  {counted(len(masks), 'instance')}"
+                )
             return draw_episode(image, mask, clicks, caption=caption)
 
         return AnnotatedItem(key, size, annotations, draw if annotations else None)
@@ -241,17 +244,25 @@ def check_others(policy: SamPolicy) -> None:
         )
 
 
+class UnknownCategory(ValueError):
+    """A policy cannot find a category."""
+
+
 def check_categories(policy: SamPolicy, categories: Sequence[str]) -> None:
-    """Raise `ValueError` for a category that a policy cannot find, or that is given twice.
+    """Check that a policy can find categories.
 
     A policy with a CLIP of an open vocabulary takes words that it was not trained on.
+
+    Raises:
+        UnknownCategory: the policy cannot find one.
+        ValueError: one is given twice.
     """
     known = policy.features.get("vocabulary")
     is_open = "clip" in policy.features and clip_of(policy).is_open
     for name in categories:
         if known and name not in known and not is_open:
             unknown = unknown_name("category of this policy", name, known)
-            raise ValueError(
+            raise UnknownCategory(
                 f"{unknown} It was trained on these alone. --everything finds masks of other "
                 "things, without names; an agent that is trained with an open CLIP (--policy "
                 "explicit --clip ViT-B-16 --clip-pretrained openai) takes any word."

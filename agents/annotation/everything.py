@@ -29,6 +29,7 @@ from sam_gym.utils.digest import text_digest
 from sam_gym.utils.fields import documented
 from sam_gym.utils.render import draw_masks
 from sam_gym.utils.settings import check_settings, whole
+from sam_gym.utils.text import counted
 
 #: The only category of a model without a class head.
 OBJECT = "object"
@@ -113,7 +114,7 @@ def _annotated(key: Key, image: np.ndarray, masks: Masks) -> AnnotatedItem:
 
     def draw() -> np.ndarray:
         drawn = map(masks.mask, range(len(masks)))
-        return draw_masks(image, drawn, caption=f"{file}  {len(masks)} masks")
+        return draw_masks(image, drawn, caption=f"{file}  {counted(len(masks), 'mask')}")
 
     return AnnotatedItem(key, masks.size, list(_annotations(masks)), draw)
 

@@ -24,7 +24,7 @@ from agents.annotation.sources import ImageRecord
 from sam_gym.backbones import BackboneService
 from sam_gym.data.io import number_as_text, read_image, read_json, whole_number
 from sam_gym.utils.digest import file_digest
-from sam_gym.utils.files import json_line, plain, write_atomic
+from sam_gym.utils.files import check_no_file, json_line, plain, write_atomic
 from sam_gym.utils.registry import unknown_name
 
 OVERLAY_SUFFIX = ".jpg"
@@ -53,7 +53,7 @@ class OutputPaths:
             overlays: folder of the overlays; None: beside `out`; "none": no overlays.
 
         Raises:
-            ValueError: `out` is a folder.
+            ValueError: `out` is a folder, or its folder a file.
             OSError: nothing can be written there.
         """
         path = Path(out)
@@ -148,7 +148,13 @@ def _is_overlay(name: str) -> bool:
 
 
 def _make_folder(option: str, folder: Path) -> None:
-    """Make a folder; raise `OSError` if no file can be written into it."""
+    """Make a folder.
+
+    Raises:
+        ValueError: it is a file.
+        OSError: no file can be written into it.
+    """
+    check_no_file(option, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

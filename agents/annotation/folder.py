@@ -32,7 +32,7 @@ from sam_gym.data.coco_writer import Segmentation, polygons
 from sam_gym.utils.fields import documented
 from sam_gym.utils.files import plain
 from sam_gym.utils.process_group import ProcessGroup
-from sam_gym.utils.text import printable
+from sam_gym.utils.text import counted, printable
 
 
 @documented
@@ -335,10 +335,14 @@ class _FolderAnnotation:
             )
         )
         _print_lines(chain(shards.summarized("notes"), images.search.ignored()))
-        counts = f"{written.num_annotations} masks in {written.num_images} images"
-        lines = [f"{counts}, {skipped} files skipped: {outputs.annotations}"]
+        counts = (
+            f"{counted(written.num_annotations, 'mask')} in {counted(written.num_images, 'image')}"
+        )
+        lines = [f"{counts}, {counted(skipped, 'file')} skipped: {outputs.annotations}"]
         if ids.absent:
-            lines.insert(0, f"{ids.absent} images of {config.coco} are not in {config.images}")
+            lines.insert(
+                0, f"{config.images} lacks {counted(ids.absent, 'image')} of {config.coco}"
+            )
         if written.num_annotations:  # `COCO.loadRes` takes no empty file
             lines.append(f"Results for COCOeval: {outputs.results}")
         if outputs.has_overlays:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from sam_gym.data.io import IMAGE_SUFFIXES, image_size
+from sam_gym.utils.text import counted
 
 #: Suffixes of images that are not read: formats that Pillow and OpenCV lack, and camera raw files,
 #: of which they would read the thumbnail.
@@ -121,7 +122,7 @@ class ImageSearch:
         if not self.others:
             return []
         counts = ", ".join(f"{suffix} {number}" for suffix, number in sorted(self.others.items()))
-        return [f"ignored {self.others.total()} files that are no images ({counts})"]
+        return [f"ignored {counted(self.others.total(), 'file')} of other kinds ({counts})"]
 
     def left_out(self, most: int) -> list[str]:
         """Return lines on the first `most` files that are not read, and on the number of others."""
@@ -212,7 +213,7 @@ class ImageSearch:
                     else:
                         self.others[suffix or "no suffix"] += 1
         except (tarfile.TarError, OSError, EOFError) as error:
-            many = f"; {len(found)} images before the damage are read" if found else ""
+            many = f"; {counted(len(found), 'image')} before the damage" if found else ""
             self.skipped[archive or path] = f"not a whole tar file ({error}){many}"
         for _, record in sorted(found.items()):
             yield record

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Protocol, cast
 
+import cv2
 import numpy as np
 import tyro
 from pycocotools import mask as rle
@@ -53,7 +54,7 @@ from sam_gym.utils.process_group import ProcessGroup
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.render import draw_masks, save_video
 from sam_gym.utils.settings import Count, check_settings
-from sam_gym.utils.text import printable, safe_name
+from sam_gym.utils.text import counted, printable, safe_name
 
 
 @documented
@@ -251,13 +252,14 @@ def find_videos(paths: Sequence[str]) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: a folder holds no video, or two videos have one name.
+        ValueError: a path is no video, a folder holds none, or two videos have one name.
     """
     found: list[str] = []
     for path in map(os.path.expanduser, paths):
         if not os.path.exists(path):
             raise FileNotFoundError(f"--video {path}: there is no such file or folder.")
         if not os.path.isdir(path):
+            _check_video(path)
             found.append(path)
             continue
         if _holds(path, SUFFIXES):
@@ -290,6 +292,20 @@ def find_videos(paths: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"{names[name]} and {path} have one name. Rename one of them.")
         names[name] = path
     return names
+
+
+def _check_video(path: str) -> None:
+    """Raise `ValueError` if a file cannot be opened as a video; images can, but are none."""
+    is_image = cv2.haveImageReader(path) and os.path.splitext(path)[1].lower() in SUFFIXES
+    try:
+        if is_image:
+            raise ValueError("an image")
+        open_video(path)
+    except (ValueError, OSError) as error:
+        reason = str(error).removeprefix(f"{Path(path)}: ").rstrip(".")
+        raise ValueError(
+            f"--video {path}: {reason}. Name a video file, or a folder of frames."
+        ) from None
 
 
 def _holds(folder: str, suffixes: Collection[str]) -> bool:
@@ -379,11 +395,11 @@ def _annotate(
         description = f"masklets by {config.backbone}"
         written = write_masklets(root, results, categories, config.video_format, description)
         count = sum(video.objects for video in videos)
-        counts = f"{count} masklets in {len(videos)} videos, {len(skipped)} skipped"
-        print(printable(f"{counts}: {written}"))
+        counts = f"{counted(count, 'masklet')} in {counted(len(videos), 'video')}"
+        print(printable(f"{counts}, {len(skipped)} skipped: {written}"))
         processes = f" by {ranks.world} processes" if ranks.world > 1 else ""
         rate = f"{frames / seconds:.1f} frames/s"
-        print(f"{frames} frames tracked in {seconds:.1f} s{processes}: {rate}")
+        print(f"{counted(frames, 'frame')} tracked in {seconds:.1f} s{processes}: {rate}")
     ranks.wait()
     if ranks.is_first and not skipped:  # else the next run tracks only those
         results.remove()

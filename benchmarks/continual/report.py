@@ -17,6 +17,7 @@ from sam_gym.backbones.adapters.adapter import Adapter
 from sam_gym.data.streams import Stream
 from sam_gym.utils.plots import plot_matrix
 from sam_gym.utils.render import draw_episode
+from sam_gym.utils.text import counted
 
 _COLUMNS = {
     "last_iou": "Last-IoU",
@@ -78,7 +79,7 @@ def write_report(
 
     count = config.seeds * max(1, len(config.orders))
     quick = "" if config.full else "Quick setting: few seeds, short training. "
-    domains = report.counted(len(stream), "domain")
+    domains = counted(len(stream), "domain")
     if len(stream) > 1:
         domains += " one after the other"
     page = report.Page(

@@ -13,6 +13,7 @@ from benchmarks.everything.measuring import BUDGETS
 from sam_gym.data import Sample
 from sam_gym.utils.plots import MUTED, new_plot, save_figure
 from sam_gym.utils.render import draw_masks, save_image, tile
+from sam_gym.utils.text import counted
 
 _ROWS = {
     "miou": "mIoU",
@@ -63,8 +64,8 @@ def write_report(
     grid = "x".join(map(str, results["grid"]))
     page = report.Page(
         "Everything mode: whole objects",
-        f"{results['dataset']}, {report.counted(results['images']['test'], 'test image')} with "
-        f"{report.counted(results['objects']['test'], 'object')}; a grid of {grid} points, no "
+        f"{results['dataset']}, {counted(results['images']['test'], 'test image')} with "
+        f"{counted(results['objects']['test'], 'object')}; a grid of {grid} points, no "
         "ground truth in the prompts. In %; "
         f"{report.over_runs(results['settings']['seeds'], ' of each fine-tuning')}.",
     )
@@ -95,7 +96,7 @@ def write_report(
         frames = [draw_masks(sample.image, sample.masks, caption="objects", height=256)]
         for name, masks in shown.items():
             count = len(masks[number])
-            caption = f"{name}, {count} mask{'s' * (count != 1)}"
+            caption = f"{name}, {counted(count, 'mask')}"
             frames.append(draw_masks(sample.image, masks[number], caption=caption, height=256))
         sheet.append(report.side_by_side(frames))
         page.photograph(sheet[-1], "Objects, and the masks of each model")

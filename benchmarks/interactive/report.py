@@ -18,7 +18,7 @@ from sam_gym.simulation.clicks import Click
 from sam_gym.simulation.interactive import Target, click_out
 from sam_gym.utils.plots import new_plot, save_figure
 from sam_gym.utils.render import draw_episode, save_image
-from sam_gym.utils.text import safe_name
+from sam_gym.utils.text import counted, safe_name
 
 _SHOWN_CLICKS = (1, 3, 5)
 _FRAME_HEIGHT = 260
@@ -39,9 +39,9 @@ def write_report(
 
     page = report.Page(
         f"{backbone.name} on {summary['dataset']}: interactive segmentation",
-        f"A simulated user segments {report.counted(summary['n'], 'object')} of "
+        f"A simulated user segments {counted(summary['n'], 'object')} of "
         f"{summary['dataset']} ({summary['split']}) with {backbone.name}, "
-        f"{report.counted(clicks, 'click')} each. Each click is the "
+        f"{counted(clicks, 'click')} each. Each click is the "
         "innermost pixel of the widest error region; IoU at image size."
         + " The model looks at each object again in a window around its mask."
         * settings["zoom"],
@@ -63,8 +63,8 @@ def write_report(
             f"cv2.grabCut gets {backbone.name}'s clicks, which are placed on {backbone.name}'s "
             f"errors, not its own. It runs on images of at most {LONGEST_SIDE} pixels a side and "
             "starts from its previous mask at every click. Its column and the next cover the same "
-            f"{report.counted(grabcut['n'], 'object')} and at most "
-            f"{report.counted(grabcut['clicks'], 'click')}."
+            f"{counted(grabcut['n'], 'object')} and at most "
+            f"{counted(grabcut['clicks'], 'click')}."
         )
     if settings["pictures"]:
         page.heading("Objects from best to worst")
@@ -126,7 +126,7 @@ def _curve(summary: dict[str, Any]) -> Any:
 
     line(
         summary["miou_at_k"],
-        f"{summary['backbone']} ({report.counted(summary['n'], 'object')})",
+        f"{summary['backbone']} ({counted(summary['n'], 'object')})",
         report.BLUE,
     )
     grabcut = summary["grabcut"]
@@ -157,13 +157,15 @@ def _frames(
     shown: list[tuple[str, np.ndarray, list[Click], float]] = []
     for count in (k for k in _SHOWN_CLICKS if k <= len(result.ious)):
         session = click_out(backbone, [target], count, zoom=zoom)[0]
-        title = f"{count} click{'s' * (count > 1)}"
+        title = f"{counted(count, 'click')}"
         shown.append((title, session.mask, session.clicks, session.ious[-1]))
     if result.baseline:
         clicks = result.clicks[: len(result.baseline)]
         grabcut = GrabCut(target.image)
         mask = [grabcut.cut(clicks[:count]) for count in range(1, len(clicks) + 1)][-1]
-        shown.append((f"grabCut, {len(clicks)} clicks", mask, clicks, result.baseline[-1]))
+        shown.append(
+            (f"grabCut, {counted(len(clicks), 'click')}", mask, clicks, result.baseline[-1])
+        )
     window = _window(target, [click for _, _, clicks, _ in shown for click in clicks])
     top, left = (side.start for side in window)
     return report.side_by_side(

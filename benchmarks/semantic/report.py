@@ -16,7 +16,7 @@ from sam_gym.utils.cli import print_table
 from sam_gym.utils.files import write_csv
 from sam_gym.utils.plots import literal, save_figure
 from sam_gym.utils.render import draw_labels, save_image
-from sam_gym.utils.text import safe_name
+from sam_gym.utils.text import counted, safe_name
 
 _FRAME_HEIGHT = 260
 #: Most classes of a confusion matrix that is drawn.
@@ -100,8 +100,8 @@ def write_report(
     point, per = settings["point"], settings["per"]
     page = report.Page(
         f"{zero_shot.backbone.name} on {summary['dataset']}: semantic segmentation",
-        f"Zero-shot: {report.counted(numbers['prompts'], 'point')} ({point}), one per {per} of an "
-        f"image, on {report.counted(summary['images'], 'image')} of {summary['dataset']} "
+        f"Zero-shot: {counted(numbers['prompts'], 'point')} ({point}), one per {per} of an "
+        f"image, on {counted(summary['images'], 'image')} of {summary['dataset']} "
         f"({summary['split']}). Points and their classes come from the ground truth.",
     )
     page.cards({title: _text(numbers[key]) for key, title in NUMBERS.items() if key in numbers})

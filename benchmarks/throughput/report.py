@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks import report
 from sam_gym.utils.cli import print_table
 from sam_gym.utils.plots import MUTED, new_panels, new_plot, save_figure
+from sam_gym.utils.text import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +79,7 @@ def write_report(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path)
     )
     page.cards(
         {
-            f"env steps per second, {report.counted(int(middle), 'env')}": (
+            f"env steps per second, {counted(int(middle), 'env')}": (
                 f"{measured['cached']['vector_steps_per_second']:.0f}"
             ),
             "speed-up over reference, cached": f"{measured['cached']['speedup_vs_reference']:.1f}",
@@ -92,10 +93,10 @@ def write_report(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path)
         "encodes at every reset, copies the embedding into every observation, and scores at image "
         "size. Scalar: a Python loop over scalar environments of this package. Cached: images "
         "encoded before, as most are in training. Fresh: new images, so that every episode of "
-        f"{report.counted(settings['max_steps'], 'step')} includes generating and encoding one. "
+        f"{counted(settings['max_steps'], 'step')} includes generating and encoding one. "
         "The step that ends an episode includes its reset. Medians of "
-        f"{report.counted(settings['repeats'], 'repeat')} of "
-        f"{report.counted(settings['steps'], 'step')}."
+        f"{counted(settings['repeats'], 'repeat')} of "
+        f"{counted(settings['steps'], 'step')}."
     )
     page.plot(speed_file, "environment steps per second by number of environments")
     if summary["builds"] is not None:
@@ -103,7 +104,7 @@ def write_report(summary: dict[str, Any], rows: list[dict[str, Any]], out: Path)
     page.heading("Growth of the step time")
     page.plot(growth_file, "milliseconds per vector step by environments and by images seen")
     page.text(_growth_caption(summary))
-    environments = report.counted(int(middle), "environment")
+    environments = counted(int(middle), "environment")
     page.heading(f"Time of a vector step of {environments} by phase")
     page.plot(phase_file, "milliseconds per vector step by phase")
     page.table(

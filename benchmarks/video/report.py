@@ -14,7 +14,7 @@ from sam_gym.data import VideoDataset
 from sam_gym.metrics.video import ObjectScore
 from sam_gym.utils.plots import new_plot, save_figure
 from sam_gym.utils.render import draw_overlays, save_video
-from sam_gym.utils.text import safe_name
+from sam_gym.utils.text import counted, safe_name
 
 #: Parts of a video in the plot of J over time.
 _PARTS = 10
@@ -45,8 +45,8 @@ def write_report(
     files = report.write_results(out, summary, "objects.csv", rows)
     page = report.Page(
         f"{summary['backbone']} on {summary['dataset']}: objects in videos",
-        f"{report.counted(summary['rows'][0]['objects'], 'object')} in "
-        f"{report.counted(summary['videos'], 'video')} of {summary['dataset']} "
+        f"{counted(summary['rows'][0]['objects'], 'object')} in "
+        f"{counted(summary['videos'], 'video')} of {summary['dataset']} "
         f"({summary['split']}), each prompted once, in the frame in which it is seen first. "
         f"Protocol {summary['protocol']}.",
     )

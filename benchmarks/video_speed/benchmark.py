@@ -37,6 +37,7 @@ from sam_gym.utils.files import plain
 from sam_gym.utils.progress import ProgressBar
 from sam_gym.utils.provenance import device_name, provenance
 from sam_gym.utils.settings import Count, Natural, Seed, check_settings
+from sam_gym.utils.text import counted
 from sam_gym.utils.transfer import synchronise
 
 #: Minimum mean IoU of the masks of both sides, for times to be comparable.
@@ -332,13 +333,13 @@ def _write(summary: dict[str, Any], out: Path) -> None:
         "when it tracks it. Opening includes the prompts. Several videos are one batch for "
         "VideoTracker, and states in turn for sam2. Both take turns frame by frame, in one process;"
         " medians of "
-        f"{report.counted(settings['repeats'], 'repeat')}."
+        f"{counted(settings['repeats'], 'repeat')}."
     )
     if memory is not None:
         page.heading("Memory")
         page.text(
             "Memory of a process that tracks "
-            f"{report.counted(settings['memory_objects'], 'object')} and keeps what later frames "
+            f"{counted(settings['memory_objects'], 'object')} and keeps what later frames "
             "recall (keep='window')."
         )
         both = zip(memory["frames"], memory["mib"], strict=True)

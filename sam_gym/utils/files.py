@@ -177,15 +177,23 @@ def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
+def check_no_file(option: str, folder: Path) -> None:
+    """Raise `ValueError` if a folder for results, or one above it, is a file."""
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise ValueError(f"{option} {path} is a file: name a folder.")
+
+
 def make_folder(out: str | Path) -> Path:
     """Create the folder for the results, before work starts.
 
     Raises:
-        ValueError: it cannot be created, or not be written to.
+        ValueError: it is a file, cannot be created, or not be written to.
     """
     if out == "":
         raise ValueError("--out is empty: name a folder.")
     folder = Path(out).expanduser()
+    check_no_file("--out", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

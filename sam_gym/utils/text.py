@@ -26,6 +26,11 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, for example "1 run" or "2,000 runs"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def reason_of(error: Exception) -> str:
     """Return type and message of a library's error in one line.
 

@@ -155,7 +155,7 @@ def test_a_missing_device_is_no_fault_of_the_policy() -> None:
 
 def test_a_file_is_no_folder_for_results(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"--out .*file: cannot create the folder \(File exists"):
+    with pytest.raises(ValueError, match=r"--out .*file is a file: name a folder"):
         main(["--policy", "random", "--out", str(tmp_path / "file")])
 
 

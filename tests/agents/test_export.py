@@ -91,6 +91,6 @@ def test_wrong_inputs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         export(ExportConfig("policy.zip", batch=0))
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"--out .*file: cannot create the folder"):
+    with pytest.raises(ValueError, match=r"--out .*file is a file: name a folder"):
         export(ExportConfig("implicit", str(tmp_path / "file")))
     assert torch.is_grad_enabled()

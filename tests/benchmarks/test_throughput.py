@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import report
 from benchmarks.run import main
 from benchmarks.throughput import against, playing, stepping
 from benchmarks.throughput.benchmark import growth, linear_fit
@@ -34,6 +33,7 @@ from sam_gym.backbones import loading, service
 from sam_gym.backbones.compiled import FixedShapes
 from sam_gym.utils.provenance import HERE
 from sam_gym.utils.shared import SharedObjects
+from sam_gym.utils.text import counted
 
 
 def arguments(tiny_env: dict[str, Any], out: Path, **more: int) -> list[str]:
@@ -123,7 +123,7 @@ def test_writes_numbers_table_and_page(tiny_env: dict[str, Any], tmp_path: Path)
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "Over 24 fresh images, of which the embedding store holds 6" in page
-    assert f"Medians of {report.counted(results['settings']['repeats'], 'repeat')} of" in page
+    assert f"Medians of {counted(results['settings']['repeats'], 'repeat')} of" in page
     for plot in ("speed.png", "phases.png", "growth.png"):
         assert (out / plot).read_bytes().startswith(b"\x89PNG")
 

@@ -6,13 +6,18 @@ import pickle
 import pytest
 import torch
 
-from sam_gym.utils.text import listed, printable, reason_of, safe_name
+from sam_gym.utils.text import counted, listed, printable, reason_of, safe_name
 
 
 def test_only_what_cannot_be_shown_is_escaped() -> None:
     for text in ("a b/c.png", "日本 é", "100 % \\"):
         assert printable(text) == text
     assert printable("a\x1b[2J\n\udcff\u202e") == r"a\x1b[2J\n\udcff\u202e"
+
+
+def test_numbers_have_their_nouns() -> None:
+    expected = ["0 runs", "1 run", "2 runs", "1,000 runs"]
+    assert [counted(number, "run") for number in (0, 1, 2, 1000)] == expected
 
 
 def test_lists_read_as_a_sentence_does() -> None:

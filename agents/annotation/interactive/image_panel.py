@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nicegui import ui
 
+from agents.annotation.interactive.job import Job
 from agents.annotation.interactive.panel import Panel, pixel
 from agents.annotation.interactive.project import ANNOTATIONS
 from agents.annotation.interactive.widgets import css_colour, icon_button, in_thread, text_button
+from sam_gym.utils.text import counted
 
 if TYPE_CHECKING:
     from agents.annotation.interactive.page import Page
 
 #: Seconds between the agent's clicks, so that a person can follow and take over.
 _PAUSE = 0.25
+#: Seconds between two looks at a search.
+_POLL = 0.3
 
 
 class ImagePanel(Panel):
@@ -26,7 +30,7 @@ class ImagePanel(Panel):
         "Enter": "save the object, or accept the suggestion",
         "N, F, Esc": "agent's next click, finish, take over",
         "H": "heat map of the agent",
-        "E": "suggest everything",
+        "E, Esc": "suggest everything, stop or dismiss",
         "J, K, Backspace": "next and previous suggestion, dismiss it",
         "L": "accept all suggestions",
         "Delete": "remove the last object",
@@ -37,6 +41,8 @@ class ImagePanel(Panel):
         super().__init__(page)
         self.session, self.player = page.workspace.session, page.workspaces.models.player
         self.playing = False
+        self._watched: Job | None = None
+        self._progress = ""
         self.actions = {
             "z": self.undo,
             "r": self.reset,
@@ -75,6 +81,7 @@ class ImagePanel(Panel):
             with ui.element("div").classes("sg-group"):
                 self.count = ui.label().classes("sg-title")
                 self.objects = ui.element("div").classes("sg-list")
+        self.timer = ui.timer(_POLL, self._poll, active=False)
 
     def _build_agent(self) -> None:
         ui.label("Agent").classes("sg-title")
@@ -86,6 +93,7 @@ class ImagePanel(Panel):
                 text_button("Finish", "smart_toy", "Finish (F)", self.finish)
                 self.over = text_button("Take over", "pan_tool", "Esc", self.take_over)
                 self.over.set_visibility(False)
+            self.hint = ui.label(f"{self.player.known_text()}.").classes("sg-note")
         self.heat = ui.switch("Heat map", on_change=self._show_current)
         self.heat.props("dense").set_visibility(self.player is not None)
 
@@ -116,13 +124,15 @@ class ImagePanel(Panel):
         return self.session.name
 
     def names(self) -> list[str]:
-        known = [] if self.player is None or self.player.needs_cue else self.player.known
-        return list(dict.fromkeys([*self.session.project.names, *known]))
+        return self.session.names()
 
     async def set_name(self, name: str) -> None:
         await self.page.do(self.session.set_name, name)
         if self.heat.value:
             await self._show_current()
+
+    async def name_given(self) -> None:
+        pass  # an object has the name that is typed when it is saved
 
     async def show(self) -> None:
         self.page.canvas.show(**self.session.picture())
@@ -131,6 +141,7 @@ class ImagePanel(Panel):
             self.page.status.set_text(self.page.status.text or "Upload an image to begin.")
         await self._show_objects()
         await self._show_current()
+        await self._poll()  # a search goes on across a reload
 
     # The object --------------------------------------------------------------------------------
 
@@ -139,8 +150,11 @@ class ImagePanel(Panel):
         assert self.session.image is not None
         x, y = pixel(at, self.session.image.size)
         if self.session.suggestions:
-            await self.page.do(self.session.answer, x, y, positive)
+            worked, told = await self.page.do(self.session.answer, x, y, positive)
             await self._show_objects()
+            self.page.offer()
+            if worked and told:
+                self.page.tell(told)
             return
         await self.page.do(self.session.click, x, y, positive)
         await self._show_current()
@@ -155,10 +169,15 @@ class ImagePanel(Panel):
         await self._show_current()
 
     async def undo(self) -> None:
-        """Remove the last click or box."""
+        """Remove the last click or box, or undo the last change of saved objects."""
         self.playing = False
-        await self.page.do(self.session.undo)
+        worked, told = await self.page.do(self.session.undo)
+        if told:
+            self.page.name.set_value(self.session.name)
+            await self._show_objects()
         await self._show_current()
+        if worked and told:
+            self.page.tell(told)
 
     async def reset(self) -> None:
         """Remove all clicks."""
@@ -211,11 +230,14 @@ class ImagePanel(Panel):
             self.over.set_visibility(False)
 
     async def take_over(self) -> None:
-        """Stop the agent, or else drop the suggestions."""
-        if not self.playing and self.session.suggestions:
+        """Stop the agent, or else the search, or else drop the suggestions."""
+        if self.playing:
+            self.playing = False
+        elif self.session.stop_search():
+            self.page.status.set_text("Stopped looking for everything.")
+        elif self.session.suggestions:
             await self.page.do(self.session.dismiss_all)
             self._show_suggestions()
-        self.playing = False
 
     async def switch_heat(self) -> None:
         """Show or hide the agent's click probabilities."""
@@ -225,25 +247,46 @@ class ImagePanel(Panel):
     # Everything mode ---------------------------------------------------------------------------
 
     async def suggest(self) -> None:
-        """Find the masks of everything; the person may go on meanwhile."""
-        if self.session.image is None or not self.finder.enabled:
+        """Begin to find the masks of everything; the person may go on meanwhile."""
+        if self.session.image is not None:
+            worked, job = await self.page.do(self.session.suggest)
+            self._watched = job if worked else self._watched
+            await self._poll()
+
+    async def _poll(self) -> None:
+        """Show how far the search is, and what it has found."""
+        job, watched = self.session.search, self._watched
+        is_busy = job is not None and job.is_running
+        self.timer.active = is_busy
+        self.finder.props("loading" if is_busy else None, remove=None if is_busy else "loading")
+        self._watched = job if is_busy else None
+        if job is not None and is_busy:
+            # What else is told stays.
+            if self.page.status.text in ("", self._progress):
+                self._progress = f"{job.label}: {job.done / job.total:.0%}. Esc stops it."
+                self.page.status.set_text(self._progress)
             return
-        self.finder.props("loading").disable()
-        self.page.status.set_text("Looking for everything ...")
-        try:
-            count = await in_thread(self.session.suggest)
-            least, stable = self.page.workspaces.models.generator.thresholds
-            none = (
-                f"No mask has a predicted IoU of {least} and a stability of {stable}: start the "
-                "app with lower --pred-iou-thresh and --stability-score-thresh."
-            )
-            found = f"{count} suggestions: click one to accept it, right-click to dismiss it."
-            self.page.status.set_text(found if count else none)
-        except (ValueError, OSError, MemoryError) as error:
-            self.page.tell(str(error))
-        finally:
-            self.finder.props(remove="loading").enable()
-        self._show_suggestions()
+        if watched is None:
+            return
+        if job is watched:
+            self.page.tell(f"{job.label}: {job.error}" if job.error else self._found())
+            self._show_suggestions()
+        elif self.page.status.text == self._progress:  # it was stopped
+            self.page.status.set_text("")
+
+    def _found(self) -> str:
+        """Return what a search has found."""
+        count, known = len(self.session.suggestions), self.session.known
+        saved = f" {known} more cover saved objects." if known else ""
+        if count:
+            return f"{counted(count, 'suggestion')}: click accepts, right click dismisses.{saved}"
+        if known:
+            return f"Nothing new: {counted(known, 'mask')} covered by saved objects."
+        least, stable = self.page.workspaces.models.generator.thresholds
+        return (
+            f"No mask has a predicted IoU of {least} and a stability of {stable}: start the "
+            "app with lower --pred-iou-thresh and --stability-score-thresh."
+        )
 
     async def select(self, step: int) -> None:
         """Select another suggestion."""
@@ -303,6 +346,8 @@ class ImagePanel(Panel):
         drawn = [{key: own[key] for key in ("id", "path", "colour")} for own in objects]
         self.page.canvas.show(objects=drawn)
         self.count.set_text(f"Objects: {len(objects)}")
+        if self.player is not None:
+            self.hint.set_visibility(self.session.knows_no_name())
         self.objects.clear()
         with self.objects:
             for own in objects:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from agents.annotation.interactive.job import Job
+from agents.annotation.interactive.job import Job, stepwise
 from agents.annotation.interactive.masklets import Masklets, info_of
 from agents.annotation.interactive.queue import Queue
 from agents.annotation.video_frames import (
@@ -22,7 +22,7 @@ from sam_gym.backbones.video.frames import FrameSource, open_video
 from sam_gym.data.io import Reject, resolve
 from sam_gym.data.videos.writer import FRAME_FOLDERS, AnnotatedVideo, write_masklets
 from sam_gym.utils.files import write_atomic
-from sam_gym.utils.text import safe_name
+from sam_gym.utils.text import counted, safe_name
 
 #: Folder of the videos' COCO files in the folder of results.
 MASKLETS = "masklets"
@@ -143,7 +143,9 @@ class VideoLibrary(Queue):
             raise ValueError(f"{name}: no video that is read. Convert it to MP4.")
         with self._lock:
             if len(self.files) >= max_files:
-                raise ValueError(f"{max_files} videos are uploaded already (--max-uploads).")
+                raise ValueError(
+                    f"No more than {counted(max_files, 'video')} can be uploaded (--max-uploads)."
+                )
             taken, file, number = {own.lower() for own in self.files}, f"{label}{suffix}", 1
             while file.lower() in taken:
                 number += 1
@@ -247,7 +249,7 @@ class VideoLibrary(Queue):
         with self._lock:
             self._copying = [own for own in self._copying if own.is_running]
             work = self._copy(file, source)
-            self._copying.append(Job(f"Writing frames of {file}", work, len(source)))
+            self._copying.append(Job(f"Writing frames of {file}", stepwise(work), len(source)))
             return self._copying[-1]
 
     @property

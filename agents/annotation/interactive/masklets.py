@@ -20,6 +20,7 @@ from sam_gym.data.io import Records, Reject, read_json
 from sam_gym.data.videos.reader import decode
 from sam_gym.data.videos.writer import AnnotatedVideo, Masklet, image_records
 from sam_gym.utils.files import json_line, write_atomic
+from sam_gym.utils.text import counted
 
 #: The name of an object that has got none.
 UNNAMED = "object"
@@ -289,7 +290,8 @@ class Masklets:
             if (info["file"], info["frames"]) != (self.file, len(self.frames)):
                 raise ValueError(f"of {info['file']!r}, {info['frames']} frames")
             names = {own["id"]: str(own["name"]) for own in content["categories"]}
-            self.names = list(dict.fromkeys([*names.values(), *self.names]))
+            given = [name for name in names.values() if name != UNNAMED]
+            self.names = list(dict.fromkeys([*given, *self.names]))
             orders = {own["id"]: int(own["order_in_video"]) for own in content["images"]}
             for track in content["tracks"]:
                 own = _object(track)
@@ -309,7 +311,7 @@ class Masklets:
             self.is_done = bool(info["done"])
         except (KeyError, TypeError, ValueError, AttributeError, Reject) as error:
             raise ValueError(
-                f"{self.path}: no masklets of {self.file}, {len(self.frames)} frames "
+                f"{self.path}: no masklets of {self.file}, {counted(len(self.frames), 'frame')} "
                 f"({error!r}). Move the file away, or pass another --out."
             ) from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sam_gym.utils.text import printable
 
 _CSS = Path(__file__).with_name("page.css")
 #: Names offered as buttons.
-_OFFERED = 12
+_OFFERED = 20
 #: Keys that images and videos have in common.
 KEYS = {
     "click, right click": "positive, negative click (M switches)",
@@ -119,6 +120,7 @@ class Page:
         self.status = ui.label().classes("sg-note sg-status").props("role=status aria-live=polite")
         self.name = ui.input("Name of the object", on_change=self._on_name).props("dense outlined")
         self.name.props("maxlength=100 clearable")
+        self.name.on("blur", self.name_given)  # also after Enter, see canvas.js
         self.offered = ui.element("div").classes("sg-row")
         with ui.element("div").classes("sg-row"):
             self.polarity = ui.toggle(
@@ -158,18 +160,23 @@ class Page:
         """Open the first file, or go on where the tab was."""
         queue = self.workspace.queue
         if self.workspace.file is None and queue.files:
-            self.status.set_text("Opening ...")
-            await self.do(self.workspace.show, queue)
-        await self._show_all()
+            await self._show(queue)
+        else:
+            await self._show_all()
 
     async def _open(self, queue: Queue, index: int | None = None) -> None:
         if reason := self.panel.unfinished():
             self.tell(reason)
             return
         self.panel.pause()
+        await self._show(queue, index)
+
+    async def _show(self, queue: Queue, index: int | None = None) -> None:
         self.status.set_text("Opening ...")
-        await self.do(self.workspace.show, queue, index)
+        _, reasons = await self.do(self.workspace.show, queue, index)
         await self._show_all()
+        for reason in reasons or []:
+            self.tell(reason)
 
     async def go(self, step: int) -> None:
         """Open the next file in the direction of `step`, 1 or -1."""
@@ -177,6 +184,8 @@ class Page:
         index = queue.beside(self.workspace.index, step)
         if index is not None:
             await self._open(queue, index)
+        elif self.panel.has_image:
+            self.tell(f"This is the {'last' if step > 0 else 'first'} file that can be opened.")
 
     async def jump(self) -> None:
         """Open the file whose number was typed."""
@@ -197,11 +206,17 @@ class Page:
         queue = self.workspace.queue
         if not await self.panel.finish_file():
             return
-        if await in_thread(queue.count_done) < len(queue.files):
+        if not await in_thread(lambda: queue.is_finished):
             await self._open(queue)
-        else:
+        # The files that were left may have turned out to be broken.
+        if await in_thread(lambda: queue.is_finished):
             await self.show_queue()
-            self.tell("All files are done.")
+            broken = await in_thread(queue.count_broken)
+            self.tell(
+                f"All readable files are done ({broken} could not be read)."
+                if broken
+                else "All files are done."
+            )
 
     def choose_files(self) -> None:
         """Ask the browser for files."""
@@ -255,7 +270,7 @@ class Page:
         key = event.args["key"]
         action = self.actions.get(key) or self.panel.actions.get(key)
         if key.isdigit():
-            self._take(int(key) - 1)
+            await self._take(int(key) - 1)
         elif action is not None and (not event.args["repeat"] or key in self.panel.repeated):
             await action()
 
@@ -275,6 +290,11 @@ class Page:
     async def _on_name(self, event: Any) -> None:
         await self.panel.set_name(event.value or "")
 
+    async def name_given(self) -> None:
+        """Apply the name that has been typed or chosen."""
+        if self.panel.has_image:
+            await self.panel.name_given()
+
     def offer(self) -> None:
         """Show names as buttons."""
         names = self.panel.names()
@@ -282,15 +302,17 @@ class Page:
         self.offered.clear()
         with self.offered:
             for number, name in enumerate(names[:_OFFERED]):
-                chip = ui.button(name, on_click=lambda _, number=number: self._take(number))
+                chip = ui.button(name, on_click=partial(self._take, number))
                 chip.props("dense outline no-caps").classes("sg-chip")
                 if number < 9:
                     chip.tooltip(f"Key {number + 1}")
 
-    def _take(self, number: int) -> None:
+    async def _take(self, number: int) -> None:
         names = self.panel.names()
         if number < len(names):
             self.name.set_value(names[number])
+            await self.panel.set_name(names[number])
+            await self.name_given()
 
     # Views -------------------------------------------------------------------------------------
 
@@ -312,7 +334,8 @@ class Page:
         self.position.set_value(self.workspace.index + 1 if queue.files else None)
         self.total.set_text(f"/ {len(queue.files)}")
         self.file.set_text("" if file is None else printable(file))
-        self.progress.set_text(f"{done} done")
+        broken = await in_thread(queue.count_broken)
+        self.progress.set_text(f"{done} done" + (f", {broken} unreadable" if broken else ""))
         queues = self.workspace.queues()
         self.source.set_text(next((name for name, own in queues.items() if own is queue), ""))
         self.source.set_visibility(len(queues) > 1)

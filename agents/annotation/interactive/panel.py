@@ -66,6 +66,10 @@ class Panel(ABC):
     async def set_name(self, name: str) -> None:
         """Take the name of the object."""
 
+    @abstractmethod
+    async def name_given(self) -> None:
+        """Apply a name that has been typed or chosen, beyond `set_name`."""
+
     @property
     @abstractmethod
     def name(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.annotation.clicks import check_categories, check_others
+from agents.annotation.clicks import UnknownCategory, check_categories, check_others
 from agents.annotation.presence import Calibration, Presence
 from agents.baselines.base import TrainedAgent
 from agents.search import best_clicks
@@ -27,6 +27,8 @@ from sam_gym.utils.transfer import to_host
 Preview = Callable[[tuple[float, float, bool]], Tensor]
 #: Mask logits before the first click, as environments begin.
 _EMPTY = -20.0
+#: Maximum number of known names that are listed.
+_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,12 @@ class ClickPlayer:
         """Names that the agent was trained on; it may take others."""
         return list(self.policy.features.get("vocabulary") or self.policy.features["categories"])
 
+    def known_text(self) -> str:
+        """Return what the agent knows, for people."""
+        names = self.known
+        more = f" and {len(names) - _LISTED:,} others" if len(names) > _LISTED else ""
+        return f"This agent knows: {', '.join(names[:_LISTED])}{more}"
+
     @torch.no_grad()
     def presence(
         self, image: np.ndarray, logits: Tensor, predicted: Sequence[float], name: str
@@ -171,7 +179,11 @@ class ClickPlayer:
             observation["cue_click"] = np.array([cue], np.float32) / backbone.image_size
         with self.images.lock:
             if not self.needs_cue:
-                check_categories(policy, names)
+                try:
+                    check_categories(policy, names)
+                except UnknownCategory:  # its options are those of command lines
+                    known = self.known_text()
+                    raise ValueError(f"{known}; use Suggest for other things.") from None
             self.images.store.compute_features({handle: image})
             tensors, _ = policy.obs_to_tensor(observation)
             with policy.playing():

@@ -29,7 +29,7 @@ from sam_gym.data.io import (
     whole_number,
 )
 from sam_gym.utils.files import plain, write_atomic
-from sam_gym.utils.text import safe_name
+from sam_gym.utils.text import counted, safe_name
 
 #: The COCO file in the folder of results.
 ANNOTATIONS = "annotations.json"
@@ -47,6 +47,23 @@ class _Row(NamedTuple):
     def of(cls, record: dict[str, Any]) -> _Row:
         text = json.dumps(plain(record), allow_nan=False, ensure_ascii=False)
         return cls(record, text)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of objects that can be taken back.
+
+    Attributes:
+        before: by id, their records before it; None: there was none.
+        after: by id, their records after it.
+        categories: by id, their names and categories before it.
+        order: ids of all objects before it.
+    """
+
+    before: dict[int | str, _Row | None]
+    after: dict[int | str, _Row | None]
+    categories: dict[int | str, tuple[str, _Row]]
+    order: tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,11 @@ class SavedObject:
     size: tuple[int, int]
 
     def mask(self) -> np.ndarray:
-        """Return the mask: bool (H, W).
+        """Return the mask: bool (H, W); raises as `run_lengths`."""
+        return rle.decode(self.run_lengths()).astype(bool)
+
+    def run_lengths(self) -> dict[str, Any]:
+        """Return the mask as compressed COCO RLE.
 
         Raises:
             ValueError: the segmentation is no COCO mask of this image.
@@ -79,7 +100,7 @@ class SavedObject:
             raise ValueError(f"annotation {self.id} has no mask: {reject.reason}") from None
         if counts is None:
             raise ValueError(f"annotation {self.id} has no mask")
-        return rle.decode({"size": list(self.size), "counts": counts}).astype(bool)
+        return {"size": list(self.size), "counts": counts}
 
 
 class Project(Queue):
@@ -116,6 +137,8 @@ class Project(Queue):
             self._load()
         for name in categories:
             self._categories.setdefault(name, _Row.of(self._new_category(name)))
+        # Others go with their last object.
+        self._kept = set(self._categories)
 
     def _load(self) -> None:
         content = read_json(str(self.path), "COCO file")
@@ -202,7 +225,9 @@ class Project(Queue):
             raise ValueError(f"{name}: not one of {known}. Convert it to PNG or JPEG.")
         with self._lock:
             if len(self.files) >= max_files:
-                raise ValueError(f"{max_files} images are uploaded already (--max-uploads).")
+                raise ValueError(
+                    f"No more than {counted(max_files, 'image')} can be uploaded (--max-uploads)."
+                )
             taken, file, number = {own.lower() for own in self.files}, f"{stem}{suffix}", 1
             while file.lower() in taken or not stem:
                 stem, number = stem or "image", number + 1
@@ -277,17 +302,17 @@ class Project(Queue):
             ValueError: the mask is empty.
             OSError: the file could not be written.
         """
-        return self.add_all(file, [(name, mask, values)])[0]
+        (number,) = self.add_all(file, [(name, mask, values)]).after
+        return int(number)
 
     def add_all(
         self, file: str, objects: Sequence[tuple[str, np.ndarray | dict[str, Any], dict[str, Any]]]
-    ) -> list[int]:
+    ) -> Edit:
         """Write several objects (name, mask, further entries) at once; see `add`."""
         made = [(name, mask_annotation(mask, **values)) for name, mask, values in objects]
         if any(not annotation["area"] for _, annotation in made):
             raise ValueError("The mask is empty: click the object first.")
-        ids = []
-        with self._changing():
+        with self._changing() as edit:
             for name, annotation in made:
                 height, width = annotation["segmentation"]["size"]
                 image = self._image_record(file, (height, width))
@@ -295,20 +320,46 @@ class Project(Queue):
                 number = _next_id(row.record["id"] for row in self._annotations.values())
                 own = {"id": number, "image_id": image["id"], "category_id": self._category(name)}
                 self._annotations[number] = _Row.of(own | annotation)
-                ids.append(number)
-        return ids
+        return edit
 
-    def rename(self, number: int | str, name: str) -> None:
+    def rename(self, number: int | str, name: str) -> Edit:
         """Change the category of an object."""
-        with self._changing():
+        with self._changing() as edit:
             record = self._record(number)
             self._annotations[number] = _Row.of(record | {"category_id": self._category(name)})
+        return edit
 
-    def remove(self, number: int | str) -> None:
+    def remove(self, number: int | str) -> Edit:
         """Remove an object."""
-        with self._changing():
+        with self._changing() as edit:
             self._record(number)
             del self._annotations[number]
+        return edit
+
+    def take_back(self, edit: Edit) -> None:
+        """Undo a change.
+
+        Raises:
+            ValueError: somebody else has changed the objects since.
+            OSError: the file could not be written.
+        """
+        with self._changing():
+            table = self._annotations
+            if any(table.get(number) is not row for number, row in edit.after.items()):
+                raise ValueError("Somebody else has changed this object since: nothing is undone.")
+            for number, row in edit.before.items():
+                if row is None:
+                    del table[number]
+                    continue
+                if number in edit.categories:  # it may have gone meanwhile
+                    name, category = edit.categories[number]
+                    taken = {own.record["id"] for own in self._categories.values()}
+                    if category.record["id"] not in taken:
+                        self._categories.setdefault(name, category)
+                    own = {"category_id": self._category(name)}
+                    row = row if own.items() <= row.record.items() else _Row.of(row.record | own)
+                table[number] = row
+            self._annotations = {k: table[k] for k in (*edit.order, *table) if k in table}
 
     def _record(self, number: int | str) -> dict[str, Any]:
         if number not in self._annotations:
@@ -336,12 +387,33 @@ class Project(Queue):
         return [self._images, self._categories, self._annotations]
 
     @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Write the file after the body; undo its changes if that fails."""
+    def _changing(self) -> Iterator[Edit]:
+        """Write the file after the body; undo its changes if that fails.
+
+        Categories that were made for objects that are gone go, too.
+
+        Yields:
+            What has changed; it is filled in after the body.
+        """
         with self._lock:
             before = [dict(table) for table in self._tables()]
+            _, categories, objects = before
+            edit = Edit({}, {}, {}, tuple(objects))
+            named = {row.record["id"]: (name, row) for name, row in categories.items()}
             try:
-                yield
+                yield edit
+                for number in {**objects, **self._annotations}:
+                    old, new = objects.get(number), self._annotations.get(number)
+                    if old is not new:
+                        edit.before[number], edit.after[number] = old, new
+                        if old is not None and old.record["category_id"] in named:
+                            edit.categories[number] = named[old.record["category_id"]]
+                used = {row.record["category_id"] for row in self._annotations.values()}
+                self._categories = {
+                    name: row
+                    for name, row in self._categories.items()
+                    if name in self._kept or row.record["id"] in used
+                }
                 write_atomic(self.path, self.text(), durable=True)
             except BaseException:
                 self._images, self._categories, self._annotations = before

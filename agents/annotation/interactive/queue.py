@@ -31,12 +31,13 @@ class Queue(ABC):
         """Return the paths of the results, which need not exist."""
 
     def first_open(self) -> int:
-        """Return the index of the first file that nobody has finished; 0 if there is none.
+        """Return the index of the first file that nobody has finished, else of the first.
 
-        Broken files come last.
+        Broken files are passed over, unless there are no others.
         """
-        left = [i for i, file in enumerate(self.files) if not self.is_done(file)]
-        return min(left, key=lambda i: self.files[i] in self.broken, default=0)
+        whole = [i for i, file in enumerate(self.files) if file not in self.broken]
+        left = (i for i in whole if not self.is_done(self.files[i]))
+        return next(left, whole[0] if whole else 0)
 
     def beside(self, index: int, step: int) -> int | None:
         """Return the index of the next file in the direction of `step`, 1 or -1, or None.
@@ -53,6 +54,15 @@ class Queue(ABC):
     def count_done(self) -> int:
         """Return the number of finished files."""
         return sum(map(self.is_done, self.files))
+
+    def count_broken(self) -> int:
+        """Return the number of files that nobody has finished and that cannot be opened."""
+        return sum(file in self.broken and not self.is_done(file) for file in self.files)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no file is left but those that cannot be opened."""
+        return self.count_done() + self.count_broken() == len(self.files)
 
     def last_saved(self) -> float:
         """Return when results were last written, in seconds since the epoch; 0: never."""

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as rle
 from torch import Tensor
 
 from agents.annotation.interactive.drawing import (
@@ -19,20 +25,27 @@ from agents.annotation.interactive.drawing import (
     outline,
     shown_size,
 )
+from agents.annotation.interactive.job import Job
 from agents.annotation.interactive.locking import locked
 from agents.annotation.interactive.player import ClickPlayer, PinnedImages, Proposal
-from agents.annotation.interactive.project import Project, SavedObject
+from agents.annotation.interactive.project import Edit, Project, SavedObject
 from sam_gym.backbones import BackboneService, Prompts
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.mask_generation.generator import MaskGenerator
-from sam_gym.utils.text import printable
+from sam_gym.utils.text import counted, printable
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Bound on the length of a name.
 MAX_NAME = 100
 #: Bound on the clicks of one object.
 MAX_CLICKS = 200
+#: Number of changes of saved objects that can be undone.
+_HISTORY = 100
+#: IoU above which a suggestion is a saved object.
+_SAME = 0.8
+#: What everything mode does, for people.
+SEARCHING = "Looking for everything"
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,25 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
+class _Change:
+    """A change of saved objects that can be undone.
+
+    Attributes:
+        label: what was done, for people.
+        edit: of the project.
+        steps: clicks that became the object.
+        name: of that object.
+        accepted: suggestions that became objects.
+    """
+
+    label: str
+    edit: Edit
+    steps: Sequence[Step] = ()
+    name: str = ""
+    accepted: Sequence[Suggestion] = ()
+
+
+@dataclass(frozen=True)
 class OpenImage:
     """The image that a person looks at.
 
@@ -137,6 +169,8 @@ class Session:
         steps: clicks and boxes of the current object, and their masks.
         suggestions: masks of everything mode that wait for an answer.
         selected: index of the suggestion that keys accept or dismiss, or -1.
+        search: the search of everything mode that runs or ended last in this image, or None.
+        known: number of masks that it left out, since objects that cover them are saved.
     """
 
     def __init__(self, models: Models, project: Project) -> None:
@@ -148,6 +182,11 @@ class Session:
         self.steps: list[Step] = []
         self.suggestions: list[Suggestion] = []
         self.selected = -1
+        self.search: Job | None = None
+        self.known = 0
+        self._history: deque[_Change] = deque(maxlen=_HISTORY)
+        # By COCO file: what is offered, in an order that stays.
+        self._offered: dict[Path, dict[str, None]] = {}
         self._paths: dict[Any, tuple[Any, str]] = {}
         self._saved: list[SavedObject] = []
 
@@ -181,6 +220,8 @@ class Session:
         if self.image is not None:
             self.models.images.unpin(self.image.handle)
         self.image, self.steps, self._saved, self._paths = None, [], [], {}
+        self._history.clear()
+        self.stop_search()
         self.dismiss_all()
 
     @locked
@@ -262,10 +303,35 @@ class Session:
         return Step(prompt, logits[0], float(predicted[0]))
 
     @locked
-    def undo(self) -> None:
-        """Remove the last click or box."""
+    def undo(self) -> str:
+        """Remove the last click or box; without one, undo the last change of saved objects.
+
+        The clicks and the name of an object that was saved come back, as do suggestions that were
+        accepted.
+
+        Returns:
+            What people are told, or "".
+
+        Raises:
+            ValueError: somebody else has changed the objects since.
+            OSError: it could not be written.
+        """
         if self.steps:
             self.steps.pop()
+            return ""
+        if not self._history:
+            return "Nothing to undo in this image."
+        change = self._history[-1]
+        try:
+            self.project.take_back(change.edit)
+        except ValueError:
+            self._history.clear()
+            raise
+        self._history.pop()
+        self.steps, self.name = list(change.steps), change.name or self.name
+        self._keep([*self.suggestions, *change.accepted])
+        self._refresh()
+        return f"Undone: {change.label}."
 
     @locked
     def reset(self) -> None:
@@ -302,11 +368,10 @@ class Session:
         if not self.steps:
             raise ValueError("Nothing to save: click an object first.")
         image, score = self._opened(), self.steps[-1].predicted_iou
-        self.project.add(
-            image.file, self._named(), self.mask(), score=score, clicks=len(self.clicks)
-        )
+        values = {"score": score, "clicks": len(self.clicks)}
+        edit = self.project.add_all(image.file, [(self._named(), self.mask(), values)])
+        self._changed(_Change(f"save {self.name}", edit, self.steps, self.name))
         self.steps = []
-        self._refresh()
 
     def _named(self) -> str:
         if not self.name:
@@ -316,14 +381,35 @@ class Session:
     @locked
     def rename_object(self, number: int | str) -> None:
         """Give a saved object the current name."""
-        self.project.rename(number, self._named())
-        self._refresh()
+        edit = self.project.rename(number, self._named())
+        self._changed(_Change(f"rename to {self.name}", edit))
 
     @locked
     def remove_object(self, number: int | str) -> None:
         """Remove a saved object."""
-        self.project.remove(number)
+        edit = self.project.remove(number)
+        names = [name for name, _ in edit.categories.values()] or ["an object"]
+        self._changed(_Change(f"remove {names[0]}", edit))
+
+    def _changed(self, change: _Change) -> None:
+        self._history.append(change)
         self._refresh()
+
+    @locked
+    def names(self) -> list[str]:
+        """Return the names to offer; new ones are added at the end, as long as the tab is open."""
+        player = self.models.player
+        known = [] if player is None or player.needs_cue else player.known
+        offered = self._offered.setdefault(self.project.path, {})
+        offered.update(dict.fromkeys([*self.project.names, *known]))
+        return list(offered)
+
+    def knows_no_name(self) -> bool:
+        """Return whether the agent looks for names and knows none of those in use."""
+        player = self.models.player
+        if player is None or player.needs_cue:
+            return False
+        return not set(player.known) & {*self.project.names, self.name}
 
     def _refresh(self) -> None:
         image = self._opened()
@@ -331,13 +417,28 @@ class Session:
 
     # Everything mode ---------------------------------------------------------------------------
 
-    def suggest(self) -> int:
-        """Find the masks of everything; returns their number.
+    @locked
+    def suggest(self) -> Job:
+        """Begin to find the masks of everything, in the background.
 
-        People may go on meanwhile; if they open another image, the masks are dropped.
+        People may go on meanwhile; if they open another image, the search ends.
+
+        Returns:
+            The search; its steps are clicks.
+
+        Raises:
+            ValueError: a search is running.
         """
-        image = self._opened()
-        (masks,) = self.models.generator.generate_masks([image.pixels])
+        image, options = self._opened(), self.models.generator.options
+        if self.search is not None and self.search.is_running:
+            raise ValueError(f"{SEARCHING}: wait for it, or stop it (Esc).")
+        layers = range(options.crop_n_layers + 1)
+        clicks = sum(4**layer * prod(options.layer_grid(layer)) for layer in layers)
+        self.search = Job(SEARCHING, partial(self._suggest, image), clicks)
+        return self.search
+
+    def _suggest(self, image: OpenImage, advance: Callable[[int], None]) -> None:
+        (masks,) = self.models.generator.stream([image.pixels], advance)
         found = []
         for number, record in enumerate(masks.records("coco_rle")):
             if record["area"]:
@@ -345,8 +446,29 @@ class Session:
                 found.append(Suggestion(record, small, outline(small)))
         with self.lock:
             if self.image is image:
-                self.suggestions, self.selected = found, 0 if found else -1
-        return len(found)
+                new = self._not_saved(found)
+                self.known = len(found) - len(new)
+                self.suggestions, self.selected = new, 0 if new else -1
+
+    def _not_saved(self, found: list[Suggestion]) -> list[Suggestion]:
+        """Return the suggestions that no saved object covers."""
+        saved = []
+        for own in self._saved:
+            with suppress(ValueError):  # of another tool, without a mask
+                saved.append(own.run_lengths())
+        if not found or not saved:
+            return found
+        masks = [own.record["segmentation"] for own in found]
+        best = rle.iou(masks, saved, [0] * len(saved)).max(axis=1)
+        return [own for own, iou in zip(found, best, strict=True) if iou <= _SAME]
+
+    @locked
+    def stop_search(self) -> bool:
+        """Stop the search of everything mode; returns whether one was running."""
+        search, self.search = self.search, None
+        if search is not None:
+            search.stop()
+        return search is not None and search.is_running
 
     @locked
     def suggestion_at(self, x: float, y: float) -> int:
@@ -390,16 +512,24 @@ class Session:
             )
             for own in chosen
         ]
-        self.project.add_all(self._opened().file, objects)
-        self._refresh()
+        edit = self.project.add_all(self._opened().file, objects)
+        self._changed(
+            _Change(f"accept {counted(len(chosen), 'suggestion')}", edit, accepted=chosen)
+        )
         self._keep([own for own in self.suggestions if all(own is not c for c in chosen)])
 
     @locked
-    def answer(self, x: float, y: float, positive: bool) -> None:
-        """Accept or dismiss the suggestion at (x, y), in pixels of the image, if there is one."""
+    def answer(self, x: float, y: float, positive: bool) -> str:
+        """Accept or dismiss the suggestion at (x, y), in pixels of the image.
+
+        Returns:
+            What people are told if there is none, else "".
+        """
         number = self.suggestion_at(x, y)
-        if number >= 0:
-            (self.accept if positive else self.dismiss)(number)
+        if number < 0:
+            return "No suggestion is here. Dismiss them (Esc) to click an object yourself."
+        (self.accept if positive else self.dismiss)(number)
+        return ""
 
     @locked
     def dismiss(self, number: int) -> None:

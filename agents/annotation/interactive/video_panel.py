@@ -17,7 +17,7 @@ from agents.annotation.interactive.widgets import (
     in_thread,
     text_button,
 )
-from sam_gym.utils.text import printable
+from sam_gym.utils.text import counted, printable
 
 if TYPE_CHECKING:
     from agents.annotation.interactive.page import Page
@@ -164,11 +164,13 @@ class VideoPanel(Panel):
         return self.session.name
 
     def names(self) -> list[str]:
-        masklets = None if self.session.video is None else self.session.video.masklets
-        return [] if masklets is None else masklets.all_names()
+        return self.session.names()
 
     async def set_name(self, name: str) -> None:
         await self.page.do(self.session.set_name, name)
+
+    async def name_given(self) -> None:
+        await self._change(self.session.name_selected)
 
     async def show(self) -> None:
         if self.session.video is None:
@@ -243,10 +245,12 @@ class VideoPanel(Panel):
         )
 
     async def _change(self, work: Any, *args: Any) -> None:
-        """Change objects and draw them."""
+        """Change objects, draw them, and tell what the work returns, if anything."""
         self.playing = False
         before = self.session.frame
-        await self.page.do(work, *args)
+        worked, told = await self.page.do(work, *args)
+        if worked and told:
+            self.page.status.set_text(printable(told))
         await self._show_objects()
         if self.session.frame != before:
             self._wanted = None
@@ -257,7 +261,7 @@ class VideoPanel(Panel):
         await self._change(self.session.undo)
 
     async def begin_object(self) -> None:
-        """Let the next click begin another object."""
+        """Let the next click begin another object, wherever it is."""
         await self._change(self.session.select, None)
         self.page.status.set_text("The next click begins another object.")
 
@@ -331,7 +335,9 @@ class VideoPanel(Panel):
         for own in objects:
             seen = sum(last - first + 1 for first, last in own["ranges"])
             score = "" if own["score"] is None else f", {own['score']:.2f}"
-            self._labels[own["id"]].set_text(f"{own['name']} {own['id']}: {seen} frames{score}")
+            self._labels[own["id"]].set_text(
+                f"{own['name']} {own['id']}: {counted(seen, 'frame')}{score}"
+            )
 
     def _add_object(self, own: dict[str, Any]) -> ui.button:
         """Add an object to the list; returns its label."""

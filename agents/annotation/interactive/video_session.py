@@ -8,12 +8,13 @@ from collections import OrderedDict, deque
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from agents.annotation.interactive.drawing import at_shown_size, jpeg, outline, shown_size
-from agents.annotation.interactive.job import Job
+from agents.annotation.interactive.job import Job, stepwise
 from agents.annotation.interactive.library import VideoLibrary
 from agents.annotation.interactive.locking import locked
 from agents.annotation.interactive.masklets import (
@@ -95,11 +96,19 @@ class OpenVideo:
 
 @dataclass(frozen=True)
 class _Change:
-    """What can be undone: the objects before a change, and their versions after it."""
+    """What can be undone: the objects before a change, and their versions after it.
+
+    Attributes:
+        before: the objects before it.
+        after: their versions after it.
+        frame: in which it was made.
+        begins: whether the next click was to begin an object.
+    """
 
     before: Mapping[int, VideoObject | None]
     after: Mapping[int, int | None]
     frame: int
+    begins: bool = False
 
 
 class VideoSession:
@@ -114,7 +123,7 @@ class VideoSession:
         index: of the open video in `library.files`.
         video: the open video, or None.
         frame: number of the frame that is shown.
-        selected: id of the object that clicks are for; None: the next click begins another.
+        selected: id of the object that clicks are for, or None.
         name: name of objects that are begun.
         job: the pass of the tracker that runs or ran last, or None.
     """
@@ -125,8 +134,14 @@ class VideoSession:
         self.index, self.frame, self.name = 0, 0, ""
         self.video: OpenVideo | None = None
         self.selected: int | None = None
+        # Whether the next click begins an object, also inside the mask of another.
+        self._begins = False
+        # By library: names that are offered, in an order that stays.
+        self._offered: dict[Path, dict[str, None]] = {}
         self.job: Job | None = None
         self._tracked: tuple[int, ...] = ()
+        # Names that objects get when the pass that tracks them has ended.
+        self._waiting: dict[int, str] = {}
         self._history: deque[_Change] = deque(maxlen=_HISTORY)
 
     # Videos ------------------------------------------------------------------------------------
@@ -161,7 +176,7 @@ class VideoSession:
     def close(self) -> None:
         """Let the open video go; a pass is stopped, and what it has found is saved."""
         self.stop(wait=True)
-        self.video, self.selected = None, None
+        self.video, self.selected, self._begins = None, None, False
         self._history.clear()
 
     def _opened(self) -> OpenVideo:
@@ -177,26 +192,49 @@ class VideoSession:
     # Prompts -----------------------------------------------------------------------------------
 
     @locked
-    def click(self, x: float, y: float, positive: bool) -> None:
+    def click(self, x: float, y: float, positive: bool) -> str:
         """Add a click at (x, y), in pixels of the video, to the selected object in this frame.
 
+        Where none is selected, a click inside a mask selects its object and corrects it, unless
+        `select(None)` has asked for another object; else a positive click begins one.
+
+        Returns:
+            What people are told, or "".
+
         Raises:
-            ValueError: there are too many clicks or objects.
+            ValueError: there are too many clicks or objects, or a negative click is for none.
             OSError: the frame could not be read, or the result not be written.
         """
         video = self._opened()
         height, width = video.size
         click = Click(float(np.clip(x, 0, width - 1)), float(np.clip(y, 0, height - 1)), positive)
+        told = ""
+        if self.selected not in video.masklets.objects:
+            hit = None if self._begins else self._object_at(click)
+            if hit is None and not positive:
+                raise ValueError(
+                    "A negative click corrects an object: select one, or begin with a positive one."
+                )
+            self.selected = hit
+            told = "" if hit is None else "is selected and corrected. Enter, then a click: another."
         own = self._begun()
         if len(own.prompts.get(self.frame, FramePrompt()).clicks) >= MAX_CLICKS:
             raise ValueError(f"{MAX_CLICKS} clicks are enough: clear this frame (R).")
+        is_new = not own.id
         mask, prompt = video.prompter.click(own, self.frame, click)
         self._set(own, prompt, mask)
         video.prompter.keep(own, self.frame)
+        told = "begins here." if is_new else told
+        return f"{own.name} {own.id} {told}" if told else ""
 
     @locked
-    def draw_box(self, x0: float, y0: float, x1: float, y1: float) -> None:
+    def draw_box(self, x0: float, y0: float, x1: float, y1: float) -> str:
         """Replace the clicks on the selected object in this frame by a box with two corners.
+
+        Where none is selected, it begins one.
+
+        Returns:
+            What people are told, or "".
 
         Raises:
             ValueError: it has no area, or there are too many objects.
@@ -209,9 +247,11 @@ class VideoSession:
         if box[2] - box[0] < 1 or box[3] - box[1] < 1:
             raise ValueError("This box has no area: drag from corner to corner.")
         own = self._begun()
+        is_new = not own.id
         mask, prompt = video.prompter.box(own, self.frame, box)
         self._set(own, prompt, mask)
         video.prompter.keep(own, self.frame)
+        return f"{own.name} {own.id} begins here." if is_new else ""
 
     @locked
     def hide(self) -> None:
@@ -231,6 +271,18 @@ class VideoSession:
                 self._opened().masklets.put({own.id: None})
         if own.id not in self._opened().masklets.objects:
             self.selected = None
+
+    def _object_at(self, click: Click) -> int | None:
+        """Return the object with the smallest mask at a click in this frame, or None."""
+        video = self._opened()
+        with video.masklets.lock:
+            masks = [(own.id, own.masks.get(self.frame)) for own in video.masklets.objects.values()]
+        hits: dict[int, int] = {}
+        for number, mask in masks:
+            decoded = None if mask is None else mask.decoded(video.size)
+            if decoded is not None and decoded[round(click.y), round(click.x)]:
+                hits[number] = int(decoded.sum())
+        return min(hits, key=lambda number: hits[number], default=None)
 
     def _begun(self) -> VideoObject:
         """Return the selected object, or another that is not kept yet and has no id."""
@@ -259,7 +311,7 @@ class VideoSession:
                     masklets.put({own.id: own})
                 own.prompts[self.frame] = prompt
                 own.masks[self.frame] = mask
-        self.selected = own.id
+        self.selected, self._begins = own.id, False
 
     # Objects -----------------------------------------------------------------------------------
 
@@ -269,9 +321,48 @@ class VideoSession:
         self.name = " ".join(name.split())[:MAX_NAME]
 
     @locked
+    def names(self) -> list[str]:
+        """Return the names to offer; new ones are added at the end, as long as the tab is open."""
+        offered = self._offered.setdefault(self.library.out, {})
+        used = [] if self.video is None else self.video.masklets.all_names()
+        offered.update(dict.fromkeys(name for name in used if name != UNNAMED))
+        return list(offered)
+
+    @locked
+    def name_selected(self) -> str:
+        """Give the selected object the present name if it has none of its own; can be undone.
+
+        An object that is being tracked gets it when the pass has ended.
+
+        Returns:
+            What people are told, or "".
+        """
+        if self.video is None:
+            return ""
+        masklets = self.video.masklets
+        with masklets.lock:
+            own = masklets.objects.get(self.selected or 0)
+            if own is None or self.name in ("", own.name):
+                return ""
+            if own.name != UNNAMED:
+                return (
+                    f'{own.name} {own.id} keeps its name: the pencil renames it. "{self.name}" is '
+                    "for objects that are begun."
+                )
+            if own.id in self._tracked:
+                self._waiting[own.id] = self.name
+                return f'{own.name} {own.id} becomes "{self.name}" when tracking has ended.'
+            self._name(own, self.name)
+        return f'{UNNAMED} {own.id} is "{self.name}" now.'
+
+    def _name(self, own: VideoObject, name: str) -> None:
+        with self._editing(own):
+            own.name = name
+
+    @locked
     def select(self, number: int | None) -> None:
         """Select the object that clicks are for; None: the next click begins another."""
-        self.selected = number
+        self.selected, self._begins = number, number is None
 
     @locked
     def select_beside(self, step: int) -> None:
@@ -290,9 +381,7 @@ class VideoSession:
         """
         if not self.name:
             raise ValueError("Name the object first.")
-        own = self._object(number)
-        with self._editing(own):
-            own.name = self.name
+        self._name(self._object(number), self.name)
 
     @locked
     def remove(self, number: int) -> None:
@@ -325,11 +414,15 @@ class VideoSession:
             before = masklets.copies([own.id])
             with masklets.changing(own.id, frame=self.frame):
                 yield
-            self._history.append(_Change(before, masklets.versions([own.id]), self.frame))
+            after = masklets.versions([own.id])
+            self._history.append(_Change(before, after, self.frame, self._begins))
 
     @locked
-    def undo(self) -> None:
+    def undo(self) -> str:
         """Undo the last change of this tab: of a prompt, an object, or a whole pass.
+
+        Returns:
+            What people are told, or "".
 
         Raises:
             ValueError: somebody else has changed the objects since.
@@ -339,7 +432,7 @@ class VideoSession:
         for number in self._tracked:
             self._interrupt(number)
         if not self._history:
-            return
+            return "Nothing to undo in this video."
         change = self._history[-1]
         with masklets.lock:
             if masklets.versions(change.after) != change.after:
@@ -348,9 +441,10 @@ class VideoSession:
             with masklets.changing(*change.before, frame=change.frame, is_new=False):
                 masklets.put(change.before)
         self._history.pop()
-        if self.selected not in masklets.objects:
-            self.selected = None
+        if self.selected is not None and self.selected not in masklets.objects:
+            self.selected, self._begins = None, change.begins
         self.frame = change.frame
+        return ""
 
     # Passes ------------------------------------------------------------------------------------
 
@@ -389,7 +483,7 @@ class VideoSession:
         work = self._pass(source, masklets, {k: before[k] for k in starts}, starts, reverse)
         self._tracked = tuple(starts)
         label = "Tracking backwards" if reverse else "Tracking"
-        self.job = Job(label, work, abs(end - first) + 1)
+        self.job = Job(label, stepwise(work), abs(end - first) + 1)
 
     def _pass(
         self,
@@ -412,6 +506,11 @@ class VideoSession:
                 after = masklets.versions(own)
             if own:
                 self._history.append(_Change({k: before[k] for k in own}, after, self.frame))
+            with masklets.lock:
+                waiting, self._waiting, self._tracked = self._waiting, {}, ()
+                for number, name in waiting.items():
+                    if (named := masklets.objects.get(number)) is not None:
+                        self._name(named, name)
 
     def _interrupt(self, number: int) -> None:
         """Stop a pass that tracks an object which is about to be edited."""

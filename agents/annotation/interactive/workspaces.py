@@ -74,13 +74,35 @@ class Workspace:
             return None if self.videos.video is None else self.videos.video.file
         return None if self.session.image is None else self.session.image.file
 
-    def show(self, queue: Queue, index: int | None = None) -> None:
-        """Open a file of a queue; None: the first that is not finished.
+    def show(self, queue: Queue, index: int | None = None) -> list[str]:
+        """Open a file of a queue; None: the first that is not finished and can be opened.
+
+        Where there is none, the open file of the queue stays, else the first is opened.
+
+        Returns:
+            Why files that were tried before it could not be opened.
 
         Raises:
             ValueError, OSError, MemoryError: as of `open` of the sessions; the open file stays.
         """
-        index = queue.first_open() if index is None else index
+        if index is not None:
+            self._show(queue, index)
+            return []
+        reasons: list[str] = []
+        while True:
+            index = queue.first_open()
+            try:
+                self._show(queue, index)
+                return reasons
+            except (ValueError, OSError) as error:
+                if queue.files[index] not in queue.broken:
+                    raise
+                reasons.append(str(error))
+            stays = queue.is_finished and self.queue is queue and self.file is not None
+            if stays or queue.broken.issuperset(queue.files):
+                raise ValueError(" ".join(reasons))
+
+    def _show(self, queue: Queue, index: int) -> None:
         if isinstance(queue, VideoLibrary):
             self._show_video(queue, index)
         else:

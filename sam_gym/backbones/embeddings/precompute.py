@@ -20,6 +20,7 @@ from sam_gym.utils.digest import image_digest
 from sam_gym.utils.fields import documented
 from sam_gym.utils.progress import ThroughputBar
 from sam_gym.utils.settings import Count, Positive, check_settings
+from sam_gym.utils.text import counted
 
 
 @documented
@@ -145,7 +146,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, int]:
             encode()
     own = f"process {rank} of {shards}: " if shards > 1 else ""
     print(
-        f"{own}{counts['encoded']} images encoded, {counts['found']} found, "
+        f"{own}{counted(counts['encoded'], 'image')} encoded, {counts['found']} found, "
         f"{disk.damaged} damaged files replaced: {disk.folder}"
     )
     print(f"{own}{bar.summary()}")

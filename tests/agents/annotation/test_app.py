@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -365,16 +366,44 @@ def test_images_that_cannot_be_opened_leave_the_open_one(config: Any, photos: Pa
     with pytest.raises(ValueError, match="a.png"):
         session.open(0)
     assert session.image is not None and session.image.file == "b.png" and session.index == 1
-    # The next image is behind it; when all others are done, its error is told again.
+    # The next image is behind it; when all others are done, it is not tried again.
     assert session.project.beside(1, -1) is None and session.project.beside(1, 1) == 2
     assert session.project.first_open() == 1
     for index in (1, 2):
+        assert not session.project.is_finished
         session.open(index)
         session.finish_image()
-    assert session.project.first_open() == 0
+    assert session.project.first_open() == 1
+    assert session.project.is_finished and session.project.count_broken() == 1
     cv2.imwrite(str(photos / "a.png"), np.zeros((50, 60, 3), np.uint8))
     session.open(0)
-    assert session.project.beside(1, -1) == 0
+    assert session.project.beside(1, -1) == 0 and session.project.count_broken() == 0
+    assert not session.project.is_finished
+
+
+def test_work_ends_where_files_cannot_be_read(config: Any, photos: Path) -> None:
+    """Each is named once and passed over, also at the start and at the end."""
+    for name in ("a.png", "more/c.png"):
+        (photos / name).write_bytes((photos / name).read_bytes()[:300])
+    tab = prepare(config())[0].get("tab")
+    project = tab.folder
+    assert project is not None
+    (reason,) = tab.show(project)
+    assert "a.png" in reason and tab.file == "b.png"
+    tab.session.finish_image()
+    assert not project.is_finished
+    with pytest.raises(ValueError, match=r"c\.png"):
+        tab.show(project)
+    assert tab.file == "b.png" and project.is_finished
+    assert (project.count_done(), project.count_broken()) == (1, 2)
+    # After a restart, what is done is opened.
+    again = prepare(config())[0].get("tab")
+    assert len(again.show(again.queue)) == 2 and again.file == "b.png"
+    (photos / "b.png").write_bytes(b"")
+    alone = prepare(config())[0].get("tab")
+    with pytest.raises(ValueError, match=r"(?s)a\.png.*c\.png.*b\.png"):
+        alone.show(alone.queue)
+    assert alone.file is None
 
 
 # Everything mode -------------------------------------------------------------------------------
@@ -389,7 +418,10 @@ def test_suggestions(config: Any) -> None:
     session = prepare(config(generator=generator))[0].get("tab").session
     session.open(0)
     assert session.image is not None
-    assert session.suggest() == len(session.suggestions) > 3
+    search = session.suggest()
+    search.wait()
+    assert search.error == "" and search.done == search.total == 6
+    assert len(session.suggestions) > 3 and session.known == 0
     masks = {k: rle.decode(s.record["segmentation"]) for k, s in enumerate(session.suggestions)}
     y, x = (int(v[0]) for v in np.nonzero(masks[2]))
     hit = session.suggestion_at(x, y)
@@ -410,9 +442,150 @@ def test_suggestions(config: Any) -> None:
         session.accept(count - 2)
     session.accept_all()
     assert len(content(session)["annotations"]) == count - 1 and not session.suggestions
-    session.suggest()
+    # What is saved is not suggested again.
+    session.suggest().wait()
+    assert not session.suggestions and session.selected == -1 and session.known == count
+    for own in session.objects():
+        session.remove_object(own["id"])
+    session.suggest().wait()
+    assert len(session.suggestions) == count and session.known == 0
+    empty = np.argwhere(sum(masks.values()) == 0)
+    if len(empty):
+        assert "No suggestion" in session.answer(*empty[0][::-1], True)
     session.open(1)
     assert not session.suggestions and session.selected == -1
+
+
+def test_a_search_ends_with_its_image(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving the image stops it after the present decoder call, as does Esc."""
+    from agents.annotation.everything import Generator
+
+    generator = Generator((4, 1), pred_iou_thresh=0.0, points_per_batch=1, crop_n_layers=1)
+    session = prepare(config(generator=generator))[0].get("tab").session
+    session.open(0)
+    backbone = session.models.backbone
+    decode, turns = backbone.decode_tokens, threading.Semaphore(0)
+
+    def slow(*args: Any) -> Any:
+        assert turns.acquire(timeout=60)
+        return decode(*args)
+
+    monkeypatch.setattr(backbone, "decode_tokens", slow)
+    search = session.suggest()
+    assert search.total == 4 + 4 * 4
+    with pytest.raises(ValueError, match=r"Looking for everything: wait for it, or stop it \(Esc"):
+        session.suggest()
+    session.open(1)
+    turns.release(1)
+    search.wait()
+    assert (search.done, search.error) == (1, "") and not session.suggestions
+    other = session.suggest()  # another one may begin at once
+    assert session.stop_search() and not session.stop_search()
+    turns.release(1)
+    other.wait()
+    assert other.done == 1 and not session.suggestions
+    turns.release(100)
+    whole = session.suggest()
+    whole.wait()
+    assert whole.done == whole.total
+
+
+# Undo ------------------------------------------------------------------------------------------
+
+
+def test_changes_of_saved_objects_can_be_undone(config: Any, session: Session) -> None:
+    """In their order, each in the file at once; what has made an object comes back."""
+    assert session.undo() == "Nothing to undo in this image."
+    session.set_name("mug")
+    session.click(30, 40, True)
+    session.click(60, 40, False)
+    mask = session.mask()
+    session.save_object()
+    saved = content(session)
+    (number,) = (own["id"] for own in session.objects())
+    session.set_name("cup")
+    session.rename_object(number)
+    renamed = content(session)
+    assert [own["name"] for own in renamed["categories"]] == ["cup"]
+    session.click(90, 90, True)
+    session.save_object()
+    two = content(session)
+    session.remove_object(number)
+    assert len(content(session)["annotations"]) == 1
+    assert session.undo() == "Undone: remove cup." and content(session) == two
+    assert session.undo() == "Undone: save cup." and content(session) == renamed
+    assert len(session.steps) == 1
+    assert session.undo() == "" and not session.steps
+    assert session.undo() == "Undone: rename to cup." and content(session) == saved
+    session.undo()
+    assert content(session)["annotations"] == content(session)["categories"] == []
+    assert len(session.clicks) == 2 and session.name == "mug"
+    np.testing.assert_array_equal(session.mask(), mask)
+    session.save_object()
+    # Another tab has changed the object since: it is kept.
+    two_tab = Session(session.models, session.project)
+    two_tab.open(0)
+    two_tab.set_name("jar")
+    two_tab.rename_object(session.objects()[0]["id"])
+    with pytest.raises(ValueError, match="Somebody else"):
+        session.undo()
+    assert len(content(session)["annotations"]) == 1
+    assert two_tab.undo() == "Undone: rename to jar."
+
+
+def test_accepted_suggestions_can_be_taken_back(config: Any) -> None:
+    from agents.annotation.everything import Generator
+
+    generator = Generator((3, 2), pred_iou_thresh=0.0, stability_score_thresh=0.0)
+    session = prepare(config(generator=generator))[0].get("tab").session
+    session.open(0)
+    session.suggest().wait()
+    count = len(session.suggestions)
+    session.set_name("thing")
+    session.accept(0)
+    session.accept_all()
+    assert len(content(session)["annotations"]) == count
+    rest = "suggestion" if count == 2 else "suggestions"
+    assert session.undo() == f"Undone: accept {count - 1} {rest}."
+    assert len(content(session)["annotations"]) == 1 and len(session.suggestions) == count - 1
+    assert session.undo() == "Undone: accept 1 suggestion."
+    assert content(session)["annotations"] == [] and len(session.suggestions) == count
+
+
+def test_categories_go_with_their_last_object(config: Any, session: Session) -> None:
+    """But for those of the file that was opened, and those that were asked for."""
+    for name in ("kept", "slip"):
+        session.set_name(name)
+        session.click(30, 40, True)
+        session.save_object()
+    number = session.objects()[1]["id"]
+    assert session.names() == ["kept", "slip"]
+    session.remove_object(number)
+    assert [own["name"] for own in content(session)["categories"]] == ["kept"]
+    later = prepare(config(categories="mug"))[0].get("other").session
+    assert later.project.names == ["kept", "mug"]
+    later.open(0)
+    later.remove_object(later.objects()[0]["id"])
+    assert [own["name"] for own in content(later)["categories"]] == ["kept", "mug"]
+
+
+def test_offered_names_keep_their_places(config: Any, make_policy: Any) -> None:
+    """Keys 1 to 9 mean the same as long as the tab is open."""
+    session = prepare(config(policy=make_policy(), categories="kiwi"))[0].get("tab").session
+    session.open(0)
+    before = session.names()
+    assert session.knows_no_name()
+    assert before == ["kiwi", *session.models.player.known]
+    for name in (before[4], "slip"):
+        session.set_name(name)
+        session.click(30, 40, True)
+        session.save_object()
+    assert session.names() == [*before, "slip"] and not session.knows_no_name()
+    session.remove_object(session.objects()[1]["id"])
+    session.set_name("jar")
+    session.click(30, 40, True)
+    session.save_object()
+    assert session.names() == [*before, "slip", "jar"]
 
 
 # The agent -------------------------------------------------------------------------------------
@@ -447,7 +620,9 @@ def test_people_take_over_and_give_back(config: Any, make_policy: Any) -> None:
     with pytest.raises(ValueError, match="Name"):
         session.agent_step()
     session.set_name("starr")
-    with pytest.raises(ValueError, match="Did you mean 'star'"):
+    with pytest.raises(
+        ValueError, match=r"^This agent knows: .*star.*; use Suggest for other things\.$"
+    ):
         session.heat()
     session.set_name("star")
     before = session.proposal().chances
@@ -561,7 +736,7 @@ def test_uploads_are_bounded(config: Any) -> None:
     tabs.max_uploads = 3
     tabs.upload(tab, 100 * "画" + ".png", png())  # longer than names of files may be
     assert tab.uploads.files[2] == 66 * "画" + ".png"
-    with pytest.raises(ValueError, match="3 images are uploaded"):
+    with pytest.raises(ValueError, match="No more than 3 images"):
         tabs.upload(tab, "c.png", png())
 
 
@@ -695,6 +870,82 @@ def test_keys_of_the_browser_are_those_of_the_page(monkeypatch: pytest.MonkeyPat
     page.Page.tell(MagicMock(), "\udcff.png: not an image")
     notify.call_args.args[0].encode()
     assert widgets.css_colour(1) != widgets.css_colour("id of text")
+
+
+def test_the_page_tells_when_all_that_can_be_read_is_done(
+    config: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nicegui", reason="the app needs NiceGUI: pip install 'sam-gym[app]'")
+    from agents.annotation.interactive import page
+
+    async def at_once(work: Any, *args: Any) -> Any:
+        return work(*args)
+
+    async def drawn(*_: Any) -> None:
+        pass
+
+    for name in ("_build", "_show_all", "show_queue"):
+        monkeypatch.setattr(page.Page, name, drawn if name != "_build" else lambda _: None)
+    monkeypatch.setattr(page, "in_thread", at_once)
+    (photos / "more" / "c.png").write_bytes(b"")
+    tabs = prepare(config())[0]
+    own = page.Page(MagicMock(), tabs, tabs.get("tab"))
+    own.status, told = MagicMock(), []
+    monkeypatch.setattr(own, "tell", told.append)
+
+    async def work() -> None:
+        await own.begin()
+        await own.done()
+        assert own.workspace.file == "b.png" and not told
+        await own.done()
+        await own.go(1)
+
+    asyncio.run(work())
+    assert "c.png" in told[0] and told[1:] == [
+        "All readable files are done (1 could not be read).",
+        "This is the last file that can be opened.",
+    ]
+
+
+def test_the_page_tells_of_a_search_in_its_image_alone(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nicegui", reason="the app needs NiceGUI: pip install 'sam-gym[app]'")
+    from agents.annotation.everything import Generator
+    from agents.annotation.interactive.image_panel import ImagePanel
+
+    generator = Generator((3, 2), pred_iou_thresh=0.0, stability_score_thresh=0.0)
+    tabs = prepare(config(generator=generator))[0]
+    page = MagicMock(workspaces=tabs, workspace=tabs.get("tab"))
+    session = page.workspace.session
+    session.open(0)
+
+    async def do(work: Any, *args: Any) -> tuple[bool, Any]:
+        page.status.text = ""
+        return True, work(*args)
+
+    page.do, page.status.set_text = do, lambda text: setattr(page.status, "text", text)
+    panel = ImagePanel(page)
+    panel.timer, panel.finder = MagicMock(), MagicMock()
+    monkeypatch.setattr(panel, "_show_suggestions", lambda: None)
+
+    async def work() -> None:
+        await panel.suggest()
+        session.search.wait()
+        await panel._poll()
+        count = len(session.suggestions)
+        assert page.tell.call_args.args[0].startswith(f"{count} suggestion")
+        # One that has not ended when the image is left.
+        page.tell.reset_mock()
+        with session.lock:  # it needs this to end
+            await panel.suggest()
+            assert page.status.text.startswith("Looking for everything")
+            session.open(1)
+        await panel._poll()
+        page.tell.assert_not_called()
+        assert page.status.text == "" and not panel.timer.active and not session.suggestions
+
+    asyncio.run(work())
 
 
 def test_a_project_of_many_objects_is_written_quickly(tmp_path: Path) -> None:

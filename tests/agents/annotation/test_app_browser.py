@@ -379,10 +379,13 @@ def test_videos(video_app: App, open_tab: Callable[..., Any], clip: Any, tmp_pat
     # Click an object in the first frame, track it, see it in the last.
     choose(page, "Videos")
     until(lambda: frame_of(page) == f"1 / {FRAMES}")
-    page.get_by_label("Name of the object").fill("thing")
-    page.keyboard.press("Enter")
+    # The name comes after the click, letter by letter.
     page.mouse.click(*place(page, x, y))
     first = until(lambda: path_of(page))
+    page.keyboard.press("t")
+    page.keyboard.type("thing")
+    page.keyboard.press("Enter")
+    until(lambda: "thing 1" in page.inner_text(".sg-item"))
     assert page.evaluate(inside, [x + 0.5, y + 0.5])
     until(lambda: file.exists() and len(json.loads(file.read_text())["annotations"]) == 1)
     page.keyboard.press("f")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from agents.annotation.interactive.masklets import Masklets, ranges
 from agents.annotation.interactive.propagation import start_of
 from agents.annotation.interactive.video_session import VideoSession
 from agents.annotation.interactive.workspaces import Workspaces
-from agents.app import AppConfig, load_models, prepare
+from agents.annotation.video import find_videos
+from agents.app import AppConfig, load_models, prepare, serve
 from sam_gym.backbones import load_backbone
 from sam_gym.backbones.video.tracker import VideoTracker
 from sam_gym.data import make_video_dataset
@@ -229,6 +231,97 @@ def test_not_in_sight_clear_and_remove(tabs: Workspaces) -> None:
     assert session.selected == 1
     with pytest.raises(ValueError, match="no area"):
         session.draw_box(100, 100, 200, 200)
+
+
+def test_a_name_that_is_typed_after_the_click(tabs: Workspaces) -> None:
+    """The selected object takes it while it has none of its own; undo takes it back."""
+    session = opened(tabs)
+    assert session.name_selected() == ""
+    session.click(20, 24, True)
+    for typed in ("c", "ca", "car"):
+        session.set_name(typed)
+    assert session.name_selected() == 'object 1 is "car" now.'
+    assert [own["name"] for own in file(session)["categories"]] == ["car"]
+    session.set_name("dog")
+    assert "keeps its name: the pencil" in session.name_selected()
+    assert masklets(session).objects[1].name == "car"
+    session.undo()
+    assert masklets(session).objects[1].name == "object" and len(all_masks(session)) == 1
+    assert session.selected == 1 and session.name_selected() == 'object 1 is "dog" now.'
+
+
+def test_a_name_that_is_typed_while_the_object_is_tracked(
+    tabs: Workspaces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass goes on, and the object is named at its end."""
+    session = opened(tabs)
+    session.click(20, 24, True)
+    slow = slow_pass(session, tabs, monkeypatch)
+    session.set_name("fish")
+    assert "when tracking has ended" in session.name_selected() and session.is_busy
+    slow.turns.release(20)
+    assert ended(session) == FRAMES
+    assert file(session)["tracks"][0]["name"] == "fish"
+    session.undo()
+    assert masklets(session).objects[1].name == "object" and len(all_masks(session)) > 1
+    session.undo()
+    assert len(all_masks(session)) == 1
+
+
+def test_a_click_inside_a_mask_selects_its_object(
+    config: Callable[..., AppConfig], tabs: Workspaces
+) -> None:
+    """Where nothing is selected, as after a restart, and nobody has asked for another object."""
+    first = opened(tabs)
+    first.set_name("car")
+    assert first.draw_box(4, 4, 30, 40) == "car 1 begins here."
+    first.propagate(reverse=False)
+    ended(first)
+    session = opened(prepare(config())[0], "other")
+    size = masklets(session).size
+    session.show(3)
+    mask = masklets(session).objects[1].masks[3]
+    assert mask is not None and session.selected is None
+    (y, x), (far_y, far_x) = (
+        np.argwhere(mask.decoded(size) == inside)[0].tolist() for inside in (True, False)
+    )
+    with pytest.raises(ValueError, match="negative click corrects an object: select one"):
+        session.click(far_x, far_y, False)
+    assert session.click(x, y, False).startswith("car 1 is selected and corrected")
+    assert session.selected == 1 and not masklets(session).objects[1].prompts[3].clicks[0].positive
+    assert session.click(far_x, far_y, True) == "" and len(masklets(session).objects) == 1
+    session.undo()
+    session.undo()
+    session = opened(prepare(config())[0], "third")
+    session.show(3)
+    # Beside it, another begins, also where one has asked for it; undo asks again.
+    assert session.click(far_x, far_y, True) == "object 2 begins here."
+    session.undo()
+    assert session.click(x, y, True).startswith("car 1 is selected")
+    session.undo()
+    session.select(None)
+    assert session.click(x, y, True) == "object 2 begins here."
+    session.undo()
+    assert session.click(x, y, True) == "object 2 begins here."
+
+
+def test_offered_names_keep_their_places(tabs: Workspaces) -> None:
+    session = opened(tabs)
+    for name in ("car", "dog"):
+        session.set_name(name)
+        session.select(None)
+        session.click(20, 24, True)
+        assert session.names()[-1] == name
+    session.set_name("tree")
+    session.rename(1)
+    assert session.names() == ["car", "dog", "tree"]
+    session.remove(2)
+    session.set_name("")
+    session.select(None)
+    session.click(20, 24, True)
+    assert session.names() == ["car", "dog", "tree"]
+    session.open(0)
+    assert session.names() == ["car", "dog", "tree"]
 
 
 class Slow:
@@ -565,7 +658,7 @@ def test_uploads_are_seen_by_their_tab_alone_and_bounded(
     with pytest.raises(ValueError, match="larger than 2,304 pixels"):
         tabs.upload(one, "large.avi", (tmp_path / "large.avi").read_bytes())
     tabs.upload(one, "__..__own.AVI", data)
-    with pytest.raises(ValueError, match="2 videos are uploaded"):
+    with pytest.raises(ValueError, match="No more than 2 videos"):
         tabs.upload(one, "c.avi", data)
     assert len(list(one.uploaded_videos.uploads.iterdir())) == 2
     # After a crash, the browser finds its own again.
@@ -680,6 +773,37 @@ def test_files_that_are_no_videos() -> None:
     assert not any(map(is_video, (b"#EXTM3U\n", b"ffconcat version 1.0", b"", b"\x89PNG\r\n")))
 
 
+def test_named_files_that_are_no_videos_fail_at_once(
+    config: Callable[..., AppConfig], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the app and in `annotate --video`; the app leaves no folder behind."""
+    pytest.importorskip("nicegui", reason="the app needs NiceGUI: pip install 'sam-gym[app]'")
+    (root / "empty.mp4").touch()
+    (root / "list.m3u8").write_text("#EXTM3U\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for name, reason in (
+        ("photo.png", "an image. Name a video"),
+        ("empty.mp4", "no video that OpenCV can read"),
+        ("list.m3u8", "no video"),
+    ):
+        path = str(root / name)
+        with pytest.raises(ValueError, match=f"^--video .*{name}: {reason}"):
+            find_videos([path])
+        new = root.parent / "new"
+        with pytest.raises(ValueError, match=f"^--video .*{name}: {reason}"):
+            serve(config(images=None, video=(path,), out=str(new / "out"), port=port))
+        assert not new.exists()
+    monkeypatch.setattr("agents.annotation.video.open_video", lambda path: None)
+    with pytest.raises(ValueError, match=r"^--video .*list.m3u8: no video that is read"):
+        prepare(config(images=None, video=(str(root / "list.m3u8"),)))
+    # Results that are there stay, whatever fails.
+    out = root.parent / "out"
+    with pytest.raises((ValueError, OSError), match="none"):
+        serve(config(out=str(out), port=port, tracker="none"))
+    assert out.is_dir()
+
+
 def test_trackers(config: Callable[..., AppConfig], tiny_video: str) -> None:
     with pytest.raises(ValueError, match="--tracker-checkpoint is for --tracker"):
         load_models(config(tracker=None, tracker_checkpoint="a.safetensors"))
@@ -699,6 +823,6 @@ def test_empty_masks_are_kept(tabs: Workspaces, monkeypatch: pytest.MonkeyPatch)
     assert session.video is not None
     empty = lambda *_, **__: None  # noqa: E731
     monkeypatch.setattr(session.video.prompter, "_prompt", empty)
-    session.click(20, 24, False)
+    session.click(20, 24, True)
     assert session.objects()[0]["absent"] == [[0, 0]] and session.scene()["path"] == ""
     assert file(session)["annotations"] == [] and len(session.scene()["marks"]) == 1

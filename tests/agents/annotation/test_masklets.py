@@ -190,7 +190,7 @@ def test_bad_files_are_reported_and_skipped(
     }.items():
         line = next(line for line in shown.splitlines() if f"videos/{name}:" in line)
         assert line.startswith("skipped ") and reason in line
-    assert "2 masklets in 1 videos, 3 skipped" in shown
+    assert "2 masklets in 1 video, 3 skipped" in shown
     # What was repaired is tracked by the next run, and nothing else.
     shutil.copy(videos / "owl" / "9.png", videos / "owl" / "10.png")
     assert [own.name for own in run("--prompts", prompts, "--overlays", "none")] == ["fox", "owl"]

@@ -242,7 +242,7 @@ def test_images_in_tar_files_are_those_of_folders(job: Job, tmp_path: Path) -> N
     for root in (folder, packed):
         ((status, printed),) = job(SCRIPT, str(root), str(tmp_path / "out" / root.name), world=1)
         assert status == 0, printed
-    assert "ignored 4 files that are no images (.cls 2, .json 2)" in printed
+    assert "ignored 4 files of other kinds (.cls 2, .json 2)" in printed
     one, other = ((tmp_path / "out" / name).read_bytes() for name in ("folder", "packed"))
     assert one == other and b'"y.tar/more/4.png"' in one
     # A tar file may be given instead of a folder.
