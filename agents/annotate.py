@@ -19,6 +19,7 @@ from agents.annotation.folder import FolderRun, annotate_folder
 from agents.annotation.merging import AnnotationFile
 from agents.annotation.presets import with_presets
 from agents.evaluate import PolicyAgent
+from agents.policies.saved import SHIPPED
 from agents.tasks import task_of_policy
 from sam_gym.data.base import split_names
 from sam_gym.utils import cli
@@ -53,7 +54,14 @@ def annotate(config: AnnotateConfig) -> AnnotationFile:
             f"The agent was not trained on {printable(name)!r}: its CLIP alone tells where it is. "
             f"The nearest word of its training is {nearest!r}."
         )
-    return annotate_folder(run, annotator)
+    content = annotate_folder(run, annotator)
+    if config.policy in SHIPPED and run.ranks.is_first:
+        print(
+            "The bundled agents learned from drawn scenes, and are often wrong on photographs. "
+            "Train one on yours: python -m agents.train_ppo --dataset coco --data PATH "
+            "--categories NAMES."
+        )
+    return content
 
 
 def main(args: Sequence[str] | None = None) -> Any:

@@ -24,6 +24,7 @@ from agents.evaluate import PolicyAgent
 from agents.export import ExportablePolicy
 from agents.policies.everything import EverythingPolicy
 from agents.policies.implicit import ImplicitPolicy
+from agents.policies.saved import SHIPPED
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.presence import PresenceConfig, calibrate
 from sam_gym.backbones import Backbone
@@ -109,6 +110,17 @@ def test_the_file_is_coco_and_can_be_scored(
     evaluation.accumulate()
     evaluation.summarize()
     assert evaluation.stats[0] == pytest.approx(1.0)
+
+
+def test_bundled_agents_are_said_to_know_drawn_scenes(
+    policy: str, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hint = "The bundled agents learned from drawn scenes"
+    annotate(config(policy, photos, overwrite=True))
+    assert hint not in capsys.readouterr().out
+    monkeypatch.setitem(SHIPPED, "tiny_agent", Path(policy))
+    annotate(config("tiny_agent", photos, overwrite=True))
+    assert hint in capsys.readouterr().out
 
 
 def test_a_search_decodes_for_episodes_that_go_on(
