@@ -122,7 +122,14 @@ export default {
       if (event.ctrlKey && event.key.toLowerCase() !== "z") return;
       const onButton = target.closest("button, a, [role=button], [role=switch]");
       if (onButton && [" ", "Enter"].includes(event.key)) return;
-      if (this.local(event) || this.named(event)) event.preventDefault();
+      if (this.type(event) || this.local(event) || this.named(event)) event.preventDefault();
+    },
+    type(event) {
+      // Here, not by the server: what is typed next belongs to the field already.
+      const field = document.querySelector(".sg-name input");
+      if (event.key.toLowerCase() !== "t" || event.ctrlKey || !field) return false;
+      field.focus();
+      return true;
     },
     local(event) {
       const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -147,7 +154,7 @@ export default {
     },
     named(event) {
       if (event.key === "Escape") this.cursor = this.corner = this.drag = null;
-      const keys = "z r n f h e k j l t m d p v o . , < > ? home end enter escape backspace delete pagedown pageup 1 2 3 4 5 6 7 8 9";
+      const keys = "z r n f h e k j l m d p v o . , < > ? home end enter escape backspace delete pagedown pageup 1 2 3 4 5 6 7 8 9";
       const key = event.key.toLowerCase();
       if (!keys.split(" ").includes(key)) return false;
       this.$emit("key", { key: key, shift: event.shiftKey, repeat: event.repeat });

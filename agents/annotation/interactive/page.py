@@ -53,7 +53,6 @@ class Page:
         self._opening = False
         self.actions: dict[str, Callable[[], Awaitable[Any]]] = {
             "m": self.switch_polarity,
-            "t": self.type_name,
             "d": self.done,
             "pagedown": lambda: self.go(1),
             "pageup": lambda: self.go(-1),
@@ -119,7 +118,7 @@ class Page:
     def _build_object(self) -> None:
         self.status = ui.label().classes("sg-note sg-status").props("role=status aria-live=polite")
         self.name = ui.input("Name of the object", on_change=self._on_name).props("dense outlined")
-        self.name.props("maxlength=100 clearable")
+        self.name.props("maxlength=100 clearable").classes("sg-name")
         self.name.on("blur", self.name_given)  # also after Enter, see canvas.js
         self.offered = ui.element("div").classes("sg-row")
         with ui.element("div").classes("sg-row"):
@@ -282,10 +281,6 @@ class Page:
         self.canvas.show(negative=bool(event.value))
 
     # Names -------------------------------------------------------------------------------------
-
-    async def type_name(self) -> None:
-        """Put the keyboard into the field of the name."""
-        self.name.run_method("focus")
 
     async def _on_name(self, event: Any) -> None:
         await self.panel.set_name(event.value or "")

@@ -286,7 +286,7 @@ def test_coco_files_that_do_not_fit(photos: Path, capsys: pytest.CaptureFixture[
     content = run(photos, coco=path)
     printed = capsys.readouterr().out
     assert content["categories"] == [{"id": 1, "name": "star"}] and names(content) == ["a.png"]
-    assert "1 images of" in printed and "skipped more/b.png: 9 x 8 pixels" in printed
+    assert "1 image of" in printed and "skipped more/b.png: 9 x 8 pixels" in printed
 
 
 def test_categories_named_by_numbers(photos: Path) -> None:
