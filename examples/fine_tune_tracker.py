@@ -19,7 +19,7 @@ from sam_gym.data.videos.writer import AnnotatedVideo, Masklet, write_masklets
 
 
 def write_time_lapses(root: Path, split: str, videos: int, frames: int, every: int) -> None:
-    """Write every so manieth frame of clips, and their masks as `annotations_SPLIT.json`."""
+    """Write one frame in `every` of clips, and their masks as `instances_SPLIT.json`."""
     clips = make_video_dataset("clips", split, length=videos, frames=(frames - 1) * every + 1)
     names, written = [f"{frame:05d}.png" for frame in range(frames)], []
     for number in range(videos):

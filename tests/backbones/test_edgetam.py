@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_gym.backbones import BACKBONES, Backbone, Prompts, download, load_backbone
+from sam_gym.backbones import BACKBONES, Backbone, download, load_backbone
 from sam_gym.backbones.edgetam import EdgeTamEncoder, edgetam_memory_state, edgetam_state
 from sam_gym.backbones.encoders import State
 from sam_gym.backbones.hub import converted
@@ -93,32 +93,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
 
 @pytest.mark.parametrize("multimask", [True, False])
 @pytest.mark.parametrize("prompt", ["points", "box", "box and points", "mask and points"])
-def test_masks_of_transformers(saved: tuple[Any, str], multimask: bool, prompt: str) -> None:
+def test_masks_of_transformers(
+    saved: tuple[Any, str],
+    multimask: bool,
+    prompt: str,
+    assert_masks_of: Callable[[Any, Backbone, str, bool], None],
+) -> None:
     model, folder = saved
-    backbone = load_backbone(f"hf:{folder}", device="cpu")
-    image = np.random.default_rng(0).integers(0, 256, (60, 200, 3), dtype=np.uint8)
-    theirs: dict[str, Any] = {}
-    ours: dict[str, Any] = {}
-    if "points" in prompt:
-        points, labels = torch.tensor([[[9.0, 20.0], [90.0, 110.0]]]), torch.tensor([[1, 0]])
-        theirs |= {"input_points": points[None], "input_labels": labels[None]}
-        ours |= {"points": points, "labels": labels}
-    if "box" in prompt:
-        box = torch.tensor([[3.0, 5.0, 22.0, 30.0]])
-        theirs, ours = theirs | {"input_boxes": box[None]}, ours | {"boxes": box}
-    if "mask" in prompt:
-        mask = torch.randn(1, SIZE // 4, SIZE // 4, generator=torch.Generator().manual_seed(1))
-        theirs, ours = theirs | {"input_masks": mask[None]}, ours | {"masks": mask}
-    with torch.no_grad():
-        pixels = backbone.prepare([image])
-        expected = model(pixel_values=pixels, multimask_output=multimask, **theirs)
-    features = backbone.encode([image])
-    logits, iou = backbone.decode(features, Prompts(**ours), multimask=multimask)
-    masks, scores = expected.pred_masks[0, 0], expected.iou_scores[0, 0]
-    assert (logits[0] - masks).abs().max() <= TOLERANCE * masks.std()
-    torch.testing.assert_close(iou[0], scores, atol=1e-4, rtol=0)
-    score = backbone.decode_tokens(features, Prompts(**ours)).object_score
-    torch.testing.assert_close(score, expected.object_score_logits[0, 0], atol=1e-4, rtol=0)
+    assert_masks_of(model, load_backbone(f"hf:{folder}", device="cpu"), prompt, multimask)
 
 
 #: (pattern, replacement) from transformers' names of the memory to the authors', in this order.

@@ -1,6 +1,7 @@
 """Hugging Face's SAM, SAM-HQ and SAM 2, saved by transformers and loaded by us."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sam_gym.backbones import Prompts, load_backbone
+from sam_gym.backbones import Backbone, Prompts, load_backbone
 from sam_gym.backbones.hq import encode_with_early
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -138,33 +139,13 @@ def saved2(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, str]:
 @pytest.mark.parametrize("multimask", [True, False])
 @pytest.mark.parametrize("prompt", ["points", "box", "box and points", "mask and points"])
 def test_same_masks_as_transformers_sam2(
-    saved2: tuple[Any, str], multimask: bool, prompt: str
+    saved2: tuple[Any, str],
+    multimask: bool,
+    prompt: str,
+    assert_masks_of: Callable[[Any, Backbone, str, bool], None],
 ) -> None:
     model, folder = saved2
-    backbone = load_backbone(f"hf:{folder}", device="cpu")
-    image = np.random.default_rng(0).integers(0, 256, (60, 200, 3), dtype=np.uint8)
-    theirs: dict[str, Any] = {}
-    ours: dict[str, Any] = {}
-    if "points" in prompt:
-        points, labels = torch.tensor([[[9.0, 20.0], [90.0, 110.0]]]), torch.tensor([[1, 0]])
-        theirs |= {"input_points": points[None], "input_labels": labels[None]}
-        ours |= {"points": points, "labels": labels}
-    if "box" in prompt:
-        box = torch.tensor([[3.0, 5.0, 22.0, 30.0]])
-        theirs, ours = theirs | {"input_boxes": box[None]}, ours | {"boxes": box}
-    if "mask" in prompt:
-        mask = torch.randn(1, SIDE // 4, SIDE // 4, generator=torch.Generator().manual_seed(1))
-        theirs, ours = theirs | {"input_masks": mask[None]}, ours | {"masks": mask}
-    with torch.no_grad():
-        pixels = backbone.prepare([image])
-        expected = model(pixel_values=pixels, multimask_output=multimask, **theirs)
-    features = backbone.encode([image])
-    logits, iou = backbone.decode(features, Prompts(**ours), multimask=multimask)
-    masks, scores = expected.pred_masks[0, 0], expected.iou_scores[0, 0]
-    assert (logits[0] - masks).abs().max() <= 1e-4 * masks.std()
-    torch.testing.assert_close(iou[0], scores, atol=1e-4, rtol=0)
-    score = backbone.decode_tokens(features, Prompts(**ours)).object_score
-    torch.testing.assert_close(score, expected.object_score_logits[0, 0], atol=1e-4, rtol=0)
+    assert_masks_of(model, load_backbone(f"hf:{folder}", device="cpu"), prompt, multimask)
 
 
 @pytest.mark.parametrize("saved", ["sam_hq"], indirect=True)
