@@ -20,7 +20,7 @@ _FREE = ("checkpoint_every", "memory_gib", "disk")
 _RENAMED = {"views": "augmentations", "objects_per_view": "objects_per_augmentation"}
 
 #: Options that methods did not have at first, with the values that they had in effect.
-_ADDED = {"semantic": {"class_weights": "none"}}
+_ADDED = {"semantic": {"class_weights": "none", "features": "sam"}}
 
 
 def run_key(strategy: Strategy, config: TrainConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from sam_gym.backbones.adapters.model import Model
 from sam_gym.backbones.adapters.semantic_head import SEMANTIC_HEADS
 from sam_gym.backbones.adapters.tuning import bytes_of
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.backbones.timm_features import check_features, kind_of
 from sam_gym.data.base import IGNORED, class_names
 from sam_gym.data.streams import Domain
 from sam_gym.metrics.semantic import class_iou, mean_score
@@ -58,6 +59,10 @@ class Semantic(Strategy):
         head: Literal["seed", "pyramid"] = "seed"
         """Semantic head: seed: two convolutions on the embedding, as in the SAM-Cityscapes code;
         pyramid: a feature pyramid on all strides of the encoder."""
+        features: str = "sam"
+        """Features that the head classifies: sam, or, to compare with them, timm:NAME, those of a
+        model of timm with its pretrained weights (timm:vit_small_patch14_dinov2.lvd142m; of a
+        folder: timm:local-dir:PATH), of the same frames."""
         tiles: bool = True
         """The pyramid head also sees the four quarters of an image, each encoded at the size of the
         frame: finer masks, for five encoder calls per image."""
@@ -82,10 +87,13 @@ class Semantic(Strategy):
                 "The domains have classes of their own, and there is one semantic head for all: "
                 "train on domains with the same classes."
             )
+        check_features(options.features)
         make = SEMANTIC_HEADS.get(options.head)
-        self._kind = "tiles" if options.tiles and "tiles" in make.kinds else make.kinds[0]
+        self._tiled = options.tiles and "tiles" in make.kinds
+        self._kind = kind_of("tiles" if self._tiled else make.kinds[0], options.features)
+        self._source = bank.backbone.raw_source(self._kind)
         with seeded(context.seed):
-            head = make(self._kind, bank.backbone.raw_source(self._kind).feature_spec, *names)
+            head = make(self._kind, self._source.feature_spec, *names)
         self._head = synchronise(head).to(bank.backbone.device)
         #: Weights of the classes in the current domain, float32 (C,); None: all the same.
         self._weights: Tensor | None = None
@@ -168,6 +176,7 @@ class Semantic(Strategy):
         return self._adapter(
             semantic_type=self.options.head,
             semantic_features=self.raw,
+            semantic_encoder=self._source.encoder_digest,
             semantic_classes=list(self._head.classes),
             semantic=self._head_state(),
         )
@@ -191,7 +200,7 @@ class Semantic(Strategy):
         return bytes_of(self._head.state_dict().values())
 
     def _images(self, domain: Domain) -> LabelledImages:
-        return self.context.bank.labelled(domain, "train", 2 if self.raw == "tiles" else 1)
+        return self.context.bank.labelled(domain, "train", 2 if self._tiled else 1)
 
     def _weigh(self) -> None:
         """Compute the weights of the classes in the current domain."""

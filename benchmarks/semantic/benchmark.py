@@ -84,6 +84,9 @@ class SemanticBenchmarkConfig(DatasetOptions, BackboneOptions):
     """Only the zero-shot phase: train no head."""
     heads: tuple[HeadName, ...] = ("seed",)
     """Heads to train, see `python -m adaptation.train --method semantic --help`: seed, pyramid."""
+    features: tuple[str, ...] = ("sam",)
+    """Features on which each head is trained, to compare them: sam, timm:NAME (a model of timm, see
+    `python -m adaptation.train --method semantic --help`)."""
     adapters: tuple[str, ...] = ()
     """Adapters whose semantic heads are measured; no head is trained then."""
     tiles: bool = True
@@ -152,7 +155,11 @@ def run(config: SemanticBenchmarkConfig) -> dict[str, Any]:
         for name, path in _adapter_names(config).items()
     ]
     if not (config.zero_shot or config.adapters):
-        loaded = [_train(config, name, split, backbone, dataset, out) for name in config.heads]
+        loaded = [
+            _train(config, name, features, split, backbone, dataset, out)
+            for features in config.features
+            for name in config.heads
+        ]
     variants = [(head, with_votes(head, own)) for head, own in loaded] if config.vote else []
     corrector, acceptance = None, {}
     if config.agent is not None:
@@ -255,6 +262,7 @@ def _adapter_names(config: SemanticBenchmarkConfig) -> dict[str, str]:
 def _train(
     config: SemanticBenchmarkConfig,
     name: HeadName,
+    features: str,
     split: str,
     backbone: Backbone,
     dataset: Dataset,
@@ -275,12 +283,14 @@ def _train(
     )
     options = Semantic.Options(
         head=name,
+        features=features,
         tiles=config.tiles,
         epochs=config.epochs,
         class_weights=config.class_weights,
     )
-    path, seconds = train_head(name, config, config, train, options, out)
-    head, adapted = load_head(backbone, path, name, dataset)
+    label = name if features == "sam" else f"{name}_{safe_name(features)}"
+    path, seconds = train_head(label, config, config, train, options, out)
+    head, adapted = load_head(backbone, path, label, dataset)
     return replace(head, seconds=seconds), adapted
 
 

@@ -176,7 +176,7 @@ def with_votes(head: TrainedHead, backbone: Backbone) -> TrainedHead:
 
 
 def train_head(
-    head: HeadName,
+    name: str,
     data: DatasetOptions,
     sam: BackboneOptions,
     train: TrainConfig,
@@ -185,14 +185,22 @@ def train_head(
 ) -> tuple[Path, float]:
     """Train a head on the training split of a dataset.
 
+    Args:
+        name: of its folder.
+        data: the dataset.
+        sam: the SAM.
+        train: settings of the training.
+        options: the head and its options.
+        out: folder of the benchmark.
+
     Returns:
         Path of its adapter, and the seconds that it took.
     """
     stream = dataset_stream(data.dataset, data.data, **data.options_of(data.dataset))
     started = time.perf_counter()
-    trainer = Trainer(train, sam.arguments, out / "heads" / head)
+    trainer = Trainer(train, sam.arguments, out / "heads" / name)
     trainer.fit(stream, "semantic", method_options=options, overwrite=True)
-    folder = out / "heads" / head / folder_name("semantic", "head", train.seed)
+    folder = out / "heads" / name / folder_name("semantic", "head", train.seed)
     return folder / "adapter.safetensors", time.perf_counter() - started
 
 

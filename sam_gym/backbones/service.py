@@ -27,6 +27,7 @@ from sam_gym.backbones.features import FeatureSpec, ImageFeatures
 from sam_gym.backbones.frames import Frame, PaddedFrame, SquashedFrame, Window
 from sam_gym.backbones.prompts import NO_POINT, Prompts
 from sam_gym.backbones.sam2 import VideoSam
+from sam_gym.backbones.timm_features import split_kind, timm_encoder
 from sam_gym.utils.digest import digest_of
 
 #: Precisions by name, of models and of features on disk.
@@ -450,11 +451,16 @@ class RawFeatureSource:
 
     Args:
         backbone: the backbone; its adapter plays no part.
-        kind: one of `RAW_KINDS`.
+        kind: of `raw_features`.
+
+    Raises:
+        ValueError: unknown kind, or unknown model of timm.
+        ConnectionError: the weights of that model cannot be downloaded.
     """
 
     def __init__(self, backbone: Backbone, kind: str) -> None:
         self._backbone, self.kind = backbone, kind
+        self._own, self._timm = split_kind(kind)
         self.device, self.feature_spec = backbone.device, raw_spec(backbone.sam, kind)
 
     @cached_property
@@ -462,13 +468,20 @@ class RawFeatureSource:
         """Hex digest; for the kind "embedding", that of the backbone without its adapter."""
         own = self._backbone
         suffix = "" if self.kind == "embedding" else f"/{self.kind}"
+        if self.encoder_digest:
+            suffix += f"/{self.encoder_digest}"
         return digest_of(own.sam.state_dict(), f"{own.name}/{own.dtype}{suffix}")
+
+    @property
+    def encoder_digest(self) -> str:
+        """Hex digest of the weights of the model of timm; "" for features of the SAM."""
+        return timm_encoder(self._backbone.sam, self._timm).identity if self._timm else ""
 
     @torch.no_grad()
     def encode(self, images: Sequence[np.ndarray]) -> ImageFeatures:
         """Compute the raw features of B images uint8 (H, W, 3), RGB; sizes may differ."""
         own = self._backbone
-        prepare = own.prepare_tiles if self.kind == "tiles" else own.prepare
+        prepare = own.prepare_tiles if self._own == "tiles" else own.prepare
         return self.encode_pixels(prepare(images))
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,13 +40,8 @@ def encode_stages(sam: Sam, pixels: Tensor) -> ImageFeatures:
     )
 
 
-def stage_spec(sam: Sam, tiles: bool = False) -> FeatureSpec:
-    """Shapes and dtypes of `encode_stages`; all but the embedding are kept in half precision.
-
-    Args:
-        sam: the pretrained SAM.
-        tiles: of `encode_tiles`.
-    """
+def stage_spec(sam: Sam) -> FeatureSpec:
+    """Shapes and dtypes of `encode_stages`; all but the embedding are kept in half precision."""
     encoder: Any = sam.image_encoder
     shape = (sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size)
     tensors = {"embedding": TensorSpec(shape)}
@@ -59,30 +55,34 @@ def stage_spec(sam: Sam, tiles: bool = False) -> FeatureSpec:
         stages = getattr(encoder, "stage_shapes", ())
         others = {f"stage{k}": (width, side, side) for k, (width, side) in enumerate(stages)}
     tensors |= {name: TensorSpec(own, torch.float16) for name, own in others.items()}
-    if tiles:
-        for name, (own, _) in list(tensors.items()):
-            large = (own[0], 2 * own[1], 2 * own[2])
-            tensors[TILED + name] = TensorSpec(large, torch.float16)
     return FeatureSpec(tensors)
 
 
-def encode_tiles(sam: Sam, pixels: Tensor) -> ImageFeatures:
+def tiled_spec(spec: FeatureSpec) -> FeatureSpec:
+    """Shapes and dtypes of `encode_tiles`, from those of the whole images."""
+    tensors = dict(spec.tensors)
+    for name, (own, _) in spec.tensors.items():
+        tensors[TILED + name] = TensorSpec((own[0], 2 * own[1], 2 * own[2]), torch.float16)
+    return FeatureSpec(tensors)
+
+
+def encode_tiles(encode: Callable[[Tensor], ImageFeatures], pixels: Tensor) -> ImageFeatures:
     """Encode whole images and their quadrants; the features of quadrants are put together.
 
     Quadrants without image have features of zero, at no cost.
 
     Args:
-        sam: the pretrained SAM.
+        encode: prepared pixels (N, 3, S, S) -> features (N, C, h, w), such as `encode_stages`.
         pixels: (B, 5, 3, S, S), see `Backbone.prepare_tiles`.
 
     Returns:
-        Features (B, C, h, w) of `encode_stages`, and the same of twice the size, (B, C, 2h, 2w),
-        under names that begin with `TILED`.
+        Features (B, C, h, w) of `encode`, and the same of twice the size, (B, C, 2h, 2w), under
+        names that begin with `TILED`.
     """
-    whole = encode_stages(sam, pixels[:, 0])
+    whole = encode(pixels[:, 0])
     quadrants = pixels[:, 1:].flatten(0, 1)
     shown = quadrants.flatten(1).any(dim=1).nonzero()[:, 0]
-    found = encode_stages(sam, quadrants[shown]) if len(shown) else whole[:0]
+    found = encode(quadrants[shown]) if len(shown) else whole[:0]
 
     def together(x: Tensor) -> Tensor:
         all_four = x.new_zeros((len(quadrants), *x.shape[1:]))

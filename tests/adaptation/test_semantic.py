@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.models import save_for_hf
 from torch import nn
 from torch.nn import functional as F
 
@@ -156,6 +158,26 @@ def test_it_learns_and_its_adapter_is_what_was_measured(
     assert any(not torch.equal(first[name], final[name]) for name in final)
 
 
+def test_a_head_on_features_of_timm(
+    make_trainer: MakeTrainer, streets: Stream, tiny_name: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its adapter gives the label maps that were measured, with the frames of the SAM."""
+    saved = tmp_path / "model"
+    save_for_hf(timm.create_model("test_efficientnet"), str(saved), safe_serialization=True)
+    trainer = make_trainer(tmp_path, steps=None, batch_size=2, split="val")
+    own = options(head="pyramid", features=f"timm:local-dir:{saved}", epochs=2)
+    run = trainer.fit(streets, "semantic", method_options=own)
+    adapter = tmp_path / "semantic-head-0" / "adapter.safetensors"
+    backbone = load_backbone(**tiny_name, adapter=str(adapter))
+    assert backbone.adapter is not None
+    assert backbone.adapter.semantic_features == f"tiles@{own.features}"
+    (domain,) = streets
+    scores = score_labels(backbone.model, FeatureBank(backbone, streets, 1), domain, "val")
+    assert 100 * scores.iou.mean() == pytest.approx(run.scores["class"]["iou"][0][0], abs=0.1)
+    with pytest.raises(ValueError, match="sam or timm:NAME"):
+        trainer.fit(streets, "semantic", method_options=options(features="micro"), overwrite=True)
+
+
 @pytest.mark.parametrize(("head", "weighting"), [("seed", "none"), ("pyramid", "median")])
 def test_a_run_goes_on_as_if_it_had_never_stopped(
     head: str,
@@ -247,6 +269,7 @@ def test_runs_from_before_class_weights_resume(
     make_trainer(tmp_path, **few).fit(streets, "semantic", method_options=plain)
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert checkpoint["key"]["method_options"].pop("class_weights") == "none"
+    assert checkpoint["key"]["method_options"].pop("features") == "sam"
     del checkpoint["result"]["method_options"], checkpoint["result"]["facts"]
     torch.save(checkpoint, folder / "checkpoint.pt")
     (folder / "run.json").unlink()

@@ -10,9 +10,11 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from segment_anything import SamPredictor
+from timm.models import save_for_hf
 
 from agents import train_ppo
 from benchmarks.run import main
@@ -205,6 +207,20 @@ def test_speed_is_compared_on_the_same_masks(
     monkeypatch.setattr(benchmark, "SAME", 1.1)
     with pytest.raises(RuntimeError, match="The sides disagree"):
         main(arguments(street, micro_checkpoint, tmp_path / "other", *options))
+
+
+def test_heads_are_compared_on_features_of_timm(
+    street: Path, micro_checkpoint: str, tmp_path: Path
+) -> None:
+    saved = tmp_path / "lite"
+    save_for_hf(timm.create_model("test_efficientnet"), str(saved), safe_serialization=True)
+    options = ["--features", "sam", f"timm:local-dir:{saved}", "--heads", "seed", "--epochs", "1"]
+    options += ["--augmentations", "1", "--no-boundary", "--pictures", "0"]
+    results = main(arguments(street, micro_checkpoint, tmp_path / "out", *options))
+    first, second = results["heads"]
+    assert first == "seed" and second.startswith("seed_timm_") and second.endswith("lite")
+    sizes = [numbers["parameters"] for numbers in results["heads"].values()]
+    assert sizes[0] > sizes[1]  # the maps of timm's model have half the channels
 
 
 def test_heads_are_a_second_phase(street: Path, micro_checkpoint: str, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from sam_gym.backbones.adapters.tuning import (
     raw_kind,
 )
 from sam_gym.backbones.spec import renamed_backbone
+from sam_gym.backbones.timm_features import split_kind, timm_encoder
 from sam_gym.utils.settings import check_settings
 from sam_gym.utils.weights import check_finite
 
@@ -36,7 +37,7 @@ _KEY, _VERSIONS = "sam_gym_adapter", (1, 2, 3)
 #: Fields of an `Adapter` that are metadata.
 _METADATA = ("backbone", "identity", "method", "tune", "domains", "router", "classes", "head_type")
 #: Those of a semantic head, in files of version 3 only.
-_SEMANTIC = ("semantic_type", "semantic_features", "semantic_classes")
+_SEMANTIC = ("semantic_type", "semantic_features", "semantic_classes", "semantic_encoder")
 #: Classes of the SAM-Cityscapes code, in the order of its configuration.
 _SEED_CLASSES = ("road", "sidewalk", "building", "person", "car")
 #: Name in files of version 1 -> name now, of metadata and of tensors' prefixes.
@@ -63,6 +64,8 @@ class Adapter:
         semantic_type: key in `SEMANTIC_HEADS` of the semantic head; "" without one.
         semantic_features: kind of `raw_features` that it takes.
         semantic_classes: names of its classes.
+        semantic_encoder: digest of the model of timm that computes these features; "" for those of
+            the SAM.
         semantic: its state.
         memory: tuned weights of the video memory, by name.
     """
@@ -81,6 +84,7 @@ class Adapter:
     semantic_type: str = ""
     semantic_features: str = ""
     semantic_classes: list[str] = field(default_factory=list)
+    semantic_encoder: str = ""
     semantic: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
 
@@ -235,6 +239,15 @@ class Adapter:
             )
         put_weights(memory, self.memory, source)
 
+    def _check_encoder(self, sam: Sam, source: str) -> None:
+        """Raise `ValueError` unless timm has the weights that the semantic head was trained on."""
+        _, name = split_kind(self.semantic_features)
+        if name and timm_encoder(sam, name).identity != self.semantic_encoder:
+            raise ValueError(
+                f"{source}: its semantic head was trained on other weights of timm's {name!r} "
+                f"(digest {self.semantic_encoder}). Pass the folder that had them, or train again."
+            )
+
     def model(self, sam: Sam, source: str = "adapter") -> Model:
         """Build the adapted model: frozen, sharing with `sam` everything that was not tuned.
 
@@ -243,7 +256,9 @@ class Adapter:
             source: the file, for messages.
 
         Raises:
-            ValueError: the adapter was made for another SAM, or names an unknown module.
+            ValueError: the adapter was made for another SAM or other weights of a model of timm, or
+                names an unknown module.
+            ConnectionError: the weights of a model of timm cannot be downloaded.
         """
         experts = [apply_tuned(sam, self.tune, weights, source) for weights in self.experts]
         raw = raw_kind(self.tune) if experts else "embedding"
@@ -267,6 +282,7 @@ class Adapter:
             model.head = _loaded(lambda: make_head(channels, self.classes), self.head, source)
         if self.semantic_type:
             make_semantic, kind = SEMANTIC_HEADS.get(self.semantic_type), self.semantic_features
+            self._check_encoder(sam, source)
             model.segmenter = _loaded(
                 lambda: make_semantic(kind, raw_spec(sam, kind), self.semantic_classes),
                 self.semantic,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Self
 
 from segment_anything.modeling import Sam
@@ -21,11 +22,14 @@ from sam_gym.backbones.hq import (
     with_hq_features,
 )
 from sam_gym.backbones.prompts import Prompts
-from sam_gym.backbones.stages import encode_stages, encode_tiles, stage_spec
-from sam_gym.utils.registry import Registry, unknown_name
+from sam_gym.backbones.stages import encode_stages, encode_tiles, stage_spec, tiled_spec
+from sam_gym.backbones.timm_features import split_kind, timm_encoder
+from sam_gym.utils.registry import Registry, check_choice
 
 #: Inputs of the tuned part of a SAM; see `raw_features`.
 RAW_KINDS = ("pixels", "embedding", "early", "stages", "tiles")
+#: Those that models of timm have, too.
+_TIMM_KINDS = ("embedding", "stages", "tiles")
 
 
 class Model(nn.Module):
@@ -139,37 +143,57 @@ def raw_features(sam: Sam, pixels: Tensor, kind: str) -> ImageFeatures:
         pixels: prepared, (B, 3, S, S).
         kind: "pixels" (feature `pixels`), "embedding" (as `encode_pixels`), "early" (features
             `embedding` and `early`), "stages" (as `encode_stages`) or "tiles" (as `encode_tiles`,
-            from pixels (B, 5, 3, S, S)).
+            from pixels (B, 5, 3, S, S)); "KIND@timm:NAME" for an embedding, stages or tiles of a
+            model of timm (see `TimmEncoder`).
 
     Raises:
         ValueError: unknown kind.
     """
-    if kind == "pixels":
+    own, name = _checked(kind)
+    encode: Callable[[Tensor], ImageFeatures] = (
+        timm_encoder(sam, name) if name else partial(encode_stages, sam)
+    )
+    if own == "tiles":
+        return encode_tiles(encode, pixels)
+    if own == "stages":
+        return encode(pixels)
+    if name:
+        return ImageFeatures({"embedding": encode(pixels).embedding})
+    if own == "pixels":
         return ImageFeatures({"pixels": pixels})
-    if kind == "early":
-        return early_features(sam.image_encoder, pixels)
-    if kind == "stages":
-        return encode_stages(sam, pixels)
-    if kind == "tiles":
-        return encode_tiles(sam, pixels)
-    if kind != "embedding":
-        raise unknown_name("kind of raw features", kind, RAW_KINDS)
-    return encode_pixels(sam, pixels)
+    return (
+        early_features(sam.image_encoder, pixels) if own == "early" else encode_pixels(sam, pixels)
+    )
 
 
 def raw_spec(sam: Sam, kind: str) -> FeatureSpec:
-    """Shapes and dtypes of `raw_features`; float32, but for those of `stage_spec`."""
-    if kind in ("stages", "tiles"):
-        return stage_spec(sam, tiles=kind == "tiles")
-    if kind == "pixels":
+    """Shapes and dtypes of `raw_features`; float32, but for those of stages and tiles.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    own, name = _checked(kind)
+    if name or own in ("stages", "tiles"):
+        spec = timm_encoder(sam, name).feature_spec if name else stage_spec(sam)
+        if own == "embedding":
+            return FeatureSpec({"embedding": spec.tensors["embedding"]})
+        return tiled_spec(spec) if own == "tiles" else spec
+    if own == "pixels":
         side = sam.image_encoder.img_size
         return FeatureSpec({"pixels": TensorSpec((3, side, side))})
-    own = feature_spec(sam)
-    if kind != "early":
-        return own
-    embedding = own.tensors["embedding"]
+    found = feature_spec(sam)
+    if own != "early":
+        return found
+    embedding = found.tensors["embedding"]
     early = TensorSpec((early_channels(sam.image_encoder), *embedding.shape[1:]))
     return FeatureSpec({"embedding": embedding, "early": early})
+
+
+def _checked(kind: str) -> tuple[str, str]:
+    """Split a kind of raw features into the kind and a name of timm, "" for the SAM's own."""
+    own, name = split_kind(kind)
+    check_choice("kind of raw features", own, _TIMM_KINDS if name else RAW_KINDS)
+    return own, name
 
 
 def embed(sam: Sam, raw: ImageFeatures) -> ImageFeatures:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures
-from sam_gym.utils.registry import Registry, unknown_name
+from sam_gym.backbones.timm_features import split_kind
+from sam_gym.utils.registry import Registry, check_choice
 
 #: Type -> class, as adapter files name it.
 SEMANTIC_HEADS: Registry[type[SemanticHead]] = Registry("semantic head")
@@ -20,7 +21,7 @@ class SemanticHead(nn.Module):
     """Base class of heads that classify pixels.
 
     Args:
-        kind: of `raw_features` that it takes, one of `kinds`.
+        kind: of `raw_features` that it takes, one of `kinds`, of the SAM or a model of timm.
         spec: shapes of these features.
         classes: names.
 
@@ -35,8 +36,7 @@ class SemanticHead(nn.Module):
 
     def __init__(self, kind: str, spec: FeatureSpec, classes: Sequence[str]) -> None:
         super().__init__()
-        if kind not in self.kinds:
-            raise unknown_name(f"kind of features of the head {self.name!r}", kind, self.kinds)
+        check_choice(f"kind of features of the head {self.name!r}", split_kind(kind)[0], self.kinds)
         self.kind, self.classes = kind, tuple(classes)
 
     def forward(self, features: ImageFeatures) -> Tensor:
