@@ -69,8 +69,9 @@ class TimmEncoder(nn.Module):
         # (p - mean * 255) / (std * 255) = x * scale + shift for a pixel p, normalised to x.
         own_mean, own_std = (255 * torch.tensor(about[key]) for key in ("mean", "std"))
         shape = (3, 1, 1)
-        self.register_buffer("_scale", std.cpu() / own_std.reshape(shape))
-        self.register_buffer("_shift", (mean.cpu() - own_mean.reshape(shape)) / own_std.view(shape))
+        own_mean, own_std = own_mean.reshape(shape), own_std.reshape(shape)
+        self._scale = nn.Buffer(std.cpu() / own_std)
+        self._shift = nn.Buffer((mean.cpu() - own_mean) / own_std)
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
