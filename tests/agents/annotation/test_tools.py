@@ -92,6 +92,31 @@ def test_label_studio(tmp_path: Path) -> None:
     _check(dataset, {"ring": [_masks()["ring"]], "star": [star & (rows < 30), star & (rows > 30)]})
 
 
+@pytest.mark.parametrize("segmentation", ["polygons", "rle"])
+def test_fiftyone(tmp_path: Path, segmentation: Segmentation) -> None:
+    coco = pytest.importorskip("fiftyone.utils.coco")
+    source, back = tmp_path / "annotations.json", tmp_path / "back.json"
+    source.write_text(json.dumps(annotated(tmp_path, segmentation)))
+    importer = coco.COCODetectionDatasetImporter(
+        data_path=str(tmp_path / "images"), labels_path=str(source), label_types="segmentations"
+    )
+    exporter = coco.COCODetectionDatasetExporter(labels_path=str(back), export_media=False)
+    with importer, exporter:
+        for path, metadata, found in importer:
+            for own in found.detections:
+                own["iscrowd"] = 1  # else it writes outlines, which fills holes
+            exporter.export_sample(path, found, metadata=metadata)
+    dataset = make_dataset(
+        "coco",
+        "all",
+        root=str(tmp_path),
+        images=str(tmp_path / "images"),
+        annotations=str(back),
+        include_crowd=True,
+    )
+    _check(dataset, {name: [mask] for name, mask in _masks().items()})
+
+
 def _check(dataset: Any, expected: dict[str, list[np.ndarray]]) -> None:
     assert len(dataset) == 2
     for index in range(2):
