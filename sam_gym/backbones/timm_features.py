@@ -58,18 +58,22 @@ class TimmEncoder(nn.Module):
     """
 
     def __init__(self, name: str, size: int, mean: Tensor, std: Tensor) -> None:
+        from timm.models import Eva, VisionTransformer
+
         super().__init__()
-        untrained = _create(name, pretrained=False)
-        stride = max(untrained.feature_info.reduction())
-        self._side = -(-size // stride) * stride
+        untrained = _create(name, features_only=True)
+        self._strides = untrained.feature_info.reduction()
+        self._side = -(-size // max(self._strides)) * max(self._strides)
         about = untrained.pretrained_cfg
         # A model with an embedding of positions is made for its size.
         sized = {"img_size": self._side} if about.get("fixed_input_size") else {}
-        self.trunk = _create(name, pretrained=True, **sized)
+        self._plain = isinstance(getattr(untrained, "model", None), (VisionTransformer, Eva))
+        kept = {"num_classes": 0} if self._plain else {"features_only": True}
+        self.trunk = _create(name, pretrained=True, **kept, **sized)
         # (p - mean * 255) / (std * 255) = x * scale + shift for a pixel p, normalised to x.
-        own_mean, own_std = (255 * torch.tensor(about[key]) for key in ("mean", "std"))
-        shape = (3, 1, 1)
-        own_mean, own_std = own_mean.reshape(shape), own_std.reshape(shape)
+        own_mean, own_std = (
+            255 * torch.tensor(about[key]).reshape(3, 1, 1) for key in ("mean", "std")
+        )
         self._scale = nn.Buffer(std.cpu() / own_std)
         self._shift = nn.Buffer((mean.cpu() - own_mean) / own_std)
         self.eval().requires_grad_(False)
@@ -79,20 +83,32 @@ class TimmEncoder(nn.Module):
         """Encode frames (B, 3, S, S), as `Backbone.prepare` makes them.
 
         Returns:
-            `embedding`, the last feature map, and `stage0`, ... those before it, the finest first.
+            `embedding`, the last feature map, and `stage0`, ... those before it, the finest first;
+            of a plain ViT, its last three blocks.
         """
         scaled: Any = pixels * self._scale + self._shift
         if scaled.shape[-1] != self._side:
             size = (self._side, self._side)
             scaled = F.interpolate(scaled, size, mode="bilinear", align_corners=False)
-        strides, maps = self.trunk.feature_info.reduction(), self.trunk(scaled)
-        if str(getattr(self.trunk, "output_fmt", "")).endswith("NHWC"):
-            maps = [own.permute(0, 3, 1, 2) for own in maps]
         *stages, embedding = [
-            own for own, stride in zip(maps, strides, strict=True) if stride >= _SMALLEST_STRIDE
+            own
+            for own, stride in zip(self._maps(scaled), self._strides, strict=True)
+            if stride >= _SMALLEST_STRIDE
         ]
         named = {f"stage{number}": own for number, own in enumerate(stages)}
         return ImageFeatures({"embedding": embedding, **named})
+
+    def _maps(self, pixels: Tensor) -> list[Tensor]:
+        """The feature maps (B, C, h, w), the finest first."""
+        if self._plain:
+            # Normalised, as features of DINO are used; timm's feature extractor leaves that out.
+            return self.trunk.forward_intermediates(
+                pixels, indices=len(self._strides), norm=True, intermediates_only=True
+            )
+        maps = self.trunk(pixels)
+        if str(getattr(self.trunk, "output_fmt", "")).endswith("NHWC"):
+            return [own.permute(0, 3, 1, 2) for own in maps]
+        return maps
 
     @cached_property
     def feature_spec(self) -> FeatureSpec:
@@ -131,11 +147,11 @@ def _loaded(
 
 
 def _create(name: str, **options: Any) -> Any:
-    """Create a model that returns its feature maps."""
+    """Create a model of timm."""
     from timm import create_model
 
     try:
-        return create_model(name, features_only=True, **options)
+        return create_model(name, **options)
     except OSError as error:
         raise ConnectionError(
             f"The weights of timm's {name!r} cannot be loaded ({error}). Without network, save the "

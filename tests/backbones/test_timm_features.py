@@ -77,8 +77,14 @@ def test_features_are_those_of_timm(
     kept = [-3, -2, -1] if name == "test_vit" else [-4, -3, -2, -1]
     with torch.no_grad():
         maps = reference.forward_intermediates(  # type: ignore[operator]
-            normalised(image()), indices=len(kept), intermediates_only=True
+            normalised(image()),
+            indices=len(kept),
+            norm=name == "test_vit",
+            intermediates_only=True,
         )[-len(kept) :]
+        if name == "test_vit":
+            last = reference.forward_features(normalised(image()))[:, 1:]  # type: ignore[operator]
+            torch.testing.assert_close(raw.embedding.flatten(2).transpose(1, 2), last)
     for own, stride, expected in zip(names, strides, maps, strict=True):
         assert raw[own].shape[-1] == 64 // stride
         torch.testing.assert_close(raw[own].float(), expected, rtol=2e-3, atol=2e-3)
