@@ -19,6 +19,7 @@ from sam_gym.backbones import NO_POINT, BackboneService, Prompts, load_backbone
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.prompts import unknown_label
 from sam_gym.backbones.zoom import Window, low_res_logits
+from sam_gym.utils.text import counted
 from sam_gym.utils.transfer import to_device, to_host
 
 #: Images per encoder call and prompts per decoder call; they bound the memory of a call.
@@ -376,10 +377,10 @@ class Predictor:
         count = len(self.image_sizes)
         for name, arrays in given.items():
             if arrays is not None and (not hasattr(arrays, "__len__") or len(arrays) != count):
-                got = f"{len(arrays)} entries" if hasattr(arrays, "__len__") else f"{arrays!r}"
+                got = f"length {len(arrays)}" if hasattr(arrays, "__len__") else f"{arrays!r}"
                 raise ValueError(
-                    f"{name} has {got} for {count} images: pass a list with one array (or None) "
-                    "per image."
+                    f"{name} has {got} for {counted(count, 'image')}: pass a list with one array "
+                    "(or None) per image."
                 )
         hm, wm = self.backbone.mask_shape
         shapes = {"points": (None, 2), "labels": (None,), "boxes": (4,), "masks": (hm, wm)}

@@ -207,7 +207,7 @@ def test_images_come_first(tiny: Backbone, images: list[np.ndarray]) -> None:
     [
         ({}, "needs points=, boxes= or masks="),
         ({"labels": [[1], [1]]}, "needs points=, boxes= or masks="),
-        ({"points": [[[1, 2]]], "labels": [[1]]}, "points has 1 entries for 2 images"),
+        ({"points": [[[1, 2]]], "labels": [[1]]}, "points has length 1 for 2 images"),
         ({"points": [[[1, 2]], None]}, "Image 0 has points but no labels"),
         ({"boxes": [None, [0, 0, 9, 9]], "labels": [None, [1]]}, "has labels but no points"),
         ({"points": [None, [[1, 2]]], "labels": [None, [1, 0]]}, "one label per point"),

@@ -10,6 +10,7 @@ import numpy as np
 
 from adaptation.video.options import VideoOptions
 from sam_gym.data.base import Video, VideoDataset
+from sam_gym.utils.text import counted
 
 #: Attempts to draw a clip that shows an object in its first frame.
 _ATTEMPTS = 100
@@ -58,9 +59,9 @@ def check_clips(dataset: VideoDataset, options: VideoOptions) -> None:
             paths: Sequence[str] = getattr(video, "paths", ())
             where = f"{paths[0]}: " if paths else ""
             raise ValueError(
-                f"{where}video {video.name!r} has {len(video)} frames, and a clip of "
-                f"{options.frames} frames at stride {options.stride} needs {needed}: lower "
-                "--frames or --stride, or drop the video."
+                f"{where}video {video.name!r} has {counted(len(video), 'frame')}, and a clip "
+                f"of {counted(options.frames, 'frame')} at stride {options.stride} needs "
+                f"{needed}: lower --frames or --stride, or drop the video."
             )
 
 

@@ -25,7 +25,7 @@ from sam_gym.data.io import (
     resolve,
 )
 from sam_gym.utils.registry import check_choice
-from sam_gym.utils.text import printable
+from sam_gym.utils.text import counted, printable
 
 #: What an object is; see `SemanticDataset`.
 Target = Literal["instances", "components", "class"]
@@ -153,7 +153,7 @@ class SemanticDataset:
                     self._images.append(own)
         self.skipped: dict[str, int] = dict(records.skipped)
         if not self._images:
-            why = str(records) or f"{len(found)} images"
+            why = str(records) or counted(len(found), "image")
             raise ValueError(
                 f"{root}: no image has an object of the classes {', '.join(self.categories[:8])}"
                 f"{', ...' * (len(self.categories) > 8)} of at least {max(1, min_area)} pixels "

@@ -32,6 +32,7 @@ from sam_gym.metrics.masks import iou
 from sam_gym.utils.lowres import frame_mask, low_res
 from sam_gym.utils.registry import Registry, unknown_name
 from sam_gym.utils.settings import Count, Natural, checked, real
+from sam_gym.utils.text import counted
 
 #: A folder domain is thin if the low-res ceiling of its objects (`low_res_ceiling`) is below this.
 THIN_BELOW = 0.7
@@ -405,7 +406,7 @@ def _folder_domain(
         if not kept:
             raise ValueError(
                 f"{root}: no image of split {split!r} has an object of at least {least} pixels "
-                f"({len(folder)} images). Check {masks}, or lower min_area={min_area}."
+                f"({counted(len(folder), 'image')}). Check {masks}, or lower min_area={min_area}."
             )
         datasets[split] = _Subset(folder, sorted(kept))
     if empty:

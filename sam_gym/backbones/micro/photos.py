@@ -238,7 +238,7 @@ class PhotoOptions(ReadingOptions):
         """
         if self.photo_weights and len(self.photo_weights) != len(self.photos):
             raise ValueError(
-                f"photo_weights has {len(self.photo_weights)} entries for {len(self.photos)} "
+                f"photo_weights has length {len(self.photo_weights)} for {len(self.photos)} "
                 "folders of photos: pass one each."
             )
         if not self.photos:

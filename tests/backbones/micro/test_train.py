@@ -167,7 +167,7 @@ def test_folders_of_photos_are_checked_before_work(tmp_path: Path) -> None:
     for photos, weights, message in (
         (("missing",), (), "missing: the root folder does not exist"),
         (("empty",), (), "empty: no folder of photos. It needs instances_train.json .* or images/"),
-        (("empty", "other"), (1.0,), "photo_weights has 1 entries for 2 folders of photos"),
+        (("empty", "other"), (1.0,), "photo_weights has length 1 for 2 folders of photos"),
     ):
         paths = tuple(str(tmp_path / name) for name in photos)
         with pytest.raises((FileNotFoundError, ValueError), match=message):
