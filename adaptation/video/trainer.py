@@ -192,12 +192,13 @@ class TrackerTrainer:
     def fit(self, out: Path) -> dict[str, Any]:
         """Train, evaluate and write everything into a folder; returns the content of run.json."""
         config = self.config
+        checkpoint = out / "checkpoint.pt"
+        # Before anything is written: it may be of another run.
+        state = self._read(checkpoint) if config.run.resume and checkpoint.is_file() else None
         self._prepare(out)
         groups = self._groups()
         optimizer: Any = torch.optim.AdamW(groups, betas=config.optimizer.betas)
         peaks = [group["lr"] for group in groups]
-        checkpoint = out / "checkpoint.pt"
-        state = self._read(checkpoint) if config.run.resume and checkpoint.is_file() else None
         if state is not None:
             for name, value in state["weights"].items():
                 self.trained[name].data.copy_(value)

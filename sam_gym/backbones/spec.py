@@ -25,7 +25,9 @@ from sam_gym.backbones.encoders import (
 from sam_gym.backbones.hq import build_hq_vit_b, build_hq_vit_h, build_hq_vit_l
 from sam_gym.backbones.micro.model import build_micro
 from sam_gym.backbones.micro.v0 import build_micro_v0
+from sam_gym.backbones.protocols import BackboneService
 from sam_gym.backbones.sam2 import (
+    Sam2,
     build_sam2_base_plus,
     build_sam2_large,
     build_sam2_small,
@@ -39,6 +41,8 @@ from sam_gym.utils.registry import Registry
 
 #: Names with this prefix are loaded from the Hugging Face hub: "hf:facebook/sam-vit-base".
 HUB_PREFIX = "hf:"
+#: Predicted IoU and stability score from which everything mode keeps a mask of SAM, and of SAM 2.
+SAM_THRESHOLDS, SAM2_THRESHOLDS = (0.88, 0.95), (0.8, 0.95)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class BackboneSpec:
     source: str = ""
     weights: Path | PublishedWeights | None = None
     convert: Callable[[State], State] | None = None
-    thresholds: tuple[float, float] = (0.88, 0.95)
+    thresholds: tuple[float, float] = SAM_THRESHOLDS
     input_size: int = 1024
     features: tuple[str, ...] = ("embedding",)
     service: Callable[..., Any] | None = None
@@ -141,6 +145,17 @@ def find_spec(name: str) -> BackboneSpec | None:
     """Return the specification of a backbone, or None if it has none, as on the hub."""
     known = name in BACKBONES and not name.startswith(HUB_PREFIX)
     return BACKBONES.get(name) if known else None
+
+
+def suited_thresholds(backbone: BackboneService) -> tuple[float, float]:
+    """Return the predicted IoU and stability from which everything mode keeps a backbone's masks.
+
+    Without a specification (a model of the hub, or one of your own), those of its kind of model.
+    """
+    spec = find_spec(backbone.name)
+    if spec is not None:
+        return spec.thresholds
+    return SAM2_THRESHOLDS if isinstance(getattr(backbone, "sam", None), Sam2) else SAM_THRESHOLDS
 
 
 def renamed_backbone(digest: str) -> str | None:
@@ -353,7 +368,7 @@ for _size, _build, _sha256, _megabytes in (
             source=_SAM2_SOURCE,
             weights=PublishedWeights(f"{_SAM2}/sam2.1_hiera_{_size}.pt", _sha256, _megabytes),
             convert=sam2_state,
-            thresholds=(0.8, 0.95),
+            thresholds=SAM2_THRESHOLDS,
             features=("embedding", "high_res_s1", "high_res_s0"),
             memory=(VideoMemory, memory_state),
         )
@@ -368,7 +383,7 @@ register_backbone(
             "https://github.com/facebookresearch/EdgeTAM/raw/main/checkpoints/edgetam.pt", None, 56
         ),
         convert=edgetam_state,
-        thresholds=(0.8, 0.95),
+        thresholds=SAM2_THRESHOLDS,
         features=("embedding", "high_res_s1", "high_res_s0"),
         memory=(build_edgetam_memory, edgetam_memory_state),
     )

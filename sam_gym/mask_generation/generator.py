@@ -32,7 +32,7 @@ from sam_gym.backbones.loading import load_backbone
 from sam_gym.backbones.prompts import Prompts
 from sam_gym.backbones.protocols import BackboneService
 from sam_gym.backbones.service import check_rgb
-from sam_gym.backbones.spec import BackboneSpec, find_spec
+from sam_gym.backbones.spec import suited_thresholds
 from sam_gym.mask_generation.masks import Collected, Masks, placed_counts, run_lengths, to_counts
 from sam_gym.simulation.clicks import relative_grid
 from sam_gym.utils.fields import documented
@@ -96,12 +96,12 @@ class GeneratorOptions:
                 f"crop_n_points_downscale_factor than {self.crop_n_points_downscale_factor}."
             )
 
-    def thresholds(self, backbone: str) -> tuple[float, float]:
+    def thresholds(self, suited: tuple[float, float]) -> tuple[float, float]:
         """Return the predicted IoU and stability from which masks are kept.
 
-        Thresholds that are None default to those of the backbone's specification.
+        Args:
+            suited: those of the backbone, for options that are None.
         """
-        suited = (find_spec(backbone) or BackboneSpec).thresholds
         own = (self.pred_iou_thresh, self.stability_score_thresh)
         least, stable = (usual if v is None else v for v, usual in zip(own, suited, strict=True))
         return least, stable
@@ -151,7 +151,7 @@ class MaskGenerator:
             backbone = load_backbone(backbone)
         self.backbone = backbone
         #: Minimum predicted IoU (exclusive) and minimum stability.
-        self.thresholds = self.options.thresholds(backbone.name)
+        self.thresholds = self.options.thresholds(suited_thresholds(backbone))
         self.names: tuple[str, ...] = backbone.classes
         kind = backbone.device.type
         cells = backbone.embedding_shape[1] * backbone.embedding_shape[2]
@@ -209,11 +209,18 @@ class MaskGenerator:
             boxes, layers = generate_crop_boxes(
                 size, options.crop_n_layers, options.crop_overlap_ratio
             )
-            for number, (box, layer) in enumerate(zip(boxes, layers, strict=True), start=1):
-                x0, y0, x1, y1 = box
+            placed = list(zip(boxes, layers, strict=True))
+            # Crops of a small or thin image may have no pixels.
+            placed = placed[:1] + [own for own in placed[1:] if self._has_pixels(own[0])]
+            for number, ((x0, y0, x1, y1), layer) in enumerate(placed, start=1):
                 points = relative_grid(*options.layer_grid(layer)) * (x1 - x0, y1 - y0)
                 pixels = image[y0:y1, x0:x1]
-                yield _Crop(pixels, (x0, y0, x1, y1), size, points, number == len(boxes))
+                yield _Crop(pixels, (x0, y0, x1, y1), size, points, number == len(placed))
+
+    def _has_pixels(self, box: Sequence[int]) -> bool:
+        """Whether a crop (x0, y0, x1, y1) keeps pixels in the input frame."""
+        size = box[3] - box[1], box[2] - box[0]
+        return min(size) > 0 and min(self.backbone.input_size(size)) > 0
 
     @torch.no_grad()
     def _of_crops(

@@ -114,6 +114,7 @@ def test_a_run_cut_off_and_a_run_repeated_give_the_same_weights(
         run(tiny, parts)
     with pytest.raises(ValueError, match="with another settings"):
         run(tiny, parts, "--resume", "--seed", "1")
+    assert "seed: 1" not in (parts / "config.yaml").read_text()
     assert run(tiny, parts, "--resume") == result
     repeated = train_video.main(["--config", str(whole / "config.yaml"), "--out", str(again)])
     assert repeated == result

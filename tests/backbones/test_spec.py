@@ -12,12 +12,16 @@ from adaptation.options import ModelOptions
 from agents.annotation.everything import AnnotateEverythingConfig
 from benchmarks.options import BackboneOptions
 from benchmarks.throughput.reference import check_comparable
-from sam_gym.backbones import BACKBONES, download, load_backbone, register_backbone
+from sam_gym.backbones import BACKBONES, Backbone, download, load_backbone, register_backbone
 from sam_gym.backbones.embeddings import precompute
 from sam_gym.backbones.hq import feature_spec
-from sam_gym.backbones.spec import PublishedWeights, backbone_table, backbones_by_size
+from sam_gym.backbones.spec import (
+    PublishedWeights,
+    backbone_table,
+    backbones_by_size,
+    suited_thresholds,
+)
 from sam_gym.envs.click import SamSegConfig
-from sam_gym.mask_generation.generator import GeneratorOptions
 
 #: A user's script: a SAM of their own, under a name, in every place that takes one.
 OUTSIDE = """
@@ -146,11 +150,19 @@ def test_errors_list_the_table() -> None:
         check_comparable("micro_video")
 
 
-def test_thresholds_are_those_of_the_backbone() -> None:
+def test_thresholds_are_those_of_the_backbone(
+    tiny: Backbone, build_sam2: Callable[..., Any]
+) -> None:
+    """Of a model of the hub, those of its kind."""
+
+    def named(name: str, sam: Any) -> Backbone:
+        return Backbone(name, sam, torch.device("cpu"), torch.float32)
+
     for name, spec in BACKBONES.items():
-        assert GeneratorOptions().thresholds(name) == spec.thresholds
-        assert GeneratorOptions(pred_iou_thresh=0.1).thresholds(name)[0] == 0.1
-    assert GeneratorOptions().thresholds("hf:facebook/sam-vit-base") == (0.88, 0.95)
+        assert suited_thresholds(named(name, tiny.private_copy())) == spec.thresholds
+    assert suited_thresholds(named("hf:facebook/sam-vit-base", tiny.sam)) == (0.88, 0.95)
+    second = named("hf:facebook/sam2.1-hiera-tiny", build_sam2())
+    assert suited_thresholds(second) == BACKBONES.get("sam2.1_hiera_tiny").thresholds == (0.8, 0.95)
 
 
 def test_the_table_as_markdown(add_backbone: Callable[..., None]) -> None:

@@ -82,10 +82,26 @@ def test_a_name_is_loaded() -> None:
 
 
 def test_thresholds_suit_the_backbone_unless_set() -> None:
-    assert GeneratorOptions().thresholds("vit_b") == (0.88, 0.95)
-    assert GeneratorOptions().thresholds("micro") == (0.5, 0.7)
-    assert GeneratorOptions(pred_iou_thresh=0.0).thresholds("micro") == (0.0, 0.7)
-    assert GeneratorOptions(stability_score_thresh=0.3).thresholds("vit_h") == (0.88, 0.3)
+    assert MaskGenerator("micro-v0").thresholds == (0.6, 0.8)
+    suited = (0.5, 0.7)
+    assert GeneratorOptions().thresholds(suited) == suited
+    assert GeneratorOptions(pred_iou_thresh=0.0).thresholds(suited) == (0.0, 0.7)
+    assert GeneratorOptions(stability_score_thresh=0.3).thresholds(suited) == (0.5, 0.3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 2), (1, 900)])
+def test_crops_without_pixels_are_left_out(tiny: Backbone, size: tuple[int, int]) -> None:
+    options = GeneratorOptions(
+        grid=(4, 4), pred_iou_thresh=0.0, stability_score_thresh=0.0, crop_n_layers=2
+    )
+    generator = MaskGenerator(tiny, options)
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    if 0 in tiny.input_size(size):
+        with pytest.raises(ValueError, match="no pixels left"):
+            generator.generate(image)
+        return
+    for masks in generator.generate_all([image, image]):
+        assert all(own["segmentation"].shape == size for own in masks)
 
 
 @pytest.mark.parametrize(

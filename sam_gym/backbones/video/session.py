@@ -124,12 +124,12 @@ class TrackingSession:
             points: (N, 2), (x, y) in pixels of the video.
             labels: (N,), 1 positive, 0 negative.
             box: (x0, y0, x1, y1); only alone or before points.
-            mask: bool (H, W), taken as the result.
+            mask: bool (H, W), or numbers 0 and 1, taken as the result.
             clear: forget earlier points of this object in this frame.
 
         Raises:
             IndexError: there is no such video or frame.
-            ValueError: no prompt, a mask beside others, or a wrong shape.
+            ValueError: no prompt, a mask beside others, or a wrong shape or wrong values.
         """
         self._check_place(video, frame)
         track = self._tracks[video].setdefault(object, Track())
@@ -162,14 +162,14 @@ class TrackingSession:
             video: number of the video.
             frame: number of the frame.
             object: name of the object, new or known.
-            mask: bool (H, W); all False: the object is not in sight.
+            mask: bool (H, W), or numbers 0 and 1; all False: the object is not in sight.
             prompted: whether the frame conditions all others, as prompted ones do; otherwise it is
                 one that a pass has tracked.
             reverse: whether that pass went backwards.
 
         Raises:
             IndexError: there is no such video or frame.
-            ValueError: the mask has another size than the video.
+            ValueError: the mask has another size than the video, or other values.
         """
         self._check_place(video, frame)
         frames, _ = self._encoded([(video, frame)])
@@ -181,9 +181,12 @@ class TrackingSession:
         (track.conditioning if prompted else track.tracked)[frame] = entry
         track.passed[frame] = reverse
 
-    def _check_place(self, video: int, frame: int) -> None:
+    def _check_video(self, video: int) -> None:
         if not 0 <= video < len(self.videos):
             raise IndexError(f"video must be from 0 to {len(self.videos) - 1}, got {video}.")
+
+    def _check_place(self, video: int, frame: int) -> None:
+        self._check_video(video)
         last = len(self.videos[video]) - 1
         if not 0 <= frame <= last:
             raise IndexError(f"frame must be from 0 to {last} in video {video}, got {frame}.")
@@ -231,6 +234,8 @@ class TrackingSession:
         """The entry of a mask prompt: the mask is the result, the decoder gives its pointer."""
         if mask.shape != size:
             raise ValueError(f"mask must have the size of the video, {size}, got {mask.shape}.")
+        if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
+            raise ValueError(f"mask must be bool, or 0 and 1, got other values ({mask.dtype}).")
         backbone, side = self.tracker.backbone, self.tracker.backbone.image_size
         full = torch.from_numpy(mask.astype(np.float32))[None, None].to(backbone.device)
         height, width = backbone.input_size(size)
@@ -275,9 +280,12 @@ class TrackingSession:
     ) -> Iterator[TrackedFrame]:
         """Track all objects of all videos, one frame of each video at a time.
 
+        Objects may be removed meanwhile; a video without objects is tracked no further.
+
         Args:
-            start: first frame (None: the earliest prompted one of each video; backwards with
-                `from_prompts`, the latest of the first prompted ones of its objects).
+            start: first frame, which every video has (None: the earliest prompted one of each
+                video; backwards with `from_prompts`, the latest of the first prompted ones of its
+                objects).
             max_frames: maximum number of frames after the first (None: to the end).
             reverse: track backwards.
             from_prompts: track each object from its own first prompted frame on. By default, as in
@@ -285,15 +293,23 @@ class TrackingSession:
             videos: numbers of the videos to track (None: all).
 
         Raises:
-            ValueError: nothing was prompted, or an object has no conditioning frame.
+            IndexError: there is no such video, or it has no frame `start`.
+            ValueError: nothing was prompted, an object has no conditioning frame, or `max_frames`
+                is negative.
         """
+        for video in videos or ():
+            self._check_video(video)
+        if max_frames is not None and max_frames < 0:
+            raise ValueError(f"max_frames must be at least 0, got {max_frames}.")
         self._settle()
         spans: dict[int, range] = {}
         for video, tracks in enumerate(self._tracks):
             if not tracks or (videos is not None and video not in videos):
                 continue
             first = start
-            if first is None:
+            if first is not None:
+                self._check_place(video, first)
+            else:
                 firsts = [track.first for track in tracks.values()]
                 first = max(firsts) if reverse and from_prompts else min(firsts)
             last = 0 if reverse else len(self.videos[video]) - 1
@@ -304,7 +320,11 @@ class TrackingSession:
         steps = max((len(span) for span in spans.values()), default=0)
 
         def at(step: int) -> dict[int, int]:
-            return {video: span[step] for video, span in spans.items() if step < len(span)}
+            return {
+                video: span[step]
+                for video, span in spans.items()
+                if step < len(span) and self._tracks[video]
+            }
 
         for step in range(steps):
             now = at(step)
@@ -312,7 +332,8 @@ class TrackingSession:
             ahead = [key for other in later for key in at(other).items()]
             self._track(now, reverse, ahead, from_prompts)
             for video, frame in now.items():
-                yield self._shown(video, frame)
+                if self._tracks[video]:
+                    yield self._shown(video, frame)
 
     def _settle(self) -> None:
         """Encode the memories of new prompts and let them take effect."""

@@ -60,9 +60,9 @@ class Clicks:
             to_input: (N, 2) in pixels of the video -> in the input frame.
 
         Raises:
-            ValueError: nothing was given, or it has a wrong shape.
+            ValueError: nothing was given, or it has a wrong shape or wrong values.
         """
-        if points is None and box is None:
+        if box is None and (points is None or np.size(points) == 0):
             raise ValueError("A prompt needs points and labels, a box, or a mask.")
         if (points is None) != (labels is None):
             raise ValueError("points and labels come together.")
@@ -74,11 +74,20 @@ class Clicks:
                 raise ValueError(f"{len(places)} points with {len(kinds)} labels.")
             if not np.isin(kinds, (0, 1)).all():
                 raise ValueError("labels must be 0 or 1.")
+            if not np.isfinite(places).all():
+                raise ValueError("points have values that are NaN or infinite.")
             own.points, own.labels = to_input(places).astype(np.float32), kinds
         if box is not None:
             corners = np.asarray(box, np.float32)
             if corners.shape != (4,):
                 raise ValueError(f"box must be (x0, y0, x1, y1), got {corners.shape}.")
+            if not np.isfinite(corners).all():
+                raise ValueError("box has values that are NaN or infinite.")
+            if (corners[2:] < corners[:2]).any():
+                raise ValueError(
+                    "box ends before it begins: pass (x0, y0, x1, y1), not (x, y, width, height) "
+                    "as in COCO."
+                )
             own.box = to_input(corners.reshape(2, 2)).astype(np.float32).reshape(4)
         return own
 

@@ -183,6 +183,11 @@ def test_wrong_prompts_are_refused(tracker: Callable[..., VideoTracker]) -> None
         ({"box": [1, 2, 3]}, "box must be"),
         ({"mask": mask, "box": [1, 2, 3, 4]}, "not both"),
         ({"mask": mask[:5]}, "size of the video"),
+        ({"points": np.zeros((0, 2)), "labels": []}, "needs points and labels"),
+        ({"points": [[np.nan, 3.0]], "labels": [1]}, "points have values that are NaN"),
+        ({"box": [1, 2, np.inf, 4]}, "box has values that are NaN"),
+        ({"box": [30, 30, 5, 5]}, "not .x, y, width, height."),
+        ({"mask": 0.3 * mask}, "mask must be bool"),
     ):
         with pytest.raises(ValueError, match=message):
             session.prompt(0, 0, 1, **options)
@@ -191,6 +196,35 @@ def test_wrong_prompts_are_refused(tracker: Callable[..., VideoTracker]) -> None
             session.prompt(*place, 1, point, [1])
     with pytest.raises(ValueError, match="prompt an object first"):
         next(session.propagate())
+
+
+def test_wrong_spans_are_refused(tracker: Callable[..., VideoTracker]) -> None:
+    session = tracker().open([video(8, 4)])
+    session.prompt(0, 0, 1, [[4.0, 4.0]], [1])
+    for options, error, message in (
+        ({"start": -2}, IndexError, "frame must be from 0 to 3 in video 0, got -2"),
+        ({"start": 99, "reverse": True}, IndexError, "got 99"),
+        ({"videos": [7]}, IndexError, "video must be from 0 to 0, got 7"),
+        ({"max_frames": -1}, ValueError, "max_frames must be at least 0"),
+    ):
+        with pytest.raises(error, match=message):
+            next(session.propagate(**options))
+    assert [step.frame for step in session.propagate(start=2)] == [2, 3]
+
+
+def test_a_video_without_objects_is_tracked_no_further(
+    tracker: Callable[..., VideoTracker],
+) -> None:
+    session = tracker().open([video(8, 4), video(9, 4)])
+    for number in range(2):
+        session.prompt(number, 0, 1, [[4.0, 4.0]], [1])
+    seen = []
+    for step in session.propagate():
+        seen.append((step.video, step.frame))
+        if step.frame == 1 and step.video == 0:
+            session.remove(0, 1)
+            session.remove(1, 1)
+    assert seen == [(0, 0), (1, 0), (0, 1)]
 
 
 def test_options_are_checked(tracker: Callable[..., VideoTracker], tiny: Backbone) -> None:
