@@ -107,7 +107,7 @@ class PolicyOptions:
     """Number of likeliest clicks that the trained agent decodes at each step, besides two at the
     largest errors of the mask. It plays the one whose mask agrees best with the target map, which
     predicts the target and guides the clicks that PPO tries (0: play the likeliest click, unguided;
-    None: 2, or 0 with --recalibrate)."""
+    None: 2, or 0 with --recalibrate or --initial-mask semantic)."""
     recalibration_updates: Count | None = None
     """Updates of the target map per environment step, for --recalibrate and --search (None: 5 for
     the explicit policy, else 2)."""

@@ -35,10 +35,10 @@ _OTHER_ACTIONS = ("stop", "undo")
 _SEARCH = 2
 
 
-def _search(search: int | None, recalibrate: bool) -> int:
+def _search(search: int | None, recalibrate: bool, initial_mask: str) -> int:
     """Return what None stands for in `TrainPPOConfig.search`, or the value."""
     if search is None:
-        return 0 if recalibrate else _SEARCH
+        return 0 if recalibrate or initial_mask != "empty" else _SEARCH
     return search
 
 
@@ -80,7 +80,7 @@ class ClickTask(Task):
             "others": ["stop"] * own.stop + ["undo"] * own.undo,
             "initial_mask": own.initial_mask,
             "recalibrate": run.recalibrate,
-            "search": _search(run.search, run.recalibrate),
+            "search": _search(run.search, run.recalibrate, own.initial_mask),
             # The target map is as fine as a mask.
             "upscale_factor": max(1, backbone.mask_shape[0] // backbone.embedding_shape[1]),
         }
@@ -154,7 +154,8 @@ class ClickTask(Task):
         facts.append(
             f"**Actions**: {', '.join(actions)}; at most {text(own['max_steps'])} per mask."
         )
-        if search := _search(config.get("search", 0), config["recalibrate"]):
+        initial = own.get("initial_mask", "empty")
+        if search := _search(config.get("search", 0), config["recalibrate"], initial):
             facts.append(
                 f"**Search**: before each click, {text(search + 2)} clicks are decoded "
                 "and judged by the module that predicts the target."

@@ -303,6 +303,8 @@ def test_an_agent_corrects_a_head(
     own += ["--num-envs", "4", "--max-steps", "2", "--final-episodes", "2", "--no-pictures"]
     own += ["--initial-mask", "semantic", "--out", str(tmp_path / "b")]
     train_ppo.main(own)
+    # The default; a search makes correctors worse.
+    assert json.loads((tmp_path / "b/results.json").read_text())["config"]["search"] == 0
     agent = ["--agent", str(tmp_path / "b/policy.zip")]
     out = tmp_path / "out"
     all_masks = ["--adapters", adapter, "--agent-images", "0"]
