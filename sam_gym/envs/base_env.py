@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
 from typing import Any, TypeVar, cast
@@ -97,6 +97,18 @@ class BaseEnv(gym.Env[Any, Any]):
             self.window.show(frame)
             return None
         return frame
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the state of the episode and the random generator; see `BaseVectorEnv`."""
+        return {
+            "episode": self.core.get_state()[0],
+            "rng": deepcopy(self.np_random.bit_generator.state),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Continue from `get_state`; returns the observation. See `BaseVectorEnv.set_state`."""
+        _restore(self.core, [state], [self.np_random])
+        return self._observation()
 
     def get_keys_to_action(self) -> dict[tuple[str], int]:
         """Return the actions that have a key, for `gymnasium.utils.play` and `agents.play`."""
@@ -264,14 +276,7 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
             raise ValueError(
                 f"Expected the state of {self.num_envs} sub-environments, got {len(state)}."
             )
-        self.core.set_state([own["episode"] for own in state], self._rngs)
-        for i, (own, rng) in enumerate(zip(state, self._rngs, strict=True)):
-            if rng.bit_generator.state != own["rng"]:
-                raise ValueError(
-                    f"Sub-environment {i} draws another episode than when its state was taken: "
-                    f"the dataset {self.core.dataset.name} has changed. Restore the old data, or "
-                    "start again."
-                )
+        _restore(self.core, state, self._rngs)
         self._ended[:] = [own["ended"] for own in state]
         return self.core.observe(self._all)
 
@@ -327,6 +332,22 @@ class BaseVectorEnv(VectorEnv[dict[str, np.ndarray], np.ndarray, np.ndarray]):
     def close_extras(self, **kwargs: Any) -> None:
         self.window.close()
         self.core.close()
+
+
+def _restore(
+    core: BaseCore[Any, Any],
+    state: Sequence[Mapping[str, Any]],
+    rngs: Sequence[np.random.Generator],
+) -> None:
+    """Continue the episodes of a core, and set the generators of its sub-environments."""
+    core.set_state([own["episode"] for own in state], rngs)
+    for i, (own, rng) in enumerate(zip(state, rngs, strict=True)):
+        if rng.bit_generator.state != own["rng"]:
+            raise ValueError(
+                f"Sub-environment {i} draws another episode than when its state was taken: "
+                f"the dataset {core.dataset.name} has changed. Restore the old data, or "
+                "start again."
+            )
 
 
 def _check_options(options: dict[str, Any] | None, valid: Sequence[str]) -> None:

@@ -79,6 +79,23 @@ def test_a_state_is_a_copy_that_can_be_used_again(make_vec: MakeVec) -> None:
         assert_play_alike(env, other, steps=3)
 
 
+@pytest.mark.parametrize("env_id", ["SamSeg-v0", "SamEverything-v0"])
+def test_a_scalar_environment_continues(env_id: str, tiny_env: dict[str, Any]) -> None:
+    first, second = (gym.make(env_id, **tiny_env) for _ in range(2))
+    first.reset(seed=4)
+    observation, *_ = first.step(3)
+    state = pickle.loads(pickle.dumps(first.unwrapped.get_state()))  # type: ignore[attr-defined]
+    np.testing.assert_equal(second.unwrapped.set_state(state), observation)  # type: ignore[attr-defined]
+    env, other = first.unwrapped, second.unwrapped
+    for action in (5, 9):
+        for own, expected in zip(other.step(action), env.step(action), strict=True):
+            np.testing.assert_equal(own, expected)
+    np.testing.assert_equal(other.reset()[0], env.reset()[0])  # the next episode, too
+    state["rng"] = np.random.default_rng(0).bit_generator.state
+    with pytest.raises(ValueError, match="draws another episode than when its state was taken"):
+        other.set_state(state)  # type: ignore[attr-defined]
+
+
 def test_state_moves_between_batches(make_vec: MakeVec) -> None:
     together = make_vec(4)
     together.reset(seed=0)
