@@ -107,8 +107,9 @@ class Masklets:
     """The objects of a video. Methods may be called from any thread.
 
     Every change is written before the call returns, atomically and to the disk; if writing fails,
-    the change is undone. The file is COCO JSON of videos, as `agents.annotate --video` writes it,
-    with the clicks and boxes in a further table, `tracks`.
+    the change is undone. The masks of a pass are the exception: `track` holds them, and the next
+    write, of `flush` or of any change, has them. The file is COCO JSON of videos, as
+    `agents.annotate --video` writes it, with the clicks and boxes in a further table, `tracks`.
 
     Args:
         path: of the COCO file, which is continued if it exists.
@@ -144,8 +145,10 @@ class Masklets:
         self.lock = threading.RLock()
         self._versions = itertools.count(1)
         self._images = [json_line(own).decode() for own in image_records([self.annotated()])]
+        self._is_written = True
         if path.exists():
             self._load()
+        self._ids = itertools.count(1 + max(self.objects, default=0))
 
     @classmethod
     def read(cls, path: Path) -> Masklets:
@@ -183,8 +186,12 @@ class Masklets:
     # Changes -----------------------------------------------------------------------------------
 
     def new_id(self) -> int:
-        """Return an id for another object."""
-        return 1 + max(self.objects, default=0)
+        """Return an id for another object.
+
+        No object has had it since the file was read: passes, tabs and pages know objects by their
+        ids, also those that are gone.
+        """
+        return next(self._ids)
 
     @contextmanager
     def changing(self, *ids: int, frame: int | None = None, is_new: bool = True) -> Iterator[None]:
@@ -210,6 +217,26 @@ class Masklets:
                 self.put(before)
                 self.frame, self.is_done = state
                 raise
+
+    def track(self, frame: int, masks: Mapping[int, Mask | None], versions: dict[int, int]) -> None:
+        """Take what a pass has found in a frame, without writing the file; see `flush`.
+
+        Args:
+            frame: its number.
+            masks: by object. Those of objects that are gone are dropped; prompted ones stay.
+            versions: of the objects that only the pass has changed since it began. They are
+                updated; an object that others have changed meanwhile is removed.
+        """
+        with self.lock:
+            for number, mask in masks.items():
+                own = self.objects.get(number)
+                if own is None or frame in own.prompts:
+                    continue
+                is_unchanged = versions.pop(number, None) == own.version
+                own.masks[frame], own.version = mask, next(self._versions)
+                if is_unchanged:
+                    versions[number] = own.version
+                self._is_written = self.is_done = False
 
     def copies(self, ids: Sequence[int]) -> dict[int, VideoObject | None]:
         """Return copies of objects; None: there is none of this id."""
@@ -253,6 +280,13 @@ class Masklets:
         """
         with self.lock:
             write_atomic(self.path, self.text(), durable=True)
+            self._is_written = True
+
+    def flush(self) -> None:
+        """Write the file if it lacks masks of a pass; raises as `save`."""
+        with self.lock:
+            if not self._is_written:
+                self.save()
 
     def text(self) -> str:
         """Return the content of the COCO file, a record per line."""

@@ -98,6 +98,7 @@ def propagate(
     masklets: Masklets,
     ids: Sequence[int],
     starts: Mapping[int, int],
+    versions: dict[int, int],
     reverse: bool,
 ) -> Iterator[int]:
     """Track objects from their starts to an end of the video; prompted frames stay as they are.
@@ -110,6 +111,7 @@ def propagate(
         masklets: objects, and where the masks go.
         ids: of the objects.
         starts: last frame of each object whose mask stays, see `start_of`.
+        versions: of the objects; see `Masklets.track`.
         reverse: track backwards.
 
     Yields:
@@ -120,17 +122,16 @@ def propagate(
     for found in _tracked(tracker, source, masklets, ids, starts, step):
         keys = [key for key in found.objects if isinstance(key, int)]
         results = zip(keys, found.masks(), found.ious.tolist(), strict=True)
-        masks = {key: Mask.of(mask, iou) for key, mask, iou in results}
-        with masklets.lock:
-            for key, mask in masks.items():
-                kept = masklets.objects.get(key)
-                is_ahead = step * (found.frame - starts[key]) > 0
-                if kept is not None and is_ahead and found.frame not in kept.prompts:
-                    kept.masks[found.frame] = mask
+        ahead = {
+            key: Mask.of(mask, iou)
+            for key, mask, iou in results
+            if step * (found.frame - starts[key]) > 0
+        }
+        masklets.track(found.frame, ahead, versions)
         yield found.frame
         if time.monotonic() - saved > max(_EVERY, _SHARE * cost):
             began = time.monotonic()
-            masklets.save()
+            masklets.flush()
             saved = time.monotonic()
             cost = saved - began
 

@@ -6,7 +6,7 @@ import secrets
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ _HISTORY = 100
 _SHOWN_FRAMES = 32
 #: Frames per second of a video that does not tell.
 _RATE = 12.0
+#: Why a change that was begun is not made.
+_CHANGED = "Somebody else has changed this object meanwhile: try again."
 
 
 class FrameViewer:
@@ -151,10 +153,10 @@ class VideoSession:
         """Open a video of the library where it was left.
 
         Raises:
-            ValueError, OSError: it, its results or the tracker cannot be read; the open video
-                stays.
+            ValueError, OSError: it, its results or the tracker cannot be read, or the open video
+                cannot be closed; the open video stays.
         """
-        self.check_idle()
+        self.prepare_close()
         file = self.library.files[index]
         tracker = self.models.tracker()
         try:
@@ -176,8 +178,30 @@ class VideoSession:
     def close(self) -> None:
         """Let the open video go; a pass is stopped, and what it has found is saved."""
         self.stop(wait=True)
+        if self.video is not None:
+            with suppress(OSError):  # `prepare_close` tells those who can still do something
+                self.video.masklets.flush()
         self.video, self.selected, self._begins = None, None, False
         self._history.clear()
+
+    @locked
+    def prepare_close(self) -> None:
+        """Write what has not been written yet, so that `close` loses nothing.
+
+        Raises:
+            ValueError: a job is running.
+            OSError: masks of a pass could not be written.
+        """
+        self.check_idle()
+        if self.video is None:
+            return
+        try:
+            self.video.masklets.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self.video.file}: masks that were tracked are not written yet, so it stays open "
+                f"({error})."
+            ) from error
 
     def _opened(self) -> OpenVideo:
         if self.video is None:
@@ -202,7 +226,8 @@ class VideoSession:
             What people are told, or "".
 
         Raises:
-            ValueError: there are too many clicks or objects, or a negative click is for none.
+            ValueError: there are too many clicks or objects, a negative click is for none, or
+                another tab has changed the object meanwhile.
             OSError: the frame could not be read, or the result not be written.
         """
         video = self._opened()
@@ -222,7 +247,7 @@ class VideoSession:
             raise ValueError(f"{MAX_CLICKS} clicks are enough: clear this frame (R).")
         is_new = not own.id
         mask, prompt = video.prompter.click(own, self.frame, click)
-        self._set(own, prompt, mask)
+        self._set(own, prompt, mask, FramePrompt(prompt.clicks[:-1], prompt.box))
         video.prompter.keep(own, self.frame)
         told = "begins here." if is_new else told
         return f"{own.name} {own.id} {told}" if told else ""
@@ -266,7 +291,7 @@ class VideoSession:
             return
         with self._editing(own):
             own.prompts.pop(self.frame, None)
-            del own.masks[self.frame]
+            own.masks.pop(self.frame, None)  # another tab may have been faster
             if not own.masks:
                 self._opened().masklets.put({own.id: None})
         if own.id not in self._opened().masklets.objects:
@@ -301,7 +326,14 @@ class VideoSession:
             raise ValueError("Select an object first.")
         return own
 
-    def _set(self, own: VideoObject, prompt: FramePrompt, mask: Mask | None) -> None:
+    def _set(
+        self,
+        own: VideoObject,
+        prompt: FramePrompt,
+        mask: Mask | None,
+        continued: FramePrompt | None = None,
+    ) -> None:
+        """Write a prompt of this frame and its mask; `continued`: the prompt that it adds to."""
         masklets = self._opened().masklets
         with masklets.lock:
             is_new = not own.id
@@ -309,6 +341,8 @@ class VideoSession:
             with self._editing(own, is_new):
                 if is_new:
                     masklets.put({own.id: own})
+                if continued not in (None, own.prompts.get(self.frame, FramePrompt())):
+                    raise ValueError(_CHANGED)
                 own.prompts[self.frame] = prompt
                 own.masks[self.frame] = mask
         self.selected, self._begins = own.id, False
@@ -410,7 +444,7 @@ class VideoSession:
         masklets = self._opened().masklets
         with masklets.lock:
             if not is_new and masklets.objects.get(own.id) is not own:
-                raise ValueError("Somebody else has changed this object meanwhile: try again.")
+                raise ValueError(_CHANGED)
             before = masklets.copies([own.id])
             with masklets.changing(own.id, frame=self.frame):
                 yield
@@ -494,22 +528,31 @@ class VideoSession:
         reverse: bool,
     ) -> Generator[int, None, None]:
         """Track objects; what others have changed meanwhile stays when the pass is undone."""
-        ids, then = list(before), {number: own.version for number, own in before.items()}
+        versions = {number: own.version for number, own in before.items()}
         try:
-            yield from propagate(self.models.tracker(), source, masklets, ids, starts, reverse)
+            tracker = self.models.tracker()
+            ids = list(before)
+            yield from propagate(tracker, source, masklets, ids, starts, versions, reverse)
         finally:
             with masklets.lock:
-                now = masklets.versions(ids)
-                own = [number for number in ids if now[number] == then[number]]
-                with masklets.changing(*ids):
-                    pass
-                after = masklets.versions(own)
-            if own:
-                self._history.append(_Change({k: before[k] for k in own}, after, self.frame))
-            with masklets.lock:
                 waiting, self._waiting, self._tracked = self._waiting, {}, ()
+                now = masklets.versions(versions)
+                after = {
+                    number: version
+                    for number, version in versions.items()
+                    if now[number] == version != before[number].version
+                }
+                if after:
+                    self._history.append(_Change({k: before[k] for k in after}, after, self.frame))
+                try:
+                    masklets.flush()
+                except OSError as error:
+                    raise OSError(
+                        f"{error}. The masks are kept, and the next change writes them."
+                    ) from error
                 for number, name in waiting.items():
-                    if (named := masklets.objects.get(number)) is not None:
+                    named = masklets.objects.get(number)
+                    if named is not None and named.name == UNNAMED:
                         self._name(named, name)
 
     def _interrupt(self, number: int) -> None:

@@ -122,7 +122,7 @@ class Workspace:
         self.session.close()
 
     def _show_image(self, project: Project, index: int) -> None:
-        self.videos.check_idle()
+        self.videos.prepare_close()
         session = self.session
         with session.lock:
             before, session.project = session.project, project

@@ -17,6 +17,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from agents.annotation.interactive import masklets as masklets_module
+from agents.annotation.interactive import propagation
 from agents.annotation.interactive.library import VideoLibrary, is_video
 from agents.annotation.interactive.masklets import Masklets, ranges
 from agents.annotation.interactive.propagation import start_of
@@ -295,14 +296,15 @@ def test_a_click_inside_a_mask_selects_its_object(
     session = opened(prepare(config())[0], "third")
     session.show(3)
     # Beside it, another begins, also where one has asked for it; undo asks again.
+    # No id comes twice.
     assert session.click(far_x, far_y, True) == "object 2 begins here."
     session.undo()
     assert session.click(x, y, True).startswith("car 1 is selected")
     session.undo()
     session.select(None)
-    assert session.click(x, y, True) == "object 2 begins here."
+    assert session.click(x, y, True) == "object 3 begins here."
     session.undo()
-    assert session.click(x, y, True) == "object 2 begins here."
+    assert session.click(x, y, True) == "object 4 begins here."
 
 
 def test_offered_names_keep_their_places(tabs: Workspaces) -> None:
@@ -473,15 +475,19 @@ def test_finished_videos_become_a_dataset(tabs: Workspaces) -> None:
     assert not library.is_done("one.avi")
 
 
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(masklets_module, "write_atomic", full)
+
+
 def test_a_failed_write_changes_nothing(tabs: Workspaces, monkeypatch: pytest.MonkeyPatch) -> None:
     session = opened(tabs)
     session.click(20, 24, True)
     before, found = file(session), all_masks(session)
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(masklets_module, "write_atomic", full)
+    fill_disk(monkeypatch)
     with pytest.raises(OSError, match="No space"):
         session.click(40, 5, False)
     with pytest.raises(OSError, match="No space"):
@@ -493,6 +499,59 @@ def test_a_failed_write_changes_nothing(tabs: Workspaces, monkeypatch: pytest.Mo
     session.undo()
     session.undo()
     assert not masklets(session).objects
+
+
+@pytest.mark.parametrize("every", [0.0, 1000.0])
+def test_a_pass_that_cannot_be_written(
+    every: float, tabs: Workspaces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """During a pass and at its end: the masks stay, undo takes them back, the next change writes
+    them, and nobody leaves the video before."""
+    monkeypatch.setattr(propagation, "_EVERY", every)
+    monkeypatch.setattr(propagation, "_SHARE", every)
+    session = opened(tabs)
+    session.click(20, 24, True)
+    before, folder = file(session), tabs.folder
+    assert folder is not None
+
+    def fail() -> int:
+        with monkeypatch.context() as disk:
+            fill_disk(disk)
+            session.propagate(reverse=False)
+            assert session.job is not None
+            session.job.wait()
+            assert "No space left on device. The masks are kept, and" in session.job.error
+            for leave in (lambda: session.open(0), lambda: tabs.get("tab").show(folder, 0)):
+                with pytest.raises(OSError, match=r"one.avi: masks .* not written yet.*No space"):
+                    leave()
+            assert tabs.get("tab").file == "one.avi" and tabs.get("tab").session.image is None
+        assert file(session) == before
+        return len(masklets(session).objects[1].masks)
+
+    assert fail() == (FRAMES if every else 2)
+    session.undo()
+    assert list(masklets(session).objects[1].masks) == [0] and file(session) == before
+    # The next change writes them, also one of another tab.
+    count = fail()
+    session.set_name("bird")
+    assert session.name_selected() == 'object 1 is "bird" now.'
+    assert len(file(session)["annotations"]) == len(all_masks(session)) > 1
+    session.undo()
+    session.undo()
+    assert list(masklets(session).objects[1].masks) == [0] and file(session) == before
+    assert fail() == count
+    other = opened(tabs, "other")
+    other.select(None)
+    other.click(40, 40, True)
+    assert len(file(session)["annotations"]) == len(all_masks(session)) > 1
+    tracked = sum(own["track_id"] == 1 for own in file(session)["annotations"])
+    assert tracked > 1
+    # So does leaving, by oneself or because too many tabs are open.
+    other.undo()
+    session.undo()
+    assert file(session) == before and fail() == count
+    tabs.get("tab").close()
+    assert [own["track_id"] for own in file(other)["annotations"]] == [1] * tracked
 
 
 def test_results_of_another_video_are_refused(tabs: Workspaces, root: Path) -> None:
@@ -570,6 +629,12 @@ def test_edits_of_two_tabs_at_once(tabs: Workspaces, monkeypatch: pytest.MonkeyP
     one.show(1)
     one.click(22, 24, True)
     assert sorted(masklets(one).objects[2].prompts) == [0, 1, 4]
+    # Or in the same frame: no click is lost.
+    meanwhile(one, monkeypatch, lambda: two.click(30, 30, True))
+    two.show(1)
+    with pytest.raises(ValueError, match="Somebody else has changed this object meanwhile"):
+        one.click(10, 24, True)
+    assert [click.x for click in masklets(one).objects[2].prompts[1].clicks] == [22, 30]
     # One clicks on what the other takes back, or removes.
     two.show(5)
     two.click(30, 30, True)
@@ -616,6 +681,81 @@ def test_a_pass_beside_edits_of_another_tab(
     assert not any(number == 3 and frame > 4 for number, frame in all_masks(one))
     assert all_masks(one).items() >= {k: m for k, m in tracked.items() if k[0] == 1}.items()
     assert 6 in masklets(one).objects[1].prompts and 2 not in masklets(one).objects
+
+
+def pass_on(slow: Slow, session: VideoSession, number: int, frames: int) -> None:
+    """Let a pass go on until an object has masks in a number of frames."""
+    until = time.monotonic() + 60
+    while len(masklets(session).objects[number].masks) < frames:
+        slow.turns.release()
+        time.sleep(0.05)
+        assert time.monotonic() < until
+
+
+def test_ids_of_objects_that_are_gone_stay_theirs(
+    tabs: Workspaces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a pass, nor a name that waits for it, nor a selection is for the next object."""
+    one, two = opened(tabs, "one"), opened(tabs, "two")
+    one.click(20, 24, True)
+    slow = slow_pass(one, tabs, monkeypatch)
+    one.set_name("cat")
+    assert "when tracking has ended" in one.name_selected()
+    pass_on(slow, one, 1, frames=2)
+    two.remove(1)
+    two.select(None)
+    two.click(40, 40, True)
+    slow.turns.release(30)
+    assert ended(one) == FRAMES
+    (new,) = masklets(one).objects.values()
+    assert (new.id, new.name, list(new.masks)) == (2, "object", [0])
+    one.set_name("")
+    one.show(7)
+    assert one.click(3, 3, True) == "object 3 begins here." and list(new.prompts) == [0]
+    with pytest.raises(ValueError, match="Somebody else has removed this object"):
+        one.remove(1)
+    # What is undone has its id again.
+    two.undo()
+    two.undo()
+    assert list(masklets(one).objects) == [1, 3] and len(masklets(one).objects[1].masks) >= 2
+    again = Masklets(masklets(one).path, "one.avi", "one", (SIZE, SIZE), masklets(one).frames)
+    assert again.new_id() == 4
+
+
+def test_a_pass_and_undo_of_another_tab(tabs: Workspaces, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = opened(tabs, "one"), opened(tabs, "two")
+    one.click(20, 24, True)
+    one.finish(copy_frames=False)
+    assert one.library.is_done("one.avi")
+    slow = slow_pass(one, tabs, monkeypatch)
+    one.set_name("cat")
+    assert "when tracking has ended" in one.name_selected()
+    two.set_name("fish")
+    two.rename(1)
+    # An object that is put back at once is tracked on.
+    two.remove(1)
+    two.undo()
+    pass_on(slow, one, 1, frames=3)
+    assert not one.library.is_done("one.avi")
+    # What the pass has found since is not taken back.
+    with pytest.raises(ValueError, match="Somebody else has changed this object since"):
+        two.undo()
+    slow.turns.release(30)
+    assert ended(one) == FRAMES
+    own = masklets(one).objects[1]
+    assert own.name == "fish" and sorted(own.masks) == list(range(FRAMES))
+    # A pass of an object that nobody else has changed is undone, also if it was put back.
+    one.show(3)
+    one.clear()
+    monkeypatch.undo()
+    slow = slow_pass(one, tabs, monkeypatch)
+    two.remove(1)
+    two.undo()
+    slow.turns.release(30)
+    ended(one)
+    assert len(masklets(one).objects[1].masks) == FRAMES
+    one.undo()
+    assert sorted(masklets(one).objects[1].masks) == [0, 1, 2, 4, 5, 6, 7]
 
 
 def test_results_stay_with_their_video(config: Callable[..., AppConfig], root: Path) -> None:
