@@ -1,4 +1,4 @@
-"""When and how layers are computed in another way on a CPU, which spends most of its time on memory."""
+"""What a CPU computes in another way than a GPU: it spends much of its time on memory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def in_pieces(x: Tensor) -> bool:
-    """Whether to compute a few rows of a batch after the others.
+def infers_on_cpu(x: Tensor) -> bool:
+    """Whether to compute a few rows at a time, and to overwrite what nobody else needs.
 
     On a CPU, what a layer hands to the next then stays in the cache. With gradients, everything is
     stored anyway.

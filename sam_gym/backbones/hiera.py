@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from timm.models.hieradet_sam2 import MultiScaleBlock
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,7 +35,7 @@ def hiera_stages(trunk: Any, pixels: Tensor) -> list[Tensor]:
     position = trunk._pos_embed(torch.zeros_like(cells[:1])).contiguous()
     x, stages = cells + position, []
     for number, block in enumerate(trunk.blocks):
-        x = _block(block, x)
+        x = _block(block, x) if type(block) is MultiScaleBlock else block(x)  # an adapter's
         if number in trunk.stage_ends:
             stages.append(x.permute(0, 3, 1, 2))
     return stages
@@ -47,21 +48,14 @@ def _block(block: Any, x: Tensor) -> Tensor:
         x = block.proj(own)
         if block.pool is not None:
             x = block.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    window = block.window_size if block.is_windowed else own.shape[1:3]
-    stride = block.q_stride or (1, 1)
-    for rows in _spans(own.shape[1], window[0]):
-        for columns in _spans(own.shape[2], window[1]):
-            (first, last, high), (left, right, wide) = rows, columns
-            part = _windows(own[:, first:last, left:right], high, wide).flatten(0, 2)
-            absent = window[0] * window[1] - high * wide
-            attended = block.ls1(_attend(block.attn, part.contiguous(), absent))
-            high, wide = high // stride[0], wide // stride[1]
-            place = x[
-                :,
-                first // stride[0] : last // stride[0],
-                left // stride[1] : right // stride[1],
-            ]
-            place = _windows(place, high, wide)
+    (_, height, width, _), stride = own.shape, own.shape[1] // x.shape[1]
+    window = block.window_size if block.is_windowed else (height, width)
+    for top, bottom, high in _spans(height, window[0]):
+        for left, right, wide in _spans(width, window[1]):
+            part = _windows(own[:, top:bottom, left:right], high, wide).flatten(0, 2).contiguous()
+            attended = block.ls1(_attend(block.attn, part, math.prod(window) - high * wide))
+            cells = x[:, top // stride : bottom // stride, left // stride : right // stride]
+            place = _windows(cells, high // stride, wide // stride)
             place.add_(attended.view(place.shape))
     mlp = block.mlp
     return x.add_(block.ls2(mlp.fc2(gelu(mlp.fc1(block.norm2(x))))))
@@ -82,22 +76,22 @@ def _windows(x: Tensor, high: int, wide: int) -> Tensor:
 
 
 def _attend(attention: Any, x: Tensor, absent: int) -> Tensor:
-    """Attention within windows (N, high, wide, C) of which cells are absent: (N, cells, D)."""
-    qkv = attention.qkv(x)
-    queries, keys, values = qkv.unflatten(-1, (3, -1)).unbind(3)
+    """Attention within windows (N, high, wide, C) that lack some cells: (N, high, wide, D).
+
+    The result is that of the cells that are there, pooled if queries are.
+    """
+    queries, keys, values = attention.qkv(x).chunk(3, dim=-1)
     if attention.q_pool is not None:
         queries = attention.q_pool(queries.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    q, k, v = (
-        part.flatten(1, 2).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for part in (queries, keys, values)
-    )
-    repeats = None
+
+    def heads(cells: Tensor) -> Tensor:
+        return cells.flatten(1, 2).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+
+    q, k, v, repeats = heads(queries), heads(keys), heads(values), None
     if absent:
-        # timm pads with zeros before the projection, so the padding has its bias as key and value.
-        _, key, value = attention.qkv.bias.view(3, attention.num_heads, 1, -1).expand(
-            len(q), -1, -1, -1, -1
-        ).unbind(1)
-        k, v = torch.cat([k, key], dim=2), torch.cat([v, value], dim=2)
+        # timm pads windows with zeros before it projects them.
+        _, key, value = attention.qkv(x.new_zeros(len(x), 1, 1, x.shape[-1])).chunk(3, dim=-1)
+        k, v = torch.cat([k, heads(key)], dim=2), torch.cat([v, heads(value)], dim=2)
         repeats = F.pad(q.new_zeros(1, 1, 1, k.shape[2] - 1), (0, 1), value=math.log(absent))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=repeats)
-    return attention.proj(out.transpose(1, 2).flatten(2))
+    return attention.proj(out.transpose(1, 2).flatten(2)).view(*queries.shape[:3], -1)

@@ -20,9 +20,9 @@ from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sam_gym.backbones.cpu import infers_on_cpu
 from sam_gym.backbones.encoders import State, assemble
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures, TensorSpec
-from sam_gym.backbones.hiera import hiera_stages
 
 #: Beginnings of the names, in published checkpoints, of weights that only the video memory uses.
 MEMORY_PREFIXES = (
@@ -141,8 +141,10 @@ class Sam2Encoder(PyramidEncoder):
         super().__init__(hiera, img_size, out_chans)
 
     def _stages(self, pixels: Tensor) -> Sequence[Tensor]:
-        if pixels.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not infers_on_cpu(pixels):
             return super()._stages(pixels)
+        from sam_gym.backbones.hiera import hiera_stages
+
         return hiera_stages(self.trunk, pixels)
 
     @property

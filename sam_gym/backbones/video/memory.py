@@ -15,7 +15,7 @@ from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sam_gym.backbones.cpu import in_pieces
+from sam_gym.backbones.cpu import infers_on_cpu
 from sam_gym.backbones.video.modules import (
     MemoryAttention,
     MemoryEncoder,
@@ -270,7 +270,7 @@ class VideoMemory(nn.Module):
                 ]
             )
             ages = torch.tensor([[age / own.span for _, age in own.pointers] for own in recalls])
-        if kept is not None and self.keeps_keys and in_pieces(prepared):
+        if kept is not None and self.keeps_keys and infers_on_cpu(prepared):
             keys = [
                 self._keys_of(prepared, own, known, before)
                 for (own, known), before in zip(objects, kept, strict=True)
@@ -338,18 +338,20 @@ class VideoMemory(nn.Module):
         count, places = slots.shape[1] * cells, slots.tolist()
 
         def recalled(number: int, piece: slice) -> tuple[Tensor, Tensor]:
-            (row,) = range(*piece.indices(len(keys)))
+            objects = range(*piece.indices(len(keys)))
             total = count + tokens.shape[1]
-            k = work.empty("keys", (total, times[number].shape[-1]), times[number])
-            v = work.empty("values", (total, tokens.shape[-1]), tokens)
-            each = zip(k[:count].split(cells), v.split(cells), keys[row], places[row], strict=False)
-            for own, value, memory, slot in each:
-                torch.add(memory.keys[number], times[number][slot], out=own)
-                if number == 0:
-                    value.copy_(memory.values)
+            width = times[number].shape[-1]
+            k = work.empty("keys", (len(objects), total, width), times[number])
+            v = work.empty("values", (len(objects), total, tokens.shape[-1]), tokens)
+            for row, placed, plain in zip(objects, k, v, strict=True):
+                parts = placed[:count].split(cells), plain[:count].split(cells)
+                for own, value, memory, slot in zip(*parts, keys[row], places[row], strict=True):
+                    torch.add(memory.keys[number], times[number][slot], out=own)
+                    if number == 0:
+                        value.copy_(memory.values)
             if further:
-                k[count:], v[count:] = further[number][row], tokens[row]
-            return k[None], v[None]
+                k[:, count:], v[:, count:] = further[number][piece], tokens[piece]
+            return k, v
 
         return attention.attend(prepared, recalled, self.grid, rows, work=work)
 
@@ -437,7 +439,7 @@ class VideoMemory(nn.Module):
             bfloat16 (P, *memory_shape).
         """
         frames = self.memory_encoder.project(embedding)
-        size = PIECE if in_pieces(logits) else max(1, len(logits))
+        size = PIECE if infers_on_cpu(logits) else max(1, len(logits))
         parts = []
         for first in range(0, len(logits), size):
             piece = slice(first, first + size)

@@ -18,7 +18,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sam_gym.backbones.cpu import gelu, in_pieces
+from sam_gym.backbones.cpu import gelu, infers_on_cpu
 from sam_gym.backbones.sam2 import pointwise
 
 _Constant = TypeVar("_Constant")
@@ -113,15 +113,6 @@ class TokenLayout:
         return torch.cat([free, rotate(placed, self.grid)], dim=-2).flatten(-3, -2)
 
 
-def affine(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Apply a linear layer.
-
-    torch fills the result with the bias before it multiplies. On a CPU, adding it afterwards takes
-    a quarter less time, where the result is several times as wide as the input.
-    """
-    return F.linear(x, layer.weight).add_(layer.bias)
-
-
 class RotaryAttention(nn.Module):
     """Attention of one head with rotary embeddings.
 
@@ -171,7 +162,7 @@ class RotaryAttention(nn.Module):
             exists: bool (B, T), keys that count; None: all.
             work: of a series of calls without gradients on a CPU.
         """
-        if not in_pieces(queries):
+        if not infers_on_cpu(queries):
             seen = None if exists is None else exists[:, None]
             out = F.scaled_dot_product_attention(queries, keys, self.v_proj(values), attn_mask=seen)
             return self.out_proj(out)
@@ -237,8 +228,8 @@ def _attend(
         torch.mm(torch.softmax(scores, 1, out=scores), values, out=result)
 
 
-#: (number of a layer, rows) -> keys (B, T, C) of the layer and values (B, T, D) of these rows. Layers
-#: of the same rows are asked for in order.
+#: (number of a layer, rows) -> keys (B, T, C) of the layer and values (B, T, D) of these rows. The
+#: layers of the same rows are asked for in order.
 Recalled = Callable[[int, slice], tuple[Tensor, Tensor]]
 
 
@@ -283,7 +274,11 @@ class MemoryAttentionLayer(nn.Module):
     ) -> Tensor:
         """Attention to the memory and the MLP, with residuals; see `RotaryAttention`."""
         x = x + self.cross_attn_image(queries, keys, values, exists, work)
-        return x + self.linear2(affine(self.norm3(x), self.linear1).relu_())
+        return x + self.linear2(self.linear1(self.norm3(x)).relu_())
+
+
+#: Cells of frames that are conditioned together on a CPU.
+_CELLS = 1024
 
 
 class MemoryAttention(nn.Module):
@@ -365,7 +360,7 @@ class MemoryAttention(nn.Module):
             (P, C, h, w).
         """
         count = len(x) if rows is None else len(rows)
-        step = 1 if in_pieces(x) else max(1, count)
+        step = max(1, _CELLS // x.shape[1] if infers_on_cpu(x) else count)
         work, parts = Workspace() if work is None else work, []
         first_queries = self.layers[0].queries(x, grid)  # of the frame only
         for first in range(0, count, step):
@@ -383,14 +378,15 @@ class MemoryAttention(nn.Module):
 
 
 class _ChannelNorm(LayerNorm2d):
-    """segment_anything's norm of channels in fewer passes."""
+    """segment_anything's norm of channels in fewer passes; results are channels-last in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] < 8 and x.is_contiguous():
             # Rows of a few channels do not fill a vector: here, pixels do.
             x = x - x.mean(1, keepdim=True)
             x = x * (x.square().mean(1, keepdim=True) + self.eps).rsqrt()
-            return x * self.weight[:, None, None] + self.bias[:, None, None]
+            x = x * self.weight[:, None, None] + self.bias[:, None, None]
+            return x.contiguous(memory_format=torch.channels_last)
         own = x.permute(0, 2, 3, 1)
         own = F.layer_norm(own, self.weight.shape, self.weight, self.bias, self.eps)
         return own.permute(0, 3, 1, 2)
@@ -416,7 +412,7 @@ class _ConvNextBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         own = self.norm(self.dwconv(x)).permute(0, 2, 3, 1)
-        own = self.gamma * self.pwconv2(gelu(affine(own, self.pwconv1)))
+        own = self.gamma * self.pwconv2(gelu(self.pwconv1(own)))
         return x + own.permute(0, 3, 1, 2)
 
 
@@ -485,10 +481,6 @@ class MemoryEncoder(nn.Module):
         self.pix_feat_proj = nn.Conv2d(width, width, 1)
         self.fuser = _Fuser(width, depth=2)
         self.out_proj = nn.Conv2d(width, memory_width, 1)
-        for part in self.modules():
-            # Masks of one channel have no other layout.
-            if isinstance(part, nn.Conv2d) and part.in_channels > 1:
-                part.to(memory_format=torch.channels_last)
 
     def project(self, embedding: Tensor) -> Tensor:
         """Compute what depends on the frame only: (B, C, h, w) -> same."""

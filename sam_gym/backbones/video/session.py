@@ -406,9 +406,7 @@ class TrackingSession:
         """See `VideoMemory.condition`."""
         known, kept = [track.known for track in tracks], [track.keys for track in tracks]
         with self.tracker.backbone.autocast():
-            return self.tracker.memory.condition(
-                prepared, recalls, known, rows, kept, self._work
-            )
+            return self.tracker.memory.condition(prepared, recalls, known, rows, kept, self._work)
 
     def _shown(self, video: int, frame: int) -> TrackedFrame:
         """The present results of all objects of a frame; absent where an object has none."""
