@@ -18,6 +18,7 @@ from segment_anything.modeling import MaskDecoder, Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sam_gym.backbones.cpu import infers_on_cpu
 from sam_gym.backbones.encoders import upscaling_of
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.hq import HqMaskDecoder
@@ -289,11 +290,7 @@ class MaskTokens:
             masks = torch.einsum("pmc,pnkc->pmnk", chosen, upscaled)
             return _unfold(masks, self.grid, self.upscaling)
 
-        if (
-            torch.is_grad_enabled()
-            or features.device.type != "cpu"
-            or torch.compiler.is_compiling()
-        ):
+        if not infers_on_cpu(features):
             upscaled = self.upscale(features, finer)
             return decode(chosen, upscaled if place is None else upscaled[place])
         # A CPU spends most of the time on memory: pieces stay in its cache.

@@ -132,10 +132,10 @@ class SquashedFrame:
     def pixels(
         self, images: Sequence[np.ndarray], mean: Tensor, deviation: Tensor, device: torch.device
     ) -> Tensor:
-        batch = torch.zeros((len(images), 3, self.size, self.size))
+        batch = torch.empty((len(images), 3, self.size, self.size))
         for frame, image in zip(batch, images, strict=True):
             frame[:] = self._resize(image)[0]
-        return (batch.to(device) - mean) / deviation
+        return batch.to(device).sub_(mean).div_(deviation)
 
     def _resize(self, image: np.ndarray) -> Tensor:
         """Resize uint8 (H, W, 3), without rounding: float32 (1, 3, S, S), 0 to 255."""

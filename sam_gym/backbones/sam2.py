@@ -20,6 +20,7 @@ from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sam_gym.backbones.cpu import infers_on_cpu
 from sam_gym.backbones.encoders import State, assemble
 from sam_gym.backbones.features import FeatureSpec, ImageFeatures, TensorSpec
 
@@ -112,11 +113,12 @@ class PyramidEncoder(nn.Module):
 
         `further` is what `Sam2Neck` applies to the results of strides 4 and 8.
         """
+        return self.neck(self._stages(pixels), further)
+
+    def _stages(self, pixels: Tensor) -> Sequence[Tensor]:
+        """Pixels (B, 3, S, S) -> (B, D, S / s, S / s) for the strides s 4, 8, 16 and 32."""
         # `stop_early` would build a module in every call.
-        return self.neck(
-            self.trunk.forward_intermediates(pixels, intermediates_only=True, stop_early=False),
-            further,
-        )
+        return self.trunk.forward_intermediates(pixels, intermediates_only=True, stop_early=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.pyramid(pixels)[2]
@@ -137,6 +139,13 @@ class Sam2Encoder(PyramidEncoder):
         hiera: Any = HieraDet(num_classes=0, **trunk)
         hiera.head = nn.Identity()
         super().__init__(hiera, img_size, out_chans)
+
+    def _stages(self, pixels: Tensor) -> Sequence[Tensor]:
+        if not infers_on_cpu(pixels):
+            return super()._stages(pixels)
+        from sam_gym.backbones.hiera import hiera_stages
+
+        return hiera_stages(self.trunk, pixels)
 
     @property
     def blocks(self) -> nn.Sequential:

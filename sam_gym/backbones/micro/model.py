@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from sam_gym.backbones.cpu import infers_on_cpu
 from sam_gym.backbones.encoders import assemble
 
 #: Pixels per cell of the embedding, and the factors from there to a low-res mask.
@@ -252,7 +253,7 @@ class MicroEncoder(nn.Module):
 
     def _trunk_features(self, x: Tensor) -> list[Tensor]:
         """Features of the trunk at strides 4, 8, 16 and 32."""
-        if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if not infers_on_cpu(x):
             return self.trunk(x)
         # The C library keeps the memory of small pieces, and asks the system for that of large ones
         # again each time, which costs as much as the convolutions.

@@ -15,12 +15,12 @@ from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sam_gym.backbones.cpu import infers_on_cpu
 from sam_gym.backbones.video.modules import (
     MemoryAttention,
     MemoryEncoder,
     TokenLayout,
     Workspace,
-    in_pieces,
     sine_time,
 )
 from sam_gym.backbones.video.perceiver import Perceiver
@@ -241,40 +241,48 @@ class VideoMemory(nn.Module):
         prepared: Tensor,
         recalls: Sequence[Recall],
         entries: Sequence[Mapping[int, Entry]],
+        rows: Tensor | None = None,
         kept: Sequence[dict[int, MemoryKeys]] | None = None,
+        work: Workspace | None = None,
     ) -> Tensor:
         """Condition the embedding of frames on memories.
 
         Args:
-            prepared: (P, h * w, C), rows of `memory_attention.prepare`.
-            recalls: of each row, all of one size.
-            entries: frame number -> entry, of each row.
-            kept: of each row, frame number -> keys, which are used again and replaced by those
+            prepared: (B, h * w, C), of `memory_attention.prepare`.
+            recalls: of P objects, all of one size.
+            entries: frame number -> entry, of each object.
+            rows: int64 (P,), the frame of each object; None: P equals B and they correspond.
+            kept: of each object, frame number -> keys, which are used again and replaced by those
                 that this frame recalls. On a CPU, without gradients, and where `keeps_keys`.
+            work: of a series of calls with `kept`.
 
         Returns:
             (P, C, h, w).
         """
-        rows = list(zip(recalls, entries, strict=True))
+        objects = list(zip(recalls, entries, strict=True))
         slots = torch.tensor([[slot for _, slot in own.frames] for own in recalls])
         pointers = ages = None
         if recalls[0].pointers:
             pointers = torch.stack(
                 [
                     torch.stack([known[frame].pointer for frame, _ in own.pointers])
-                    for own, known in rows
+                    for own, known in objects
                 ]
             )
             ages = torch.tensor([[age / own.span for _, age in own.pointers] for own in recalls])
-        if kept is not None and self.keeps_keys and in_pieces(prepared):
+        if kept is not None and self.keeps_keys and infers_on_cpu(prepared):
             keys = [
                 self._keys_of(prepared, own, known, before)
-                for (own, known), before in zip(rows, kept, strict=True)
+                for (own, known), before in zip(objects, kept, strict=True)
             ]
-            return self._attend_to_keys(prepared, keys, slots, pointers, ages)
+            work = Workspace() if work is None else work
+            return self._attend_to_keys(prepared, keys, slots, pointers, ages, rows, work)
         spatial = [
-            torch.stack([_encoded(known[frame]) for frame, _ in own.frames]) for own, known in rows
+            torch.stack([_encoded(known[frame]) for frame, _ in own.frames])
+            for own, known in objects
         ]
+        if rows is not None:
+            prepared = prepared[rows]
         return self.attend(prepared, torch.stack(spatial), slots, pointers, ages)
 
     @property
@@ -315,14 +323,13 @@ class VideoMemory(nn.Module):
         slots: Tensor,
         pointers: Tensor | None,
         ages: Tensor | None,
+        rows: Tensor | None,
+        work: Workspace,
     ) -> Tensor:
         """`attend` to keys that are known but for the time of their memories, which changes."""
         cells, attention = self.layout.count, self.memory_attention
         layers = [layer.cross_attn_image for layer in attention.layers]
-        times = []  # of each layer, the part of keys that a slot adds: (slots, T, C)
-        for cross in layers:
-            time = F.linear(self.maskmem_tpos_enc[:, 0], cross.k_proj.weight)
-            times.append(self.layout.rotate(time.expand(-1, cells, -1).contiguous()))
+        times = work.constant("times", self._times)
         further: list[Tensor] = []
         tokens = prepared.new_empty(len(keys), 0, self.maskmem_tpos_enc.shape[-1])
         if pointers is not None and ages is not None:
@@ -330,21 +337,31 @@ class VideoMemory(nn.Module):
             further = [cross.k_proj(tokens + age) for cross in layers]
         count, places = slots.shape[1] * cells, slots.tolist()
 
-        def recalled(number: int, rows: slice, work: Workspace) -> tuple[Tensor, Tensor]:
-            (row,) = range(*rows.indices(len(keys)))
+        def recalled(number: int, piece: slice) -> tuple[Tensor, Tensor]:
+            objects = range(*piece.indices(len(keys)))
             total = count + tokens.shape[1]
-            k = work.empty("keys", (total, times[number].shape[-1]), times[number])
-            v = work.empty("values", (total, tokens.shape[-1]), tokens)
-            each = zip(k[:count].split(cells), v.split(cells), keys[row], places[row], strict=False)
-            for own, value, memory, slot in each:
-                torch.add(memory.keys[number], times[number][slot], out=own)
-                if number == 0:
-                    value.copy_(memory.values)
+            width = times[number].shape[-1]
+            k = work.empty("keys", (len(objects), total, width), times[number])
+            v = work.empty("values", (len(objects), total, tokens.shape[-1]), tokens)
+            for row, placed, plain in zip(objects, k, v, strict=True):
+                parts = placed[:count].split(cells), plain[:count].split(cells)
+                for own, value, memory, slot in zip(*parts, keys[row], places[row], strict=True):
+                    torch.add(memory.keys[number], times[number][slot], out=own)
+                    if number == 0:
+                        value.copy_(memory.values)
             if further:
-                k[count:], v[count:] = further[number][row], tokens[row]
-            return k[None], v[None]
+                k[:, count:], v[:, count:] = further[number][piece], tokens[piece]
+            return k, v
 
-        return attention.attend(prepared, recalled, self.grid)
+        return attention.attend(prepared, recalled, self.grid, rows, work=work)
+
+    def _times(self) -> list[Tensor]:
+        """Of each layer, the part of keys that each slot adds: (slots, T, C)."""
+        times = []
+        for layer in self.memory_attention.layers:
+            time = F.linear(self.maskmem_tpos_enc[:, 0], layer.cross_attn_image.k_proj.weight)
+            times.append(self.layout.rotate(time.expand(-1, self.layout.count, -1).contiguous()))
+        return times
 
     def attend(
         self,
@@ -422,7 +439,7 @@ class VideoMemory(nn.Module):
             bfloat16 (P, *memory_shape).
         """
         frames = self.memory_encoder.project(embedding)
-        size = PIECE if in_pieces(logits) else max(1, len(logits))
+        size = PIECE if infers_on_cpu(logits) else max(1, len(logits))
         parts = []
         for first in range(0, len(logits), size):
             piece = slice(first, first + size)
@@ -434,7 +451,7 @@ class VideoMemory(nn.Module):
         if masks.shape[-2:] != self.mask_size:
             masks = F.interpolate(masks, self.mask_size, mode="bilinear", align_corners=False)
         masks = (masks > 0).to(masks.dtype) if binary else masks.sigmoid()
-        memory = self.memory_encoder(frames, (masks * SCALE + OFFSET).to(frames.dtype))
+        memory = self.memory_encoder(frames, (masks * SCALE).add_(OFFSET).to(frames.dtype))
         if self.no_obj_embed_spatial is not None:
             absent = (scores <= 0)[:, None, None, None].to(memory.dtype)
             memory = memory + absent * self.no_obj_embed_spatial[..., None, None]

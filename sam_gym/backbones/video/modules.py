@@ -8,17 +8,20 @@ computed once for all of its objects.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sam_gym.backbones.cpu import gelu, infers_on_cpu
 from sam_gym.backbones.sam2 import pointwise
+
+_Constant = TypeVar("_Constant")
 
 
 @lru_cache(maxsize=16)
@@ -110,26 +113,6 @@ class TokenLayout:
         return torch.cat([free, rotate(placed, self.grid)], dim=-2).flatten(-3, -2)
 
 
-def in_pieces(x: Tensor) -> bool:
-    """Whether to compute one row of a batch after the other.
-
-    On a CPU, what a layer hands to the next then stays in the cache. With gradients, everything is
-    stored anyway.
-    """
-    return (
-        x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    )
-
-
-def affine(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Apply a linear layer.
-
-    torch fills the result with the bias before it multiplies. On a CPU, adding it afterwards takes
-    a quarter less time, where the result is several times as wide as the input.
-    """
-    return F.linear(x, layer.weight).add_(layer.bias)
-
-
 class RotaryAttention(nn.Module):
     """Attention of one head with rotary embeddings.
 
@@ -158,48 +141,49 @@ class RotaryAttention(nn.Module):
             return layout.rotate(k)
         return torch.cat([layout.rotate(k[:, :-others]), k[:, -others:]], dim=1)
 
+    def queries(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Project and rotate queries: (B, h * w, C) -> same."""
+        return rotate(self.q_proj(x), grid)
+
     def forward(
         self,
-        q: Tensor,
+        queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        grid: tuple[int, int],
         exists: Tensor | None = None,
         work: Workspace | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
-            q: (B, h * w, C).
+            queries: (B, h * w, C), of `queries`.
             keys: (B, T, C), of `keys`.
             values: (B, T, D), not projected.
-            grid: (h, w).
             exists: bool (B, T), keys that count; None: all.
             work: of a series of calls without gradients on a CPU.
         """
-        q = rotate(self.q_proj(q), grid)
-        if not in_pieces(q):
+        if not infers_on_cpu(queries):
             seen = None if exists is None else exists[:, None]
-            out = F.scaled_dot_product_attention(q, keys, self.v_proj(values), attn_mask=seen)
+            out = F.scaled_dot_product_attention(queries, keys, self.v_proj(values), attn_mask=seen)
             return self.out_proj(out)
         work = Workspace() if work is None else work
-        attended = [
-            _attend(q[row], keys[row], values[row], None if exists is None else exists[row], work)
-            for row in range(len(q))
-        ]
-        return F.linear(torch.stack(attended), *work.folded(self))
+        attended = queries.new_empty(*queries.shape[:2], values.shape[2])
+        for row, out in enumerate(attended):
+            seen = None if exists is None else exists[row]
+            _attend(queries[row], keys[row], values[row], seen, work, out)
+        return F.linear(attended, *work.folded(self))
 
 
 class Workspace:
-    """What the rows of a batch share while they are computed one after the other.
+    """What calls without gradients on a CPU share, as long as weights do not change.
 
-    Large tensors that are allocated anew are cleared page by page, which on a CPU takes as long as
-    to compute them.
+    Buffers, since large tensors that are allocated anew are cleared page by page, which takes as
+    long as to compute them; and what depends on weights only.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
-        self._folded: dict[RotaryAttention, tuple[Tensor, Tensor]] = {}
+        self._constants: dict[Hashable, Any] = {}
 
     def empty(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return a tensor of any content; it is valid until the next of this name."""
@@ -208,42 +192,45 @@ class Workspace:
             held = self._buffers[name] = like.new_empty(size)
         return held[:size].view(shape)
 
+    def constant(self, key: Hashable, make: Callable[[], _Constant]) -> _Constant:
+        """Return what `make` made of weights when this key was first asked for."""
+        if key not in self._constants:
+            self._constants[key] = make()
+        return self._constants[key]
+
     def folded(self, attention: RotaryAttention) -> tuple[Tensor, Tensor]:
         """Weight and bias of the projections of values and of the result, as one.
 
         The weights of a query have the sum 1: attention to projected values is the projection of
         attention to the values themselves, which are narrower.
         """
-        if attention not in self._folded:
-            v_proj, out_proj = attention.v_proj, attention.out_proj
-            self._folded[attention] = out_proj.weight @ v_proj.weight, out_proj(v_proj.bias)
-        return self._folded[attention]
+        v_proj, out_proj = attention.v_proj, attention.out_proj
+        return self.constant(
+            ("folded", attention), lambda: (out_proj.weight @ v_proj.weight, out_proj(v_proj.bias))
+        )
 
 
 #: Weights of attention that are computed together on a CPU, for this number of queries or more.
-_PIECE, _LEAST = 2**18, 64
+_PIECE, _LEAST = 2**19, 64
 
 
 def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, exists: Tensor | None, work: Workspace
-) -> Tensor:
-    """Attention of N queries (N, C) to T keys (T, C) and values (T, D): (N, D)."""
+    q: Tensor, keys: Tensor, values: Tensor, exists: Tensor | None, work: Workspace, out: Tensor
+) -> None:
+    """Attention of N queries (N, C) to T keys (T, C) and values (T, D) -> `out` (N, D)."""
     q, keys, values = q * keys.shape[1] ** -0.5, keys.to(q.dtype), values.to(q.dtype)
-    out = q.new_empty(len(q), values.shape[1])
     size = max(_LEAST, _PIECE // len(keys))
     for piece, result in zip(q.split(size), out.split(size), strict=True):
         shape = len(piece), len(keys)
         scores = torch.mm(piece, keys.T, out=work.empty("scores", shape, q))
         if exists is not None:
             scores.masked_fill_(~exists, -torch.inf)
-        weights = torch.softmax(scores, 1, out=work.empty("weights", shape, q))
-        torch.mm(weights, values, out=result)
-    return out
+        torch.mm(torch.softmax(scores, 1, out=scores), values, out=result)
 
 
-#: (number of a layer, rows, workspace) -> keys (B, T, C) of the layer and values (B, T, D) of these
-#: rows. Layers of the same rows are asked for in order.
-Recalled = Callable[[int, slice, Workspace], tuple[Tensor, Tensor]]
+#: (number of a layer, rows) -> keys (B, T, C) of the layer and values (B, T, D) of these rows. The
+#: layers of the same rows are asked for in order.
+Recalled = Callable[[int, slice], tuple[Tensor, Tensor]]
 
 
 class MemoryAttentionLayer(nn.Module):
@@ -268,21 +255,30 @@ class MemoryAttentionLayer(nn.Module):
     ) -> Tensor:
         """Self-attention with its residual: (B, h * w, C) -> same."""
         own = self.norm1(x)
+        queries = self.self_attn.queries(own, grid)
         keys = self.self_attn.keys(own, TokenLayout(grid))
-        return x + self.self_attn(own, keys, own, grid, work=work)
+        return x + self.self_attn(queries, keys, own, work=work)
+
+    def queries(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Queries of the attention to the memory: (B, h * w, C) -> same."""
+        return self.cross_attn_image.queries(self.norm2(x), grid)
 
     def attend_to_memory(
         self,
         x: Tensor,
+        queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        grid: tuple[int, int],
         exists: Tensor | None = None,
         work: Workspace | None = None,
     ) -> Tensor:
         """Attention to the memory and the MLP, with residuals; see `RotaryAttention`."""
-        x = x + self.cross_attn_image(self.norm2(x), keys, values, grid, exists, work)
-        return x + self.linear2(affine(self.norm3(x), self.linear1).relu_())
+        x = x + self.cross_attn_image(queries, keys, values, exists, work)
+        return x + self.linear2(self.linear1(self.norm3(x)).relu_())
+
+
+#: Cells of frames that are conditioned together on a CPU.
+_CELLS = 1024
 
 
 class MemoryAttention(nn.Module):
@@ -334,39 +330,73 @@ class MemoryAttention(nn.Module):
             (P, C, h, w).
         """
 
-        def recalled(number: int, rows: slice, _: Workspace) -> tuple[Tensor, Tensor]:
+        def recalled(number: int, rows: slice) -> tuple[Tensor, Tensor]:
             placed = memory[rows] + position[rows]
             keys = self.layers[number].cross_attn_image.keys(placed, layout, pointers)
             return keys, memory[rows]
 
-        return self.attend(x, recalled, grid, exists)
+        return self.attend(x, recalled, grid, exists=exists)
 
     def attend(
-        self, x: Tensor, recalled: Recalled, grid: tuple[int, int], exists: Tensor | None = None
+        self,
+        x: Tensor,
+        recalled: Recalled,
+        grid: tuple[int, int],
+        rows: Tensor | None = None,
+        exists: Tensor | None = None,
+        work: Workspace | None = None,
     ) -> Tensor:
-        """Condition prepared frames on keys and values; see `forward`."""
-        step, work, parts = 1 if in_pieces(x) else max(1, len(x)), Workspace(), []
-        for first in range(0, len(x), step):
-            rows = slice(first, first + step)
-            own, seen = x[rows], None if exists is None else exists[rows]
+        """Condition prepared frames on keys and values.
+
+        Args:
+            x: (B, h * w, C), of `prepare`.
+            recalled: returns keys and values.
+            grid: (h, w).
+            rows: int64 (P,), the frame of each object; None: P equals B and they correspond.
+            exists: bool (P, T), keys that count; None: all.
+            work: of a series of calls without gradients on a CPU.
+
+        Returns:
+            (P, C, h, w).
+        """
+        count = len(x) if rows is None else len(rows)
+        step = max(1, _CELLS // x.shape[1] if infers_on_cpu(x) else count)
+        work, parts = Workspace() if work is None else work, []
+        first_queries = self.layers[0].queries(x, grid)  # of the frame only
+        for first in range(0, count, step):
+            piece = slice(first, first + step)
+            of_frame = piece if rows is None else rows[piece]
+            own, queries = x[of_frame], first_queries[of_frame]
+            seen = None if exists is None else exists[piece]
             for number, layer in enumerate(self.layers):
                 if number:
                     own = layer.attend_to_frame(own, grid, work)
-                own = layer.attend_to_memory(own, *recalled(number, rows, work), grid, seen, work)
+                    queries = layer.queries(own, grid)
+                own = layer.attend_to_memory(own, queries, *recalled(number, piece), seen, work)
             parts.append(own)
         return self.norm(torch.cat(parts)).transpose(1, 2).unflatten(2, grid)
 
 
 class _ChannelNorm(LayerNorm2d):
-    """segment_anything's norm of channels in one call, three times as fast on a CPU."""
+    """segment_anything's norm of channels in fewer passes; results are channels-last in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] < 8 and x.is_contiguous():
             # Rows of a few channels do not fill a vector: here, pixels do.
-            return super().forward(x)
+            x = x - x.mean(1, keepdim=True)
+            x = x * (x.square().mean(1, keepdim=True) + self.eps).rsqrt()
+            x = x * self.weight[:, None, None] + self.bias[:, None, None]
+            return x.contiguous(memory_format=torch.channels_last)
         own = x.permute(0, 2, 3, 1)
         own = F.layer_norm(own, self.weight.shape, self.weight, self.bias, self.eps)
         return own.permute(0, 3, 1, 2)
+
+
+class _Gelu(nn.GELU):
+    """GELU of tensors that nobody else needs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x)
 
 
 class _ConvNextBlock(nn.Module):
@@ -382,7 +412,7 @@ class _ConvNextBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         own = self.norm(self.dwconv(x)).permute(0, 2, 3, 1)
-        own = self.gamma * self.pwconv2(F.gelu(affine(own, self.pwconv1)))
+        own = self.gamma * self.pwconv2(gelu(self.pwconv1(own)))
         return x + own.permute(0, 3, 1, 2)
 
 
@@ -404,7 +434,7 @@ class _MaskDownsampler(nn.Module):
             parts += [
                 nn.Conv2d(channels, after, stride + 1, stride, stride // 2),
                 _ChannelNorm(after),
-                nn.GELU(),
+                _Gelu(),
             ]
             channels = after
         self.encoder = nn.Sequential(*parts, nn.Conv2d(channels, width, 1))

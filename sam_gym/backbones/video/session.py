@@ -15,6 +15,7 @@ from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.service import Backbone
 from sam_gym.backbones.video.frames import Frames, FrameSource
 from sam_gym.backbones.video.memory import ABSENT, Entry, Recall, recall
+from sam_gym.backbones.video.modules import Workspace
 from sam_gym.backbones.video.track import Clicks, Track
 from sam_gym.backbones.video.unroll import CERTAIN, LIMIT, POINTERS, mask_logits
 
@@ -65,6 +66,7 @@ class TrackingSession:
         self.tracker, self.videos = tracker, videos
         self._tracks: list[dict[Hashable, Track]] = [{} for _ in videos]
         self._cache: dict[tuple[int, int], Frames] = {}
+        self._work = Workspace()
 
     # Frames --------------------------------------------------------------------------------------
 
@@ -381,9 +383,10 @@ class TrackingSession:
             where = torch.tensor(index, device=frames.prepared.device)
             features = _of_rows(frames.features, index)
             conditioned = self._conditioned(
-                frames.prepared[where],
+                frames.prepared,
                 [own for *_, own in bucket],
                 [track for _, _, track, _ in bucket],
+                where,
             )
             logits, ious, scores, pointers = self.tracker.decode(
                 features.merge(embedding=conditioned),
@@ -415,11 +418,16 @@ class TrackingSession:
 
     @torch.no_grad()
     def _conditioned(
-        self, prepared: Tensor, recalls: Sequence[Recall], tracks: Sequence[Track]
+        self,
+        prepared: Tensor,
+        recalls: Sequence[Recall],
+        tracks: Sequence[Track],
+        rows: Tensor | None = None,
     ) -> Tensor:
+        """See `VideoMemory.condition`."""
         known, kept = [track.known for track in tracks], [track.keys for track in tracks]
         with self.tracker.backbone.autocast():
-            return self.tracker.memory.condition(prepared, recalls, known, kept)
+            return self.tracker.memory.condition(prepared, recalls, known, rows, kept, self._work)
 
     def _shown(self, video: int, frame: int) -> TrackedFrame:
         """The present results of all objects of a frame; absent where an object has none."""

@@ -112,9 +112,9 @@ class VideoTracker:
 
         `Backbone.encode` makes of the result what `encode` makes of the frame.
         """
-        if self.backbone.squashes:
+        size = (self.backbone.image_size,) * 2
+        if self.backbone.squashes and image.shape[:2] != size:
             # Images are resized bilinearly, the frames of videos bicubically.
-            size = (self.backbone.image_size,) * 2
             return np.array(Image.fromarray(image).resize(size))
         return image
 

@@ -10,7 +10,7 @@ from torch import nn
 from sam_gym.backbones.sam2 import pointwise
 from sam_gym.backbones.video import modules
 from sam_gym.backbones.video.memory import Entry, MemoryKeys, VideoMemory, recall
-from sam_gym.backbones.video.modules import _ChannelNorm, rotate
+from sam_gym.backbones.video.modules import Workspace, _ChannelNorm, rotate
 
 
 def test_pairs_turn_by_column_and_row() -> None:
@@ -94,6 +94,7 @@ def test_kept_keys_change_no_result(memory: VideoMemory) -> None:
     tracks: list[dict[int, Entry]] = [{0: entry()} for _ in range(2)]
     kept: list[dict[int, MemoryKeys]] = [{} for _ in tracks]
     kept_low: list[dict[int, MemoryKeys]] = [{} for _ in tracks]
+    rows, work = torch.tensor([1, 0]), Workspace()
     for frame in range(1, 12):
         if frame == 9:
             # A prompted frame gets another memory.
@@ -101,12 +102,12 @@ def test_kept_keys_change_no_result(memory: VideoMemory) -> None:
         tracked = [{k: own for k, own in track.items() if k} for track in tracks]
         recalls = [recall(frame, [0], own, num_frames=20) for own in tracked]
         prepared = normal(2, 16, 32)
-        expected = memory.condition(prepared, recalls, tracks).detach()
+        expected = memory.condition(prepared[rows], recalls, tracks).detach()
         with torch.no_grad():
-            found = memory.condition(prepared, recalls, tracks, kept)
+            found = memory.condition(prepared, recalls, tracks, rows, kept, work)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            low = memory.condition(prepared, recalls, tracks, kept_low)
+            low = memory.condition(prepared, recalls, tracks, rows, kept_low)
         assert (low - expected).std() < 0.05 * expected.std()
         assert all(set(own) == {f for f, _ in recalls[0].frames} for own in kept)
         for track in tracks:
