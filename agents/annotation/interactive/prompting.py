@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from agents.annotation.interactive.project import SavedObject
 from sam_gym.backbones import BackboneService, Prompts
 from sam_gym.backbones.features import ImageFeatures
+from sam_gym.simulation.clicks import error_click
 from sam_gym.utils.transfer import to_device
 
 #: Bound on the clicks of one object.
@@ -53,7 +54,7 @@ class Correction:
     Attributes:
         saved: the object, as it is in the file until the correction is saved.
         logits: (hm, wm), its mask as SAM takes mask prompts.
-        clicks: those that have made the mask, as far as they are known.
+        clicks: those that have made the mask, or stand for it, see `inner_click`.
         box: that has made the mask, if it is known.
         name: of the objects that a person made before, and goes on with afterwards.
     """
@@ -65,16 +66,26 @@ class Correction:
     name: str
 
 
-def clicks_of(correction: Correction | None, steps: Iterable[Step]) -> list[Click]:
-    """Return all clicks on an object."""
-    known = () if correction is None else correction.clicks
+def clicks_of(correction: Correction | None, steps: Sequence[Step]) -> list[Click]:
+    """Return all clicks on an object; a box in the steps replaces those before a correction."""
+    known = () if correction is None or box_of(None, steps) else correction.clicks
     return [*known, *(step.prompt for step in steps if isinstance(step.prompt, Click))]
 
 
-def box_of(correction: Correction | None, steps: Iterable[Step]) -> Box | None:
+def box_of(correction: Correction | None, steps: Sequence[Step]) -> Box | None:
     """Return the last box of an object, or None."""
     boxes = [step.prompt for step in steps if not isinstance(step.prompt, Click)]
     return boxes[-1] if boxes else None if correction is None else correction.box
+
+
+def inner_click(mask: np.ndarray) -> tuple[Click, ...]:
+    """Return a positive click deep inside a mask bool (H, W); none if no pixel is set.
+
+    It stands for the clicks that have made the mask, where these are not known: corrected by one
+    further click, masks of `micro` hardly get better with the mask alone as a prompt.
+    """
+    found = error_click(mask, np.zeros_like(mask))
+    return () if found is None else (Click(float(found.x), float(found.y), True),)
 
 
 def decode(

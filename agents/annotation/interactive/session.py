@@ -38,6 +38,7 @@ from agents.annotation.interactive.prompting import (
     box_of,
     clicks_of,
     decode,
+    inner_click,
 )
 from sam_gym.backbones import BackboneService
 from sam_gym.backbones.features import ImageFeatures
@@ -298,11 +299,10 @@ class Session:
     def _after(self, prompt: Click | Box) -> Step:
         """Decode the mask after one more click, or another box."""
         image, backbone = self._opened(), self.models.backbone
-        clicks, box, logits = self.clicks, self.box, self._logits
         if isinstance(prompt, Click):
-            clicks = [*clicks, prompt]
-        else:
-            box, logits = prompt, None  # the mask of another box would mislead
+            clicks, box, logits = [*self.clicks, prompt], self.box, self._logits
+        else:  # the mask of another box would mislead
+            clicks, box, logits = clicks_of(None, self.steps), prompt, None
         return Step(prompt, *decode(backbone, image.features, image.size, clicks, box, logits))
 
     @locked
@@ -412,7 +412,8 @@ class Session:
     def correct(self, number: int | str) -> str:
         """Make a saved object the current one, so that clicks correct its mask.
 
-        SAM gets its mask, and the clicks that have made it if this tab remembers them.
+        SAM gets its mask and the clicks that have made it; without the latter, after a restart or
+        from another tool, one inside it.
 
         Returns:
             What people are told.
@@ -428,10 +429,13 @@ class Session:
         if saved is None:
             raise ValueError("Somebody else has removed this object.")
         made = self._made(saved)
-        steps, before = ([], None) if made is None else (made.steps, made.correction)
-        logits = steps[-1].logits if steps else mask_prompt(self.models.backbone, saved.mask())
-        clicks = tuple(clicks_of(before, steps))
-        self.correction = Correction(saved, logits, clicks, box_of(before, steps), self.name)
+        if made is None:
+            mask, box = saved.mask(), None
+            clicks, logits = inner_click(mask), mask_prompt(self.models.backbone, mask)
+        else:
+            clicks = tuple(clicks_of(made.correction, made.steps))
+            logits, box = made.steps[-1].logits, box_of(made.correction, made.steps)
+        self.correction = Correction(saved, logits, clicks, box, self.name)
         self.name = saved.name
         return f"{saved.name} is selected: clicks correct it. Enter, then a click: another."
 
