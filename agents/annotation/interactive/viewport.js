@@ -73,7 +73,7 @@ export default {
       const after = this.size;
       const slack = this.zoom > 1 ? SLACK : 0;
       this.centre = this.centre.map((value, i) => {
-        const edge = Math.min((this.frame[i] / 2 - slack) / after[i], 0.5);
+        const edge = (this.fitted[i] / 2 - slack) / after[i]; // the image covers where it was at first
         return limit(value + at[i] / before[i] - (at[i] + by[i]) / after[i], edge, 1 - edge);
       });
     },
