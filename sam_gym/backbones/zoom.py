@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
 from sam_gym.backbones.protocols import BackboneService
+from sam_gym.utils.transfer import to_device
 
 #: Sides of the window in those of the bounding box.
 MARGIN = 1.4
@@ -107,3 +109,20 @@ def low_res_logits(backbone: BackboneService, logits: Tensor, window: Window) ->
     own = logits[window.slices][None, None]
     frame[:height, :width] = F.interpolate(own, (height, width), mode="bilinear")[0, 0]
     return F.interpolate(frame[None, None], backbone.mask_shape, mode="area")[0, 0]
+
+
+def mask_prompt(backbone: BackboneService, mask: np.ndarray) -> Tensor:
+    """Return a mask of an image as SAM takes mask prompts.
+
+    Args:
+        backbone: the SAM.
+        mask: bool (H, W).
+
+    Returns:
+        float32 (hm, wm), logits from -10 to 10, on the device of the backbone.
+    """
+    height, width = backbone.input_size((mask.shape[0], mask.shape[1]))
+    framed = np.zeros((backbone.image_size,) * 2, np.float32)
+    framed[:height, :width] = cv2.resize(mask.astype(np.float32), (width, height))
+    small = cv2.resize(framed, backbone.mask_shape[::-1], interpolation=cv2.INTER_AREA)
+    return to_device(20 * small - 10, backbone.device)

@@ -1,14 +1,21 @@
 // The image with masks and clicks over it. Emits `press` (a click at a fraction of the image), `box`
 // and `key`; the crosshair of the keyboard and the frame of a box being dragged live here alone.
+import viewport, { STEP } from "viewport";
 const DRAG = 6; // pixels that make a click a box
+const BUTTONS = "button, a, [role=button], [role=switch]";
+const ZOOMS = { "+": STEP, "=": STEP, "-": 1 / STEP, _: 1 / STEP, 0: 0 };
 export default {
+  mixins: [viewport],
   template: `
-    <div class="sg-frame" ref="frame" @dragover.prevent @drop.prevent="dropped">
+    <div class="sg-frame" ref="frame" :class="{ 'sg-moving': moving || space, 'sg-crisp': crisp }"
+         @pointerdown="down" @pointermove="move" @pointerup="up" @pointercancel="cancel"
+         @pointerenter="enter" @mousedown.middle.prevent @wheel.prevent="wheel" @contextmenu.prevent
+         @dragover.prevent @drop.prevent="dropped">
       <div v-show="scene.src" class="sg-stage" ref="stage" tabindex="0" role="application"
-           aria-label="Image. Arrow keys move the crosshair, space clicks." :style="fitted"
-           @pointerdown="down" @pointermove="move" @pointerup="up" @pointercancel="drag = null"
-           @contextmenu.prevent>
-        <img :src="scene.src" :alt="scene.file" draggable="false">
+           aria-label="Image. Arrow keys move the crosshair, space clicks." :style="placed">
+        <img :src="scene.src" :alt="scene.file" class="sg-picture" draggable="false">
+        <img v-if="detail" class="sg-picture sg-detail" :src="detail.src" :style="detail.style" alt=""
+             draggable="false">
         <img v-if="scene.heat" class="sg-heat" :src="scene.heat" alt="click probabilities" draggable="false">
         <svg :viewBox="'0 0 ' + scene.width + ' ' + scene.height" preserveAspectRatio="none">
           <path v-for="own in scene.objects" :key="own.id" :d="own.path" :fill="own.colour"
@@ -31,15 +38,22 @@ export default {
           </g>
         </svg>
       </div>
+      <div v-show="scene.src" class="sg-zoom" @pointerdown.stop @mousedown.prevent>
+        <q-btn v-if="zoom > 1" dense flat icon="remove" title="Zoom out (-)" aria-label="Zoom out (-)"
+               @click="zoomBy(1 / STEP)" />
+        <q-btn v-if="zoom > 1" dense flat no-caps :label="zoom.toFixed(1) + '×'" title="Whole image (0)"
+               aria-label="Whole image (0)" @click="fit" />
+        <q-btn dense flat icon="add" title="Zoom in (+)" aria-label="Zoom in (+)" @click="zoomBy(STEP)" />
+      </div>
     </div>
   `,
   data() {
     return {
       scene: {
-        src: "", file: "", width: 1, height: 1, path: "", marks: [], box: null, objects: [],
+        src: "", file: "", width: 1, height: 1, shown: 1, path: "", marks: [], box: null, objects: [],
         suggestions: [], selected: -1, heat: "", negative: false, uploader: 0,
       },
-      fitted: {}, drag: null, cursor: null, corner: null,
+      drag: null, cursor: null, corner: null, STEP,
     };
   },
   computed: {
@@ -50,21 +64,22 @@ export default {
     },
   },
   mounted() {
-    this.observer = new ResizeObserver(() => this.fit());
+    this.observer = new ResizeObserver(() => this.measure());
     this.observer.observe(this.$refs.frame);
-    this.onKey = (event) => this.keydown(event);
-    window.addEventListener("keydown", this.onKey);
+    this.listeners = { keydown: this.keydown, keyup: this.keyup, blur: () => (this.space = false) };
+    for (const [name, listener] of Object.entries(this.listeners)) window.addEventListener(name, listener);
   },
   unmounted() {
     this.observer.disconnect();
-    window.removeEventListener("keydown", this.onKey);
+    for (const [name, listener] of Object.entries(this.listeners)) window.removeEventListener(name, listener);
   },
   methods: {
     show(patch) {
       const other = patch.file !== undefined && patch.file !== this.scene.file;
       Object.assign(this.scene, patch);
-      if (other) this.drag = this.cursor = this.corner = null;
-      if (patch.width) this.fit();
+      if (!other) return;
+      this.drag = this.cursor = this.corner = null;
+      this.fit();
     },
     // The newest frame wins: those that arrive after it are dropped.
     async showFrame(patch) {
@@ -74,12 +89,6 @@ export default {
       await image.decode().catch(() => {}); // shown as broken
       if (turn === this.turn) this.show(patch);
     },
-    fit() {
-      const { clientWidth, clientHeight } = this.$refs.frame;
-      const scale = Math.min(clientWidth / this.scene.width, clientHeight / this.scene.height);
-      this.fitted = { width: this.scene.width * scale + "px", height: this.scene.height * scale + "px" };
-    },
-    pc: (fraction) => 100 * fraction + "%",
     sorted: (a, b) => [
       Math.min(a[0], b[0]), Math.min(a[1], b[1]), Math.max(a[0], b[0]), Math.max(a[1], b[1]),
     ],
@@ -90,20 +99,31 @@ export default {
         inside((event.clientX - area.left) / area.width), inside((event.clientY - area.top) / area.height),
       ];
     },
+    // The mouse is back at the image, and so are the keys: Enter no more presses a button.
+    enter(event) {
+      const onButton = document.activeElement?.closest(BUTTONS);
+      if (onButton && event.pointerType === "mouse") this.$refs.stage.focus({ preventScroll: true });
+    },
     down(event) {
-      if (!event.isPrimary || ![0, 2].includes(event.button)) return;
+      this.drag = null;
+      if (this.grab(event) || ![0, 2].includes(event.button)) return;
+      if (!this.$refs.stage.contains(event.target)) return;
       this.cursor = this.corner = null;
       this.drag = { from: this.place(event), x: event.clientX, y: event.clientY, right: event.button === 2 };
-      this.$refs.stage.setPointerCapture(event.pointerId);
     },
     move(event) {
+      this.pull(event);
       if (!this.drag || this.drag.right) return;
       const far = Math.hypot(event.clientX - this.drag.x, event.clientY - this.drag.y) > DRAG;
       if (far || this.drag.to) this.drag.to = this.place(event);
     },
-    up() {
-      const drag = this.drag;
+    cancel(event) {
+      this.release(event);
       this.drag = null;
+    },
+    up(event) {
+      const drag = this.drag;
+      this.cancel(event);
       if (!drag) return;
       if (drag.to) this.$emit("box", { box: this.sorted(drag.from, drag.to) });
       else this.press(drag.from, drag.right);
@@ -120,9 +140,14 @@ export default {
       if (typing && ["Enter", "Escape"].includes(event.key)) target.blur(); // back to the image
       if (typing || event.altKey || event.metaKey) return;
       if (event.ctrlKey && event.key.toLowerCase() !== "z") return;
-      const onButton = target.closest("button, a, [role=button], [role=switch]");
-      if (onButton && [" ", "Enter"].includes(event.key)) return;
+      if (target.closest(BUTTONS) && [" ", "Enter"].includes(event.key)) return;
       if (this.type(event) || this.local(event) || this.named(event)) event.preventDefault();
+    },
+    // With Space held, a drag moves the image; else its release is a click at the crosshair.
+    keyup(event) {
+      if (event.key !== " " || !this.space) return;
+      if (this.cursor && this.space !== "used") this.$emit("press", { at: this.cursor, positive: true });
+      this.space = false;
     },
     type(event) {
       // Here, not by the server: what is typed next belongs to the field already.
@@ -136,15 +161,26 @@ export default {
       const step = steps[event.key];
       if (!this.scene.src || event.ctrlKey) return false;
       if (step) {
-        const by = event.shiftKey ? 0.05 : 0.005;
-        const at = this.cursor || [0.5, 0.5];
+        const by = (event.shiftKey ? 0.05 : 0.005) / this.zoom;
+        const at = this.cursor || this.centre;
         const moved = (i) => Math.min(Math.max(at[i] + (this.cursor ? by * step[i] : 0), 0), 1);
         this.cursor = [moved(0), moved(1)];
+        this.reveal(this.cursor);
+        return true;
+      }
+      const zoom = ZOOMS[event.key];
+      if (zoom !== undefined) {
+        if (zoom) this.zoomBy(zoom);
+        else this.fit();
+        return true;
+      }
+      if (event.key === " ") {
+        this.space ||= true;
         return true;
       }
       if (!this.cursor) return false;
       const key = event.key.toLowerCase();
-      if (key === " " || key === "x") this.$emit("press", { at: this.cursor, positive: key === " " });
+      if (key === "x") this.$emit("press", { at: this.cursor, positive: false });
       else if (key === "b" && this.corner) {
         this.$emit("box", { box: this.sorted(this.corner, this.cursor) });
         this.corner = null;

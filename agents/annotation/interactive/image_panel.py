@@ -10,8 +10,9 @@ from nicegui import ui
 from agents.annotation.interactive.job import Job
 from agents.annotation.interactive.panel import Panel, pixel
 from agents.annotation.interactive.project import ANNOTATIONS
+from agents.annotation.interactive.session import UNFINISHED
 from agents.annotation.interactive.widgets import css_colour, icon_button, in_thread, text_button
-from sam_gym.utils.text import counted
+from sam_gym.utils.text import counted, printable
 
 if TYPE_CHECKING:
     from agents.annotation.interactive.page import Page
@@ -28,12 +29,14 @@ class ImagePanel(Panel):
     keys: ClassVar = {
         "Z, R": "undo, reset",
         "Enter": "save the object, or accept the suggestion",
+        "J, K": "select the next, previous saved object to correct it",
+        "Esc, click in a mask": "select its object to correct it",
         "N, F, Esc": "agent's next click, finish, take over",
         "H": "heat map of the agent",
         "E, Esc": "suggest everything, stop or dismiss",
         "J, K, Backspace": "next and previous suggestion, dismiss it",
         "L": "accept all suggestions",
-        "Delete": "remove the last object",
+        "Delete": "remove the selected object, or the last",
         ". and ,": "next, previous image",
     }
 
@@ -107,7 +110,7 @@ class ImagePanel(Panel):
         return self.session.image is not None
 
     def unfinished(self) -> str | None:
-        return "Save (Enter) or reset (R) the object first." if self.session.steps else None
+        return UNFINISHED if self.session.steps else None
 
     def pause(self) -> None:
         self.playing = False
@@ -127,6 +130,8 @@ class ImagePanel(Panel):
         return self.session.names()
 
     async def set_name(self, name: str) -> None:
+        if name == self.session.name:  # the session has told the page
+            return
         await self.page.do(self.session.set_name, name)
         if self.heat.value:
             await self._show_current()
@@ -149,15 +154,14 @@ class ImagePanel(Panel):
         self.playing = False
         assert self.session.image is not None
         x, y = pixel(at, self.session.image.size)
-        if self.session.suggestions:
+        if self.session.suggestions and self.session.correction is None:
             worked, told = await self.page.do(self.session.answer, x, y, positive)
             await self._show_objects()
             self.page.offer()
             if worked and told:
                 self.page.tell(told)
             return
-        await self.page.do(self.session.click, x, y, positive)
-        await self._show_current()
+        await self._change(self.session.press, x, y, positive)
 
     async def box(self, corners: list[float]) -> None:
         self.playing = False
@@ -168,34 +172,37 @@ class ImagePanel(Panel):
         )
         await self._show_current()
 
-    async def undo(self) -> None:
-        """Remove the last click or box, or undo the last change of saved objects."""
+    async def _change(self, work: Any, *args: Any) -> str:
+        """Change the current object and draw it; returns what the work says."""
         self.playing = False
-        worked, told = await self.page.do(self.session.undo)
-        if told:
+        before = self.session.correction
+        worked, told = await self.page.do(work, *args)
+        if told or self.session.correction is not before:
             self.page.name.set_value(self.session.name)
             await self._show_objects()
         await self._show_current()
         if worked and told:
+            self.page.status.set_text(printable(told))
+        return told or ""
+
+    async def undo(self) -> None:
+        """Remove the last click or box, or undo the last change of saved objects."""
+        if told := await self._change(self.session.undo):
             self.page.tell(told)
 
     async def reset(self) -> None:
         """Remove all clicks."""
-        self.playing = False
-        await self.page.do(self.session.reset)
-        await self._show_current()
+        await self._change(self.session.reset)
 
     async def enter(self) -> None:
         """Save the object, or accept the selected suggestion."""
-        self.playing = False
         session = self.session
-        if session.suggestions and not session.steps:
-            await self.page.do(session.accept, session.selected)
+        if session.suggestions and not (session.steps or session.correction):
+            await self._change(session.accept, session.selected)
         else:
-            await self.page.do(session.save_object)
+            await self._change(session.save_object)
         await self._show_objects()
         self.page.offer()
-        await self._show_current()
 
     # The agent ---------------------------------------------------------------------------------
 
@@ -230,7 +237,7 @@ class ImagePanel(Panel):
             self.over.set_visibility(False)
 
     async def take_over(self) -> None:
-        """Stop the agent, or else the search, or else drop the suggestions."""
+        """Stop the agent, or the search, or drop the suggestions, or let the object go."""
         if self.playing:
             self.playing = False
         elif self.session.stop_search():
@@ -238,6 +245,8 @@ class ImagePanel(Panel):
         elif self.session.suggestions:
             await self.page.do(self.session.dismiss_all)
             self._show_suggestions()
+        else:
+            await self._change(self.session.let_go)
 
     async def switch_heat(self) -> None:
         """Show or hide the agent's click probabilities."""
@@ -289,9 +298,12 @@ class ImagePanel(Panel):
         )
 
     async def select(self, step: int) -> None:
-        """Select another suggestion."""
-        await self.page.do(self.session.select, step)
-        self.page.canvas.show(selected=self.session.selected)
+        """Select another suggestion, or without any, another saved object."""
+        if self.session.suggestions:
+            await self.page.do(self.session.select, step)
+            self.page.canvas.show(selected=self.session.selected)
+        else:
+            await self._change(self.session.correct_beside, step)
 
     async def accept_all(self) -> None:
         """Save all suggestions."""
@@ -309,16 +321,17 @@ class ImagePanel(Panel):
     # Saved objects -----------------------------------------------------------------------------
 
     async def remove_last(self) -> None:
-        """Remove the object that was saved last."""
+        """Remove the selected object, or the one that was saved last."""
         if objects := await in_thread(self.session.objects):
-            await self._remove(objects[-1]["id"])
+            chosen = [own["id"] for own in objects if own["is_current"]] or [objects[-1]["id"]]
+            await self._remove(chosen[0])
 
     async def _remove(self, number: int | str) -> None:
-        await self.page.do(self.session.remove_object, number)
+        await self._change(self.session.remove_object, number)
         await self._show_objects()
 
     async def _rename(self, number: int | str) -> None:
-        await self.page.do(self.session.rename_object, number)
+        await self._change(self.session.rename_object, number)
         await self._show_objects()
         self.page.offer()
 
@@ -343,7 +356,8 @@ class ImagePanel(Panel):
         objects = await in_thread(self.session.objects)
         for own in objects:
             own["colour"] = css_colour(own["id"])
-        drawn = [{key: own[key] for key in ("id", "path", "colour")} for own in objects]
+        others = [own for own in objects if not own["is_current"]]
+        drawn = [{key: own[key] for key in ("id", "path", "colour")} for own in others]
         self.page.canvas.show(objects=drawn)
         self.count.set_text(f"Objects: {len(objects)}")
         if self.player is not None:
@@ -356,10 +370,11 @@ class ImagePanel(Panel):
 
     def _show_object(self, own: dict[str, Any]) -> None:
         number, score = own["id"], own["score"]
-        with ui.element("div").classes("sg-item"):
+        with ui.element("div").classes("sg-item" + (" sg-chosen" if own["is_current"] else "")):
             ui.element("div").classes("sg-dot").style(f"background: {own['colour']}")
             text = own["name"] if score is None else f"{own['name']}  {score:.2f}"
-            ui.label(text).classes("sg-label")
+            label = ui.button(text, on_click=lambda: self._change(self.session.correct, number))
+            label.props("flat dense no-caps align=left").classes("sg-label").tooltip("Correct it")
             name, remove = lambda: self._rename(number), lambda: self._remove(number)
             icon_button("drive_file_rename_outline", "Give it the name above", name, "size=sm")
             icon_button("delete", "Remove", remove, "size=sm")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
-from agents.annotation.interactive.session import Click
+from agents.annotation.interactive.prompting import Click
 from sam_gym.data.coco_records import encode_segmentation
 from sam_gym.data.io import Records, Reject, read_json
 from sam_gym.data.videos.reader import decode

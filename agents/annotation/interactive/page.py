@@ -27,6 +27,9 @@ _OFFERED = 20
 KEYS = {
     "click, right click": "positive, negative click (M switches)",
     "drag": "box",
+    "wheel, pinch, + and -": "zoom",
+    "0": "whole image",
+    "Space or middle button, drag": "move the zoomed image",
     "arrows (Shift: further)": "move the crosshair",
     "Space, X at the crosshair": "positive, negative click",
     "B at the crosshair, twice": "corners of a box",

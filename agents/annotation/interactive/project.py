@@ -74,6 +74,7 @@ class SavedObject:
         id: of its annotation.
         name: of its category.
         score: predicted IoU, or None if the file does not say.
+        clicks: number of clicks that have made it, as far as the file says.
         segmentation: COCO RLE or polygons.
         size: (H, W) of the image.
     """
@@ -81,6 +82,7 @@ class SavedObject:
     id: int | str
     name: str
     score: float | None
+    clicks: int
     segmentation: Any = field(repr=False)
     size: tuple[int, int]
 
@@ -279,6 +281,7 @@ class Project(Queue):
                 record["id"],
                 names.get(record["category_id"], "?"),
                 score if isinstance(score := record.get("score"), int | float) else None,
+                whole_number(record.get("clicks")) or 0,
                 record["segmentation"],
                 size,
             )
@@ -309,9 +312,7 @@ class Project(Queue):
         self, file: str, objects: Sequence[tuple[str, np.ndarray | dict[str, Any], dict[str, Any]]]
     ) -> Edit:
         """Write several objects (name, mask, further entries) at once; see `add`."""
-        made = [(name, mask_annotation(mask, **values)) for name, mask, values in objects]
-        if any(not annotation["area"] for _, annotation in made):
-            raise ValueError("The mask is empty: click the object first.")
+        made = [(name, _annotation(mask, values)) for name, mask, values in objects]
         with self._changing() as edit:
             for name, annotation in made:
                 height, width = annotation["segmentation"]["size"]
@@ -320,6 +321,35 @@ class Project(Queue):
                 number = _next_id(row.record["id"] for row in self._annotations.values())
                 own = {"id": number, "image_id": image["id"], "category_id": self._category(name)}
                 self._annotations[number] = _Row.of(own | annotation)
+        return edit
+
+    def replace(
+        self, saved: SavedObject, mask: np.ndarray, name: str | None, values: dict[str, Any]
+    ) -> Edit:
+        """Change the mask of an object; its id, its place and entries of other tools stay.
+
+        Args:
+            saved: the object as it was read.
+            mask: bool (H, W).
+            name: of its category, which may be new; None: it stays.
+            values: further entries of the annotation.
+
+        Raises:
+            ValueError: the mask is empty, or somebody else has changed it since.
+            OSError: the file could not be written.
+        """
+        annotation = _annotation(mask, values)
+        with self._changing() as edit:
+            record = self._record(saved.id)
+            if record["segmentation"] != saved.segmentation:
+                raise ValueError(
+                    "Somebody else has changed this object meanwhile: reset it (R), then select it "
+                    "again."
+                )
+            kept = {key: record[key] for key in ("iscrowd",) if key in record}
+            if name is not None:
+                kept["category_id"] = self._category(name)
+            self._annotations[saved.id] = _Row.of(record | annotation | kept)
         return edit
 
     def rename(self, number: int | str, name: str) -> Edit:
@@ -433,3 +463,11 @@ def _next_id(taken: Iterator[int | str]) -> int:
     """Return a number above all that are taken, also as "1" or 1.0, which other tools write."""
     texts = map(str, map(number_as_text, taken))
     return 1 + max((int(text) for text in texts if text.isdecimal()), default=0)
+
+
+def _annotation(mask: np.ndarray | dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the annotation of a mask, without ids; raises `ValueError` if it is empty."""
+    annotation = mask_annotation(mask, **values)
+    if not annotation["area"]:
+        raise ValueError("The mask is empty: click the object first.")
+    return annotation

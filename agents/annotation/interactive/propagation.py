@@ -10,7 +10,7 @@ from contextlib import suppress
 import numpy as np
 
 from agents.annotation.interactive.masklets import FramePrompt, Mask, Masklets, VideoObject
-from agents.annotation.interactive.session import Click
+from agents.annotation.interactive.prompting import Click
 from sam_gym.backbones.video.frames import FrameSource
 from sam_gym.backbones.video.memory import closest_frames
 from sam_gym.backbones.video.session import TrackedFrame, TrackingSession

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import warnings
+from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Response
@@ -12,6 +13,7 @@ from nicegui import ui
 from agents.annotation.interactive.guard import Guard
 from agents.annotation.interactive.page import add_page
 from agents.annotation.interactive.workspaces import Workspaces
+from sam_gym.backbones.zoom import Window
 
 #: Seconds for which the server waits for a browser that is slow, or asleep.
 _PATIENCE = 60.0
@@ -22,21 +24,12 @@ def make_app(workspaces: Workspaces, token: str | None, hosts: frozenset[str] | 
     app = FastAPI(openapi_url=None)
 
     @app.get("/shown/{key}")
-    def shown(key: str) -> Response:
-        data = workspaces.shown(key)
-        if data is None:
-            raise HTTPException(404)
-        return Response(data, media_type="image/jpeg", headers={"cache-control": "private"})
+    def shown(key: str, window: str = "") -> Response:
+        return _picture(lambda: workspaces.shown(key, _window(window)))
 
     @app.get("/frame/{key}/{number}")
-    def frame(key: str, number: int) -> Response:
-        try:
-            data = workspaces.frame(key, number)
-        except (ValueError, OSError):
-            data = None
-        if data is None:
-            raise HTTPException(404)
-        return Response(data, media_type="image/jpeg", headers={"cache-control": "private"})
+    def frame(key: str, number: int, window: str = "") -> Response:
+        return _picture(lambda: workspaces.frame(key, number, _window(window)))
 
     add_page(workspaces)
     ui.run_with(
@@ -51,6 +44,25 @@ def make_app(workspaces: Workspaces, token: str | None, hosts: frozenset[str] | 
     bound = workspaces.max_upload + 2**16
     app.add_middleware(Guard, token=token, hosts=hosts, max_body=bound)
     return app
+
+
+def _window(text: str) -> Window | None:
+    """Return the window x0,y0,x1,y1; raises `ValueError` if it is none."""
+    if not text:
+        return None
+    x0, y0, x1, y1 = map(int, text.split(","))
+    return Window(x0, y0, x1, y1)
+
+
+def _picture(read: Callable[[], bytes | None]) -> Response:
+    """Answer with a JPEG, or that there is none."""
+    try:
+        data = read()
+    except (ValueError, OSError):
+        data = None
+    if data is None:
+        raise HTTPException(404)
+    return Response(data, media_type="image/jpeg", headers={"cache-control": "private"})
 
 
 def run_server(

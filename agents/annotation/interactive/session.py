@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pycocotools import mask as rle
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from agents.annotation.interactive.drawing import (
     at_shown_size,
     heat_map,
     jpeg,
+    measures,
     outline,
     shown_size,
 )
@@ -29,23 +29,35 @@ from agents.annotation.interactive.job import Job
 from agents.annotation.interactive.locking import locked
 from agents.annotation.interactive.player import ClickPlayer, PinnedImages, Proposal
 from agents.annotation.interactive.project import Edit, Project, SavedObject
-from sam_gym.backbones import BackboneService, Prompts
+from agents.annotation.interactive.prompting import (
+    MAX_CLICKS,
+    Box,
+    Click,
+    Correction,
+    Step,
+    box_of,
+    clicks_of,
+    decode,
+    inner_click,
+)
+from sam_gym.backbones import BackboneService
 from sam_gym.backbones.features import ImageFeatures
 from sam_gym.backbones.video.tracker import VideoTracker
+from sam_gym.backbones.zoom import Window, mask_prompt
 from sam_gym.mask_generation.generator import MaskGenerator
 from sam_gym.utils.text import counted, printable
-from sam_gym.utils.transfer import to_device, to_host
+from sam_gym.utils.transfer import to_host
 
 #: Bound on the length of a name.
 MAX_NAME = 100
-#: Bound on the clicks of one object.
-MAX_CLICKS = 200
 #: Number of changes of saved objects that can be undone.
 _HISTORY = 100
 #: IoU above which a suggestion is a saved object.
 _SAME = 0.8
 #: What everything mode does, for people.
 SEARCHING = "Looking for everything"
+#: What people are told before clicks would be lost.
+UNFINISHED = "Save (Enter) or reset (R) the object first."
 
 
 @dataclass(frozen=True)
@@ -67,31 +79,6 @@ class Models:
     generator: MaskGenerator
     max_pixels: int
     tracker: Callable[[], VideoTracker]
-
-
-@dataclass(frozen=True)
-class Click:
-    """A click: (x, y) in pixels of the image, whether positive, whether the agent's."""
-
-    x: float
-    y: float
-    positive: bool
-    by_agent: bool = False
-
-
-@dataclass(frozen=True)
-class Step:
-    """A click or a box, and the mask after it.
-
-    Attributes:
-        prompt: the click, or the box (x0, y0, x1, y1) in pixels of the image.
-        logits: (hm, wm).
-        predicted_iou: SAM's estimate.
-    """
-
-    prompt: Click | tuple[float, float, float, float]
-    logits: Tensor
-    predicted_iou: float
 
 
 @dataclass(frozen=True)
@@ -117,6 +104,7 @@ class _Change:
         label: what was done, for people.
         edit: of the project.
         steps: clicks that became the object.
+        correction: of the object that they changed, or None: they made it.
         name: of that object.
         accepted: suggestions that became objects.
     """
@@ -124,6 +112,7 @@ class _Change:
     label: str
     edit: Edit
     steps: Sequence[Step] = ()
+    correction: Correction | None = None
     name: str = ""
     accepted: Sequence[Suggestion] = ()
 
@@ -167,6 +156,7 @@ class Session:
         name: name of the current object.
         image: the open image, or None.
         steps: clicks and boxes of the current object, and their masks.
+        correction: the saved object that is the current one, or None: clicks make another.
         suggestions: masks of everything mode that wait for an answer.
         selected: index of the suggestion that keys accept or dismiss, or -1.
         search: the search of everything mode that runs or ended last in this image, or None.
@@ -180,6 +170,9 @@ class Session:
         self.name = ""
         self.image: OpenImage | None = None
         self.steps: list[Step] = []
+        self.correction: Correction | None = None
+        # Whether the next click begins an object, also inside the mask of another.
+        self._begins = False
         self.suggestions: list[Suggestion] = []
         self.selected = -1
         self.search: Job | None = None
@@ -219,7 +212,8 @@ class Session:
         """Let the open image and the clicks on it go."""
         if self.image is not None:
             self.models.images.unpin(self.image.handle)
-        self.image, self.steps, self._saved, self._paths = None, [], [], {}
+        self.reset()
+        self.image, self._saved, self._paths, self._begins = None, [], {}, False
         self._history.clear()
         self.stop_search()
         self.dismiss_all()
@@ -240,26 +234,49 @@ class Session:
     @property
     def predicted_iou(self) -> float | None:
         """SAM's estimate for the current mask, or None without one."""
-        return self.steps[-1].predicted_iou if self.steps else None
+        if self.steps:
+            return self.steps[-1].predicted_iou
+        return None if self.correction is None else self.correction.saved.score
 
     @property
     def clicks(self) -> list[Click]:
         """The clicks of the current object."""
-        return [step.prompt for step in self.steps if isinstance(step.prompt, Click)]
+        return clicks_of(self.correction, self.steps)
 
     @property
-    def box(self) -> tuple[float, float, float, float] | None:
+    def box(self) -> Box | None:
         """The last box of the current object, in pixels of the image."""
-        boxes = [step.prompt for step in self.steps if not isinstance(step.prompt, Click)]
-        return boxes[-1] if boxes else None
+        return box_of(self.correction, self.steps)
+
+    @property
+    def _logits(self) -> Tensor | None:
+        """Logits (hm, wm) of the current mask, or None without one."""
+        if self.steps:
+            return self.steps[-1].logits
+        return None if self.correction is None else self.correction.logits
+
+    @locked
+    def press(self, x: float, y: float, positive: bool) -> str:
+        """Take a person's click at (x, y), in pixels of the image.
+
+        While no object is begun, a click inside a saved mask selects its object to be corrected,
+        unless `save_object` has asked for another; a negative one corrects it at once.
+
+        Returns:
+            What people are told, or "".
+        """
+        told = ""
+        if not (self.steps or self.correction or self._begins):
+            hit = self._object_at(x, y)
+            if hit is not None:
+                told = self.correct(hit)
+        if not (told and positive):
+            self.click(x, y, positive)
+        return told
 
     @locked
     def click(self, x: float, y: float, positive: bool, by_agent: bool = False) -> None:
-        """Add a click at (x, y), in pixels of the image, and decode the mask.
-
-        As in the environments, SAM gets all clicks and the mask before; the first click alone
-        chooses among three masks.
-        """
+        """Add a click at (x, y), in pixels of the image, and decode the mask; see `decode`."""
         if len(self.steps) >= MAX_CLICKS:
             raise ValueError(f"{MAX_CLICKS} clicks are enough: save the object, or reset it.")
         self.steps.append(self._after(self._inside(x, y, positive, by_agent)))
@@ -279,35 +296,21 @@ class Session:
             raise ValueError("This box has no area: drag from corner to corner.")
         self.steps.append(self._after(box))
 
-    def _after(self, prompt: Click | tuple[float, float, float, float]) -> Step:
+    def _after(self, prompt: Click | Box) -> Step:
         """Decode the mask after one more click, or another box."""
         image, backbone = self._opened(), self.models.backbone
-        is_click = isinstance(prompt, Click)
-        clicks = [*self.clicks, prompt] if isinstance(prompt, Click) else self.clicks
-        box = self.box if isinstance(prompt, Click) else prompt
-
-        def in_frame(points: Sequence[Sequence[float]]) -> Tensor:
-            frame = backbone.to_input_frame(np.array(points), image.size)
-            return to_device(frame[None], backbone.device)
-
-        labels = np.array([[int(click.positive) for click in clicks]], np.int64)
-        prompts = Prompts(
-            points=in_frame([(click.x, click.y) for click in clicks]) if clicks else None,
-            labels=to_device(labels, backbone.device) if clicks else None,
-            boxes=None if box is None else in_frame([box[:2], box[2:]]).reshape(1, 4),
-            # The mask of another box would mislead.
-            masks=self.steps[-1].logits[None] if self.steps and is_click else None,
-        )
-        first = torch.tensor([is_click and not self.steps], device=backbone.device)
-        logits, predicted = backbone.decode_best(image.features, prompts, first)
-        return Step(prompt, logits[0], float(predicted[0]))
+        if isinstance(prompt, Click):
+            clicks, box, logits = [*self.clicks, prompt], self.box, self._logits
+        else:  # the mask of another box would mislead
+            clicks, box, logits = clicks_of(None, self.steps), prompt, None
+        return Step(prompt, *decode(backbone, image.features, image.size, clicks, box, logits))
 
     @locked
     def undo(self) -> str:
         """Remove the last click or box; without one, undo the last change of saved objects.
 
-        The clicks and the name of an object that was saved come back, as do suggestions that were
-        accepted.
+        An object that is corrected is let go before. The clicks and the name of an object that was
+        saved come back, as do suggestions that were accepted.
 
         Returns:
             What people are told, or "".
@@ -319,6 +322,10 @@ class Session:
         if self.steps:
             self.steps.pop()
             return ""
+        if self.correction is not None:
+            name = self.correction.saved.name
+            self.reset()
+            return f"{name} stays as it is."
         if not self._history:
             return "Nothing to undo in this image."
         change = self._history[-1]
@@ -328,26 +335,31 @@ class Session:
             self._history.clear()
             raise
         self._history.pop()
-        self.steps, self.name = list(change.steps), change.name or self.name
+        self.steps, self.correction = list(change.steps), change.correction
+        self.name = change.name or self.name
         self._keep([*self.suggestions, *change.accepted])
         self._refresh()
         return f"Undone: {change.label}."
 
     @locked
     def reset(self) -> None:
-        """Remove all clicks of the current object."""
-        self.steps = []
+        """Remove all clicks of the current object; a saved one stays as it is in the file."""
+        if self.correction is not None:
+            self.name = self.correction.name
+        self.steps, self.correction = [], None
 
     @locked
     def mask(self) -> np.ndarray:
         """Return the current mask at the size of the image: bool (H, W)."""
-        return self._mask_at(self._opened().size)
+        size = self._opened().size
+        if self.steps:
+            return self._decoded(size)
+        return np.zeros(size, bool) if self.correction is None else self.correction.saved.mask()
 
-    def _mask_at(self, size: tuple[int, int]) -> np.ndarray:
-        if not self.steps:
-            return np.zeros(size, bool)
+    def _decoded(self, size: tuple[int, int], window: Window | None = None) -> np.ndarray:
+        """Return the mask after the last step at a size (H, W) of the image, or a part of it."""
         backbone = self.models.backbone
-        full = backbone.masks_at(self.steps[-1].logits, size)
+        full = backbone.masks_at(self.steps[-1].logits, size, window)
         return to_host(full > backbone.mask_threshold)[0]
 
     # Objects -----------------------------------------------------------------------------------
@@ -358,20 +370,120 @@ class Session:
         self.name = " ".join(name.split())[:MAX_NAME]
 
     @locked
-    def save_object(self) -> None:
+    def save_object(self) -> str:
         """Write the current object and begin another.
 
+        A corrected one replaces its mask in the file; its id and its place stay, and its category,
+        unless another name was given. Without an object, the next click begins another, also inside
+        a saved mask.
+
+        Returns:
+            What people are told, or "".
+
         Raises:
-            ValueError: there is no mask or no name.
+            ValueError: there is no mask or no name, or somebody else has changed the object.
             OSError: it could not be written; the clicks stay.
         """
+        if not self.steps and (self.correction is not None or (self._saved and not self._begins)):
+            if self.correction is not None and self.name not in ("", self.correction.saved.name):
+                self.rename_object(self.correction.saved.id)
+            self.reset()
+            self._begins = True
+            return "The next click begins another object."
         if not self.steps:
             raise ValueError("Nothing to save: click an object first.")
-        image, score = self._opened(), self.steps[-1].predicted_iou
-        values = {"score": score, "clicks": len(self.clicks)}
-        edit = self.project.add_all(image.file, [(self._named(), self.mask(), values)])
-        self._changed(_Change(f"save {self.name}", edit, self.steps, self.name))
-        self.steps = []
+        image, correction, mask = self._opened(), self.correction, self.mask()
+        values = {"score": self.steps[-1].predicted_iou, "clicks": len(clicks_of(None, self.steps))}
+        if correction is None:
+            edit = self.project.add_all(image.file, [(self._named(), mask, values)])
+            self._begins = True
+        else:
+            saved = correction.saved
+            values["clicks"] += saved.clicks
+            name = None if self.name in ("", saved.name) else self.name
+            edit = self.project.replace(saved, mask, name, values)
+        what = "save" if correction is None else "correct"
+        change = _Change(f"{what} {self.name}", edit, self.steps, correction, self.name)
+        self.reset()
+        self._changed(change)
+        return ""
+
+    @locked
+    def correct(self, number: int | str) -> str:
+        """Make a saved object the current one, so that clicks correct its mask.
+
+        SAM gets its mask and the clicks that have made it; without the latter, after a restart or
+        from another tool, one inside it.
+
+        Returns:
+            What people are told.
+
+        Raises:
+            ValueError: another object has clicks that are not saved, or it is gone or has no mask.
+        """
+        if self.steps:
+            raise ValueError(UNFINISHED)
+        self.reset()
+        self._refresh()
+        saved = next((own for own in self._saved if own.id == number), None)
+        if saved is None:
+            raise ValueError("Somebody else has removed this object.")
+        made = self._made(saved)
+        if made is None:
+            mask, box = saved.mask(), None
+            clicks, logits = inner_click(mask), mask_prompt(self.models.backbone, mask)
+        else:
+            clicks = tuple(clicks_of(made.correction, made.steps))
+            logits, box = made.steps[-1].logits, box_of(made.correction, made.steps)
+        self.correction = Correction(saved, logits, clicks, box, self.name)
+        self.name = saved.name
+        return f"{saved.name} is selected: clicks correct it. Enter, then a click: another."
+
+    def _made(self, saved: SavedObject) -> _Change | None:
+        """Return the change of this tab that has made the mask of an object, if there is one."""
+        for change in reversed(self._history):
+            row = change.edit.after.get(saved.id)
+            if change.steps and row and row.record["segmentation"] == saved.segmentation:
+                return change
+        return None
+
+    @locked
+    def correct_beside(self, step: int) -> str:
+        """Let clicks correct another saved object, `step` further; see `correct`."""
+        ids = [own.id for own in self._saved]
+        if not ids:
+            return ""
+        number = None if self.correction is None else self.correction.saved.id
+        at = ids.index(number) + step if number in ids else min(step, 0)
+        return self.correct(ids[at % len(ids)])
+
+    @locked
+    def let_go(self) -> str:
+        """Let a click inside a saved mask select its object again; one without clicks is let go.
+
+        Returns:
+            What people are told, or "".
+        """
+        if self.steps or not self._saved:
+            return ""
+        self.reset()
+        self._begins = False
+        return "A click inside a mask selects its object."
+
+    def _object_at(self, x: float, y: float) -> int | str | None:
+        """Return the saved object with the smallest mask at (x, y) of the image, or None."""
+        height, width = self._opened().size
+        click = self._inside(x, y, True, False)
+        before = round(click.x) * height + round(click.y)  # columns come first
+        counts = [before, 1, height * width - before - 1]
+        pixel = rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+        areas: dict[int | str, int] = {}
+        for own in self._saved:
+            with suppress(ValueError):  # of another tool, without a mask
+                mask = own.run_lengths()
+                if rle.area(rle.merge([mask, pixel], intersect=True)):
+                    areas[own.id] = int(rle.area(mask))
+        return min(areas, key=lambda number: areas[number], default=None)
 
     def _named(self) -> str:
         if not self.name:
@@ -388,6 +500,8 @@ class Session:
     def remove_object(self, number: int | str) -> None:
         """Remove a saved object."""
         edit = self.project.remove(number)
+        if self.correction is not None and self.correction.saved.id == number:
+            self.reset()
         names = [name for name, _ in edit.categories.values()] or ["an object"]
         self._changed(_Change(f"remove {names[0]}", edit))
 
@@ -442,8 +556,8 @@ class Session:
         found = []
         for number, record in enumerate(masks.records("coco_rle")):
             if record["area"]:
-                small = at_shown_size(masks.mask(number))
-                found.append(Suggestion(record, small, outline(small)))
+                mask = masks.mask(number)
+                found.append(Suggestion(record, at_shown_size(mask), outline(mask)))
         with self.lock:
             if self.image is image:
                 new = self._not_saved(found)
@@ -568,9 +682,8 @@ class Session:
             cue = (x, y)
         name = "" if player.needs_cue else self._named()
         others = [own for own in self.project.names if own in player.known and own != name]
-        logits = self.steps[-1].logits if self.steps else None
         return player.propose(
-            *(image.pixels, image.handle, logits, len(self.steps), [name, *others], cue),
+            *(image.pixels, image.handle, self._logits, len(self.steps), [name, *others], cue),
             self._preview if search else None,
         )
 
@@ -598,7 +711,7 @@ class Session:
             return False
         if proposal.other == "undo":
             # Whether it would undo again does not depend on the mask alone: one is enough.
-            self.undo()
+            del self.steps[-1:]
             return False
         assert proposal.click is not None
         click = self._agents(proposal.click)
@@ -612,7 +725,9 @@ class Session:
         None: the agent has not clicked, cannot tell, or does not know the name.
         """
         player, image = self.models.player, self.image
-        if player is None or image is None or not any(click.by_agent for click in self.clicks):
+        if player is None or image is None or not self.steps:
+            return None
+        if not any(click.by_agent for click in self.clicks):
             return None
         predicted = [step.predicted_iou for step in self.steps]
         return player.presence(image.pixels, self.steps[-1].logits, predicted, self.name)
@@ -621,15 +736,11 @@ class Session:
 
     @locked
     def picture(self) -> dict[str, Any]:
-        """Return the open image as the page draws it: src, file, width and height.
-
-        Paths of masks are in pixels of this width and height, in which the image is shown.
-        """
+        """Return the open image as the page draws it: src, file, and see `measures`."""
         if self.image is None:
             return {"src": ""}
-        height, width = shown_size(self.image.size)
-        file = printable(self.image.file)
-        return {"src": f"/shown/{self.image.key}", "file": file, "width": width, "height": height}
+        src, file = f"/shown/{self.image.key}", printable(self.image.file)
+        return {"src": src, "file": file, **measures(self.image.size)}
 
     @locked
     def current(self) -> dict[str, Any]:
@@ -647,16 +758,44 @@ class Session:
         ]
         box = self.box
         return {
-            "path": outline(self._mask_at(shown_size(self.image.size))) if self.steps else "",
+            "path": self._path(),
             "marks": marks,
             "box": None if box is None else [*fraction(*box[:2]), *fraction(*box[2:])],
         }
 
+    def _path(self) -> str:
+        """Return the outline of the current mask."""
+        if not self.steps:
+            return "" if self.correction is None else self._path_of(self.correction.saved)
+        size = self._opened().size
+        rows, columns = shown_size(size)
+        small = self._decoded((rows, columns))
+        scale = size[1] / columns, size[0] / rows
+        if (rows, columns) != size and small.any():
+            # A small object of a large image: its own pixels.
+            y, x = (np.flatnonzero(small.any(axis=axis))[[0, -1]] for axis in (1, 0))
+            x0, y0 = max(0, int((x[0] - 1) * scale[0])), max(0, int((y[0] - 1) * scale[1]))
+            x1, y1 = int((x[1] + 2) * scale[0]) + 1, int((y[1] + 2) * scale[1]) + 1
+            window = Window(x0, y0, min(x1, size[1]), min(y1, size[0]))
+            if shown_size(window.size) == window.size:
+                return outline(self._decoded(size, window), window.start)
+        return outline(small, scale=scale)
+
     @locked
     def objects(self) -> list[dict[str, Any]]:
-        """Return the saved objects of the image as the page draws them: id, name, score, path."""
+        """Return the saved objects of the image as the page draws them.
+
+        Each has id, name, score, path, and whether it is the current object, `is_current`.
+        """
+        current = None if self.correction is None else self.correction.saved.id
         return [
-            {"id": own.id, "name": own.name, "score": own.score, "path": self._path_of(own)}
+            {
+                "id": own.id,
+                "name": own.name,
+                "score": own.score,
+                "path": self._path_of(own),
+                "is_current": own.id == current,
+            }
             for own in self._saved
         ]
 
@@ -664,7 +803,7 @@ class Session:
         known, path = self._paths.get(saved.id, (None, ""))
         if known != saved.segmentation:
             try:
-                path = outline(at_shown_size(saved.mask()))
+                path = outline(saved.mask())
             except ValueError:  # of another tool; it is kept in the file as it is
                 path = ""
             self._paths[saved.id] = saved.segmentation, path

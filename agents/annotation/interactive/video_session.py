@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.annotation.interactive.drawing import at_shown_size, jpeg, outline, shown_size
+from agents.annotation.interactive.drawing import jpeg, jpeg_of, measures, outline
 from agents.annotation.interactive.job import Job, stepwise
 from agents.annotation.interactive.library import VideoLibrary
 from agents.annotation.interactive.locking import locked
@@ -25,9 +25,11 @@ from agents.annotation.interactive.masklets import (
     VideoObject,
     ranges,
 )
+from agents.annotation.interactive.prompting import MAX_CLICKS, Click
 from agents.annotation.interactive.propagation import Prompter, propagate, start_of
-from agents.annotation.interactive.session import MAX_CLICKS, MAX_NAME, Click, Models
+from agents.annotation.interactive.session import MAX_NAME, Models
 from sam_gym.backbones.video.frames import FrameSource
+from sam_gym.backbones.zoom import Window
 
 #: Bound on the objects of a video.
 MAX_OBJECTS = 200
@@ -52,13 +54,15 @@ class FrameViewer:
         self._source, self._lock = source, threading.Lock()
         self._shown: OrderedDict[int, bytes] = OrderedDict()
 
-    def jpeg(self, frame: int) -> bytes:
-        """Return a frame as it is shown.
+    def jpeg(self, frame: int, window: Window | None = None) -> bytes | None:
+        """Return a frame as it is shown, or a part of it; None: it has no such part.
 
         Raises:
             ValueError, OSError: it cannot be decoded.
         """
         with self._lock:
+            if window is not None:
+                return jpeg_of(self._source[frame], window)
             if frame not in self._shown:
                 self._shown[frame] = jpeg(self._source[frame])
                 if len(self._shown) > _SHOWN_FRAMES:
@@ -603,13 +607,12 @@ class VideoSession:
         if video is None:
             return {"src": "", "file": "", "objects": [], "marks": [], "box": None, "path": ""}
         height, width = video.size
-        rows, columns = shown_size(video.size)
         with video.masklets.lock:
             masks = {own.id: own.masks.get(frame) for own in video.masklets.objects.values()}
             own = video.masklets.objects.get(self.selected or 0)
             prompt = own.prompts.get(frame, FramePrompt()) if own else FramePrompt()
         paths = {
-            number: outline(at_shown_size(mask.decoded(video.size)))
+            number: outline(mask.decoded(video.size))
             for number, mask in masks.items()
             if mask is not None
         }
@@ -627,8 +630,7 @@ class VideoSession:
             "frame": frame,
             "src": f"/frame/{video.key}/{frame}",
             "file": video.file,
-            "width": columns,
-            "height": rows,
+            **measures(video.size),
             "path": paths.pop(self.selected, "") if self.selected is not None else "",
             "objects": [{"id": number, "path": path} for number, path in paths.items()],
             "marks": marks,

@@ -13,8 +13,8 @@ from sam_gym.utils.render import distinct_colour
 T = TypeVar("T")
 
 
-class Canvas(Element, component="canvas.js"):
-    """The image, and what is drawn over it."""
+class Canvas(Element, component="canvas.js", dependencies=["viewport.js"]):
+    """The image, which can be zoomed, and what is drawn over it."""
 
     def show(self, **patch: Any) -> None:
         """Change some of what is drawn."""

@@ -8,12 +8,14 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
+from agents.annotation.interactive.drawing import jpeg_of
 from agents.annotation.interactive.library import VideoLibrary
 from agents.annotation.interactive.project import ANNOTATIONS, Project
 from agents.annotation.interactive.queue import Queue
 from agents.annotation.interactive.session import Models, Session
 from agents.annotation.interactive.video_session import VideoSession
 from agents.annotation.video_frames import VIDEO_SUFFIXES
+from sam_gym.backbones.zoom import Window
 from sam_gym.data.io import IMAGE_SUFFIXES
 from sam_gym.utils.digest import text_digest
 
@@ -226,22 +228,27 @@ class Workspaces:
         project = workspace.uploads
         return project, project.put(name, data, self.max_uploads, self.models.max_pixels)
 
-    def shown(self, key: str) -> bytes | None:
-        """Return the JPEG of the image with a secret name, or None if nobody has it open."""
+    def shown(self, key: str, window: Window | None = None) -> bytes | None:
+        """Return the JPEG of the image with a secret name, or None if nobody has it open.
+
+        Args:
+            key: the secret name.
+            window: only this part of the image, if it is one.
+        """
         for image in [own.session.image for own in self._all()]:
             if image is not None and _same(image.key, key):
-                return image.shown
+                return image.shown if window is None else jpeg_of(image.pixels, window)
         return None
 
-    def frame(self, key: str, number: int) -> bytes | None:
-        """Return the JPEG of a frame of the video with a secret name, or None.
+    def frame(self, key: str, number: int, window: Window | None = None) -> bytes | None:
+        """Return the JPEG of a frame of the video with a secret name, or None; see `shown`.
 
         Raises:
             ValueError, OSError: the frame cannot be decoded.
         """
         for video in [own.videos.video for own in self._all()]:
             if video is not None and _same(video.key, key):
-                return video.viewer.jpeg(number) if 0 <= number < len(video) else None
+                return video.viewer.jpeg(number, window) if 0 <= number < len(video) else None
         return None
 
     def _all(self) -> list[Workspace]:

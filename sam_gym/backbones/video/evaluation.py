@@ -14,6 +14,7 @@ from sam_gym.backbones.prompts import NO_POINT, Prompts
 from sam_gym.backbones.service import Backbone
 from sam_gym.backbones.video.prompting import PromptKind
 from sam_gym.backbones.video.tracker import VideoTracker
+from sam_gym.backbones.zoom import mask_prompt
 from sam_gym.data.base import Video
 from sam_gym.metrics.video import ObjectScore, Protocol, VideoScorer
 from sam_gym.simulation.clicks import interior_distance
@@ -115,7 +116,7 @@ def follow_masks(backbone: Backbone, video: Video) -> Iterator[FrameMasks]:
             masks[rows] = full.cpu().numpy()
         for number in given:
             masks[number] = first[number][1]
-            logits[number] = _low_res_logits(backbone, masks[number])
+            logits[number] = mask_prompt(backbone, masks[number])
         yield frame, masks.copy()
 
 
@@ -163,14 +164,6 @@ def _decode_boxes(
         rows=torch.zeros(count, dtype=torch.int64, device=device),
     )
     return backbone.decode(features, prompts)[0][:, 0]
-
-
-def _low_res_logits(backbone: Backbone, mask: np.ndarray) -> torch.Tensor:
-    height, width = backbone.input_size(mask.shape)
-    framed = np.zeros((backbone.image_size,) * 2, np.float32)
-    framed[:height, :width] = cv2.resize(mask.astype(np.float32), (width, height))
-    small = cv2.resize(framed, backbone.mask_shape[::-1], interpolation=cv2.INTER_AREA)
-    return torch.from_numpy(20 * small - 10).to(backbone.device)
 
 
 def score_videos(

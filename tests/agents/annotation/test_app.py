@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -14,6 +15,7 @@ from unittest.mock import MagicMock
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -32,6 +34,7 @@ from agents.evaluate import PolicyAgent
 from agents.policies.implicit import ImplicitPolicy
 from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from sam_gym import Predictor
+from sam_gym.backbones.zoom import Window
 from sam_gym.data import make_dataset
 from sam_gym.envs.click import SamSegConfig
 
@@ -133,48 +136,108 @@ def test_prompts_outside_of_the_image(session: Session) -> None:
     assert len(session.steps) == 1
 
 
-def test_outlines_cover_the_mask() -> None:
-    yy, xx = np.mgrid[:50, :70]
-    mask = ((xx - 30) ** 2 + (yy - 25) ** 2 < 400) & ((xx - 30) ** 2 + (yy - 25) ** 2 > 60)
-    canvas = np.zeros((500, 700), np.uint8)
-    rings = [
-        np.array([p.split(",") for p in part.rstrip("Z").split()], float)
-        for part in outline(mask).split("M")[1:]
-    ]
-    assert len(rings) == 2  # and a hole
-    cv2.fillPoly(canvas, [np.round(10 * (ring + 0.25)).astype(np.int32) for ring in rings], 1)
-    drawn = canvas[5::10, 5::10] > 0
-    assert (drawn & mask).sum() / (drawn | mask).sum() > 0.93
+def filled(path: str, height: int, width: int) -> np.ndarray:
+    """Return the pixels whose centres a path of horizontal and vertical lines fills."""
+    crossed = np.zeros((height, width + 1), bool)
+    for part in path.split("M")[1:]:
+        numbers = re.findall(r"([HV]?)([-+.e\d]+)", part)
+        corners = [[float(number) for _, number in numbers[:2]]]
+        for axis, number in numbers[2:]:
+            at, other = corners[-1], float(number)
+            corners.append([other, at[1]] if axis == "H" else [at[0], other])
+        for (x0, y0), (x1, y1) in zip(corners, [*corners[1:], corners[0]], strict=True):
+            assert x0 == x1 or y0 == y1
+            top, bottom, column = (int(np.ceil(v - 0.5)) for v in (min(y0, y1), max(y0, y1), x0))
+            crossed[top:bottom, column] ^= True
+    return np.bitwise_xor.accumulate(crossed, axis=1)[:, :-1]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_outlines_run_along_the_edges_of_pixels(share: float) -> None:
+    mask = np.random.default_rng(0).random((23, 31)) < share
+    mask[2:20, 3:17] = True
+    mask[8:12, 8:12] = [True, False, False, True]  # holes
+    np.testing.assert_array_equal(filled(outline(mask), 23, 31), mask)
+    # As a part of an image, twice as wide and three times as high as its pixels.
+    there = filled(outline(mask, (7, 5), (2.0, 3.0)), 90, 90)
+    np.testing.assert_array_equal(there[5 : 5 + 69, 7 : 7 + 62], np.kron(mask, np.ones((3, 2))))
+    assert there.sum() == 6 * mask.sum()
+
+
+def test_outlines_of_large_masks() -> None:
+    large = np.zeros((2000, 3000), bool)
+    large[100:1900, 200:2900] = True
+    assert outline(large) == "M200,100V1900H2900V100Z"
     assert outline(np.zeros((5, 5), bool)) == ""
     assert shown_size((5000, 8000)) == (800, 1280) and shown_size((9, 7)) == (9, 7)
     assert at_shown_size(np.ones((2000, 10), bool)).shape == (1280, 6)
 
 
 def test_masks_are_drawn_where_the_image_is(config: Any, photos: Path) -> None:
-    """Paths are in pixels of the picture's width and height, also of one that is scaled down."""
+    """Paths are in pixels of the image, also of one that is shown smaller than it is."""
     image = np.random.default_rng(0).integers(0, 255, (1500, 2000, 3), dtype=np.uint8)
     cv2.imwrite(str(photos / "a.png"), image)
-    session = prepare(config())[0].get("tab").session
+    tabs = prepare(config())[0]
+    session = tabs.get("tab").session
     assert session.picture() == {"src": ""}
     session.open(0)
     session.draw_box(200, 150, 1800, 1350)
     picture, mask = session.picture(), session.mask()
     assert picture["file"] == "a.png" and session.image is not None
     assert picture["src"] == f"/shown/{session.image.key}"
+    assert (picture["width"], picture["height"], picture["shown"]) == (2000, 1500, 1280)
     shown = cv2.imdecode(np.frombuffer(session.image.shown, np.uint8), cv2.IMREAD_COLOR)
-    assert shown is not None and shown.shape == (picture["height"], picture["width"], 3)
+    assert shown is not None and shown.shape == (960, 1280, 3)
 
     session.set_name("thing")
     paths = [session.current()["path"]]
     session.save_object()
     paths += [own["path"] for own in session.objects()]
-    y, x = np.nonzero(mask)
     for path in paths:
-        points = np.array([p.split(",") for p in re.split("[MZ ]+", path) if p], float)
-        scale = 2000 / picture["width"], 1500 / picture["height"]
-        low, high = points.min(axis=0) * scale, points.max(axis=0) * scale
-        np.testing.assert_allclose(low, (x.min(), y.min()), atol=8)
-        np.testing.assert_allclose(high, (x.max(), y.max()), atol=8)
+        wrong = filled(path, 1500, 2000) ^ mask
+        assert wrong.sum() < 0.05 * mask.sum()
+
+
+def test_small_objects_of_large_images_are_drawn_to_the_pixel(config: Any, photos: Path) -> None:
+    cv2.imwrite(str(photos / "a.png"), np.zeros((1500, 2000, 3), np.uint8))
+    session = prepare(config())[0].get("tab").session
+    session.open(0)
+    session.click(100, 100, True)
+    logits = torch.full(session.models.backbone.mask_shape, -5.0)
+    logits[6:10, 9:12] = 5.0
+    session.steps[0] = replace(session.steps[0], logits=logits)
+    mask = session.mask()
+    assert mask.any()
+    path = session.current()["path"]
+    np.testing.assert_array_equal(filled(path, 1500, 2000), mask)
+
+
+def test_parts_of_large_images(config: Any, photos: Path) -> None:
+    image = np.zeros((1500, 2000, 3), np.uint8)
+    image[700:900, 1000:1300] = np.kron(  # squares of eight pixels
+        np.random.default_rng(0).integers(0, 255, (25, 38, 3), dtype=np.uint8),
+        np.ones((8, 8, 1), np.uint8),
+    )[:, :300]
+    cv2.imwrite(str(photos / "a.png"), image[..., ::-1])
+    tabs = prepare(config())[0]
+    session = tabs.get("tab").session
+    session.open(0)
+    assert session.image is not None
+    key = session.image.key
+
+    def part(*corners: int) -> np.ndarray:
+        data = tabs.shown(key, Window(*corners))
+        assert data is not None
+        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        assert found is not None
+        return found[..., ::-1]
+
+    close = part(1000, 700, 1296, 900)
+    assert np.abs(close.astype(int) - image[700:900, 1000:1296]).mean() < 6
+    assert part(0, 0, 2000, 1500).shape == (960, 1280, 3)
+    for corners in ((0, 0, 2001, 5), (-1, 0, 5, 5), (5, 5, 5, 9)):
+        assert tabs.shown(key, Window(*corners)) is None
+    assert tabs.shown("other", Window(0, 0, 5, 5)) is None
 
 
 # Results ---------------------------------------------------------------------------------------
@@ -531,6 +594,203 @@ def test_changes_of_saved_objects_can_be_undone(config: Any, session: Session) -
         session.undo()
     assert len(content(session)["annotations"]) == 1
     assert two_tab.undo() == "Undone: rename to jar."
+
+
+def two_objects(session: Session) -> dict[str, Any]:
+    """Save a mug and a cup; returns the content of the file."""
+    for name, at in (("mug", (30, 40)), ("cup", (90, 70))):
+        session.set_name(name)
+        session.click(*at, True)
+        session.save_object()
+    return content(session)
+
+
+def test_saved_objects_can_be_corrected(session: Session) -> None:
+    """After a restart: the mask is the prompt; the record keeps its id, category and place."""
+    two_objects(session)
+    path = session.project.path
+    before = content(session)
+    before["annotations"][0]["attributes"] = {"seen by": "somebody"}
+    path.write_text(json.dumps(before))
+    project = Project(session.project.root, path, session.project.files)
+    again = Session(session.models, project)
+    again.open(0)
+    again.set_name("jar")
+    mug, cup = (own["id"] for own in again.objects())
+    drawn = again.objects()[0]["path"]
+    again.correct(mug)
+    assert again.name == "mug" and not again.steps
+    assert [own["is_current"] for own in again.objects()] == [True, False]
+    assert again.current()["path"] == drawn
+    (mark,) = again.current()["marks"]  # it stands for the clicks that are not known
+    mask = project.objects("a.png", (128, 128))[0].mask()
+    assert mask[int(mark["at"][1] * 128), int(mark["at"][0] * 128)]
+    np.testing.assert_array_equal(again.mask(), mask)
+    # Without a click, nothing is written.
+    again.save_object()
+    assert content(again) == before and again.name == "jar" and again.correction is None
+
+    again.correct(mug)
+    again.click(60, 100, False)
+    corrected, score = again.mask(), again.predicted_iou
+    again.save_object()
+    assert again.name == "jar" and not again.steps and again.correction is None
+    after = content(again)
+    assert [own["id"] for own in after["annotations"]] == [mug, cup]
+    assert after["annotations"][1] == before["annotations"][1]
+    assert after["categories"] == before["categories"]
+    record = after["annotations"][0]
+    np.testing.assert_array_equal(rle.decode(record["segmentation"]) > 0, corrected)
+    assert record["area"] == corrected.sum() and record["clicks"] == 2
+    assert record["score"] == pytest.approx(score)
+    assert record["attributes"] == {"seen by": "somebody"}
+
+    # Undo: the correction with its click, the saved mask, and the object as it was.
+    assert again.undo() == "Undone: correct mug." and content(again) == before
+    np.testing.assert_array_equal(again.mask(), corrected)
+    assert again.name == "mug" and len(again.steps) == 1
+    assert again.undo() == ""
+    np.testing.assert_array_equal(again.mask(), mask)
+    assert again.undo() == "mug stays as it is." and again.name == "jar"
+    assert again.undo() == "Nothing to undo in this image."
+
+
+def test_corrections_go_on_from_the_clicks_of_this_tab(session: Session) -> None:
+    """They get SAM's own logits and all clicks, as if the object had never been saved."""
+    session.set_name("mug")
+    session.click(30, 40, True)
+    session.click(90, 70, False)
+    session.click(50, 90, True)
+    expected = session.mask()
+    session.undo()
+    session.save_object()
+    (number,) = (own["id"] for own in session.objects())
+    session.rename_object(number)
+    session.correct(number)
+    assert len(session.clicks) == 2
+    session.click(50, 90, True)
+    np.testing.assert_array_equal(session.mask(), expected)
+    session.save_object()
+    assert content(session)["annotations"][0]["clicks"] == 3
+    session.correct(number)
+    assert len(session.clicks) == 3
+    # A box replaces all that.
+    session.draw_box(20, 10, 100, 90)
+    by_correction = session.mask()
+    assert not session.clicks
+    session.reset()
+    session.draw_box(20, 10, 100, 90)
+    np.testing.assert_array_equal(session.mask(), by_correction)
+
+
+def test_a_corrected_object_may_get_another_name(session: Session) -> None:
+    two_objects(session)
+    mug, cup = (own["id"] for own in session.objects())
+    session.correct(mug)
+    session.set_name("jar")
+    session.save_object()
+    assert [own["name"] for own in session.objects()] == ["jar", "cup"]
+    session.correct(cup)
+    session.click(50, 90, True)
+    session.set_name("bowl")
+    session.save_object()
+    assert [own["name"] for own in session.objects()] == ["jar", "bowl"]
+    assert [own["name"] for own in content(session)["categories"]] == ["jar", "bowl"]
+    session.undo()
+    session.reset()
+    session.undo()
+    assert [own["name"] for own in session.objects()] == ["mug", "cup"]
+
+
+def test_clicks_in_saved_masks(session: Session) -> None:
+    """In an image that is opened they select; after a save they begin another object."""
+    two_objects(session)
+    masks = {own.id: own.mask() for own in session.project.objects("a.png", (128, 128))}
+    mug, cup = masks
+    y, x = (int(v[0]) for v in np.nonzero(masks[mug] & ~masks[cup]))
+    session.press(x, y, True)
+    assert session.correction is None and len(session.steps) == 1
+    with pytest.raises(ValueError, match="Save"):
+        session.correct(mug)
+    assert session.let_go() == "" and session.steps  # nothing is lost
+    session.reset()
+    assert session.let_go()
+    assert "mug" in session.press(x, y, True)
+    assert session.correction is not None and session.correction.saved.id == mug
+    assert not session.steps
+    session.correct(cup)  # another, since nothing was changed
+    assert session.name == "cup"
+    session.reset()
+    assert "mug" in session.press(x, y, False)
+    assert len(session.steps) == 1 and not session.clicks[-1].positive
+    session.reset()
+    # Where masks overlap, the smaller one; outside of all, another object.
+    both = masks[mug] & masks[cup]
+    if both.any():
+        y, x = (int(v[0]) for v in np.nonzero(both))
+        session.press(x, y, True)
+        small = min(masks, key=lambda number: masks[number].sum())
+        assert session.correction is not None and session.correction.saved.id == small
+        session.reset()
+    y, x = (int(v[0]) for v in np.nonzero(~(masks[mug] | masks[cup])))
+    assert session.press(x, y, True) == "" and session.correction is None
+    session.reset()
+    # Enter asks for another object, also inside a mask.
+    assert session.save_object() == "The next click begins another object."
+    y, x = (int(v[0]) for v in np.nonzero(masks[mug]))
+    assert session.press(x, y, True) == "" and session.correction is None
+    session.reset()
+    with pytest.raises(ValueError, match="Nothing to save"):
+        session.save_object()
+    session.correct_beside(1)
+    assert session.name == "mug"
+    session.correct_beside(-1)
+    assert session.name == "cup"
+
+
+def test_corrections_and_other_tabs(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = two_objects(session)
+    mug, cup = (own["id"] for own in session.objects())
+    other = Session(session.models, session.project)
+    other.open(0)
+    session.correct(mug)
+    session.click(50, 90, True)
+    # A write that fails keeps all.
+    with monkeypatch.context() as context:
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise OSError("no space left")
+
+        context.setattr(project_module, "write_atomic", fail)
+        with pytest.raises(OSError, match="no space"):
+            session.save_object()
+    assert content(session) == saved and session.correction and len(session.steps) == 1
+    other.correct(mug)
+    other.click(20, 90, True)
+    other.save_object()
+    theirs = content(session)
+    with pytest.raises(ValueError, match="Somebody else has changed"):
+        session.save_object()
+    assert content(session) == theirs and len(session.steps) == 1
+    session.reset()
+    session.correct(mug)
+    session.click(50, 90, True)
+    other.remove_object(mug)
+    with pytest.raises(ValueError, match="Somebody else has removed"):
+        session.save_object()
+    session.reset()
+    with pytest.raises(ValueError, match="Somebody else has removed"):
+        session.correct(mug)
+    # One that is removed here is let go.
+    session.correct(cup)
+    session.remove_object(cup)
+    assert session.correction is None and not session.objects()
+    # The image may be left while an object is selected.
+    session.undo()
+    session.set_name("jar")
+    session.correct(cup)
+    session.open(1)
+    assert session.name == "jar" and session.correction is None
 
 
 def test_accepted_suggestions_can_be_taken_back(config: Any) -> None:

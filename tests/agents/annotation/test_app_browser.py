@@ -1,4 +1,4 @@
-"""The app in Chromium: clicks, the agent, videos, reloads, crashes, tabs, uploads, keys, phones."""
+"""The app in Chromium: clicks, zoom, the agent, videos, reloads, crashes, tabs, keys, phones."""
 
 import json
 import os
@@ -319,6 +319,285 @@ def test_everything(app: App, open_tab: Callable[..., Any]) -> None:
     until(lambda: page.locator(".sg-suggestion").count() == 0)
 
 
+# Zoom ------------------------------------------------------------------------------------------
+
+
+def zoom_of(page: Any) -> float:
+    """Return how much larger than at first the image is shown."""
+    frame, stage = (page.locator(own).bounding_box() for own in (".sg-frame", ".sg-stage"))
+    return max(stage[side] / frame[side] for side in ("width", "height"))
+
+
+def moved(start: tuple[float, float], end: tuple[float, float]) -> tuple[float, float]:
+    return end[0] - start[0], end[1] - start[1]
+
+
+def truly_at(page: Any, x: int, y: int) -> None:
+    """Check that the last click is drawn at a pixel of the image, and lies in the mask."""
+    mark = page.locator(".sg-mark circle").last
+    drawn = [float(mark.get_attribute(own).rstrip("%")) * 2.56 - 0.5 for own in ("cx", "cy")]
+    assert drawn == pytest.approx([x, y], abs=0.3)  # 0.3 pixels are several of the screen
+    box, there = mark.bounding_box(), place(page, x, y)
+    middle_of = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    assert middle_of == pytest.approx(there, abs=4)
+    assert page.evaluate(
+        "at => document.querySelector('[data-testid=mask]').isPointInFill(new DOMPoint(...at))",
+        [x + 0.5, y + 0.5],
+    )
+
+
+def drag(page: Any, start: tuple[float, float], by: tuple[int, int], button: str = "left") -> None:
+    page.mouse.move(*start)
+    page.mouse.down(button=button)
+    page.mouse.move(start[0] + by[0], start[1] + by[1], steps=4)
+    page.mouse.up(button=button)
+
+
+def test_zoom_and_pan(app: App, open_tab: Callable[..., Any], scenes: list[Sample]) -> None:
+    page = open_tab(app.url)
+    small = min(scenes[0].masks, key=np.sum)
+    x, y = middle(small)
+    assert zoom_of(page) == pytest.approx(1)
+
+    # The wheel zooms about the pointer; a click at the place is one at the pixel.
+    at = place(page, x, y)
+    page.mouse.move(*at)
+    while zoom_of(page) < 4:
+        before = zoom_of(page)
+        page.mouse.wheel(0, -120)
+        until(lambda before=before: zoom_of(page) > before)
+    assert place(page, x, y) == pytest.approx(at, abs=1)
+    page.mouse.click(*place(page, x, y))
+    until(lambda: path_of(page))
+    truly_at(page, x, y)
+    shoot(page, "zoom")
+
+    # The middle button and Space move the image, and neither clicks nor draws a box.
+    before = place(page, x, y)
+    drag(page, before, (-90, 40), "middle")
+    until(lambda: moved(before, place(page, x, y)) == pytest.approx((-90, 40), abs=1))
+    page.keyboard.down(" ")
+    drag(page, place(page, x, y), (120, -70))
+    page.keyboard.up(" ")
+    until(lambda: moved(before, place(page, x, y)) == pytest.approx((30, -30), abs=1))
+    assert marks(page) == 1 and page.locator(".sg-box").count() == 0
+    page.keyboard.press("r")
+    until(lambda: marks(page) == 0)
+    zoomed = zoom_of(page)
+    page.mouse.click(*place(page, x, y))
+    until(lambda: path_of(page))
+    truly_at(page, x, y)
+    assert zoom_of(page) == zoomed
+    # The small object is what is saved.
+    page.keyboard.press("t")
+    page.keyboard.type("thing")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    (own,) = until(app.annotations)
+    found = COCO(str(app.out / "annotations.json")).annToMask(own) > 0
+    assert (found & small).sum() / (found | small).sum() > 0.7
+
+    # A box, at another zoom: its corners are those that were dragged.
+    page.keyboard.press("-")
+    until(lambda: zoom_of(page) == pytest.approx(zoomed / 1.5))
+    corner = place(page, x - 30, y - 30)
+    end = place(page, x + 30, y + 30)
+    drag(page, corner, (round(end[0] - corner[0]), round(end[1] - corner[1])))
+    until(lambda: page.locator(".sg-box").count() == 1 and path_of(page))
+    box = page.locator(".sg-box").bounding_box()
+    assert (box["x"], box["y"]) == pytest.approx(corner, abs=3)
+    assert (box["x"] + box["width"], box["y"] + box["height"]) == pytest.approx(end, abs=3)
+    page.keyboard.press("r")
+    until(lambda: not path_of(page))
+
+    # Keys and buttons; the crosshair stays in sight.
+    page.keyboard.press("0")
+    until(lambda: zoom_of(page) == pytest.approx(1))
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("+")
+    page.get_by_label("Zoom in (+)").click()
+    page.get_by_label("Zoom in (+)").click()
+    until(lambda: zoom_of(page) == pytest.approx(1.5**3))
+    for _ in range(40):
+        page.keyboard.press("Shift+ArrowRight")
+    frame = page.locator(".sg-frame").bounding_box()
+    line = page.locator(".sg-cursor line").first.bounding_box()
+    assert frame["x"] < line["x"] < frame["x"] + frame["width"]
+    page.keyboard.press("Space")
+    until(lambda: marks(page) == 1)
+    page.keyboard.press("r")
+    until(lambda: marks(page) == 0)
+    # Another image is shown whole.
+    page.keyboard.press("PageDown")
+    until(lambda: "1.png" in page.inner_text(".sg-bar"))
+    loaded(page)
+    until(lambda: zoom_of(page) == pytest.approx(1))
+    assert page.get_by_label("Whole image (0)").count() == 0
+
+
+def test_pixels_of_a_large_image(
+    photos: Path, start_script: Callable[..., Any], open_tab: Callable[..., Any]
+) -> None:
+    """The part that is looked at comes with its own pixels, in their places."""
+    for own in photos.iterdir():
+        own.unlink()
+    image = np.zeros((3000, 3000, 3), np.uint8)
+    image[1500:, :, 2] = 255
+    image[:, 1500:, 1] = 255
+    cv2.imwrite(str(photos / "large.png"), image)
+    app = App(photos, start_script, "--backbone", "micro")
+    app.start()
+    try:
+        page = open_tab(app.url)
+        assert page.locator(".sg-detail").count() == 0
+        stage = page.locator(".sg-stage").bounding_box()
+        page.mouse.move(stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2)
+        while zoom_of(page) < 6:
+            before = zoom_of(page)
+            page.mouse.wheel(0, -120)
+            until(lambda before=before: zoom_of(page) > before)
+        frame = page.locator(".sg-frame").bounding_box()
+        scale = page.locator(".sg-stage").bounding_box()["width"] / 3000
+
+        def arrived() -> bool:  # that of the last step
+            part = page.locator(".sg-detail")
+            return part.count() == 1 and part.bounding_box()["width"] < frame["width"] + 2 * scale
+
+        until(arrived)
+        source = page.get_attribute(".sg-detail", "src")
+        x0, y0, x1, y1 = (int(value) for value in source.split("=")[1].split(","))
+        assert 0 < x0 < 1500 < x1 < 3000 and 0 < y0 < 1500 < y1 < 3000
+        part = page.locator(".sg-detail").bounding_box()
+        stage = page.locator(".sg-stage").bounding_box()
+        assert part["x"] == pytest.approx(stage["x"] + x0 * scale, abs=0.5)
+        assert part["y"] == pytest.approx(stage["y"] + y0 * scale, abs=0.5)
+        assert part["width"] == pytest.approx((x1 - x0) * scale, abs=0.5)
+        assert page.evaluate("document.querySelector('.sg-detail').naturalWidth") == x1 - x0
+        # The colours meet where they do in the image.
+        shot = page.screenshot()
+        shown = cv2.imdecode(np.frombuffer(shot, np.uint8), cv2.IMREAD_COLOR)
+        meet = [round(v) for v in place(page, 1499.5, 1499.5, 3000)]
+        found = [shown[meet[1] + dy, meet[0] + dx] > 127 for dy in (-8, 8) for dx in (-8, 8)]
+        expected = [[0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1]]
+        np.testing.assert_array_equal(np.array(found), np.array(expected, bool))
+        page.keyboard.press("0")
+        until(lambda: page.locator(".sg-detail").count() == 0)
+    finally:
+        app.kill()
+
+
+def test_fingers(app: App, open_tab: Callable[..., Any], scenes: list[Sample]) -> None:
+    """Two fingers zoom and move the image and do not click; then a tap is at its pixel."""
+    page = open_tab(app.url, 390, 844, has_touch=True, is_mobile=True)
+    session = page.context.new_cdp_session(page)
+    x, y = middle(min(scenes[0].masks, key=np.sum))
+    at = place(page, x, y)
+
+    def touch(kind: str, *fingers: float) -> None:
+        points = [{"x": at[0] + by, "y": at[1], "id": i} for i, by in enumerate(fingers)]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", -20)
+    touch("touchStart", -20, 20)
+    for wide in range(20, 81, 10):
+        touch("touchMove", -wide, wide)
+    until(lambda: zoom_of(page) > 3.9)
+    assert zoom_of(page) == pytest.approx(4, abs=0.05)
+    assert place(page, x, y) == pytest.approx(at, abs=1)
+    for by in range(10, 31, 10):
+        touch("touchMove", by - 80, by + 80)
+    touch("touchEnd")
+    until(lambda: moved(at, place(page, x, y)) == pytest.approx((30, 0), abs=1))
+    page.touchscreen.tap(*place(page, x, y))
+    until(lambda: path_of(page))
+    assert marks(page) == 1 and page.locator(".sg-box").count() == 0
+    truly_at(page, x, y)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    shoot(page, "zoom-phone")
+    page.get_by_label("Whole image (0)").tap()
+    until(lambda: zoom_of(page) == pytest.approx(1))
+
+
+# Corrections -----------------------------------------------------------------------------------
+
+
+def test_correct_a_saved_object(
+    app: App, open_tab: Callable[..., Any], scenes: list[Sample]
+) -> None:
+    page = open_tab(app.url)
+    places = [middle(mask) for mask in sorted(scenes[0].masks, key=np.sum)[-2:]]
+    for number, (x, y) in enumerate(places):
+        page.get_by_label("Name of the object").fill("ab"[number] + "thing")
+        page.keyboard.press("Enter")
+        page.mouse.click(*place(page, x, y))
+        until(lambda: path_of(page))
+        page.keyboard.press("Enter")
+        until(lambda number=number: len(app.annotations()) == number + 1)
+        until(lambda: not path_of(page))
+    saved = app.annotations()
+
+    # Select it in the list: its clicks are there again. Undo lets it go.
+    page.locator(".sg-item .sg-label").first.click()
+    until(lambda: path_of(page) and marks(page) == 1)
+    assert page.locator(".sg-chosen").count() == 1
+    name = page.get_by_label("Name of the object")
+    until(lambda: name.input_value() == "athing")
+    page.keyboard.press("z")
+    until(lambda: not path_of(page) and page.locator(".sg-object").count() == 2)
+    until(lambda: name.input_value() == "bthing")
+
+    # After a crash a click in the mask selects it, and further clicks correct it.
+    app.kill()
+    app.start()
+    page.reload(wait_until="commit")
+    loaded(page)
+    until(lambda: page.locator(".sg-object").count() == 2)
+    outline = page.locator(".sg-object").first.get_attribute("d")
+    x, y = places[0]
+    page.mouse.click(*place(page, x, y))
+    until(lambda: path_of(page) == outline)
+    until(lambda: page.locator(".sg-object").count() == 1)
+    assert app.annotations() == saved
+    shoot(page, "selected")
+    page.mouse.click(*place(page, x + 6, y + 6), button="right")
+    corrected = until(lambda: path_of(page) != outline and path_of(page))
+    assert page.locator(".sg-negative").count() == 1
+
+    # A reload keeps the correction; saving it replaces the mask, and nothing else.
+    page.reload(wait_until="commit")
+    loaded(page)
+    until(lambda: path_of(page) == corrected)
+    assert page.locator(".sg-chosen").count() == 1 and app.annotations() == saved
+    page.keyboard.press("Enter")
+    until(lambda: app.annotations() != saved)
+    until(lambda: page.locator(".sg-object").count() == 2)
+    assert page.locator(".sg-object").first.get_attribute("d") == corrected
+    after = app.annotations()
+    assert [own["id"] for own in after] == [own["id"] for own in saved]
+    assert after[1] == saved[1] and after[0]["category_id"] == saved[0]["category_id"]
+    assert after[0]["segmentation"] != saved[0]["segmentation"] and after[0]["clicks"] == 2
+    app.kill()
+    app.start()
+    page.reload(wait_until="commit")
+    loaded(page)
+    until(lambda: page.locator(".sg-object").count() == 2)
+    assert page.locator(".sg-object").first.get_attribute("d") == corrected
+
+    # Keys alone; the last change can be undone.
+    page.keyboard.press("k")
+    until(lambda: page.locator(".sg-chosen", has_text="bthing").count() == 1)
+    page.keyboard.press("j")
+    until(lambda: page.locator(".sg-chosen", has_text="athing").count() == 1)
+    page.mouse.click(*place(page, x + 6, y + 6))
+    until(lambda: path_of(page) != corrected)
+    page.keyboard.press("Enter")
+    until(lambda: app.annotations() != after)
+    page.keyboard.press("z")
+    until(lambda: app.annotations() == after)
+    page.keyboard.press("r")
+    until(lambda: not path_of(page))
+
+
 # Videos ----------------------------------------------------------------------------------------
 
 FRAMES = 8
@@ -372,7 +651,7 @@ def test_videos(video_app: App, open_tab: Callable[..., Any], clip: Any, tmp_pat
     page.mouse.click(*place(page, 8 * x + 4, 8 * y + 4, 2000))
     until(lambda: path_of(page))
     inside = "at => document.querySelector('[data-testid=mask]').isPointInFill(new DOMPoint(...at))"
-    assert page.evaluate(inside, [(x + 0.5) * 5, (y + 0.5) * 5])
+    assert page.evaluate(inside, [(x + 0.5) * 2000 / 256, (y + 0.5) * 2000 / 256])
     page.keyboard.press("r")
     until(lambda: not path_of(page))
 
@@ -484,3 +763,28 @@ def test_a_video_on_a_phone(
     shoot(page, "video-phone")
     (kept,) = (video_app.out / "uploads").glob("*/videos/videos/*")
     assert kept.read_bytes() == own.read_bytes()
+
+
+def test_zoom_in_a_video(video_app: App, open_tab: Callable[..., Any], clip: Any) -> None:
+    page = open_tab(video_app.url)
+    choose(page, "Videos")
+    until(lambda: frame_of(page) == f"1 / {FRAMES}")
+    x, y = middle(clip.annotation(0).masks[0])
+    page.mouse.move(*place(page, x, y))
+    while zoom_of(page) < 4:
+        before = zoom_of(page)
+        page.mouse.wheel(0, -120)
+        until(lambda before=before: zoom_of(page) > before)
+    page.mouse.click(*place(page, x, y))
+    until(lambda: path_of(page))
+    truly_at(page, x, y)
+    # It stays while frames change.
+    there = place(page, x, y)
+    page.keyboard.press(".")
+    until(lambda: frame_of(page) == f"2 / {FRAMES}")
+    until(lambda: not path_of(page))
+    assert place(page, x, y) == there
+    page.keyboard.press(",")
+    until(lambda: path_of(page))
+    truly_at(page, x, y)
+    shoot(page, "zoom-video")
