@@ -559,6 +559,7 @@ class Session:
                 mask = masks.mask(number)
                 found.append(Suggestion(record, at_shown_size(mask), outline(mask)))
         with self.lock:
+            advance(0)  # after the last click, too, people may have stopped it
             if self.image is image:
                 new = self._not_saved(found)
                 self.known = len(found) - len(new)
@@ -615,7 +616,8 @@ class Session:
     @locked
     def accept_all(self) -> None:
         """Save all suggestions as objects."""
-        self._accept(self.suggestions)
+        if self.suggestions:
+            self._accept(self.suggestions)
 
     def _accept(self, chosen: Sequence[Suggestion]) -> None:
         objects = [

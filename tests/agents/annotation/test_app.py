@@ -24,6 +24,7 @@ from stable_baselines3 import PPO
 from agents.annotation.clicks import ClickAnnotator
 from agents.annotation.files import OutputPaths
 from agents.annotation.interactive import project as project_module
+from agents.annotation.interactive import session as session_module
 from agents.annotation.interactive.drawing import at_shown_size, outline, shown_size
 from agents.annotation.interactive.guard import LOOPBACK, Guard
 from agents.annotation.interactive.project import Project
@@ -519,6 +520,25 @@ def test_suggestions(config: Any) -> None:
     assert not session.suggestions and session.selected == -1
 
 
+def test_a_search_that_is_stopped_at_its_end_shows_nothing(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next click would save a suggestion that nobody sees."""
+    session = prepare(config())[0].get("tab").session
+    session.open(0)
+    session.accept_all()  # nothing: no change that could be undone
+    assert session.undo() == "Nothing to undo in this image."
+
+    def stopping(mask: np.ndarray) -> str:
+        session.stop_search()
+        return outline(mask)
+
+    monkeypatch.setattr(session_module, "outline", stopping)
+    search = session.suggest()
+    search.wait()
+    assert search.error == "" and search.done == search.total and not session.suggestions
+
+
 def test_a_search_ends_with_its_image(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaving the image stops it after the present decoder call, as does Esc."""
     from agents.annotation.everything import Generator
@@ -800,6 +820,7 @@ def test_accepted_suggestions_can_be_taken_back(config: Any) -> None:
     session = prepare(config(generator=generator))[0].get("tab").session
     session.open(0)
     session.suggest().wait()
+    session.suggestions *= 3  # the tiny model finds one
     count = len(session.suggestions)
     session.set_name("thing")
     session.accept(0)
