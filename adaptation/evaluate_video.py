@@ -164,10 +164,11 @@ def per_video(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def gain(rows: Sequence[dict[str, Any]], one: str, other: str) -> dict[str, float]:
+def gain(rows: Sequence[dict[str, Any]], one: str, other: str) -> dict[str, float | None]:
     """Return the difference of two methods in mean J&F over objects, and its 95% interval.
 
-    The interval is a bootstrap over videos, since the objects of one resemble each other.
+    The interval is a bootstrap over videos, since the objects of one resemble each other; of one
+    video there is none.
     """
     values: dict[str, dict[tuple[str, int], float]] = {one: {}, other: {}}
     for row in rows:
@@ -176,6 +177,8 @@ def gain(rows: Sequence[dict[str, Any]], one: str, other: str) -> dict[str, floa
     off = np.array([values[one][key] - values[other][key] for key in shared])
     names = np.array([video for video, _ in shared])
     each = [off[names == name] for name in dict.fromkeys(names.tolist())]
+    if len(each) < 2:
+        return {"J&F": float(off.mean()), "low": None, "high": None}
     sums = np.array([(own.sum(), len(own)) for own in each])
     rng = np.random.default_rng(0)
     drawn = sums[rng.integers(len(sums), size=(_RESAMPLES, len(sums)))].sum(axis=1)
@@ -192,10 +195,12 @@ def _print(report: dict[str, Any]) -> None:
     title = f"{report['dataset']} {report['split']}, {report['prompt']} prompt, in %"
     cli.print_table(title, ("", *names, "objects"), rows)
     if "gain" in report:
-        low, high = (100 * report["gain"][name] for name in ("low", "high"))
-        print(
-            f"gain: {100 * report['gain']['J&F']:+.1f} J&F, 95% interval {low:+.1f} to {high:+.1f}"
-        )
+        found = f"gain: {100 * report['gain']['J&F']:+.1f} J&F"
+        low, high = (report["gain"][name] for name in ("low", "high"))
+        if low is None:
+            print(f"{found}; one video has no interval")
+        else:
+            print(f"{found}, 95% interval {100 * low:+.1f} to {100 * high:+.1f}")
 
 
 if __name__ == "__main__":

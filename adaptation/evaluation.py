@@ -111,7 +111,8 @@ def score_labels(model: Model, bank: FeatureBank, domain: Domain, split: str) ->
     if names != backbone.semantic_classes:
         raise ValueError(
             f"{dataset.name} has the classes {', '.join(names)}; the semantic head knows "
-            f"{', '.join(backbone.semantic_classes)}."
+            f"{', '.join(backbone.semantic_classes)}. Pass the images of its training, or others "
+            "with these classes (--stream, --data)."
         )
     images, metric = bank.labelled(domain, split), SemanticMetric(names)
     assert model.segmenter is not None

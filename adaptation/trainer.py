@@ -31,6 +31,7 @@ from sam_gym.data.splits import shared_images
 from sam_gym.data.streams import Domain, Stream
 from sam_gym.utils.files import make_folder, wait_for_a_later_name, write_json
 from sam_gym.utils.progress import ProgressBar
+from sam_gym.utils.provenance import provenance
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.runs import refuse_finished, remove_files
 from sam_gym.utils.training import save_state
@@ -413,7 +414,8 @@ class _Fit:
         if self._folder is not None and self.fabric.is_global_zero:
             if self.strategy.learns:
                 self.strategy.adapter().save(self._folder / "adapter.safetensors")
-            write_json(self._folder / "run.json", asdict(self.result))
+            about = provenance(self.config, self.trainer.backbone)
+            write_json(self._folder / "run.json", asdict(self.result) | about)
 
     def _open_log(self) -> None:
         if self._folder is not None and self.fabric.is_global_zero:

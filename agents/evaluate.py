@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
+from textwrap import shorten
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -400,11 +401,12 @@ class EvaluateConfig:
     overwrite: bool = False
     """Replace the results in `out`. Without --overwrite, a finished evaluation is an error."""
     episodes: Count = 256
-    """Episodes to play."""
+    """Episodes to play, rounded up to a multiple of the number of sub-environments."""
     num_envs: Count = 64
-    """Number of sub-environments."""
+    """Number of sub-environments, at most as many as episodes."""
     seed: Seed = 1000
-    """Seed of the episodes."""
+    """Seed of the episodes. They are the same for every policy, with the same --episodes and
+    --num-envs."""
     categories: str | None = None
     """Comma-separated categories: the only objects in scenes, the targets in coco."""
     pictures: bool = True
@@ -463,6 +465,27 @@ def training_images(policy: str) -> Dataset | None:
         return None
 
 
+def remarks(agent: Agent, policy: str, env_config: EnvConfig, dataset: Dataset) -> list[str]:
+    """Return what people should know before a policy plays images that it was not trained for."""
+    if not isinstance(agent, PolicyAgent) or not isinstance(env_config, SamSegConfig):
+        return []
+    lines = []
+    train = training_images(policy)
+    if train is not None and train.name != dataset.name:
+        lines.append(f"{policy} was trained on {train.name}, and plays {dataset.name} here.")
+    known = list(agent.policy.features.get("vocabulary", ()))
+    # No index: all categories are targets.
+    chosen = env_config.target_indices(dataset.categories) or range(len(dataset.categories))
+    names = [dataset.categories[k] for k in chosen]
+    unknown = [name for name in names if name not in known]
+    if known and unknown and env_config.target == "category":
+        lines.append(
+            f"{policy} has learned {shorten(', '.join(known), 200)}. It does not know "
+            f"{shorten(', '.join(unknown), 200)}, and segments anything for them."
+        )
+    return lines
+
+
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line."""
     given = sys.argv[1:] if args is None else list(args)
@@ -476,9 +499,11 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     if not config.overwrite:
         refuse_finished(config.folder, RESULTS)
     agent = load_agent(config.policy, config.seed, env_config.device, env_id)
+    dataset = env_config.open_dataset()
+    for line in remarks(agent, config.policy, env_config, dataset):
+        print(line)
     trained_on_other_data = config.policy in (*task.baselines.names(), *SHIPPED)
     if not trained_on_other_data or env_config.adapter is not None:
-        dataset = env_config.open_dataset()
         train = training_images(config.policy)
         if train is None or env_config.adapter is not None:
             check_held_out(dataset, env_config.split)

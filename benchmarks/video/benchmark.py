@@ -200,7 +200,7 @@ def object_rows(
     ]
 
 
-def gains(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, dict[str, float]]:
+def gains(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, dict[str, float | None]]:
     """Return the tracker's J&F, from a kind of prompt, above that of each baseline.
 
     With 95% intervals, by bootstrap over videos.

@@ -106,12 +106,18 @@ def _table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return report.formatted(cells, columns)
 
 
+def _with_bounds(gain: Mapping[str, Any]) -> str:
+    if gain["low"] is None:  # of one video
+        return f"{gain['J&F']:+.3f}"
+    return f"{gain['J&F']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
+
+
 def _gains(gains: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     baselines = list(next(iter(gains.values())))
     rows = [
         [
             f"tracker, {kind}",
-            *(f"{g['J&F']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})" for g in own.values()),
+            *map(_with_bounds, own.values()),
         ]
         for kind, own in gains.items()
     ]

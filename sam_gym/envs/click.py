@@ -18,7 +18,7 @@ from sam_gym.envs.base_core import FRAME_HEIGHT, MAX_DRAWS, BaseCore, Draw, in_c
 from sam_gym.envs.base_env import BaseEnv, BaseVectorEnv
 from sam_gym.envs.config import DatasetConfig, EnvConfig
 from sam_gym.envs.proposals import Proposals
-from sam_gym.envs.rewards import REWARDS, Transition
+from sam_gym.envs.rewards import REWARDS, Transition, checked_rewards
 from sam_gym.metrics import masks as metrics
 from sam_gym.utils.fields import documented
 from sam_gym.utils.settings import NotNegative, real, whole
@@ -337,7 +337,8 @@ class ClickCore(BaseCore[ClickConfig, ClickTarget]):
 
         self.steps[indices] += 1
         after = self.ious[indices, self.num_clicks[indices]]
-        reward = self._reward(Transition(is_click, positive, on_target, distance, before, after))
+        transition = Transition(is_click, positive, on_target, distance, before, after)
+        reward = checked_rewards(self._reward(transition), config.reward, len(indices))
         reward = reward - config.click_cost * (is_click | is_undo)
         terminated = actions == self.stop_action
         if config.iou_target is not None:

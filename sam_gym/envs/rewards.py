@@ -47,7 +47,7 @@ Reward = Callable[[Transition], np.ndarray]
 
 
 def _adopt(found: Any, name: str) -> Reward:
-    if not callable(found):
+    if not callable(found) or isinstance(found, type):
         raise ValueError(f"The reward {name!r} is no function of a Transition, got {found!r}.")
     reward: Reward = found
     return reward
@@ -71,6 +71,28 @@ def register_reward(name: str, reward: Reward) -> Reward:
         ValueError: the name is taken.
     """
     return REWARDS.add(name, reward)
+
+
+def checked_rewards(rewards: Any, name: str, count: int) -> np.ndarray:
+    """Return what a reward function has returned, as an array.
+
+    Args:
+        rewards: float (count,).
+        name: of the reward, for the error.
+        count: number of transitions.
+
+    Raises:
+        ValueError: it has another shape, or values that are not finite numbers.
+    """
+    values = np.asarray(rewards)
+    if values.shape != (count,):
+        raise ValueError(
+            f"The reward {name!r} returned the shape {values.shape}, expected ({count},): a number "
+            "for each transition."
+        )
+    if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
+        raise ValueError(f"The reward {name!r} returned values that are no finite numbers.")
+    return values
 
 
 @REWARDS.register("iou_gain")

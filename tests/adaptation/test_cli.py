@@ -73,6 +73,7 @@ def test_train_and_evaluate(
     }
     saved = json.loads((folder / "run.json").read_text())
     assert saved["scores"] == run.scores and set(saved["zero_shot"]) == {"box", "click"}
+    assert saved["settings"]["steps"] == 2 and {"commit", "versions", "backbone"} <= set(saved)
     assert saved["kept_bytes"] > 0 and 0 <= saved["routed"] <= 1 and saved["seconds"] > 0
     numbers = run.summary("click")
     assert set(MEASURES) <= set(numbers)

@@ -359,3 +359,5 @@ def test_the_interval_of_a_gain() -> None:
     found = gain(rows, "one", "other")
     assert found["J&F"] == pytest.approx(0.2)
     assert found["low"] == pytest.approx(0.1) and found["high"] == pytest.approx(0.3)
+    one = gain([row for row in rows if row["video"] == "a"], "one", "other")
+    assert one == {"J&F": pytest.approx(0.1), "low": None, "high": None}

@@ -33,6 +33,7 @@ from agents.evaluate import (
     load_agent,
     main,
     policy_help,
+    remarks,
     training_images,
 )
 from agents.policies import POLICIES
@@ -45,6 +46,7 @@ from agents.ppo.vec_env import VectorEnvAdaptor, make_vector_env
 from agents.tasks import TASKS
 from sam_gym.backbones import BACKBONES, Backbone, load_backbone
 from sam_gym.backbones.spec import FIRST_MICRO
+from sam_gym.data import make_dataset
 from sam_gym.envs.click import SamSegConfig
 from sam_gym.envs.everything import EverythingConfig
 
@@ -604,3 +606,11 @@ def test_saved_policies_name_nothing_that_may_move(
     assert set(ours) <= {b"agents.policies"}
     assert isinstance(PolicyAgent.load(path, "cpu").policy, ImplicitPolicy)
     assert isinstance(PPO.load(path, device="cpu").policy, ImplicitPolicy)
+
+
+def test_a_policy_says_what_it_does_not_know() -> None:
+    agent = load_agent("implicit", device="cpu")
+    assert remarks(agent, "implicit", SamSegConfig(), make_dataset("scenes", "test")) == []
+    rooms = make_dataset("rooms", "test")
+    (line,) = remarks(agent, "implicit", SamSegConfig(dataset="rooms"), rooms)
+    assert "has learned" in line and f"It does not know {rooms.categories[0]}" in line

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sam_gym.envs.rewards import REWARDS, Transition
+from sam_gym.envs.rewards import REWARDS, Transition, checked_rewards
 
 INF = np.inf
 #: is_click, positive, on_target, distance, IoU before, IoU after
@@ -71,3 +71,23 @@ def test_gains_add_up_to_the_final_value(name: str) -> None:
 def test_misspelt_reward_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"Unknown reward 'iou_gian'\. Did you mean 'iou_gain'\?"):
         REWARDS.get("iou_gian")
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (np.zeros(3), r"The reward 'own' returned the shape \(3,\), expected \(2,\)"),
+        (np.zeros((2, 1)), r"returned the shape \(2, 1\), expected \(2,\)"),
+        (np.array([0.0, np.nan]), "no finite numbers"),
+        (np.array(["a", "b"]), "no finite numbers"),
+    ],
+)
+def test_what_a_reward_returns_is_checked(returned: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checked_rewards(returned, "own", 2)
+    np.testing.assert_array_equal(checked_rewards([1, 2], "own", 2), [1, 2])
+
+
+def test_a_class_is_no_reward() -> None:
+    with pytest.raises(ValueError, match="'decimal:Decimal' is no function of a Transition"):
+        REWARDS.get("decimal:Decimal")
