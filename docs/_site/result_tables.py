@@ -220,7 +220,7 @@ def _read(name: str, benchmark: str | None = None) -> dict[str, Any]:
 
 
 def _check_seeds(options: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-    """Raise `ValueError` unless runs differ in their seeds, and in no option that changes results."""
+    """Raise `ValueError` unless runs differ in their seeds, and in no option that matters."""
     for name, own in zip(names, options, strict=True):
         changed = {key for key in options[0].keys() | own if options[0].get(key) != own.get(key)}
         if different := sorted(changed - {"seed", "out", "overwrite", "resume", "pictures"}):
