@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import signal
 import sys
 import threading
@@ -79,13 +80,29 @@ def stop_at_sigterm() -> Any:
     return signal.signal(signal.SIGTERM, stop)
 
 
+def _reader_has_gone() -> bool:
+    """Return whether stdout is the broken pipe; then, what is left to write is dropped."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    stdout = 1
+    poll = select.poll()
+    poll.register(stdout, 0)  # errors are always reported
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stdout)
+    os.close(null)
+    return True
+
+
 def run(
     main: Callable[[], Any], resume: str = "Run the same command again.", status: int = 1
 ) -> None:
     """Run a command that owns its process.
 
     Wrong input ends it with its message and a status, Ctrl-C with status 130, SIGTERM with status
-    143; none of them with a traceback. Freed memory is kept for the next tensor
+    143; none of them with a traceback. If the reader of its output has gone (`| head`), it ends
+    without a word, with status 141. Freed memory is kept for the next tensor
     (`keep_freed_memory`). Modules that `SAM_GYM_PLUGINS` names are imported first, for what they
     register.
 
@@ -104,8 +121,14 @@ def run(
                 import_named(module)
             except ValueError as error:
                 raise ValueError(f"{PLUGINS}: {error}") from error
-        main()
+        try:
+            main()
+        finally:  # of --help too; the interpreter's own flush comes after all handlers
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except _WRONG_INPUT as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            raise SystemExit(141) from error
         # Names of files may hold control characters.
         message = "\n".join(map(printable, str(error).splitlines()))
         if status == 1:  # that of a text

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -62,6 +64,25 @@ def test_commands_may_end_with_another_status(capsys: pytest.CaptureFixture[str]
         cli.run(main, status=2)
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: a.json: no categories.\n"
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_a_command_ends_quietly_when_its_reader_has_gone(size: int) -> None:
+    code = f"from sam_gym.utils import cli; cli.run(lambda: print('x' * {size}))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
+def test_other_broken_pipes_are_errors() -> None:
+    def main() -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(SystemExit, match="error: .*Broken pipe"):
+        cli.run(main)
 
 
 def test_a_forked_worker_ends_as_usual() -> None:
