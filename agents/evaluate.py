@@ -23,6 +23,7 @@ from gymnasium.vector import VectorEnv
 from agents.baselines import Agent
 from agents.curves import plot_iou_after_steps
 from agents.policies.base import SamPolicy, StoredFeatures
+from agents.policies.implicit import MAX_SEARCH
 from agents.policies.saved import SHIPPED, load_policy
 from agents.ppo.command_line import env_of
 from agents.ppo.config import with_present_names
@@ -44,7 +45,7 @@ from sam_gym.utils.provenance import own_commit, provenance
 from sam_gym.utils.registry import unknown_name
 from sam_gym.utils.render import save_gif, tile
 from sam_gym.utils.runs import refuse_finished, remove_files
-from sam_gym.utils.settings import Count, Seed, checked
+from sam_gym.utils.settings import Count, Seed, checked, whole
 from sam_gym.utils.text import listed
 
 #: Approximate maximum number of frames of a film.
@@ -407,6 +408,9 @@ class EvaluateConfig:
     seed: Seed = 1000
     """Seed of the episodes. They are the same for every policy, with the same --episodes and
     --num-envs."""
+    search: Annotated[int, whole(0, MAX_SEARCH)] | None = None
+    """Number of likeliest clicks that a policy trained with a search decodes at each step (0: play
+    the likeliest click; None: as it was trained)."""
     categories: str | None = None
     """Comma-separated categories: the only objects in scenes, the targets in coco."""
     pictures: bool = True
@@ -445,6 +449,21 @@ def load_agent(
             kinds = [*known.names(), *SHIPPED, "PATH/policy.zip", f"{PREFIX}USER/NAME"]
             raise unknown_name("policy", policy, kinds)
     return PolicyAgent.load(policy, device)
+
+
+def set_search(agent: Agent, search: int) -> None:
+    """Set the number of clicks that a trained policy decodes before one is played.
+
+    Raises:
+        ValueError: the agent was trained without a search, and has no target map to judge masks.
+    """
+    trained = agent.policy.search if isinstance(agent, PolicyAgent) else 0
+    if search and not trained:
+        raise ValueError(
+            f"--search {search} needs a policy that was trained with --search. Leave it out."
+        )
+    if trained:
+        cast(PolicyAgent, agent).policy.search = search
 
 
 def training_images(policy: str) -> Dataset | None:
@@ -499,6 +518,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     if not config.overwrite:
         refuse_finished(config.folder, RESULTS)
     agent = load_agent(config.policy, config.seed, env_config.device, env_id)
+    if config.search is not None:
+        set_search(agent, config.search)
     dataset = env_config.open_dataset()
     for line in remarks(agent, config.policy, env_config, dataset):
         print(line)

@@ -12,7 +12,7 @@ import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -34,6 +34,7 @@ from agents.evaluate import (
     main,
     policy_help,
     remarks,
+    set_search,
     training_images,
 )
 from agents.policies import POLICIES
@@ -614,3 +615,16 @@ def test_a_policy_says_what_it_does_not_know() -> None:
     rooms = make_dataset("rooms", "test")
     (line,) = remarks(agent, "implicit", SamSegConfig(dataset="rooms"), rooms)
     assert "has learned" in line and f"It does not know {rooms.categories[0]}" in line
+
+
+def test_the_search_of_a_policy_can_be_set() -> None:
+    agent = load_agent("implicit", device="cpu")
+    assert isinstance(agent, PolicyAgent) and agent.policy.search
+    for search in (0, 8):
+        agent = load_agent("implicit", device="cpu")
+        set_search(agent, search)
+        assert cast(PolicyAgent, agent).policy.search == search
+    random = load_agent("random")
+    set_search(random, 0)
+    with pytest.raises(ValueError, match="--search 8 needs a policy that was trained with"):
+        set_search(random, 8)
