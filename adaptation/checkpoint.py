@@ -59,13 +59,31 @@ def load_checkpoint(
             "start this method again."
         ) from error
     saved = _with_new_names(state["key"], strategy)
-    differs = [name for name, value in key.items() if saved.get(name) != value]
+    differs = [
+        _difference(name, saved.get(name), value)
+        for name, value in key.items()
+        if saved.get(name) != value
+    ]
     if differs:
         raise ValueError(
-            f"{path}: a checkpoint of a run with another {', '.join(differs)}. Resume with the "
+            f"{path}: a checkpoint of a run with another {'; '.join(differs)}. Resume with the "
             "same settings, or choose another --out."
         )
     return state
+
+
+def _difference(name: str, then: object, now: object) -> str:
+    """Name a part of two keys that differs, with the settings in it and their values."""
+    if name not in ("config", "method_options", "method", "tune"):
+        return name  # digests, which say nothing to a reader
+    if not (isinstance(then, Mapping) and isinstance(now, Mapping)):
+        return f"{name} ({then!r} then, {now!r} now)"
+    settings = [
+        f"{setting} {then.get(setting)!r} then, {now.get(setting)!r} now"
+        for setting in sorted(then.keys() | now.keys())
+        if then.get(setting) != now.get(setting)
+    ]
+    return f"{name} ({'; '.join(settings)})"
 
 
 def _with_new_names(key: Mapping[str, Any], strategy: Strategy) -> dict[str, Any]:

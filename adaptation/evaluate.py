@@ -73,6 +73,12 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         backbone, stream, 1, options.objects_per_image, options.max_images, options.seed
     )
     domains = [*stream, *([] if extra is None else [extra])]
+    others = [domain.name for domain in stream if domain.name not in adapter.domains]
+    if adapter.domains and others:
+        print(
+            f"The adapter was trained on {', '.join(adapter.domains)}, not on "
+            f"{', '.join(others)}: --stream and --data choose what it is evaluated on."
+        )
     results: dict[str, Any] = {}
     for domain in track(domains, "evaluating", transient=True):
         own = results.setdefault(domain.name, {})

@@ -138,4 +138,4 @@ def print_result(result: RunResult) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, "Pass --resume to resume from the last checkpoint.")
+    cli.run(main, "Pass --resume to resume from the last checkpoint, if there is one.")

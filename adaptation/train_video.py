@@ -52,4 +52,4 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main, "Pass --resume to resume from the last checkpoint.", status=2)
+    cli.run(main, "Pass --resume to resume from the last checkpoint, if there is one.", status=2)

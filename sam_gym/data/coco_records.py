@@ -26,10 +26,10 @@ def annotation_file(root: str, split: str) -> str:
         raise FileNotFoundError(f"{root}: the root folder does not exist. Check the path.")
     path = os.path.join(root, f"instances_{split}.json")
     if not os.path.isfile(path):
-        found = sorted(glob.glob("instances_*.json", root_dir=root))
+        found = sorted(glob.glob("*.json", root_dir=root))
         raise MissingSplit(
             f"{path}: no annotation file for split {split!r}. "
-            f"Found: {', '.join(found) or 'no instances_*.json'}. "
+            f"Found: {', '.join(found) or 'no JSON file'}. "
             f"Choose another split, or pass the file as {flag('annotations', 'FILE')}."
         )
     return path

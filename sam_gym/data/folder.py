@@ -89,7 +89,11 @@ class Folder:
         masks = os.path.join(root, "instances" if target == "instances" else "masks")
         for folder in (images, masks):
             if not os.path.isdir(folder):
-                raise FileNotFoundError(f"{folder}: the folder does not exist. Check the path.")
+                remedy = "Check the path."
+                if folder == masks and target != "instances":
+                    if os.path.isdir(os.path.join(root, "instances")):
+                        remedy = f"instances/ is there: pass {flag('target', 'instances')}."
+                raise FileNotFoundError(f"{folder}: the folder does not exist. {remedy}")
 
         files = image_files(images)
         listed, self.unsplit = list_split(root, files, split, split_seed)

@@ -428,7 +428,10 @@ def _layout(root: str) -> Literal["components", "instances"]:
         raise ValueError(
             f"{root}: not a folder that can be read ({error.strerror}). Check the path."
         ) from error
-    layout = "A domain is a folder with images/, splits.json and masks/ or instances/."
+    layout = (
+        "A domain is a folder with images/, splits.json and masks/ or instances/; for COCO JSON "
+        "pass --stream coco, for label maps --stream labelmaps."
+    )
     within = {name for name in found if os.path.isdir(os.path.join(root, name))}
     if "images" not in within or not within & {"masks", "instances"}:
         shown = ", ".join(sorted(found)[:8]) or "nothing"

@@ -207,6 +207,10 @@ def test_coco_is_evaluated_on_val(
     assert json.loads((folder / "run.json").read_text())["split"] == "val"
     numbers = evaluate.main([*coco, "--adapter", str(folder / "adapter.safetensors")])
     assert numbers["coco"]["box"]["objects"] == 4
+    assert "The adapter was trained on" not in capsys.readouterr().out
+    other = ["--stream", "scenes", "--max-images", "1"]
+    evaluate.main([*sam, *other, "--adapter", str(folder / "adapter.safetensors")])
+    assert "The adapter was trained on coco, not on scenes:" in capsys.readouterr().out
     with pytest.raises(ValueError, match="retention"):
         train.main([*coco, *few, "--retention", str(retention_of_training_images(squares))])
 

@@ -543,6 +543,9 @@ def test_missing_root_and_files(tmp_path: Path) -> None:
         FileNotFoundError, match="'test'. Found: instances_val.json. .*another split"
     ):
         Coco("test", root=root)
+    Path(root, "labels.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="Found: instances_val.json, labels.json. .*anno"):
+        Coco("test", root=root)
     with pytest.raises(FileNotFoundError, match="annotation file does not exist"):
         Coco(root=root, annotations=str(tmp_path / "other.json"))
 

@@ -194,6 +194,9 @@ def test_unknown_options(root: Path) -> None:
 def test_missing_folders(root: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere/images: the folder does not exist"):
         Folder(root=str(tmp_path / "nowhere"))
+    (root / "masks").rename(root / "other masks")
+    with pytest.raises(FileNotFoundError, match="leaves/masks: .*: pass target=instances"):
+        Folder(root=str(root))
     (root / "instances").rename(root / "other")
     with pytest.raises(FileNotFoundError, match="leaves/instances: the folder does not exist"):
         Folder(root=str(root), target="instances")

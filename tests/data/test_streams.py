@@ -298,7 +298,7 @@ def a_file(root: Path) -> None:
         ),
         (ones_for_objects, "val0.png: .* values other than 0 .*found 0, 1"),
         (no_folder, "blocks: the folder does not exist. Check the path"),
-        (empty, "blocks: found nothing. A domain is a folder with"),
+        (empty, "blocks: found nothing. A domain is a folder with .*COCO JSON pass --stream coco"),
         (a_file, "blocks: not a folder that can be read"),
     ],
 )
