@@ -38,7 +38,7 @@ export default {
           </g>
         </svg>
       </div>
-      <div v-show="scene.src" class="sg-zoom" @pointerdown.stop @mousedown.prevent>
+      <div v-show="scene.src" class="sg-zoom" @pointerdown.stop @click="leave">
         <q-btn v-if="zoom > 1" dense flat icon="remove" title="Zoom out (-)" aria-label="Zoom out (-)"
                @click="zoomBy(1 / STEP)" />
         <q-btn v-if="zoom > 1" dense flat no-caps :label="zoom.toFixed(1) + '×'" title="Whole image (0)"
@@ -103,6 +103,10 @@ export default {
     enter(event) {
       const onButton = document.activeElement?.closest(BUTTONS);
       if (onButton && event.pointerType === "mouse") this.$refs.stage.focus({ preventScroll: true });
+    },
+    // So are they after a press of a zoom button, but for one by a key.
+    leave(event) {
+      if (event.detail) this.$refs.stage.focus({ preventScroll: true });
     },
     down(event) {
       this.drag = null;
