@@ -23,6 +23,7 @@ from gymnasium.vector import VectorEnv
 from agents.baselines import Agent
 from agents.curves import plot_iou_after_steps
 from agents.policies.base import SamPolicy, StoredFeatures
+from agents.policies.explicit import ExplicitPolicy
 from agents.policies.implicit import MAX_SEARCH
 from agents.policies.saved import SHIPPED, load_policy
 from agents.ppo.command_line import env_of
@@ -497,7 +498,8 @@ def remarks(agent: Agent, policy: str, env_config: EnvConfig, dataset: Dataset) 
     chosen = env_config.target_indices(dataset.categories) or range(len(dataset.categories))
     names = [dataset.categories[k] for k in chosen]
     unknown = [name for name in names if name not in known]
-    if known and unknown and env_config.target == "category":
+    sees_words = isinstance(agent.policy, ExplicitPolicy)
+    if known and unknown and env_config.target == "category" and not sees_words:
         lines.append(
             f"{policy} has learned {shorten(', '.join(known), 200)}. It does not know "
             f"{shorten(', '.join(unknown), 200)}, and segments anything for them."

@@ -613,6 +613,8 @@ def test_a_policy_says_what_it_does_not_know() -> None:
     agent = load_agent("implicit", device="cpu")
     assert remarks(agent, "implicit", SamSegConfig(), make_dataset("scenes", "test")) == []
     rooms = make_dataset("rooms", "test")
+    explicit = load_agent("explicit", device="cpu")  # it sees where its CLIP finds a word
+    assert remarks(explicit, "explicit", SamSegConfig(dataset="rooms"), rooms) == []
     (line,) = remarks(agent, "implicit", SamSegConfig(dataset="rooms"), rooms)
     assert "has learned" in line and f"It does not know {rooms.categories[0]}" in line
 
