@@ -485,12 +485,25 @@ def training_images(policy: str) -> Dataset | None:
         return None
 
 
-def remarks(agent: Agent, policy: str, env_config: EnvConfig, dataset: Dataset) -> list[str]:
-    """Return what people should know before a policy plays images that it was not trained for."""
+def remarks(
+    agent: Agent,
+    policy: str,
+    env_config: EnvConfig,
+    dataset: Dataset,
+    train: Dataset | None = None,
+) -> list[str]:
+    """Return what people should know before a policy plays images that it was not trained for.
+
+    Args:
+        agent: the policy.
+        policy: its name or path.
+        env_config: of the environment that it plays.
+        dataset: the images there.
+        train: its training images, if they are known.
+    """
     if not isinstance(agent, PolicyAgent) or not isinstance(env_config, SamSegConfig):
         return []
     lines = []
-    train = training_images(policy)
     if train is not None and train.name != dataset.name:
         lines.append(f"{policy} was trained on {train.name}, and plays {dataset.name} here.")
     known = list(agent.policy.features.get("vocabulary", ()))
@@ -522,12 +535,14 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     agent = load_agent(config.policy, config.seed, env_config.device, env_id)
     if config.search is not None:
         set_search(agent, config.search)
-    dataset = env_config.open_dataset()
-    for line in remarks(agent, config.policy, env_config, dataset):
-        print(line)
     trained_on_other_data = config.policy in (*task.baselines.names(), *SHIPPED)
+    # Baselines have learned nothing: their images are opened by the evaluation alone.
+    if isinstance(agent, PolicyAgent) or env_config.adapter is not None:
+        dataset = env_config.open_dataset()
+        train = None if trained_on_other_data else training_images(config.policy)
+        for line in remarks(agent, config.policy, env_config, dataset, train):
+            print(line)
     if not trained_on_other_data or env_config.adapter is not None:
-        train = training_images(config.policy)
         if train is None or env_config.adapter is not None:
             check_held_out(dataset, env_config.split)
         if train is not None:
