@@ -172,13 +172,21 @@ class ImagePanel(Panel):
         )
         await self._show_current()
 
-    async def _change(self, work: Any, *args: Any) -> str:
-        """Change the current object and draw it; returns what the work says."""
+    async def _change(self, work: Any, *args: Any, saved: bool = False) -> str:
+        """Change the current object and draw it; returns what the work says.
+
+        Args:
+            work: of the session.
+            *args: its arguments.
+            saved: whether it changes saved objects in any case.
+        """
         self.playing = False
         before = self.session.correction
         worked, told = await self.page.do(work, *args)
-        if told or self.session.correction is not before:
+        is_other = told or self.session.correction is not before
+        if is_other:
             self.page.name.set_value(self.session.name)
+        if is_other or saved:
             await self._show_objects()
         await self._show_current()
         if worked and told:
@@ -198,10 +206,9 @@ class ImagePanel(Panel):
         """Save the object, or accept the selected suggestion."""
         session = self.session
         if session.suggestions and not (session.steps or session.correction):
-            await self._change(session.accept, session.selected)
+            await self._change(session.accept, session.selected, saved=True)
         else:
-            await self._change(session.save_object)
-        await self._show_objects()
+            await self._change(session.save_object, saved=True)
         self.page.offer()
 
     # The agent ---------------------------------------------------------------------------------
@@ -327,12 +334,10 @@ class ImagePanel(Panel):
             await self._remove(chosen[0])
 
     async def _remove(self, number: int | str) -> None:
-        await self._change(self.session.remove_object, number)
-        await self._show_objects()
+        await self._change(self.session.remove_object, number, saved=True)
 
     async def _rename(self, number: int | str) -> None:
-        await self._change(self.session.rename_object, number)
-        await self._show_objects()
+        await self._change(self.session.rename_object, number, saved=True)
         self.page.offer()
 
     # Views -------------------------------------------------------------------------------------
